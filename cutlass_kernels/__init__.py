@@ -1,0 +1,1 @@
+"""The CUTLASS SM100 backend: headers, JIT build, launcher, and the CUDA sources beside them."""

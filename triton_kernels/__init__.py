@@ -1,0 +1,1 @@
+"""Triton kernels; each file holds a kernel above its launcher."""
