@@ -1,3 +1,37 @@
-"""MXFP8 grouped GEMM for mixture-of-experts layers."""
+"""MXFP8 grouped GEMM for mixture-of-experts layers.
 
-from hybrid_mxfp8._version import __version__ as __version__
+    import hybrid_mxfp8 as mx
+
+    groups = mx.GroupLayout.from_counts(tokens_per_expert, num_tokens)
+    y = mx.grouped_gemm(mx.quantize_grouped(x, groups), mx.quantize_weights(w))
+
+Importing this package touches no GPU, no Triton and no compiler.
+"""
+
+from hybrid_mxfp8._version import __version__
+from hybrid_mxfp8.backends import backends, use_backend
+from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.metrics import calc_diff, signal_to_noise_db
+from hybrid_mxfp8.ops import explain, grouped_gemm, grouped_gemm_workspace_size, quantize_grouped, quantize_weights
+from hybrid_mxfp8.reference import swizzle_scales, unswizzle_scales
+from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+__all__ = [
+    "BackendUnavailableError",
+    "ExpertWeights",
+    "GroupLayout",
+    "GroupedMXFP8",
+    "__version__",
+    "backends",
+    "calc_diff",
+    "explain",
+    "grouped_gemm",
+    "grouped_gemm_workspace_size",
+    "quantize_grouped",
+    "quantize_weights",
+    "signal_to_noise_db",
+    "swizzle_scales",
+    "unswizzle_scales",
+    "use_backend",
+]

@@ -1,0 +1,365 @@
+"""The table of backends, and the choice among them.
+
+``backend=`` beats ``use_backend()`` beats ``HYBRID_MXFP8_BACKEND`` beats auto. A backend asked for by name runs
+or raises; only auto looks further. The choice depends on shapes, dtypes and the device, never on device data.
+
+A backend's kernel room is imported when it is first asked about, so that the package imports where Triton,
+a compiler or a GPU is missing.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from hybrid_mxfp8 import env, reference
+from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+AUTO = "auto"
+CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
+TRITON_MIN_CAPABILITY = (8, 9)
+
+logger = logging.getLogger("hybrid_mxfp8")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the host knows of a grouped GEMM: all that a choice may depend on."""
+
+    num_experts: int
+    n: int
+    k: int
+    num_tokens: int
+    out_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability; None on a CPU."""
+        return _capability(self.device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+Answer = tuple[bool, str]
+"""Whether it can, and why or why not: one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the product, with the quantizer that goes with it.
+
+    Attributes:
+        name: as users write it.
+        about: one line for tables.
+        hardware: whether the device is one that this backend is made for.
+        available: whether it can run at all on a device.
+        grouped_gemm: (x, w, out, workspace) -> None.
+        quantize_grouped: (x, groups, values, scales, scale_rounding, row_index, swiglu) -> None.
+        quantize_weights: (w, values, scales, scale_rounding) -> None.
+        explain: configuration and why, one line.
+        workspace_size: bytes of device memory that a call needs beside its output.
+        can_run: available, and takes this problem.
+    """
+
+    name: str
+    about: str
+    hardware: Callable[[torch.device], bool]
+    available: Callable[[torch.device], Answer]
+    grouped_gemm: Callable[[GroupedMXFP8, ExpertWeights, torch.Tensor, torch.Tensor | None], None]
+    quantize_grouped: Callable[
+        [torch.Tensor, GroupLayout, torch.Tensor, torch.Tensor, str, torch.Tensor | None, bool], None
+    ]
+    quantize_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
+    explain: Callable[[Problem], str]
+    workspace_size: Callable[[Problem], int]
+    can_run: Callable[[Problem], Answer]
+
+
+# ---------------------------------------------------------------- reference
+
+
+def _reference_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    groups = x.groups
+    reference.grouped_matmul(x.values, x.scales, groups.expert_offsets, groups.scale_offsets, w.values, w.scales, out)
+
+
+def _reference_quantize_grouped(
+    x: torch.Tensor,
+    groups: GroupLayout,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    swiglu: bool,
+) -> None:
+    if not groups.num_tokens:
+        return
+    if row_index is not None:
+        inside = (row_index >= 0) & (row_index < x.shape[0])
+        rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(groups.num_tokens, x.shape[1])
+        x = torch.where(inside.unsqueeze(1), rows, 0)
+    codes, linear = reference.quantize(reference.swiglu(x) if swiglu else x, scale_rounding)
+    reference.write_grouped(codes, linear, groups.expert_offsets, groups.scale_offsets, values, scales)
+
+
+def _reference_quantize_weights(
+    w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str
+) -> None:
+    # One expert at a time: fp32 copies of all weights would be several times their size.
+    for e in range(w.shape[0]):
+        codes, linear = reference.quantize(w[e], scale_rounding)
+        values[e].view(torch.uint8).copy_(codes.view(torch.uint8))
+        scales[e] = reference.swizzle_scales(linear)
+
+
+# ---------------------------------------------------------------- triton
+
+
+def _triton_hardware(device: torch.device) -> bool:
+    capability = _capability(device)
+    return env.triton_interpret() or (capability is not None and capability >= TRITON_MIN_CAPABILITY)
+
+
+@functools.cache
+def _interpreted() -> bool:
+    from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
+
+    return INTERPRETED
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_available(device: torch.device) -> Answer:
+    if not _has_triton():
+        return False, "Triton is not installed: pip install triton"
+    if device.type not in ("cuda", "cpu"):
+        return False, f"runs on CUDA GPUs and on the CPU through Triton's interpreter, not on {device.type}"
+    if torch.version.hip is not None and device.type == "cuda":
+        return False, "its e4m3 and scale layouts are NVIDIA's; this is a ROCm build of PyTorch"
+    if _interpreted():
+        return True, "Triton's interpreter, on the CPU"
+    capability = _capability(device)
+    if capability is None:
+        return False, "no GPU: set TRITON_INTERPRET=1 before Triton is imported to run kernels on the CPU"
+    if capability < TRITON_MIN_CAPABILITY:
+        return False, f"needs compute capability 8.9 or newer for e4m3, got {capability[0]}.{capability[1]}"
+    return True, f"compute capability {capability[0]}.{capability[1]}"
+
+
+def _triton_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    from hybrid_mxfp8.triton_kernels.grouped_gemm import grouped_gemm
+
+    grouped_gemm(x.values, x.scales, x.groups, w.values, w.scales, out)
+
+
+def _triton_quantize_grouped(
+    x: torch.Tensor,
+    groups: GroupLayout,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    swiglu: bool,
+) -> None:
+    from hybrid_mxfp8.triton_kernels.quantize import quantize_grouped
+
+    quantize_grouped(x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu)
+
+
+def _triton_quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str) -> None:
+    from hybrid_mxfp8.triton_kernels.quantize import quantize_weights
+
+    quantize_weights(w, values, scales, scale_rounding=scale_rounding)
+
+
+def _triton_explain(problem: Problem) -> str:
+    from hybrid_mxfp8.triton_kernels.grouped_gemm import formulation_for, select_gemm_config
+    from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
+
+    config = select_gemm_config(problem.num_tokens, problem.num_experts, formulation_for(problem.device), INTERPRETED)
+    average = problem.num_tokens / max(problem.num_experts, 1)
+    return f"{config}, for {average:.1f} tokens an expert on average"
+
+
+# ---------------------------------------------------------------- cutlass
+
+
+def _cutlass_hardware(device: torch.device) -> bool:
+    return _capability(device) in CUTLASS_CAPABILITIES
+
+
+def _cutlass_available(device: torch.device) -> Answer:
+    capability = _capability(device)
+    if capability is None:
+        return False, "needs a GPU of compute capability 10.0 or 10.3"
+    if capability not in CUTLASS_CAPABILITIES:
+        return False, f"needs compute capability 10.0 or 10.3, got {capability[0]}.{capability[1]}"
+    return False, "this version has no CUTLASS kernel yet: use the triton backend"
+
+
+def _cutlass_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    raise BackendUnavailableError(f"backend cutlass: {_cutlass_available(out.device)[1]}")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _takes_every_problem(available: Callable[[torch.device], Answer]) -> Callable[[Problem], Answer]:
+    return lambda problem: available(problem.device)
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="cutlass",
+            about="CUTLASS SM100 block-scaled kernel, compiled just in time; not yet run on hardware",
+            hardware=_cutlass_hardware,
+            available=_cutlass_available,
+            grouped_gemm=_cutlass_gemm,
+            quantize_grouped=_triton_quantize_grouped,
+            quantize_weights=_triton_quantize_weights,
+            explain=lambda problem: _cutlass_available(problem.device)[1],
+            workspace_size=lambda problem: 0,
+            can_run=_takes_every_problem(_cutlass_available),
+        ),
+        Backend(
+            name="triton",
+            about="tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter",
+            hardware=_triton_hardware,
+            available=_triton_available,
+            grouped_gemm=_triton_gemm,
+            quantize_grouped=_triton_quantize_grouped,
+            quantize_weights=_triton_quantize_weights,
+            explain=_triton_explain,
+            workspace_size=lambda problem: 0,
+            can_run=_takes_every_problem(_triton_available),
+        ),
+        Backend(
+            name="reference",
+            about="plain PyTorch in float64, any device; syncs",
+            hardware=lambda device: True,
+            available=lambda device: (True, "always"),
+            grouped_gemm=_reference_gemm,
+            quantize_grouped=_reference_quantize_grouped,
+            quantize_weights=_reference_quantize_weights,
+            explain=lambda problem: "one float64 matmul an expert",
+            workspace_size=lambda problem: 0,
+            can_run=lambda problem: (True, "always"),
+        ),
+    )
+}
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("hybrid_mxfp8_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block, in this thread or task, calls that name no backend use ``name``; ``"auto"`` or None chooses.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    token = _override.set(_known("name", name) if name is not None else AUTO)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested(backend: str | None) -> str:
+    """The backend that is asked for, or ``auto``: the argument, else use_backend(), else the environment.
+
+    Raises:
+        ValueError: no such backend; the message lists the valid names.
+    """
+    if backend is not None:
+        return _known("backend", backend)
+    override = _override.get()
+    if override is not None:
+        return override
+    return _known("HYBRID_MXFP8_BACKEND", env.backend() or AUTO)
+
+
+def _known(source: str, name: object) -> str:
+    if isinstance(name, str) and (name == AUTO or name in BACKENDS):
+        return name
+    raise ValueError(f"{source}: must be one of {', '.join((AUTO, *BACKENDS))}, got {name!r}")
+
+
+def choose(problem: Problem, backend: str | None = None) -> Backend:
+    """The backend for this problem.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name can't run it.
+        ValueError: no such backend.
+    """
+    return _choose(requested(backend), lambda b: b.can_run(problem), problem.device, "grouped_gemm")
+
+
+def choose_quantizer(device: torch.device, backend: str | None = None) -> Backend:
+    """The backend whose quantizer runs on this device; raises as :func:`choose` does.
+
+    The cutlass backend quantizes with the Triton kernel, so a request for it asks for Triton here.
+    """
+    name = requested(backend)
+    return _choose(
+        "triton" if name == "cutlass" else name, lambda b: b.available(device), device, "quantize", skip="cutlass"
+    )
+
+
+def _choose(
+    name: str, can_run: Callable[[Backend], Answer], device: torch.device, what: str, skip: str = ""
+) -> Backend:
+    if name != AUTO:
+        ok, reason = can_run(BACKENDS[name])
+        if not ok:
+            raise BackendUnavailableError(f"backend {name}: {reason}")
+        return BACKENDS[name]
+    passed_over = ""
+    for candidate in BACKENDS.values():
+        if candidate.name == skip:
+            continue
+        ok, reason = can_run(candidate)
+        if ok:
+            _log_choice(what, candidate.name, str(device), reason, passed_over)
+            return candidate
+        if candidate.hardware(device):
+            passed_over = f"{candidate.name}: {reason}"
+    raise AssertionError("the reference backend runs everything")
+
+
+@functools.cache
+def _log_choice(what: str, name: str, device: str, reason: str, passed_over: str) -> None:
+    """Log a choice; the cache makes that once for each different one."""
+    if passed_over:
+        logger.warning("%s on %s falls back to backend %s (%s)", what, device, name, passed_over)
+    else:
+        logger.info("%s on %s uses backend %s (%s)", what, device, name, reason)
+
+
+def default_device() -> torch.device:
+    """The current GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backends(device: torch.device | str | None = None) -> dict[str, Answer]:
+    """Each backend's name: whether it can run on ``device`` (default: the current GPU, else the CPU), and why or why not."""
+    where = default_device() if device is None else torch.device(device)
+    return {name: backend.available(where) for name, backend in BACKENDS.items()}

@@ -1,0 +1,97 @@
+"""Argument checks. Each raises an error that names the argument, what was expected and what came.
+
+A wrong type or dtype is a TypeError, everything else a ValueError. All look at metadata only, never at
+device data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from hybrid_mxfp8.formats import BLOCK_SIZE, SCALE_ROUNDINGS
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that can be quantized, and that a product can be written in."""
+
+
+def fail(name: str, expected: str, got: Any) -> NoReturn:
+    """Raise the ValueError that every check here raises."""
+    raise ValueError(f"{name}: {expected}, got {got}")
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    dtypes: Sequence[torch.dtype],
+    ndim: int,
+    dims: str,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """A tensor of one of ``dtypes``, of rank ``ndim`` (described by ``dims``), on ``device`` if given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: dtype must be {' or '.join(map(short, dtypes))}, got {short(value.dtype)}")
+    if value.ndim != ndim:
+        fail(name, f"must have shape {dims}", tuple(value.shape))
+    if device is not None and value.device != device:
+        fail(name, f"must be on {device}, as the other arguments", value.device)
+    return value
+
+
+def check_shape(name: str, value: torch.Tensor, shape: tuple[int, ...], dims: str) -> None:
+    """Exactly this shape; ``dims`` says in letters what it is."""
+    if value.shape != shape:
+        fail(name, f"must have shape {dims} = {shape}", tuple(value.shape))
+
+
+def check_contiguous(name: str, value: torch.Tensor) -> None:
+    """Row-major without gaps."""
+    if not value.is_contiguous():
+        fail(name, "must be contiguous", f"shape {tuple(value.shape)} with strides {value.stride()}")
+
+
+def check_k(name: str, k: int) -> None:
+    """K is a positive multiple of the block size."""
+    if k <= 0 or k % BLOCK_SIZE:
+        fail(name, f"K must be a positive multiple of {BLOCK_SIZE}", k)
+
+
+def check_n(name: str, n: int) -> None:
+    """N % 8 == 0: rows of a 16-bit output start at 16-byte boundaries."""
+    if n <= 0 or n % 8:
+        fail(name, "N must be a positive multiple of 8", n)
+
+
+def check_scale_rounding(value: Any) -> str:
+    """One of the three roundings."""
+    if not isinstance(value, str) or value not in SCALE_ROUNDINGS:
+        fail("scale_rounding", f"must be one of {', '.join(SCALE_ROUNDINGS)}", repr(value))
+    return value
+
+
+def check_out_dtype(value: Any) -> torch.dtype:
+    """A dtype that a product can be written in."""
+    if value not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
+    assert isinstance(value, torch.dtype)
+    return value
+
+
+def check_no_grad(name: str, value: torch.Tensor) -> None:
+    """Quantization has no derivative; a silent loss of gradients would be worse than an error."""
+    if value.requires_grad and torch.is_grad_enabled():
+        fail(
+            name,
+            "must not require grad (MXFP8 quantization has no backward; use torch.no_grad() or .detach())",
+            "requires_grad=True",
+        )
+
+
+def short(value: Any) -> str:
+    """A dtype without its ``torch.`` prefix."""
+    return str(value).removeprefix("torch.")

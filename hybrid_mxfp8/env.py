@@ -1,0 +1,78 @@
+"""Environment variables. This file is the only reader of ``os.environ``.
+
+| variable | values | effect |
+| --- | --- | --- |
+| ``HYBRID_MXFP8_BACKEND`` | ``auto`` (default), ``cutlass``, ``triton``, ``reference`` | the backend where neither ``backend=`` nor ``use_backend()`` names one |
+| ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
+| ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch between the CUTLASS backend's two kernels |
+| ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
+| ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
+| ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
+| ``TRITON_INTERPRET`` | ``1`` | Triton's own variable: kernels run on the CPU through its interpreter |
+
+All are read at each call, so a change takes effect at once, except ``TRITON_INTERPRET``, which Triton
+reads when a kernel is first imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def backend() -> str | None:
+    """HYBRID_MXFP8_BACKEND, lower case; None if unset or empty."""
+    return (os.environ.get("HYBRID_MXFP8_BACKEND") or "").strip().lower() or None
+
+
+def config() -> str | None:
+    """HYBRID_MXFP8_CONFIG; None if unset or empty."""
+    return (os.environ.get("HYBRID_MXFP8_CONFIG") or "").strip() or None
+
+
+def pdl() -> bool:
+    """HYBRID_MXFP8_PDL: False only for 0.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = (os.environ.get("HYBRID_MXFP8_PDL") or "1").strip()
+    if value not in ("0", "1"):
+        raise ValueError(f"HYBRID_MXFP8_PDL: must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def cutlass_dir() -> Path | None:
+    """HYBRID_MXFP8_CUTLASS_DIR; None if unset or empty."""
+    value = os.environ.get("HYBRID_MXFP8_CUTLASS_DIR")
+    return Path(value).expanduser() if value else None
+
+
+def cuda_home() -> Path | None:
+    """CUDA_HOME, else CUDA_PATH; None if neither is set."""
+    value = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return Path(value).expanduser() if value else None
+
+
+def cache_dir() -> Path:
+    """Where compiled modules are kept; the folder need not exist yet."""
+    value = os.environ.get("HYBRID_MXFP8_CACHE_DIR")
+    if value:
+        return Path(value).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "hybrid_mxfp8"
+
+
+def search_path() -> list[Path]:
+    """The folders of PATH."""
+    return [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
+
+
+def triton_interpret() -> bool:
+    """Whether Triton kernels imported from now on run in the interpreter (Triton's own parsing)."""
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes", "y")
+
+
+def enable_triton_interpreter() -> None:
+    """Set TRITON_INTERPRET=1 for this process; must come before a kernel is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"

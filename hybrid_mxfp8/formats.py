@@ -1,0 +1,67 @@
+"""What MXFP8 is, and where its scales lie: constants and padding arithmetic on plain ints.
+
+An MXFP8 tensor is e4m3 elements plus one E8M0 scale per block of 32 consecutive elements along K
+(OCP Microscaling Formats v1.0). The scales are stored in 128x4 tiles, the layout that CUTLASS and
+cuBLAS read on Blackwell: a tile holds 128 rows by 4 scale columns (128 elements of K) in 512
+consecutive bytes, and tiles follow one another along K first.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+BLOCK_SIZE: Final = 32
+"""Elements of K that share one scale."""
+
+E4M3_MAX: Final = 448.0
+E4M3_NAN: Final = 0x7F
+E8M0_BIAS: Final = 127
+E8M0_NAN: Final = 255
+
+SCALE_TILE_ROWS: Final = 128
+SCALE_TILE_COLS: Final = 4
+SCALE_TILE_BYTES: Final = SCALE_TILE_ROWS * SCALE_TILE_COLS
+
+MAX_INT32: Final = 2**31 - 1
+
+ScaleRounding = Literal["rceil", "floor", "even"]
+SCALE_ROUNDINGS: Final[tuple[str, ...]] = get_args(ScaleRounding)
+
+SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
+    "rceil": 0x1FFFFF,  # smallest b with amax <= 448 * 2**(b - 127): 448 is 1.75 * 2**8
+    "floor": 0,  # OCP: floor(log2(amax)) - 8; elements above 448 saturate
+    "even": 0x080000,  # amax first rounded half up to e4m3's 3 mantissa bits
+}
+"""What is added to the fp32 bits of a block's amax before its exponent is taken."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def scale_cols(k: int) -> int:
+    """C: stored scale columns of K elements, K/32 rounded up to whole 128x4 tiles."""
+    return round_up(k // BLOCK_SIZE, SCALE_TILE_COLS)
+
+
+def padded_scale_rows(rows: int) -> int:
+    """Stored scale rows of one operand of ``rows`` rows: rounded up to whole 128x4 tiles."""
+    return round_up(rows, SCALE_TILE_ROWS)
+
+
+def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
+    """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device data.
+
+    Every expert with a token wastes at most 127 rows, and at most min(E, T) experts have one.
+    """
+    return (num_tokens + 127 * min(num_experts, num_tokens)) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
+
+
+def scale_offset(row: int, col: int, cols: int) -> int:
+    """Byte offset of scale (row, col) from its operand's first byte; ``cols`` is C.
+
+    Equal to CuTe's ``Sm1xxBlockScaledConfig<32>`` layout.
+    """
+    tile = (row // SCALE_TILE_ROWS) * (cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
+    return tile * SCALE_TILE_BYTES + (row % 32) * 16 + (row % SCALE_TILE_ROWS // 32) * 4 + col % SCALE_TILE_COLS

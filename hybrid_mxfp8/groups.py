@@ -1,0 +1,90 @@
+"""GroupLayout: which rows belong to which expert, and where each expert's scales start.
+
+Built on the device from the router's counts, with no host sync: one small launch on a GPU. Only
+``num_tokens`` and the number of experts are known to the host; they size every buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.checks import check_tensor, fail
+from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """Rows sorted by expert: rows expert_offsets[e] .. expert_offsets[e+1] belong to expert e.
+
+    Attributes:
+        tokens_per_expert: (E,) int32.
+        expert_offsets: (E+1,) int32, exclusive prefix sum; the last entry is the number of rows in use.
+        scale_offsets: (E+1,) int32, exclusive prefix sum of roundup(tokens, 128), in rows.
+        num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
+
+    :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data. One put
+    together by hand must obey the same sums.
+    """
+
+    tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor
+    scale_offsets: torch.Tensor
+    num_tokens: int
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.tokens_per_expert.shape[0]
+
+    @property
+    def scale_rows(self) -> int:
+        """S: rows of the scale tensor, the tightest bound known without a sync."""
+        return grouped_scale_rows(self.num_tokens, self.num_experts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the three tensors are."""
+        return self.tokens_per_expert.device
+
+    @classmethod
+    def from_counts(cls, tokens_per_expert: torch.Tensor, num_tokens: int) -> GroupLayout:
+        """The layout of ``tokens_per_expert`` (E,) int32 or int64 rows per expert, in a matrix of ``num_tokens`` rows.
+
+        Counts are device data and are not checked: negative ones act as 0, and rows beyond ``num_tokens``
+        are cut off, so that no later call can leave its buffers.
+
+        Raises:
+            TypeError: ``tokens_per_expert`` is no int32 or int64 tensor, or ``num_tokens`` no int.
+            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets.
+        """
+        return cls._build("tokens_per_expert", tokens_per_expert, num_tokens, from_ends=False)
+
+    @classmethod
+    def from_ends(cls, offs: torch.Tensor, num_tokens: int) -> GroupLayout:
+        """The layout of ``offs`` (E,) int32 or int64: the end of each expert's rows, as ``torch._grouped_mm`` takes them.
+
+        Ends are device data and are not checked: one below its predecessor means an empty expert, one above
+        ``num_tokens`` is cut off.
+
+        Raises:
+            TypeError: ``offs`` is no int32 or int64 tensor, or ``num_tokens`` no int.
+            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets.
+        """
+        return cls._build("offs", offs, num_tokens, from_ends=True)
+
+    @classmethod
+    def _build(cls, name: str, given: Any, num_tokens: Any, *, from_ends: bool) -> GroupLayout:
+        given = check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+            raise TypeError(f"num_tokens: must be an int, got {type(num_tokens).__name__}")
+        if num_tokens < 0 or num_tokens + 127 * min(given.shape[0], num_tokens) > MAX_INT32:
+            fail("num_tokens", "must be at least 0, and with each expert's padding fit int32", num_tokens)
+        if given.is_cuda:
+            from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
+
+            return cls(*group_offsets(given, num_tokens, from_ends), num_tokens)
+        return cls(*reference.group_offsets(given, num_tokens, from_ends), num_tokens)

@@ -1,0 +1,234 @@
+"""The public functions: check, allocate, choose a backend, launch.
+
+None of them looks at device data, so none syncs (but for the reference backend's product).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hybrid_mxfp8.backends import AUTO, BACKENDS, Problem, choose, choose_quantizer, requested
+from hybrid_mxfp8.checks import (
+    FLOAT_DTYPES,
+    check_contiguous,
+    check_k,
+    check_n,
+    check_no_grad,
+    check_out_dtype,
+    check_scale_rounding,
+    check_shape,
+    check_tensor,
+    fail,
+)
+from hybrid_mxfp8.formats import padded_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+WORKSPACE_ALIGNMENT = 256
+
+
+def quantize_grouped(
+    x: torch.Tensor,
+    groups: GroupLayout,
+    *,
+    scale_rounding: str = "rceil",
+    row_index: torch.Tensor | None = None,
+    activation: str | None = None,
+    out: GroupedMXFP8 | None = None,
+    backend: str | None = None,
+) -> GroupedMXFP8:
+    """Quantize token rows, sorted by expert, to MXFP8.
+
+    Args:
+        x: (R, K) bf16, fp16 or fp32, K % 32 == 0, any row stride, unit column stride. R = T unless ``row_index``
+            is given. With ``activation="swiglu"``: (R, 2K), gate in the first K columns.
+        groups: layout of the T output rows, on x's device.
+        scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
+        row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 .. R-1 reads as zeros.
+        activation: None or ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32.
+        out: an earlier result of the same shapes whose buffers are written instead of new ones; ``out.groups`` is not used.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with the Triton kernel.
+
+    Returns:
+        GroupedMXFP8 of values (T, K) and scales (S, C). Rows that no expert owns, and scale rows beyond
+        ``groups.scale_offsets[E]``, are not written; all other padding is zero.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, stride, device or option.
+        BackendUnavailableError: the named backend can't run here.
+    """
+    if not isinstance(groups, GroupLayout):
+        raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
+    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=groups.device)
+    check_no_grad("x", x)
+    check_scale_rounding(scale_rounding)
+    if activation not in (None, "swiglu"):
+        fail("activation", "must be None or 'swiglu'", repr(activation))
+    rows, width = x.shape
+    if activation and width % 2:
+        fail("x", "must have an even number of columns, gate and up, for swiglu", width)
+    k = width // 2 if activation else width
+    check_k("x", k)
+    if x.stride(1) != 1 and x.numel():
+        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    if row_index is None:
+        if rows != groups.num_tokens:
+            fail("x", f"must have T = groups.num_tokens = {groups.num_tokens} rows", rows)
+    else:
+        check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=x.device)
+        check_shape("row_index", row_index, (groups.num_tokens,), "(T,)")
+        check_contiguous("row_index", row_index)
+    if out is None:
+        values = torch.empty(groups.num_tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
+        scales = torch.empty(groups.scale_rows, scale_cols(k), dtype=torch.uint8, device=x.device)
+    else:
+        if not isinstance(out, GroupedMXFP8):
+            raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
+        values, scales = out.values, out.scales
+        check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=x.device)
+        check_shape("out", values, (groups.num_tokens, k), "(T, K)")
+        check_shape("out", scales, (groups.scale_rows, scale_cols(k)), "(S, C)")
+    chosen = choose_quantizer(x.device, backend)
+    chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
+    return GroupedMXFP8(values, scales, groups)
+
+
+def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:
+    """Quantize expert weights to MXFP8, with the kernel that quantizes tokens.
+
+    Args:
+        w: (E, N, K) bf16, fp16 or fp32, K % 32 == 0, unit stride along K.
+        scale_rounding: ``rceil``, ``floor`` or ``even``.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
+
+    Returns:
+        ExpertWeights of values (E, N, K) and scales (E, roundup(N, 128), C), padding zero.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, stride or option.
+        BackendUnavailableError: the named backend can't run here.
+    """
+    check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
+    check_no_grad("w", w)
+    check_scale_rounding(scale_rounding)
+    num_experts, n, k = w.shape
+    check_k("w", k)
+    if w.stride(2) != 1 and w.numel():
+        fail("w", "must have unit stride along K", f"strides {w.stride()}")
+    values = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn, device=w.device)
+    scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=w.device)
+    choose_quantizer(w.device, backend).quantize_weights(w, values, scales, scale_rounding)
+    return ExpertWeights(values, scales)
+
+
+def grouped_gemm(
+    x: GroupedMXFP8,
+    w: ExpertWeights,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
+
+    Args:
+        x: T tokens of K elements, sorted by expert.
+        w: E experts of (N, K), N % 8 == 0; E = x.groups.num_experts.
+        out_dtype: bf16, fp16 or fp32; accumulation is fp32 or better.
+        out: (T, N) of ``out_dtype``, contiguous; written and returned.
+        workspace: uint8 buffer on x's device of at least :func:`grouped_gemm_workspace_size` bytes, 256-byte aligned.
+            Without it one is allocated if the backend needs any. Two streams must not share one.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
+
+    Returns:
+        (T, N) of ``out_dtype``; rows that no expert owns are not written.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: operands that don't fit together, or an ``out`` or ``workspace`` that doesn't fit.
+        BackendUnavailableError: the named backend can't run this problem here.
+    """
+    problem = _problem(x, w, out_dtype)
+    shape = (problem.num_tokens, problem.n)
+    if out is None:
+        out = torch.empty(shape, dtype=out_dtype, device=problem.device)
+    else:
+        check_tensor("out", out, dtypes=(out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
+        check_shape("out", out, shape, "(T, N)")
+        check_contiguous("out", out)
+        if out.data_ptr() % 16:
+            fail("out", "must start at a 16-byte boundary", f"address {out.data_ptr():#x}")
+        check_no_grad("out", out)
+    chosen = choose(problem, backend)
+    if workspace is not None:
+        check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device)
+        needed = chosen.workspace_size(problem)
+        if workspace.numel() < needed:
+            fail("workspace", f"must have at least {needed} bytes", workspace.numel())
+        check_contiguous("workspace", workspace)
+        if workspace.numel() and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
+            fail(
+                "workspace",
+                f"must start at a {WORKSPACE_ALIGNMENT}-byte boundary",
+                f"address {workspace.data_ptr():#x}",
+            )
+    chosen.grouped_gemm(x, w, out, workspace)
+    return out
+
+
+def grouped_gemm_workspace_size(
+    w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
+) -> int:
+    """Bytes of ``workspace`` that :func:`grouped_gemm` of ``num_tokens`` rows by ``w`` needs; 0 if its backend needs none.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: negative ``num_tokens``.
+        BackendUnavailableError: the named backend can't run this problem here.
+    """
+    if not isinstance(w, ExpertWeights):
+        raise TypeError(f"w: must be an ExpertWeights, got {type(w).__name__}")
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+        raise TypeError(f"num_tokens: must be an int, got {type(num_tokens).__name__}")
+    if num_tokens < 0:
+        fail("num_tokens", "must be at least 0", num_tokens)
+    problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
+    return choose(problem, backend).workspace_size(problem)
+
+
+def explain(
+    x: GroupedMXFP8, w: ExpertWeights, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
+) -> str:
+    """Which backend :func:`grouped_gemm` would use for these operands, with which configuration, and why; one line.
+
+    Raises as :func:`grouped_gemm` does.
+    """
+    problem = _problem(x, w, out_dtype)
+    asked = requested(backend)
+    chosen = choose(problem, backend)
+    if asked == AUTO:
+        others = [f"{b.name}: {b.can_run(problem)[1]}" for b in BACKENDS.values() if not b.can_run(problem)[0]]
+        why = "chosen automatically" + (f" ({'; '.join(others)})" if others else "")
+    else:
+        why = "asked for"
+    return f"{chosen.name}, {why}: {chosen.explain(problem)}"
+
+
+def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Problem:
+    if not isinstance(x, GroupedMXFP8):
+        raise TypeError(f"x: must be a GroupedMXFP8 (from quantize_grouped), got {type(x).__name__}")
+    if not isinstance(w, ExpertWeights):
+        raise TypeError(f"w: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
+    check_out_dtype(out_dtype)
+    if w.device != x.device:
+        fail("w", f"must be on {x.device}, as x", w.device)
+    num_experts, n, k = w.values.shape
+    if num_experts != x.groups.num_experts:
+        fail("w", f"must have x's E = {x.groups.num_experts} experts", num_experts)
+    if k != x.k:
+        fail("w", f"must have x's K = {x.k}", k)
+    check_n("w", n)
+    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device)

@@ -1,0 +1,153 @@
+"""The two operands: GroupedMXFP8, tokens sorted by expert, and ExpertWeights.
+
+Their ``scales`` are always swizzled: a row-major scale tensor enters through
+:meth:`ExpertWeights.from_linear_scales` alone, so the type says which layout a buffer has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.checks import check_contiguous, check_k, check_shape, check_tensor, fail
+from hybrid_mxfp8.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedMXFP8:
+    """Token rows in MXFP8, sorted by expert.
+
+    Attributes:
+        values: (T, K) float8_e4m3fn, contiguous, K % 32 == 0.
+        scales: (S, C) uint8, E8M0 in 128x4 tiles, each expert from a new tile row; S = groups.scale_rows,
+            C = roundup(K/32, 4).
+        groups: the layout; rows beyond its last expert hold nothing.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    groups: GroupLayout
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.groups, GroupLayout):
+            raise TypeError(f"groups: must be a GroupLayout, got {type(self.groups).__name__}")
+        check_tensor(
+            "values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=self.groups.device
+        )
+        num_tokens, k = self.values.shape
+        if num_tokens != self.groups.num_tokens:
+            fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
+        check_k("values", k)
+        check_contiguous("values", self.values)
+        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device)
+        check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
+        check_contiguous("scales", self.scales)
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return self.values.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def dequantize(self) -> torch.Tensor:
+        """(T, K) fp32, exact; rows that no expert owns are zero."""
+        return reference.dequantize_grouped(
+            self.values, self.scales, self.groups.expert_offsets, self.groups.scale_offsets
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """The experts' weight matrices in MXFP8.
+
+    Attributes:
+        values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
+        scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4).
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+        num_experts, n, k = self.values.shape
+        check_k("values", k)
+        check_contiguous("values", self.values)
+        check_tensor(
+            "scales",
+            self.scales,
+            dtypes=(torch.uint8,),
+            ndim=3,
+            dims="(E, roundup(N, 128), C)",
+            device=self.values.device,
+        )
+        check_shape(
+            "scales", self.scales, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), C)"
+        )
+        check_contiguous("scales", self.scales)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.values.shape[0]
+
+    @property
+    def n(self) -> int:
+        """N."""
+        return self.values.shape[1]
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return self.values.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def dequantize(self) -> torch.Tensor:
+        """(E, N, K) fp32, exact."""
+        return reference.dequantize_experts(self.values, self.scales)
+
+    def linear_scales(self) -> torch.Tensor:
+        """The scales row-major, (E, N, K/32) uint8: what a checkpoint holds."""
+        return reference.unswizzle_scales(self.scales, self.n, self.k // BLOCK_SIZE)
+
+    @classmethod
+    def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+        """Weights from a checkpoint's row-major scales.
+
+        Args:
+            values: (E, N, K) float8_e4m3fn, or its bytes as uint8.
+            scales: (E, N, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
+
+        Raises:
+            TypeError, ValueError: a tensor of another dtype, shape or device.
+        """
+        check_tensor("values", values, dtypes=(torch.float8_e4m3fn, torch.uint8), ndim=3, dims="(E, N, K)")
+        check_tensor(
+            "scales",
+            scales,
+            dtypes=(torch.uint8, torch.float8_e8m0fnu),
+            ndim=3,
+            dims="(E, N, K/32)",
+            device=values.device,
+        )
+        num_experts, n, k = values.shape
+        check_k("values", k)
+        check_shape("scales", scales, (num_experts, n, k // BLOCK_SIZE), "(E, N, K/32)")
+        return cls(values.contiguous().view(torch.float8_e4m3fn), reference.swizzle_scales(scales))

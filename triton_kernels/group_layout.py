@@ -1,0 +1,86 @@
+"""Group offsets in one launch: counts or ends in, the three int32 tensors of a GroupLayout out.
+
+One program scans all experts. The outputs share one allocation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hybrid_mxfp8.triton_kernels.launch import on_device_of
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def group_offsets_kernel(
+    given_ptr,  # (E,) int32 or int64: counts, or inclusive ends
+    tokens_ptr,  # (E,) int32
+    offsets_ptr,  # (E+1,) int32
+    scale_offsets_ptr,  # (E+1,) int32
+    num_tokens,
+    num_experts,
+    FROM_ENDS: tl.constexpr,
+    BLOCK: tl.constexpr,  # power of two >= E
+):
+    """Prefix sums, clamped so that the layout is valid whatever ``given`` holds."""
+    e = tl.arange(0, BLOCK)
+    mask = e < num_experts
+    given = tl.load(given_ptr + e, mask=mask, other=0).to(tl.int64)
+    if FROM_ENDS:
+        before = tl.load(given_ptr + e - 1, mask=mask & (e > 0), other=0).to(tl.int64)
+        ends = tl.associative_scan(given, 0, _max)
+        starts = tl.associative_scan(before, 0, _max)
+    else:
+        # int64: E counts of up to 2**31 must not wrap into a plausible sum.
+        given = tl.maximum(given, 0)
+        ends = tl.cumsum(given, 0)
+        starts = ends - given
+    limit = num_tokens.to(tl.int64)
+    ends = tl.minimum(tl.maximum(ends, 0), limit)
+    starts = tl.minimum(tl.maximum(starts, 0), limit)
+    tokens = tl.where(mask, ends - starts, 0).to(tl.int32)
+    scale_ends = tl.cumsum((tokens + 127) // 128 * 128, 0)
+    tl.store(tokens_ptr + e, tokens, mask=mask)
+    tl.store(offsets_ptr + e + 1, ends.to(tl.int32), mask=mask)
+    tl.store(scale_offsets_ptr + e + 1, scale_ends, mask=mask)
+    first = e == 0
+    tl.store(offsets_ptr + e, tl.zeros_like(tokens), mask=first)
+    tl.store(scale_offsets_ptr + e, tl.zeros_like(tokens), mask=first)
+
+
+def group_offsets(
+    counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``reference.group_offsets`` computes, in one launch.
+
+    Args:
+        counts_or_ends: (E,) int32 or int64.
+        num_tokens: T.
+        from_ends: whether the first argument holds inclusive ends instead of counts.
+
+    Returns:
+        tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), int32, views of one buffer.
+    """
+    num_experts = counts_or_ends.shape[0]
+    buffer = torch.empty(3 * num_experts + 2, dtype=torch.int32, device=counts_or_ends.device)
+    tokens, offsets, scale_offsets = buffer.split((num_experts, num_experts + 1, num_experts + 1))
+    block = triton.next_power_of_2(max(num_experts, 1))
+    with on_device_of(buffer):
+        group_offsets_kernel[(1,)](
+            counts_or_ends.contiguous(),
+            tokens,
+            offsets,
+            scale_offsets,
+            num_tokens,
+            num_experts,
+            FROM_ENDS=from_ends,
+            BLOCK=block,
+            num_warps=1 if block <= 128 else 4,
+        )
+    return tokens, offsets, scale_offsets
