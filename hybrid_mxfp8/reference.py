@@ -62,8 +62,8 @@ def scale_values(scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> to
     """E8M0 bytes as powers of two ``2**(b - 127)``, exact in fp32 (0 is subnormal there); 255 is NaN."""
     b = scales.to(torch.int32)
     bits = torch.where(b == 0, 0x00400000, b << 23)
-    values: torch.Tensor = torch.where(b == E8M0_NAN, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
-    return values.to(dtype)
+    bits = torch.where(b == E8M0_NAN, 0x7FC00000, bits).to(torch.int32)
+    return bits.view(torch.float32).to(dtype)
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
