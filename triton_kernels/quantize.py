@@ -2,8 +2,8 @@
 
 A program takes a few rows by a stretch of columns, wherever the groups' boundaries are: each row finds
 its expert by counting the ends at or before it, all experts at once, so the cost does not depend on how
-tokens are spread over experts. After the row programs come E more per stretch of columns; each writes
-the zeros of one expert's padding rows. Every other stored byte is written by the row programs, so equal
+tokens are spread over experts. After the row programs come the padding programs; each writes zeros into
+some of the padding rows of one expert. Every other stored byte is written by the row programs, so equal
 inputs give equal bytes.
 
 Expert weights are the same problem with every expert N rows long (``UNIFORM``), their offsets computed
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8.formats import BLOCK_SIZE, SCALE_ROUNDING_BIAS, scale_cols
+from hybrid_mxfp8.formats import BLOCK_SIZE, SCALE_ROUNDING_BIAS, SCALE_TILE_COLS, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
@@ -26,16 +26,14 @@ from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp
 
 @triton.jit
 def _find_experts(rows, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
-    """For each row, how many experts end at or before it, and the number of rows in use."""
+    """For each row, how many experts end at or before it."""
     expert = tl.zeros_like(rows)
-    used = 0
     for first in tl.static_range(0, EXPERTS, CHUNK):
         e = first + tl.arange(0, CHUNK)
         ends = tl.load(expert_offsets_ptr + 1 + e, mask=e < num_experts, other=0)
         before = (ends[None, :] <= rows[:, None]) & (e < num_experts)[None, :]
         expert += tl.sum(before.to(tl.int32), 1)
-        used = tl.maximum(used, tl.max(ends, 0))
-    return expert, used
+    return expert
 
 
 @triton.jit
@@ -52,23 +50,21 @@ def _quantize_blocks(x, ROUNDING_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _zero_padding_rows(
-    scales_ptr, first_scale_row, used_rows, column_tile, num_column_tiles, COLUMN_TILES: tl.constexpr
-):
+def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_column_tiles, TILES: tl.constexpr):
     """Zero rows ``used_rows`` .. 127 of the last 128x4 tiles of one expert, whose last tile row is ``first_scale_row``.
 
     In words of 4 bytes: the 4 columns of one row are neighbours in a tile.
     """
     word = tl.arange(0, 128)
     row = word // 4 + 32 * (word % 4)
-    tile = column_tile * COLUMN_TILES + tl.arange(0, COLUMN_TILES)
+    tile = first_tile + tl.arange(0, TILES)
     first_word = (first_scale_row.to(tl.int64) // 128 * num_column_tiles + tile) * 128
     words = scales_ptr.to(tl.pointer_type(tl.int32)) + first_word[:, None] + word[None, :]
     wanted = (tile < num_column_tiles)[:, None] & (row >= used_rows)[None, :]
-    tl.store(words, tl.zeros([COLUMN_TILES, 128], tl.int32), mask=wanted)
+    tl.store(words, tl.zeros([TILES, 128], tl.int32), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_source_rows", "num_scale_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_source_rows", "num_scale_rows", "row_programs"])
 def quantize_kernel(
     x_ptr,  # rows of K elements, or of 2K with SWIGLU; bf16, fp16 or fp32
     row_stride,  # elements
@@ -85,6 +81,7 @@ def quantize_kernel(
     rows_per_expert,  # N, UNIFORM only
     K,
     row_programs,
+    column_programs,
     ROUNDING_BIAS: tl.constexpr,
     UNIFORM: tl.constexpr,
     GATHER: tl.constexpr,
@@ -93,16 +90,17 @@ def quantize_kernel(
     EXPERT_CHUNK: tl.constexpr,  # experts searched at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,  # multiple of 128
+    PADDING_TILES: tl.constexpr,  # scale tiles that one padding program zeroes, side by side
 ):
-    """Grid (row_programs + E, cdiv(32 C, BLOCK_COLS))."""
+    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),); row_programs = cdiv(T, BLOCK_ROWS) * column_programs."""
     pid = tl.program_id(0)
-    column_program = tl.program_id(1)
-    COLUMN_TILES: tl.constexpr = BLOCK_COLS // 128
     SCALE_COLS: tl.constexpr = BLOCK_COLS // 32
     num_column_tiles = (K + 127) // 128
 
     if pid >= row_programs:
-        e = pid - row_programs
+        programs_per_expert = (num_column_tiles + PADDING_TILES - 1) // PADDING_TILES
+        e = (pid - row_programs) // programs_per_expert
+        first_tile = (pid - row_programs) % programs_per_expert * PADDING_TILES
         if UNIFORM:
             tokens = rows_per_expert
             scale_start = e * ((rows_per_expert + 127) // 128 * 128)
@@ -114,13 +112,14 @@ def quantize_kernel(
                 scales_ptr,
                 scale_start + tokens // 128 * 128,
                 tokens % 128,
-                column_program,
+                first_tile,
                 num_column_tiles,
-                COLUMN_TILES,
+                PADDING_TILES,
             )
         return
 
-    row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column_program = pid % column_programs
+    row = pid // column_programs * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if UNIFORM:
         expert = row // rows_per_expert
         row_in_expert = row - expert * rows_per_expert
@@ -128,8 +127,8 @@ def quantize_kernel(
         scale_row = expert * ((rows_per_expert + 127) // 128 * 128) + row_in_expert
         source = expert.to(tl.int64) * expert_stride + row_in_expert.to(tl.int64) * row_stride
     else:
-        expert, used = _find_experts(row, expert_offsets_ptr, num_experts, EXPERTS, EXPERT_CHUNK)
-        valid = row < tl.minimum(used, num_rows)
+        valid = row < tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
+        expert = _find_experts(row, expert_offsets_ptr, num_experts, EXPERTS, EXPERT_CHUNK)
         start = tl.load(expert_offsets_ptr + expert, mask=valid, other=0)
         scale_row = tl.load(scale_offsets_ptr + expert, mask=valid, other=0) + row - start
         source = row.to(tl.int64) * row_stride
@@ -164,10 +163,11 @@ def quantize_kernel(
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Rows and columns of one program, and its warps."""
+    """Rows and columns of a row program, scale tiles of a padding program, and the warps of both."""
 
     block_rows: int
     block_cols: int
+    padding_tiles: int
     num_warps: int
 
 
@@ -177,14 +177,12 @@ def select_quantize_config(num_rows: int, k: int, interpreted: bool = False) -> 
     Few rows: one row a program, so that a decode batch still fills the GPU. Many: more rows a program, so that
     the expert search is paid once for several. In the interpreter a program costs milliseconds: few, large ones.
     """
-    padded_k = 32 * scale_cols(k)
+    width = triton.next_power_of_2(32 * scale_cols(k))
     if interpreted:
-        return QuantizeConfig(
-            min(triton.next_power_of_2(max(num_rows, 1)), 128), min(triton.next_power_of_2(padded_k), 1024), 4
-        )
-    if num_rows * padded_k <= 2**21:
-        return QuantizeConfig(1, min(triton.next_power_of_2(padded_k), 512), 2)
-    return QuantizeConfig(4, min(triton.next_power_of_2(padded_k), 1024), 4)
+        return QuantizeConfig(min(triton.next_power_of_2(max(num_rows, 1)), 128), min(width, 1024), 8, 4)
+    if num_rows * k <= 2**21:
+        return QuantizeConfig(1, min(width, 512), 4, 2)
+    return QuantizeConfig(4, min(width, 1024), 8, 4)
 
 
 def _launch(
@@ -202,9 +200,11 @@ def _launch(
     k: int,
 ) -> None:
     config = select_quantize_config(num_rows, k, INTERPRETED)
-    row_programs = triton.cdiv(num_rows, config.block_rows)
+    column_programs = triton.cdiv(32 * scale_cols(k), config.block_cols)
+    row_programs = triton.cdiv(num_rows, config.block_rows) * column_programs
+    padding_programs = num_experts * triton.cdiv(scale_cols(k) // SCALE_TILE_COLS, config.padding_tiles)
     experts = triton.next_power_of_2(num_experts)
-    grid = (row_programs + num_experts, triton.cdiv(32 * scale_cols(k), config.block_cols))
+    grid = (row_programs + padding_programs,)
     with on_device_of(x):
         quantize_kernel[grid](
             x,
@@ -222,6 +222,7 @@ def _launch(
             num_rows // num_experts,
             k,
             row_programs,
+            column_programs,
             ROUNDING_BIAS=SCALE_ROUNDING_BIAS[scale_rounding],
             UNIFORM=groups is None,
             GATHER=row_index is not None,
@@ -230,6 +231,7 @@ def _launch(
             EXPERT_CHUNK=min(experts, 1024),
             BLOCK_ROWS=config.block_rows,
             BLOCK_COLS=config.block_cols,
+            PADDING_TILES=config.padding_tiles,
             num_warps=config.num_warps,
         )
 
