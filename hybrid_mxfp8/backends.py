@@ -67,7 +67,7 @@ class Backend:
         hardware: whether the device is one that this backend is made for.
         available: whether it can run at all on a device.
         grouped_gemm: (x, w, out, workspace) -> None.
-        quantize_grouped: (x, groups, values, scales, scale_rounding, row_index, swiglu) -> None.
+        quantize_grouped: (x, layout or counts, values, scales, scale_rounding, row_index, swiglu) -> the layout.
         quantize_weights: (w, values, scales, scale_rounding) -> None.
         explain: configuration and why, one line.
         workspace_size: bytes of device memory that a call needs beside its output.
@@ -80,12 +80,17 @@ class Backend:
     available: Callable[[torch.device], Answer]
     grouped_gemm: Callable[[GroupedMXFP8, ExpertWeights, torch.Tensor, torch.Tensor | None], None]
     quantize_grouped: Callable[
-        [torch.Tensor, GroupLayout, torch.Tensor, torch.Tensor, str, torch.Tensor | None, bool], None
+        [torch.Tensor, GroupLayout | torch.Tensor, torch.Tensor, torch.Tensor, str, torch.Tensor | None, bool],
+        GroupLayout,
     ]
     quantize_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
     explain: Callable[[Problem], str]
     workspace_size: Callable[[Problem], int]
     can_run: Callable[[Problem], Answer]
+
+
+def _layout(groups: GroupLayout | torch.Tensor, num_tokens: int) -> GroupLayout:
+    return groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, num_tokens)
 
 
 # ---------------------------------------------------------------- reference
@@ -98,21 +103,23 @@ def _reference_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, worksp
 
 def _reference_quantize_grouped(
     x: torch.Tensor,
-    groups: GroupLayout,
+    groups: GroupLayout | torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
     scale_rounding: str,
     row_index: torch.Tensor | None,
     swiglu: bool,
-) -> None:
+) -> GroupLayout:
+    groups = _layout(groups, values.shape[0])
     if not groups.num_tokens:
-        return
+        return groups
     if row_index is not None:
         inside = (row_index >= 0) & (row_index < x.shape[0])
         rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(groups.num_tokens, x.shape[1])
         x = torch.where(inside.unsqueeze(1), rows, 0)
     codes, linear = reference.quantize(reference.swiglu(x) if swiglu else x, scale_rounding)
     reference.write_grouped(codes, linear, groups.expert_offsets, groups.scale_offsets, values, scales)
+    return groups
 
 
 def _reference_quantize_weights(
@@ -170,16 +177,25 @@ def _triton_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace
 
 def _triton_quantize_grouped(
     x: torch.Tensor,
-    groups: GroupLayout,
+    groups: GroupLayout | torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
     scale_rounding: str,
     row_index: torch.Tensor | None,
     swiglu: bool,
-) -> None:
-    from hybrid_mxfp8.triton_kernels.quantize import quantize_grouped
+) -> GroupLayout:
+    from hybrid_mxfp8.triton_kernels import quantize as kernel
 
-    quantize_grouped(x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu)
+    num_tokens, k = values.shape
+    if isinstance(groups, torch.Tensor) and kernel.can_fuse_counts(num_tokens, k, groups.shape[0]):
+        return kernel.quantize_counts(
+            x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
+        )
+    groups = _layout(groups, num_tokens)
+    kernel.quantize_grouped(
+        x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
+    )
+    return groups
 
 
 def _triton_quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str) -> None:

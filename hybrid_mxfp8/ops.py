@@ -20,7 +20,7 @@ from hybrid_mxfp8.checks import (
     check_tensor,
     fail,
 )
-from hybrid_mxfp8.formats import padded_scale_rows, scale_cols
+from hybrid_mxfp8.formats import grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
@@ -29,7 +29,7 @@ WORKSPACE_ALIGNMENT = 256
 
 def quantize_grouped(
     x: torch.Tensor,
-    groups: GroupLayout,
+    groups: GroupLayout | torch.Tensor,
     *,
     scale_rounding: str = "rceil",
     row_index: torch.Tensor | None = None,
@@ -42,7 +42,9 @@ def quantize_grouped(
     Args:
         x: (R, K) bf16, fp16 or fp32, K % 32 == 0, any row stride, unit column stride. R = T unless ``row_index``
             is given. With ``activation="swiglu"``: (R, 2K), gate in the first K columns.
-        groups: layout of the T output rows, on x's device.
+        groups: layout of the T output rows, on x's device; or the counts it would be built from, (E,) int32 or int64:
+            then T is the number of rows of x or of ``row_index``, and for a decode batch no launch is spent on the
+            layout, which the result holds.
         scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
         row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 .. R-1 reads as zeros.
         activation: None or ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32.
@@ -58,40 +60,47 @@ def quantize_grouped(
         ValueError: wrong shape, stride, device or option.
         BackendUnavailableError: the named backend can't run here.
     """
-    if not isinstance(groups, GroupLayout):
-        raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=groups.device)
+    if isinstance(groups, GroupLayout):
+        device, num_experts = groups.device, groups.num_experts
+    elif isinstance(groups, torch.Tensor):
+        check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        check_contiguous("groups", groups)
+        device, num_experts = groups.device, groups.shape[0]
+    else:
+        raise TypeError(f"groups: must be a GroupLayout or a tensor of counts (E,), got {type(groups).__name__}")
+    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=device)
     check_no_grad("x", x)
     check_scale_rounding(scale_rounding)
     if activation not in (None, "swiglu"):
         fail("activation", "must be None or 'swiglu'", repr(activation))
-    rows, width = x.shape
+    num_tokens, width = x.shape
     if activation and width % 2:
         fail("x", "must have an even number of columns, gate and up, for swiglu", width)
     k = width // 2 if activation else width
     check_k("x", k)
     if x.stride(1) != 1 and x.numel():
         fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
-    if row_index is None:
-        if rows != groups.num_tokens:
-            fail("x", f"must have T = groups.num_tokens = {groups.num_tokens} rows", rows)
-    else:
-        check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=x.device)
-        check_shape("row_index", row_index, (groups.num_tokens,), "(T,)")
+    if row_index is not None:
+        check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=device)
         check_contiguous("row_index", row_index)
+        num_tokens = row_index.shape[0]
+    if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
+        name = "x" if row_index is None else "row_index"
+        fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
+    scale_rows = grouped_scale_rows(num_tokens, num_experts)
     if out is None:
-        values = torch.empty(groups.num_tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
-        scales = torch.empty(groups.scale_rows, scale_cols(k), dtype=torch.uint8, device=x.device)
+        values = torch.empty(num_tokens, k, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(scale_rows, scale_cols(k), dtype=torch.uint8, device=device)
     else:
         if not isinstance(out, GroupedMXFP8):
             raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
         values, scales = out.values, out.scales
-        check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=x.device)
-        check_shape("out", values, (groups.num_tokens, k), "(T, K)")
-        check_shape("out", scales, (groups.scale_rows, scale_cols(k)), "(S, C)")
-    chosen = choose_quantizer(x.device, backend)
-    chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
-    return GroupedMXFP8(values, scales, groups)
+        check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
+        check_shape("out", values, (num_tokens, k), "(T, K)")
+        check_shape("out", scales, (scale_rows, scale_cols(k)), "(S, C)")
+    chosen = choose_quantizer(device, backend)
+    layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
+    return GroupedMXFP8(values, scales, layout)
 
 
 def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:

@@ -54,6 +54,17 @@ def group_offsets_kernel(
     tl.store(scale_offsets_ptr + e, tl.zeros_like(tokens), mask=first)
 
 
+def empty_layout(num_experts: int, device: torch.device) -> torch.Tensor:
+    """The buffer of a layout, (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
+    return torch.empty(3 * num_experts + 2, dtype=torch.int32, device=device)
+
+
+def split_layout(buffer: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three tensors of a layout's buffer."""
+    tokens, offsets, scale_offsets = buffer.split((num_experts, num_experts + 1, num_experts + 1))
+    return tokens, offsets, scale_offsets
+
+
 def group_offsets(
     counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,8 +79,8 @@ def group_offsets(
         tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), int32, views of one buffer.
     """
     num_experts = counts_or_ends.shape[0]
-    buffer = torch.empty(3 * num_experts + 2, dtype=torch.int32, device=counts_or_ends.device)
-    tokens, offsets, scale_offsets = buffer.split((num_experts, num_experts + 1, num_experts + 1))
+    buffer = empty_layout(num_experts, counts_or_ends.device)
+    tokens, offsets, scale_offsets = split_layout(buffer, num_experts)
     block = triton.next_power_of_2(max(num_experts, 1))
     with on_device_of(buffer):
         group_offsets_kernel[(1,)](

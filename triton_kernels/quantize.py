@@ -6,13 +6,15 @@ tokens are spread over experts. After the row programs come the padding programs
 some of the padding rows of one expert. Every other stored byte is written by the row programs, so equal
 inputs give equal bytes.
 
-Expert weights are the same problem with every expert N rows long (``UNIFORM``), their offsets computed
-instead of loaded.
+The groups come in one of three forms (``LAYOUT``): ``offsets`` of a GroupLayout; ``counts``, which every program
+scans anew and one writes down as a layout, so that a decode step needs no launch for it; ``uniform``, every
+expert N rows long, which is what expert weights are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -20,20 +22,62 @@ import triton.language as tl
 
 from hybrid_mxfp8.formats import BLOCK_SIZE, SCALE_ROUNDING_BIAS, SCALE_TILE_COLS, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 
 
 @triton.jit
-def _find_experts(rows, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
-    """For each row, how many experts end at or before it."""
-    expert = tl.zeros_like(rows)
+def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_ptr, EXPERTS: tl.constexpr):
+    """For each row: whether an expert owns it, and its scale row. Its expert is the number of ends at or before it."""
+    CHUNK: tl.constexpr = min(EXPERTS, 1024)
+    valid = row < tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
+    expert = tl.zeros_like(row)
     for first in tl.static_range(0, EXPERTS, CHUNK):
         e = first + tl.arange(0, CHUNK)
         ends = tl.load(expert_offsets_ptr + 1 + e, mask=e < num_experts, other=0)
-        before = (ends[None, :] <= rows[:, None]) & (e < num_experts)[None, :]
+        before = (ends[None, :] <= row[:, None]) & (e < num_experts)[None, :]
         expert += tl.sum(before.to(tl.int32), 1)
-    return expert
+    start = tl.load(expert_offsets_ptr + expert, mask=valid, other=0)
+    return valid, tl.load(scale_offsets_ptr + expert, mask=valid, other=0) + row - start
+
+
+@triton.jit
+def _scan_counts(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
+    """Each expert's end, tokens and scale end from the counts, clamped as ``group_layout`` does.
+
+    A count is cut to T first, so that the sum of E of them fits int32 where E * T does.
+    """
+    e = tl.arange(0, EXPERTS)
+    given = tl.load(counts_ptr + e, mask=e < num_experts, other=0)
+    counts = tl.minimum(tl.maximum(given, 0), num_rows).to(tl.int32)
+    sums = tl.cumsum(counts, 0)
+    ends = tl.minimum(sums, num_rows)
+    tokens = ends - tl.minimum(sums - counts, num_rows)
+    return ends, tokens, tl.cumsum((tokens + 127) // 128 * 128, 0)
+
+
+@triton.jit
+def _scale_rows_from_counts(row, ends, scale_ends):
+    """What ``_scale_rows`` returns, of scanned counts: offsets are the largest ends at or before a row."""
+    before = ends[None, :] <= row[:, None]
+    start = tl.max(tl.where(before, ends[None, :], 0), 1)
+    scale_start = tl.max(tl.where(before, scale_ends[None, :], 0), 1)
+    return row < tl.max(ends, 0), scale_start + row - start
+
+
+@triton.jit
+def _store_layout(layout_ptr, ends, tokens, scale_ends, num_experts, EXPERTS: tl.constexpr):
+    """Write tokens (E,), expert offsets (E+1,) and scale offsets (E+1,), one after another."""
+    e = tl.arange(0, EXPERTS)
+    mask = e < num_experts
+    offsets_ptr = layout_ptr + num_experts
+    scale_offsets_ptr = offsets_ptr + num_experts + 1
+    tl.store(layout_ptr + e, tokens, mask=mask)
+    tl.store(offsets_ptr + 1 + e, ends, mask=mask)
+    tl.store(scale_offsets_ptr + 1 + e, scale_ends, mask=mask)
+    tl.store(offsets_ptr + e, tl.zeros_like(ends), mask=e == 0)
+    tl.store(scale_offsets_ptr + e, tl.zeros_like(ends), mask=e == 0)
 
 
 @triton.jit
@@ -68,26 +112,27 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
 def quantize_kernel(
     x_ptr,  # rows of K elements, or of 2K with SWIGLU; bf16, fp16 or fp32
     row_stride,  # elements
-    expert_stride,  # elements, UNIFORM only
+    expert_stride,  # elements, LAYOUT uniform
     row_index_ptr,  # (T,) int32, GATHER only
     num_source_rows,  # rows of x, GATHER only
     values_ptr,  # (T, K) e4m3, contiguous
     scales_ptr,  # (S, C) uint8, swizzled
     num_scale_rows,  # S
-    expert_offsets_ptr,  # (E+1,) int32, not UNIFORM
-    scale_offsets_ptr,  # (E+1,) int32, not UNIFORM
+    counts_ptr,  # (E,) int32 or int64, LAYOUT counts
+    layout_ptr,  # (3E+2,) int32: written with LAYOUT counts
+    expert_offsets_ptr,  # (E+1,) int32, LAYOUT offsets
+    scale_offsets_ptr,  # (E+1,) int32, LAYOUT offsets
     num_rows,  # T, or E*N
     num_experts,
-    rows_per_expert,  # N, UNIFORM only
+    rows_per_expert,  # N, LAYOUT uniform
     K,
     row_programs,
     column_programs,
     ROUNDING_BIAS: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    LAYOUT: tl.constexpr,
     GATHER: tl.constexpr,
     SWIGLU: tl.constexpr,
     EXPERTS: tl.constexpr,  # power of two >= E
-    EXPERT_CHUNK: tl.constexpr,  # experts searched at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,  # multiple of 128
     PADDING_TILES: tl.constexpr,  # scale tiles that one padding program zeroes, side by side
@@ -97,11 +142,20 @@ def quantize_kernel(
     SCALE_COLS: tl.constexpr = BLOCK_COLS // 32
     num_column_tiles = (K + 127) // 128
 
+    if LAYOUT == "counts":
+        ends, all_tokens, scale_ends = _scan_counts(counts_ptr, num_rows, num_experts, EXPERTS)
+
     if pid >= row_programs:
         programs_per_expert = (num_column_tiles + PADDING_TILES - 1) // PADDING_TILES
         e = (pid - row_programs) // programs_per_expert
         first_tile = (pid - row_programs) % programs_per_expert * PADDING_TILES
-        if UNIFORM:
+        if LAYOUT == "counts":
+            if e == num_experts:
+                _store_layout(layout_ptr, ends, all_tokens, scale_ends, num_experts, EXPERTS)
+            tokens = tl.sum(tl.where(tl.arange(0, EXPERTS) == e, all_tokens, 0), 0)
+            padded_end = tl.sum(tl.where(tl.arange(0, EXPERTS) == e, scale_ends, 0), 0)
+            scale_start = padded_end - (tokens + 127) // 128 * 128
+        elif LAYOUT == "uniform":
             tokens = rows_per_expert
             scale_start = e * ((rows_per_expert + 127) // 128 * 128)
         else:
@@ -120,18 +174,17 @@ def quantize_kernel(
 
     column_program = pid % column_programs
     row = pid // column_programs * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    if UNIFORM:
+    source = row.to(tl.int64) * row_stride
+    if LAYOUT == "counts":
+        valid, scale_row = _scale_rows_from_counts(row, ends, scale_ends)
+    elif LAYOUT == "offsets":
+        valid, scale_row = _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_ptr, EXPERTS)
+    else:
         expert = row // rows_per_expert
         row_in_expert = row - expert * rows_per_expert
         valid = row < num_rows
         scale_row = expert * ((rows_per_expert + 127) // 128 * 128) + row_in_expert
         source = expert.to(tl.int64) * expert_stride + row_in_expert.to(tl.int64) * row_stride
-    else:
-        valid = row < tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
-        expert = _find_experts(row, expert_offsets_ptr, num_experts, EXPERTS, EXPERT_CHUNK)
-        start = tl.load(expert_offsets_ptr + expert, mask=valid, other=0)
-        scale_row = tl.load(scale_offsets_ptr + expert, mask=valid, other=0) + row - start
-        source = row.to(tl.int64) * row_stride
     readable = valid
     if GATHER:
         index = tl.load(row_index_ptr + row, mask=valid, other=0)
@@ -174,61 +227,88 @@ class QuantizeConfig:
 def select_quantize_config(num_rows: int, k: int, interpreted: bool = False) -> QuantizeConfig:
     """Tile of the quantizer; pure.
 
-    Few rows: one row a program, so that a decode batch still fills the GPU. Many: more rows a program, so that
-    the expert search is paid once for several. In the interpreter a program costs milliseconds: few, large ones.
+    Measured on an H100 (bench/results): up to about 2**20 elements one row a program and few elements a thread win,
+    since latency counts (8 x 4096, E 128: 1.7 us, with 8 rows a program 2.0); beyond, several rows share one expert
+    search (16384 x 7168, E 256: 125 us with 8, 171 with 1). In the interpreter a program costs milliseconds: few,
+    large ones.
     """
     width = triton.next_power_of_2(32 * scale_cols(k))
     if interpreted:
         return QuantizeConfig(min(triton.next_power_of_2(max(num_rows, 1)), 128), min(width, 1024), 8, 4)
+    if num_rows * k <= 2**20:
+        return QuantizeConfig(1, min(width, 1024), 16, 4)
     if num_rows * k <= 2**21:
-        return QuantizeConfig(1, min(width, 512), 4, 2)
-    return QuantizeConfig(4, min(width, 1024), 8, 4)
+        return QuantizeConfig(2, min(width, 1024), 16, 4)
+    return QuantizeConfig(8, min(width, 512), 4, 4)
+
+
+FUSED_COUNTS_MAX_EXPERTS = 1024
+FUSED_COUNTS_MAX_ELEMENTS = 2**22
+
+
+def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
+    """Whether the quantizer should scan counts itself instead of reading a layout's offsets; pure.
+
+    Each program repeats the scan, which beats a second launch only while there are few programs.
+    """
+    return 0 < num_experts <= FUSED_COUNTS_MAX_EXPERTS and 0 < num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one launch: how many, by how many experts, and where their sources are."""
+
+    num_rows: int
+    num_experts: int
+    k: int
+    row_stride: int
+    expert_stride: int = 0
+    row_index: torch.Tensor | None = None
+    swiglu: bool = False
 
 
 def _launch(
     x: torch.Tensor,
-    row_stride: int,
-    expert_stride: int,
-    row_index: torch.Tensor | None,
-    swiglu: bool,
-    scale_rounding: str,
+    rows: _Rows,
     values: torch.Tensor,
     scales: torch.Tensor,
-    groups: GroupLayout | None,
-    num_rows: int,
-    num_experts: int,
-    k: int,
+    scale_rounding: str,
+    layout: Literal["counts", "offsets", "uniform"],
+    counts: torch.Tensor | None = None,
+    layout_buffer: torch.Tensor | None = None,
+    groups: GroupLayout | None = None,
 ) -> None:
-    config = select_quantize_config(num_rows, k, INTERPRETED)
-    column_programs = triton.cdiv(32 * scale_cols(k), config.block_cols)
-    row_programs = triton.cdiv(num_rows, config.block_rows) * column_programs
-    padding_programs = num_experts * triton.cdiv(scale_cols(k) // SCALE_TILE_COLS, config.padding_tiles)
-    experts = triton.next_power_of_2(num_experts)
-    grid = (row_programs + padding_programs,)
+    config = select_quantize_config(rows.num_rows, rows.k, INTERPRETED)
+    cols = scale_cols(rows.k)
+    column_programs = triton.cdiv(BLOCK_SIZE * cols, config.block_cols)
+    row_programs = triton.cdiv(rows.num_rows, config.block_rows) * column_programs
+    padding_programs = rows.num_experts * triton.cdiv(cols // SCALE_TILE_COLS, config.padding_tiles)
     with on_device_of(x):
-        quantize_kernel[grid](
+        # One program more writes the layout.
+        quantize_kernel[(row_programs + padding_programs + (layout == "counts"),)](
             x,
-            row_stride,
-            expert_stride,
-            row_index,
+            rows.row_stride,
+            rows.expert_stride,
+            rows.row_index,
             x.shape[0],
             raw(values),
             scales,
-            scales.numel() // scale_cols(k),
+            scales.numel() // cols,
+            counts,
+            layout_buffer,
             groups.expert_offsets if groups else None,
             groups.scale_offsets if groups else None,
-            num_rows,
-            num_experts,
-            num_rows // num_experts,
-            k,
+            rows.num_rows,
+            rows.num_experts,
+            rows.num_rows // rows.num_experts,
+            rows.k,
             row_programs,
             column_programs,
             ROUNDING_BIAS=SCALE_ROUNDING_BIAS[scale_rounding],
-            UNIFORM=groups is None,
-            GATHER=row_index is not None,
-            SWIGLU=swiglu,
-            EXPERTS=experts,
-            EXPERT_CHUNK=min(experts, 1024),
+            LAYOUT=layout,
+            GATHER=rows.row_index is not None,
+            SWIGLU=rows.swiglu,
+            EXPERTS=triton.next_power_of_2(rows.num_experts),
             BLOCK_ROWS=config.block_rows,
             BLOCK_COLS=config.block_cols,
             PADDING_TILES=config.padding_tiles,
@@ -258,38 +338,46 @@ def quantize_grouped(
         swiglu: quantize ``silu(x[:, :K]) * x[:, K:]``.
     """
     if groups.num_tokens and groups.num_experts:
-        _launch(
-            x,
-            x.stride(0),
-            0,
-            row_index,
-            swiglu,
-            scale_rounding,
-            values,
-            scales,
-            groups,
-            groups.num_tokens,
-            groups.num_experts,
-            values.shape[1],
+        rows = _Rows(
+            groups.num_tokens, groups.num_experts, values.shape[1], x.stride(0), row_index=row_index, swiglu=swiglu
         )
+        _launch(x, rows, values, scales, scale_rounding, "offsets", groups=groups)
+
+
+def quantize_counts(
+    x: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    swiglu: bool,
+) -> GroupLayout:
+    """:func:`quantize_grouped` and ``GroupLayout.from_counts`` in one launch, where :func:`can_fuse_counts` says so.
+
+    Args:
+        x: as for :func:`quantize_grouped`.
+        tokens_per_expert: (E,) int32 or int64, contiguous; 1 <= E <= FUSED_COUNTS_MAX_EXPERTS.
+        values: (T, K) float8_e4m3fn, contiguous, T >= 1.
+        scales: (S, C) uint8, contiguous.
+        scale_rounding: ``rceil``, ``floor`` or ``even``.
+        row_index: (T,) int32 or None.
+        swiglu: as for :func:`quantize_grouped`.
+
+    Returns:
+        The layout, its three tensors views of one new buffer.
+    """
+    num_rows, num_experts = values.shape[0], tokens_per_expert.shape[0]
+    buffer = empty_layout(num_experts, x.device)
+    rows = _Rows(num_rows, num_experts, values.shape[1], x.stride(0), row_index=row_index, swiglu=swiglu)
+    _launch(x, rows, values, scales, scale_rounding, "counts", counts=tokens_per_expert, layout_buffer=buffer)
+    return GroupLayout(*split_layout(buffer, num_experts), num_rows)
 
 
 def quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *, scale_rounding: str) -> None:
     """Quantize w (E, N, K), unit stride along K, into ``values`` (E, N, K) and ``scales`` (E, roundup(N, 128), C)."""
     num_experts, n, k = w.shape
     if num_experts and n:
-        assert k % BLOCK_SIZE == 0
-        _launch(
-            w,
-            w.stride(1),
-            w.stride(0),
-            None,
-            False,
-            scale_rounding,
-            values,
-            scales,
-            None,
-            num_experts * n,
-            num_experts,
-            k,
-        )
+        rows = _Rows(num_experts * n, num_experts, k, w.stride(1), w.stride(0))
+        _launch(w, rows, values, scales, scale_rounding, "uniform")
