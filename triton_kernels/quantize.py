@@ -97,15 +97,19 @@ def _quantize_blocks(x, ROUNDING_BIAS: tl.constexpr):
 def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_column_tiles, TILES: tl.constexpr):
     """Zero rows ``used_rows`` .. 127 of the last 128x4 tiles of one expert, whose last tile row is ``first_scale_row``.
 
-    In words of 4 bytes: the 4 columns of one row are neighbours in a tile.
+    In words of 4 bytes, the 4 columns of one row. Rows r, r + 32, r + 64 and r + 96 are neighbours in a tile, so where
+    even r is padding, a mask that is the same for four words lets the compiler store 16 bytes at once.
     """
     word = tl.arange(0, 128)
-    row = word // 4 + 32 * (word % 4)
+    first_row = word // 4
+    row = first_row + 32 * (word % 4)
     tile = first_tile + tl.arange(0, TILES)
     first_word = (first_scale_row.to(tl.int64) // 128 * num_column_tiles + tile) * 128
     words = scales_ptr.to(tl.pointer_type(tl.int32)) + first_word[:, None] + word[None, :]
-    wanted = (tile < num_column_tiles)[:, None] & (row >= used_rows)[None, :]
-    tl.store(words, tl.zeros([TILES, 128], tl.int32), mask=wanted)
+    in_tiles = (tile < num_column_tiles)[:, None]
+    zeros = tl.zeros([TILES, 128], tl.int32)
+    tl.store(words, zeros, mask=in_tiles & (first_row >= used_rows)[None, :])
+    tl.store(words, zeros, mask=in_tiles & ((first_row < used_rows) & (row >= used_rows))[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "num_source_rows", "num_scale_rows", "row_programs"])
