@@ -228,13 +228,14 @@ class QuantizeConfig:
     num_warps: int
 
 
-def select_quantize_config(num_rows: int, k: int, interpreted: bool = False) -> QuantizeConfig:
+def select_quantize_config(num_rows: int, k: int, num_experts: int, interpreted: bool = False) -> QuantizeConfig:
     """Tile of the quantizer; pure.
 
-    Measured on an H100 (bench/results): up to about 2**20 elements one row a program and few elements a thread win,
-    since latency counts (8 x 4096, E 128: 1.7 us, with 8 rows a program 2.0); beyond, several rows share one expert
-    search (16384 x 7168, E 256: 125 us with 8, 171 with 1). In the interpreter a program costs milliseconds: few,
-    large ones.
+    Measured on an H100. Few rows are a matter of latency: one row a program (8 x 4096, E 128: 1.8 us; 2.0 with 8).
+    Then four, so that a program's scan of all experts is shared (256 x 7168, E 256, counts scanned: 5.5 us; 7.4
+    with 1). Many rows: wide programs while the search over experts is cheap (131072 x 7168, E 8: 937 us; 943 with
+    8 x 512), else tall ones that share it (16384 x 7168, E 256: 125 us; 146 with 2 x 2048). In the interpreter a
+    program costs milliseconds: few, large ones.
     """
     width = triton.next_power_of_2(32 * scale_cols(k))
     if interpreted:
@@ -242,12 +243,14 @@ def select_quantize_config(num_rows: int, k: int, interpreted: bool = False) -> 
     if num_rows * k <= 2**20:
         return QuantizeConfig(1, min(width, 1024), 16, 4)
     if num_rows * k <= 2**21:
-        return QuantizeConfig(2, min(width, 1024), 16, 4)
+        return QuantizeConfig(4, min(width, 1024), 16, 4)
+    if num_experts <= 64:
+        return QuantizeConfig(2, min(width, 2048), 16, 8)
     return QuantizeConfig(8, min(width, 512), 4, 4)
 
 
 FUSED_COUNTS_MAX_EXPERTS = 1024
-FUSED_COUNTS_MAX_ELEMENTS = 2**22
+FUSED_COUNTS_MAX_ELEMENTS = 2**21
 
 
 def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
@@ -282,7 +285,7 @@ def _launch(
     layout_buffer: torch.Tensor | None = None,
     groups: GroupLayout | None = None,
 ) -> None:
-    config = select_quantize_config(rows.num_rows, rows.k, INTERPRETED)
+    config = select_quantize_config(rows.num_rows, rows.k, rows.num_experts, INTERPRETED)
     cols = scale_cols(rows.k)
     column_programs = triton.cdiv(BLOCK_SIZE * cols, config.block_cols)
     row_programs = triton.cdiv(rows.num_rows, config.block_rows) * column_programs
