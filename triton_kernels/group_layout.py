@@ -31,19 +31,19 @@ def group_offsets_kernel(
     """Prefix sums, clamped so that the layout is valid whatever ``given`` holds."""
     e = tl.arange(0, BLOCK)
     mask = e < num_experts
+    limit = num_tokens.to(tl.int64)
+    # Clamped before they are summed, in int64: the sum of E counts of at most T can't wrap.
     given = tl.load(given_ptr + e, mask=mask, other=0).to(tl.int64)
+    given = tl.minimum(tl.maximum(given, 0), limit)
     if FROM_ENDS:
         before = tl.load(given_ptr + e - 1, mask=mask & (e > 0), other=0).to(tl.int64)
+        before = tl.minimum(tl.maximum(before, 0), limit)
         ends = tl.associative_scan(given, 0, _max)
         starts = tl.associative_scan(before, 0, _max)
     else:
-        # int64: E counts of up to 2**31 must not wrap into a plausible sum.
-        given = tl.maximum(given, 0)
         ends = tl.cumsum(given, 0)
-        starts = ends - given
-    limit = num_tokens.to(tl.int64)
-    ends = tl.minimum(tl.maximum(ends, 0), limit)
-    starts = tl.minimum(tl.maximum(starts, 0), limit)
+        starts = tl.minimum(ends - given, limit)
+        ends = tl.minimum(ends, limit)
     tokens = tl.where(mask, ends - starts, 0).to(tl.int32)
     scale_ends = tl.cumsum((tokens + 127) // 128 * 128, 0)
     tl.store(tokens_ptr + e, tokens, mask=mask)

@@ -1,0 +1,77 @@
+"""How far a product may be from the float64 truth of its MXFP8 operands: one table, with the reasons.
+
+The operands are exact in fp32, products of two e4m3 values are exact in fp32, and scales are powers of two. So
+what can differ is the accumulation and the rounding of the output:
+
+    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T) + smallest(dtype) + dropped(formulation)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from truth import Bytes, Doubles, dequantize
+
+HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+"""Relative to |ref|, which is at least the power of two that the ulp is counted from."""
+
+SMALLEST = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150}
+"""Half the smallest subnormal: what rounding may cost near zero."""
+
+LARGEST = {torch.bfloat16: 3.3895e38, torch.float16: 65504.0, torch.float32: 3.4028e38}
+"""References above are Inf in this dtype."""
+
+ACCUMULATION = 2e-5
+"""Relative to the sum of magnitudes. fp32 accumulation in order costs at most K * 2**-24, 1.2e-4 at K = 2048, but errors
+of random sign add up to about sqrt(K) * 2**-24 = 3e-6. Matrix units that align addends before they add keep fewer bits:
+13 of fraction on Hopper's fp8 path, which the kernels avoid, 23 or more on the bf16 and block-scaled ones."""
+
+BF16_DROPPED = 2.0**-134
+"""The bf16 formulation rounds dequantized elements below 2**-133, which only scale bytes 0 to 2 produce."""
+
+
+def gemm_bound(ref: Doubles, magnitude: Doubles, dtype: torch.dtype, dropped: Doubles | float = 0.0) -> Doubles:
+    """The largest allowed |y - ref|, elementwise; ``magnitude`` is |x| @ |w|.T."""
+    bound: Doubles = HALF_ULP[dtype] * np.abs(ref) + ACCUMULATION * magnitude + SMALLEST[dtype] + dropped
+    return bound
+
+
+def check_gemm(
+    y: torch.Tensor,
+    x: tuple[Bytes, Bytes],
+    w: tuple[Bytes, Bytes],
+    counts: Sequence[int],
+    *,
+    bf16_formulation: bool = False,
+) -> float:
+    """Compare y (T, N) with truth, row by row of each expert; returns the largest error in units of its bound.
+
+    Args:
+        y: the product.
+        x: codes (T, K) and row-major scales (T, K/32).
+        w: codes (E, N, K) and row-major scales (E, N, K/32).
+        counts: rows of each expert.
+        bf16_formulation: whether operands passed through bf16.
+    """
+    got = y.detach().cpu().double().numpy()
+    start, worst = 0, 0.0
+    for e, count in enumerate(counts):
+        rows = slice(start, start + count)
+        start += count
+        if not count:
+            continue
+        xd, wd = dequantize(x[0][rows], x[1][rows]), dequantize(w[0][e], w[1][e])
+        ref, magnitude = xd @ wd.T, np.abs(xd) @ np.abs(wd).T
+        nan = np.isnan(ref)
+        assert np.array_equal(np.isnan(got[rows]), nan), f"expert {e}: NaN where truth has none, or the reverse"
+        dropped = 0.0
+        if bf16_formulation:
+            dropped = BF16_DROPPED * (np.abs(xd).sum(1)[:, None] + np.abs(wd).sum(1)[None, :])
+        bound = gemm_bound(ref, magnitude, y.dtype, dropped)
+        beyond = np.abs(ref) > LARGEST[y.dtype]
+        error = np.where(beyond, np.where(np.isfinite(got[rows]), np.inf, 0), np.abs(got[rows] - ref) / bound)
+        worst = max(worst, float(np.where(nan, 0, error).max()))
+    assert worst <= 1.0, f"largest error is {worst:.3g} times its bound"
+    return worst
