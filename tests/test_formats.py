@@ -42,7 +42,9 @@ def test_the_first_bytes_of_a_tile_are_rows_0_32_64_96() -> None:
 
 @given(rows=st.integers(1, 300), cols=st.integers(1, 40), batch=st.sampled_from([(), (1,), (3,), (2, 2)]))
 def test_unswizzle_inverts_swizzle(rows: int, cols: int, batch: tuple[int, ...]) -> None:
-    linear = torch.randint(0, 256, (*batch, rows, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
+    linear = torch.randint(
+        0, 256, (*batch, rows, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows)
+    )
     swizzled = mx.swizzle_scales(linear)
     assert swizzled.shape == (*batch, formats.padded_scale_rows(rows), formats.round_up(cols, 4))
     assert torch.equal(mx.unswizzle_scales(swizzled, rows, cols), linear)
@@ -82,6 +84,8 @@ def test_scale_cols(k: int, cols: int) -> None:
     assert formats.scale_cols(k) == cols
 
 
-@pytest.mark.parametrize(("value", "multiple", "expected"), [(0, 128, 0), (1, 128, 128), (128, 128, 128), (129, 4, 132)])
+@pytest.mark.parametrize(
+    ("value", "multiple", "expected"), [(0, 128, 0), (1, 128, 128), (128, 128, 128), (129, 4, 132)]
+)
 def test_round_up(value: int, multiple: int, expected: int) -> None:
     assert formats.round_up(value, multiple) == expected

@@ -60,7 +60,9 @@ def test_offsets_of_many_experts(group_offsets: GroupOffsets, num_experts: int, 
 
 
 @given(
-    counts=st.lists(st.sampled_from([2**62, 2**63 - 1, -(2**63)]) | st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 300)),
+    counts=st.lists(
+        st.sampled_from([2**62, 2**63 - 1, -(2**63)]) | st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 300)
+    ),
     num_tokens=st.integers(0, 1000),
     from_ends=st.booleans(),
 )

@@ -24,9 +24,9 @@ LARGEST = {torch.bfloat16: 3.3895e38, torch.float16: 65504.0, torch.float32: 3.4
 """References above are Inf in this dtype."""
 
 ACCUMULATION = 2e-5
-"""Relative to the sum of magnitudes. fp32 accumulation in order costs at most K * 2**-24, 1.2e-4 at K = 2048, but errors
-of random sign add up to about sqrt(K) * 2**-24 = 3e-6. Matrix units that align addends before they add keep fewer bits:
-13 of fraction on Hopper's fp8 path, which the kernels avoid, 23 or more on the bf16 and block-scaled ones."""
+"""Relative to the sum of magnitudes. fp32 accumulation costs at most K * 2**-24 of it, 1.2e-4 at K = 2048; roundings of
+random sign add up to about sqrt(K) * 2**-24, 3e-6 there, and to 5e-6 at K = 7168. Matrix units also align the addends of a
+step before they add them, which drops bits below their widest one's; this leaves four times for that."""
 
 BF16_DROPPED = 2.0**-134
 """The bf16 formulation rounds dequantized elements below 2**-133, which only scale bytes 0 to 2 produce."""

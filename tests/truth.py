@@ -42,7 +42,7 @@ def encode_e4m3(x: Doubles) -> Bytes:
     codes = np.concatenate(
         [
             _EVEN_FIRST[np.abs(np.minimum(part, 448.0)[:, None] - E4M3[_EVEN_FIRST]).argmin(axis=1)]
-            for part in np.array_split(distinct, max(1, distinct.size // 65536))
+            for part in np.array_split(distinct, 1 + distinct.size // 65536)
         ]
     )[where.reshape(x.shape)]
     codes = codes | (np.signbit(x).astype(np.uint8) << 7)
@@ -72,7 +72,7 @@ def scale_bytes(amax: Doubles, rounding: str) -> Bytes:
 
 def quantize(x: Doubles, rounding: str = "rceil") -> tuple[Bytes, Bytes]:
     """x (R, K) to codes (R, K) and row-major scales (R, K/32)."""
-    blocks = x.reshape(x.shape[0], -1, 32)
+    blocks = x.reshape(x.shape[0], x.shape[1] // 32, 32)
     finite = np.isfinite(blocks).all(axis=2)
     blocks = np.where(finite[:, :, None], blocks, 0)
     scales = scale_bytes(np.abs(blocks).max(axis=2, initial=0), rounding)

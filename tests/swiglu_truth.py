@@ -1,0 +1,58 @@
+"""What quantized SwiGLU may be, when only its exponential is not exact.
+
+silu(g) * u is computed in fp32 with an exponential and a division that may differ in their last places between
+the CPU, the interpreter and a GPU. With d the relative error that these allow, the true value v lies somewhere in
+[v(1-d), v(1+d)], so the scale must be one that some amax in its interval asks for, and each code must lie between the
+codes of the interval's ends at that scale. Where no boundary is within d this leaves a single answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import truth
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.formats import scale_cols
+from hybrid_mxfp8.reference import unswizzle_scales
+
+
+def relative_error(gate: truth.Doubles) -> truth.Doubles:
+    """Exponentials are 2**(g * log2 e): rounding the product costs |g| * 2**-24, and five more operations 2 ulp each."""
+    error: truth.Doubles = (np.abs(gate) * 1.5 + 20) * 2.0**-24
+    return error
+
+
+def check(got: mx.GroupedMXFP8, x: torch.Tensor, counts: Sequence[int], rounding: str) -> None:
+    """Check finite rows of x (T, 2K), sorted by expert as ``counts`` says, against ``got``."""
+    gate, up = np.split(truth.doubles(x), 2, axis=1)
+    true = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
+    # Where exp(-gate) leaves fp32's range the product is flushed to zero: it is below 2**-120 times up.
+    slack = np.abs(true) * relative_error(gate) + np.where(gate < -86, np.abs(true) + 2.0**-118 * np.abs(up), 0)
+    blocks, slack = (a.reshape(a.shape[0], -1, 32) for a in (true, slack))
+    magnitude = np.abs(blocks)
+    lowest = truth.scale_bytes(np.maximum(magnitude - slack, 0).max(axis=2), rounding)
+    highest = truth.scale_bytes((magnitude + slack).max(axis=2), rounding)
+
+    k, scale_offsets = gate.shape[1], got.groups.scale_offsets.tolist()
+    scales = np.zeros(lowest.shape, np.uint8)
+    stored = got.scales.cpu()
+    for (start, end), first in zip(
+        itertools.pairwise(itertools.accumulate(counts, initial=0)), scale_offsets, strict=False
+    ):
+        rows = truth.padded(end - start, 128)
+        scales[start:end] = unswizzle_scales(stored[first : first + rows], end - start, k // 32).numpy()
+    assert stored.shape[1] == scale_cols(k)
+    assert bool(((scales >= lowest) & (scales <= highest)).all())
+    # Nearly every block has one answer only; a check that allowed more would say little.
+    assert (lowest != highest).mean() < 0.02
+
+    inverse = 2.0 ** (127.0 - scales[:, :, None])
+    codes = truth.decode_e4m3(truth.as_bytes(got.values)).reshape(blocks.shape)
+    low = truth.decode_e4m3(truth.encode_e4m3((blocks - slack) * inverse))
+    high = truth.decode_e4m3(truth.encode_e4m3((blocks + slack) * inverse))
+    assert bool(((codes >= low) & (codes <= high)).all())
+    assert (low != high).mean() < 0.02

@@ -1,0 +1,289 @@
+"""The choice of a backend: precedence, errors, logging, threads, and what the choice says about itself."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+import cases
+import pytest
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.backends import BACKENDS, Answer, Problem, _log_choice, choose, choose_quantizer, requested
+
+# The package's function of that name hides the module from an ordinary import.
+MODULE = importlib.import_module("hybrid_mxfp8.backends")
+CPU = torch.device("cpu")
+PROBLEM = Problem(4, 64, 96, 100, torch.bfloat16, CPU)
+
+
+@pytest.fixture
+def fresh_log() -> Iterator[None]:
+    """Choices are logged once a process: forget which were."""
+    _log_choice.cache_clear()
+    yield
+    _log_choice.cache_clear()
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, **answers: tuple[bool, str]) -> None:
+    """Make backends answer this, on hardware that is theirs."""
+    for name, answer in answers.items():
+        changed = dataclasses.replace(
+            BACKENDS[name],
+            hardware=lambda device: True,
+            available=lambda device, answer=answer: answer,
+            can_run=lambda problem, answer=answer: answer,
+        )
+        monkeypatch.setitem(BACKENDS, name, changed)
+
+
+@pytest.fixture
+def all_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, cutlass=(True, "yes"), triton=(True, "yes"))
+
+
+def test_order_and_names() -> None:
+    assert list(BACKENDS) == ["cutlass", "triton", "reference"]
+    assert all(name == backend.name for name, backend in BACKENDS.items())
+
+
+@pytest.mark.parametrize(
+    ("argument", "override", "variable", "expected"),
+    [
+        (None, None, None, "cutlass"),
+        (None, None, "triton", "triton"),
+        (None, None, "auto", "cutlass"),
+        (None, None, "", "cutlass"),
+        (None, None, " Reference ", "reference"),
+        (None, "reference", "triton", "reference"),
+        (None, "auto", "triton", "cutlass"),
+        ("triton", "reference", None, "triton"),
+        ("triton", None, "reference", "triton"),
+        ("auto", "reference", "triton", "cutlass"),
+    ],
+)
+def test_precedence(
+    all_available: None,
+    monkeypatch: pytest.MonkeyPatch,
+    argument: str | None,
+    override: str | None,
+    variable: str | None,
+    expected: str,
+) -> None:
+    """backend= beats use_backend() beats HYBRID_MXFP8_BACKEND beats auto."""
+    if variable is not None:
+        monkeypatch.setenv("HYBRID_MXFP8_BACKEND", variable)
+    if override is None:
+        assert choose(PROBLEM, argument).name == expected
+    else:
+        with mx.use_backend(override):
+            assert choose(PROBLEM, argument).name == expected
+
+
+def test_use_backend_none_means_auto(all_available: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
+    with mx.use_backend(None):
+        assert choose(PROBLEM).name == "cutlass"
+    assert choose(PROBLEM).name == "reference"
+
+
+def test_use_backend_nests_and_ends_with_an_error(all_available: None) -> None:
+    with mx.use_backend("triton"):
+        with pytest.raises(KeyError), mx.use_backend("reference"):
+            assert choose(PROBLEM).name == "reference"
+            raise KeyError
+        assert choose(PROBLEM).name == "triton"
+    assert choose(PROBLEM).name == "cutlass"
+
+
+def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
+    inside, done = threading.Barrier(3), threading.Barrier(3)
+
+    def work(name: str) -> str:
+        with mx.use_backend(name):
+            inside.wait(20)  # both threads are inside their blocks now
+            chosen = choose(PROBLEM).name
+            done.wait(20)
+        return chosen
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(work, name) for name in ("triton", "reference")]
+        inside.wait(20)
+        assert choose(PROBLEM).name == "cutlass"
+        done.wait(20)
+        assert [future.result() for future in futures] == ["triton", "reference"]
+
+
+@pytest.mark.parametrize("bad", ["cuda", "", "Triton", 3])
+@pytest.mark.parametrize("source", ["backend", "name", "HYBRID_MXFP8_BACKEND"])
+def test_unknown_names_list_the_valid_ones(monkeypatch: pytest.MonkeyPatch, source: str, bad: object) -> None:
+    def ask() -> None:
+        if source == "backend":
+            choose(PROBLEM, bad)  # type: ignore[arg-type]
+        elif source == "name":
+            with mx.use_backend(bad):  # type: ignore[arg-type]
+                pass
+        else:
+            monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "blas")
+            requested(None)
+
+    with pytest.raises(ValueError, match=f"^{source}: must be one of auto, cutlass, triton, reference, got "):
+        ask()
+
+
+@pytest.mark.parametrize("how", ["argument", "use_backend", "environment"])
+def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: str, rng: torch.Generator) -> None:
+    answering(monkeypatch, triton=(False, "no such luck: buy one"))
+    groups = cases.layout([3, 4])
+    x, w = torch.ones(7, 64), torch.ones(2, 8, 64)
+    xq = mx.quantize_grouped(x, groups, backend="reference")
+    wq = mx.quantize_weights(w, backend="reference")
+    out = cases.poisoned_product(7, 8, torch.bfloat16)
+    argument = "triton" if how == "argument" else None
+    calls: list[Callable[[], object]] = [
+        lambda: mx.grouped_gemm(xq, wq, out=out, backend=argument),
+        lambda: mx.quantize_grouped(x, groups, backend=argument),
+        lambda: mx.quantize_weights(w, backend=argument),
+        lambda: mx.explain(xq, wq, backend=argument),
+        lambda: mx.grouped_gemm_workspace_size(wq, 7, backend=argument),
+    ]
+    if how == "environment":
+        monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "triton")
+    for call in calls:
+        override = mx.use_backend("triton") if how == "use_backend" else contextlib.nullcontext()
+        with override, pytest.raises(mx.BackendUnavailableError, match="^backend triton: no such luck: buy one$"):
+            call()
+    assert bool(torch.isnan(out).all())
+
+
+def test_cutlass_on_a_cpu_says_what_it_needs() -> None:
+    with pytest.raises(
+        mx.BackendUnavailableError, match=r"^backend cutlass: needs a GPU of compute capability 10\.0 or 10\.3"
+    ):
+        choose(PROBLEM, "cutlass")
+
+
+def test_triton_on_a_cpu_without_the_interpreter_says_what_to_set() -> None:
+    if env.triton_interpret():
+        assert choose(PROBLEM, "triton").name == "triton"
+    else:
+        with pytest.raises(mx.BackendUnavailableError, match="set TRITON_INTERPRET=1"):
+            choose(PROBLEM, "triton")
+
+
+def test_cutlass_quantizes_with_triton(all_available: None) -> None:
+    assert choose_quantizer(CPU, "cutlass").name == "triton"
+    assert choose_quantizer(CPU).name == "triton"
+    assert choose_quantizer(CPU, "reference").name == "reference"
+
+
+def records(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "hybrid_mxfp8"]
+
+
+@pytest.mark.usefixtures("fresh_log", "all_available")
+def test_auto_logs_its_choice_once_at_info(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
+        for _ in range(3):
+            choose(PROBLEM)
+    assert records(caplog) == [(logging.INFO, "grouped_gemm on cpu uses backend cutlass (yes)")]
+
+
+@pytest.mark.usefixtures("fresh_log")
+def test_a_fallback_is_logged_once_as_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, cutlass=(False, "no nvcc: install one"), triton=(True, "yes"))
+    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
+        for _ in range(3):
+            assert choose(PROBLEM).name == "triton"
+    expected = "grouped_gemm on cpu falls back to backend triton (cutlass: no nvcc: install one)"
+    assert records(caplog) == [(logging.WARNING, expected)]
+
+
+@pytest.mark.usefixtures("fresh_log", "all_available")
+def test_a_named_backend_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "hybrid_mxfp8"):
+        choose(PROBLEM, "triton")
+    assert records(caplog) == []
+
+
+@pytest.mark.usefixtures("fresh_log")
+def test_hardware_that_is_not_there_is_no_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    """A CPU that uses Triton's interpreter or the reference misses nothing: INFO, not WARNING."""
+    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
+        chosen = choose(PROBLEM)
+    assert chosen.name == ("triton" if env.triton_interpret() else "reference")
+    assert [level for level, _ in records(caplog)] == [logging.INFO]
+
+
+def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, cutlass=(True, "yes"), triton=(True, "yes"))
+    assert choose(PROBLEM).name == "cutlass"
+    answering(monkeypatch, cutlass=(False, "no"))
+    assert choose(PROBLEM).name == "triton"
+    answering(monkeypatch, triton=(False, "no"))
+    assert choose(PROBLEM).name == "reference"
+
+
+def test_backends_says_for_each_whether_and_why() -> None:
+    answers = mx.backends("cpu")
+    assert list(answers) == ["cutlass", "triton", "reference"]
+    assert answers["cutlass"] == (False, "needs a GPU of compute capability 10.0 or 10.3")
+    assert answers["reference"] == (True, "always")
+    assert answers["triton"][0] == env.triton_interpret()
+    assert all(reason and "\n" not in reason for _, reason in answers.values())
+
+
+def capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int]) -> torch.device:
+    """A CUDA device of this compute capability, without one."""
+    monkeypatch.setattr(MODULE, "_capability", lambda device: value if device.type == "cuda" else None)
+    monkeypatch.setattr(MODULE, "_interpreted", lambda: False)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("value", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_answers_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int]) -> None:
+    device = capability(monkeypatch, value)
+    answers: dict[str, Answer] = {name: backend.available(device) for name, backend in BACKENDS.items()}
+    assert answers["triton"][0] == (value >= (8, 9))
+    named = f"{value[0]}.{value[1]}"
+    assert named in answers["triton"][1]
+    if value not in ((10, 0), (10, 3)):
+        assert answers["cutlass"] == (False, f"needs compute capability 10.0 or 10.3, got {named}")
+
+
+def test_triton_refuses_other_devices() -> None:
+    assert BACKENDS["triton"].available(torch.device("meta"))[0] is False
+
+
+def test_explain(rng: torch.Generator) -> None:
+    xq = mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="reference")
+    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
+    assert mx.explain(xq, wq, backend="reference") == "reference, asked for: one float64 matmul an expert"
+    text = mx.explain(xq, wq)
+    assert "chosen automatically" in text
+    assert "cutlass: needs a GPU" in text
+    assert "\n" not in text
+    if env.triton_interpret():
+        text = mx.explain(xq, wq, backend="triton")
+        assert text.startswith("triton, asked for: ")
+        assert "block_t=16" in text
+        assert "3.5 tokens an expert" in text
+
+
+def test_workspace_size(backend: str) -> None:
+    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
+    assert mx.grouped_gemm_workspace_size(wq, 7, backend=backend) == 0
+
+
+def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "_has_triton", lambda: False)
+    assert mx.backends("cpu")["triton"] == (False, "Triton is not installed: pip install triton")
