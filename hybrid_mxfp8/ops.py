@@ -195,7 +195,7 @@ def grouped_gemm_workspace_size(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: negative ``num_tokens``.
+        ValueError: negative ``num_tokens``, or N not a multiple of 8.
         BackendUnavailableError: the named backend can't run this problem here.
     """
     if not isinstance(w, ExpertWeights):
@@ -204,6 +204,7 @@ def grouped_gemm_workspace_size(
         raise TypeError(f"num_tokens: must be an int, got {type(num_tokens).__name__}")
     if num_tokens < 0:
         fail("num_tokens", "must be at least 0", num_tokens)
+    check_n("w", w.n)
     problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
     return choose(problem, backend).workspace_size(problem)
 

@@ -140,10 +140,9 @@ def group_offsets(
     """
     # Clamped before it is summed: the sum of E counts of at most T fits int64, that of any E counts does not.
     given = counts_or_ends.to(torch.int64).clamp(0, num_tokens)
-    if given.numel() and from_ends:
+    ends = given.cumsum(0).clamp_max(num_tokens)
+    if from_ends and given.numel():
         ends = given.cummax(0).values
-    else:
-        ends = given.cumsum(0).clamp_max(num_tokens)
     offsets = torch.nn.functional.pad(ends, (1, 0))
     tokens = offsets.diff()
     scale_offsets = torch.nn.functional.pad((-(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS).cumsum(0), (1, 0))

@@ -7,8 +7,6 @@ processes of their own, without that variable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -46,8 +44,8 @@ def interpreter() -> None:
 
 
 @pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a CPU; triton needs its interpreter."""
     if request.param == "triton":
         request.getfixturevalue("interpreter")
-    yield request.param
+    return str(request.param)
