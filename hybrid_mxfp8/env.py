@@ -18,6 +18,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
+
+VARIABLES: Final = (
+    "HYBRID_MXFP8_BACKEND",
+    "HYBRID_MXFP8_CONFIG",
+    "HYBRID_MXFP8_PDL",
+    "HYBRID_MXFP8_CUTLASS_DIR",
+    "HYBRID_MXFP8_CACHE_DIR",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "TRITON_INTERPRET",
+)
+"""The table's first column."""
+
+
+def in_force() -> dict[str, str]:
+    """Those of the variables that are set, with their values."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def backend() -> str | None:

@@ -1,0 +1,73 @@
+"""The command line: ``python -m hybrid_mxfp8 COMMAND``.
+
+Each command is a module with ``add_arguments(parser)`` and ``run(args) -> exit code``. Only the module of the
+command that is typed gets imported, so that ``doctor`` works where another command's dependencies are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid_mxfp8._version import __version__
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+PROG = "python -m hybrid_mxfp8"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line, the module that does the work, and one line of help."""
+
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command("doctor", "hybrid_mxfp8.doctor", "what is installed here, and which backends can run"),
+    Command(
+        "demo", "hybrid_mxfp8.demo.command", "the main job on real weights, measured against fp32 and per-tensor FP8"
+    ),
+    Command("warmup", "hybrid_mxfp8.warmup", "compile the CUTLASS backend ahead of time"),
+)
+
+
+def commands() -> dict[str, Command]:
+    """The commands whose modules are part of this installation, by name."""
+    return {c.name: c for c in COMMANDS if importlib.util.find_spec(c.module) is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 well, 1 the command found a fault, 2 it could not run.
+
+    Args:
+        argv: words after the program's name; default: those of this process.
+    """
+    known = commands()
+    listing = "\n".join(f"  {c.name:<10} {c.help}" for c in known.values())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="MXFP8 grouped GEMM for mixture-of-experts layers.",
+        epilog=f"commands:\n{listing}\n\n{PROG} COMMAND --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hybrid_mxfp8 {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=list(known), help=", ".join(known))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+
+    command = known[args.command]
+    module = importlib.import_module(command.module)
+    command_parser = argparse.ArgumentParser(prog=f"{PROG} {command.name}", description=f"{command.help}.".capitalize())
+    module.add_arguments(command_parser)
+    try:
+        code: int = module.run(command_parser.parse_args(args.arguments))
+    except BackendUnavailableError as error:
+        print(f"{PROG} {command.name}: {error}", file=sys.stderr)
+        return 2
+    return code

@@ -1,0 +1,160 @@
+"""``python -m hybrid_mxfp8 doctor``: what is installed here, and which backends can run.
+
+Two halves: :func:`examine` collects facts as plain data, which ``--json`` prints, and :func:`render` makes them
+readable. Nothing here needs Triton, a GPU or a compiler, and nothing is created.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8._version import __version__
+from hybrid_mxfp8.backends import backends, default_device, requested
+from hybrid_mxfp8.tables import format_table
+
+MISSING = "not installed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts; 0, whatever they are."""
+    facts = examine()
+    print(json.dumps(facts, indent=2) if args.json else render(facts))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """All facts, as JSON can hold them."""
+    return {
+        "versions": versions(),
+        "gpus": gpus(),
+        **toolchain(),
+        "device": str(default_device()),
+        "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
+        "default_backend": default_backend(),
+        "cache": cache(env.cache_dir()),
+        "environment": env.in_force(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, and what it builds on."""
+    return {
+        "hybrid_mxfp8": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {_torch_build()}",
+        "Triton": _distribution("triton"),
+        "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
+    }
+
+
+def _torch_build() -> str:
+    if torch.version.hip is not None:
+        return f"built for ROCm {torch.version.hip}"
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda is not None else "built for CPUs alone"
+
+
+def _distribution(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name and compute capability of each GPU that PyTorch sees."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append({"name": torch.cuda.get_device_name(index), "compute_capability": f"{major}.{minor}"})
+    return found
+
+
+def toolchain() -> dict[str, list[dict[str, str]]]:
+    """Each CUDA compiler and each copy of the CUTLASS headers that was found, the one to be used first."""
+    room = "hybrid_mxfp8.cutlass_kernels.headers"
+    if importlib.util.find_spec(room) is None:
+        return {"compilers": [], "cutlass_headers": []}
+    headers = importlib.import_module(room)
+    return {
+        "compilers": [_candidate(found) for found in headers.cuda_candidates()],
+        "cutlass_headers": [_candidate(found) for found in headers.cutlass_candidates()],
+    }
+
+
+def _candidate(found: Any) -> dict[str, str]:
+    return {name: str(getattr(found, name)) for name in ("origin", "path", "version", "problem")}
+
+
+def default_backend() -> str:
+    """What a call that names no backend asks for, or what is wrong with HYBRID_MXFP8_BACKEND."""
+    try:
+        return requested(None)
+    except ValueError as error:
+        return f"invalid: {error}"
+
+
+def cache(folder: Path) -> dict[str, Any]:
+    """Whether the cache folder exists, whether this user can write there (or create it), and its size in bytes."""
+    nearest = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    return {
+        "path": str(folder),
+        "exists": folder.is_dir(),
+        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as a page of plain text."""
+    folder = facts["cache"]
+    state = f"{folder['bytes'] / 2**20:.1f} MiB" if folder["exists"] else "not there yet"
+    lines = [
+        *facts["versions"].items(),
+        *(("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}") for gpu in facts["gpus"]),
+        *([] if facts["gpus"] else [("GPU", "none that PyTorch sees")]),
+        *_found("nvcc", facts["compilers"]),
+        *_found("CUTLASS headers", facts["cutlass_headers"]),
+        ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
+        *facts["environment"].items(),
+    ]
+    width = max(len(name) for name, _ in lines)
+    answers = [
+        (name, "yes" if answer["available"] else "no", answer["reason"]) for name, answer in facts["backends"].items()
+    ]
+    return "\n".join(
+        [
+            *(f"{name:<{width}}  {value}" for name, value in lines),
+            "",
+            format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2)),
+            "",
+            f"Calls that name no backend use: {facts['default_backend']}",
+        ]
+    )
+
+
+def _found(what: str, candidates: list[dict[str, str]]) -> list[tuple[str, str]]:
+    if not candidates:
+        return [(what, "not found (only the cutlass backend needs them)")]
+    return [
+        (
+            what,
+            f"{c['version'] or '?'} from {c['origin']}, {c['path']}" + (f" ({c['problem']})" if c["problem"] else ""),
+        )
+        for c in candidates
+    ]
