@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment of its own, made on first use. PYTHON=... names the interpreter to make it with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready ## the main job on real weights: about half a minute on a CPU
+	$(BIN)/python -m hybrid_mxfp8 demo
+
+test: $(VENV)/.ready ## all tests: interpreted, compiled, and on the GPU if there is one
+	.ci/test $(BIN)
+
+lint: $(VENV)/.ready-lint ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	.ci/typecheck $(BIN)
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Again when the package's metadata changes; the stamp keeps later runs from reinstalling.
+$(VENV)/.ready: pyproject.toml .ci/venv
+	.ci/venv $(VENV)
+	touch $@
+
+$(VENV)/.ready-lint: $(VENV)/.ready
+	$(BIN)/pip install -q ruff==0.17.6 mypy==2.4.1
+	touch $@
