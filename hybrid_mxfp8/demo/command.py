@@ -32,7 +32,7 @@ from hybrid_mxfp8.demo.workload import Operands, Workload, missing_packages, rea
 from hybrid_mxfp8.tables import format_table
 
 WIDTH = 100
-OUTLIER_FACTORS = (1.0, 2.0**4, 2.0**7, 2.0**10, 2.0**13)
+OUTLIER_FACTORS = (1.0, 2.0**5, 2.0**8, 2.0**10, 2.0**12)
 STEPS = 3  # in run_backend
 
 
@@ -151,6 +151,8 @@ def introduction(workload: Workload, names: Sequence[str], device: torch.device)
         f"Numbers: {workload.source}.",
         f"Runs on {where}.",
         f"Backends: {names[0]} ({why})" + "".join(f", {name}" for name in names[1:]) + ".",
+        "Columns: signal-to-noise of tokens x, weights w and product y, and the product's calc_diff.",
+        "Per-tensor FP8: e4m3 with one scale, amax/448, for all tokens and one for each expert's weights.",
     )
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
