@@ -304,30 +304,35 @@ def test_out_is_written_again_with_another_layout(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "k", "interpreted", "expected"),
+    ("num_rows", "k", "num_experts", "interpreted", "expected"),
     [
-        (1, 32, False, QuantizeConfig(1, 128, 2)),
-        (8, 4096, False, QuantizeConfig(1, 512, 2)),
-        (256, 7168, False, QuantizeConfig(1, 512, 2)),
-        (2**21 // 2048, 2048, False, QuantizeConfig(1, 512, 2)),
-        (2**21 // 2048 + 1, 2048, False, QuantizeConfig(4, 1024, 4)),
-        (131072, 7168, False, QuantizeConfig(4, 1024, 4)),
-        (300, 2880, True, QuantizeConfig(128, 1024, 4)),
-        (3, 160, True, QuantizeConfig(4, 256, 4)),
+        (1, 32, 1, False, QuantizeConfig(1, 128, 16, 4)),
+        (8, 4096, 128, False, QuantizeConfig(1, 1024, 16, 4)),
+        (2**20 // 2048, 2048, 8, False, QuantizeConfig(1, 1024, 16, 4)),
+        (2**20 // 2048 + 1, 2048, 8, False, QuantizeConfig(4, 1024, 16, 4)),
+        (256, 7168, 256, False, QuantizeConfig(4, 1024, 16, 4)),
+        (131072, 7168, 8, False, QuantizeConfig(2, 2048, 16, 8)),
+        (8192, 1024, 64, False, QuantizeConfig(2, 1024, 16, 8)),
+        (16384, 7168, 65, False, QuantizeConfig(8, 512, 4, 4)),
+        (300, 2880, 4, True, QuantizeConfig(128, 1024, 8, 4)),
+        (3, 160, 4, True, QuantizeConfig(4, 256, 8, 4)),
     ],
 )
-def test_select_quantize_config(num_rows: int, k: int, interpreted: bool, expected: QuantizeConfig) -> None:
-    assert select_quantize_config(num_rows, k, interpreted) == expected
+def test_select_quantize_config(
+    num_rows: int, k: int, num_experts: int, interpreted: bool, expected: QuantizeConfig
+) -> None:
+    assert select_quantize_config(num_rows, k, num_experts, interpreted) == expected
 
 
 @pytest.mark.parametrize("num_rows", [1, 100, 5000, 10**6])
 @pytest.mark.parametrize("k", [32, 64, 128, 160, 2880, 7168, 65536])
+@pytest.mark.parametrize("num_experts", [1, 1024])
 @pytest.mark.parametrize("interpreted", [False, True])
-def test_every_config_is_valid(num_rows: int, k: int, interpreted: bool) -> None:
-    config = select_quantize_config(num_rows, k, interpreted)
+def test_every_config_is_valid(num_rows: int, k: int, num_experts: int, interpreted: bool) -> None:
+    config = select_quantize_config(num_rows, k, num_experts, interpreted)
     assert config.block_cols % 128 == 0
-    assert config.block_cols & (config.block_cols - 1) == 0
-    assert config.block_rows & (config.block_rows - 1) == 0
+    for power in (config.block_rows, config.block_cols, config.padding_tiles, config.num_warps):
+        assert power & (power - 1) == 0
 
 
 def test_kernel_bytes_do_not_depend_on_the_config(
@@ -339,7 +344,12 @@ def test_kernel_bytes_do_not_depend_on_the_config(
     x = cases.random_rows(23, 672, torch.bfloat16, rng)
     groups = cases.layout([5, 0, 17], 23)
     expected = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, 672), backend="reference")
-    for config in (QuantizeConfig(1, 128, 2), QuantizeConfig(1, 512, 2), QuantizeConfig(4, 1024, 4)):
+    for config in (
+        QuantizeConfig(1, 128, 1, 2),
+        QuantizeConfig(1, 1024, 16, 4),
+        QuantizeConfig(8, 512, 4, 4),
+        QuantizeConfig(2, 2048, 16, 8),
+    ):
         monkeypatch.setattr(quantize, "select_quantize_config", lambda *args, config=config: config)
         out = cases.poisoned_output(groups, 672)
         same_bytes(mx.quantize_grouped(x, groups, out=out, backend="triton"), expected)
