@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,14 +26,15 @@ from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 AUTO = "auto"
+CUTLASS = "cutlass"
+TRITON = "triton"
 CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
 TRITON_MIN_CAPABILITY = (8, 9)
 
 logger = logging.getLogger("hybrid_mxfp8")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What the host knows of a grouped GEMM: all that a choice may depend on."""
 
     num_experts: int
@@ -244,7 +246,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
-            name="cutlass",
+            name=CUTLASS,
             about="CUTLASS SM100 block-scaled kernel, compiled just in time; not yet run on hardware",
             hardware=_cutlass_hardware,
             available=_cutlass_available,
@@ -256,7 +258,7 @@ BACKENDS: dict[str, Backend] = {
             can_run=_takes_every_problem(_cutlass_available),
         ),
         Backend(
-            name="triton",
+            name=TRITON,
             about="tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter",
             hardware=_triton_hardware,
             available=_triton_available,
@@ -326,7 +328,7 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
         BackendUnavailableError: the backend asked for by name can't run it.
         ValueError: no such backend.
     """
-    return _choose(requested(backend), lambda b: b.can_run(problem), problem.device, "grouped_gemm")
+    return _choose(requested(backend), problem, problem.device)
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Backend:
@@ -335,34 +337,35 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Backen
     The cutlass backend quantizes with the Triton kernel, so a request for it asks for Triton here.
     """
     name = requested(backend)
-    return _choose(
-        "triton" if name == "cutlass" else name, lambda b: b.available(device), device, "quantize", skip="cutlass"
-    )
+    return _choose(TRITON if name == CUTLASS else name, None, device)
 
 
-def _choose(
-    name: str, can_run: Callable[[Backend], Answer], device: torch.device, what: str, skip: str = ""
-) -> Backend:
+def _choose(name: str, problem: Problem | None, device: torch.device) -> Backend:
+    """The backend of that name, or for ``auto`` the first that can: run the problem, or without one quantize."""
     if name != AUTO:
-        ok, reason = can_run(BACKENDS[name])
+        ok, reason = _can(BACKENDS[name], problem, device)
         if not ok:
             raise BackendUnavailableError(f"backend {name}: {reason}")
         return BACKENDS[name]
     passed_over = ""
     for candidate in BACKENDS.values():
-        if candidate.name == skip:
+        if problem is None and candidate.name == CUTLASS:
             continue
-        ok, reason = can_run(candidate)
+        ok, reason = _can(candidate, problem, device)
         if ok:
-            _log_choice(what, candidate.name, str(device), reason, passed_over)
+            _log_choice("grouped_gemm" if problem else "quantize", candidate.name, device, reason, passed_over)
             return candidate
         if candidate.hardware(device):
             passed_over = f"{candidate.name}: {reason}"
     raise AssertionError("the reference backend runs everything")
 
 
+def _can(backend: Backend, problem: Problem | None, device: torch.device) -> Answer:
+    return backend.can_run(problem) if problem else backend.available(device)
+
+
 @functools.cache
-def _log_choice(what: str, name: str, device: str, reason: str, passed_over: str) -> None:
+def _log_choice(what: str, name: str, device: torch.device, reason: str, passed_over: str) -> None:
     """Log a choice; the cache makes that once for each different one."""
     if passed_over:
         logger.warning("%s on %s falls back to backend %s (%s)", what, device, name, passed_over)

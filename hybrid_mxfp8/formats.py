@@ -40,6 +40,16 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def ceil_div(value: int, divisor: int) -> int:
+    """``value / divisor``, rounded up."""
+    return -(-value // divisor)
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least ``value``, and at least 1."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
 def scale_cols(k: int) -> int:
     """C: stored scale columns of K elements, K/32 rounded up to whole 128x4 tiles."""
     return round_up(k // BLOCK_SIZE, SCALE_TILE_COLS)

@@ -100,7 +100,7 @@ def quantize_grouped(
         check_shape("out", scales, (scale_rows, scale_cols(k)), "(S, C)")
     chosen = choose_quantizer(device, backend)
     layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
-    return GroupedMXFP8(values, scales, layout)
+    return GroupedMXFP8.unchecked(values, scales, layout)
 
 
 def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:

@@ -49,6 +49,15 @@ class GroupedMXFP8:
         check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
         check_contiguous("scales", self.scales)
 
+    @classmethod
+    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+        """Without the checks, for buffers that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "groups", groups)
+        return self
+
     @property
     def k(self) -> int:
         """K."""

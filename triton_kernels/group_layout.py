@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8.triton_kernels.launch import on_device_of
+from hybrid_mxfp8.formats import next_power_of_2
+from hybrid_mxfp8.triton_kernels.launch import launch, on_device_of
 
 
 @triton.jit
@@ -17,7 +18,9 @@ def _max(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(
+    do_not_specialize=["given_ptr", "tokens_ptr", "offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_experts"]
+)
 def group_offsets_kernel(
     given_ptr,  # (E,) int32 or int64: counts, or inclusive ends
     tokens_ptr,  # (E,) int32
@@ -81,17 +84,10 @@ def group_offsets(
     num_experts = counts_or_ends.shape[0]
     buffer = empty_layout(num_experts, counts_or_ends.device)
     tokens, offsets, scale_offsets = split_layout(buffer, num_experts)
-    block = triton.next_power_of_2(max(num_experts, 1))
+    block = next_power_of_2(num_experts)
+    arguments = (counts_or_ends.contiguous(), tokens, offsets, scale_offsets, num_tokens, num_experts)
+    options = (("num_warps", 1 if block <= 128 else 4),)
     with on_device_of(buffer):
-        group_offsets_kernel[(1,)](
-            counts_or_ends.contiguous(),
-            tokens,
-            offsets,
-            scale_offsets,
-            num_tokens,
-            num_experts,
-            FROM_ENDS=from_ends,
-            BLOCK=block,
-            num_warps=1 if block <= 128 else 4,
-        )
+        key = ("group_offsets", counts_or_ends.dtype)
+        launch(group_offsets_kernel, 1, arguments, (from_ends, block), options, key)
     return tokens, offsets, scale_offsets

@@ -19,6 +19,7 @@ Three formulations of one tile product, chosen by what the target has:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
+from hybrid_mxfp8.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_bf16, e8m0_to_fp32, from_fp32
 
 Formulation = Literal["scaled", "bf16", "fp32"]
@@ -75,7 +77,9 @@ def _dequantize(values, scales, FORMULATION: tl.constexpr):
     return tl.reshape(product, [ROWS, 128])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_experts", "num_scale_rows"])
+@triton.jit(
+    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_scale_rows", "num_experts"]
+)
 def grouped_gemm_kernel(
     x_ptr,  # (T, K) e4m3
     x_scales_ptr,  # (S, C) uint8, swizzled
@@ -158,6 +162,7 @@ def select_formulation(capability: tuple[int, int] | None, triton_version: tuple
     return "scaled" if capability[0] >= 10 else "bf16"
 
 
+@functools.lru_cache(maxsize=4096)
 def select_gemm_config(
     num_tokens: int, num_experts: int, formulation: Formulation, interpreted: bool = False
 ) -> TritonGemmConfig:
@@ -184,6 +189,7 @@ def _triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@functools.cache
 def formulation_for(device: torch.device) -> Formulation:
     """The tile product that kernels on ``device`` use."""
     return select_formulation(None if INTERPRETED else torch.cuda.get_device_capability(device), _triton_version())
@@ -212,24 +218,23 @@ def grouped_gemm(
     if not (num_tokens and num_experts):
         return
     config = select_gemm_config(num_tokens, num_experts, formulation_for(out.device), INTERPRETED)
-    grid = (token_tiles_bound(num_tokens, num_experts, config.block_t) * triton.cdiv(n, 128),)
+    programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
+    arguments = (
+        raw(x_values),
+        x_scales,
+        raw(w_values),
+        w_scales,
+        out,
+        groups.expert_offsets,
+        groups.scale_offsets,
+        num_tokens,
+        x_scales.shape[0],
+        num_experts,
+        n,
+        k,
+    )
+    constants = (next_power_of_2(num_experts), config.block_t, config.formulation)
+    options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
+    key = ("grouped_gemm", out.dtype, n, k, aligned(x_values, w_values, out), aligned(x_scales, w_scales))
     with on_device_of(out):
-        grouped_gemm_kernel[grid](
-            raw(x_values),
-            x_scales,
-            raw(w_values),
-            w_scales,
-            out,
-            groups.expert_offsets,
-            groups.scale_offsets,
-            num_tokens,
-            x_scales.shape[0],
-            num_experts,
-            n,
-            k,
-            EXPERTS=triton.next_power_of_2(num_experts),
-            BLOCK_T=config.block_t,
-            FORMULATION=config.formulation,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        launch(grouped_gemm_kernel, programs, arguments, constants, options, key)

@@ -13,6 +13,7 @@ expert N rows long, which is what expert weights are.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +21,17 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8.formats import BLOCK_SIZE, SCALE_ROUNDING_BIAS, SCALE_TILE_COLS, scale_cols
+from hybrid_mxfp8.formats import (
+    BLOCK_SIZE,
+    SCALE_ROUNDING_BIAS,
+    SCALE_TILE_COLS,
+    ceil_div,
+    next_power_of_2,
+    scale_cols,
+)
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 
 
@@ -112,7 +120,20 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
     tl.store(words, zeros, mask=in_tiles & ((first_row < used_rows) & (row >= used_rows))[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_source_rows", "num_scale_rows", "row_programs"])
+@triton.jit(
+    do_not_specialize=[
+        "row_index_ptr",
+        "num_source_rows",
+        "num_scale_rows",
+        "counts_ptr",
+        "layout_ptr",
+        "expert_offsets_ptr",
+        "scale_offsets_ptr",
+        "num_rows",
+        "num_experts",
+        "row_programs",
+    ]
+)
 def quantize_kernel(
     x_ptr,  # rows of K elements, or of 2K with SWIGLU; bf16, fp16 or fp32
     row_stride,  # elements
@@ -228,6 +249,7 @@ class QuantizeConfig:
     num_warps: int
 
 
+@functools.lru_cache(maxsize=4096)
 def select_quantize_config(num_rows: int, k: int, num_experts: int, interpreted: bool = False) -> QuantizeConfig:
     """Tile of the quantizer; pure.
 
@@ -237,9 +259,9 @@ def select_quantize_config(num_rows: int, k: int, num_experts: int, interpreted:
     8 x 512), else tall ones that share it (16384 x 7168, E 256: 125 us; 146 with 2 x 2048). In the interpreter a
     program costs milliseconds: few, large ones.
     """
-    width = triton.next_power_of_2(32 * scale_cols(k))
+    width = next_power_of_2(BLOCK_SIZE * scale_cols(k))
     if interpreted:
-        return QuantizeConfig(min(triton.next_power_of_2(max(num_rows, 1)), 128), min(width, 1024), 8, 4)
+        return QuantizeConfig(min(next_power_of_2(num_rows), 128), min(width, 1024), 8, 4)
     if num_rows * k <= 2**20:
         return QuantizeConfig(1, min(width, 1024), 16, 4)
     if num_rows * k <= 2**21:
@@ -261,66 +283,76 @@ def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
     return 0 < num_experts <= FUSED_COUNTS_MAX_EXPERTS and 0 < num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one launch: how many, by how many experts, and where their sources are."""
-
-    num_rows: int
-    num_experts: int
-    k: int
-    row_stride: int
-    expert_stride: int = 0
-    row_index: torch.Tensor | None = None
-    swiglu: bool = False
-
-
 def _launch(
     x: torch.Tensor,
-    rows: _Rows,
     values: torch.Tensor,
     scales: torch.Tensor,
+    *,
+    num_rows: int,
+    num_experts: int,
+    k: int,
+    row_stride: int,
     scale_rounding: str,
     layout: Literal["counts", "offsets", "uniform"],
+    expert_stride: int = 0,
+    row_index: torch.Tensor | None = None,
+    swiglu: bool = False,
     counts: torch.Tensor | None = None,
     layout_buffer: torch.Tensor | None = None,
     groups: GroupLayout | None = None,
 ) -> None:
-    config = select_quantize_config(rows.num_rows, rows.k, rows.num_experts, INTERPRETED)
-    cols = scale_cols(rows.k)
-    column_programs = triton.cdiv(BLOCK_SIZE * cols, config.block_cols)
-    row_programs = triton.cdiv(rows.num_rows, config.block_rows) * column_programs
-    padding_programs = rows.num_experts * triton.cdiv(cols // SCALE_TILE_COLS, config.padding_tiles)
+    config = select_quantize_config(num_rows, k, num_experts, INTERPRETED)
+    cols = scale_cols(k)
+    column_programs = ceil_div(BLOCK_SIZE * cols, config.block_cols)
+    row_programs = ceil_div(num_rows, config.block_rows) * column_programs
+    padding_programs = num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
+    # 1 where it is not used: Triton specializes the kernel on it.
+    rows_per_expert = num_rows // num_experts if layout == "uniform" else 1
+    arguments = (
+        x,
+        row_stride,
+        expert_stride,
+        row_index,
+        x.shape[0],
+        raw(values),
+        scales,
+        scales.numel() // cols,
+        counts,
+        layout_buffer,
+        groups.expert_offsets if groups else None,
+        groups.scale_offsets if groups else None,
+        num_rows,
+        num_experts,
+        rows_per_expert,
+        k,
+        row_programs,
+        column_programs,
+    )
+    constants = (
+        SCALE_ROUNDING_BIAS[scale_rounding],
+        layout,
+        row_index is not None,
+        swiglu,
+        next_power_of_2(num_experts),
+        config.block_rows,
+        config.block_cols,
+        config.padding_tiles,
+    )
+    key = (
+        "quantize",
+        x.dtype,
+        counts.dtype if counts is not None else None,
+        aligned(x),
+        aligned(values, scales),
+        row_stride,
+        expert_stride,
+        rows_per_expert,
+        k,
+    )
     with on_device_of(x):
         # One program more writes the layout.
-        quantize_kernel[(row_programs + padding_programs + (layout == "counts"),)](
-            x,
-            rows.row_stride,
-            rows.expert_stride,
-            rows.row_index,
-            x.shape[0],
-            raw(values),
-            scales,
-            scales.numel() // cols,
-            counts,
-            layout_buffer,
-            groups.expert_offsets if groups else None,
-            groups.scale_offsets if groups else None,
-            rows.num_rows,
-            rows.num_experts,
-            rows.num_rows // rows.num_experts,
-            rows.k,
-            row_programs,
-            column_programs,
-            ROUNDING_BIAS=SCALE_ROUNDING_BIAS[scale_rounding],
-            LAYOUT=layout,
-            GATHER=rows.row_index is not None,
-            SWIGLU=rows.swiglu,
-            EXPERTS=triton.next_power_of_2(rows.num_experts),
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_COLS=config.block_cols,
-            PADDING_TILES=config.padding_tiles,
-            num_warps=config.num_warps,
-        )
+        programs = row_programs + padding_programs + (layout == "counts")
+        launch(quantize_kernel, programs, arguments, constants, (("num_warps", config.num_warps),), key)
 
 
 def quantize_grouped(
@@ -345,10 +377,20 @@ def quantize_grouped(
         swiglu: quantize ``silu(x[:, :K]) * x[:, K:]``.
     """
     if groups.num_tokens and groups.num_experts:
-        rows = _Rows(
-            groups.num_tokens, groups.num_experts, values.shape[1], x.stride(0), row_index=row_index, swiglu=swiglu
+        _launch(
+            x,
+            values,
+            scales,
+            num_rows=groups.num_tokens,
+            num_experts=groups.num_experts,
+            k=values.shape[1],
+            row_stride=x.stride(0),
+            scale_rounding=scale_rounding,
+            layout="offsets",
+            row_index=row_index,
+            swiglu=swiglu,
+            groups=groups,
         )
-        _launch(x, rows, values, scales, scale_rounding, "offsets", groups=groups)
 
 
 def quantize_counts(
@@ -377,8 +419,21 @@ def quantize_counts(
     """
     num_rows, num_experts = values.shape[0], tokens_per_expert.shape[0]
     buffer = empty_layout(num_experts, x.device)
-    rows = _Rows(num_rows, num_experts, values.shape[1], x.stride(0), row_index=row_index, swiglu=swiglu)
-    _launch(x, rows, values, scales, scale_rounding, "counts", counts=tokens_per_expert, layout_buffer=buffer)
+    _launch(
+        x,
+        values,
+        scales,
+        num_rows=num_rows,
+        num_experts=num_experts,
+        k=values.shape[1],
+        row_stride=x.stride(0),
+        scale_rounding=scale_rounding,
+        layout="counts",
+        row_index=row_index,
+        swiglu=swiglu,
+        counts=tokens_per_expert,
+        layout_buffer=buffer,
+    )
     return GroupLayout(*split_layout(buffer, num_experts), num_rows)
 
 
@@ -386,5 +441,15 @@ def quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor
     """Quantize w (E, N, K), unit stride along K, into ``values`` (E, N, K) and ``scales`` (E, roundup(N, 128), C)."""
     num_experts, n, k = w.shape
     if num_experts and n:
-        rows = _Rows(num_experts * n, num_experts, k, w.stride(1), w.stride(0))
-        _launch(w, rows, values, scales, scale_rounding, "uniform")
+        _launch(
+            w,
+            values,
+            scales,
+            num_rows=num_experts * n,
+            num_experts=num_experts,
+            k=k,
+            row_stride=w.stride(1),
+            scale_rounding=scale_rounding,
+            layout="uniform",
+            expert_stride=w.stride(0),
+        )
