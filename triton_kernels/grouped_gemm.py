@@ -168,14 +168,15 @@ def select_gemm_config(
 ) -> TritonGemmConfig:
     """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
 
-    128x128 in bf16 needs 8 warps: it spills with 4 on sm_90.
+    8 warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens too, for some shapes),
+    and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit of registers: up to 16 bytes spill with 3.9.
     """
     average = num_tokens / max(num_experts, 1)
     if interpreted:
         return TritonGemmConfig(16 if average <= 16 else 64, formulation, 4, 1)
     for block_t in (16, 32, 64):
         if average <= block_t:
-            return TritonGemmConfig(block_t, formulation, 4, 4)
+            return TritonGemmConfig(block_t, formulation, 4 if block_t == 16 and formulation == "scaled" else 8, 4)
     return TritonGemmConfig(128, formulation, 8, 3)
 
 

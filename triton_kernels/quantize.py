@@ -120,6 +120,7 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
     tl.store(words, zeros, mask=in_tiles & ((first_row < used_rows) & (row >= used_rows))[None, :])
 
 
+# What changes with every batch is not specialized on, so that a new number of tokens compiles no new kernel.
 @triton.jit(
     do_not_specialize=[
         "row_index_ptr",
@@ -131,6 +132,9 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
         "scale_offsets_ptr",
         "num_rows",
         "num_experts",
+        "row_programs",
+    ]
+)
         "row_programs",
     ]
 )

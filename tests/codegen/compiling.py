@@ -1,0 +1,113 @@
+"""Compile kernels for GPUs that are not there, through their real launchers.
+
+A stub driver stands for a device of each architecture, so that the launchers' own shapes, configurations and argument
+specialisation reach Triton's compiler; the launch itself is replaced by ``warmup``. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+ARCHS = (90, 100, 103, 120)
+SHARED_LIMIT = {90: 232448, 100: 232448, 103: 232448, 120: 101376}
+"""Bytes of shared memory a block may have."""
+
+TENSOR_MEMORY_COLUMNS = 512
+
+
+class StubDriver(DriverBase):
+    """A device of one architecture that can only be compiled for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton's caches of compiled kernels are keyed by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return lambda *args, **kwargs: [0.0]
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas gave a kernel; bytes of stack are local memory, spills among it."""
+
+    registers: int
+    stack: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel and its launch."""
+
+    arch: int
+    kernel: Any
+    grid: tuple[int, ...]
+
+    @property
+    def ptx(self) -> str:
+        return str(self.kernel.asm["ptx"])
+
+    @property
+    def shared(self) -> int:
+        return int(self.kernel.metadata.shared)
+
+    @property
+    def tensor_memory(self) -> int:
+        """Columns of tensor memory."""
+        return int(getattr(self.kernel.metadata, "tmem_size", 0) or 0)
+
+    def count(self, pattern: str) -> int:
+        """Matches of a regular expression in the PTX."""
+        return len(re.findall(pattern, self.ptx))
+
+    def resources(self, folder: Path) -> Resources:
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(self.kernel.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        assert found, text
+        return Resources(int(found[1]), int(found[2]))
+
+
+class CapturingLauncher:
+    """Takes the place of a kernel in its module: ``[grid](...)`` compiles."""
+
+    def __init__(self, kernel: Any, arch: int, compiled: list[Compiled]) -> None:
+        self.kernel, self.arch, self.compiled = kernel, arch, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.compiled.append(Compiled(self.arch, self.kernel.warmup(*args, grid=grid, **kwargs), grid))
+
+        return launch
+
+
+CompileFor = Callable[[int, Any, str, Callable[[], object]], Compiled]

@@ -1,0 +1,112 @@
+"""What the grouped GEMM compiles to on each architecture: the matrix instruction, memory, no spills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
+
+from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.triton_kernels import grouped_gemm
+
+E, N, K = 8, 4096, 7168
+
+
+def product(t: int, dtype: torch.dtype = torch.bfloat16, n: int = N, k: int = K, e: int = E) -> None:
+    meta = torch.device("meta")
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
+    grouped_gemm.grouped_gemm(
+        torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
+        torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
+        GroupLayout(offsets[1:], offsets, offsets, t),
+        torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
+        torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
+        torch.empty(t, n, dtype=dtype, device=meta),
+    )
+
+
+BLOCKS = (16, 32, 64, 128)
+NATIVE = {
+    90: r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
+    100: r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale",
+    103: r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale",
+    120: r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale\S*\.e4m3\.e4m3\.f32\.ue8m0",
+}
+ALLOWED_STACK = {(90, 3): 16}
+"""Bytes by architecture and stages: 128x128 in bf16 takes all 255 registers, and with Triton 3.9 a few words more."""
+
+ANY_MMA = r"wgmma\.mma_async\.sync\.aligned\.m|tcgen05\.mma\.|mma\.sync\.aligned\.m"
+
+
+@pytest.fixture
+def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
+    """compile_product(arch, t, ...): the launch of a product of t tokens on that architecture."""
+
+    def compile_one(arch: int, t: int, **shape: Any) -> Compiled:
+        capability = divmod(arch, 10)
+        formulation = grouped_gemm.select_formulation(capability, grouped_gemm._triton_version())
+        monkeypatch.setattr(grouped_gemm, "formulation_for", lambda device: formulation)
+        return compile_for(arch, grouped_gemm, "grouped_gemm_kernel", lambda: product(t, **shape))
+
+    return compile_one
+
+
+def check(compiled: Compiled, folder: Path) -> None:
+    """What holds for every configuration on every architecture."""
+    assert compiled.count(NATIVE[compiled.arch]) > 0
+    assert compiled.count(NATIVE[compiled.arch]) == compiled.count(ANY_MMA), (
+        "another matrix instruction beside the native one"
+    )
+    assert compiled.count(r"\.ftz") == 0
+    assert 0 < compiled.shared <= SHARED_LIMIT[compiled.arch]
+    assert compiled.tensor_memory <= TENSOR_MEMORY_COLUMNS
+    assert (compiled.tensor_memory > 0) == (compiled.arch in (100, 103))
+    assert compiled.resources(folder).stack <= ALLOWED_STACK.get(
+        (compiled.arch, compiled.kernel.metadata.num_stages), 0
+    )
+
+
+@pytest.mark.parametrize("block_t", BLOCKS)
+def test_each_tile(compile_product: Callable[..., Compiled], arch: int, block_t: int, tmp_path: Path) -> None:
+    """Down to 16 tokens an expert the block-scaled instruction is the native one, because weights are its 128 rows."""
+    compiled = compile_product(arch, E * block_t)
+    assert compiled.grid == ((E * block_t + (block_t - 1) * E) // block_t * (N // 128),)
+    check(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("block_t", BLOCKS)
+def test_tile_of_each_configuration(block_t: int) -> None:
+    assert grouped_gemm.select_gemm_config(E * block_t, E, "scaled").block_t == block_t
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("block_t", [16, 128])
+def test_output_dtypes(
+    compile_product: Callable[..., Compiled], arch: int, block_t: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    check(compile_product(arch, E * block_t, dtype=dtype), tmp_path)
+
+
+@pytest.mark.parametrize(("n", "k", "e"), [(2880, 2880, 128), (136, 160, 3), (40, 32, 1)])
+def test_shapes_off_the_tile(
+    compile_product: Callable[..., Compiled], arch: int, n: int, k: int, e: int, tmp_path: Path
+) -> None:
+    check(compile_product(arch, e * 16, n=n, k=k, e=e), tmp_path)
+
+
+def test_sums_are_not_chained_through_one_accumulator_twice_a_step(
+    compile_product: Callable[..., Compiled], tmp_path: Path
+) -> None:
+    """Two dots chained into one accumulator in a loop miscompile on sm_100 (triton issue 10821): one dot a step."""
+    compiled = compile_product(100, E * 64)
+    assert compiled.kernel.asm["ttgir"].count("ttng.tc_gen5_mma_scaled") == 1
+
+
+def test_a_batch_of_another_size_compiles_nothing_new(compile_product: Callable[..., Compiled]) -> None:
+    """Token counts within one configuration share a kernel, whatever they are divisible by."""
+    assert len({id(compile_product(90, t).kernel) for t in (1, 2, 16, 17, 48, 100, 128)}) == 1

@@ -1,0 +1,143 @@
+"""What the quantizer compiles to: packed conversion, 16-byte accesses, exact arithmetic, no spills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import Compiled, CompileFor
+
+from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.triton_kernels import quantize
+
+E = 32
+SIZES = {"decode": 64, "prefill": 16384}
+K = 7168
+
+VARIANTS: dict[str, tuple[torch.dtype, bool, bool]] = {
+    "bf16": (torch.bfloat16, False, False),
+    "fp16": (torch.float16, False, False),
+    "fp32": (torch.float32, False, False),
+    "gather": (torch.bfloat16, True, False),
+    "swiglu": (torch.bfloat16, False, True),
+    "gather swiglu": (torch.bfloat16, True, True),
+}
+"""dtype, gather, swiglu."""
+
+
+def grouped(t: int, dtype: torch.dtype, gather: bool, swiglu: bool, k: int = K, e: int = E, stride: int = 0) -> None:
+    meta = torch.device("meta")
+    x = torch.empty_strided((t, k * (1 + swiglu)), (stride or k * (1 + swiglu), 1), dtype=dtype, device=meta)
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
+    quantize.quantize_grouped(
+        x,
+        GroupLayout(offsets[1:], offsets, offsets, t),
+        torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
+        torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
+        scale_rounding="rceil",
+        row_index=torch.empty(t, dtype=torch.int32, device=meta) if gather else None,
+        swiglu=swiglu,
+    )
+
+
+def weights(e: int, n: int, k: int) -> None:
+    meta = torch.device("meta")
+    quantize.quantize_weights(
+        torch.empty(e, n, k, dtype=torch.bfloat16, device=meta),
+        torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
+        torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
+        scale_rounding="rceil",
+    )
+
+
+def check(compiled: Compiled, folder: Path) -> None:
+    """What holds for every variant."""
+    assert compiled.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") > 0
+    assert compiled.count(r"cvt\.\S*e4m3\S*") == compiled.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32")
+    # A flushed subnormal would be a wrong code: tiny blocks are scaled by 2**127.
+    assert compiled.count(r"mul\.ftz") == 0
+    resources = compiled.resources(folder)
+    assert resources.stack == 0, "spills"
+    assert resources.registers <= 128
+    assert compiled.shared <= 8192
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tmp_path: Path) -> None:
+    dtype, gather, swiglu = VARIANTS[variant]
+    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(SIZES[size], dtype, gather, swiglu))
+    check(compiled, tmp_path)
+    config = quantize.select_quantize_config(SIZES[size], K)
+    elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
+    loads = elements * dtype.itemsize // 16 * (1 + swiglu)
+    assert compiled.count(r"ld\.global(\.\w+)*\.v4\.b32") == loads
+    # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and indices.
+    assert compiled.count(r"ld\.global(\.\w+)*\.b(8|16)") == 0
+    # A decode program's threads hold 8 codes each, a prefill program's 16 a row.
+    wide = {"decode": r"st\.global(\.\w+)*\.v2\.b32", "prefill": r"st\.global(\.\w+)*\.v4\.b32"}[size]
+    assert compiled.count(wide) == max(elements // 16, 1)
+    assert compiled.count(r"st\.global(\.\w+)*\.b16") == 0
+    assert compiled.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") == elements // 2
+
+
+@pytest.mark.parametrize("shape", [(8, 4096, 7168), (128, 2880, 2880), (2, 136, 160)], ids=str)
+def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int], tmp_path: Path) -> None:
+    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: weights(*shape))
+    check(compiled, tmp_path)
+    # Below 512 columns a program's threads have 4 elements of bf16 each, or 2.
+    assert compiled.count(r"ld\.global(\.\w+)*\.v4\.b32") > 0 or shape[2] <= 256
+    assert compiled.count(r"ld\.global(\.\w+)*\.b(8|16)") == 0
+
+
+@pytest.mark.parametrize("k", [32, 160, 2880])
+def test_wide_accesses_at_any_k(compile_for: CompileFor, arch: int, k: int) -> None:
+    """K % 32 is enough: no row starts at an odd place."""
+    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, False, k))
+    assert compiled.count(r"ld\.global(\.\w+)*\.b(8|16)") == 0
+
+
+@pytest.mark.parametrize("rounding", ["floor", "even"])
+def test_roundings_differ_in_one_constant(compile_for: CompileFor, rounding: str) -> None:
+    """The rounding is one added integer: no variant costs an instruction more than rceil."""
+
+    def lines(name: str) -> int:
+        meta = torch.device("meta")
+        w = torch.empty(1, 128, 512, dtype=torch.bfloat16, device=meta)
+        values = torch.empty(1, 128, 512, dtype=torch.float8_e4m3fn, device=meta)
+        scales = torch.empty(1, 128, 16, dtype=torch.uint8, device=meta)
+
+        def call() -> None:
+            quantize.quantize_weights(w, values, scales, scale_rounding=name)
+
+        compiled = compile_for(90, quantize, "quantize_kernel", call)
+        return len([line for line in compiled.ptx.splitlines() if line.strip().endswith(";")])
+
+    assert lines(rounding) <= lines("rceil")
+
+
+@pytest.mark.parametrize("e", [1, 256, 1024, 2000])
+def test_many_experts(compile_for: CompileFor, e: int, tmp_path: Path) -> None:
+    compiled = compile_for(90, quantize, "quantize_kernel", lambda: grouped(4096, torch.bfloat16, False, False, e=e))
+    check(compiled, tmp_path)
+
+
+def test_a_batch_of_another_size_compiles_nothing_new(compile_for: CompileFor) -> None:
+    """Token counts within one configuration share a kernel, whatever they are divisible by."""
+    kernels = set()
+    for t in (1, 2, 3, 16, 17, 48, 100, 128, 255):
+        x = compile_for(90, quantize, "quantize_kernel", lambda t=t: grouped(t, torch.bfloat16, True, False))
+        kernels.add(id(x.kernel))
+    assert len(kernels) == 1
+
+
+def test_unaligned_rows_still_compile(compile_for: CompileFor, arch: int, tmp_path: Path) -> None:
+    """A row stride that is no multiple of 8 elements rules out wide loads, and nothing else."""
+
+    def call() -> None:
+        grouped(64, torch.bfloat16, False, False, stride=7169)
+
+    compiled = compile_for(arch, quantize, "quantize_kernel", call)
+    check(compiled, tmp_path)
