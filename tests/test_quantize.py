@@ -306,7 +306,7 @@ def test_out_is_written_again_with_another_layout(rng: torch.Generator) -> None:
 @pytest.mark.parametrize(
     ("num_rows", "k", "num_experts", "interpreted", "expected"),
     [
-        (1, 32, 1, False, QuantizeConfig(1, 128, 16, 4)),
+        (1, 32, 1, False, QuantizeConfig(1, 128, 16, 1)),
         (8, 4096, 128, False, QuantizeConfig(1, 1024, 16, 4)),
         (2**20 // 2048, 2048, 8, False, QuantizeConfig(1, 1024, 16, 4)),
         (2**20 // 2048 + 1, 2048, 8, False, QuantizeConfig(4, 1024, 16, 4)),

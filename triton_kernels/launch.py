@@ -47,7 +47,7 @@ def launch(
     Args:
         kernel: a jitted function whose constexpr parameters come last.
         programs: size of the grid; 0 launches nothing.
-        arguments: the other parameters, in order.
+        arguments: the other parameters, in order; the first is a tensor on the device to launch on.
         constants: the constexpr parameters, in order.
         options: compile options, such as ``(("num_warps", 4),)``.
         key: all that Triton specializes ``arguments`` on, besides the device: the kernel, dtypes, 16-byte alignment
@@ -58,7 +58,7 @@ def launch(
     if INTERPRETED:
         kernel[(programs,)](*arguments, *constants, **dict(options))
         return
-    full_key = (key, constants, options, torch.cuda.current_device())
+    full_key = (key, constants, options, arguments[0].device)
     compiled = _compiled.get(full_key)
     if compiled is None:
         _compiled[full_key] = kernel[(programs,)](*arguments, *constants, **dict(options))

@@ -135,9 +135,6 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
         "row_programs",
     ]
 )
-        "row_programs",
-    ]
-)
 def quantize_kernel(
     x_ptr,  # rows of K elements, or of 2K with SWIGLU; bf16, fp16 or fp32
     row_stride,  # elements
@@ -267,12 +264,18 @@ def select_quantize_config(num_rows: int, k: int, num_experts: int, interpreted:
     if interpreted:
         return QuantizeConfig(min(next_power_of_2(num_rows), 128), min(width, 1024), 8, 4)
     if num_rows * k <= 2**20:
-        return QuantizeConfig(1, min(width, 1024), 16, 4)
+        return _tile(1, min(width, 1024), 16, 4)
     if num_rows * k <= 2**21:
-        return QuantizeConfig(4, min(width, 1024), 16, 4)
+        return _tile(4, min(width, 1024), 16, 4)
     if num_experts <= 64:
-        return QuantizeConfig(2, min(width, 2048), 16, 8)
-    return QuantizeConfig(8, min(width, 512), 4, 4)
+        return _tile(2, min(width, 2048), 16, 8)
+    return _tile(8, min(width, 512), 4, 4)
+
+
+def _tile(block_rows: int, block_cols: int, padding_tiles: int, max_warps: int) -> QuantizeConfig:
+    """With as many warps as leave each thread 8 elements, 16 bytes of a 16-bit input."""
+    warps = min(max(block_rows * block_cols // (8 * 32), 1), max_warps)
+    return QuantizeConfig(block_rows, block_cols, padding_tiles, warps)
 
 
 FUSED_COUNTS_MAX_EXPERTS = 1024
