@@ -1,0 +1,121 @@
+"""The doctor: its facts, in words and as JSON, also where nothing is installed."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid_mxfp8 import cli, doctor
+
+WITHOUT_TRITON = """
+import importlib.util, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
+from hybrid_mxfp8.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_facts_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"].startswith(torch.__version__)
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert list(facts["backends"]) == ["cutlass", "triton", "reference"]
+    assert facts["backends"]["reference"]["available"] is True
+    for answer in facts["backends"].values():
+        assert answer["reason"]
+        assert "\n" not in answer["reason"]
+
+
+def test_every_fact_is_in_the_page() -> None:
+    facts = doctor.examine()
+    facts["gpus"] = [{"name": "GPU of a test", "compute_capability": "12.3"}]
+    facts["compilers"] = [{"origin": "PATH", "path": "/some/nvcc", "version": "", "problem": "does not run"}]
+    facts["cutlass_headers"] = [
+        {"origin": "carrier-a", "path": "/some/include", "version": "4.8.0", "problem": ""},
+        {"origin": "carrier-b", "path": "/other/include", "version": "4.2.0", "problem": ""},
+    ]
+    facts["environment"] = {"HYBRID_MXFP8_PDL": "0"}
+    page = doctor.render(facts)
+    for expected in (
+        *facts["versions"].values(),
+        "GPU of a test, compute capability 12.3",
+        "? from PATH, /some/nvcc (does not run)",
+        "4.8.0 from carrier-a, /some/include",
+        "4.2.0 from carrier-b, /other/include",
+        "HYBRID_MXFP8_PDL",
+        facts["cache"]["path"],
+        *facts["backends"],
+        *(answer["reason"] for answer in facts["backends"].values()),
+    ):
+        assert expected in page
+
+
+def test_a_page_with_nothing_found() -> None:
+    facts = {**doctor.examine(), "gpus": [], "compilers": [], "cutlass_headers": [], "environment": {}}
+    page = doctor.render(facts)
+    assert "none that PyTorch sees" in page
+    assert page.count("not found") == 2
+
+
+def test_works_without_triton(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Triton is not installed: pip install triton" in done.stdout
+
+
+def test_toolchain_lists_what_the_cutlass_room_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(origin="PATH", path=Path("/some/nvcc"), version="13.0", problem="")
+    room = SimpleNamespace(cuda_candidates=lambda: [found], cutlass_candidates=lambda: [found, found])
+    spec = importlib.machinery.ModuleSpec("room", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec)
+    monkeypatch.setattr(importlib, "import_module", lambda name, package=None: room)
+    expected = {"origin": "PATH", "path": "/some/nvcc", "version": "13.0", "problem": ""}
+    assert doctor.toolchain() == {"compilers": [expected], "cutlass_headers": [expected, expected]}
+
+
+def test_a_wrong_backend_in_the_environment_is_told_not_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "tritom")
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got 'tritom'" in said
+
+
+def test_cache_counts_bytes_and_creates_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    assert doctor.cache(folder) == {"path": str(folder), "exists": False, "writable": True, "bytes": 0}
+    assert not folder.parent.exists()
+    (folder / "module").mkdir(parents=True)
+    (folder / "module" / "a.so").write_bytes(b"x" * 100)
+    (folder / "b.log").write_bytes(b"x" * 11)
+    assert doctor.cache(folder) == {"path": str(folder), "exists": True, "writable": True, "bytes": 111}
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_writable(path: Any, mode: int) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "access", nothing_writable)
+    assert doctor.cache(tmp_path)["writable"] is False
+    monkeypatch.undo()
+    file = tmp_path / "file"
+    file.touch()
+    assert doctor.cache(file / "below")["writable"] is False

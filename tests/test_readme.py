@@ -1,0 +1,62 @@
+"""What the README promises: its example runs, its table of variables is env.py's, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.backends import BACKENDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_multiplies() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1
+    names: dict[str, Any] = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    x, w, y = names["x"].float(), names["w"].float(), names["y"]
+    truth = torch.cat([x[0:3] @ w[0].T, x[3:8] @ w[2].T, x[8:9] @ w[3].T])
+    assert y.shape == (9, 512)
+    assert y.dtype == torch.bfloat16
+    assert mx.calc_diff(y, truth) < 1e-3
+
+
+def test_environment_table_is_that_of_env() -> None:
+    def table(text: str, tick: str) -> list[str]:
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        return [row.replace(tick, "`") for row in rows]
+
+    section = README.split("## Environment")[1].split("\n## ")[0]
+    assert env.__doc__ is not None
+    assert table(section, "`") == table(env.__doc__, "``")
+
+
+def test_every_variable_in_the_table_can_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.__doc__ is not None
+    cells = [line.split("|")[1] for line in env.__doc__.splitlines() if line.startswith("| ``")]
+    assert tuple(name for cell in cells for name in re.findall(r"``(\w+)``", cell)) == env.VARIABLES
+    for name in env.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert env.in_force() == {}
+    monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
+    assert env.in_force() == {"HYBRID_MXFP8_PDL": "0"}
+
+
+def test_every_backend_has_its_row() -> None:
+    section = README.split("## Backends")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(BACKENDS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_relative_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
