@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_mxfp8 import GroupLayout
+from hybrid_mxfp8 import GroupLayout, cli
 from hybrid_mxfp8.demo import command, measure, workload
 from hybrid_mxfp8.demo.encoder import EncoderConfig, encode
 from hybrid_mxfp8.demo.text import PARAGRAPHS
@@ -274,6 +274,7 @@ def test_a_bad_product_ends_with_exit_code_1(
         run = measure.run_backend(*args)  # type: ignore[arg-type]
         return dataclasses.replace(run, product=run.product * 1.5)
 
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the command sets it, which must not outlast the test
     monkeypatch.setattr(command, "runnable_backends", lambda gemm, device: ["reference"])
     monkeypatch.setattr(command, "run_backend", noisy)
     arguments = command.argparse.ArgumentParser()
@@ -289,6 +290,21 @@ def test_bad_arguments(words: list[str]) -> None:
     command.add_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(words)
+
+
+def test_a_wrong_backend_in_the_environment_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "tritom")
+    assert cli.main(["demo", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said == "HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got 'tritom'\n"
+
+
+def test_stages_are_told_in_order(operands: workload.Operands) -> None:
+    told: list[str] = []
+    command.examine(operands, ["reference"], told.append)
+    assert told == [f"small: reference, {stage}" for stage in measure.STAGES]
 
 
 def test_end_to_end(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from hybrid_mxfp8.backends import AUTO, Problem, backends, choose, default_devic
 from hybrid_mxfp8.demo.measure import (
     OPERAND_FLOOR_DB,
     PRODUCT_CALC_DIFF,
+    STAGES,
     Agreement,
     OutlierEffect,
     Quality,
@@ -33,7 +35,6 @@ from hybrid_mxfp8.tables import format_table
 
 WIDTH = 100
 OUTLIER_FACTORS = (1.0, 2.0**5, 2.0**8, 2.0**10, 2.0**12)
-STEPS = 3  # in run_backend
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 if backends agree and every product is as good as the format allows, else 1."""
+    try:
+        requested(None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     device = default_device() if args.device is None else torch.device(args.device)
     if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
         # Kernels are decorated when they are imported, which nothing has done yet.
@@ -89,13 +95,10 @@ def run(args: argparse.Namespace) -> int:
     names = runnable_backends(workload.gemms[0], device)
 
     print(introduction(workload, names, device))
-    findings = []
-    # Seconds in the interpreter. Only on a terminal, where it is gone when the tables come.
-    total = len(workload.gemms) * len(names) * STEPS
-    with tqdm(total=total, unit="step", leave=False, file=sys.stderr, disable=None) as bar:
-        for gemm in workload.gemms:
-            findings.append(examine(gemm.to(device), names, bar))
-    effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
+    with progress(len(workload.gemms) * len(names) * len(STAGES) + 1) as stage:
+        findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
+        stage("outliers")
+        effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
     for found in findings:
         print("\n" + quality_table(found))
     print("\n" + agreement_table(findings, names))
@@ -103,6 +106,28 @@ def run(args: argparse.Namespace) -> int:
     faults = [fault for found in findings for fault in found.faults]
     print("\n" + conclusion(workload, findings, effects, names, faults))
     return 1 if faults else 0
+
+
+@contextlib.contextmanager
+def progress(stages: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, if that is a terminal, from which it is gone in the end; told the name of each stage as it begins.
+
+    It counts and gives no estimate: in the interpreter the products take most of the time.
+    """
+    with tqdm(
+        total=stages,
+        bar_format="{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}",
+        leave=False,
+        file=sys.stderr,
+        disable=None,
+        mininterval=0,
+    ) as bar:
+
+        def stage(what: str) -> None:
+            bar.set_description_str(what, refresh=False)
+            bar.update()
+
+        yield stage
 
 
 def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
@@ -123,13 +148,14 @@ def runnable_backends(gemm: Operands, device: torch.device) -> list[str]:
     return [first, *(name for name, (ok, _) in backends(device).items() if ok and name != first)]
 
 
-def examine(gemm: Operands, names: Sequence[str], bar: tqdm[None]) -> Findings:
+def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) -> Findings:
     """Run every backend over one grouped GEMM; the first one's figures are those of the MXFP8 columns."""
     groups = gemm.groups()
-    runs: list[Run] = []
-    for name in names:
-        bar.set_description(f"{gemm.name}: {name}")
-        runs.append(run_backend(gemm.x, gemm.w, groups, name, bar.update))
+
+    def run_named(name: str) -> Run:
+        return run_backend(gemm.x, gemm.w, groups, name, lambda what: stage(f"{gemm.name}: {name}, {what}"))
+
+    runs = [run_named(name) for name in names]
     first = runs[0]
     x8, w8 = per_tensor_fp8(gemm.x), torch.stack([per_tensor_fp8(w) for w in gemm.w])
     return Findings(

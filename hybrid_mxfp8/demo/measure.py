@@ -28,6 +28,9 @@ PRODUCT_CALC_DIFF: Final = 1e-3
 ACCUMULATION_STEP: Final = 2.0**-23
 """fp32 accumulation, at worst truncating at each of K steps, relative to the sum of magnitudes."""
 
+STAGES: Final = ("tokens", "weights", "product")
+"""Of :func:`run_backend`: quantize the tokens, quantize the weights, multiply."""
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -100,7 +103,7 @@ def run_backend(
     w: torch.Tensor,
     groups: GroupLayout,
     backend: str,
-    done: Callable[[], object] = lambda: None,
+    stage: Callable[[str], None] = lambda what: None,
 ) -> Run:
     """Quantize both operands and multiply them, all by one backend.
 
@@ -109,18 +112,17 @@ def run_backend(
         w: (E, N, K) fp32.
         groups: layout of x's rows.
         backend: its name.
-        done: called after each of the three steps.
+        stage: told each of STAGES as it begins.
 
     Raises:
         BackendUnavailableError: the backend can't run here.
     """
+    stage(STAGES[0])
     xq = quantize_grouped(x, groups, backend=backend)
-    done()
+    stage(STAGES[1])
     wq = quantize_weights(w, backend=backend)
-    done()
-    product = grouped_gemm(xq, wq, out_dtype=torch.float32, backend=backend)
-    done()
-    return Run(backend, xq, wq, product)
+    stage(STAGES[2])
+    return Run(backend, xq, wq, grouped_gemm(xq, wq, out_dtype=torch.float32, backend=backend))
 
 
 def quality(
