@@ -34,6 +34,7 @@ COMMANDS = (
         "demo", "hybrid_mxfp8.demo.command", "the main job on real weights, measured against fp32 and per-tensor FP8"
     ),
     Command("warmup", "hybrid_mxfp8.warmup", "compile the CUTLASS backend ahead of time"),
+    Command("bench", "hybrid_mxfp8.bench_command", "the benchmark suite of a checkout"),
 )
 
 

@@ -1,0 +1,137 @@
+"""The scripts behind make: which PyTorch the environment gets, and that no failing half of the tests is lost.
+
+Stand-ins for python, pip, pytest and nvidia-smi write down how they are called.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PYTHON = """#!/bin/bash
+# A base Python: says whether its torch sees a GPU, and makes environments of stand-ins.
+case "$*" in
+  *torch.cuda.is_available*) exit {torch_sees_no_gpu} ;;
+  "-m venv "*)
+    echo "venv ${{*:3}}" >>{log}
+    for last; do :; done
+    mkdir -p "$last/bin"
+    printf '#!/bin/bash\\necho "pip $*" >>{log}\\n{pip}\\n' >"$last/bin/pip"
+    printf '#!/bin/bash\\ncat >/dev/null; echo torch==2.99\\n' >"$last/bin/python"
+    chmod +x "$last"/bin/* ;;
+esac
+"""
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def checkout(tmp_path: Path) -> Path:
+    """A folder with nothing but a copy of .ci."""
+    shutil.copytree(ROOT / ".ci", tmp_path / "checkout" / ".ci")
+    return tmp_path / "checkout"
+
+
+def run(command: str, root: Path, stand_ins: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": f"{stand_ins}{os.pathsep}/usr/bin{os.pathsep}/bin", "PYTHON": str(stand_ins / "python")}
+    return subprocess.run(
+        ["bash", *command.split()], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+# ---------------------------------------------------------------- .ci/venv
+
+
+def make_environment(tmp_path: Path, *, gpu: bool, base_torch: bool, pip: str = "", times: int = 1) -> list[str]:
+    """What .ci/venv asks for, line by line."""
+    root, stand_ins, log = checkout(tmp_path), tmp_path / "stand-ins", tmp_path / "log"
+    script(stand_ins / "python", PYTHON.format(torch_sees_no_gpu=int(not base_torch), log=log, pip=pip))
+    script(stand_ins / "nvidia-smi", f"#!/bin/bash\nexit {int(not gpu)}\n")
+    script(stand_ins / "uname", "#!/bin/bash\necho Linux\n")
+    for _ in range(times):
+        done = run(".ci/venv", root, stand_ins)
+        assert done.returncode == 0, done.stderr
+    return log.read_text().splitlines()
+
+
+def test_a_gpus_own_pytorch_is_used(tmp_path: Path) -> None:
+    """The machine's PyTorch fits its driver: none is installed over it, and constraints hold it where it is."""
+    venv, *installs = make_environment(tmp_path, gpu=True, base_torch=True)
+    assert venv == "venv --system-site-packages .venv"
+    assert not [line for line in installs if "torch" in line]
+    assert installs[0].startswith("pip install -q -c ")
+    assert installs[0].endswith(" -e .[test,ragged]")
+
+
+def test_a_gpu_without_pytorch_gets_it(tmp_path: Path) -> None:
+    venv, torch, *_ = make_environment(tmp_path, gpu=True, base_torch=False)
+    assert venv == "venv .venv"
+    assert torch == "pip install -q torch>=2.8"
+
+
+@pytest.mark.parametrize("base_torch", [False, True])
+def test_no_gpu_gets_a_cpu_build_alone(tmp_path: Path, base_torch: bool) -> None:
+    venv, torch, triton, *rest = make_environment(tmp_path, gpu=False, base_torch=base_torch)
+    assert venv == "venv .venv"
+    assert torch == "pip install -q torch==2.13.0+cpu"
+    assert triton == "pip install -q triton==3.9.*"
+    assert not [line for line in rest if "torch" in line.replace(str(tmp_path), "")]
+
+
+def test_a_cpu_build_that_pip_does_not_know_comes_from_pytorchs_index(tmp_path: Path) -> None:
+    """Failing the first request must not end in PyPI's CUDA build."""
+    unknown = '[[ "$*" == *torch==* && "$*" != *index-url* ]] && exit 1; exit 0'
+    lines = make_environment(tmp_path, gpu=False, base_torch=False, pip=unknown)
+    assert [line for line in lines if "torch==" in line] == [
+        "pip install -q torch==2.13.0+cpu",
+        "pip install -q torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu",
+    ]
+
+
+def test_a_second_run_keeps_the_environment(tmp_path: Path) -> None:
+    lines = make_environment(tmp_path, gpu=False, base_torch=False, times=2)
+    assert [line for line in lines if line.startswith("venv")] == ["venv .venv"]
+
+
+# ---------------------------------------------------------------- .ci/test
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "compiled", "expected"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (5, 0, 1), (0, 5, 1), (2, 2, 1)]
+)
+def test_either_half_fails_the_whole(tmp_path: Path, interpreted: int, compiled: int, expected: int) -> None:
+    """Exit code 5, no tests found, is a failure where there are files."""
+    root = checkout(tmp_path)
+    for room in ("codegen", "gpu"):
+        script(root / "tests" / room / "test_a.py", "")
+    script(
+        root / ".venv" / "bin" / "pytest",
+        '#!/bin/bash\necho "ran ${TRITON_INTERPRET:-0} $*"\n'
+        f'[ -n "$TRITON_INTERPRET" ] && exit {interpreted}\nexit {compiled}\n',
+    )
+    done = run(".ci/test", root, tmp_path)
+    assert done.returncode == expected
+    first, second = (line for line in done.stdout.splitlines() if line.startswith("ran"))
+    assert first.startswith("ran 1 tests --ignore=tests/codegen --ignore=tests/gpu ")
+    assert second.startswith("ran 0 tests/codegen tests/gpu ")
+
+
+def test_a_room_without_files_is_not_run(tmp_path: Path) -> None:
+    root = checkout(tmp_path)
+    script(root / "tests" / "codegen" / "test_a.py", "")
+    (root / "tests" / "gpu").mkdir()
+    script(root / ".venv" / "bin" / "pytest", '#!/bin/bash\necho "ran $*"\n')
+    done = run(".ci/test", root, tmp_path)
+    assert done.returncode == 0
+    second = [line for line in done.stdout.splitlines() if line.startswith("ran ")][1]
+    assert second.startswith("ran tests/codegen -q")
