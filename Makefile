@@ -10,7 +10,7 @@ export PYTHON
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.ready ## the main job on real weights: about half a minute on a CPU
+demo: $(VENV)/.ready ## the main job on real weights: half a minute on a CPU once installed
 	$(BIN)/python -m hybrid_mxfp8 demo
 
 test: $(VENV)/.ready ## all tests: interpreted, compiled, and on the GPU if there is one
@@ -31,5 +31,5 @@ $(VENV)/.ready: pyproject.toml .ci/venv
 	touch $@
 
 $(VENV)/.ready-lint: $(VENV)/.ready
-	$(BIN)/pip install -q ruff==0.17.6 mypy==2.4.1
+	$(BIN)/pip install -q --ignore-installed ruff==0.17.6 mypy==2.4.1
 	touch $@

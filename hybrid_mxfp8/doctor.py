@@ -86,7 +86,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def toolchain() -> dict[str, list[dict[str, str]]]:
-    """Each CUDA compiler and each copy of the CUTLASS headers that was found, the one to be used first."""
+    """Each CUDA compiler and each copy of the CUTLASS headers that was found."""
     room = "hybrid_mxfp8.cutlass_kernels.headers"
     if importlib.util.find_spec(room) is None:
         return {"compilers": [], "cutlass_headers": []}

@@ -69,8 +69,9 @@ def test_a_gpus_own_pytorch_is_used(tmp_path: Path) -> None:
     venv, *installs = make_environment(tmp_path, gpu=True, base_torch=True)
     assert venv == "venv --system-site-packages .venv"
     assert not [line for line in installs if "torch" in line]
-    assert installs[0].startswith("pip install -q -c ")
-    assert installs[0].endswith(" -e .[test,ragged]")
+    assert installs[0] == "pip install -q --ignore-installed pytest pytest-xdist"
+    assert installs[1].startswith("pip install -q -c ")
+    assert installs[1].endswith(" -e .[test,ragged]")
 
 
 def test_a_gpu_without_pytorch_gets_it(tmp_path: Path) -> None:
