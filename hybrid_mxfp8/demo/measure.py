@@ -20,7 +20,7 @@ from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 OPERAND_FLOOR_DB: Final = 24.0
 """With ``rceil`` nothing saturates and e4m3 rounds by at most 2**-4 of an element: 24.08 dB, whatever the data. Elements
-small enough to be subnormal in their block lose more, but carry less than 1e-7 of its power."""
+so small that they are subnormal in their block lose more, but carry less than 1e-7 of its power."""
 
 PRODUCT_CALC_DIFF: Final = 1e-3
 """What DeepGEMM's and SGLang's tests allow. Both operands at their typical 31.5 dB make 7e-4 on random data."""
