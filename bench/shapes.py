@@ -1,0 +1,201 @@
+"""What is measured: shapes, how tokens are spread over experts, and the list of cases.
+
+Pure: nothing here touches a GPU. T counts rows after routing, so a model's T is tokens times top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+Distribution = Literal["uniform", "zipf", "one_hot", "mostly_empty"]
+DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
+Kind = Literal["quantize", "gemm", "pipeline"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Variant = Literal["plain", "counts", "gather", "swiglu"]
+
+ACTIVE_SHARE_WHEN_MOSTLY_EMPTY = 16
+"""``mostly_empty`` gives tokens to one expert in this many."""
+
+
+def tokens_per_expert(distribution: Distribution, num_tokens: int, num_experts: int, seed: int) -> list[int]:
+    """(E,) counts that sum to ``num_tokens``; the seed only moves them among experts, so every seed costs the same.
+
+    - uniform: as even as integers allow
+    - zipf: the expert of rank r gets a share proportional to 1/r
+    - one_hot: one expert gets all
+    - mostly_empty: one expert in 16 (at least one), each as many as the others
+    """
+    if num_experts < 1 or num_tokens < 0:
+        raise ValueError(f"num_experts: must be at least 1 and num_tokens at least 0, got {num_experts}, {num_tokens}")
+    ranks = np.arange(num_experts)
+    if distribution == "uniform":
+        weights = np.ones(num_experts)
+    elif distribution == "zipf":
+        weights = 1.0 / (ranks + 1)
+    elif distribution == "one_hot":
+        weights = (ranks == 0).astype(float)
+    elif distribution == "mostly_empty":
+        weights = (ranks < max(num_experts // ACTIVE_SHARE_WHEN_MOSTLY_EMPTY, 1)).astype(float)
+    else:
+        raise ValueError(f"distribution: must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+    exact = weights / weights.sum() * num_tokens
+    counts = np.floor(exact).astype(np.int64)
+    # Largest remainder; a stable sort gives ties to the lower rank.
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: num_tokens - int(counts.sum())]] += 1
+    return [int(c) for c in counts[np.random.default_rng(seed).permutation(num_experts)]]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """One mixture-of-experts layer: E experts of (2I, H) and (H, I), and how many of them a token visits."""
+
+    name: str
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+
+    @property
+    def gemms(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(N, K) of the two products: up and gate, then down."""
+        return (2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)
+
+
+MODELS: tuple[ModelShape, ...] = (
+    ModelShape("DeepSeek-V3", 256, 7168, 2048, 8),
+    ModelShape("Kimi-K2", 384, 7168, 2048, 8),
+    ModelShape("Qwen3-235B-A22B", 128, 4096, 1536, 8),
+    ModelShape("Qwen3-30B-A3B", 128, 2048, 768, 8),
+    ModelShape("GLM-4.5", 160, 5120, 1536, 8),
+    ModelShape("gpt-oss-120b", 128, 2880, 2880, 4),
+    ModelShape("Llama-4-Scout", 16, 5120, 8192, 1),
+    ModelShape("Llama-4-Maverick", 128, 5120, 8192, 1),
+    ModelShape("Mixtral-8x7B", 8, 4096, 14336, 2),
+)
+MODEL_TOKENS = (1, 16, 128, 1024, 8192)
+"""Tokens of a batch, before routing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: contenders that do the same job on the same inputs, timed in turns.
+
+    Attributes:
+        kind: quantize, gemm, or pipeline (quantize then GEMM).
+        source: who set the shape: ``target``, ``SGLang``, ``torchao`` or a model.
+        num_tokens: T.
+        n: N; 0 for quantize.
+        k: K.
+        num_experts: E.
+        distribution: of T rows over E experts.
+        variant: of quantize: ``plain``; ``counts``: with the group offsets computed in the timed call;
+            ``gather``: rows picked by index; ``swiglu``: silu(gate) * up first.
+    """
+
+    kind: Kind
+    source: str
+    num_tokens: int
+    n: int
+    k: int
+    num_experts: int
+    distribution: Distribution = "uniform"
+    variant: Variant = "plain"
+
+    @property
+    def name(self) -> str:
+        """Kind, variant, shape and distribution; unique in a run, whatever the source."""
+        shape = f"{self.num_tokens}x{self.k}" if self.kind == "quantize" else f"{self.num_tokens}x{self.n}x{self.k}"
+        variant = "" if self.variant == "plain" else f" {self.variant}"
+        return f"{self.kind}{variant} {shape} E{self.num_experts} {self.distribution}"
+
+
+# Shapes of the targets: (T, K, E, distribution) and (T, N, K, E).
+QUANTIZE_TARGETS: tuple[tuple[int, int, int, Distribution], ...] = (
+    (131072, 7168, 8, "uniform"),
+    (16384, 7168, 256, "zipf"),
+    (8192, 2048, 8, "uniform"),
+    (1024, 7168, 256, "uniform"),
+    (256, 7168, 256, "uniform"),
+    (8, 4096, 128, "uniform"),
+)
+GEMM_TARGETS: tuple[tuple[int, int, int, int], ...] = (
+    (32, 4096, 7168, 32),
+    (256, 4096, 7168, 32),
+    (2048, 4096, 7168, 32),
+    (8192, 4096, 7168, 32),
+    (16384, 7168, 2048, 8),
+)
+COUNTS_TARGETS = ((8, 4096, 128), (256, 7168, 256))
+"""(T, K, E) of decode, where offsets are computed in the timed call."""
+FUSION_TARGETS = ((16384, 7168, 256), (16384, 2048, 256))
+"""(T, K, E) of prefill, for gather and for SwiGLU."""
+
+
+def _target_cases() -> list[Case]:
+    cases = [Case("quantize", "target", t, 0, k, e, d) for t, k, e, d in QUANTIZE_TARGETS]
+    cases += [Case("quantize", "target", t, 0, k, e, variant="counts") for t, k, e in COUNTS_TARGETS]
+    for variant in ("gather", "swiglu"):
+        cases += [Case("quantize", "target", t, 0, k, e, variant=variant) for t, k, e in FUSION_TARGETS]
+    cases += [Case("gemm", "target", t, n, k, e) for t, n, k, e in GEMM_TARGETS]
+    return cases
+
+
+def _sglang_cases() -> list[Case]:
+    shapes = [(t, 4096, 4096, 64) for t in (1024, 2048, 4096)]
+    powers = [32 << i for i in range(9)]  # 32 .. 8192
+    shapes += [(t, 4096, 7168, 32) for t in powers] + [(t, 7168, 2048, 32) for t in powers]
+    return [
+        Case(kind, "SGLang", t, 0 if kind == "quantize" else n, k, e)
+        for kind in ("quantize", "gemm", "pipeline")
+        for t, n, k, e in shapes
+    ]
+
+
+def _torchao_cases() -> list[Case]:
+    shapes = ((131072, 2048, 7168), (131072, 7168, 2048), (8192, 7168, 2048))
+    groups = (1, 2, 4, 8)
+    cases = [Case("quantize", "torchao", t, 0, k, g) for t, _, k in shapes for g in groups]
+    return cases + [Case("gemm", "torchao", t, n, k, g) for t, n, k in shapes for g in groups]
+
+
+def _model_cases() -> list[Case]:
+    """The GEMMs of every model, and its first GEMM with the quantization before it. Cases of one weight are neighbours."""
+    cases = []
+    for model in MODELS:
+        for index, (n, k) in enumerate(model.gemms):
+            rows = [tokens * model.top_k for tokens in MODEL_TOKENS]
+            cases += [Case("quantize", model.name, t, 0, k, model.experts) for t in rows]
+            cases += [Case("gemm", model.name, t, n, k, model.experts) for t in rows]
+            if index == 0:
+                cases += [Case("pipeline", model.name, t, n, k, model.experts) for t in rows[::2]]
+    return cases
+
+
+def _skew_cases() -> list[Case]:
+    cases: list[Case] = []
+    for distribution in DISTRIBUTIONS:
+        for t in (256, 16384):
+            cases.append(Case("quantize", "distribution", t, 0, 7168, 256, distribution))
+        for t in (256, 8192):
+            cases.append(Case("gemm", "distribution", t, 4096, 7168, 32, distribution))
+    return cases
+
+
+def _quick_extras() -> list[Case]:
+    return [
+        Case("gemm", "SGLang", 1024, 4096, 4096, 64),
+        Case("pipeline", "SGLang", 32, 4096, 7168, 32),
+        Case("pipeline", "SGLang", 2048, 4096, 7168, 32),
+    ]
+
+
+def cases(quick: bool = False, only: Kind | None = None) -> list[Case]:
+    """The cases of a run, those of the targets first, each shape once."""
+    wanted = _target_cases()
+    wanted += _quick_extras() if quick else _sglang_cases() + _skew_cases() + _torchao_cases() + _model_cases()
+    first = {case.name: case for case in reversed(wanted)}
+    return [case for case in wanted if first[case.name] is case and only in (None, case.kind)]

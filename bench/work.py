@@ -1,0 +1,69 @@
+"""Bytes and flops of each job, counted from the group sizes: operands read once, results written once.
+
+Scales and their padding count; the few KB of offsets do not. Every function is pure and takes the (E,) counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid_mxfp8.formats import padded_scale_rows, scale_cols
+
+BF16 = 2
+INT32 = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved at least, and floating point operations of the matrix unit."""
+
+    bytes: int
+    flops: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def _active(counts: Sequence[int]) -> int:
+    return sum(c > 0 for c in counts)
+
+
+def quantize(
+    counts: Sequence[int], k: int, *, itemsize: int = BF16, gather: bool = False, swiglu: bool = False
+) -> Work:
+    """T*K read (twice that for gate and up), T*K codes and every expert's whole scale tiles written."""
+    tokens = sum(counts)
+    read = tokens * k * itemsize * (2 if swiglu else 1) + (tokens * INT32 if gather else 0)
+    scales = sum(padded_scale_rows(c) for c in counts) * scale_cols(k)
+    return Work(read + tokens * k + scales)
+
+
+def gemm(counts: Sequence[int], n: int, k: int, *, out_itemsize: int = BF16) -> Work:
+    """Codes and scales of the active experts' weights and of the tokens, and the output; 2*T*N*K flops."""
+    tokens = sum(counts)
+    weights = _active(counts) * (n * k + padded_scale_rows(n) * scale_cols(k))
+    rows = tokens * (k + scale_cols(k))
+    return Work(weights + rows + tokens * n * out_itemsize, 2 * tokens * n * k)
+
+
+def gemm_bf16(counts: Sequence[int], n: int, k: int) -> Work:
+    """The same product with operands in bf16."""
+    tokens = sum(counts)
+    return Work((_active(counts) * n * k + tokens * k + tokens * n) * BF16, 2 * tokens * n * k)
+
+
+def gemm_fp8_rowwise(counts: Sequence[int], n: int, k: int) -> Work:
+    """The same product with e4m3 operands and one fp32 scale a row."""
+    tokens = sum(counts)
+    return Work(_active(counts) * n * (k + 4) + tokens * (k + 4) + tokens * n * BF16, 2 * tokens * n * k)
+
+
+def copy(elements: int, itemsize: int = BF16) -> Work:
+    """Each element read and written."""
+    return Work(2 * elements * itemsize)
+
+
+def silu_mul(tokens: int, k: int, itemsize: int = BF16) -> Work:
+    """Gate and up read, their product written."""
+    return Work(3 * tokens * k * itemsize)
