@@ -1,0 +1,208 @@
+"""The contenders of a GEMM case: this library's backends, torch's bf16 ``_grouped_mm`` as the baseline, and peers.
+
+Inputs are random normal, the weights made on the GPU and kept while cases of the same shape follow. Where the bf16
+weights beside ours would not fit in memory, the case takes fewer experts and its note says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.formats import grouped_scale_rows, padded_scale_rows, scale_cols
+
+from . import work
+from .bench_quantize import Prepared, counts_of_set, layouts
+from .peers import Absent, Contender, Field, GemmInputs, bf16_grouped_mm, gemm_peers
+from .shapes import Case
+from .timing import num_sets
+
+CHECKED_ROWS = 8
+MAX_DIFF = 2e-3
+"""calc_diff of an MXFP8 product of normal data against the unquantized one is near 7e-4."""
+MEMORY_SHARE = 0.8
+"""Of the free memory, for inputs; the rest is for outputs that contenders allocate, and for graphs."""
+
+BACKENDS = ("cutlass", "triton")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Sets of expert weights: w (E, N, K) bf16, and the same quantized."""
+
+    w: Sequence[torch.Tensor]
+    wq: Sequence[mx.ExpertWeights]
+
+
+class WeightStore:
+    """Makes weights, and keeps the last ones: consecutive cases often share them."""
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int, int, int] | None = None
+        self._weights: Weights | None = None
+
+    def get(self, num_experts: int, n: int, k: int, sets: int, device: str) -> Weights:
+        """Weights of this shape; other ones are freed first."""
+        key = (num_experts, n, k, sets)
+        if self._key != key or self._weights is None:
+            self.clear()
+            if torch.cuda.is_available():
+                # Cached blocks of other sizes would leave no room for these.
+                torch.cuda.empty_cache()
+            w = [torch.empty(num_experts, n, k, dtype=torch.bfloat16, device=device).normal_() for _ in range(sets)]
+            self._weights = Weights(w, [mx.quantize_weights(each) for each in w])
+            self._key = key
+        return self._weights
+
+    def clear(self) -> None:
+        """Free them."""
+        self._key = self._weights = None
+
+    def kept_bytes(self, num_experts: int, n: int, k: int) -> int:
+        """Memory of the kept weights if they have this shape; otherwise they are freed, and it is 0."""
+        if self._key is None or self._key[:3] != (num_experts, n, k):
+            self.clear()
+            return 0
+        return self._key[3] * all_weight_bytes(num_experts, n, k)
+
+
+def weight_bytes(num_experts: int, n: int, k: int) -> int:
+    """One set of weights, quantized."""
+    return num_experts * (n * k + padded_scale_rows(n) * scale_cols(k))
+
+
+def all_weight_bytes(num_experts: int, n: int, k: int) -> int:
+    """One set of weights, quantized and in bf16."""
+    return weight_bytes(num_experts, n, k) + work.BF16 * num_experts * n * k
+
+
+def token_bytes(case: Case) -> int:
+    """One set of tokens in bf16 and quantized, and one output."""
+    scales = grouped_scale_rows(case.num_tokens, case.num_experts) * scale_cols(case.k)
+    return case.num_tokens * (case.k * (work.BF16 + 1) + case.n * work.BF16) + scales
+
+
+def plan_sets(case: Case, l2_bytes: int) -> tuple[int, int]:
+    """(sets of tokens, sets of weights).
+
+    Sets differ in which experts have tokens, so even where few experts are active, few sets leave the L2 cache
+    behind; weights that fit in it entirely are rotated too.
+    """
+    job = work.gemm(counts_of_set(case, 0), case.n, case.k)
+    sets = max(num_sets(job.bytes, l2_bytes), 2)
+    sets = min(sets, max(2, int(8e9 // max(token_bytes(case), 1))))
+    return sets, min(sets, num_sets(weight_bytes(case.num_experts, case.n, case.k), l2_bytes))
+
+
+def needed_bytes(case: Case, l2_bytes: int) -> int:
+    """Memory of all inputs and outputs, with the bf16 weights beside the quantized."""
+    sets, weight_sets = plan_sets(case, l2_bytes)
+    return weight_sets * all_weight_bytes(case.num_experts, case.n, case.k) + sets * token_bytes(case)
+
+
+def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
+    """The case with as many experts as memory has room for, and a note if they are fewer.
+
+    Raises:
+        ValueError: not even one expert fits.
+    """
+    fitted = case
+    while needed_bytes(fitted, l2_bytes) > MEMORY_SHARE * free_bytes:
+        if fitted.num_experts == 1:
+            raise ValueError(f"{case.name}: needs {needed_bytes(fitted, l2_bytes)} bytes, {free_bytes} are free")
+        fitted = dataclasses.replace(fitted, num_experts=math.ceil(fitted.num_experts / 2))
+    if fitted is case:
+        return case, ""
+    return fitted, f"{fitted.num_experts} of {case.num_experts} experts: more do not fit in memory beside bf16 weights"
+
+
+def expert_of_rows(counts: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """The expert that owns each row."""
+    return [int(e) for e in np.searchsorted(np.cumsum(counts), rows, side="right")]
+
+
+def check_product(
+    x: torch.Tensor, w: torch.Tensor, counts: Sequence[int], y: Callable[[], torch.Tensor]
+) -> Callable[[], str]:
+    """A check of sampled rows of ``y`` against the fp32 product of the unquantized operands."""
+
+    def check() -> str:
+        rows = sorted({int(r) for r in np.linspace(0, x.shape[0] - 1, CHECKED_ROWS)})
+        truth = torch.stack(
+            [w[e].float() @ x[r].float() for r, e in zip(rows, expert_of_rows(counts, rows), strict=True)]
+        )
+        diff = mx.calc_diff(y()[rows], truth)
+        if not diff < MAX_DIFF:
+            raise AssertionError(f"calc_diff of {len(rows)} rows against fp32 is {diff:.1e}, expected below {MAX_DIFF}")
+        return f"calc_diff {diff:.1e} on {len(rows)} rows against fp32"
+
+    return check
+
+
+def our_gemm(inputs: GemmInputs, backend: str) -> Callable[[int], object]:
+    """A call of ``grouped_gemm`` with everything given that it could allocate."""
+    size = mx.grouped_gemm_workspace_size(inputs.wq[0], inputs.x[0].shape[0], backend=backend)
+    workspace = torch.empty(size, dtype=torch.uint8, device=inputs.x[0].device) if size else None
+    return lambda i: mx.grouped_gemm(
+        inputs.xq[i], inputs.wq[i % len(inputs.wq)], out=inputs.y[i], workspace=workspace, backend=backend
+    )
+
+
+def usable_backends(device: torch.device) -> tuple[list[str], list[Absent]]:
+    """This library's GPU backends that can run here, and those that can't."""
+    answers = mx.backends(device)
+    usable = [name for name in BACKENDS if answers[name][0]]
+    return usable, [Absent(f"grouped_gemm ({name})", answers[name][1]) for name in BACKENDS if name not in usable]
+
+
+def make_inputs(case: Case, store: WeightStore, l2_bytes: int, device: str) -> tuple[GemmInputs, list[torch.Tensor]]:
+    """All sets of a case, and the (E,) counts tensors that their layouts came from."""
+    sets, weight_sets = plan_sets(case, l2_bytes)
+    counts, groups = layouts(case, sets, device)
+    weights = store.get(case.num_experts, case.n, case.k, weight_sets, device)
+    x = list(torch.empty(sets, case.num_tokens, case.k, dtype=torch.bfloat16, device=device).normal_())
+    inputs = GemmInputs(
+        x=x,
+        xq=[mx.quantize_grouped(x[i], groups[i]) for i in range(sets)],
+        w=weights.w,
+        wq=weights.wq,
+        ends=[g.expert_offsets[1:].clone() for g in groups],
+        y=[torch.empty(case.num_tokens, case.n, dtype=torch.bfloat16, device=device) for _ in range(sets)],
+        counts=counts_of_set(case, 0),
+    )
+    return inputs, counts
+
+
+def prepare(
+    case: Case,
+    capability: tuple[int, int],
+    l2_bytes: int,
+    store: WeightStore,
+    device: str = "cuda",
+    note: str = "",
+) -> Prepared:
+    """Inputs and contenders of a case that fits (see :func:`fit`)."""
+    inputs, _ = make_inputs(case, store, l2_bytes, device)
+    job = work.gemm(inputs.counts, case.n, case.k)
+    usable, absent = usable_backends(inputs.x[0].device)
+    field: Field = [
+        Contender(
+            f"grouped_gemm ({backend})",
+            our_gemm(inputs, backend),
+            job,
+            ours=True,
+            precision="mxfp8",
+            note=mx.explain(inputs.xq[0], inputs.wq[0], backend=backend).partition(": ")[2],
+            check=check_product(inputs.x[0], inputs.w[0], inputs.counts, lambda: inputs.y[0]),
+        )
+        for backend in usable
+    ]
+    baseline = bf16_grouped_mm(inputs)
+    field += [baseline, *gemm_peers(inputs, capability), *absent]
+    return Prepared(case, field, baseline.name, len(inputs.x), job, note)

@@ -1,0 +1,254 @@
+"""The contenders of a quantize case. ``baseline`` is what the ratio column refers to.
+
+| variant | ours | baseline | also |
+| --- | --- | --- | --- |
+| plain | quantize_grouped | a bf16 copy of the same bytes | other quantizers |
+| counts | GroupLayout.from_counts, then quantize_grouped | quantize_grouped alone | |
+| gather | quantize_grouped(row_index=) | index_select, then quantize_grouped | quantize_grouped of rows in place |
+| swiglu | quantize_grouped(activation="swiglu") | silu_mul, then quantize_grouped | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.formats import BLOCK_SIZE, grouped_scale_rows, scale_cols
+
+from . import work
+from .peers import Contender, Field, QuantizeInputs, bf16_copy, quantize_peers
+from .shapes import Case, tokens_per_expert
+from .timing import num_sets
+from .work import Work
+
+CHECKED_ROWS = 256
+SEED = 20240613
+
+OURS = "quantize_grouped"
+FROM_COUNTS = "from_counts + quantize_grouped"
+ALONE = "quantize_grouped alone"
+GATHER = "quantize_grouped with row_index"
+SWIGLU = "quantize_grouped with swiglu"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case ready to be timed: as it will run, its contenders, the baseline's name, the number of input sets and our job."""
+
+    case: Case
+    field: Field
+    baseline: str
+    sets: int
+    job: Work
+    note: str = ""
+
+
+def counts_of_set(case: Case, index: int) -> list[int]:
+    """(E,) counts of input set ``index``: the same sizes for every set, at other experts."""
+    return tokens_per_expert(case.distribution, case.num_tokens, case.num_experts, SEED + index)
+
+
+def set_bytes(case: Case) -> int:
+    """Bytes of one input set and its output, allocated."""
+    width = 2 if case.variant == "swiglu" else 1
+    scales = grouped_scale_rows(case.num_tokens, case.num_experts) * scale_cols(case.k)
+    return case.num_tokens * case.k * (work.BF16 * width + 1) + scales
+
+
+def output(groups: mx.GroupLayout, k: int) -> mx.GroupedMXFP8:
+    """Buffers for ``out=``."""
+    return mx.GroupedMXFP8(
+        torch.empty(groups.num_tokens, k, dtype=torch.float8_e4m3fn, device=groups.device),
+        torch.empty(groups.scale_rows, scale_cols(k), dtype=torch.uint8, device=groups.device),
+        groups,
+    )
+
+
+def layouts(case: Case, sets: int, device: str) -> tuple[list[torch.Tensor], list[mx.GroupLayout]]:
+    """Counts (E,) int32 and layout of every set."""
+    counts = [torch.tensor(counts_of_set(case, i), dtype=torch.int32, device=device) for i in range(sets)]
+    return counts, [mx.GroupLayout.from_counts(c, case.num_tokens) for c in counts]
+
+
+def check_rows(expected: Callable[[torch.Tensor], torch.Tensor], out: mx.GroupedMXFP8) -> Callable[[], str]:
+    """A check that sampled rows of ``out`` hold the bytes that the PyTorch reference gives.
+
+    Args:
+        expected: row numbers (R,) to the rows (R, K) that were to be quantized.
+        out: what the kernel wrote.
+    """
+
+    def check() -> str:
+        tokens = out.values.shape[0]
+        rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=out.values.device).long()
+        codes, linear = reference.quantize(expected(rows), "rceil")
+        wrong = int((codes.view(torch.uint8) != out.values[rows].view(torch.uint8)).sum())
+        groups = out.groups
+        scale_rows, _ = reference.scale_rows_of_tokens(groups.expert_offsets, groups.scale_offsets, tokens)
+        offsets = reference.swizzled_offsets(scale_rows[rows], linear.shape[1], out.scales.shape[1])
+        wrong += int((linear != out.scales.reshape(-1)[offsets]).sum())
+        if wrong:
+            raise AssertionError(f"{wrong} bytes of {len(rows)} sampled rows differ from the reference")
+        return f"{len(rows)} sampled rows equal the reference bitwise"
+
+    return check
+
+
+def check_swiglu(x: torch.Tensor, out: mx.GroupedMXFP8) -> Callable[[], str]:
+    """A check by signal-to-noise: exp may differ from PyTorch's in the last bit, so bytes may differ too."""
+
+    def check() -> str:
+        tokens = out.values.shape[0]
+        rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=x.device).long()
+        truth = reference.swiglu(x[rows])
+        groups = out.groups
+        scale_rows, _ = reference.scale_rows_of_tokens(groups.expert_offsets, groups.scale_offsets, tokens)
+        offsets = reference.swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
+        got = reference.dequantize(out.values[rows], out.scales.reshape(-1)[offsets])
+        decibels = mx.signal_to_noise_db(truth, got)
+        if decibels < 25.0:
+            raise AssertionError(f"signal-to-noise is {decibels:.1f} dB, expected the format's 30 or so")
+        return f"{decibels:.1f} dB against fp32"
+
+    return check
+
+
+def prepare(case: Case, capability: tuple[int, int], l2_bytes: int, device: str = "cuda") -> Prepared:
+    """Inputs on the GPU, random normal, and the contenders."""
+    sets = num_sets(set_bytes(case), l2_bytes)
+    counts, groups = layouts(case, sets, device)
+    width = case.k * (2 if case.variant == "swiglu" else 1)
+    x = torch.empty(sets, case.num_tokens, width, dtype=torch.bfloat16, device=device).normal_()
+    out = [output(g, case.k) for g in groups]
+    host_counts = counts_of_set(case, 0)
+    builder = {"plain": _plain, "counts": _counts, "gather": _gather, "swiglu": _swiglu}[case.variant]
+    field, baseline = builder(case, list(x), counts, groups, out, host_counts, capability)
+    return Prepared(case, field, baseline, sets, work.quantize(host_counts, case.k))
+
+
+def _plain(
+    case: Case,
+    x: list[torch.Tensor],
+    counts: list[torch.Tensor],
+    groups: list[mx.GroupLayout],
+    out: list[mx.GroupedMXFP8],
+    host_counts: Sequence[int],
+    capability: tuple[int, int],
+) -> tuple[Field, str]:
+    job = work.quantize(host_counts, case.k)
+    copy = bf16_copy(job.bytes, len(x), x[0].device)
+    ours = Contender(
+        OURS,
+        lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]),
+        job,
+        ours=True,
+        check=check_rows(lambda rows: x[0][rows], out[0]),
+    )
+    return [ours, copy, *quantize_peers(QuantizeInputs(x, groups, out, host_counts), capability)], copy.name
+
+
+def _counts(
+    case: Case,
+    x: list[torch.Tensor],
+    counts: list[torch.Tensor],
+    groups: list[mx.GroupLayout],
+    out: list[mx.GroupedMXFP8],
+    host_counts: Sequence[int],
+    capability: tuple[int, int],
+) -> tuple[Field, str]:
+    job = work.quantize(host_counts, case.k)
+    tokens = case.num_tokens
+
+    def both(i: int) -> object:
+        return mx.quantize_grouped(x[i], mx.GroupLayout.from_counts(counts[i], tokens), out=out[i])
+
+    check = check_rows(lambda rows: x[0][rows], out[0])
+    alone = Contender(ALONE, lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]), job, ours=True, check=check)
+    return [Contender(FROM_COUNTS, both, job, ours=True, check=check), alone], alone.name
+
+
+def _gather(
+    case: Case,
+    x: list[torch.Tensor],
+    counts: list[torch.Tensor],
+    groups: list[mx.GroupLayout],
+    out: list[mx.GroupedMXFP8],
+    host_counts: Sequence[int],
+    capability: tuple[int, int],
+) -> tuple[Field, str]:
+    """The gather reads a random permutation of the rows: every row is read once, as in the plain job."""
+    tokens = case.num_tokens
+    generator = torch.Generator(device=x[0].device).manual_seed(SEED)
+    order = [torch.randperm(tokens, device=x[0].device, generator=generator).to(torch.int32) for _ in x]
+    gathered = torch.empty_like(x[0])
+    job = work.quantize(host_counts, case.k, gather=True)
+    plain = work.quantize(host_counts, case.k)
+
+    def unfused(i: int) -> object:
+        torch.index_select(x[i], 0, order[i], out=gathered)
+        return mx.quantize_grouped(gathered, groups[i], out=out[i])
+
+    check = check_rows(lambda rows: x[0][order[0][rows].long()], out[0])
+    fused = Contender(
+        GATHER,
+        lambda i: mx.quantize_grouped(x[i], groups[i], row_index=order[i], out=out[i]),
+        job,
+        ours=True,
+        check=check,
+    )
+    baseline = Contender(
+        "index_select, then quantize_grouped",
+        unfused,
+        work.copy(tokens * case.k) + job,
+        note="bf16 intermediate",
+        check=check,
+    )
+    alone = Contender(
+        ALONE,
+        lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]),
+        plain,
+        ours=True,
+        note="no gather",
+        check=check_rows(lambda rows: x[0][rows], out[0]),
+    )
+    return [fused, baseline, alone], baseline.name
+
+
+def _swiglu(
+    case: Case,
+    x: list[torch.Tensor],
+    counts: list[torch.Tensor],
+    groups: list[mx.GroupLayout],
+    out: list[mx.GroupedMXFP8],
+    host_counts: Sequence[int],
+    capability: tuple[int, int],
+) -> tuple[Field, str]:
+    from .silu_mul import silu_mul
+
+    tokens = case.num_tokens
+    product = torch.empty(tokens, case.k, dtype=torch.bfloat16, device=x[0].device)
+
+    def unfused(i: int) -> object:
+        silu_mul(x[i], product)
+        return mx.quantize_grouped(product, groups[i], out=out[i])
+
+    check = check_swiglu(x[0], out[0])
+    fused = Contender(
+        SWIGLU,
+        lambda i: mx.quantize_grouped(x[i], groups[i], activation="swiglu", out=out[i]),
+        work.quantize(host_counts, case.k, swiglu=True),
+        ours=True,
+        check=check,
+    )
+    baseline = Contender(
+        "silu_mul, then quantize_grouped",
+        unfused,
+        work.silu_mul(tokens, case.k) + work.quantize(host_counts, case.k),
+        note="one silu_mul kernel, bf16 intermediate",
+        check=check,
+    )
+    return [fused, baseline], baseline.name

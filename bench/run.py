@@ -1,0 +1,252 @@
+"""The command line and the loop over cases.
+
+Cases of the targets come first, and the record is written after every case: a run that is cut short, by its time
+budget or from outside, keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybrid_mxfp8.bench_command import add_arguments
+
+from . import bench_grouped_gemm, bench_pipeline, bench_quantize, model, plots, report, targets
+from .bench_grouped_gemm import WeightStore
+from .bench_quantize import Prepared
+from .limits import Limits, measure_limits
+from .peers import Absent, Contender
+from .shapes import Case, cases
+from .timing import CudaDevice, Device, Result, measure, one_line, plan
+
+QUICK_BUDGET_S = 50.0
+FULL_BUDGET_S = 520.0
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m bench``."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of hybrid_mxfp8.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options say; 0 if all went well, 1 if one of this library's own cases failed."""
+    if args.model:
+        report.say(model.report())
+        return 0
+    if args.from_json is not None:
+        return _render(args.from_json, args.out or args.from_json.resolve().parent, args.plots)
+    wanted = cases(args.quick, args.only)
+    reason = "asked to list only" if args.list else why_not()
+    if reason is not None:
+        report.say(listing(wanted, reason))
+        return 0
+    return _measure(args, wanted)
+
+
+def why_not() -> str | None:
+    """Why nothing can be measured here; None if it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA GPU here (torch.cuda.is_available() is False)"
+    if torch.version.hip is not None:
+        return "the suite is for NVIDIA GPUs; this is a ROCm build of PyTorch"
+    return None
+
+
+def listing(wanted: Sequence[Case], reason: str) -> str:
+    """What a run would measure, and why this one doesn't."""
+    lines = [f"Nothing was measured: {reason}.", f"A run measures these {len(wanted)} cases:"]
+    lines += [f"  {case.name}  [{case.source}]" for case in wanted]
+    return "\n".join(lines)
+
+
+def _render(path: Path, folder: Path, with_plots: bool) -> int:
+    record = report.read_json(path)
+    report.say(report.markdown(record))
+    if with_plots:
+        return _draw(record, folder, path.stem)
+    return 0
+
+
+def _draw(record: dict[str, Any], folder: Path, stem: str) -> int:
+    try:
+        written = plots.draw(record, folder, stem)
+    except ImportError as error:
+        report.say(f"no plots: {error}; pip install matplotlib, then: --from-json FILE --plots")
+        return 1
+    for path in written:
+        report.say(f"wrote {path}")
+    return 0
+
+
+def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
+    import torch
+    from tqdm import tqdm
+
+    started = time.monotonic()
+    budget_s = (QUICK_BUDGET_S if args.quick else FULL_BUDGET_S) if args.budget is None else args.budget
+    device = CudaDevice()
+    torch.manual_seed(0)
+    machine = report.describe_machine(args.commit)
+    capability = (machine["capability"][0], machine["capability"][1])
+    limits = measure_limits(device, machine["gpu"], capability, args.quick)
+    torch.cuda.empty_cache()
+    mode = ("quick" if args.quick else "full") + (f", {args.only} only" if args.only else "")
+    record: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "mode": mode,
+        "machine": machine,
+        "method": report.METHOD,
+        "limits": dataclasses.asdict(limits),
+        "seconds": 0.0,
+        "targets": [],
+        "rows": [],
+        "absent": [],
+        "not_run": [],
+    }
+    folder = args.out or RESULTS
+    card = "".join(c if c.isalnum() else "-" for c in machine["gpu"].lower().removeprefix("nvidia "))
+    stem = f"{card}-{machine['date'][:10]}-{mode.replace(', ', '-').replace(' ', '-')}"
+    path = folder / f"{stem}.json"
+
+    suite = Suite(device, machine["l2_bytes"], limits, args.quick)
+    bar = tqdm(wanted, desc="bench", unit="case", mininterval=2.0, dynamic_ncols=True)
+    try:
+        for case in bar:
+            bar.set_postfix_str(case.name, refresh=False)
+            if time.monotonic() - started > budget_s:
+                record["not_run"].append({"case": case.name, "reason": f"the budget of {budget_s:g} s was used up"})
+                continue
+            suite.add(case, record)
+            record["targets"] = [target.as_dict() for target in targets.evaluate(record["rows"])]
+            record["seconds"] = round(time.monotonic() - started, 1)
+            report.write_json(record, path)
+    finally:
+        report.write_json(record, path)
+        (folder / f"{stem}.md").write_text(report.markdown(record), encoding="utf-8")
+    suite.close()
+    return _conclude(record, path, args.plots)
+
+
+def _conclude(record: dict[str, Any], path: Path, with_plots: bool) -> int:
+    report.say(report.machine_line(record))
+    report.say(report.limits_line(record))
+    report.say("\n".join(report.targets_table(record["targets"])))
+    for absent in record["absent"]:
+        report.say(f"absent: {absent['name']}: {absent['reason']}")
+    failed = [row for row in record["rows"] if row["failure"]]
+    for row in failed:
+        report.say(f"failed: {row['case']}: {row['contender']}: {row['failure']}")
+    unmeasured = [n for n in record["not_run"] if n.get("failed")]
+    for entry in unmeasured:
+        report.say(f"failed: {entry['case']}: {entry['reason']}")
+    report.say(
+        f"{len(record['rows'])} rows, {len(record['not_run'])} cases not run, {record['seconds']:g} s; wrote {path}"
+    )
+    status = _draw(record, path.parent, path.stem) if with_plots else 0
+    return 1 if unmeasured or any(row["ours"] for row in failed) else status
+
+
+def free_gpu_bytes() -> int:
+    """Memory of the current GPU that a case can have: what no process uses, and what the allocator only keeps."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+class Suite:
+    """Runs cases one after another and keeps what they share: weights, and the card's limits."""
+
+    def __init__(
+        self,
+        timer: Device,
+        l2_bytes: int,
+        limits: Limits,
+        quick: bool,
+        place: str = "cuda",
+        free_bytes: Callable[[], int] = free_gpu_bytes,
+    ) -> None:
+        self._timer = timer
+        self._l2_bytes = l2_bytes
+        self._limits = limits
+        self._quick = quick
+        self._place = place
+        self._free_bytes = free_bytes
+        self._store = WeightStore()
+
+    def close(self) -> None:
+        """Free what is kept."""
+        self._store.clear()
+
+    def add(self, case: Case, record: dict[str, Any]) -> None:
+        """Measure a case into the record: its rows, absent peers once each, or why it could not be prepared.
+
+        Raises:
+            RuntimeError: the GPU no longer answers; no later case could be trusted.
+        """
+        try:
+            self._add(case, record)
+        except self._timer.failures as error:
+            record["not_run"].append({"case": case.name, "reason": one_line(error), "failed": True})
+            self._store.clear()
+            self._timer.synchronize()
+
+    def _add(self, case: Case, record: dict[str, Any]) -> None:
+        prepared = self._prepare(case)
+        known = {(a["name"], a["reason"]) for a in record["absent"]}
+        for entry in prepared.field:
+            if isinstance(entry, Absent) and (entry.name, entry.reason) not in known:
+                record["absent"].append({"name": entry.name, "reason": entry.reason})
+        contenders = {entry.name: entry for entry in prepared.field if isinstance(entry, Contender)}
+        checks: dict[str, str | None] = {}
+        results: dict[str, Result] = {}
+        for name, contender in contenders.items():
+            try:
+                checks[name] = self._check(contender)
+            except self._timer.failures as error:
+                results[name] = Result(None, failure=one_line(error))
+                self._timer.synchronize()
+        timing_plan = plan(prepared.sets, prepared.job, self._quick)
+        right = {name: contender.call for name, contender in contenders.items() if name not in results}
+        results |= measure(right, timing_plan, self._timer, host=list(right))
+        baseline = contenders[prepared.baseline]
+        for name, contender in contenders.items():
+            record["rows"].append(
+                report.make_row(
+                    prepared.case,
+                    contender,
+                    results[name],
+                    baseline,
+                    results[baseline.name],
+                    self._limits,
+                    timing_plan,
+                    checks.get(name),
+                    prepared.note,
+                )
+            )
+
+    def _check(self, contender: Contender) -> str | None:
+        """Run the contender once and look at its result, before anything is timed."""
+        if contender.check is None:
+            return None
+        contender.call(0)
+        self._timer.synchronize()
+        return contender.check()
+
+    def _prepare(self, case: Case) -> Prepared:
+        capability = self._limits.capability
+        if case.kind == "quantize":
+            return bench_quantize.prepare(case, capability, self._l2_bytes, self._place)
+        kept = self._store.kept_bytes(case.num_experts, case.n, case.k)
+        fitted, note = bench_grouped_gemm.fit(case, self._l2_bytes, self._free_bytes() + kept)
+        build = bench_grouped_gemm.prepare if case.kind == "gemm" else bench_pipeline.prepare
+        return build(fitted, capability, self._l2_bytes, self._store, self._place, note)

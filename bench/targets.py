@@ -1,0 +1,109 @@
+"""The numbers that this library set itself, and how far a run's rows meet them. Pure.
+
+They are for an H100. Another card is measured against them all the same; the report names the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .bench_quantize import ALONE, FROM_COUNTS, GATHER, OURS, SWIGLU
+from .shapes import COUNTS_TARGETS, FUSION_TARGETS, GEMM_TARGETS, QUANTIZE_TARGETS, Case
+
+Row = Mapping[str, Any]
+
+QUANTIZE_US = (965.0, 125.0, 17.8, 8.0, 5.5, 2.2)
+GEMM_RATIOS = (1.9, 1.9, 1.6, 1.0, 1.0)
+COUNTS_EXTRA_US = 1.0
+GATHER_RATIO = 1.03
+"""Gather may cost this factor over rows in place: the T indices read, and what equal kernels differ by in one run."""
+SWIGLU_RATIO = 1.6
+HOST_US = 12.0
+GEMM_OURS = ("grouped_gemm (cutlass)", "grouped_gemm (triton)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target and what a run measured.
+
+    Attributes:
+        name: what is measured, unit included.
+        relation: which side of ``wanted`` is right.
+        wanted: the bound.
+        measured: None if the run lacks the rows.
+        met: None likewise.
+    """
+
+    name: str
+    relation: Literal["<=", ">="]
+    wanted: float
+    measured: float | None
+    met: bool | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _target(name: str, relation: Literal["<=", ">="], wanted: float, measured: float | None) -> Target:
+    if measured is None:
+        return Target(name, relation, wanted, None, None)
+    return Target(name, relation, wanted, measured, measured <= wanted if relation == "<=" else measured >= wanted)
+
+
+class _Rows:
+    """Rows by case and contender; a row that failed has no numbers."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = {(row["case"], row["contender"]): row for row in rows}
+
+    def value(self, case: Case, contender: str, column: str) -> float | None:
+        row = self._rows.get((case.name, contender))
+        return None if row is None else row.get(column)
+
+    def best(self, case: Case, contenders: Sequence[str], column: str) -> float | None:
+        """The value of whichever contender ran fastest."""
+        ran = [
+            (us, self.value(case, name, column))
+            for name in contenders
+            if (us := self.value(case, name, "us")) is not None
+        ]
+        return min(ran, key=lambda pair: pair[0])[1] if ran else None
+
+
+def evaluate(rows: Sequence[Row]) -> list[Target]:
+    """Every target with what ``rows`` say about it."""
+    table = _Rows(rows)
+    targets = []
+    for (t, k, e, distribution), wanted in zip(QUANTIZE_TARGETS, QUANTIZE_US, strict=True):
+        case = Case("quantize", "target", t, 0, k, e, distribution)
+        targets.append(_target(f"{case.name}: µs", "<=", wanted, table.value(case, OURS, "us")))
+    for t, k, e in COUNTS_TARGETS:
+        case = Case("quantize", "target", t, 0, k, e, variant="counts")
+        both, alone = table.value(case, FROM_COUNTS, "us"), table.value(case, ALONE, "us")
+        extra = None if both is None or alone is None else both - alone
+        targets.append(_target(f"{case.name}: µs more than quantize alone", "<=", COUNTS_EXTRA_US, extra))
+    for t, k, e in FUSION_TARGETS:
+        case = Case("quantize", "target", t, 0, k, e, variant="gather")
+        fused, alone = table.value(case, GATHER, "us"), table.value(case, ALONE, "us")
+        factor = None if fused is None or alone is None else fused / alone
+        targets.append(_target(f"{case.name}: time over rows in place", "<=", GATHER_RATIO, factor))
+    for t, k, e in FUSION_TARGETS:
+        case = Case("quantize", "target", t, 0, k, e, variant="swiglu")
+        ratio = table.value(case, SWIGLU, "ratio")
+        targets.append(_target(f"{case.name}: ratio to silu_mul, then quantize", ">=", SWIGLU_RATIO, ratio))
+    for (t, n, k, e), wanted in zip(GEMM_TARGETS, GEMM_RATIOS, strict=True):
+        case = Case("gemm", "target", t, n, k, e)
+        ratio = table.best(case, GEMM_OURS, "ratio")
+        targets.append(_target(f"{case.name}: ratio to torch bf16", ">=", wanted, ratio))
+    t, k, e, distribution = QUANTIZE_TARGETS[-1]
+    decode = Case("quantize", "target", t, 0, k, e, distribution)
+    host = table.value(decode, OURS, "host_us")
+    targets.append(_target(f"{decode.name}: host µs of an eager call", "<=", HOST_US, host))
+    t, n, k, e = GEMM_TARGETS[0]
+    product = Case("gemm", "target", t, n, k, e)
+    host = table.best(product, GEMM_OURS, "host_us")
+    targets.append(_target(f"{product.name}: host µs of an eager call", "<=", HOST_US, host))
+    return targets
