@@ -31,6 +31,7 @@ class Contender:
         work: bytes and flops that it needs.
         ours: whether it is this library.
         precision: of the operands that the matrix unit multiplies.
+        warm: whether its operands stay in the L2 cache; then memory is not its limit, nor the baseline its measure.
         note: what a reader must know to compare it.
         check: says how its result of set 0 compares with the truth; raises AssertionError when it is wrong.
     """
@@ -40,6 +41,7 @@ class Contender:
     work: Work
     ours: bool = False
     precision: Precision = "bf16"
+    warm: bool = False
     note: str = ""
     check: Callable[[], str] | None = None
 
@@ -96,7 +98,8 @@ def bf16_copy(num_bytes: int, sets: int, device: torch.device) -> Contender:
     """A copy that moves ``num_bytes`` in all, half read and half written, in bf16."""
     import torch
 
-    elements = max(num_bytes // (2 * work.BF16), 1)
+    # Whole 256-byte stretches, so that every set is as aligned as the first.
+    elements = max(num_bytes // (2 * work.BF16) // 128, 1) * 128
     source = torch.empty(sets, elements, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
     return Contender("bf16 copy of the same bytes", lambda i: target[i].copy_(source[i]), work.copy(elements))

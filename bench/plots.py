@@ -23,7 +23,13 @@ def panels(rows: Sequence[Row], kind: str) -> dict[str, Series]:
     """
     shapes: dict[str, Series] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["kind"] != kind or row["failure"] or row["distribution"] != "uniform" or row["variant"] != "plain":
+        if (
+            row["kind"] != kind
+            or row["failure"]
+            or row["distribution"] != "uniform"
+            or row["variant"] != "plain"
+            or row["warm"]
+        ):
             continue
         shape = f"K {row['k']}, E {row['experts']}"
         shapes[f"N {row['n']}, {shape}" if row["n"] else shape][row["contender"]].append(row)
@@ -64,6 +70,7 @@ def draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
 
 def _picture(shapes: Mapping[str, Series], kind: str, column: str, label: str, machine: str, path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     columns = min(len(shapes), 3)
     rows = -(-len(shapes) // columns)
@@ -80,14 +87,18 @@ def _picture(shapes: Mapping[str, Series], kind: str, column: str, label: str, m
                 low, high = [p["p10_us"] for p in points], [p["p90_us"] for p in points]
                 axis.fill_between(tokens, low, high, color=colours[name], alpha=0.2, linewidth=0)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:.0f}")
         if column == "us":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, max(105.0, axis.get_ylim()[1]))
+            axis.axhline(100, color="0.5", linewidth=0.8)
         axis.set_title(shape, fontsize=9)
         axis.set_xlabel("tokens (T)", fontsize=8)
         axis.set_ylabel(label, fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(shapes) :]:
         axis.set_visible(False)

@@ -126,6 +126,7 @@ def make_row(
         "distribution": case.distribution,
         "contender": contender.name,
         "ours": contender.ours,
+        "warm": contender.warm,
         "baseline": baseline.name,
         "note": "; ".join(part for part in (note, contender.note) if part),
         "check": check,
@@ -139,8 +140,8 @@ def make_row(
     if timing is None:
         return row
     us = timing.median_us
-    limit_us = limits.time_us(contender.work, contender.precision)
-    base = baseline_result.timing if baseline_result else None
+    limit_us = None if contender.warm else limits.time_us(contender.work, contender.precision)
+    base = None if contender.warm or baseline_result is None else baseline_result.timing
     return row | {
         "us": _round(us),
         "p10_us": _round(timing.p10_us),
@@ -149,7 +150,7 @@ def make_row(
         "tb_s": _round(contender.work.bytes / us / 1e6),
         "tflop_s": _round(contender.work.flops / us / 1e6) if contender.work.flops else None,
         "limit_us": _round(limit_us),
-        "percent_of_limit": _round(100 * limit_us / us),
+        "percent_of_limit": _round(100 * limit_us / us) if limit_us else None,
         "ratio": _round(ratio(base, timing)) if base else None,
         "host_us": _round(result.host_us),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None:
         report.say(listing(wanted, reason))
         return 0
+    if importlib.util.find_spec("hybrid_mxfp8.triton_kernels") is None:
+        report.say("hybrid_mxfp8 is not installed: pip install --no-deps --no-build-isolation -e .")
+        return 2
     return _measure(args, wanted)
 
 
@@ -217,7 +221,7 @@ class Suite:
                 self._timer.synchronize()
         timing_plan = plan(prepared.sets, prepared.job, self._quick)
         right = {name: contender.call for name, contender in contenders.items() if name not in results}
-        results |= measure(right, timing_plan, self._timer, host=list(right))
+        results |= measure(right, timing_plan, self._timer, host=[n for n in right if not contenders[n].warm])
         baseline = contenders[prepared.baseline]
         for name, contender in contenders.items():
             record["rows"].append(

@@ -27,4 +27,4 @@ def silu_mul_kernel(
 def silu_mul(x: torch.Tensor, out: torch.Tensor) -> None:
     """Write ``silu(x[:, :K]) * x[:, K:]`` of x (T, 2K) into ``out`` (T, K), both contiguous."""
     tokens, k = out.shape
-    silu_mul_kernel[(tokens, triton.cdiv(k, 2048))](x, out, k, BLOCK=2048, num_warps=8)
+    silu_mul_kernel[(tokens, triton.cdiv(k, 1024))](x, out, k, BLOCK=1024, num_warps=4)
