@@ -3,7 +3,7 @@
 | variant | ours | baseline | also |
 | --- | --- | --- | --- |
 | plain | quantize_grouped | a bf16 copy of the same bytes | other quantizers; the same with operands in L2 |
-| counts | GroupLayout.from_counts, then quantize_grouped | quantize_grouped alone | |
+| counts | quantize_grouped of counts | quantize_grouped alone | GroupLayout.from_counts, then quantize_grouped |
 | gather | quantize_grouped(row_index=) | index_select, then quantize_grouped | quantize_grouped of rows in place |
 | swiglu | quantize_grouped(activation="swiglu") | silu_mul, then quantize_grouped | |
 """
@@ -31,7 +31,8 @@ WARM_SHARE = 0.75
 """Of the L2 cache: a job whose bytes fit in it is also measured with its operands there."""
 
 OURS = "quantize_grouped"
-FROM_COUNTS = "from_counts + quantize_grouped"
+FROM_COUNTS = "quantize_grouped of counts"
+LAYOUT_FIRST = "GroupLayout.from_counts, then quantize_grouped"
 WARM = "quantize_grouped, operands in L2"
 ALONE = "quantize_grouped alone"
 GATHER = "quantize_grouped with row_index"
@@ -178,12 +179,15 @@ def _counts(
     job = work.quantize(host_counts, case.k)
     tokens = case.num_tokens
 
-    def both(i: int) -> object:
+    def layout_first(i: int) -> object:
         return mx.quantize_grouped(x[i], mx.GroupLayout.from_counts(counts[i], tokens), out=out[i])
 
     check = check_rows(lambda rows: x[0][rows], out[0])
     alone = Contender(ALONE, lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]), job, ours=True, check=check)
-    return [Contender(FROM_COUNTS, both, job, ours=True, check=check), alone], alone.name
+    of_counts = Contender(
+        FROM_COUNTS, lambda i: mx.quantize_grouped(x[i], counts[i], out=out[i]), job, ours=True, check=check
+    )
+    return [of_counts, Contender(LAYOUT_FIRST, layout_first, job, ours=True, check=check), alone], alone.name
 
 
 def _gather(
