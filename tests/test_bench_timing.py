@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import triton
 
 from hybrid_mxfp8 import bench_command
 
@@ -180,6 +182,51 @@ def test_a_graph_holds_whole_walks(sets, job):
     plan = timing.plan(sets, job, quick=False)
     assert plan.calls % sets == 0
     assert 1 <= plan.calls <= max(timing.MAX_CALLS * 1.5, sets)
+
+
+def test_a_sample_times_the_second_of_two_replays(monkeypatch):
+    """The GPU's own timer, with recorders in place of events and graphs."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 0.25  # ms
+
+    class Capturing:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def __enter__(self):
+            log.append("begin")
+
+        def __exit__(self, *error):
+            log.append("end")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    device = timing.CudaDevice()
+    read = device.sample(device.capture(lambda: log.append("calls")))
+    assert log == ["begin", "calls", "end", "replay", "event", "replay", "event"]
+    assert read() == 250
+
+
+def test_what_a_kernel_may_raise_is_known():
+    failures = timing.CudaDevice().failures
+    assert issubclass(torch.OutOfMemoryError, failures)
+    assert issubclass(triton.runtime.errors.OutOfResources, failures)
+    assert issubclass(triton.compiler.errors.CompilationError, failures)
+    assert not issubclass(KeyboardInterrupt, failures)
 
 
 def test_percentiles_by_hand():

@@ -1,0 +1,75 @@
+"""The bench suite on a real GPU: small cases of every kind run, are checked and get a time. No time is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_mxfp8 import bench_command
+
+BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
+limits = bench_command.import_suite("limits", BENCH)
+report = bench_command.import_suite("report", BENCH)
+run = bench_command.import_suite("run", BENCH)
+shapes = bench_command.import_suite("shapes", BENCH)
+timing = bench_command.import_suite("timing", BENCH)
+Case = shapes.Case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def capability() -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.cuda.get_device_capability()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("quantize", "test", 300, 0, 256, 7, "zipf"),
+        Case("quantize", "test", 16, 0, 256, 7, variant="counts"),
+        Case("quantize", "test", 300, 0, 256, 7, variant="gather"),
+        Case("quantize", "test", 300, 0, 256, 7, variant="swiglu"),
+        Case("gemm", "test", 64, 256, 512, 4),
+        Case("pipeline", "test", 64, 256, 512, 4, "one_hot"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_case_runs_and_is_right(case, capability):
+    record = {"rows": [], "absent": [], "not_run": []}
+    suite = run.Suite(timing.CudaDevice(), 2**20, limits.Limits(3.0, 3.0, 700.0, capability), quick=True)
+    suite.add(case, record)
+    suite.close()
+    assert record["not_run"] == []
+    ours = [row for row in record["rows"] if row["ours"]]
+    assert ours
+    for row in ours:
+        assert row["failure"] is None
+        assert row["us"] > 0
+    for row in record["rows"]:
+        assert row["failure"] or row["p10_us"] <= row["us"] <= row["p90_us"]
+
+
+def test_ceilings_are_measured(capability):
+    measured = limits.measure_limits(timing.CudaDevice(), "a card", capability, True, "cuda", 2**20, 256)
+    assert min(measured.read_tb_s, measured.copy_tb_s, measured.bf16_tflop_s) > 0
+
+
+def test_the_machine_is_described(capability):
+    machine = report.describe_machine("abc")
+    assert tuple(machine["capability"]) == capability
+    assert machine["l2_bytes"] > 0
+    assert machine["commit"] == "abc"
+
+
+def test_memory_that_the_allocator_only_keeps_is_free(capability):
+    before = run.free_gpu_bytes()
+    block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+    held = run.free_gpu_bytes()
+    del block
+    assert held <= before - 2**26 + 2**22
+    assert run.free_gpu_bytes() >= held + 2**26
