@@ -1,0 +1,93 @@
+"""What the Blackwell grouped GEMM compiles to: native MMA, TMA, scale copies, tensor memory, no spills."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
+
+from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.triton_kernels import grouped_gemm_blackwell as kernel
+
+E, N, K = 8, 4096, 7168
+CASES = [
+    (100, 16),
+    (100, 32),
+    (100, 64),
+    (100, 128),
+    (100, 256),
+    (103, 16),
+    (103, 64),
+    (103, 256),
+    (120, 16),
+    (120, 32),
+    (120, 64),
+]
+
+
+def compile_case(compile_for: CompileFor, arch: int, block_t: int, n: int = N, k: int = K, e: int = E) -> Compiled:
+    t = e * block_t
+    config = kernel.select_blackwell_config(t, e, divmod(arch, 10))
+    assert config.block_t == block_t
+    meta = torch.device("meta")
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
+
+    def call() -> None:
+        kernel.grouped_gemm_blackwell(
+            torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
+            torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
+            GroupLayout(offsets[1:], offsets, offsets, t),
+            torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
+            torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
+            torch.empty(t, n, dtype=torch.bfloat16, device=meta),
+            config,
+        )
+
+    return compile_for(arch, kernel, "grouped_gemm_blackwell_kernel", call)
+
+
+def sass(compiled: Compiled, folder: Path) -> str:
+    cubin = folder / "disassembled.cubin"
+    cubin.write_bytes(compiled.kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.nvdisasm.path
+    return subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("arch", "block_t"), CASES, ids=[f"sm_{arch}-{block_t}" for arch, block_t in CASES])
+def test_each_tile(compile_for: CompileFor, arch: int, block_t: int, tmp_path: Path) -> None:
+    compiled = compile_case(compile_for, arch, block_t)
+    assert compiled.resources(tmp_path).stack == 0, "spills"
+    assert compiled.shared <= SHARED_LIMIT[arch]
+    assert compiled.tensor_memory <= TENSOR_MEMORY_COLUMNS
+    # Tokens, weights and weight scales; from 128 tokens on the tokens' scales too.
+    assert compiled.count(r"cp\.async\.bulk\.tensor\.2d") >= 2
+    assert compiled.count(r"cp\.async\.bulk\.tensor\.5d") >= (2 if block_t >= 128 else 1)
+    if arch == 120:
+        assert compiled.count(r"mma\.sync\.aligned\.m16n8k32\S*kind::mxf8f6f4\.block_scale") > 0
+        return
+    assert compiled.tensor_memory > 0
+    assert compiled.count(r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale") > 0
+    assert compiled.count(r"tcgen05\.mma\.\S*kind::(?!mxf8f6f4)") == 0
+    assert compiled.count(r"tcgen05\.cp\.") > 0, "no scales copied to tensor memory as they lie"
+
+
+@pytest.mark.parametrize("block_t", [16, 256])
+def test_machine_code_of_sm_100(compile_for: CompileFor, block_t: int, tmp_path: Path) -> None:
+    text = sass(compile_case(compile_for, 100, block_t), tmp_path)
+    for instruction in ("UTCQMMA", "UTCCP", "UTMALDG"):
+        assert instruction in text, instruction
+    for spill in ("STL", "LDL"):
+        assert f" {spill}" not in text, spill
+
+
+@pytest.mark.parametrize(("n", "k", "e"), [(2880, 2880, 128), (136, 160, 3), (40, 32, 1)])
+@pytest.mark.parametrize("block_t", [16, 256])
+def test_shapes_off_the_tile(compile_for: CompileFor, block_t: int, n: int, k: int, e: int, tmp_path: Path) -> None:
+    compiled = compile_case(compile_for, 100, block_t, n, k, e)
+    assert compiled.resources(tmp_path).stack == 0
+    assert compiled.count(r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale") > 0

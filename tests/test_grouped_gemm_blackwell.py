@@ -1,0 +1,76 @@
+"""The Blackwell kernel, interpreted, against float64 truth; what it compiles to is in tests/codegen."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import tolerances
+import torch
+import triton
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_grouped_gemm import operands, plain_operands
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import (
+    BlackwellConfig,
+    grouped_gemm_blackwell,
+    select_blackwell_config,
+)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_dot_scaled(interpreter: None) -> None:
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 9):
+        pytest.skip(f"needs the exact tl.dot_scaled of Triton 3.9's interpreter, this is {triton.__version__}")
+
+
+def product(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights, dtype: torch.dtype, block_t: int) -> torch.Tensor:
+    out = cases.poisoned_product(xq.groups.num_tokens, wq.n, dtype)
+    config = BlackwellConfig(block_t, block_t >= 64, 4, 2)
+    grouped_gemm_blackwell(xq.values, xq.scales, xq.groups, wq.values, wq.scales, out, config)
+    return out
+
+
+@pytest.mark.parametrize("block_t", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", [name for name, (_, num_tokens) in cases.RAGGED.items() if num_tokens])
+def test_ragged(name: str, block_t: int, rng: torch.Generator) -> None:
+    counts, num_tokens = cases.RAGGED[name]
+    xq, wq = operands(counts, num_tokens, 136, 160, rng)
+    y = product(xq, wq, torch.float32, block_t)
+    tolerances.check_gemm(y, *plain_operands(xq, wq, counts), counts)
+    assert bool(torch.isnan(y[sum(counts) :]).all())
+
+
+@settings(max_examples=10)
+@given(
+    shape=cases.ragged(max_experts=5, max_tokens=200),
+    n=st.sampled_from([8, 136, 256]),
+    k=st.sampled_from([32, 160, 256]),
+    block_t=st.sampled_from([16, 64, 256]),
+    dtype=st.sampled_from(cases.DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_any_layout(shape: cases.Ragged, n: int, k: int, block_t: int, dtype: torch.dtype, seed: int) -> None:
+    counts, num_tokens = list(shape.counts), shape.num_tokens
+    assume(num_tokens > 0)
+    xq, wq = operands(counts, num_tokens, n, k, torch.Generator().manual_seed(seed))
+    y = product(xq, wq, dtype, block_t)
+    tolerances.check_gemm(y, *plain_operands(xq, wq, counts), counts)
+    assert bool(torch.isnan(y[sum(counts) :]).all())
+
+
+@pytest.mark.parametrize(
+    ("average", "capability", "block_t"),
+    [
+        (1, (10, 0), 16),
+        (17, (10, 0), 32),
+        (64, (10, 3), 64),
+        (65, (10, 0), 128),
+        (129, (10, 3), 256),
+        (500, (12, 0), 64),
+    ],
+)
+def test_select_blackwell_config(average: int, capability: tuple[int, int], block_t: int) -> None:
+    assert select_blackwell_config(average * 8, 8, capability).block_t == block_t
