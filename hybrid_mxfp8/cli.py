@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(command_parser)
     try:
         code: int = module.run(command_parser.parse_args(args.arguments))
+        sys.stdout.flush()
     except BackendUnavailableError as error:
         print(f"{PROG} {command.name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough; without this Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code

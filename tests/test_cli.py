@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -86,3 +87,14 @@ def test_module_and_script_run_from_anywhere(tmp_path: Path) -> None:
     for program in ([sys.executable, "-m", "hybrid_mxfp8"], [str(Path(sys.executable).with_name("hybrid-mxfp8"))]):
         done = subprocess.run([*program, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout == f"hybrid_mxfp8 {__version__}\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        doctor = [sys.executable, "-m", "hybrid_mxfp8", "doctor"]
+        done = subprocess.run(doctor, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
