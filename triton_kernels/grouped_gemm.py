@@ -30,7 +30,14 @@ import triton.language as tl
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
-from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_bf16, e8m0_to_fp32, from_fp32
+from hybrid_mxfp8.triton_kernels.numerics import (
+    INTERPRET,
+    e4m3_codes_to_fp32,
+    e8m0_to_bf16,
+    e8m0_to_fp32,
+    from_fp32,
+    loop_bound,
+)
 
 Formulation = Literal["scaled", "bf16", "fp32"]
 
@@ -123,7 +130,7 @@ def grouped_gemm_kernel(
     w_ptrs = w_ptr + (expert.to(tl.int64) * N + n)[:, None] * K + k[None, :]
     w_tile = w_scales_ptr + (expert.to(tl.int64) * num_n_tiles + n_tile) * num_column_tiles * 512
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    for column_tile in range(0, num_column_tiles):
+    for column_tile in range(0, loop_bound(num_column_tiles)):
         k_valid = k < K - column_tile * BLOCK_K
         w = tl.load(w_ptrs, mask=n_valid[:, None] & k_valid[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=t_valid[:, None] & k_valid[None, :], other=0.0)

@@ -54,10 +54,18 @@ def to_e4m3_codes(x):
 def e4m3_codes_to_fp32(codes):
     """The bytes of e4m3 to fp32, exactly; for where no conversion exists."""
     c = codes.to(tl.int32)
-    # Exponent and mantissa moved to fp32's places are the value times 2**-120, subnormals included.
-    magnitude = ((c & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    magnitude = tl.where((c & 0x7F) == 0x7F, float("nan"), magnitude)
-    return tl.where((c & 0x80) != 0, -magnitude, magnitude)
+    # Sign, exponent and mantissa moved to fp32's places are the value times 2**-120, subnormals included.
+    x = (((c & 0x80) << 24) | ((c & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((c & 0x7F) == 0x7F, float("nan"), x)
+
+
+@triton.jit
+def loop_bound(n):
+    """A scalar as the bound of a loop. Triton 3.6's interpreter keeps scalars as arrays of one element, which numpy
+    no longer takes for integers; what a reduction leaves has no dimension."""
+    if INTERPRET:
+        return tl.max(tl.full([1], n, tl.int32), 0)
+    return n
 
 
 @triton.jit

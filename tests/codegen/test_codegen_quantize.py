@@ -27,6 +27,13 @@ VARIANTS: dict[str, tuple[torch.dtype, bool, bool]] = {
 """dtype, gather, swiglu."""
 
 
+PACKED_CONVERSION = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
+LOAD_16 = r"ld\.global(\.\w+)*\.v4\.b32"
+LOAD_1_OR_2 = r"ld\.global(\.\w+)*\.b(8|16)"
+STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
+STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
+
+
 def grouped(t: int, dtype: torch.dtype, gather: bool, swiglu: bool, k: int = K, e: int = E, stride: int = 0) -> None:
     meta = torch.device("meta")
     x = torch.empty_strided((t, k * (1 + swiglu)), (stride or k * (1 + swiglu), 1), dtype=dtype, device=meta)
@@ -54,8 +61,8 @@ def weights(e: int, n: int, k: int) -> None:
 
 def check(compiled: Compiled, folder: Path) -> None:
     """What holds for every variant."""
-    assert compiled.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") > 0
-    assert compiled.count(r"cvt\.\S*e4m3\S*") == compiled.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32")
+    assert compiled.count(PACKED_CONVERSION) > 0
+    assert compiled.count(r"cvt\.\S*e4m3\S*") == compiled.count(PACKED_CONVERSION)
     # A flushed subnormal would be a wrong code: tiny blocks are scaled by 2**127.
     assert compiled.count(r"mul\.ftz") == 0
     resources = compiled.resources(folder)
@@ -72,32 +79,54 @@ def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tm
     check(compiled, tmp_path)
     config = quantize.select_quantize_config(SIZES[size], K, E)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
-    loads = elements * dtype.itemsize // 16 * (1 + swiglu)
-    assert compiled.count(r"ld\.global(\.\w+)*\.v4\.b32") == loads
+    assert compiled.count(PACKED_CONVERSION) == elements // 2
+    assert compiled.count(LOAD_16) == elements * dtype.itemsize // 16 * (1 + swiglu)
     # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and indices.
-    assert compiled.count(r"ld\.global(\.\w+)*\.b(8|16)") == 0
+    assert compiled.count(LOAD_1_OR_2) == 0
     # A decode program's threads hold 8 codes each, a prefill program's 16 a row; zeros of padding go by 16 bytes.
     zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)
-    assert compiled.count(r"st\.global(\.\w+)*\.v2\.b32") == (size == "decode")
-    assert compiled.count(r"st\.global(\.\w+)*\.v4\.b32") == zeros + elements // 16
+    assert compiled.count(STORE_8) == (size == "decode")
+    assert compiled.count(STORE_16) == zeros + elements // 16
     assert compiled.count(r"st\.global(\.\w+)*\.b16") == 0
-    assert compiled.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") == elements // 2
+
+
+@pytest.mark.parametrize("e", [1, 8, 128, 1024])
+def test_counts(compile_for: CompileFor, arch: int, e: int, tmp_path: Path) -> None:
+    """The form that scans the counts itself, for decode batches."""
+
+    def call() -> None:
+        meta = torch.device("meta")
+        quantize.quantize_counts(
+            torch.empty(64, K, dtype=torch.bfloat16, device=meta),
+            torch.empty(e, dtype=torch.int32, device=meta),
+            torch.empty(64, K, dtype=torch.float8_e4m3fn, device=meta),
+            torch.empty(grouped_scale_rows(64, e), scale_cols(K), dtype=torch.uint8, device=meta),
+            scale_rounding="rceil",
+            row_index=None,
+            swiglu=False,
+        )
+
+    compiled = compile_for(arch, quantize, "quantize_kernel", call)
+    check(compiled, tmp_path)
+    assert compiled.count(LOAD_16) >= 1
+    assert compiled.count(LOAD_1_OR_2) == 0
 
 
 @pytest.mark.parametrize("shape", [(8, 4096, 7168), (128, 2880, 2880), (2, 136, 160)], ids=str)
 def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int], tmp_path: Path) -> None:
     compiled = compile_for(arch, quantize, "quantize_kernel", lambda: weights(*shape))
     check(compiled, tmp_path)
-    # Below 512 columns a program's threads have 4 elements of bf16 each, or 2.
-    assert compiled.count(r"ld\.global(\.\w+)*\.v4\.b32") > 0 or shape[2] <= 256
-    assert compiled.count(r"ld\.global(\.\w+)*\.b(8|16)") == 0
+    # Where a row has fewer elements than eight for each thread, a thread has less than 16 bytes.
+    assert compiled.count(LOAD_16) > 0 or shape[2] <= 256
+    assert compiled.count(LOAD_1_OR_2) == 0
 
 
-@pytest.mark.parametrize("k", [32, 160, 2880])
-def test_wide_accesses_at_any_k(compile_for: CompileFor, arch: int, k: int) -> None:
-    """K % 32 is enough: no row starts at an odd place."""
+@pytest.mark.parametrize("k", [544, 992, 2880])
+def test_wide_accesses_where_k_is_no_multiple_of_128(compile_for: CompileFor, arch: int, k: int) -> None:
+    """K % 32 is enough: each row starts at a 16-byte boundary, and no 16 bytes straddle K."""
     compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, False, k))
-    assert compiled.count(r"ld\.global(\.\w+)*\.b(8|16)") == 0
+    assert compiled.count(LOAD_16) > 0
+    assert compiled.count(LOAD_1_OR_2) == 0
 
 
 @pytest.mark.parametrize("rounding", ["floor", "even"])
