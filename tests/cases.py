@@ -138,7 +138,10 @@ def special_rows(dtype: torch.dtype) -> torch.Tensor:
 def random_rows(
     rows: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str | torch.device = "cpu"
 ) -> torch.Tensor:
-    """(rows, K) normal values, each block at a magnitude of its own."""
-    x = torch.randn(rows, k // 32, 32, generator=rng)
-    x = x * torch.exp2(torch.randint(-6, 7, (rows, k // 32, 1), generator=rng).float())
-    return x.reshape(rows, k).to(dtype).to(device)
+    """(rows, K) normal values, each block at a magnitude of its own; made on the device from a seed that ``rng`` gives."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        rng = torch.Generator(device).manual_seed(int(torch.randint(0, 2**31, (), generator=rng)))
+    x = torch.randn(rows, k // 32, 32, generator=rng, device=device)
+    x *= torch.exp2(torch.randint(-6, 7, (rows, k // 32, 1), generator=rng, device=device).float())
+    return x.reshape(rows, k).to(dtype)

@@ -1,0 +1,43 @@
+"""Tests that need a CUDA GPU; without one each is skipped, and counted."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hybrid_mxfp8 import env
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip(f"needs compute capability 8.9 or newer, got {torch.cuda.get_device_capability()}")
+    if env.triton_interpret():
+        pytest.skip("runs compiled kernels: unset TRITON_INTERPRET")
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    """A synchronising PyTorch call is an error for the length of the test."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def gigabytes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Skip where the GPU has less free memory than the test's parameter, in GB; give it back afterwards."""
+    needed = request.param
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < needed:
+        pytest.skip(f"needs {needed} GB of free GPU memory, {free:.0f} are free")
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
