@@ -61,10 +61,12 @@ def e4m3_codes_to_fp32(codes):
 
 @triton.jit
 def loop_bound(n):
-    """A scalar as the bound of a loop. Triton 3.6's interpreter keeps scalars as arrays of one element, which numpy
-    no longer takes for integers; what a reduction leaves has no dimension."""
+    """A scalar as the bound of a loop.
+
+    Interpreters before 3.8 ask numpy to convert its array of one element to an integer, which numpy 2.4 refuses.
+    """
     if INTERPRET:
-        return tl.max(tl.full([1], n, tl.int32), 0)
+        return n.handle.data.item()
     return n
 
 
