@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-triton lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## the main job on real weights: half a minute on a CPU once installed
 	$(BIN)/python -m hybrid_mxfp8 demo
@@ -16,13 +16,19 @@ demo: $(VENV)/.ready ## the main job on real weights: half a minute on a CPU onc
 test: $(VENV)/.ready ## all tests: interpreted, compiled, and on the GPU if there is one
 	.ci/test $(BIN)
 
+# A GPU machine's environment keeps the Triton that belongs to its PyTorch.
+TRITON ?= 3.6.0
+test-triton: ## all tests with another Triton on the CPU, in an environment of its own: TRITON=3.6.0
+	TRITON=$(TRITON) .ci/venv .venv-triton-$(TRITON)
+	.ci/test .venv-triton-$(TRITON)/bin
+
 lint: $(VENV)/.ready-lint ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/typecheck $(BIN)
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Again when the package's metadata changes; the stamp keeps later runs from reinstalling.
