@@ -8,7 +8,7 @@ export PYTHON
 .PHONY: help demo test test-triton lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## the main job on real weights: half a minute on a CPU once installed
 	$(BIN)/python -m hybrid_mxfp8 demo
