@@ -1,4 +1,4 @@
-"""The ``scaled`` grouped GEMM for Blackwell, with tensor descriptors: compiled and checked, not yet run.
+"""The ``scaled`` grouped GEMM for compute capability 10, with tensor descriptors: compiled and checked, not yet run.
 
 The tile product is that of ``grouped_gemm``, 128 weight rows by BLOCK_T tokens, but operands and weight scales come by
 TMA, so no thread computes addresses in the loop:
@@ -101,20 +101,15 @@ class BlackwellConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def select_blackwell_config(num_tokens: int, num_experts: int, capability: tuple[int, int]) -> BlackwellConfig:
+def select_blackwell_config(num_tokens: int, num_experts: int) -> BlackwellConfig:
     """Tile by the average number of tokens of an expert; pure, and modelled: nothing here has run.
 
     The token tile is the smallest that holds an average expert, since columns beyond it are computed in vain. Stages fill
     the shared memory that a tile leaves, for weight streaming is a matter of bytes in flight: 95 KB at 16 tokens lets two
     programs share an SM of 228 KB; 203 KB at 256 leaves it one. Warp specialization needs scales by TMA, or 64 tokens:
     below, Triton's per-row loads of scales don't compile in a partition. 128x256 fills the 512 columns of tensor memory.
-    On compute capability 12 a block has 99 KB, and no tensor memory: at most 64 tokens, accumulated in registers.
     """
     average = num_tokens / max(num_experts, 1)
-    if capability[0] >= 12:
-        if average <= 16:
-            return BlackwellConfig(16, False, 4, 4)
-        return BlackwellConfig(32, False, 4, 4) if average <= 32 else BlackwellConfig(64, False, 8, 3)
     if average <= 16:
         return BlackwellConfig(16, False, 4, 6)
     if average <= 32:
