@@ -174,7 +174,13 @@ def _triton_available(device: torch.device) -> Answer:
 def _triton_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
     from hybrid_mxfp8.triton_kernels.grouped_gemm import grouped_gemm
 
-    grouped_gemm(x.values, x.scales, x.groups, w.values, w.scales, out)
+    grouped_gemm(x.values, x.scales, x.groups, w.values, w.scales, out, workspace)
+
+
+def _triton_workspace_size(problem: Problem) -> int:
+    from hybrid_mxfp8.triton_kernels.grouped_gemm import workspace_size
+
+    return workspace_size(problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device)
 
 
 def _triton_quantize_grouped(
@@ -207,11 +213,14 @@ def _triton_quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torc
 
 
 def _triton_explain(problem: Problem) -> str:
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import formulation_for, select_gemm_config
+    from hybrid_mxfp8.triton_kernels.grouped_gemm import formulation_for, hopper_config_for, select_gemm_config
     from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
 
-    config = select_gemm_config(problem.num_tokens, problem.num_experts, formulation_for(problem.device), INTERPRETED)
-    average = problem.num_tokens / max(problem.num_experts, 1)
+    tokens, experts = problem.num_tokens, problem.num_experts
+    config: object = hopper_config_for(tokens, experts, problem.n, problem.k, problem.device)
+    if config is None:
+        config = select_gemm_config(tokens, experts, formulation_for(problem.device), INTERPRETED)
+    average = tokens / max(experts, 1)
     return f"{config}, for {average:.1f} tokens an expert on average"
 
 
@@ -259,14 +268,14 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name=TRITON,
-            about="tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter",
+            about="tl.dot_scaled on Blackwell, a kernel of its own on Hopper, bf16 MMA elsewhere, or Triton's interpreter",
             hardware=_triton_hardware,
             available=_triton_available,
             grouped_gemm=_triton_gemm,
             quantize_grouped=_triton_quantize_grouped,
             quantize_weights=_triton_quantize_weights,
             explain=_triton_explain,
-            workspace_size=lambda problem: 0,
+            workspace_size=_triton_workspace_size,
             can_run=_takes_every_problem(_triton_available),
         ),
         Backend(

@@ -29,6 +29,12 @@ import triton.language as tl
 
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.triton_kernels.hopper_config import (
+    HopperGemmConfig,
+    WorkspaceLayout,
+    hopper_takes,
+    select_hopper_config,
+)
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import (
     INTERPRET,
@@ -203,6 +209,31 @@ def formulation_for(device: torch.device) -> Formulation:
     return select_formulation(None if INTERPRETED else torch.cuda.get_device_capability(device), _triton_version())
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def hopper_config_for(
+    num_tokens: int, num_experts: int, n: int, k: int, device: torch.device
+) -> HopperGemmConfig | None:
+    """The tile of the Hopper kernel for this problem; None where the kernel above runs."""
+    if _is_hopper(device) and num_tokens and num_experts and hopper_takes(num_tokens, num_experts, n, k):
+        return select_hopper_config(num_tokens, num_experts)
+    return None
+
+
+def workspace_size(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> int:
+    """Bytes of device memory that :func:`grouped_gemm` needs beside its output."""
+    config = hopper_config_for(num_tokens, num_experts, n, k, device)
+    return 0 if config is None else WorkspaceLayout.of(num_tokens, num_experts, k, config).size
+
+
 def grouped_gemm(
     x_values: torch.Tensor,
     x_scales: torch.Tensor,
@@ -210,6 +241,7 @@ def grouped_gemm(
     w_values: torch.Tensor,
     w_scales: torch.Tensor,
     out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Write the product into ``out``; arguments as checked by ``ops.grouped_gemm``.
 
@@ -220,10 +252,23 @@ def grouped_gemm(
         w_values: (E, N, K) float8_e4m3fn, contiguous.
         w_scales: (E, roundup(N, 128), C) uint8, swizzled.
         out: (T, N) bf16, fp16 or fp32, contiguous; rows that no expert owns keep what they hold.
+        workspace: uint8, at least :func:`workspace_size` bytes, 256-byte aligned; allocated if None and needed.
     """
     num_experts, n, k = w_values.shape
     num_tokens = groups.num_tokens
     if not (num_tokens and num_experts):
+        return
+    hopper = hopper_config_for(num_tokens, num_experts, n, k, out.device)
+    if hopper is not None and aligned(w_values, w_scales):  # TMA reads from 16-byte boundaries
+        from hybrid_mxfp8.triton_kernels.grouped_gemm_hopper import hopper_grouped_gemm
+
+        if workspace is None:
+            size = WorkspaceLayout.of(num_tokens, num_experts, k, hopper).size
+            workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+        with on_device_of(out):
+            hopper_grouped_gemm(
+                x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
+            )
         return
     config = select_gemm_config(num_tokens, num_experts, formulation_for(out.device), INTERPRETED)
     programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)

@@ -1,0 +1,118 @@
+"""What the Hopper grouped GEMM decides on the host: tile, and what lies where in its workspace. Plain ints, no Gluon."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from hybrid_mxfp8.formats import MAX_INT32, ceil_div, round_up, scale_cols
+
+COLUMN_GROUP = 64
+"""Columns of expanded tokens that are reordered among themselves; rows are padded to whole groups."""
+
+TILE_WORDS = 4
+"""int32 words of each entry in the list of token tiles."""
+
+SHARED_MEMORY = 232448
+"""Bytes of shared memory that a program can have on compute capability 9.0."""
+
+
+@dataclass(frozen=True)
+class HopperGemmConfig:
+    """A tile of 128 weight rows by ``block_t`` tokens, fed in stages of ``block_k`` columns.
+
+    Attributes:
+        block_t: 16, 32, 64, 128 or 256.
+        block_k: 64 or 128.
+        num_stages: depth of the ring in shared memory.
+        group_t: token tiles that share weights while these are in L2.
+    """
+
+    block_t: int
+    block_k: int
+    num_stages: int
+    group_t: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of the ring: weights, expanded tokens, a scale tile and two barriers a stage."""
+        return self.num_stages * (128 * self.block_k + 2 * self.block_t * self.block_k + 512 + 16)
+
+    def is_valid(self) -> bool:
+        """The single statement of what the kernel takes."""
+        return (
+            self.block_t in (16, 32, 64, 128, 256)
+            and self.block_k in (64, 128)
+            and self.num_stages >= 2
+            and self.group_t >= 1
+            and self.shared_memory <= SHARED_MEMORY
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
+    """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
+
+    Numbers: µs on an H100 (2026-11-24, torch 2.11, Triton 3.6, CUDA-graph replay, normal data, equal tokens an
+    expert), the expansion of tokens included; bench/results/hopper_gemm_attempts.md has them all.
+    """
+    average = num_tokens / max(num_experts, 1)
+    if average <= 16:
+        # T 32, (N, K, E) = (4096, 7168, 32): 337 with 6, 8 or 10 stages of 128 columns; 350 with 64 columns.
+        return HopperGemmConfig(16, 128, 8, 1)
+    if average <= 32:
+        return HopperGemmConfig(32, 128, 6, 1)  # modelled: between its neighbours
+    if average <= 64:
+        # T 2048: 387 with 5 stages, 396 with 6; 407 with 64 columns.
+        return HopperGemmConfig(64, 128, 5, 1)
+    if average <= 128:
+        # T 4096: 455; 461 with 64 columns; 659 with 256 tokens, half of them padding.
+        return HopperGemmConfig(128, 128, 4, 1)
+    # T 8192: 754; 878 with 128 tokens. T 16384, (7168, 2048, 8): 739 whether 1, 2 or 4 tiles are grouped.
+    return HopperGemmConfig(256, 64, 5, 4)
+
+
+def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
+    """Whether 32 bits reach every row of weights, every scale tile, and every output of 512 rows."""
+    scale_tiles = num_experts * ceil_div(n, 128) * (scale_cols(k) // 4)
+    return max(num_experts * n + 128, scale_tiles, num_tokens + 256, 512 * n) <= MAX_INT32
+
+
+@dataclass(frozen=True)
+class WorkspaceLayout:
+    """The workspace of one call: the list of token tiles, then the expanded tokens.
+
+    Attributes:
+        num_tokens: T.
+        padded_k: K rounded up to whole column groups.
+        max_tiles: the most token tiles that T rows over E experts can need, each expert starting a new one.
+    """
+
+    num_tokens: int
+    padded_k: int
+    max_tiles: int
+
+    @classmethod
+    def of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> WorkspaceLayout:
+        """The layout for T tokens of K columns in tiles of ``config.block_t``."""
+        most = (num_tokens + (config.block_t - 1) * min(num_experts, num_tokens)) // config.block_t
+        return cls(num_tokens, round_up(k, COLUMN_GROUP), most)
+
+    @property
+    def _tokens_at(self) -> int:
+        return round_up((1 + self.max_tiles) * TILE_WORDS * 4, 256)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._tokens_at + self.num_tokens * self.padded_k * 2
+
+    def tiles(self, workspace: torch.Tensor) -> torch.Tensor:
+        """(1 + max_tiles, 4) int32 view."""
+        return workspace[: (1 + self.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
+
+    def expanded(self, workspace: torch.Tensor) -> torch.Tensor:
+        """(T, padded_k) bf16 view."""
+        return workspace[self._tokens_at : self.size].view(torch.bfloat16).view(self.num_tokens, self.padded_k)
