@@ -1,0 +1,111 @@
+"""What the Hopper grouped GEMM compiles to: asynchronous bf16 wgmma on register operands, TMA, no spills."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import SHARED_LIMIT, Compiled, CompileFor
+from triton.backends.nvidia.compiler import get_ptxas
+
+from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout, select_hopper_config
+
+E, MULTIPROCESSORS = 8, 132
+AVERAGES = (1, 32, 64, 128, 1000)
+"""Tokens an expert: one for each configuration."""
+
+REGISTER_OPERAND = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16 \{[^}]*\}, \{[^}]*\}, %rd"
+ALLOWED_STACK = {torch.float32: 192}
+"""Bytes: the widest tile is at the limit of registers; storing fp32 takes 8 bytes more with Triton 3.6, 192 with 3.9."""
+
+
+@pytest.fixture
+def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
+    """compile_product(config, dtype, n, k): the launch of the product, without that of the expansion before it."""
+    hopper = pytest.importorskip("hybrid_mxfp8.triton_kernels.grouped_gemm_hopper")
+
+    def compile_one(
+        config: HopperGemmConfig, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 7168
+    ) -> Compiled:
+        meta, t = torch.device("meta"), 64
+        offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
+        monkeypatch.setattr(hopper, "expand_tokens", lambda *args: None)
+
+        def product() -> None:
+            hopper.hopper_grouped_gemm(
+                torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
+                torch.empty(grouped_scale_rows(t, E), scale_cols(k), dtype=torch.uint8, device=meta),
+                GroupLayout(offsets[1:], offsets, offsets, t),
+                torch.empty(E, n, k, dtype=torch.float8_e4m3fn, device=meta),
+                torch.empty(E, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
+                torch.empty(t, n, dtype=dtype, device=meta),
+                torch.empty(WorkspaceLayout.of(t, E, k, config).size, dtype=torch.uint8, device=meta),
+                config,
+                MULTIPROCESSORS,
+            )
+
+        return compile_for(90, hopper, "hopper_gemm_kernel", product)
+
+    return compile_one
+
+
+def check(compiled: Compiled, config: HopperGemmConfig, dtype: torch.dtype, folder: Path) -> None:
+    """What holds for every configuration."""
+    products = compiled.count(r"wgmma\.mma_async")
+    assert products > 0
+    assert products == compiled.count(REGISTER_OPERAND), "weights must reach wgmma from registers"
+    assert compiled.count(r"mma\.sync") == 0
+    assert compiled.count(r"cp\.async\.bulk\.tensor\.2d\.shared") >= 3, "weights, scales and tokens through TMA"
+    assert compiled.count(r"cvt\.rn\.f16x2\.e4m3x2") > 0
+    assert compiled.count(r"\.ftz") == 0
+    # The compiler adds padding between buffers, less than a swizzle atom.
+    assert config.shared_memory <= compiled.shared <= min(config.shared_memory + 1024, SHARED_LIMIT[90])
+    assert compiled.resources(folder).stack <= ALLOWED_STACK.get(dtype, 0)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_each_configuration(compile_product: Callable[..., Compiled], average: int, tmp_path: Path) -> None:
+    config = select_hopper_config(average * E, E)
+    compiled = compile_product(config)
+    assert compiled.grid == (MULTIPROCESSORS,)
+    check(compiled, config, torch.bfloat16, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_other_outputs_at_the_widest_tile(
+    compile_product: Callable[..., Compiled], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = select_hopper_config(1000 * E, E)
+    check(compile_product(config, dtype), config, dtype, tmp_path)
+
+
+def test_a_small_product_takes_a_small_grid(compile_product: Callable[..., Compiled]) -> None:
+    """N = 136 is two tiles of weights; 64 tokens of 8 experts are at most 11 token tiles of 16."""
+    assert compile_product(select_hopper_config(64, E), n=136, k=96).grid == (22,)
+
+
+def test_outputs_of_neighbouring_rows_are_stored_together(compile_product: Callable[..., Compiled]) -> None:
+    """bf16 leaves in pairs: a thread's two weight rows are neighbours."""
+    compiled = compile_product(select_hopper_config(E, E))
+    assert compiled.count(r"st\.global\.b32") > 0
+    assert compiled.count(r"st\.global\.b16") == 0
+
+
+def test_wgmma_is_not_serialized(compile_product: Callable[..., Compiled], tmp_path: Path) -> None:
+    """ptxas says C7510 .. C7514 where it waits after each instruction, and C7508 where it ignores setmaxnreg."""
+    for average in (1, 1000):
+        compiled = compile_product(select_hopper_config(average * E, E))
+        source = tmp_path / f"{average}.ptx"
+        source.write_text(compiled.ptx)
+        said = subprocess.run(
+            [get_ptxas(90).path, "-v", "-arch=sm_90a", source, "-o", tmp_path / "kernel.cubin"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
+        assert "C75" not in said

@@ -1,0 +1,86 @@
+"""What the host decides for the Hopper grouped GEMM: tiles that fit, a workspace that is enough."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_mxfp8.formats import ceil_div
+from hybrid_mxfp8.triton_kernels.grouped_gemm import hopper_config_for, workspace_size
+from hybrid_mxfp8.triton_kernels.hopper_config import (
+    SHARED_MEMORY,
+    HopperGemmConfig,
+    WorkspaceLayout,
+    hopper_takes,
+    select_hopper_config,
+)
+
+AVERAGES = (0.1, 1, 16, 17, 32, 33, 64, 65, 128, 129, 4096)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_the_choice_fits_the_chip(average: float) -> None:
+    config = select_hopper_config(int(average * 40), 40)
+    assert config.is_valid()
+    assert config.block_t >= min(average, 256) or average < 1
+
+
+def test_the_tile_grows_with_the_tokens() -> None:
+    tiles = [select_hopper_config(int(average * 40), 40).block_t for average in AVERAGES]
+    assert tiles == sorted(tiles)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HopperGemmConfig(8, 128, 4, 1),  # no such tile
+        HopperGemmConfig(64, 32, 4, 1),  # narrower than a column group
+        HopperGemmConfig(64, 128, 1, 1),  # nothing to overlap
+        HopperGemmConfig(64, 128, 4, 0),
+        HopperGemmConfig(256, 64, 6, 1),  # 242 KB of shared memory
+    ],
+)
+def test_what_does_not_fit_is_invalid(config: HopperGemmConfig) -> None:
+    assert not config.is_valid()
+
+
+def test_stages_are_counted_in_full() -> None:
+    """5 stages of 128x64 weights, 256x64 bf16 tokens, one scale tile, two barriers."""
+    config = HopperGemmConfig(256, 64, 5, 1)
+    assert config.shared_memory == 5 * (8192 + 32768 + 512 + 16) <= SHARED_MEMORY
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.sampled_from([16, 32, 64, 128, 256]))
+def test_the_list_of_tiles_holds_any_layout(counts: list[int], block_t: int) -> None:
+    needed = sum(ceil_div(count, block_t) for count in counts)
+    config = HopperGemmConfig(block_t, 64, 2, 1)
+    assert needed <= WorkspaceLayout.of(sum(counts), len(counts), 64, config).max_tiles
+
+
+@pytest.mark.parametrize(("t", "e", "k"), itertools.product((1, 17, 300), (1, 9), (32, 64, 96, 2880)))
+def test_the_workspace_is_cut_without_overlap(t: int, e: int, k: int) -> None:
+    layout = WorkspaceLayout.of(t, e, k, HopperGemmConfig(16, 128, 2, 1))
+    workspace = torch.zeros(layout.size, dtype=torch.uint8)
+    layout.tiles(workspace).fill_(-1)
+    expanded = layout.expanded(workspace)
+    assert not expanded.view(torch.int16).any()
+    assert expanded.shape == (t, ceil_div(k, 64) * 64)
+    assert (expanded.data_ptr() - workspace.data_ptr()) % 256 == 0
+    assert expanded.data_ptr() + expanded.nbytes == workspace.data_ptr() + layout.size
+
+
+def test_what_32_bits_do_not_reach_is_left_to_the_other_kernel() -> None:
+    assert hopper_takes(8192, 384, 7168, 7168)
+    assert not hopper_takes(8192, 300_000, 7168, 64)  # rows of weights
+    assert not hopper_takes(8192, 1, 2**22, 64)  # outputs of a tile
+    assert not hopper_takes(2**31 - 1, 1, 128, 64)
+
+
+def test_other_devices_need_no_workspace() -> None:
+    cpu = torch.device("cpu")
+    assert hopper_config_for(32, 4, 128, 128, cpu) is None
+    assert workspace_size(32, 4, 128, 128, cpu) == 0
