@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +110,53 @@ def test_wgmma_is_not_serialized(compile_product: Callable[..., Compiled], tmp_p
             text=True,
         ).stderr
         assert "C75" not in said
+
+
+@pytest.fixture
+def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
+    """compile_expansion(t, k, e): the launch of the expansion of t tokens."""
+    module = pytest.importorskip("hybrid_mxfp8.triton_kernels.expand_tokens")
+
+    def compile_one(t: int, k: int, e: int) -> Compiled:
+        meta, config = torch.device("meta"), select_hopper_config(t, e)
+        layout = WorkspaceLayout.of(t, e, k, config)
+        workspace = torch.empty(layout.size, dtype=torch.uint8, device=meta)
+        offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
+        return compile_for(
+            90,
+            module,
+            "expand_tokens_kernel",
+            lambda: module.expand_tokens(
+                torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
+                torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
+                GroupLayout(offsets[1:], offsets, offsets, t),
+                layout.expanded(workspace),
+                layout.tiles(workspace),
+                config.block_t,
+            ),
+        )
+
+    return compile_one
+
+
+@pytest.mark.parametrize(("t", "k"), [(8192, 7168), (16384, 2048)])
+def test_expansion_reads_and_writes_16_bytes_at_once(
+    compile_expansion: Callable[..., Compiled], t: int, k: int, tmp_path: Path
+) -> None:
+    compiled = compile_expansion(t, k, 32)
+    assert compiled.count(r"ld\.global\.v4\.b32") > 0
+    assert compiled.count(r"st\.global\.v4\.b32") > 0
+    assert compiled.count(r"\.ftz") == 0
+    assert compiled.resources(tmp_path).stack == 0
+
+
+@pytest.mark.parametrize("e", [1, 2, 4, 8, 32, 256])
+@pytest.mark.parametrize(("t", "k"), [(96, 256), (64, 7168), (9000, 7168)])
+def test_expansion_searches_experts_in_one_dimension(
+    compile_expansion: Callable[..., Compiled], t: int, k: int, e: int
+) -> None:
+    """A (rows, experts) sum in the layout of the scales went over the wrong lanes (Triton 3.6, E = 4, on an H100)."""
+    intermediate = str(compile_expansion(t, k, e).kernel.asm["ttgir"])
+    summed = re.findall(r"\}\) : \(tensor<([^,]*),", intermediate)
+    assert summed
+    assert all(shape.count("x") == 1 for shape in summed), summed
