@@ -213,15 +213,10 @@ def _triton_quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torc
 
 
 def _triton_explain(problem: Problem) -> str:
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import formulation_for, hopper_config_for, select_gemm_config
-    from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
+    from hybrid_mxfp8.triton_kernels.grouped_gemm import config_for
 
-    tokens, experts = problem.num_tokens, problem.num_experts
-    config: object = hopper_config_for(tokens, experts, problem.n, problem.k, problem.device)
-    if config is None:
-        config = select_gemm_config(tokens, experts, formulation_for(problem.device), INTERPRETED)
-    average = tokens / max(experts, 1)
-    return f"{config}, for {average:.1f} tokens an expert on average"
+    config = config_for(problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device)
+    return f"{config}, for {problem.num_tokens / max(problem.num_experts, 1):.1f} tokens an expert on average"
 
 
 # ---------------------------------------------------------------- cutlass

@@ -45,6 +45,9 @@ from hybrid_mxfp8.triton_kernels.numerics import (
     loop_bound,
 )
 
+BLACKWELL_CAPABILITIES = ((10, 0), (10, 3))
+"""Where ``grouped_gemm_blackwell`` runs instead of the kernel here."""
+
 Formulation = Literal["scaled", "bf16", "fp32"]
 
 
@@ -206,7 +209,7 @@ def _triton_version() -> tuple[int, int]:
 @functools.cache
 def formulation_for(device: torch.device) -> Formulation:
     """The tile product that kernels on ``device`` use."""
-    return select_formulation(None if INTERPRETED else torch.cuda.get_device_capability(device), _triton_version())
+    return select_formulation(_capability(device), _triton_version())
 
 
 @functools.cache
@@ -215,17 +218,30 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None where kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not INTERPRETED else None
 
 
 def hopper_config_for(
     num_tokens: int, num_experts: int, n: int, k: int, device: torch.device
 ) -> HopperGemmConfig | None:
     """The tile of the Hopper kernel for this problem; None where the kernel above runs."""
-    if _is_hopper(device) and num_tokens and num_experts and hopper_takes(num_tokens, num_experts, n, k):
+    if _capability(device) == (9, 0) and num_tokens and num_experts and hopper_takes(num_tokens, num_experts, n, k):
         return select_hopper_config(num_tokens, num_experts)
     return None
+
+
+def config_for(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> object:
+    """The configuration of whichever kernel takes this problem, to be printed."""
+    hopper = hopper_config_for(num_tokens, num_experts, n, k, device)
+    if hopper is not None:
+        return hopper
+    if _capability(device) in BLACKWELL_CAPABILITIES:
+        from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import select_blackwell_config
+
+        return select_blackwell_config(num_tokens, num_experts)
+    return select_gemm_config(num_tokens, num_experts, formulation_for(device), INTERPRETED)
 
 
 def workspace_size(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> int:
@@ -269,6 +285,12 @@ def grouped_gemm(
             hopper_grouped_gemm(
                 x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
             )
+        return
+    if _capability(out.device) in BLACKWELL_CAPABILITIES and aligned(x_values, x_scales, w_values, w_scales):
+        from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import grouped_gemm_blackwell, select_blackwell_config
+
+        blackwell = select_blackwell_config(num_tokens, num_experts)
+        grouped_gemm_blackwell(x_values, x_scales, groups, w_values, w_scales, out, blackwell)
         return
     config = select_gemm_config(num_tokens, num_experts, formulation_for(out.device), INTERPRETED)
     programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
