@@ -39,10 +39,9 @@ def expand(xq: mx.GroupedMXFP8, block_t: int) -> tuple[torch.Tensor, list[list[i
     """Into poison: (T, roundup(K, 64)) bf16, and the tiles listed."""
     layout = WorkspaceLayout.of(xq.groups.num_tokens, xq.groups.num_experts, xq.k, HopperGemmConfig(block_t, 64, 2, 1))
     workspace = torch.full((layout.size,), cases.POISON, dtype=torch.uint8)
-    tiles, expanded = layout.tiles(workspace), layout.expanded(workspace)
-    expand_tokens(xq.values, xq.scales, xq.groups, expanded, tiles, block_t)
-    listed = tiles.tolist()
-    return expanded, [row[:3] for row in listed[1 : 1 + listed[0][0]]]
+    expand_tokens(xq.values, xq.scales, xq.groups, workspace, layout, block_t)
+    listed = layout.tiles(workspace).tolist()
+    return layout.expanded(workspace), [row[:3] for row in listed[1 : 1 + listed[0][0]]]
 
 
 def check(counts: Sequence[int], num_tokens: int, k: int, block_t: int, rng: torch.Generator) -> None:

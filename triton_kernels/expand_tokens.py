@@ -11,6 +11,7 @@ tokens follow the weights: column 16c + 4s + 2h + j of each 64 goes to place 16s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2, round_up
 from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels.hopper_config import COLUMN_GROUP
+from hybrid_mxfp8.triton_kernels.hopper_config import COLUMN_GROUP, WorkspaceLayout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32
 
@@ -62,13 +63,13 @@ def _list_tiles(
         "num_experts",
         "row_programs",
         "max_tiles",
+        "tokens_at",
     ]
 )
 def expand_tokens_kernel(
     values_ptr,  # (T, K) e4m3
     scales_ptr,  # (S, C) uint8, swizzled
-    expanded_ptr,  # (T, roundup(K, 64)) bf16
-    tiles_ptr,  # (1 + max_tiles, 4) int32
+    workspace_ptr,  # bytes: (1 + max_tiles, 4) int32, then (T, roundup(K, 64)) bf16
     expert_offsets_ptr,  # (E+1,) int32
     scale_offsets_ptr,  # (E+1,) int32
     num_tokens,  # T
@@ -77,6 +78,7 @@ def expand_tokens_kernel(
     K,
     row_programs,
     max_tiles,
+    tokens_at,  # where the bf16 part starts, in units of 256 bytes
     EXPERTS: tl.constexpr,  # power of two >= E
     EXPERT_CHUNK: tl.constexpr,  # experts searched at once
     BLOCK_T: tl.constexpr,  # rows of a token tile
@@ -90,6 +92,7 @@ def expand_tokens_kernel(
     column_program = tl.program_id(0) % column_programs
     if pid >= row_programs:
         if column_program == 0:
+            tiles_ptr = workspace_ptr.to(tl.pointer_type(tl.int32))
             _list_tiles(
                 tiles_ptr, max_tiles, pid - row_programs, expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T
             )
@@ -130,6 +133,7 @@ def expand_tokens_kernel(
     product = tl.reshape(elements, [BLOCK_ROWS, BLOCK_COLS // 32, 32]) * e8m0_to_fp32(scales)[:, :, None]
     expanded = from_fp32(tl.reshape(product, [BLOCK_ROWS, GROUPS, 4, 4, 2, 2]), tl.bfloat16)
     expanded = tl.reshape(tl.permute(expanded, 0, 1, 3, 4, 2, 5), [BLOCK_ROWS, BLOCK_COLS])
+    expanded_ptr = (workspace_ptr + tokens_at.to(tl.int64) * 256).to(tl.pointer_type(tl.bfloat16))
     out_ptrs = expanded_ptr + row.to(tl.int64)[:, None] * padded_k + col[None, :]
     tl.store(out_ptrs, expanded, mask=valid[:, None] & (col < padded_k)[None, :])
 
@@ -143,6 +147,7 @@ class ExpandConfig:
     num_warps: int
 
 
+@functools.lru_cache(maxsize=4096)
 def select_expand_config(num_tokens: int, k: int, interpreted: bool = False) -> ExpandConfig:
     """Tile of the expansion; pure. Few rows: small programs, so that a decode batch fills the GPU.
 
@@ -160,30 +165,29 @@ def expand_tokens(
     values: torch.Tensor,
     scales: torch.Tensor,
     groups: GroupLayout,
-    expanded: torch.Tensor,
-    tiles: torch.Tensor,
+    workspace: torch.Tensor,
+    layout: WorkspaceLayout,
     block_t: int,
 ) -> None:
-    """Write ``expanded`` and ``tiles``; the device of ``values`` is current.
+    """Write both parts of ``workspace``; the device of ``values`` is current.
 
     Args:
         values: (T, K) float8_e4m3fn, contiguous.
         scales: (S, C) uint8, swizzled.
         groups: layout of the T rows.
-        expanded: (T, roundup(K, 64)) bf16, contiguous; columns reordered in each 64, those from K on zero.
-        tiles: (1 + bound, 4) int32: the number of token tiles, then of each its expert, first row and end row.
+        workspace: ``layout.size`` bytes, 256-byte aligned.
+        layout: where the list of tiles and the expanded tokens go; rows that no expert owns stay unwritten.
         block_t: rows of a token tile; a tile belongs to one expert.
     """
     num_tokens, k = values.shape
     config = select_expand_config(num_tokens, k, INTERPRETED)
     row_programs = ceil_div(num_tokens, config.block_rows)
-    programs = (row_programs + groups.num_experts) * ceil_div(round_up(k, COLUMN_GROUP), config.block_cols)
+    programs = (row_programs + groups.num_experts) * ceil_div(layout.padded_k, config.block_cols)
     experts = next_power_of_2(groups.num_experts)
     arguments = (
         raw(values),
         scales,
-        expanded,
-        tiles,
+        workspace,
         groups.expert_offsets,
         groups.scale_offsets,
         num_tokens,
@@ -191,8 +195,9 @@ def expand_tokens(
         groups.num_experts,
         k,
         row_programs,
-        tiles.shape[0] - 1,
+        layout.max_tiles,
+        layout.tokens_at // 256,
     )
     constants = (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols)
-    key = ("expand_tokens", k, aligned(values), aligned(scales), aligned(expanded, tiles))
+    key = ("expand_tokens", k, aligned(values), aligned(scales), aligned(workspace))
     launch(expand_tokens_kernel, programs, arguments, constants, (("num_warps", config.num_warps),), key)

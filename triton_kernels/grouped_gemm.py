@@ -223,6 +223,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and not INTERPRETED else None
 
 
+@functools.lru_cache(maxsize=4096)
 def hopper_config_for(
     num_tokens: int, num_experts: int, n: int, k: int, device: torch.device
 ) -> HopperGemmConfig | None:

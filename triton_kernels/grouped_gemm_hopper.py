@@ -19,6 +19,9 @@ elements, which are then off by at most 2**-134. Scale 255 and NaN codes give Na
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -267,7 +270,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=["N", "num_k_tiles"])
 def hopper_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
-    tiles_ptr,  # (1 + bound, 4) int32, as expand_tokens writes it
+    workspace_ptr,  # bytes, as expand_tokens writes them: the list of token tiles first
     w_desc,  # (E*N, K) bytes of e4m3, blocks of (128, BLOCK_K)
     w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
     x_desc,  # (T, roundup(K, 64)) bf16 as expand_tokens writes it, blocks of (BLOCK_T, BLOCK_K)
@@ -281,6 +284,7 @@ def hopper_gemm_kernel(
     """Grid (multiprocessors,), 8 warps that multiply; one more feeds them."""
     # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and not stored.
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler pairs the stores
+    tiles_ptr = workspace_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, BLOCK_K], w_desc.layout)
     scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], w_scales_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
@@ -311,9 +315,27 @@ def hopper_gemm_kernel(
 # ---------------------------------------------------------------- launcher
 
 
-_SCALES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-_X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-_W_LAYOUTS = {k: gl.NVMMASharedLayout(swizzle_byte_width=k, element_bitwidth=8, rank=2) for k in (64, 128)}
+@dataclass(frozen=True)
+class _Address:
+    """Memory as a descriptor's base. A descriptor is made of numbers alone, so it can be kept without its tensor."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptor(
+    address: int, rows: int, columns: int, dtype: torch.dtype, block_rows: int, block_columns: int
+) -> TensorDescriptor:
+    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in swizzled lines."""
+    swizzle = 0 if dtype == torch.int32 else min(block_columns * dtype.itemsize, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=2)
+    return TensorDescriptor(
+        _Address(address, dtype), [rows, columns], [columns, 1], [block_rows, block_columns], layout
+    )
 
 
 def hopper_grouped_gemm(
@@ -343,21 +365,19 @@ def hopper_grouped_gemm(
     num_experts, n, k = w_values.shape
     num_tokens = groups.num_tokens
     layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
-    tiles = layout.tiles(workspace)
-    expanded = layout.expanded(workspace)
-    expand_tokens(x_values, x_scales, groups, expanded, tiles, config.block_t)
-    w_rows = w_values.view(torch.uint8).view(num_experts * n, k)
-    w_tiles = w_scales.view(-1).view(torch.int32).view(-1, SCALE_TILE_BYTES // 4)
+    expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t)
     block_t, block_k = config.block_t, config.block_k
+    tokens = workspace.data_ptr() + layout.tokens_at
+    words = SCALE_TILE_BYTES // 4
     arguments = (
         out,
-        tiles,
-        TensorDescriptor(w_rows, list(w_rows.shape), [k, 1], [128, block_k], _W_LAYOUTS[block_k]),
-        TensorDescriptor(w_tiles, list(w_tiles.shape), [SCALE_TILE_BYTES // 4, 1], [1, SCALE_TILE_BYTES // 4], _SCALES_LAYOUT),
-        TensorDescriptor(expanded, list(expanded.shape), [layout.padded_k, 1], [block_t, block_k], _X_LAYOUT),
+        workspace,
+        _descriptor(w_values.data_ptr(), num_experts * n, k, torch.uint8, 128, block_k),
+        _descriptor(w_scales.data_ptr(), w_scales.numel() // SCALE_TILE_BYTES, words, torch.int32, 1, words),
+        _descriptor(tokens, num_tokens, layout.padded_k, torch.bfloat16, block_t, block_k),
         n,
         ceil_div(k, 128),
-    )  # fmt: skip
+    )
     programs = min(num_multiprocessors, layout.max_tiles * ceil_div(n, 128))
     constants = (block_t, block_k, config.num_stages, config.group_t)
     launch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),), ("hopper_gemm", out.dtype))

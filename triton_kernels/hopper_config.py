@@ -95,24 +95,26 @@ class WorkspaceLayout:
     max_tiles: int
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)
     def of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> WorkspaceLayout:
         """The layout for T tokens of K columns in tiles of ``config.block_t``."""
         most = (num_tokens + (config.block_t - 1) * min(num_experts, num_tokens)) // config.block_t
         return cls(num_tokens, round_up(k, COLUMN_GROUP), most)
 
     @property
-    def _tokens_at(self) -> int:
+    def tokens_at(self) -> int:
+        """Where the expanded tokens start: a multiple of 256 bytes."""
         return round_up((1 + self.max_tiles) * TILE_WORDS * 4, 256)
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self._tokens_at + self.num_tokens * self.padded_k * 2
+        return self.tokens_at + self.num_tokens * self.padded_k * 2
 
     def tiles(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(1 + max_tiles, 4) int32 view."""
+        """(1 + max_tiles, 4) int32 view: the number of token tiles, then of each its expert, first row and end row."""
         return workspace[: (1 + self.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
 
     def expanded(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(T, padded_k) bf16 view."""
-        return workspace[self._tokens_at : self.size].view(torch.bfloat16).view(self.num_tokens, self.padded_k)
+        """(T, padded_k) bf16 view: columns reordered in each 64, those from K on zero."""
+        return workspace[self.tokens_at : self.size].view(torch.bfloat16).view(self.num_tokens, self.padded_k)

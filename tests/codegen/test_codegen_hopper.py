@@ -130,8 +130,8 @@ def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
                 torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
                 torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
                 GroupLayout(offsets[1:], offsets, offsets, t),
-                layout.expanded(workspace),
-                layout.tiles(workspace),
+                workspace,
+                layout,
                 config.block_t,
             ),
         )

@@ -32,7 +32,7 @@ def hopper() -> torch.device:
 @pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.block_t} tokens")
 def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HopperGemmConfig:
     """Each configuration, for any problem."""
-    monkeypatch.setattr(launcher, "select_hopper_config", lambda *args: request.param)
+    monkeypatch.setattr(launcher, "hopper_config_for", lambda *args: request.param)
     config: HopperGemmConfig = request.param
     return config
 
