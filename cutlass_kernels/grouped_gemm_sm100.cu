@@ -1,0 +1,115 @@
+// The grouped GEMM of one tile configuration, exported to Python through tvm-ffi.
+//
+// Compiled once per configuration, with
+//     HYBRID_MXFP8_CTA_GROUP    1 or 2, the SMs of one MMA
+//     HYBRID_MXFP8_TOKEN_TILE   64, 128, 192 or 256
+//     HYBRID_MXFP8_OUT          cutlass::bfloat16_t, cutlass::half_t or float
+//     HYBRID_MXFP8_RAGGED       1: ragged-contiguous mainloop, 0: pointer arrays
+//
+// A call is two launches on the caller's stream: prepare_kernel writes the per-expert arrays into the
+// workspace, the GEMM follows, programmatically where that is allowed, so that its prologue overlaps.
+// Python has checked shapes and chosen the configuration; what would corrupt memory is checked again here.
+
+#include <atomic>
+
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include "grouped_gemm_sm100.cuh"
+#include "tensor_checks.cuh"
+
+namespace hybrid_mxfp8 {
+namespace {
+
+using Selected = GroupedGemm<Config<HYBRID_MXFP8_CTA_GROUP, HYBRID_MXFP8_TOKEN_TILE, HYBRID_MXFP8_OUT>>;
+
+constexpr int kMaxDevices = 64;
+
+// Runs once per device: refuses other architectures and raises the kernel's shared memory limit.
+void enable_device(int device) {
+  static std::atomic<bool> enabled[kMaxDevices];
+  HYBRID_MXFP8_EXPECT(device < kMaxDevices, RuntimeError) << "device " << device << " is out of range";
+  if (enabled[device].load(std::memory_order_acquire)) {
+    return;
+  }
+  int major = 0;
+  int minor = 0;
+  TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  HYBRID_MXFP8_EXPECT(major == 10 && (minor == 0 || minor == 3), RuntimeError)
+      << "the CUTLASS backend needs compute capability 10.0 or 10.3, device " << device << " has " << major
+      << "." << minor;
+  TVM_FFI_CHECK_CUDA_ERROR(cudaFuncSetAttribute(cutlass::device_kernel<typename Selected::Kernel>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                Selected::Kernel::SharedStorageSize));
+  enabled[device].store(true, std::memory_order_release);
+}
+
+Launch make_launch(int device, int64_t sm_count, int64_t cluster_m, int64_t cluster_n) {
+  Launch launch{};
+  launch.device = device;
+  launch.sm_count = static_cast<int>(sm_count);
+  launch.cluster = dim3(cluster_m, cluster_n, 1);
+  launch.cluster_fallback = dim3(HYBRID_MXFP8_CTA_GROUP, 1, 1);
+  return launch;
+}
+
+int64_t workspace_size(int64_t num_experts, int64_t n, int64_t k, int64_t num_tokens, int64_t sm_count) {
+  Problem problem{};
+  problem.num_experts = static_cast<int>(num_experts);
+  problem.n = static_cast<int>(n);
+  problem.k = static_cast<int>(k);
+  problem.num_tokens = static_cast<int>(num_tokens);
+  return Selected::workspace_size(problem, make_launch(0, sm_count, HYBRID_MXFP8_CTA_GROUP, 1));
+}
+
+// out[rows of e] = x[rows of e] @ w[e]^T for every expert e.
+void grouped_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w, ffi::TensorView w_scales,
+                  ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
+                  ffi::TensorView scale_offsets, ffi::TensorView out, ffi::TensorView workspace,
+                  int64_t cluster_m, int64_t cluster_n, int64_t sm_count, bool pdl) {
+  Problem problem = check_operands<typename Selected::ElementOut>(
+      x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out);
+  if (problem.num_experts == 0 || problem.num_tokens == 0) {
+    return;
+  }
+
+  DLDevice device = x.device();
+  ffi::CUDADeviceGuard guard(device.device_id);
+  enable_device(device.device_id);
+  auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+
+  check_tensor(workspace, "workspace", device);
+  auto arrays = OperandArrays<Selected>::carve(workspace.data_ptr(), problem.num_experts);
+  auto operands = make_operands<Selected>(x, x_scales, w, w_scales, out);
+  Launch launch = make_launch(device.device_id, sm_count, cluster_m, cluster_n);
+  auto args = Selected::make_arguments(problem, operands, arrays, launch);
+  int64_t needed = arrays.bytes + Selected::Gemm::get_workspace_size(args);
+  HYBRID_MXFP8_EXPECT(workspace.numel() * workspace.dtype().bits / 8 >= needed, ValueError)
+      << "workspace: expected at least " << needed << " bytes, got "
+      << workspace.numel() * workspace.dtype().bits / 8;
+  HYBRID_MXFP8_EXPECT(Selected::Gemm::can_implement(args) == cutlass::Status::kSuccess, ValueError)
+      << "cluster: CUTLASS does not take (" << cluster_m << ", " << cluster_n << ") for this configuration";
+
+  TVM_FFI_CHECK_CUDA_ERROR(launch_prepare<Selected>(
+      {problem, make_offsets(tokens_per_expert, expert_offsets, scale_offsets), operands, arrays}, stream));
+  auto params = Selected::Kernel::to_underlying_arguments(
+      args, static_cast<char*>(workspace.data_ptr()) + arrays.bytes);
+  cutlass::Status status = Selected::Gemm::run(params, stream, /*cuda_adapter=*/nullptr, pdl && kPdlIsSafe);
+  HYBRID_MXFP8_EXPECT(status == cutlass::Status::kSuccess, RuntimeError)
+      << "grouped_gemm: the launch failed: " << cutlass::cutlassGetStatusString(status);
+}
+
+// Facts of the compiled kernel, for doctor and tests.
+int64_t shared_memory_bytes() { return Selected::Kernel::SharedStorageSize; }
+int64_t mainloop_stages() { return Selected::CollectiveMainloop::DispatchPolicy::Stages; }
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm, grouped_gemm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, workspace_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shared_memory_bytes, shared_memory_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(mainloop_stages, mainloop_stages);
+
+}  // namespace hybrid_mxfp8

@@ -1,0 +1,66 @@
+// CUTLASS judges the operands, on the CPU.
+//
+// Takes the tensors of a grouped_gemm call in host memory, builds Gemm::Arguments from them with the same
+// functors, strides and layouts as the SM100 kernel's launch, and multiplies expert by expert with CUTLASS's
+// own block-scaled reference, which reads the swizzled scales through CuTe's layout. A wrong offset, stride,
+// operand order or swizzle therefore shows in the result, with no GPU.
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <vector>
+
+#include "cutlass/util/reference/host/gett.hpp"
+
+#include "read_arguments.cuh"
+#include "tensor_checks.cuh"
+
+namespace hybrid_mxfp8 {
+namespace {
+
+// Any configuration has the same operands; fp32 out shows the accumulator unrounded.
+using Selected = GroupedGemm<Config<1, 128, float>>;
+
+// All tensors on the CPU; `out` is fp32. Rows that belong to no expert are left as they are.
+void host_reference(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w, ffi::TensorView w_scales,
+                    ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
+                    ffi::TensorView scale_offsets, ffi::TensorView out) {
+  HYBRID_MXFP8_EXPECT(x.device().device_type == kDLCPU, ValueError) << "x: expected a tensor on the CPU";
+  Problem problem = check_operands<Selected::ElementOut>(x, x_scales, w, w_scales, tokens_per_expert,
+                                                         expert_offsets, scale_offsets, out);
+  auto operands = make_operands<Selected>(x, x_scales, w, w_scales, out);
+
+  size_t bytes = OperandArrays<Selected>::carve(nullptr, problem.num_experts).bytes;
+  std::vector<char> workspace(bytes + kWorkspaceAlignment);
+  auto aligned = reinterpret_cast<void*>(
+      round_up(reinterpret_cast<int64_t>(workspace.data()), kWorkspaceAlignment));
+  auto arrays = OperandArrays<Selected>::carve(aligned, problem.num_experts);
+  PrepareExpert<Selected> prepare{problem, make_offsets(tokens_per_expert, expert_offsets, scale_offsets),
+                                  operands, arrays};
+  auto args = Selected::make_arguments(problem, operands, arrays, Launch{});
+
+  for (int expert = 0; expert < problem.num_experts; ++expert) {
+    prepare(expert);
+    auto expert_operands = ExpertOperands<Selected>::read(args, expert);
+    if (expert_operands.tokens == 0) {
+      continue;
+    }
+    auto a = expert_operands.tensor_a();
+    auto b = expert_operands.tensor_b();
+    auto sfa = expert_operands.tensor_sfa();
+    auto sfb = expert_operands.tensor_sfb();
+    auto d = expert_operands.tensor_d();
+    cutlass::reference::host::GettBlockScalingMainloopParams<float, decltype(a), decltype(sfa), decltype(b),
+                                                             decltype(sfb)>
+        mainloop{a, sfa, b, sfb};
+    cutlass::reference::host::GettBlockScalingEpilogueParams<float, float, float, decltype(d), decltype(d)>
+        epilogue{1.0f, 0.0f, d, d};
+    cutlass::reference::host::Gemm3x(mainloop, epilogue);
+  }
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(host_reference, host_reference);
+
+}  // namespace hybrid_mxfp8
