@@ -4,7 +4,7 @@
 //     HYBRID_MXFP8_CTA_GROUP    1 or 2, the SMs of one MMA
 //     HYBRID_MXFP8_TOKEN_TILE   64, 128, 192 or 256
 //     HYBRID_MXFP8_OUT          cutlass::bfloat16_t, cutlass::half_t or float
-//     HYBRID_MXFP8_RAGGED       1: ragged-contiguous mainloop, 0: pointer arrays
+// and with the mainloop that the CUTLASS headers have.
 //
 // A call is two launches on the caller's stream: prepare_kernel writes the per-expert arrays into the
 // workspace, the GEMM follows, programmatically where that is allowed, so that its prologue overlaps.

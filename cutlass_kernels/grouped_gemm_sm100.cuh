@@ -28,14 +28,10 @@
 
 #include "prepare.cuh"
 
-#ifndef HYBRID_MXFP8_RAGGED
+// 1: the ragged-contiguous mainloop, 0: pointer arrays.
 #define HYBRID_MXFP8_RAGGED (CUTLASS_VERSION >= 440)
-#endif
 
 namespace hybrid_mxfp8 {
-
-static_assert(!HYBRID_MXFP8_RAGGED || CUTLASS_VERSION >= 440,
-              "the ragged-contiguous mainloop needs CUTLASS 4.4 or later");
 
 // Before 4.4 the kernel's tile scheduler reads the token counts ahead of griddepcontrol.wait: launched
 // programmatically, it would race the kernel that writes them.

@@ -53,8 +53,9 @@ void host_reference(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView
     cutlass::reference::host::GettBlockScalingMainloopParams<float, decltype(a), decltype(sfa), decltype(b),
                                                              decltype(sfb)>
         mainloop{a, sfa, b, sfb};
-    cutlass::reference::host::GettBlockScalingEpilogueParams<float, float, float, decltype(d), decltype(d)>
-        epilogue{1.0f, 0.0f, d, d};
+    auto no_c = cute::make_tensor(static_cast<float*>(nullptr), d.layout());
+    cutlass::reference::host::GettBlockScalingEpilogueParams<float, float, float, decltype(no_c), decltype(d)>
+        epilogue{1.0f, 0.0f, no_c, d};
     cutlass::reference::host::Gemm3x(mainloop, epilogue);
   }
 }

@@ -17,6 +17,7 @@ reads when a kernel is first imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -84,6 +85,12 @@ def cache_dir() -> Path:
 def search_path() -> list[Path]:
     """The folders of PATH."""
     return [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
+
+
+def child_environment(*, path_first: Sequence[Path] = (), **variables: str) -> dict[str, str]:
+    """This process's environment for a child of it: ``path_first`` before PATH, ``variables`` set."""
+    path = os.pathsep.join([*map(str, path_first), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, **variables}
 
 
 def triton_interpret() -> bool:

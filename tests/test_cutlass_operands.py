@@ -1,0 +1,169 @@
+"""CUTLASS judges the operands: its CPU reference, given the SM100 kernel's own arguments, must find our product."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cutlass_modules
+import pytest
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+pytestmark = pytest.mark.slow
+
+# Both sum up to K products of e4m3 in fp32, in different orders, against a float64 sum.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
+
+CASES = {
+    "ragged": ([5, 130, 1, 64], 256, 128, 200),
+    "empty experts": ([0, 3, 0, 0, 129, 0], 128, 256, 140),
+    "all empty": ([0, 0, 0], 128, 128, 7),
+    "K % 128 != 0": ([17, 2, 131], 128, 96, 150),
+    "N % 128 != 0": ([17, 2, 131], 136, 128, 150),
+    "gpt-oss K": ([3, 0, 2], 72, 2880, 5),
+    "both odd, full": ([33, 1, 0, 94], 200, 160, 128),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    try:
+        headers.find_cuda()
+    except BackendUnavailableError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module", params=cutlass_modules.header_choices(), ids=cutlass_modules.mainloop)
+def cutlass(request: pytest.FixtureRequest) -> headers.CutlassHeaders:
+    return request.param
+
+
+@pytest.fixture
+def judge(cutlass: headers.CutlassHeaders, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
+    return jit.load(cutlass_modules.host_reference()).host_reference
+
+
+def operands(counts: list[int], n: int, k: int, num_tokens: int) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
+    generator = torch.Generator().manual_seed(n * k + num_tokens)
+    groups = mx.GroupLayout.from_counts(torch.tensor(counts, dtype=torch.int32), num_tokens)
+    # A spread of magnitudes, so that a scale taken from elsewhere shows.
+    x = torch.randn(num_tokens, k, generator=generator) * torch.exp2(
+        torch.randint(-6, 7, (num_tokens, k // 32, 1), generator=generator)
+    ).expand(-1, -1, 32).reshape(num_tokens, k)
+    w = torch.randn(len(counts), n, k, generator=generator) * torch.exp2(
+        torch.randint(-6, 7, (len(counts), n, k // 32, 1), generator=generator)
+    ).expand(-1, -1, -1, 32).reshape(len(counts), n, k)
+    return mx.quantize_grouped(x, groups, backend="reference"), mx.quantize_weights(w, backend="reference")
+
+
+def product(x: mx.GroupedMXFP8, w: mx.ExpertWeights) -> torch.Tensor:
+    """The reference product; rows that no expert owns stay NaN."""
+    out = torch.full((x.groups.num_tokens, w.n), torch.nan)
+    return mx.grouped_gemm(x, w, out=out, out_dtype=torch.float32, backend="reference")
+
+
+def agree(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    scale = expected.nan_to_num().abs().amax().clamp(min=1)
+    return torch.allclose(actual / scale, expected / scale, equal_nan=True, **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cutlass_reference_agrees_with_ours(judge, case: str) -> None:
+    """Every row that an expert owns is our product, every other row is untouched."""
+    x, w = operands(*CASES[case])
+    expected = product(x, w)
+    actual = torch.full_like(expected, torch.nan)
+    cutlass_modules.call(judge, x, w, actual)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert agree(actual, expected)
+
+
+def test_judge_agrees_with_triton_interpreter(judge, tmp_path: Path) -> None:
+    """Quantized and multiplied by the Triton kernels, in a process of their own because the interpreter is chosen at import."""
+    file = tmp_path / "triton.pt"
+    script = """
+import sys, torch, hybrid_mxfp8 as mx
+torch.manual_seed(3)
+groups = mx.GroupLayout.from_counts(torch.tensor([7, 0, 66, 1], dtype=torch.int32), 80)
+x = mx.quantize_grouped(torch.randn(80, 160), groups, backend="triton")
+w = mx.quantize_weights(torch.randn(4, 136, 160), backend="triton")
+out = torch.full((80, 136), torch.nan)
+mx.grouped_gemm(x, w, out=out, out_dtype=torch.float32, backend="triton")
+torch.save([x.values, x.scales, groups.tokens_per_expert, w.values, w.scales, out], sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", script, file], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    values, scales, counts, w_values, w_scales, expected = torch.load(file)
+    x = mx.GroupedMXFP8(values, scales, mx.GroupLayout.from_counts(counts, 80))
+    actual = torch.full_like(expected, torch.nan)
+    cutlass_modules.call(judge, x, mx.ExpertWeights(w_values, w_scales), actual)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert agree(actual, expected)
+
+
+def test_wild_metadata_stays_inside_the_buffers(judge) -> None:
+    """Offsets no GroupLayout writes: an expert that does not fit is cut off or emptied, the others are unharmed."""
+    counts, n, k, num_tokens = [5, 130, 1, 64], 256, 128, 200
+    x, w = operands(counts, n, k, num_tokens)
+    expected = product(x, w)
+    for name, expert, value in (
+        ("tokens_per_expert", 0, -3),
+        ("expert_offsets", 0, -1),
+        ("expert_offsets", 0, num_tokens + 1),
+        ("scale_offsets", 0, -128),
+        ("scale_offsets", 0, 1),
+        ("scale_offsets", 0, 2**31 - 128),
+        ("tokens_per_expert", 3, 2**31 - 1),
+    ):
+        getattr(x.groups, name)[expert], kept = value, int(getattr(x.groups, name)[expert])
+        actual = torch.full_like(expected, torch.nan)
+        cutlass_modules.call(judge, x, w, actual)
+        getattr(x.groups, name)[expert] = kept
+        assert agree(actual[5:], expected[5:]), name
+        if expert == 0:
+            assert actual[:5].isnan().all(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"out": torch.empty(200, 128)}, r"out: expected shape \(200, 256\), got \(200, 128\)"),
+        (lambda a: a | {"out": a["out"].bfloat16()}, "out: its dtype"),
+        (lambda a: a | {"x_scales": a["x_scales"].reshape(-1, 8)}, "x scales: expected shape"),
+        (lambda a: a | {"w_scales": a["w_scales"][:3]}, "w scales: expected shape"),
+        (lambda a: a | {"offsets": a["offsets"][:4]}, r"expert_offsets: expected shape \(5\), got \(4\)"),
+        (lambda a: a | {"tokens": a["tokens"].long()}, "tokens_per_expert: expected int32"),
+        (lambda a: a | {"x": a["x"].float()}, "x: expected 8-bit elements, got 32-bit ones"),
+        (lambda a: a | {"x": a["x"][:, :112].contiguous()}, "x: K must be a positive multiple of 32, got 112"),
+        (lambda a: a | {"w": a["w"].mT}, "w: expected a contiguous tensor"),
+        (lambda a: a | {"out": torch.empty(200 * 256 + 1)[1:].view(200, 256)}, "out: expected an address"),
+    ],
+)
+def test_entry_refuses_what_does_not_fit(judge, change, message: str) -> None:
+    x, w = operands([5, 130, 1, 64], 256, 128, 200)
+    arguments = {
+        "x": x.values.view(torch.uint8), "x_scales": x.scales, "w": w.values.view(torch.uint8), "w_scales": w.scales,
+        "tokens": x.groups.tokens_per_expert, "offsets": x.groups.expert_offsets,
+        "scale_offsets": x.groups.scale_offsets, "out": torch.empty(200, 256),
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=message):
+        judge(*change(arguments).values())
+
+
+def test_seeded_faults_are_caught(cutlass, monkeypatch, tmp_path: Path) -> None:
+    """Each plausible mistake in the shared code makes CUTLASS's product differ from ours; without one it agrees."""
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
+    module = jit.load(cutlass_modules.mutants(cutlass_modules.host_reference(), tmp_path))
+    # Spare rows keep a faulty address inside the buffers; K < N keeps a faulty stride there.
+    x, w = operands([5, 0, 130, 34], 136, 96, 640)
+    expected = product(x, w)
+    for number, fault in enumerate(cutlass_modules.FAULTS):
+        actual = torch.full_like(expected, torch.nan)
+        cutlass_modules.call(module[f"host_reference_{number}"], x, w, actual)
+        assert agree(actual, expected) == (fault == cutlass_modules.CONTROL), fault
