@@ -1,0 +1,233 @@
+"""Launcher of the CUTLASS SM100 grouped GEMM.
+
+A call looks up its plan by shape: the compiled module's function, the configuration and the size of the workspace.
+The first call of a shape chooses a configuration and, if nobody has yet, compiles its module. Later ones do one
+dictionary look-up, at most one allocation and one call into C++, and launch two kernels on torch's current stream.
+
+Compiled and checked, not yet run: no GPU of compute capability 10.0 or 10.3 was at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.config import MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
+from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.formats import MAX_INT32, padded_scale_rows, scale_cols
+from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+CAPABILITIES = ((10, 0), (10, 3))
+OUT_TYPES = {
+    torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),
+    torch.float16: ("fp16", "cutlass::half_t"),
+    torch.float32: ("fp32", "float"),
+}
+"""Output type: its name in a module's, and in C++."""
+
+NOT_RUN = "compiled and checked, not yet run on hardware"
+
+
+class Problem(Protocol):
+    """What a choice depends on."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def out_dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    """Write the product of each expert's rows with its weights to ``out``.
+
+    Args:
+        xq: T tokens of K elements, sorted by expert.
+        wq: E experts of (N, K).
+        out: (T, N) bf16, fp16 or fp32, contiguous, on a 16-byte boundary; rows that no expert owns are not written.
+        workspace: uint8, at least :func:`workspace_size` bytes, on a 128-byte boundary; None allocates it.
+
+    Raises:
+        BackendUnavailableError: the module cannot be compiled or loaded.
+        ValueError, TypeError: operands that do not fit; the launch checks them again in C++.
+    """
+    groups = xq.groups
+    num_experts, n, k = wq.values.shape
+    if num_experts == 0 or groups.num_tokens == 0:
+        return
+    plan = _plan(num_experts, n, k, groups.num_tokens, out.dtype, out.device, env.config())
+    if workspace is None:
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=out.device)
+    # e4m3 travels as bytes: not every torch exports it through DLPack.
+    plan.launch(
+        xq.values.view(torch.uint8),
+        xq.scales,
+        wq.values.view(torch.uint8),
+        wq.scales,
+        groups.tokens_per_expert,
+        groups.expert_offsets,
+        groups.scale_offsets,
+        out,
+        workspace,
+        *plan.cluster,
+        plan.sm_count,
+        env.pdl(),
+    )
+
+
+def workspace_size(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device) -> int:
+    """Exact bytes of ``workspace``; compiles the module if nobody has yet.
+
+    Raises:
+        BackendUnavailableError: the module cannot be compiled or loaded.
+    """
+    if num_experts == 0 or num_tokens == 0:
+        return 0
+    return _plan(num_experts, n, k, num_tokens, out_dtype, device, env.config()).workspace_bytes
+
+
+def availability(device: torch.device | None) -> tuple[bool, str]:
+    """Whether the backend runs on ``device``, and why or why not: a GPU, and headers and compiler or built modules."""
+    if device is None or device.type != "cuda":
+        return False, "needs a GPU of compute capability 10.0 or 10.3"
+    capability = _capability(device)
+    if capability not in CAPABILITIES:
+        text = f"{capability[0]}.{capability[1]}"
+        if capability[0] == 12:
+            text += ", whose tensor cores take other instructions"
+        return False, f"needs compute capability 10.0 or 10.3, got {text}: use the triton backend"
+    return _toolchain(capability, env.cutlass_dir(), env.cuda_home(), env.cache_dir())
+
+
+def can_run(problem: Problem) -> tuple[bool, str]:
+    """Whether the backend runs on the problem's device and takes its shape, and why or why not."""
+    ok, reason = availability(problem.device)
+    return (ok, reason) if not ok else takes(problem.n, problem.k, problem.out_dtype)
+
+
+def takes(n: int, k: int, out_dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the kernel takes matrices of this shape: what TMA descriptors and 32-bit layouts ask for."""
+    if out_dtype not in OUT_TYPES:
+        return False, f"out_dtype: expected bf16, fp16 or fp32, got {out_dtype}"
+    multiple = 16 // out_dtype.itemsize
+    if n <= 0 or n % multiple:
+        return False, f"w: N must be a positive multiple of {multiple} for {out_dtype}, got {n}"
+    if k <= 0 or k % 32:
+        return False, f"x: K must be a positive multiple of 32, got {k}"
+    if padded_scale_rows(n) * scale_cols(k) > MAX_INT32:
+        return False, f"w: the scales of one expert must be below 2 GiB, got N = {n}, K = {k}"
+    return True, NOT_RUN
+
+
+def explain(problem: Problem) -> str:
+    """The configuration that a call would use, and why."""
+    if problem.num_experts == 0 or problem.num_tokens == 0:
+        return "nothing to compute, nothing is launched"
+    chosen, forced = _choose(
+        problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device, env.config()
+    )
+    return f"{chosen}" + (", forced by HYBRID_MXFP8_CONFIG" if forced else "") + f" ({NOT_RUN})"
+
+
+def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
+    """What is compiled for a configuration's :attr:`GemmConfig.module`, an output type and a target like ``10.0a``."""
+    config = GemmConfig.parse(module)
+    short, element = OUT_TYPES[out_dtype]
+    return jit.Source(
+        name=f"grouped_gemm_{module}_{short}_sm{arch.replace('.', '')}",
+        file=jit.ROOM / "grouped_gemm_sm100.cu",
+        arch=arch,
+        definitions=(
+            ("HYBRID_MXFP8_CTA_GROUP", str(config.cta_group)),
+            ("HYBRID_MXFP8_TOKEN_TILE", str(config.token_tile)),
+            ("HYBRID_MXFP8_OUT", element),
+            ("CUTLASS_ENABLE_GDC_FOR_SM100", "1"),  # griddepcontrol, for programmatic dependent launch
+        ),
+    )
+
+
+# ---------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a call of one shape needs to know."""
+
+    launch: Callable[..., Any]
+    cluster: tuple[int, int]
+    sm_count: int
+    workspace_bytes: int
+
+
+@functools.lru_cache(maxsize=16384)
+def _plan(
+    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device, forced: str | None
+) -> Plan:
+    chosen, _ = _choose(num_experts, n, k, num_tokens, out_dtype, device, forced)
+    module = _module(chosen.config.module, out_dtype, _capability(device))
+    sm_count = _sm_count(device)
+    return Plan(
+        launch=module.grouped_gemm,
+        cluster=chosen.config.cluster,
+        sm_count=sm_count,
+        workspace_bytes=module.workspace_size(num_experts, n, k, num_tokens, sm_count),
+    )
+
+
+def _choose(
+    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device, forced: str | None
+) -> tuple[Estimate, bool]:
+    shape = (num_experts, n, k, num_tokens, _sm_count(device), out_dtype.itemsize)
+    if forced is None:
+        return select_estimate(*shape), False
+    try:
+        config = GemmConfig.parse(forced)
+    except ValueError as error:
+        raise ValueError(f"HYBRID_MXFP8_CONFIG: {error}") from None
+    return estimate(config, *shape), True
+
+
+@functools.cache
+def _module(module: str, out_dtype: torch.dtype, capability: tuple[int, int]) -> Any:
+    """The compiled module: one that is built for the capability or its family, else built now."""
+    sources = [source(module, out_dtype, arch) for arch in jit.FAMILY[f"{capability[0]}.{capability[1]}"]]
+    return jit.load(next((s for s in sources if jit.find(s) is not None), sources[0]))
+
+
+@functools.cache
+def _toolchain(capability: tuple[int, int], *environment: object) -> tuple[bool, str]:
+    """Whether modules can be had; the environment is only a key, so that a change of it is seen."""
+    try:
+        cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
+    except BackendUnavailableError as error:
+        targets = jit.FAMILY[f"{capability[0]}.{capability[1]}"]
+        if any(jit.find(source(m, d, arch)) is not None for m in MODULES for d in OUT_TYPES for arch in targets):
+            return True, f"modules that were built elsewhere, {NOT_RUN}"
+        return False, str(error)
+    mainloop = "ragged" if cutlass.ragged else "pointer-array"
+    return True, f"CUTLASS {cutlass.version_string} ({mainloop} mainloop), nvcc {cuda.version_string}, {NOT_RUN}"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SM_COUNT
+    return torch.cuda.get_device_properties(device).multi_processor_count
