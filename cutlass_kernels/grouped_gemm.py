@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.formats import MAX_INT32, padded_scale_rows, scale_cols
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
+if TYPE_CHECKING:
+    from hybrid_mxfp8.backends import Problem
+
 CAPABILITIES = ((10, 0), (10, 3))
 OUT_TYPES = {
     torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),
@@ -32,23 +35,6 @@ OUT_TYPES = {
 """Output type: its name in a module's, and in C++."""
 
 NOT_RUN = "compiled and checked, not yet run on hardware"
-
-
-class Problem(Protocol):
-    """What a choice depends on."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def out_dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
 
 
 def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
@@ -88,7 +74,9 @@ def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspa
     )
 
 
-def workspace_size(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device) -> int:
+def workspace_size(
+    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device
+) -> int:
     """Exact bytes of ``workspace``; compiles the module if nobody has yet.
 
     Raises:

@@ -94,9 +94,7 @@ class GemmConfig:
                 if name in (config.name, config.module):
                     return config
         names = ", ".join(MODULES)
-        raise ValueError(
-            f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}"
-        )
+        raise ValueError(f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}")
 
 
 def invalid(config: GemmConfig) -> str:

@@ -1,0 +1,142 @@
+"""Finding CUTLASS and nvcc: order, versions, wrappers, and what the errors tell to do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_mxfp8.cutlass_kernels import headers
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+
+def make_cutlass(include: Path, version: str) -> None:
+    (include / "cutlass").mkdir(parents=True)
+    names = ("MAJOR", "MINOR", "PATCH")
+    lines = [f"#define CUTLASS_{name} {number}\n" for name, number in zip(names, version.split("."), strict=True)]
+    (include / "cutlass" / "version.h").write_text("".join(lines))
+
+
+def make_nvcc(home: Path, version: str) -> Path:
+    """A toolkit whose nvcc answers as NVIDIA's does."""
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo 'Cuda compilation tools, release {version[:4]}, V{version}';;\n"
+        f"--dryrun) echo '#$ _HERE_={home}/bin';; esac\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HYBRID_MXFP8_CUTLASS_DIR", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Packages that are found before the installed ones."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def carriers(site: Path, **versions: str) -> None:
+    """Install the named carriers, and for the others modules without headers."""
+    for module, inside in headers.CUTLASS_CARRIERS.values():
+        (site / module).mkdir()
+        (site / module / "__init__.py").write_text("raise ImportError('must not be imported')")
+        if module in versions:
+            make_cutlass(site / module / inside, versions[module])
+
+
+def test_newest_carrier_wins(site: Path) -> None:
+    carriers(site, cutlass_library="4.2.0", deep_gemm="4.8.1", flashinfer="4.5.0")
+    found = headers.find_cutlass()
+    assert (found.origin, found.version, found.ragged) == ("sgl-deep-gemm", (4, 8, 1), True)
+    assert [str(c).partition(" at ")[0] for c in headers.cutlass_candidates()] == [
+        "nvidia-cutlass: 4.2.0",
+        "sgl-deep-gemm: 4.8.1",
+        "flashinfer-python: 4.5.0",
+    ]
+
+
+@pytest.mark.parametrize(("version", "ragged"), [("4.2.0", False), ("4.3.5", False), ("4.4.0", True), ("5.0.0", True)])
+def test_mainloop_follows_the_version(site: Path, version: str, ragged: bool) -> None:
+    carriers(site, cutlass_library=version)
+    assert headers.find_cutlass().ragged is ragged
+
+
+def test_no_usable_headers_says_what_to_install(site: Path) -> None:
+    carriers(site, deep_gemm="3.9.0")
+    with pytest.raises(BackendUnavailableError, match=r"no CUTLASS headers.*pip install nvidia-cutlass"):
+        headers.find_cutlass()
+    assert "too old" in str(headers.cutlass_candidates()[0])
+
+
+@pytest.mark.parametrize("inside", ["include", "."])
+def test_variable_beats_packages(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    """It may name a checkout or its include folder."""
+    carriers(site, deep_gemm="4.8.1")
+    make_cutlass(tmp_path / "mine" / inside, "4.3.0")
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "mine"))
+    assert headers.find_cutlass().version == (4, 3, 0)
+
+
+def test_variable_that_names_nothing_is_an_error(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong setting is reported, not passed over."""
+    carriers(site, deep_gemm="4.8.1")
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
+    with pytest.raises(BackendUnavailableError, match=r"HYBRID_MXFP8_CUTLASS_DIR: expected a folder"):
+        headers.find_cutlass()
+
+
+def test_toolkit_is_found_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper's folder is not the toolkit's."""
+    real = make_nvcc(tmp_path / "toolkit", "13.0.88")
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
+    found = headers.find_cuda()
+    assert (found.home, found.version, found.origin) == (tmp_path / "toolkit", (13, 0, 88), "PATH")
+
+
+def test_cuda_home_beats_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_nvcc(tmp_path / "a", "12.9.41")
+    make_nvcc(tmp_path / "b", "13.0.88")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'b' / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "a"))
+    assert headers.find_cuda().home == tmp_path / "a"
+
+
+def test_cuda_home_without_compiler_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(BackendUnavailableError, match=r"CUDA_HOME: expected a toolkit"):
+        headers.find_cuda()
+
+
+def test_wheels_come_after_path(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvcc on PATH that is too old is passed over for the wheels'."""
+    make_nvcc(tmp_path / "old", "12.4.10")
+    make_nvcc(site / "nvidia" / "cu13", "13.2.20")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
+    sys.modules.pop("nvidia", None)
+    found = headers.find_cuda()
+    assert (found.home, found.origin) == (site / "nvidia" / "cu13", "nvidia-cuda-nvcc")
+    assert "too old" in str(headers.cuda_candidates()[0])
+
+
+def test_no_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_nvcc(tmp_path / "old", "12.4.10")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(headers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        BackendUnavailableError, match=r"12\.4\.10 is older than 12\.8.*pip install 'hybrid-mxfp8\[nvcc\]'"
+    ):
+        headers.find_cuda()

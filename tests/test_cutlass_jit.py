@@ -1,0 +1,296 @@
+"""Building and keeping modules, with a compiler that takes a moment: races, kills, corruption, failures.
+
+The fake toolkit's nvcc hands a C++ source to the host compiler, after whatever delay or failure a test asks for,
+and writes a line to a log each time. Everything else, tvm-ffi and ninja included, is the real path.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+NVCC = """#!{python}
+import os, pathlib, subprocess, sys, time
+home = pathlib.Path(__file__).resolve().parent.parent
+arguments = sys.argv[1:]
+if "--version" in arguments:
+    sys.exit(print("Cuda compilation tools, release 13.0, V13.0.88"))
+if "--dryrun" in arguments:
+    sys.exit(print(f"#$ _HERE_={{home / 'bin'}}"))
+with open(home / "log", "a") as log:
+    log.write("compile\\n")
+time.sleep(float((home / "delay").read_text()))
+source = pathlib.Path(arguments[arguments.index("-c") + 1]).read_text()
+if "#error" in source:
+    print("In file included from module.cu:1:")
+    print('module.cu(7): error: identifier "answr" is undefined')
+    print('module.cu(9): error: expected a ";"')
+    sys.exit(2)
+keep = [a for a in arguments if a.startswith(("-I", "-D"))]
+source_and_object = ["-c", arguments[arguments.index("-c") + 1], "-o", arguments[arguments.index("-o") + 1]]
+sys.exit(subprocess.call(["c++", "-x", "c++", "-std=c++17", "-fPIC", *keep, *source_and_object]))
+"""
+
+# By tvm-ffi's C interface, whose header compiles in a blink.
+MODULE = """
+#include <tvm/ffi/c_api.h>
+extern "C" int __tvm_ffi_answer(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result) {
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = ANSWER;
+  return 0;
+}
+"""
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from hybrid_mxfp8.cutlass_kernels import jit
+source = jit.Source("toy", Path(sys.argv[1]), "9.0", definitions=(("ANSWER", "42"),), include=())
+print(jit.load(source).answer(), flush=True)
+"""
+
+
+@dataclass
+class Workshop:
+    """A fake toolkit, a source and a cache, and processes that use them."""
+
+    folder: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache" / "cutlass"
+
+    @property
+    def source(self) -> jit.Source:
+        return jit.Source("toy", self.folder / "toy.cu", "9.0", definitions=(("ANSWER", "42"),), include=())
+
+    def delay(self, seconds: float) -> None:
+        (self.folder / "cuda" / "delay").write_text(str(seconds))
+
+    def compilations(self) -> int:
+        log = self.folder / "cuda" / "log"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(self.folder / "toy.cu")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self) -> tuple[int, str, str]:
+        process = self.start()
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def modules(self) -> list[str]:
+        return [built.folder.name for built in jit.built()]
+
+    def leftovers(self) -> list[str]:
+        return [path.name for path in self.cache.glob(f"{jit.BUILDING}*")]
+
+
+@pytest.fixture
+def workshop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+    # Not tmp_path, whose parents only their owner may enter: one test goes on as another user.
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    home = folder / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(NVCC.format(python=sys.executable))
+    (home / "bin" / "nvcc").chmod(0o755)
+    (home / "lib64").mkdir()
+    subprocess.run(["cc", "-shared", "-x", "c", os.devnull, "-o", home / "lib64" / "libcudart.so"], check=True)
+    version = folder / "cutlass" / "include" / "cutlass" / "version.h"
+    version.parent.mkdir(parents=True)
+    version.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
+    (folder / "toy.cu").write_text(MODULE)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(folder / "cutlass"))
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder / "cache"))
+    made = Workshop(folder)
+    made.delay(0)
+    yield made
+    shutil.rmtree(folder)
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user whom file modes stop; root they do not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_second_process_finds_the_module(workshop: Workshop) -> None:
+    assert workshop.run()[1] == "42\n"
+    code, out, err = workshop.run()
+    assert (code, out) == (0, "42\n")
+    assert "compiling" not in err
+    assert workshop.compilations() == 1
+    assert workshop.leftovers() == []
+
+
+def test_racing_processes_build_once(workshop: Workshop) -> None:
+    """Of two on a cold cache one compiles, the other says that it waits, and both have the module."""
+    workshop.delay(3)
+    first = workshop.start()
+    wait_until(lambda: workshop.compilations() == 1)
+    second = workshop.start()
+    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    assert [out for out, _ in outputs] == ["42\n", "42\n"]
+    assert "waiting for another process that compiles toy" in outputs[1][1]
+    assert workshop.compilations() == 1
+
+
+def test_killed_build_leaves_nothing_in_the_way(workshop: Workshop) -> None:
+    workshop.delay(60)
+    process = workshop.start()
+    wait_until(lambda: workshop.compilations() == 1)
+    process.kill()
+    process.communicate()
+    try:
+        assert workshop.modules() == []
+        assert len(workshop.leftovers()) == 1
+        workshop.delay(0)
+        code, out, _ = workshop.run()
+        assert (code, out) == (0, "42\n")
+        assert workshop.leftovers() == []
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the compiler it left behind
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "manifest"])
+def test_damaged_module_is_built_again(workshop: Workshop, damage: str) -> None:
+    built = jit.build(workshop.source)
+    if damage == "truncated":
+        built.library.write_bytes(built.library.read_bytes()[:1000])
+    elif damage == "empty":
+        built.library.write_bytes(b"")
+    elif damage == "missing":
+        built.library.unlink()
+    else:
+        (built.folder / jit.MANIFEST).write_text("{")
+    assert not built.intact()
+    assert workshop.run()[:2] == (0, "42\n")
+    assert workshop.compilations() == 2
+    assert built.intact()
+    assert workshop.leftovers() == []
+
+
+def test_read_only_cache(workshop: Workshop) -> None:
+    """A module that is there loads; one that is not cannot be built, and the error says where and what to do."""
+    jit.build(workshop.source)
+    workshop.cache.chmod(0o555)
+    other = jit.Source("other", workshop.folder / "toy.cu", "9.0", definitions=(("ANSWER", "1"),), include=())
+    with unprivileged():
+        assert jit.load(workshop.source).answer() == 42
+        with pytest.raises(BackendUnavailableError, match=r"cache folder .*cannot be written.*HYBRID_MXFP8_CACHE_DIR"):
+            jit.build(other)
+    workshop.cache.chmod(0o755)
+
+
+def test_cache_folder_that_is_a_file(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(workshop.folder / "toy.cu"))
+    with pytest.raises(BackendUnavailableError, match="cannot be written"):
+        jit.build(workshop.source)
+
+
+def test_failing_compiler(workshop: Workshop) -> None:
+    """The error shows the compiler's first error and where the rest is; a later build is not disturbed."""
+    (workshop.folder / "toy.cu").write_text(MODULE + "#error\n")
+    with pytest.raises(BackendUnavailableError) as caught:
+        jit.build(workshop.source)
+    message = str(caught.value)
+    assert 'module.cu(7): error: identifier "answr" is undefined' in message
+    log = Path(message.rpartition("all of it in ")[2].rstrip(")"))
+    assert 'expected a ";"' in log.read_text()
+    assert workshop.modules() == []
+    assert workshop.leftovers() == []
+    (workshop.folder / "toy.cu").write_text(MODULE)
+    assert jit.load(workshop.source).answer() == 42
+
+
+def test_cache_is_carried_to_a_machine_without_compiler(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = jit.build(workshop.source).folder
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(headers, "_nvcc_candidates", lambda: iter(()))
+    moved = workshop.folder / "elsewhere"
+    shutil.copytree(folder.parent, moved / "cutlass")
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(moved))
+    assert jit.load(workshop.source).answer() == 42
+    shutil.rmtree(moved)
+    with pytest.raises(BackendUnavailableError, match=r"no CUDA compiler.*pip install 'hybrid-mxfp8\[nvcc\]'"):
+        jit.build(workshop.source)
+
+
+def test_module_is_kept_by_all_that_goes_into_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contents, definitions, flags, target and versions each give another module, and the old ones stay."""
+    file = workshop.folder / "toy.cu"
+
+    def source(**changes: object) -> jit.Source:
+        plain = {"name": "toy", "file": file, "arch": "9.0", "definitions": (("ANSWER", "1"),), "include": ()}
+        return jit.Source(**(plain | changes))  # type: ignore[arg-type]
+
+    names = [jit.build(source()).folder.name]
+    names.append(jit.build(source(arch="8.0")).folder.name)
+    names.append(jit.build(source(definitions=(("ANSWER", "2"),))).folder.name)
+    names.append(jit.build(source(flags=("-DMORE",))).folder.name)
+    file.write_text(MODULE + "// changed\n")
+    names.append(jit.build(source()).folder.name)
+    version = workshop.folder / "cutlass" / "include" / "cutlass" / "version.h"
+    version.write_text(version.read_text().replace("MINOR 2", "MINOR 9"))
+    names.append(jit.build(source()).folder.name)
+    assert sorted(names) == workshop.modules()
+    assert len(set(names)) == 6
+    assert workshop.compilations() == 6
+    version.write_text(version.read_text().replace("MINOR 9", "MINOR 2"))
+    file.write_text(MODULE)
+    assert jit.build(source()).folder.name == names[0]
+    assert workshop.compilations() == 6
+
+
+def test_build_that_was_overtaken_keeps_the_winner(workshop: Workshop) -> None:
+    """Where a file system ignores the lock, the second of two renames finds the module in place."""
+    built = jit.build(workshop.source)
+    result = workshop.folder / "result"
+    shutil.copytree(built.folder, result)
+    before = built.library.stat().st_ino
+    jit._put_in_place(result, built.folder, workshop.folder)
+    assert built.intact()
+    assert built.library.stat().st_ino == before
+
+
+def test_target_needs_a_compiler_that_knows_it(workshop: Workshop) -> None:
+    nvcc = workshop.folder / "cuda" / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("release 13.0, V13.0.88", "release 12.8, V12.8.61"))
+    with pytest.raises(BackendUnavailableError, match=r"target 10.3a needs CUDA 12.9 or later.*12\.8\.61"):
+        jit.build(jit.Source("toy", workshop.folder / "toy.cu", "10.3a", include=()))
