@@ -284,7 +284,6 @@ def _build_environment(arch: str, cuda: headers.CudaCompiler) -> dict[str, str]:
         CUDA_HOME=str(cuda.home),
         TVM_FFI_CUDA_ARCH_LIST=arch,
         TVM_FFI_GPU_BACKEND="cuda",
-        TVM_FFI_DISABLE_TORCH_C_DLPACK="1",  # it imports torch, which a build has no use for
         MAX_JOBS="1",
     )
 

@@ -159,7 +159,7 @@ def estimate(
     along_n, along_tokens = config.cluster
     weight_tiles = math.ceil(math.ceil(n / WEIGHT_ROWS) / along_n) * along_n
     tiles = active * weight_tiles * math.ceil(token_tiles / along_tokens) * along_tokens
-    clusters = sm_count // (along_n * along_tokens)
+    clusters = max(1, sm_count // (along_n * along_tokens))
     waves = math.ceil(tiles / (clusters * along_n * along_tokens))
 
     multiply = WEIGHT_ROWS * config.token_tile * TILE_K / MACS_PER_CYCLE
@@ -187,7 +187,8 @@ def token_bucket(num_tokens: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _select(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int, out_bytes: int) -> Estimate:
-    estimates = (estimate(config, num_experts, n, k, num_tokens, sm_count, out_bytes) for config in CONFIGS)
+    fitting = (config for config in CONFIGS if config.cluster[0] * config.cluster[1] <= sm_count)
+    estimates = (estimate(config, num_experts, n, k, num_tokens, sm_count, out_bytes) for config in fitting)
     # Of equals the smaller cluster: it is easier to place.
     return min(estimates, key=lambda e: (e.cycles, e.config.cluster[0] * e.config.cluster[1]))
 

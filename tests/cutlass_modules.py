@@ -1,5 +1,7 @@
 """What the tests of the CUTLASS backend compile: the judges of its operands, and mutants of them.
 
+Run as a program it compiles all of it into the ordinary cache, with no GPU.
+
 A mutant is the same judge with one fault seeded in the code that it shares with the SM100 kernel's launch. All
 mutants of a judge are compiled as one file, each in a namespace of its own, because nearly all of the time goes
 into CUTLASS's headers.
@@ -7,15 +9,23 @@ into CUTLASS's headers.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hybrid_mxfp8 import warmup
 from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+GPU_ARCH = "9.0"
+"""PTX is not kept, so the tests of tests/gpu run on Hopper."""
 
 CUDA = Path(__file__).parent / "cuda"
 SHARED = ("prepare.cuh", "grouped_gemm_sm100.cuh", "read_arguments.cuh", "tensor_checks.cuh")
@@ -61,10 +71,26 @@ def host_reference() -> jit.Source:
     return jit.Source("host_reference", jit.ROOM / "host_reference.cu", "8.0", tools=True)
 
 
-def mutants(judge: jit.Source, folder: Path) -> jit.Source:
-    """The judge's function once for each fault, named ``<function>_<number of the fault>``; written to ``folder``."""
+def host_side(out: str) -> jit.Source:
+    """Every configuration's host side, for an output type."""
+    element = {short: element for short, element in OUT_TYPES.values()}[out]
+    return jit.Source(f"host_side_{out}", CUDA / "host_side.cu", GPU_ARCH, (("HYBRID_MXFP8_OUT", element),))
+
+
+def argument_walker() -> jit.Source:
+    """A plain kernel over our arguments."""
+    return jit.Source("argument_walker", CUDA / "argument_walker.cu", GPU_ARCH)
+
+
+def tile_scheduler() -> jit.Source:
+    """The kernel's tile scheduler, counting."""
+    return jit.Source("tile_scheduler", CUDA / "tile_scheduler.cu", GPU_ARCH)
+
+
+def mutants(judge: jit.Source, folder: Path, faults: Iterable[str] = tuple(FAULTS)) -> jit.Source:
+    """The judge's functions once for each fault, named ``<function>_<number of the fault>``; written to ``folder``."""
     parts = []
-    for number, edits in enumerate(FAULTS.values()):
+    for number, edits in ((i, edits) for i, (fault, edits) in enumerate(FAULTS.items()) if fault in faults):
         text = "\n".join([*((jit.ROOM / name).read_text() for name in SHARED), judge.file.read_text()])
         for right, wrong in edits:
             assert text.count(right) == 1, f"the fault no longer applies to: {right}"
@@ -76,6 +102,10 @@ def mutants(judge: jit.Source, folder: Path) -> jit.Source:
     file = folder / f"{judge.name}_mutants.cu"
     file.write_text("\n".join(parts))
     return jit.Source(f"{judge.name}_mutants", file, judge.arch, judge.definitions, judge.flags, judge.tools)
+
+
+SCHEDULER_FAULTS = (CONTROL, "padding rows counted")
+"""What a scheduler can see of the faults."""
 
 
 def call(function: Callable[..., Any], x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, *more: Any) -> None:
@@ -98,3 +128,26 @@ def header_choices() -> list[headers.CutlassHeaders]:
 def mainloop(found: headers.CutlassHeaders) -> str:
     """The name of the mainloop that these headers give, for test ids."""
     return "ragged" if found.ragged else "pointer-array"
+
+
+def build_all() -> None:
+    """Compile every module that tests load, for each mainloop that the installed headers offer."""
+    for found in header_choices():
+        os.environ["HYBRID_MXFP8_CUTLASS_DIR"] = str(found.include)
+        with tempfile.TemporaryDirectory() as folder:
+            wanted = [
+                host_reference(),
+                mutants(host_reference(), Path(folder)),
+                argument_walker(),
+                mutants(argument_walker(), Path(folder)),
+                tile_scheduler(),
+                mutants(tile_scheduler(), Path(folder), SCHEDULER_FAULTS),
+                *(host_side(short) for short, _ in OUT_TYPES.values()),
+            ]
+            failures = warmup.build_all(wanted, warmup.default_jobs())
+        if failures:
+            sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    build_all()

@@ -1,0 +1,162 @@
+"""The SM100 kernels as compiled: the instructions they must have, no spills, and what fits an SM.
+
+A representative few by default, a minute each; HYBRID_MXFP8_TEST_CONFIGS=all compiles every shipped configuration
+and output type with each mainloop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cutlass_modules
+import pytest
+import torch
+
+from hybrid_mxfp8.config import MODULES, GemmConfig
+from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+pytestmark = pytest.mark.slow
+
+SHARED_MEMORY = 227 * 1024  # of an SM, what a block may have
+REGISTERS = 168  # 65536 over the 384 threads of a block
+
+
+class Kernel(NamedTuple):
+    """What to compile, and with which headers."""
+
+    cutlass: headers.CutlassHeaders
+    module: str
+    out: torch.dtype
+    arch: str
+
+    def __str__(self) -> str:
+        return f"{cutlass_modules.mainloop(self.cutlass)}-{self.module}-{OUT_TYPES[self.out][0]}-{self.arch}"
+
+
+FEW = {
+    True: [("2sm_256x128x128", torch.bfloat16, "10.0a"), ("1sm_128x64x128", torch.float32, "10.3a")],
+    False: [("2sm_256x256x128", torch.float32, "10.0a"), ("1sm_128x128x128", torch.float16, "10.0a")],
+}
+"""By whether the mainloop is the ragged one."""
+
+
+def kernels() -> list[Kernel]:
+    """The shipped ones, or the few."""
+    chosen = []
+    for cutlass in cutlass_modules.header_choices():
+        few = FEW[cutlass.ragged]
+        if os.environ.get("HYBRID_MXFP8_TEST_CONFIGS") == "all":
+            few = [(module, out, "10.0a") for module in MODULES for out in OUT_TYPES]
+        chosen += [Kernel(cutlass, *one) for one in few]
+    return chosen
+
+
+@pytest.fixture(scope="module", params=kernels(), ids=str)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def built(kernel: Kernel) -> Path:
+    try:
+        headers.find_cuda()
+    except BackendUnavailableError as reason:
+        pytest.skip(str(reason))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(kernel.cutlass.include))
+        return jit.build(source(kernel.module, kernel.out, kernel.arch)).library
+
+
+def nvidia_tool(name: str) -> str:
+    """NVIDIA's disassemblers, which Triton's wheel carries."""
+    triton = pytest.importorskip("triton")
+    return str(getattr(triton.knobs.nvidia, name).path)
+
+
+@pytest.fixture(scope="module")
+def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The GEMM kernel's instructions."""
+    folder = tmp_path_factory.mktemp("cubin")
+    subprocess.run([nvidia_tool("cuobjdump"), "-xelf", "all", built], cwd=folder, check=True, capture_output=True)
+    (cubin,) = folder.glob("*.cubin")
+    done = subprocess.run([nvidia_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True)
+    functions = re.split(r"^\s*\.section\s+\.text\.", done.stdout, flags=re.MULTILINE)
+    (gemm,) = (text for text in functions if "GemmUniversal" in text.split("\n", 1)[0])
+    return gemm
+
+
+@pytest.fixture(scope="module")
+def usage(built: Path) -> dict[str, int]:
+    """The GEMM kernel's registers, stack and so on."""
+    command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", built]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    (gemm,) = (after for name, after in itertools.pairwise(lines) if "GemmUniversal" in name)
+    return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", gemm)}
+
+
+@pytest.fixture(scope="module")
+def module(built: Path) -> Any:
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(built))
+
+
+def instructions(sass: str, pattern: str) -> set[str]:
+    return set(re.findall(rf"\b({pattern}[A-Z0-9_.]*)", sass))
+
+
+def test_block_scaled_tensor_core(kernel: Kernel, sass: str) -> None:
+    """The MMA that scales by block, over two SMs exactly where the configuration says so."""
+    found = instructions(sass, "UTCQMMA")
+    assert found
+    assert all((".2CTA" in name) == kernel.module.startswith("2sm") for name in found)
+
+
+def test_scales_go_to_tensor_memory_by_copy(kernel: Kernel, sass: str) -> None:
+    """tcgen05.cp: no thread touches a scale."""
+    assert instructions(sass, "UTCCP")
+
+
+def test_loads_are_multicast(sass: str) -> None:
+    """All TMA loads, of operands and scales, and the store of D by TMA."""
+    loads = instructions(sass, "UTMALDG")
+    assert loads
+    assert all("MULTICAST" in name for name in loads)
+    assert instructions(sass, "UTMASTG")
+
+
+def test_nothing_spills(sass: str, usage: dict[str, int]) -> None:
+    assert not instructions(sass, "(?:STL|LDL)")
+    assert usage["STACK"] == 0
+    assert usage["LOCAL"] == 0
+    assert usage["REG"] <= REGISTERS
+
+
+def test_dependent_launch_waits(kernel: Kernel, sass: str) -> None:
+    """griddepcontrol.wait is compiled in (as ACQBULK), ahead of the first read of what the prepare kernel wrote."""
+    assert "ACQBULK" in sass
+    if kernel.cutlass.ragged:  # the others are never launched so
+        before = sass[: sass.index("ACQBULK")]
+        assert not re.search(r"\bLDG\b", before)
+
+
+def test_shared_memory_fits(module: Any) -> None:
+    assert 0 < module.shared_memory_bytes() <= SHARED_MEMORY
+    assert module.mainloop_stages() >= 3
+
+
+def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) -> None:
+    """Descriptors for each SM, and a few hundred bytes an expert; no GPU is asked."""
+    sizes = [module.workspace_size(experts, 4096, 7168, 64, 148) for experts in (1, 32, 4096)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 1_100_000
+    assert sizes[2] - sizes[0] < 4096 * 512
+    assert module.workspace_size(1, 4096, 7168, 64, 74) < sizes[0]
+    assert GemmConfig.parse(kernel.module).module == kernel.module
