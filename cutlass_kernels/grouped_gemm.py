@@ -88,16 +88,24 @@ def workspace_size(
 
 
 def availability(device: torch.device | None) -> tuple[bool, str]:
-    """Whether the backend runs on ``device``, and why or why not: a GPU, and headers and compiler or built modules."""
+    """Whether the backend runs on ``device``, and why or why not: a GPU, and headers and compiler or built modules.
+
+    Tools that were found are not looked for again in this process; missing ones are, at each call.
+    """
     if device is None or device.type != "cuda":
         return False, "needs a GPU of compute capability 10.0 or 10.3"
     capability = _capability(device)
+    if capability in _tools:
+        return True, _tools[capability]
     if capability not in CAPABILITIES:
         text = f"{capability[0]}.{capability[1]}"
         if capability[0] == 12:
             text += ", whose tensor cores take other instructions"
         return False, f"needs compute capability 10.0 or 10.3, got {text}: use the triton backend"
-    return _toolchain(capability, env.cutlass_dir(), env.cuda_home(), env.cache_dir())
+    ok, said = _find_tools(capability)
+    if ok:
+        _tools[capability] = said
+    return ok, said
 
 
 def can_run(problem: Problem) -> tuple[bool, str]:
@@ -195,9 +203,11 @@ def _module(module: str, out_dtype: torch.dtype, capability: tuple[int, int]) ->
     return jit.load(next((s for s in sources if jit.find(s) is not None), sources[0]))
 
 
-@functools.cache
-def _toolchain(capability: tuple[int, int], *environment: object) -> tuple[bool, str]:
-    """Whether modules can be had; the environment is only a key, so that a change of it is seen."""
+_tools: dict[tuple[int, int], str] = {}
+"""What modules are compiled with, or come from, by compute capability."""
+
+
+def _find_tools(capability: tuple[int, int]) -> tuple[bool, str]:
     try:
         cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
     except BackendUnavailableError as error:

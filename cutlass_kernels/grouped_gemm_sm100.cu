@@ -12,12 +12,9 @@
 
 #include <atomic>
 
-#include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/tvm_ffi.h>
 
-#include "grouped_gemm_sm100.cuh"
-#include "tensor_checks.cuh"
+#include "call.cuh"
 
 namespace hybrid_mxfp8 {
 namespace {
@@ -69,33 +66,22 @@ void grouped_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w
                   ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
                   ffi::TensorView scale_offsets, ffi::TensorView out, ffi::TensorView workspace,
                   int64_t cluster_m, int64_t cluster_n, int64_t sm_count, bool pdl) {
-  Problem problem = check_operands<typename Selected::ElementOut>(
-      x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out);
-  if (problem.num_experts == 0 || problem.num_tokens == 0) {
+  DLDevice device = x.device();
+  Launch launch = make_launch(device.device_id, sm_count, cluster_m, cluster_n);
+  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out},
+                      workspace.data_ptr(), launch);
+  if (call.empty()) {
     return;
   }
-
-  DLDevice device = x.device();
-  ffi::CUDADeviceGuard guard(device.device_id);
-  enable_device(device.device_id);
-  auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-
-  check_tensor(workspace, "workspace", device);
-  auto arrays = OperandArrays<Selected>::carve(workspace.data_ptr(), problem.num_experts);
-  auto operands = make_operands<Selected>(x, x_scales, w, w_scales, out);
-  Launch launch = make_launch(device.device_id, sm_count, cluster_m, cluster_n);
-  auto args = Selected::make_arguments(problem, operands, arrays, launch);
-  int64_t needed = arrays.bytes + Selected::Gemm::get_workspace_size(args);
-  HYBRID_MXFP8_EXPECT(workspace.numel() * workspace.dtype().bits / 8 >= needed, ValueError)
-      << "workspace: expected at least " << needed << " bytes, got "
-      << workspace.numel() * workspace.dtype().bits / 8;
-  HYBRID_MXFP8_EXPECT(Selected::Gemm::can_implement(args) == cutlass::Status::kSuccess, ValueError)
+  call.check_workspace(workspace, device);
+  HYBRID_MXFP8_EXPECT(Selected::Gemm::can_implement(call.args) == cutlass::Status::kSuccess, ValueError)
       << "cluster: CUTLASS does not take (" << cluster_m << ", " << cluster_n << ") for this configuration";
 
-  TVM_FFI_CHECK_CUDA_ERROR(launch_prepare<Selected>(
-      {problem, make_offsets(tokens_per_expert, expert_offsets, scale_offsets), operands, arrays}, stream));
-  auto params = Selected::Kernel::to_underlying_arguments(
-      args, static_cast<char*>(workspace.data_ptr()) + arrays.bytes);
+  ffi::CUDADeviceGuard guard(device.device_id);
+  enable_device(device.device_id);
+  cudaStream_t stream = current_stream(device);
+  TVM_FFI_CHECK_CUDA_ERROR(launch_prepare(call.prepare(), stream));
+  auto params = call.params(workspace.data_ptr());
   cutlass::Status status = Selected::Gemm::run(params, stream, /*cuda_adapter=*/nullptr, pdl && kPdlIsSafe);
   HYBRID_MXFP8_EXPECT(status == cutlass::Status::kSuccess, RuntimeError)
       << "grouped_gemm: the launch failed: " << cutlass::cutlassGetStatusString(status);

@@ -5,15 +5,14 @@
 // own block-scaled reference, which reads the swizzled scales through CuTe's layout. A wrong offset, stride,
 // operand order or swizzle therefore shows in the result, with no GPU.
 
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/tvm_ffi.h>
-
 #include <vector>
+
+#include <tvm/ffi/tvm_ffi.h>
 
 #include "cutlass/util/reference/host/gett.hpp"
 
+#include "call.cuh"
 #include "read_arguments.cuh"
-#include "tensor_checks.cuh"
 
 namespace hybrid_mxfp8 {
 namespace {
@@ -26,22 +25,17 @@ void host_reference(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView
                     ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
                     ffi::TensorView scale_offsets, ffi::TensorView out) {
   HYBRID_MXFP8_EXPECT(x.device().device_type == kDLCPU, ValueError) << "x: expected a tensor on the CPU";
-  Problem problem = check_operands<Selected::ElementOut>(x, x_scales, w, w_scales, tokens_per_expert,
-                                                         expert_offsets, scale_offsets, out);
-  auto operands = make_operands<Selected>(x, x_scales, w, w_scales, out);
-
-  size_t bytes = OperandArrays<Selected>::carve(nullptr, problem.num_experts).bytes;
+  size_t bytes = OperandArrays<Selected>::carve(nullptr, static_cast<int>(w.size(0))).bytes;
   std::vector<char> workspace(bytes + kWorkspaceAlignment);
   auto aligned = reinterpret_cast<void*>(
       round_up(reinterpret_cast<int64_t>(workspace.data()), kWorkspaceAlignment));
-  auto arrays = OperandArrays<Selected>::carve(aligned, problem.num_experts);
-  PrepareExpert<Selected> prepare{problem, make_offsets(tokens_per_expert, expert_offsets, scale_offsets),
-                                  operands, arrays};
-  auto args = Selected::make_arguments(problem, operands, arrays, Launch{});
+  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out}, aligned,
+                      Launch{});
+  PrepareExpert<Selected> prepare = call.prepare();
 
-  for (int expert = 0; expert < problem.num_experts; ++expert) {
+  for (int expert = 0; expert < call.problem.num_experts; ++expert) {
     prepare(expert);
-    auto expert_operands = ExpertOperands<Selected>::read(args, expert);
+    auto expert_operands = ExpertOperands<Selected>::read(call.args, expert);
     if (expert_operands.tokens == 0) {
       continue;
     }

@@ -132,21 +132,4 @@ Problem check_operands(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorV
   return problem;
 }
 
-template <class Gemm>
-typename Gemm::Operands make_operands(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w,
-                                      ffi::TensorView w_scales, ffi::TensorView out) {
-  using Element = typename Gemm::Element;
-  using ElementScale = typename Gemm::ElementScale;
-  return {static_cast<Element const*>(w.data_ptr()), static_cast<ElementScale const*>(w_scales.data_ptr()),
-          static_cast<Element const*>(x.data_ptr()), static_cast<ElementScale const*>(x_scales.data_ptr()),
-          static_cast<typename Gemm::ElementOut*>(out.data_ptr())};
-}
-
-inline ExpertOffsets make_offsets(ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
-                                  ffi::TensorView scale_offsets) {
-  return {static_cast<int32_t const*>(tokens_per_expert.data_ptr()),
-          static_cast<int32_t const*>(expert_offsets.data_ptr()),
-          static_cast<int32_t const*>(scale_offsets.data_ptr())};
-}
-
 }  // namespace hybrid_mxfp8

@@ -28,7 +28,7 @@ GPU_ARCH = "9.0"
 """PTX is not kept, so the tests of tests/gpu run on Hopper."""
 
 CUDA = Path(__file__).parent / "cuda"
-SHARED = ("prepare.cuh", "grouped_gemm_sm100.cuh", "read_arguments.cuh", "tensor_checks.cuh")
+SHARED = ("prepare.cuh", "grouped_gemm_sm100.cuh", "read_arguments.cuh", "tensor_checks.cuh", "call.cuh")
 
 Edits = tuple[tuple[str, str], ...]
 """Lines of the shared code, and what a plausible mistake would have made of them."""

@@ -21,12 +21,16 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
-    caches = (launcher._plan, launcher._module, launcher._toolchain, launcher._capability, launcher._sm_count)
-    for cache in caches:
-        cache.cache_clear()
+    caches = (launcher._plan, launcher._module, launcher._capability, launcher._sm_count)
+
+    def clear() -> None:
+        launcher._tools.clear()
+        for cache in caches:
+            cache.cache_clear()
+
+    clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    clear()
 
 
 @pytest.fixture

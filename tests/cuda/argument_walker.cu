@@ -5,12 +5,10 @@
 // and multiplies what they say. It differs from the SM100 kernel in the inner loop alone, so a wrong pointer,
 // stride, layout, count or order of operands shows here.
 
-#include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/tvm_ffi.h>
 
+#include "call.cuh"
 #include "read_arguments.cuh"
-#include "tensor_checks.cuh"
 
 namespace hybrid_mxfp8 {
 namespace {
@@ -43,36 +41,57 @@ __global__ void walk(typename Gemm::Arguments args) {
   }
 }
 
-// Bytes of workspace: prepare's arrays alone, as CUTLASS's own part is never touched.
-int64_t workspace_size(int64_t num_experts) {
-  return OperandArrays<Selected>::carve(nullptr, static_cast<int>(num_experts)).bytes;
+constexpr int kSmCount = 148;
+
+Launch make_launch(DLDevice device) {
+  return {device.device_id, kSmCount, dim3(1, 1, 1), dim3(1, 1, 1)};
 }
 
+int64_t workspace_size(int64_t num_experts, int64_t n, int64_t k, int64_t num_tokens) {
+  Problem problem{static_cast<int>(num_experts), static_cast<int>(n), static_cast<int>(k),
+                  static_cast<int>(num_tokens), 0};
+  return Selected::workspace_size(problem, make_launch({kDLCUDA, 0}));
+}
+
+// A call as the SM100 kernel's, with the walk in its place.
 void argument_walker(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w, ffi::TensorView w_scales,
                      ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
                      ffi::TensorView scale_offsets, ffi::TensorView out, ffi::TensorView workspace) {
-  Problem problem = check_operands<Selected::ElementOut>(x, x_scales, w, w_scales, tokens_per_expert,
-                                                         expert_offsets, scale_offsets, out);
   DLDevice device = x.device();
+  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out},
+                      workspace.data_ptr(), make_launch(device));
+  if (call.empty()) {
+    return;
+  }
+  call.check_workspace(workspace, device);
   ffi::CUDADeviceGuard guard(device.device_id);
-  auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-  check_tensor(workspace, "workspace", device);
-  auto operands = make_operands<Selected>(x, x_scales, w, w_scales, out);
-  auto arrays = OperandArrays<Selected>::carve(workspace.data_ptr(), problem.num_experts);
-  HYBRID_MXFP8_EXPECT(workspace.numel() >= static_cast<int64_t>(arrays.bytes), ValueError)
-      << "workspace: expected " << arrays.bytes << " bytes, got " << workspace.numel();
-  auto args = Selected::make_arguments(problem, operands, arrays, Launch{});
-  PrepareExpert<Selected> prepare{problem, make_offsets(tokens_per_expert, expert_offsets, scale_offsets),
-                                  operands, arrays};
-  TVM_FFI_CHECK_CUDA_ERROR(launch_prepare(prepare, stream));
-  dim3 grid((problem.n + kRowsPerBlock - 1) / kRowsPerBlock, problem.num_experts);
-  walk<Selected><<<grid, kRowsPerBlock, 0, stream>>>(args);
+  cudaStream_t stream = current_stream(device);
+  TVM_FFI_CHECK_CUDA_ERROR(launch_prepare(call.prepare(), stream));
+  dim3 grid((call.problem.n + kRowsPerBlock - 1) / kRowsPerBlock, call.problem.num_experts);
+  walk<Selected><<<grid, kRowsPerBlock, 0, stream>>>(call.args);
   TVM_FFI_CHECK_CUDA_ERROR(cudaGetLastError());
+}
+
+// A call as the SM100 kernel's up to the GEMM's launch, whose cost to the host it shows: checks, arguments, the
+// launch of prepare_kernel and the encoding of descriptors.
+void everything_but_the_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w,
+                             ffi::TensorView w_scales, ffi::TensorView tokens_per_expert,
+                             ffi::TensorView expert_offsets, ffi::TensorView scale_offsets, ffi::TensorView out,
+                             ffi::TensorView workspace, int64_t, int64_t, int64_t, bool) {
+  DLDevice device = x.device();
+  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out},
+                      workspace.data_ptr(), make_launch(device));
+  call.check_workspace(workspace, device);
+  ffi::CUDADeviceGuard guard(device.device_id);
+  TVM_FFI_CHECK_CUDA_ERROR(launch_prepare(call.prepare(), current_stream(device)));
+  auto params = call.params(workspace.data_ptr());
+  HYBRID_MXFP8_EXPECT(Selected::Kernel::get_grid_shape(params).x > 0, RuntimeError) << "no grid";
 }
 
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(argument_walker, argument_walker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(walker_workspace_size, workspace_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(everything_but_the_gemm, everything_but_the_gemm);
 
 }  // namespace hybrid_mxfp8

@@ -3,12 +3,9 @@
 // The scheduler is arch-neutral code: a persistent grid in which every CTA takes tile indices a grid apart. Here one
 // warp stands for each CTA and adds to a counter instead of multiplying.
 
-#include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/tvm_ffi.h>
 
-#include "grouped_gemm_sm100.cuh"
-#include "tensor_checks.cuh"
+#include "call.cuh"
 
 namespace hybrid_mxfp8 {
 namespace {
@@ -56,12 +53,14 @@ void count(ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets, ff
            Problem const& problem, Launch const& launch, ffi::TensorView workspace, ffi::TensorView counts,
            ffi::TensorView outside) {
   using Kernel = typename Gemm::Kernel;
-  DLDevice device = tokens_per_expert.device();
-  auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+  cudaStream_t stream = current_stream(tokens_per_expert.device());
   auto arrays = OperandArrays<Gemm>::carve(workspace.data_ptr(), problem.num_experts);
   HYBRID_MXFP8_EXPECT(workspace.numel() >= static_cast<int64_t>(arrays.bytes), ValueError)
       << "workspace: expected " << arrays.bytes << " bytes, got " << workspace.numel();
-  PrepareExpert<Gemm> prepare{problem, make_offsets(tokens_per_expert, expert_offsets, scale_offsets), {}, arrays};
+  ExpertOffsets offsets{static_cast<int32_t const*>(tokens_per_expert.data_ptr()),
+                        static_cast<int32_t const*>(expert_offsets.data_ptr()),
+                        static_cast<int32_t const*>(scale_offsets.data_ptr())};
+  PrepareExpert<Gemm> prepare{problem, offsets, {}, arrays};
   TVM_FFI_CHECK_CUDA_ERROR(launch_prepare(prepare, stream));
   auto args = Gemm::make_arguments(problem, {}, arrays, launch);
 

@@ -117,7 +117,7 @@ def walker(load) -> Any:
 
 
 def walk(module: Any, x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, suffix: str = "") -> torch.Tensor:
-    size = module[f"walker_workspace_size{suffix}"](w.num_experts)
+    size = module[f"walker_workspace_size{suffix}"](w.num_experts, w.n, w.k, x.groups.num_tokens)
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
     cutlass_modules.call(module[f"argument_walker{suffix}"], x, w, out, workspace)
     return out
@@ -155,7 +155,7 @@ def test_walker_follows_changing_counts_under_a_graph(walker) -> None:
     w = operands(counts.tolist(), n, k, num_tokens)[1]
     tokens = torch.randn(num_tokens, k, device="cuda")
     out = torch.empty(num_tokens, n, device="cuda")
-    workspace = torch.empty(walker.walker_workspace_size(4), dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(walker.walker_workspace_size(4, n, k, num_tokens), dtype=torch.uint8, device="cuda")
 
     def step() -> mx.GroupedMXFP8:
         x = mx.quantize_grouped(tokens, mx.GroupLayout.from_counts(counts, num_tokens))

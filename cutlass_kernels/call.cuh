@@ -1,0 +1,75 @@
+// One call, from its tensors to Gemm::Arguments and the launch of prepare_kernel: all that there is before the GEMM.
+//
+// The entry of the SM100 kernel and the judges of its arguments share this, so what the judges see is what the
+// kernel will be given.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
+
+#include "grouped_gemm_sm100.cuh"
+#include "tensor_checks.cuh"
+
+namespace hybrid_mxfp8 {
+
+// The tensors of a call, as Python passes them.
+struct Tensors {
+  ffi::TensorView x;                  // (T, K) e4m3, or its bytes
+  ffi::TensorView x_scales;           // (S, C) e8m0 as bytes, swizzled
+  ffi::TensorView w;                  // (E, N, K)
+  ffi::TensorView w_scales;           // (E, roundup(N, 128), C)
+  ffi::TensorView tokens_per_expert;  // (E,) int32
+  ffi::TensorView expert_offsets;     // (E + 1,) int32
+  ffi::TensorView scale_offsets;      // (E + 1,) int32
+  ffi::TensorView out;                // (T, N)
+};
+
+template <class Gemm>
+struct Call {
+  Problem problem;
+  typename Gemm::Operands operands;
+  ExpertOffsets offsets;
+  OperandArrays<Gemm> arrays;
+  typename Gemm::Arguments args;
+
+  // Checks the tensors and lays the arrays out in `workspace`, which the caller has checked.
+  Call(Tensors const& t, void* workspace, Launch const& launch)
+      : problem(check_operands<typename Gemm::ElementOut>(t.x, t.x_scales, t.w, t.w_scales, t.tokens_per_expert,
+                                                          t.expert_offsets, t.scale_offsets, t.out)),
+        operands{static_cast<typename Gemm::Element const*>(t.w.data_ptr()),
+                 static_cast<typename Gemm::ElementScale const*>(t.w_scales.data_ptr()),
+                 static_cast<typename Gemm::Element const*>(t.x.data_ptr()),
+                 static_cast<typename Gemm::ElementScale const*>(t.x_scales.data_ptr()),
+                 static_cast<typename Gemm::ElementOut*>(t.out.data_ptr())},
+        offsets{static_cast<int32_t const*>(t.tokens_per_expert.data_ptr()),
+                static_cast<int32_t const*>(t.expert_offsets.data_ptr()),
+                static_cast<int32_t const*>(t.scale_offsets.data_ptr())},
+        arrays(OperandArrays<Gemm>::carve(workspace, problem.num_experts)),
+        args(Gemm::make_arguments(problem, operands, arrays, launch)) {}
+
+  bool empty() const { return problem.num_experts == 0 || problem.num_tokens == 0; }
+
+  PrepareExpert<Gemm> prepare() const { return {problem, offsets, operands, arrays}; }
+
+  // Checks that the workspace holds the arrays and CUTLASS's own part.
+  void check_workspace(ffi::TensorView const& workspace, DLDevice device) const {
+    check_tensor(workspace, "workspace", device);
+    int64_t given = workspace.numel() * workspace.dtype().bits / 8;
+    int64_t needed = arrays.bytes + Gemm::Gemm::get_workspace_size(args);
+    HYBRID_MXFP8_EXPECT(given >= needed, ValueError)
+        << "workspace: expected at least " << needed << " bytes, got " << given;
+  }
+
+  // The kernel's parameters; encodes the TMA descriptors that the host knows.
+  typename Gemm::Kernel::Params params(void* workspace) const {
+    return Gemm::Kernel::to_underlying_arguments(args, static_cast<char*>(workspace) + arrays.bytes);
+  }
+};
+
+// torch's current stream on the device of the tensors of this call.
+inline cudaStream_t current_stream(DLDevice device) {
+  return static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+}
+
+}  // namespace hybrid_mxfp8
