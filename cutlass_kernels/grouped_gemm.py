@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.config import MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
+from hybrid_mxfp8.config import CUTLASS_CAPABILITIES, MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
 from hybrid_mxfp8.cutlass_kernels import headers, jit
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.formats import MAX_INT32, padded_scale_rows, scale_cols
@@ -26,7 +26,6 @@ from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 if TYPE_CHECKING:
     from hybrid_mxfp8.backends import Problem
 
-CAPABILITIES = ((10, 0), (10, 3))
 OUT_TYPES = {
     torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),
     torch.float16: ("fp16", "cutlass::half_t"),
@@ -87,17 +86,19 @@ def workspace_size(
     return _plan(num_experts, n, k, num_tokens, out_dtype, device, env.config()).workspace_bytes
 
 
-def availability(device: torch.device | None) -> tuple[bool, str]:
-    """Whether the backend runs on ``device``, and why or why not: a GPU, and headers and compiler or built modules.
+def availability(capability: tuple[int, int] | None) -> tuple[bool, str]:
+    """Whether the backend runs on a device, and why or why not: the GPU, and headers and compiler or built modules.
 
     Tools that were found are not looked for again in this process; missing ones are, at each call.
+
+    Args:
+        capability: the device's compute capability; None if it is no GPU.
     """
-    if device is None or device.type != "cuda":
+    if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
-    capability = _capability(device)
     if capability in _tools:
         return True, _tools[capability]
-    if capability not in CAPABILITIES:
+    if capability not in CUTLASS_CAPABILITIES:
         text = f"{capability[0]}.{capability[1]}"
         if capability[0] == 12:
             text += ", whose tensor cores take other instructions"
@@ -110,7 +111,7 @@ def availability(device: torch.device | None) -> tuple[bool, str]:
 
 def can_run(problem: Problem) -> tuple[bool, str]:
     """Whether the backend runs on the problem's device and takes its shape, and why or why not."""
-    ok, reason = availability(problem.device)
+    ok, reason = availability(problem.capability)
     return (ok, reason) if not ok else takes(problem.n, problem.k, problem.out_dtype)
 
 

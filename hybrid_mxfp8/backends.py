@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from hybrid_mxfp8 import env, reference
+from hybrid_mxfp8.config import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
@@ -28,7 +29,6 @@ from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 AUTO = "auto"
 CUTLASS = "cutlass"
 TRITON = "triton"
-CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
 TRITON_MIN_CAPABILITY = (8, 9)
 
 logger = logging.getLogger("hybrid_mxfp8")
@@ -227,16 +227,35 @@ def _cutlass_hardware(device: torch.device) -> bool:
 
 
 def _cutlass_available(device: torch.device) -> Answer:
-    capability = _capability(device)
-    if capability is None:
-        return False, "needs a GPU of compute capability 10.0 or 10.3"
-    if capability not in CUTLASS_CAPABILITIES:
-        return False, f"needs compute capability 10.0 or 10.3, got {capability[0]}.{capability[1]}"
-    return False, "this version has no CUTLASS kernel yet: use the triton backend"
+    from hybrid_mxfp8.cutlass_kernels.grouped_gemm import availability
+
+    return availability(_capability(device))
+
+
+def _cutlass_can_run(problem: Problem) -> Answer:
+    from hybrid_mxfp8.cutlass_kernels.grouped_gemm import can_run
+
+    return can_run(problem)
 
 
 def _cutlass_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
-    raise BackendUnavailableError(f"backend cutlass: {_cutlass_available(out.device)[1]}")
+    from hybrid_mxfp8.cutlass_kernels.grouped_gemm import grouped_gemm
+
+    grouped_gemm(x, w, out, workspace)
+
+
+def _cutlass_workspace_size(problem: Problem) -> int:
+    from hybrid_mxfp8.cutlass_kernels.grouped_gemm import workspace_size
+
+    return workspace_size(
+        problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device
+    )
+
+
+def _cutlass_explain(problem: Problem) -> str:
+    from hybrid_mxfp8.cutlass_kernels.grouped_gemm import explain
+
+    return explain(problem)
 
 
 # ---------------------------------------------------------------- the table
@@ -257,9 +276,9 @@ BACKENDS: dict[str, Backend] = {
             grouped_gemm=_cutlass_gemm,
             quantize_grouped=_triton_quantize_grouped,
             quantize_weights=_triton_quantize_weights,
-            explain=lambda problem: _cutlass_available(problem.device)[1],
-            workspace_size=lambda problem: 0,
-            can_run=_takes_every_problem(_cutlass_available),
+            explain=_cutlass_explain,
+            workspace_size=_cutlass_workspace_size,
+            can_run=_cutlass_can_run,
         ),
         Backend(
             name=TRITON,
