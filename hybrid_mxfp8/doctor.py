@@ -48,6 +48,7 @@ def examine() -> dict[str, Any]:
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
         "default_backend": default_backend(),
         "cache": cache(env.cache_dir()),
+        "modules": modules(),
         "environment": env.in_force(),
     }
 
@@ -120,6 +121,15 @@ def cache(folder: Path) -> dict[str, Any]:
     }
 
 
+def modules() -> list[str]:
+    """Each compiled module of the CUTLASS backend in the cache, with the versions it was built by."""
+    room = "hybrid_mxfp8.cutlass_kernels.jit"
+    if importlib.util.find_spec(room) is None:
+        return []
+    built = [module.manifest() for module in importlib.import_module(room).built()]
+    return [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
+
+
 def render(facts: dict[str, Any]) -> str:
     """The facts as a page of plain text."""
     folder = facts["cache"]
@@ -131,6 +141,7 @@ def render(facts: dict[str, Any]) -> str:
         *_found("nvcc", facts["compilers"]),
         *_found("CUTLASS headers", facts["cutlass_headers"]),
         ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
+        *(("compiled", module) for module in facts["modules"]),
         *facts["environment"].items(),
     ]
     width = max(len(name) for name, _ in lines)

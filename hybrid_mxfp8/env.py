@@ -10,8 +10,8 @@
 | ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
 | ``TRITON_INTERPRET`` | ``1`` | Triton's own variable: kernels run on the CPU through its interpreter |
 
-All are read at each call, so a change takes effect at once, but for two: ``TRITON_INTERPRET``, which Triton
-reads when a kernel is first imported, and a CUTLASS compiler, headers and modules, which a process keeps once it
+All are read at each call, so a change takes effect at once, except that Triton reads ``TRITON_INTERPRET`` when a
+kernel is first imported, and that a process keeps the compiler, headers and modules of the CUTLASS backend once it
 has found them.
 """
 

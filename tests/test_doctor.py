@@ -52,6 +52,7 @@ def test_every_fact_is_in_the_page() -> None:
         {"origin": "carrier-b", "path": "/other/include", "version": "4.2.0", "problem": ""},
     ]
     facts["environment"] = {"HYBRID_MXFP8_PDL": "0"}
+    facts["modules"] = ["grouped_gemm_of_a_test, CUTLASS 4.8.1, nvcc 13.0.88"]
     page = doctor.render(facts)
     for expected in (
         *facts["versions"].values(),
@@ -61,6 +62,7 @@ def test_every_fact_is_in_the_page() -> None:
         "4.2.0 from carrier-b, /other/include",
         "HYBRID_MXFP8_PDL",
         facts["cache"]["path"],
+        *facts["modules"],
         *facts["backends"],
         *(answer["reason"] for answer in facts["backends"].values()),
     ):
