@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton lint clean
+.PHONY: help demo test test-triton sass lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test-triton: ## all tests with another Triton on the CPU, in an environment of i
 	TRITON=$(TRITON) .ci/venv .venv-triton-$(TRITON)
 	.ci/test .venv-triton-$(TRITON)/bin
 
+sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
+	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
+
 lint: $(VENV)/.ready-lint ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,6 +39,9 @@ $(VENV)/.ready: pyproject.toml .ci/venv
 	.ci/venv $(VENV)
 	touch $@
 
-$(VENV)/.ready-lint: $(VENV)/.ready
+$(VENV)/.ready-sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
+	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
+
+lint: $(VENV)/.ready
 	$(BIN)/pip install -q --ignore-installed ruff==0.17.6 mypy==2.4.1
 	touch $@

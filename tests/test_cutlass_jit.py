@@ -252,6 +252,7 @@ def test_cache_is_carried_to_a_machine_without_compiler(workshop: Workshop, monk
         jit.build(workshop.source)
 
 
+@pytest.mark.slow
 def test_module_is_kept_by_all_that_goes_into_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contents, definitions, flags, target and versions each give another module, and the old ones stay."""
     file = workshop.folder / "toy.cu"

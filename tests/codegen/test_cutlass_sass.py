@@ -54,6 +54,7 @@ def kernels() -> list[Kernel]:
         few = FEW[cutlass.ragged]
         if os.environ.get("HYBRID_MXFP8_TEST_CONFIGS") == "all":
             few = [(module, out, "10.0a") for module in MODULES for out in OUT_TYPES]
+            few += [("2sm_256x128x128", torch.bfloat16, arch) for arch in ("10.3a", "10.0f")]
         chosen += [Kernel(cutlass, *one) for one in few]
     return chosen
 

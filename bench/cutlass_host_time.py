@@ -1,0 +1,63 @@
+"""Host time of a CUTLASS grouped GEMM call, on any GPU of compute capability 9.0.
+
+    python bench/cutlass_host_time.py
+
+The call is the real one up to the launch of the SM100 kernel, which another GPU cannot take: Python launcher, checks,
+arguments, launch of the prepare kernel and encoding of descriptors. Add about 3 µs for the launch that is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
+from hybrid_mxfp8.cutlass_kernels import jit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import cutlass_modules
+
+CALLS, BATCHES = 200, 50
+
+
+def main() -> None:
+    """Print the median and the best time of a call, with and without a workspace of the caller's."""
+    walker = jit.load(cutlass_modules.argument_walker())
+    stand_in = SimpleNamespace(
+        grouped_gemm=walker.everything_but_the_gemm,
+        workspace_size=lambda num_experts, n, k, num_tokens, sm_count: walker.walker_workspace_size(
+            num_experts, n, k, num_tokens
+        ),
+    )
+    launcher._module = lambda module, out_dtype, capability: stand_in
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, tvm-ffi module {cutlass_modules.GPU_ARCH}")
+    for num_experts, n, k, num_tokens in ((32, 4096, 7168, 64), (256, 2048, 512, 1024)):
+        counts = torch.full((num_experts,), num_tokens // num_experts, dtype=torch.int32, device="cuda")
+        groups = mx.GroupLayout.from_counts(counts, num_tokens)
+        x = mx.quantize_grouped(torch.randn(num_tokens, k, device="cuda"), groups)
+        w = mx.quantize_weights(torch.randn(num_experts, n, k, device="cuda", dtype=torch.bfloat16))
+        out = torch.empty(num_tokens, n, device="cuda")
+        size = launcher.workspace_size(num_experts, n, k, num_tokens, out.dtype, out.device)
+        for workspace in (torch.empty(size, dtype=torch.uint8, device="cuda"), None):
+            times = []
+            for _ in range(BATCHES):
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    launcher.grouped_gemm(x, w, out, workspace)
+                times.append((time.perf_counter() - start) / CALLS * 1e6)
+                torch.cuda.synchronize()
+            times.sort()
+            kind = "allocating" if workspace is None else "with workspace"
+            print(
+                f"E {num_experts}, N {n}, K {k}, T {num_tokens}, {kind}: {times[BATCHES // 2]:.1f} us, best {times[0]:.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
