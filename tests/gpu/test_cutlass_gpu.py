@@ -36,12 +36,6 @@ MODEL_SHAPES = [
 TOKENS = (1, 5, 64, 4096, 131072)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-
-
 @pytest.fixture(scope="module", params=cutlass_modules.header_choices(), ids=cutlass_modules.mainloop)
 def cutlass(request: pytest.FixtureRequest) -> headers.CutlassHeaders:
     return request.param
@@ -124,6 +118,7 @@ def walk(module: Any, x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor
     return out
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("case", RAGGED)
 @pytest.mark.parametrize(("n", "k"), [(136, 96), (256, 128), (72, 2880)])
 def test_walker_agrees_with_triton(walker, case: str, n: int, k: int) -> None:
