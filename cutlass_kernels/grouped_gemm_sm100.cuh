@@ -62,7 +62,6 @@ struct Config;
 template <int TokenTile, class Out>
 struct Config<1, TokenTile, Out> {
   using ElementOut = Out;
-  using AtomThreads = cute::_1;
   using TileShape = cute::Shape<cute::_128, cute::Int<TokenTile>, cute::_128>;
   using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf8f6f4Sm100;
   using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm;
@@ -71,7 +70,6 @@ struct Config<1, TokenTile, Out> {
 template <int TokenTile, class Out>
 struct Config<2, TokenTile, Out> {
   using ElementOut = Out;
-  using AtomThreads = cute::_2;
   using TileShape = cute::Shape<cute::_256, cute::Int<TokenTile>, cute::_128>;
   using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmMxf8f6f4Sm100;
   using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;

@@ -86,7 +86,7 @@ class Carver {
  public:
   static constexpr size_t kAlignment = 128;
 
-  explicit Carver(void* buffer) : base_(static_cast<char*>(buffer)) {}
+  explicit Carver(void* buffer) : base_(reinterpret_cast<uintptr_t>(buffer)) {}
 
   template <class T>
   T* take(int count) {
@@ -98,7 +98,7 @@ class Carver {
   size_t bytes() const { return bytes_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   size_t bytes_ = 0;
 };
 

@@ -27,9 +27,9 @@ constexpr uintptr_t kWorkspaceAlignment = 128;  // TMA descriptors live in the w
 
 inline void check_tensor(ffi::TensorView const& tensor, char const* name, DLDevice device,
                          uintptr_t alignment = kWorkspaceAlignment) {
-  HYBRID_MXFP8_EXPECT(tensor.device().device_type == device.device_type &&
-                    tensor.device().device_id == device.device_id,
-                ValueError)
+  bool same_device =
+      tensor.device().device_type == device.device_type && tensor.device().device_id == device.device_id;
+  HYBRID_MXFP8_EXPECT(same_device, ValueError)
       << name << ": expected on the device of x, got device " << tensor.device().device_id;
   HYBRID_MXFP8_EXPECT(tensor.IsContiguous(), ValueError) << name << ": expected a contiguous tensor";
   HYBRID_MXFP8_EXPECT(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0, ValueError)
@@ -118,9 +118,8 @@ Problem check_operands(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorV
   check_int32(tokens_per_expert, "tokens_per_expert");
   check_int32(expert_offsets, "expert_offsets");
   check_int32(scale_offsets, "scale_offsets");
-  HYBRID_MXFP8_EXPECT(out.dtype().code == out_type_code<ElementOut>() && out.dtype().bits == 8 * sizeof(ElementOut),
-                TypeError)
-      << "out: its dtype is not the one this module was compiled for";
+  bool same_type = out.dtype().code == out_type_code<ElementOut>() && out.dtype().bits == 8 * sizeof(ElementOut);
+  HYBRID_MXFP8_EXPECT(same_type, TypeError) << "out: its dtype is not the one this module was compiled for";
 
   check_shape(w, "w", {num_experts, n, k});
   check_shape(w_scales, "w scales", {num_experts, round_up(n, kScaleTileRows), problem.scale_cols()});
