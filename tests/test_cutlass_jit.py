@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tvm_ffi  # noqa: F401  an unprivileged user may not be able to import it later
 
 from hybrid_mxfp8.cutlass_kernels import headers, jit
 from hybrid_mxfp8.errors import BackendUnavailableError
