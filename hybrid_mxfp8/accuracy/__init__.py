@@ -1,0 +1,1 @@
+"""How much the formats keep of real operands: the ``accuracy`` command."""

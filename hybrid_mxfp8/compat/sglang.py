@@ -1,0 +1,235 @@
+"""The two functions of SGLang's ``sglang.jit_kernel.mxfp8`` (0.5.11 to 0.5.22), over any backend of this package.
+
+Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import alone::
+
+    from hybrid_mxfp8.compat.sglang import (
+        es_sm100_mxfp8_blockscaled_grouped_quant,
+        es_sm100_mxfp8_blockscaled_moe_grouped_gemm,
+    )
+
+SGLang's names turned into this package's: its operand ``a`` is the weights, ``b`` the tokens, ``m`` is N.
+``use_backend()`` and HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small launch on turning the
+caller's metadata into a layout; none syncs, and both can be captured in a CUDA graph.
+
+What is assumed of device data, because to look would sync: rows are sorted by expert without gaps, so that
+``expert_offsets`` is the exclusive prefix sum of ``tokens_per_expert``; ``blockscale_offsets`` are multiples of 128
+whose experts don't overlap, in any order and with any gaps. On CPU tensors, where looking is free, the first
+assumption and the bounds of the second are checked. On a GPU, metadata that break them give wrong numbers but lead no
+kernel outside its buffers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.backends import Problem, choose, choose_quantizer
+from hybrid_mxfp8.checks import (
+    FLOAT_DTYPES,
+    check_contiguous,
+    check_k,
+    check_n,
+    check_no_grad,
+    check_shape,
+    check_tensor,
+    fail,
+    short,
+)
+from hybrid_mxfp8.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.ops import WORKSPACE_ALIGNMENT
+from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+
+def es_sm100_mxfp8_blockscaled_grouped_quant(
+    input: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    quant_output: torch.Tensor,
+    scale_factor: torch.Tensor,
+) -> None:
+    """Quantize rows sorted by expert into the caller's buffers.
+
+    Args:
+        input: (T, K) bf16, fp16 or fp32, K % 32 == 0, unit stride along K.
+        tokens_per_expert: (E,) int32.
+        expert_offsets: (E,) int32, the exclusive prefix sum of ``tokens_per_expert``.
+        blockscale_offsets: (E,) int32, the first row of each expert's scales in ``scale_factor``; multiples of 128.
+        quant_output: (T, K) float8_e4m3fn, contiguous; written. Rows that no expert owns keep what they hold.
+        scale_factor: (S, K/32) uint8, contiguous, S at least roundup(T, 128) and enough for every expert's rows rounded
+            up to 128; written, swizzled in 128x4 tiles, padding of each expert zero. Rows of no expert are unspecified.
+            With K % 128 != 0 it has roundup(K/32, 4) columns.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, stride or device.
+        BackendUnavailableError: the backend asked for by name can't run here.
+    """
+    check_tensor("input", input, dtypes=FLOAT_DTYPES, ndim=2, dims="(T, K)")
+    check_no_grad("input", input)
+    num_tokens, k = input.shape
+    device = input.device
+    check_k("input", k)
+    if input.stride(1) != 1 and input.numel():
+        fail("input", "must have unit stride along K", f"strides {input.stride()}")
+    check_tensor("quant_output", quant_output, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
+    check_shape("quant_output", quant_output, (num_tokens, k), "(T, K)")
+    check_contiguous("quant_output", quant_output)
+    scales = _scale_tiles("scale_factor", scale_factor, num_tokens, k, device)
+    groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
+    choose_quantizer(device).quantize_grouped(input, groups, quant_output, scales, "rceil", None, False)
+
+
+def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    workspace: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply each expert's tokens by its weights: ``d[t] = b[t] @ a[e].T`` for rows t of expert e.
+
+    Args:
+        a: weights (E, N, K) float8_e4m3fn, contiguous, N % 8 == 0, K % 32 == 0.
+        b: tokens (T, K) float8_e4m3fn, contiguous, sorted by expert.
+        sfa: scales of ``a``, (E, roundup(N, 128), K/32) uint8, swizzled, contiguous.
+        sfb: scales of ``b``, (S, K/32) uint8, swizzled, contiguous; S as for the quantizer.
+        expert_offsets: (E,) int32, the exclusive prefix sum of ``tokens_per_expert``.
+        blockscale_offsets: (E,) int32, the first row of each expert's scales in ``sfb``; multiples of 128.
+        tokens_per_expert: (E,) int32.
+        workspace: uint8, contiguous, of any shape and alignment; what the backend needs is taken from it, the rest is
+            not touched. Too small a one is an error that says how many bytes are needed. Two streams must not share it.
+        dtype: of the result: bf16, fp16 or fp32.
+
+    Returns:
+        d (T, N) of ``dtype``; rows that no expert owns are not written.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: operands that don't fit together, or too small a workspace.
+        BackendUnavailableError: the backend asked for by name can't run this problem here.
+    """
+    check_tensor("a", a, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+    num_experts, n, k = a.shape
+    device = a.device
+    check_n("a", n)
+    check_k("a", k)
+    check_tensor("sfa", sfa, dtypes=(torch.uint8,), ndim=3, dims="(E, roundup(N, 128), K/32)", device=device)
+    check_shape("sfa", sfa, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), K/32)")
+    for name, tensor in (("a", a), ("sfa", sfa)):
+        check_contiguous(name, tensor)
+    check_tensor("b", b, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
+    num_tokens = b.shape[0]
+    check_shape("b", b, (num_tokens, k), "(T, K)")
+    check_contiguous("b", b)
+    scales = _scale_tiles("sfb", sfb, num_tokens, k, device)
+    groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
+    check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
+    rank = workspace.ndim if isinstance(workspace, torch.Tensor) else 1
+    check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=rank, dims="(bytes,)", device=device)
+    check_contiguous("workspace", workspace)
+
+    problem = Problem(num_experts, n, k, num_tokens, dtype, device)
+    backend = choose(problem)
+    d = torch.empty(num_tokens, n, dtype=dtype, device=device)
+    x = GroupedMXFP8.unchecked(b, scales, groups)
+    backend.grouped_gemm(x, ExpertWeights(a, sfa), d, _aligned_part(workspace, backend.workspace_size(problem)))
+    return d
+
+
+def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> torch.Tensor:
+    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same memory."""
+    check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
+    rows, cols = scales.shape
+    if cols != scale_cols(k):
+        fail(name, f"must have {scale_cols(k)} columns, K/32 rounded up to 4", cols)
+    check_contiguous(name, scales)
+    least = round_up(num_tokens, SCALE_TILE_ROWS)
+    if rows < least:
+        fail(name, f"must have at least roundup(T, 128) = {least} rows, and each expert's rounded up to 128", rows)
+    if rows > MAX_INT32:
+        fail(name, "must have fewer than 2**31 rows", rows)
+    return scales[: rows // SCALE_TILE_ROWS * SCALE_TILE_ROWS]
+
+
+def _layout(
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    num_tokens: int,
+    num_scale_rows: int,
+    device: torch.device,
+) -> GroupLayout:
+    """The layout that the caller's metadata describe: rows from the counts, scale positions as they are given."""
+    check_tensor("tokens_per_expert", tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
+    (num_experts,) = tokens_per_expert.shape
+    check_contiguous("tokens_per_expert", tokens_per_expert)
+    for name, offsets in (("expert_offsets", expert_offsets), ("blockscale_offsets", blockscale_offsets)):
+        check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
+        check_shape(name, offsets, (num_experts,), "(E,)")
+        check_contiguous(name, offsets)
+    if num_tokens > MAX_INT32:
+        fail("tokens", "must have fewer than 2**31 rows", num_tokens)
+    if num_experts and tokens_per_expert.is_cuda:
+        from hybrid_mxfp8.triton_kernels.caller_layout import caller_layout
+
+        parts = caller_layout(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
+        return GroupLayout(*parts, num_tokens)
+    tokens, offsets, scale_offsets = reference_layout(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
+    if num_experts and not tokens_per_expert.is_cuda:
+        _check_on_host(tokens, offsets, expert_offsets, blockscale_offsets, num_scale_rows)
+    return GroupLayout(tokens, offsets, scale_offsets, num_tokens)
+
+
+def reference_layout(
+    tokens_per_expert: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``triton_kernels.caller_layout`` computes, in PyTorch; E = 0 too."""
+    tokens, offsets, _ = reference.group_offsets(tokens_per_expert, num_tokens, from_ends=False)
+    starts = scale_starts.to(torch.int64).clamp(0, num_scale_rows)
+    ends = torch.where(tokens > 0, starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS, 0)
+    last = torch.cat([ends.new_zeros(1), ends]).amax(0, keepdim=True).clamp_max(num_scale_rows)
+    return tokens, offsets, torch.cat([starts, last]).to(torch.int32)
+
+
+def _check_on_host(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    num_scale_rows: int,
+) -> None:
+    if not torch.equal(offsets[:-1], expert_offsets):
+        fail(
+            "expert_offsets",
+            f"must be the exclusive prefix sum of tokens_per_expert, {offsets[:-1].tolist()}",
+            expert_offsets.tolist(),
+        )
+    ends = blockscale_offsets.to(torch.int64) + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
+    if (
+        (blockscale_offsets % SCALE_TILE_ROWS).any()
+        or int(blockscale_offsets.amin()) < 0
+        or int(ends.amax()) > num_scale_rows
+    ):
+        fail(
+            "blockscale_offsets",
+            f"must be multiples of 128 that leave each expert its rows among {num_scale_rows}",
+            blockscale_offsets.tolist(),
+        )
+
+
+def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor:
+    """The first ``needed`` bytes of a workspace that start at an aligned address."""
+    flat = workspace.view(-1)
+    skipped = -flat.data_ptr() % WORKSPACE_ALIGNMENT
+    if needed and skipped + needed > flat.numel():
+        where = f"from its first {WORKSPACE_ALIGNMENT}-byte boundary on"
+        fail("workspace", f"must have at least {needed} bytes {where}", max(flat.numel() - skipped, 0))
+    return flat[skipped : skipped + needed] if needed else flat[:0]
