@@ -34,6 +34,12 @@ COMMANDS = (
     Command(
         "demo", "hybrid_mxfp8.demo.command", "the main job on real weights, measured against fp32 and per-tensor FP8"
     ),
+    Command("quantize", "hybrid_mxfp8.quantize_command", "convert the experts of a safetensors checkpoint to MXFP8"),
+    Command(
+        "accuracy",
+        "hybrid_mxfp8.accuracy.command",
+        "what MXFP8, bf16 and FP8 keep of real operands: a table and a plot",
+    ),
     Command("warmup", "hybrid_mxfp8.warmup", "compile the CUTLASS backend ahead of time"),
     Command("bench", "hybrid_mxfp8.bench_command", "the benchmark suite of a checkout"),
 )

@@ -1,0 +1,261 @@
+"""Turn the bf16, fp16 or fp32 experts of a checkpoint into MXFP8, a few rows at a time.
+
+Enters: a safetensors file, or a folder with a checkpoint of several. Leaves: the same with each expert matrix replaced by
+its e4m3 elements and ``NAME_scale_inv``, everything else byte for byte. Memory stays bounded whatever the size of a
+tensor: expert matrices are read and quantized in blocks of rows, and other tensors are copied one at a time.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from hybrid_mxfp8.checkpoint import INDEX_FILE, METADATA, SCALE_SUFFIXES, Checkpoint, scale_entry
+from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.ops import quantize_weights
+from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
+
+SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
+BLOCK_ELEMENTS: Final = 2**22
+"""Of one block of rows: 16 MiB in fp32, of which the reference quantizer makes several copies."""
+
+QUANTIZATION_CONFIG: Final = {
+    "quant_method": "mxfp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [1, BLOCK_SIZE],
+}
+"""What SGLang and MiniMax-M3-MXFP8 write in a checkpoint's ``config.json``."""
+
+
+@dataclass
+class Summary:
+    """What a conversion did.
+
+    Attributes:
+        experts: tensors that were quantized.
+        kept: tensors that match the pattern but are no matrices: vectors and biases.
+        expert_bytes_before: bytes of the quantized tensors in the source.
+        expert_bytes_after: the same in the result, scales included.
+        bytes_before: of all tensors.
+        bytes_after: of all tensors.
+        worst_db: the lowest signal-to-noise of a matrix.
+        worst_name: which one.
+    """
+
+    experts: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    expert_bytes_before: int = 0
+    expert_bytes_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    worst_db: float = math.inf
+    worst_name: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+        patterns: shell patterns for the names of the expert tensors.
+        scale_rounding: ``rceil``, ``floor`` or ``even``.
+        device: where to quantize; None means the CPU.
+    """
+
+    patterns: tuple[str, ...]
+    scale_rounding: str = "rceil"
+    device: torch.device | None = None
+
+    def match(self, name: str) -> bool:
+        """Whether a tensor of this name is meant."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+def plan(checkpoint: Checkpoint, options: Options) -> tuple[list[Entry], list[Entry], list[str]]:
+    """Which tensors to quantize, which to copy, and which of those match the pattern but are no matrices. Reads headers only.
+
+    Raises:
+        ValueError: a tensor that matches can't be quantized.
+    """
+    quantized: list[Entry] = []
+    copied: list[Entry] = []
+    kept: list[str] = []
+    for name in checkpoint.names:
+        entry = checkpoint.entry(name)
+        if not options.match(name):
+            copied.append(entry)
+        elif len(entry.shape) < 2 or name.endswith("bias"):
+            copied.append(entry)
+            kept.append(name)
+        else:
+            _check_source(checkpoint, entry)
+            quantized.append(entry)
+    return quantized, copied, kept
+
+
+def _check_source(checkpoint: Checkpoint, entry: Entry) -> None:
+    name, dtype, shape = entry
+    if dtype not in SOURCE_DTYPES:
+        hint = "it is quantized already" if dtype.startswith("F8") or dtype == "U8" else "only those are converted"
+        raise ValueError(f"{name}: dtype must be BF16, F16 or F32, got {dtype}: {hint}")
+    if len(shape) > 3:
+        raise ValueError(f"{name}: must have shape (N, K) or (E, N, K), got {shape}")
+    if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
+        raise ValueError(f"{name}: must have K, its last dimension, a positive multiple of {BLOCK_SIZE}, got {shape}")
+    if checkpoint.scale_of(name) is not None:
+        raise ValueError(f"{name}: has scales, {checkpoint.scale_of(name)}, so it is quantized already")
+
+
+def convert_file(
+    source: Path, target: Path, options: Options, summary: Summary, progress: Callable[[str, int], None]
+) -> list[str]:
+    """Convert one safetensors file.
+
+    Args:
+        source: the file to read.
+        target: the file to write, which appears when it is complete; replaced if it exists.
+        options: what to quantize, and how.
+        summary: added to.
+        progress: told the name and the source bytes of each block that is done.
+
+    Returns:
+        The names of all tensors in ``target``.
+
+    Raises:
+        ValueError: a file that can't be read, or a matching tensor that can't be quantized or holds NaN or Inf.
+    """
+    with Checkpoint(source) as checkpoint:
+        quantized, copied, kept = plan(checkpoint, options)
+        entries = [*copied]
+        for entry in quantized:
+            after = [Entry(entry.name, "F8_E4M3", entry.shape), scale_entry(entry.name, entry.shape)]
+            entries += after
+            summary.expert_bytes_before += entry.num_bytes
+            summary.expert_bytes_after += sum(e.num_bytes for e in after)
+        summary.bytes_before += sum(e.num_bytes for e in (*quantized, *copied))
+        summary.bytes_after += sum(e.num_bytes for e in entries)
+        summary.experts += [e.name for e in quantized]
+        summary.kept += kept
+        metadata = dict(checkpoint.metadata)
+        if quantized:
+            metadata |= {**METADATA, "mxfp8.scale_rounding": options.scale_rounding}
+        with SafetensorsWriter(target, entries, metadata) as writer:
+            for entry in quantized:
+                _quantize(checkpoint, entry, options, writer, summary, progress)
+            for entry in copied:
+                writer.append(entry.name, checkpoint.tensor(entry.name))
+                progress(entry.name, entry.num_bytes)
+    return [e.name for e in entries]
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    entry: Entry,
+    options: Options,
+    writer: SafetensorsWriter,
+    summary: Summary,
+    progress: Callable[[str, int], None],
+) -> None:
+    name, _, shape = entry
+    part, (n, k) = checkpoint.part(name), shape[-2:]
+    rows = max(1, BLOCK_ELEMENTS // k)
+    item = entry.num_bytes // math.prod(shape)
+    for e in range(shape[0]) if len(shape) == 3 else (None,):
+        matrix = name if e is None else f"{name}[{e}]"
+        signal = noise = 0.0
+        for start in range(0, n, rows):
+            block = slice(start, min(start + rows, n))
+            w = (part[block] if e is None else part[e : e + 1, block][0]).to(options.device or "cpu")
+            wq = quantize_weights(w.unsqueeze(0), scale_rounding=options.scale_rounding)
+            error = w.double() - wq.dequantize()[0].double()
+            signal += float(w.double().square().sum())
+            noise += float(error.square().sum())
+            if not math.isfinite(signal) or not math.isfinite(noise):
+                raise ValueError(f"{matrix}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
+            writer.append(name, wq.values)
+            writer.append(name + SCALE_SUFFIXES[0], wq.linear_scales())
+            progress(name, w.numel() * item)
+        db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+        if db < summary.worst_db or not summary.worst_name:
+            summary.worst_db, summary.worst_name = db, matrix
+
+
+def total_bytes(files: Sequence[Path]) -> int:
+    """Bytes of all tensors of these files, from their headers."""
+    total = 0
+    for file in files:
+        with Checkpoint(file) as checkpoint:
+            total += sum(checkpoint.entry(name).num_bytes for name in checkpoint.names)
+    return total
+
+
+def convert_folder(
+    source: Path, target: Path, options: Options, summary: Summary, progress: Callable[[str, int], None]
+) -> None:
+    """Convert a checkpoint's folder: every safetensors file by itself, then the index and ``config.json``.
+
+    Files of other kinds are copied. ``config.json`` gets a ``quantization_config`` whose ``modules_to_not_convert`` lists
+    the modules whose weight matrices stayed as they were.
+
+    Args:
+        source: the folder to read.
+        target: the folder to write, which appears when it is complete; replaced if it exists.
+        options: as for :func:`convert_file`.
+        summary: added to.
+        progress: as for :func:`convert_file`.
+
+    Raises:
+        ValueError: as :func:`convert_file`.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        weight_map: dict[str, str] = {}
+        for file in sorted(source.iterdir()):
+            if file.suffix == ".safetensors":
+                weight_map |= dict.fromkeys(
+                    convert_file(file, partial / file.name, options, summary, progress), file.name
+                )
+            elif file.is_file() and file.name not in (INDEX_FILE, "config.json"):
+                shutil.copy2(file, partial / file.name)
+        if (source / INDEX_FILE).exists():
+            index = {"metadata": {"total_size": summary.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
+            (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        if (source / "config.json").exists():
+            config: dict[str, Any] = json.loads((source / "config.json").read_text())
+            untouched = _modules_not_converted(partial, set(summary.experts))
+            config["quantization_config"] = {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _modules_not_converted(folder: Path, experts: set[str]) -> list[str]:
+    """Modules with a weight matrix that stayed in its dtype."""
+    modules = set()
+    with Checkpoint(folder) as checkpoint:
+        for name in checkpoint.names:
+            entry = checkpoint.entry(name)
+            if (
+                name.endswith(".weight")
+                and name not in experts
+                and len(entry.shape) >= 2
+                and entry.dtype in SOURCE_DTYPES
+            ):
+                modules.add(name.removesuffix(".weight"))
+    return sorted(modules)

@@ -1,0 +1,133 @@
+"""The ``quantize`` command: convert a checkpoint's experts to MXFP8."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hybrid_mxfp8.backends import default_device
+from hybrid_mxfp8.checkpoint import Checkpoint
+from hybrid_mxfp8.convert import Options, Summary, convert_file, convert_folder, plan, total_bytes
+from hybrid_mxfp8.formats import SCALE_ROUNDINGS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("source", type=Path, metavar="IN", help="a safetensors file, or the folder of a checkpoint")
+    parser.add_argument("target", type=Path, metavar="OUT", help="a file, or a folder if IN is one")
+    parser.add_argument(
+        "--experts",
+        action="append",
+        required=True,
+        metavar="PATTERN",
+        help="names of the tensors to quantize, with * and ? as in a shell, such as '*.experts.*'; may be given again",
+    )
+    parser.add_argument("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="where to quantize (default: the GPU if there is one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print a summary; 0, or 2 with a line on stderr if it could not be done."""
+    try:
+        print(convert(args))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"quantize: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(args: argparse.Namespace) -> str:
+    """Convert, with a progress bar on stderr if that is a terminal.
+
+    Raises:
+        ValueError: a checkpoint that can't be read or quantized, a pattern that matches nothing.
+        OSError: a file that can't be read or written, or an OUT that exists.
+    """
+    source, target = args.source, args.target
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if target.exists():
+        if source.resolve() == target.resolve():
+            raise ValueError(f"{target}: IN and OUT must not be the same")
+        if not args.force:
+            raise FileExistsError(f"{target}: exists; --force replaces it")
+        if target.is_dir() != source.is_dir():
+            raise FileExistsError(f"{target}: is a {'folder' if target.is_dir() else 'file'}, unlike {source}")
+    device = default_device() if args.device is None else torch.device(args.device)
+    options = Options(tuple(args.experts), args.scale_rounding, device)
+    summary = Summary()
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    if not files:
+        raise FileNotFoundError(f"{source}: has no safetensors file")
+    check_pattern(files, options)
+    with tqdm(
+        total=total_bytes(files),
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
+        file=sys.stderr,
+        disable=None,
+    ) as bar:
+
+        def progress(name: str, num_bytes: int) -> None:
+            bar.set_description_str(name[-40:], refresh=False)
+            bar.update(num_bytes)
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            convert_folder(source, target, options, summary, progress)
+        else:
+            convert_file(source, target, options, summary, progress)
+    return describe(summary, target)
+
+
+def check_pattern(files: list[Path], options: Options) -> None:
+    """Look at all headers before anything is written.
+
+    Raises:
+        ValueError: no tensor to quantize, or one that matches and can't be.
+    """
+    names: list[str] = []
+    found = 0
+    for file in files:
+        with Checkpoint(file) as checkpoint:
+            found += len(plan(checkpoint, options)[0])
+            names += checkpoint.names
+    if not found:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
+
+
+def describe(summary: Summary, target: Path) -> str:
+    """What was done, in a few lines."""
+    ratio = summary.expert_bytes_after / summary.expert_bytes_before
+    lines = [
+        f"{target}: {len(summary.experts)} expert tensor{'s' if len(summary.experts) > 1 else ''} to MXFP8, "
+        f"{size(summary.expert_bytes_before)} -> {size(summary.expert_bytes_after)} ({ratio:.2f}x); "
+        f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}",
+        f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
+        if math.isfinite(summary.worst_db)
+        else "no matrix lost anything",
+    ]
+    if summary.kept:
+        lines.append(f"{len(summary.kept)} matching vectors and biases stay as they were, {summary.kept[0]} among them")
+    return "\n".join(lines)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

@@ -1,0 +1,305 @@
+"""Checkpoints: what is written is what the library and the convention say, what is read is checked, damage is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import checkpoint, reference
+from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
+
+NAME = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.fixture
+def experts(rng: torch.Generator) -> mx.ExpertWeights:
+    """3 experts whose N and K are no multiples of a scale tile, so that swizzled and row-major scales differ in shape."""
+    return mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
+
+
+@pytest.fixture
+def whole_tiles(rng: torch.Generator) -> mx.ExpertWeights:
+    """2 experts whose swizzled and row-major scales have the same shape."""
+    w = torch.randn(2, 128, 128, generator=rng) * torch.exp2(torch.randint(-9, 9, (2, 128, 1), generator=rng).float())
+    return mx.quantize_weights(w, backend="reference")
+
+
+def same(a: mx.ExpertWeights, b: mx.ExpertWeights) -> bool:
+    return torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(a.scales, b.scales)
+
+
+def linear(experts: mx.ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    return experts.values, experts.linear_scales()
+
+
+# ---------------------------------------------------------------- round trips
+
+
+def test_saved_experts_come_back(experts: mx.ExpertWeights, whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
+    path = tmp_path / "experts.safetensors"
+    mx_names = {NAME: experts, "other": whole_tiles}
+    checkpoint.save_experts(path, mx_names)
+    for name, saved in mx_names.items():
+        assert same(checkpoint.load_experts(path, name), saved)
+    assert checkpoint.find_experts(path) == {NAME: (3, 40, 96), "other": (2, 128, 128)}
+
+
+def test_file_follows_the_convention(whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Read by the safetensors library: e4m3 elements, and row-major bytes that multiply by 2**(b - 127)."""
+    path = tmp_path / "experts.safetensors"
+    checkpoint.save_experts(path, {NAME: whole_tiles})
+    found = load_file(path)
+    assert set(found) == {NAME, NAME + "_scale_inv"}
+    values, scales = found[NAME], found[NAME + "_scale_inv"]
+    assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.uint8)
+    assert scales.shape == (2, 128, 4)
+    assert not torch.equal(scales, whole_tiles.scales), "a test of layouts needs scales that differ in them"
+    by_definition = values.double() * torch.exp2(scales.double() - 127).repeat_interleave(32, dim=-1)
+    assert torch.equal(by_definition, whole_tiles.dequantize().double())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **checkpoint.METADATA}
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_published_files_of_either_convention_are_read(
+    experts: mx.ExpertWeights, suffix: str, scale_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """MiniMax's names and ModelOpt's; a matrix an expert, and eleven of them, so that 10 must come after 9."""
+    order = [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1]
+    values, scales = linear(experts)
+    tensors: dict[str, torch.Tensor] = {"model.norm.weight": torch.ones(96, dtype=torch.bfloat16)}
+    for number, e in enumerate(order):
+        name = f"model.layers.3.block_sparse_moe.experts.{number}.w2.weight"
+        tensors[name], tensors[name + suffix] = values[e].clone(), scales[e].clone().view(scale_dtype)
+    save_file(tensors, tmp_path / "m.safetensors")
+    pattern = "model.layers.3.block_sparse_moe.experts.*.w2.weight"
+    assert checkpoint.find_experts(tmp_path) == {pattern: (11, 40, 96)}
+    loaded = checkpoint.load_experts(tmp_path, pattern)
+    assert torch.equal(loaded.values.view(torch.uint8), values.view(torch.uint8)[order])
+    assert torch.equal(loaded.linear_scales(), scales[order])
+
+
+def test_several_names_are_joined_along_n(rng: torch.Generator, tmp_path: Path) -> None:
+    """gate and up, of different N, then down the same rows as one quantization of both."""
+    gate, up = torch.randn(2, 24, 64, generator=rng), torch.randn(2, 40, 64, generator=rng)
+    quantized = {n: mx.quantize_weights(w, backend="reference") for n, w in (("gate", gate), ("up", up))}
+    checkpoint.save_experts(tmp_path / "m.safetensors", quantized)
+    both = mx.quantize_weights(torch.cat([gate, up], dim=1), backend="reference")
+    assert same(checkpoint.load_experts(tmp_path, ["gate", "up"]), both)
+    assert not same(checkpoint.load_experts(tmp_path, ["up", "gate"]), both)
+
+
+def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Elements in one file and scales in another; a file that the index does not name is not looked at."""
+    values, scales = linear(experts)
+    save_file({NAME: values}, tmp_path / "a.safetensors")
+    save_file({NAME + "_scale_inv": scales}, tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_text("an unfinished download")
+    index = {"weight_map": {NAME: "a.safetensors", NAME + "_scale_inv": "b.safetensors"}}
+    (tmp_path / checkpoint.INDEX_FILE).write_text(json.dumps(index))
+    assert same(checkpoint.load_experts(tmp_path, NAME), experts)
+
+
+def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_text("precious")
+    with pytest.raises(FileExistsError, match="force=True"):
+        checkpoint.save_experts(path, {NAME: experts})
+    assert path.read_text() == "precious"
+    checkpoint.save_experts(path, {NAME: experts}, force=True)
+    assert same(checkpoint.load_experts(path, NAME), experts)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_swizzled_scales_of_another_shape_are_refused(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    save_file({NAME: experts.values, NAME + "_scale_inv": experts.scales}, tmp_path / "m.safetensors")
+    with pytest.raises(
+        ValueError, match=r"must have shape \(..., N, K/32\) = \(3, 40, 3\), row-major, got \(3, 128, 4\)"
+    ):
+        checkpoint.load_experts(tmp_path, NAME)
+
+
+def test_a_file_that_says_its_scales_are_swizzled_is_refused(whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Where the shapes are equal, only the header can tell."""
+    tensors = {NAME: whole_tiles.values, NAME + "_scale_inv": whole_tiles.scales}
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"mxfp8.scale_layout": "swizzled"})
+    with pytest.raises(ValueError, match="scale_layout must be 'linear' for this version to read it, got 'swizzled'"):
+        checkpoint.load_experts(tmp_path, NAME)
+
+
+def test_a_later_version_is_refused(whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
+    values, scales = linear(whole_tiles)
+    save_file({NAME: values, NAME + "_scale_inv": scales}, tmp_path / "m.safetensors", metadata={"mxfp8.version": "2"})
+    with pytest.raises(ValueError, match="version must be '1'"):
+        checkpoint.find_experts(tmp_path)
+
+
+# ---------------------------------------------------------------- damage and lies
+
+
+def broken(experts: mx.ExpertWeights, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors of a good file, with some replaced, or left out where None is given."""
+    values, scales = linear(experts)
+    tensors: dict[str, torch.Tensor | None] = {"w": values, "w_scale_inv": scales, **changes}
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w": torch.zeros(3, 40, 96, dtype=torch.bfloat16)}, "w: dtype must be F8_E4M3, got BF16: convert it with"),
+        ({"w": torch.zeros(3, 40, 96, dtype=torch.float8_e5m2)}, "w: dtype must be F8_E4M3, got F8_E5M2$"),
+        ({"w": torch.zeros(40, 96).to(torch.float8_e4m3fn)}, r"w: must have shape \(E, N, K\), or a \*"),
+        ({"w": torch.zeros(3, 40, 90).to(torch.float8_e4m3fn)}, "w: K must be a positive multiple of 32, got 90"),
+        ({"w": None}, "has no tensor 'w'"),
+        ({"w_scale_inv": None}, "w: has no scales: neither w_scale_inv nor w_scale is there"),
+        (
+            {"w_scale_inv": torch.ones(3, 1, 1)},
+            "w_scale_inv: dtype must be U8 or F8_E8M0, got F32: these are not MXFP8",
+        ),
+        ({"w_scale_inv": torch.ones(3, 40, 2, dtype=torch.uint8)}, r"= \(3, 40, 3\), row-major, got \(3, 40, 2\)"),
+        ({"w_scale": torch.ones(3, 40, 3, dtype=torch.uint8)}, "'w' has two sets of scales"),
+    ],
+)
+def test_what_is_not_mxfp8_is_named(
+    experts: mx.ExpertWeights, changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    save_file(broken(experts, **changes), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, "w")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("experts.*.w", r"experts.\*.w: experts must be numbered 0 .. 3, number 1 is missing"),
+        ("experts.*.v", "has no tensor"),
+        ("*.*.w", r"must have one \* at most"),
+        ([], "must name at least one tensor"),
+        (["a", "b"], r"b: must have E = 2 and K = 32 as a, got \(E, N, K\) \(3, 8, 32\)"),
+        ("odd.*", r"odd.\*: experts must have one shape, got \[\(8, 32\), \(16, 32\)\]"),
+    ],
+)
+def test_names_that_do_not_fit_are_explained(names: Any, message: str, tmp_path: Path) -> None:
+    shapes = {"experts.0.w": (8, 32), "experts.2.w": (8, 32), "experts.3.w": (8, 32), "a": (2, 8, 32), "b": (3, 8, 32)}
+    shapes |= {"odd.0": (8, 32), "odd.1": (16, 32)}
+    tensors = {name: torch.zeros(shape).to(torch.float8_e4m3fn) for name, shape in shapes.items()}
+    tensors |= {f"{n}_scale": torch.ones(*s[:-1], 1, dtype=torch.uint8) for n, s in shapes.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, names)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1], ids=["empty", "length cut", "header cut", "data cut"])
+def test_a_truncated_file_is_named(experts: mx.ExpertWeights, kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_experts(path, {NAME: experts})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"m.safetensors: is no complete safetensors file"):
+        checkpoint.load_experts(path, NAME)
+
+
+@pytest.mark.parametrize("change", [{"shape": [3, 40, 64]}, {"data_offsets": [0, 10]}, {"dtype": "F8_E9"}])
+def test_a_lying_header_is_named(experts: mx.ExpertWeights, change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_experts(path, {NAME: experts})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[NAME] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(ValueError, match="is no complete safetensors file"):
+        checkpoint.load_experts(path, NAME)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "must have a weight_map"),
+        ('{"weight_map": {"w": 3}}', "must have a weight_map"),
+        ('{"weight_map": {"w": "../m.safetensors"}}', "must name files of its own folder"),
+        ('{"weight_map": {"w": "absent.safetensors"}}', "names the file 'absent.safetensors', which is not there"),
+        ('{"weight_map": {"v": "m.safetensors"}}', "has no tensor 'v', which the index says it has"),
+    ],
+)
+def test_a_lying_index_is_named(experts: mx.ExpertWeights, index: str, message: str, tmp_path: Path) -> None:
+    save_file(broken(experts), tmp_path / "m.safetensors")
+    (tmp_path / checkpoint.INDEX_FILE).write_text(index)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, "w")
+
+
+def test_two_files_with_one_tensor_are_refused(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    for name in "ab":
+        save_file(broken(experts), tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"b.safetensors: tensor 'w\w*' is in another file"):
+        checkpoint.load_experts(tmp_path, "w")
+
+
+def test_what_is_absent_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        checkpoint.load_experts(tmp_path / "absent", "w")
+    with pytest.raises(FileNotFoundError, match="has no safetensors file"):
+        checkpoint.load_experts(tmp_path, "w")
+
+
+# ---------------------------------------------------------------- the writer
+
+
+def test_writer_takes_pieces_in_any_order(tmp_path: Path) -> None:
+    """Odd sizes before wide elements: the library can only map a tensor that starts at a multiple of its element."""
+    tensors = {
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "wide": torch.tensor([[1.5, -2.5], [3.5, 4.5]], dtype=torch.float64),
+        "none": torch.empty(0, 4, dtype=torch.bfloat16),
+        "point": torch.tensor(7, dtype=torch.int32),
+        "yes": torch.tensor([True, False]),
+    }
+    dtypes = {"odd": "U8", "wide": "F64", "none": "BF16", "point": "I32", "yes": "BOOL"}
+    entries = [Entry(name, dtypes[name], tuple(t.shape)) for name, t in tensors.items()]
+    path = tmp_path / "m.safetensors"
+    with SafetensorsWriter(path, entries, {}) as writer:
+        writer.append("wide", tensors["wide"][:1])
+        for name in ("odd", "none", "yes", "point"):
+            writer.append(name, tensors[name])
+        writer.append("wide", tensors["wide"][1:])
+        assert not path.exists()
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("pieces", [[], [3], [4, 1]], ids=["nothing", "too little", "too much"])
+def test_an_incomplete_file_never_appears(pieces: list[int], tmp_path: Path) -> None:
+    def write() -> None:
+        with SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w", "U8", (4,))], {}) as writer:
+            for piece in pieces:
+                writer.append("w", torch.zeros(piece, dtype=torch.uint8))
+
+    with pytest.raises(ValueError, match=r"^w: "):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_one_name_twice() -> None:
+    with pytest.raises(ValueError, match="'w' is there twice"):
+        SafetensorsWriter(Path("m"), [Entry("w", "U8", (4,)), Entry("w", "U8", (4,))], {})
+
+
+def test_reference_reads_what_quantize_wrote(rng: torch.Generator) -> None:
+    """Row-major scales of the reference and of ExpertWeights are the same thing."""
+    w = torch.randn(2, 40, 96, generator=rng)
+    assert torch.equal(mx.quantize_weights(w, backend="reference").linear_scales(), reference.quantize(w)[1])
