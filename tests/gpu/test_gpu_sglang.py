@@ -9,28 +9,22 @@ import sglang_case
 import torch
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.compat import sglang
+from hybrid_mxfp8.triton_kernels.caller_layout import caller_layout
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def gpu() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs compute capability 8.9 or newer")
-    return "cuda"
-
-
-@pytest.fixture
-def workspace(gpu: str) -> torch.Tensor:
-    return torch.empty(64, 1024, 1024, dtype=torch.uint8, device=gpu)
+def workspace() -> torch.Tensor:
+    """As SGLang's callers pass it: a gigabyte in three dimensions."""
+    return torch.empty(1024, 1024, 1024, dtype=torch.uint8, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_experts", [8, 16, 32, 64])
 def test_each_expert_is_close_to_the_unquantized_product(
-    gpu: str, workspace: torch.Tensor, num_experts: int, dtype: torch.dtype
+    workspace: torch.Tensor, num_experts: int, dtype: torch.dtype
 ) -> None:
     """SGLang's grid; weights are kept below 2**29 elements so that the float64 truth fits and takes seconds."""
     choose = random.Random(f"{num_experts} {dtype}")
@@ -38,7 +32,7 @@ def test_each_expert_is_close_to_the_unquantized_product(
     while num_experts * n * k > 2**29:
         n, k = 128 * choose.randint(1, 64), 128 * choose.randint(1, 64)
     counts = [choose.randint(1, 512) if choose.random() < 0.8 else 0 for _ in range(num_experts)]
-    case = sglang_case.random_case(counts, n, k, dtype, num_experts, device=gpu)
+    case = sglang_case.random_case(counts, n, k, dtype, num_experts, device="cuda")
     case.quantize()
     d = case.multiply(workspace, dtype)
     for rows, truth in case.experts():
@@ -46,9 +40,9 @@ def test_each_expert_is_close_to_the_unquantized_product(
 
 
 @pytest.mark.parametrize("gap", [0, 128])
-def test_bytes_are_those_of_the_reference(gpu: str, workspace: torch.Tensor, gap: int) -> None:
+def test_bytes_are_those_of_the_reference(workspace: torch.Tensor, gap: int) -> None:
     counts = [5, 0, 130, 1, 0, 128]
-    case = sglang_case.random_case(counts, 256, 384, torch.bfloat16, 0, device=gpu, gap=gap)
+    case = sglang_case.random_case(counts, 256, 384, torch.bfloat16, 0, device="cuda", gap=gap)
     case.quantize()
     twin = sglang_case.Case(counts, case.x.cpu(), case.w.cpu(), gap)
     with mx.use_backend("reference"):
@@ -63,8 +57,8 @@ def test_bytes_are_those_of_the_reference(gpu: str, workspace: torch.Tensor, gap
         assert mx.calc_diff(d[rows], truth) < 0.001
 
 
-def test_a_captured_graph_follows_new_metadata(gpu: str, workspace: torch.Tensor) -> None:
-    case = sglang_case.random_case([40, 60, 28], 256, 256, torch.bfloat16, 1, device=gpu, spare=256)
+def test_a_captured_graph_follows_new_metadata(workspace: torch.Tensor) -> None:
+    case = sglang_case.random_case([40, 60, 28], 256, 256, torch.bfloat16, 1, device="cuda", spare=256)
 
     def step() -> torch.Tensor:
         case.quantize_tokens()
@@ -84,13 +78,41 @@ def test_a_captured_graph_follows_new_metadata(gpu: str, workspace: torch.Tensor
             assert mx.calc_diff(d[rows], truth) < 0.001
 
 
-def test_nothing_syncs(gpu: str, workspace: torch.Tensor) -> None:
-    case = sglang_case.random_case([40, 60, 28], 256, 256, torch.bfloat16, 2, device=gpu)
+def test_nothing_syncs(workspace: torch.Tensor, request: pytest.FixtureRequest) -> None:
+    case = sglang_case.random_case([40, 60, 28], 256, 256, torch.bfloat16, 2, device="cuda")
     case.quantize()
     case.multiply(workspace, torch.bfloat16)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    request.getfixturevalue("no_sync")
+    case.quantize_tokens()
+    case.multiply(workspace, torch.bfloat16)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("num_experts", [1, 33, 1024])
+def test_layout_is_that_of_the_reference_whatever_the_data(num_experts: int) -> None:
+    rng = torch.Generator().manual_seed(num_experts)
+    tokens = torch.randint(-50, 400, (num_experts,), generator=rng, dtype=torch.int32)
+    starts = torch.randint(-(2**31), 2**31 - 1, (num_experts,), generator=rng).to(torch.int32)
+    starts[::2] %= 4096
+    for num_tokens, rows in ((0, 0), (1000, 4096), (2**30, 2**31 - 128)):
+        got = caller_layout(tokens.cuda(), starts.cuda(), num_tokens, rows)
+        for mine, theirs in zip(got, sglang.reference_layout(tokens, starts, num_tokens, rows), strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.sanitizer
+def test_metadata_that_make_no_sense_lead_nowhere(workspace: torch.Tensor) -> None:
+    """What surrounds the caller's buffers stays as it was."""
+    case = sglang_case.random_case([40, 60, 28], 256, 256, torch.bfloat16, 3, device="cuda")
+    case.quantize()
+    values = torch.full((3, 128, 256), 0x3A, dtype=torch.uint8, device="cuda")
+    scales = torch.full((3, 384, 8), 0x3A, dtype=torch.uint8, device="cuda")
+    case.x_values, case.x_scales = values[1].view(torch.float8_e4m3fn), scales[1]
+    for tokens, starts in (([2**31 - 1] * 3, [-(2**31), 2**31 - 128, 128]), ([-5, 200, 9], [256, 384, -128])):
+        case.tokens.copy_(torch.tensor(tokens, dtype=torch.int32))
+        case.scale_starts.copy_(torch.tensor(starts, dtype=torch.int64).to(torch.int32))
         case.quantize_tokens()
-        case.multiply(workspace, torch.bfloat16)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        assert case.multiply(workspace, torch.bfloat16).shape == (128, 256)
+        torch.cuda.synchronize()
+    for buffer in (values, scales):
+        assert (buffer[::2] == 0x3A).all()
