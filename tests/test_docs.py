@@ -1,0 +1,89 @@
+"""The pages in docs/: their Python runs as printed, their commands too, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import checkpoint, cli
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ("accuracy.md", "checkpoints.md", "sglang.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert found, f"{page} has no {language} block"
+    return found
+
+
+def run_python(page: str) -> dict[str, Any]:
+    """All Python of a page, as one program."""
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(blocks(page, "python")), page, "exec"), names)
+    return names
+
+
+def run_shell(page: str) -> None:
+    """The page's commands, all of which are this package's."""
+    for line in "".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line)
+        assert words[:3] == ["python", "-m", "hybrid_mxfp8"], line
+        assert cli.main(words[3:]) == 0
+
+
+def test_sglang() -> None:
+    names = run_python("sglang.md")
+    x, w, d = names["x"].float(), names["w"].float().view(4, 256, 128), names["d"]
+    assert d.dtype == torch.bfloat16
+    truth = torch.cat([x[0:5] @ w[0].T, x[5:135] @ w[2].T, x[135:136] @ w[3].T])
+    assert mx.calc_diff(d, truth) < 1e-3
+
+
+def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}
+    tensors = {
+        f"model.layers.0.experts.{e}.{name}.weight": torch.randn(shape, generator=rng).bfloat16()
+        for e in range(4)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, "model.safetensors")
+    run_shell("checkpoints.md")
+    names = run_python("checkpoints.md")
+    assert checkpoint.find_experts("model-mxfp8.safetensors")["model.layers.0.experts.*.w1.weight"] == (4, 64, 128)
+    w = torch.stack(
+        [torch.cat([tensors[f"model.layers.0.experts.{e}.{name}.weight"] for name in ("w1", "w3")]) for e in range(4)]
+    )
+    expected = mx.quantize_weights(w, backend="reference")
+    assert torch.equal(names["w13"].scales, expected.scales)
+    assert torch.equal(names["w13"].values.view(torch.uint8), expected.values.view(torch.uint8))
+    x = torch.randn(4, 128, generator=rng)
+    one_each = torch.ones(4, dtype=torch.int32)
+    y = names["grouped_gemm"](
+        names["quantize_grouped"](x, one_each, backend="reference"), names["w13"], backend="reference"
+    )
+    assert mx.calc_diff(y, torch.einsum("ek,enk->en", x, w.float())) < 1e-3
+
+
+def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    run_shell("accuracy.md")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "accuracy.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (DOCS / page).read_text()):
+        if not target.startswith("https://"):
+            assert (DOCS / target).exists(), target
