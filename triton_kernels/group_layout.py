@@ -14,6 +14,20 @@ from hybrid_mxfp8.triton_kernels.launch import launch, on_device_of
 
 
 @triton.jit
+def store_layout(layout_ptr, ends, tokens, scale_ends, num_experts, EXPERTS: tl.constexpr):
+    """Write tokens (E,), expert offsets (E+1,) and scale offsets (E+1,), one after another."""
+    e = tl.arange(0, EXPERTS)
+    mask = e < num_experts
+    offsets_ptr = layout_ptr + num_experts
+    scale_offsets_ptr = offsets_ptr + num_experts + 1
+    tl.store(layout_ptr + e, tokens, mask=mask)
+    tl.store(offsets_ptr + 1 + e, ends, mask=mask)
+    tl.store(scale_offsets_ptr + 1 + e, scale_ends, mask=mask)
+    tl.store(offsets_ptr + e, tl.zeros_like(ends), mask=e == 0)
+    tl.store(scale_offsets_ptr + e, tl.zeros_like(ends), mask=e == 0)
+
+
+@triton.jit
 def _max(a, b):
     return tl.maximum(a, b)
 

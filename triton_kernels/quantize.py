@@ -30,7 +30,7 @@ from hybrid_mxfp8.formats import (
     scale_cols,
 )
 from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout
+from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout, store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 
@@ -72,20 +72,6 @@ def _scale_rows_from_counts(row, ends, scale_ends):
     start = tl.max(tl.where(before, ends[None, :], 0), 1)
     scale_start = tl.max(tl.where(before, scale_ends[None, :], 0), 1)
     return row < tl.max(ends, 0), scale_start + row - start
-
-
-@triton.jit
-def _store_layout(layout_ptr, ends, tokens, scale_ends, num_experts, EXPERTS: tl.constexpr):
-    """Write tokens (E,), expert offsets (E+1,) and scale offsets (E+1,), one after another."""
-    e = tl.arange(0, EXPERTS)
-    mask = e < num_experts
-    offsets_ptr = layout_ptr + num_experts
-    scale_offsets_ptr = offsets_ptr + num_experts + 1
-    tl.store(layout_ptr + e, tokens, mask=mask)
-    tl.store(offsets_ptr + 1 + e, ends, mask=mask)
-    tl.store(scale_offsets_ptr + 1 + e, scale_ends, mask=mask)
-    tl.store(offsets_ptr + e, tl.zeros_like(ends), mask=e == 0)
-    tl.store(scale_offsets_ptr + e, tl.zeros_like(ends), mask=e == 0)
 
 
 @triton.jit
@@ -177,7 +163,7 @@ def quantize_kernel(
         first_tile = (pid - row_programs) % programs_per_expert * PADDING_TILES
         if LAYOUT == "counts":
             if e == num_experts:
-                _store_layout(layout_ptr, ends, all_tokens, scale_ends, num_experts, EXPERTS)
+                store_layout(layout_ptr, ends, all_tokens, scale_ends, num_experts, EXPERTS)
             tokens = tl.sum(tl.where(tl.arange(0, EXPERTS) == e, all_tokens, 0), 0)
             padded_end = tl.sum(tl.where(tl.arange(0, EXPERTS) == e, scale_ends, 0), 0)
             scale_start = padded_end - (tokens + 127) // 128 * 128

@@ -1,0 +1,193 @@
+"""Routing, expert bias and combine: kernels against their twins bit for bit, and the twins against loops in Python."""
+
+from __future__ import annotations
+
+import itertools
+
+import cases
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_mxfp8 import moe_reference
+
+ROUTES: dict[str, tuple[int, int, int]] = {
+    "one slot": (1, 1, 1),
+    "decode": (3, 8, 128),
+    "no power of two": (37, 6, 72),
+    "many experts": (5, 8, 1024),
+    "several programs": (300, 4, 9),
+    "three launches": (1030, 4, 40),
+    "three launches, more blocks than are summed at once": (16500, 4, 6),
+}
+"""M, top_k, E."""
+
+
+def new_route(tokens: int, top_k: int, experts: int) -> dict[str, torch.Tensor]:
+    """Outputs of a routing, poisoned."""
+    sizes = {"row_token": (tokens * top_k,), "slot_row": (tokens, top_k), "layout": (3 * experts + 2,)}
+    return {name: torch.full(size, -77, dtype=torch.int32) for name, size in sizes.items()}
+
+
+def reference_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
+    out = new_route(*ids.shape, experts)
+    moe_reference.route(ids, experts, **out)
+    return out
+
+
+def kernel_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
+    from hybrid_mxfp8.triton_kernels import route
+
+    out = new_route(*ids.shape, experts)
+    scratch = torch.full((route.scratch_elements(ids.numel(), experts),), -5, dtype=torch.int32)
+    route.route(ids, experts, **out, scratch=scratch)
+    return out
+
+
+def random_ids(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> torch.Tensor:
+    """Some below 0, some beyond the experts."""
+    return torch.randint(-2, experts + 2, (tokens, top_k), generator=rng)
+
+
+def test_route_of_a_batch_by_hand() -> None:
+    """Rows of expert 0, then 1, then 2, each in the order of the batch; -1 and 3 are nobody's."""
+    got = reference_route(torch.tensor([[1, 0], [-1, 1], [2, 3]]), 3)
+    assert got["row_token"].tolist()[:4] == [0, 0, 1, 2]
+    assert sorted(got["row_token"].tolist()[4:]) == [1, 2]
+    assert got["slot_row"].tolist() == [[1, 0], [-1, 2], [3, -1]]
+    assert got["layout"].tolist() == [1, 2, 1, 0, 1, 3, 4, 0, 128, 256, 384]
+
+
+@given(
+    ids=st.lists(st.integers(-2, 7), min_size=1, max_size=60),
+    top_k=st.sampled_from([1, 2, 3]),
+    experts=st.integers(1, 6),
+)
+def test_reference_route_is_a_stable_sort(ids: list[int], top_k: int, experts: int) -> None:
+    ids = ids + [0] * (-len(ids) % top_k)
+    got = reference_route(torch.tensor(ids).reshape(-1, top_k), experts)
+    kept = [s for e in range(experts) for s, i in enumerate(ids) if i == e]
+    assert got["row_token"].tolist()[: len(kept)] == [s // top_k for s in kept]
+    rows = {s: row for row, s in enumerate(kept)}
+    assert got["slot_row"].reshape(-1).tolist() == [rows.get(s, -1) for s in range(len(ids))]
+    counts = [ids.count(e) for e in range(experts)]
+    padded = [-(-c // 128) * 128 for c in counts]
+    sums = [list(itertools.accumulate(c, initial=0)) for c in (counts, padded)]
+    assert got["layout"].tolist() == [*counts, *sums[0], *sums[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_route_kernel_is_its_twin(interpreter: None, rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
+    tokens, top_k, experts = ROUTES[name]
+    ids = random_ids(tokens, top_k, experts, rng).to(dtype)
+    got, expected = kernel_route(ids, experts), reference_route(ids, experts)
+    for key in expected:
+        assert torch.equal(got[key], expected[key]), key
+
+
+@pytest.mark.parametrize("slots", [5, 5000])
+@pytest.mark.parametrize("value", [0, 2, -1, 3, 2**40, -(2**62)])
+def test_route_kernel_of_one_value(interpreter: None, value: int, slots: int) -> None:
+    """All to one expert, or nothing to any, whatever nonsense an id holds."""
+    ids = torch.full((slots, 1), value)
+    got, expected = kernel_route(ids, 3), reference_route(ids, 3)
+    for key in expected:
+        assert torch.equal(got[key], expected[key]), key
+    assert got["layout"][:3].sum() == (slots if 0 <= value < 3 else 0)
+
+
+def test_route_is_one_launch_while_it_may_be(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid_mxfp8.triton_kernels import route
+
+    launches: list[object] = []
+    monkeypatch.setattr(route, "launch", lambda kernel, *rest: launches.append(kernel))
+    for slots, expected in ((1, 1), (4096, 1), (4097, 3)):
+        launches.clear()
+        kernel_route(torch.zeros(slots, 1, dtype=torch.int32), 8)
+        assert len(launches) == expected
+
+
+def test_scratch_grows_with_the_batch(interpreter: None) -> None:
+    """So that a workspace made for the largest batch serves all smaller ones."""
+    from hybrid_mxfp8.triton_kernels import route
+
+    sizes = [route.scratch_elements(slots, 300) for slots in range(1, 20000, 7)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 0 < sizes[-1]
+
+
+def slots_of(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = random_ids(tokens, top_k, experts, rng)
+    return ids, reference_route(ids, experts)["slot_row"]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(1, 1, 32), (7, 3, 96), (4, 8, 2080)])
+def test_combine_kernel_is_its_twin(
+    interpreter: None, rng: torch.Generator, tokens: int, top_k: int, hidden: int, bias: bool, dtype: torch.dtype
+) -> None:
+    from hybrid_mxfp8.triton_kernels.combine import combine
+
+    ids, slot_row = slots_of(tokens, top_k, 5, rng)
+    y = cases.random_rows(tokens * top_k, hidden, dtype, rng)
+    owned = torch.zeros(tokens * top_k, dtype=torch.bool)
+    owned[slot_row[slot_row >= 0].long()] = True
+    y[~owned] = float("nan")  # nobody's: must not be read
+    weights = torch.randn(tokens, top_k, generator=rng)
+    expert_bias = torch.randn(5, hidden, generator=rng).to(dtype) if bias else None
+    # A view with a longer row stride, whose rest must stay.
+    got, expected = (torch.full((tokens, hidden + 32), 7.0, dtype=dtype) for _ in range(2))
+    combine(y, slot_row, ids, weights, expert_bias, got[:, :hidden])
+    moe_reference.combine(y, slot_row, ids, weights, expert_bias, expected[:, :hidden])
+    assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_combine_is_the_weighted_sum(rng: torch.Generator, bias: bool) -> None:
+    tokens, top_k, experts, hidden = 11, 4, 6, 64
+    ids, slot_row = slots_of(tokens, top_k, experts, rng)
+    y = torch.randn(tokens * top_k, hidden, generator=rng)
+    weights = torch.rand(tokens, top_k, generator=rng)
+    expert_bias = torch.randn(experts, hidden, generator=rng) if bias else None
+    out = torch.empty(tokens, hidden)
+    moe_reference.combine(y, slot_row, ids, weights, expert_bias, out)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for m in range(tokens):
+        for k in range(top_k):
+            if slot_row[m, k] >= 0:
+                term = y[slot_row[m, k]].double()
+                term = term + (expert_bias[ids[m, k]].double() if expert_bias is not None else 0)
+                expected[m] += weights[m, k].double() * term
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dropped_choice_contributes_nothing_not_even_nan(rng: torch.Generator) -> None:
+    y = torch.full((2, 32), float("nan"))
+    y[0] = 1.0
+    out = torch.empty(1, 32)
+    weights = torch.tensor([[2.0, float("nan")]])
+    moe_reference.combine(y, torch.tensor([[0, -1]]), torch.tensor([[0, -1]]), weights, None, out)
+    assert torch.equal(out, torch.full((1, 32), 2.0))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("n", [32, 2080])
+def test_expert_bias_kernel_is_its_twin(interpreter: None, rng: torch.Generator, n: int, dtype: torch.dtype) -> None:
+    from hybrid_mxfp8.triton_kernels.expert_bias import add_expert_bias
+
+    ids, slot_row = slots_of(5, 3, 4, rng)
+    y = cases.random_rows(15, n, dtype, rng)
+    bias = torch.randn(4, n, generator=rng).to(dtype)
+    got, expected = y.clone(), y.clone()
+    add_expert_bias(got, slot_row, ids, bias)
+    moe_reference.add_expert_bias(expected, slot_row, ids, bias)
+    assert torch.equal(got, expected)
+    live = slot_row.reshape(-1) >= 0
+    rows, experts = slot_row.reshape(-1)[live].long(), ids.reshape(-1)[live]
+    assert torch.equal(got[rows], (y[rows].float() + bias[experts].float()).to(dtype))
+    untouched = torch.ones(15, dtype=torch.bool)
+    untouched[rows] = False
+    assert torch.equal(got[untouched], y[untouched])
