@@ -83,6 +83,11 @@ class GroupLayout:
             raise TypeError(f"num_tokens: must be an int, got {type(num_tokens).__name__}")
         if num_tokens < 0 or num_tokens + 127 * min(given.shape[0], num_tokens) > MAX_INT32:
             fail("num_tokens", "must be at least 0, and with each expert's padding fit int32", num_tokens)
+        if torch.compiler.is_compiling():
+            e = given.shape[0]
+            layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
+            tokens, offsets, scale_offsets = layout.split((e, e + 1, e + 1))
+            return cls(tokens, offsets, scale_offsets, num_tokens)
         if given.is_cuda:
             from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
 

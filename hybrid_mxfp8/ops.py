@@ -1,6 +1,7 @@
 """The public functions: check, allocate, choose a backend, launch.
 
-None of them looks at device data, so none syncs (but for the reference backend's product).
+None of them looks at device data, so none syncs (but for the reference backend's product). Under ``torch.compile``
+each becomes one operator of :mod:`hybrid_mxfp8.library`; eager calls don't pay for PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -87,6 +88,20 @@ def quantize_grouped(
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
+    if torch.compiler.is_compiling():
+        _no_buffers("out", out)
+        layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, num_tokens)
+        values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
+            x,
+            layout.tokens_per_expert,
+            layout.expert_offsets,
+            layout.scale_offsets,
+            scale_rounding,
+            row_index,
+            activation,
+            backend,
+        )
+        return GroupedMXFP8.unchecked(values.view(torch.float8_e4m3fn), scales, layout)
     scale_rows = grouped_scale_rows(num_tokens, num_experts)
     if out is None:
         values = torch.empty(num_tokens, k, dtype=torch.float8_e4m3fn, device=device)
@@ -126,6 +141,9 @@ def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend:
     check_k("w", k)
     if w.stride(2) != 1 and w.numel():
         fail("w", "must have unit stride along K", f"strides {w.stride()}")
+    if torch.compiler.is_compiling():
+        values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend)
+        return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales)
     values = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn, device=w.device)
     scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=w.device)
     choose_quantizer(w.device, backend).quantize_weights(w, values, scales, scale_rounding)
@@ -161,6 +179,22 @@ def grouped_gemm(
         BackendUnavailableError: the named backend can't run this problem here.
     """
     problem = _problem(x, w, out_dtype)
+    if torch.compiler.is_compiling():
+        _no_buffers("out", out)
+        _no_buffers("workspace", workspace)
+        groups = x.groups
+        product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(
+            x.values,
+            x.scales,
+            groups.tokens_per_expert,
+            groups.expert_offsets,
+            groups.scale_offsets,
+            w.values,
+            w.scales,
+            out_dtype,
+            backend,
+        )
+        return product
     shape = (problem.num_tokens, problem.n)
     if out is None:
         out = torch.empty(shape, dtype=out_dtype, device=problem.device)
@@ -225,6 +259,11 @@ def explain(
     else:
         why = "asked for"
     return f"{chosen.name}, {why}: {chosen.explain(problem)}"
+
+
+def _no_buffers(name: str, value: object) -> None:
+    if value is not None:
+        fail(name, "must be None under torch.compile, which plans memory itself", type(value).__name__)
 
 
 def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Problem:

@@ -108,6 +108,14 @@ class ExpertWeights:
         )
         check_contiguous("scales", self.scales)
 
+    @classmethod
+    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+        """Without the checks, for buffers that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        return self
+
     @property
     def num_experts(self) -> int:
         """E."""

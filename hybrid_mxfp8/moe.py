@@ -1,0 +1,290 @@
+"""The MoE layer: route, quantize, multiply, activate and quantize, multiply, combine. All on the device, no host sync.
+
+    topk_ids ──route──► the token of each row, the row of each choice, the rows' layout
+    x ──quantize (gather)──► xq ──grouped GEMM, w13──► h = [gate | up]   (+ w13_bias)
+    h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
+    y, topk_weights, w2_bias ──combine──► out
+
+Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrid_mxfp8 import moe_reference
+from hybrid_mxfp8.backends import TRITON, choose, choose_quantizer
+from hybrid_mxfp8.checks import FLOAT_DTYPES, check_contiguous, check_no_grad, check_shape, check_tensor, fail
+from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, shape_of
+from hybrid_mxfp8.ops import quantize_weights
+from hybrid_mxfp8.tensors import ExpertWeights
+
+
+def moe_forward(
+    x: torch.Tensor,
+    w13q: ExpertWeights,
+    w2q: ExpertWeights,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    activation: str = "swiglu",
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    workspace: MoEWorkspace | None = None,
+    backend: str | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The experts of an MoE layer: ``out[m] = sum_k topk_weights[m, k] * expert[topk_ids[m, k]](x[m])``.
+
+    An expert is ``w2 @ (silu(g) * u) + w2_bias`` with ``[g; u] = w13 @ x + w13_bias``. Tokens and activations are quantized
+    to MXFP8; products and the activation are computed in fp32, the sum over k too, always in the order of k, so equal
+    inputs give equal bits. Between the products rows are held in x's dtype.
+
+    Against the layer of unquantized weights in fp64, normal data give a signal-to-noise ratio of 23.6 to 23.8 dB (measured with
+    H from 256 to 2048). The format allows no more: gate and up bring the noise of a product of MXFP8 operands each, 28.5 dB, the
+    operands of the second product 31.5 dB each, and their sum is at 23.7 dB.
+
+    Under ``torch.compile`` the whole layer is one operator, ``hybrid_mxfp8::moe_forward``: no graph break, and no
+    recompilation when routing changes. There the intermediates come from PyTorch's allocator and ``workspace`` is not used.
+
+    Args:
+        x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride.
+        w13q: E experts of (2I, H), the I rows of gate first, then those of up: transformers' ``gate_up_proj``, vLLM's w13.
+        w2q: E experts of (H, I), I % 32 == 0.
+        topk_ids: (M, top_k) int32 or int64; copied if not contiguous. Choices outside 0 .. E-1 (those of other ranks, or
+            padding) contribute nothing.
+        topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
+        activation: ``swiglu``.
+        w13_bias: (E, 2I), contiguous, added in fp32 in a launch of its own.
+        w2_bias: (E, H), contiguous, added in fp32 by the combine.
+        workspace: made for this shape and at least M tokens; then a batch size seen before allocates only ``out``.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND. ``reference`` syncs.
+        out: (M, H) of x's dtype, unit column stride; written and returned. Must not overlap x.
+
+    Returns:
+        (M, H) of x's dtype; zero where all choices of a token are dropped.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, stride, device or option; an argument that requires grad; a workspace that doesn't fit.
+        BackendUnavailableError: the named backend can't run this here.
+    """
+    shape = _check(x, w13q, w2q, topk_ids, topk_weights, activation, w13_bias, w2_bias)
+    if out is not None:
+        check_tensor("out", out, dtypes=(x.dtype,), ndim=2, dims="(M, H)", device=shape.device)
+        check_shape("out", out, (x.shape[0], x.shape[1]), "(M, H)")
+        check_no_grad("out", out)
+        if out.stride(1) != 1:
+            fail("out", "must have unit stride along its columns", f"strides {out.stride()}")
+    if torch.compiler.is_compiling():
+        result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
+            x,
+            w13q.values,
+            w13q.scales,
+            w2q.values,
+            w2q.scales,
+            topk_ids,
+            topk_weights,
+            w13_bias,
+            w2_bias,
+            activation,
+            backend,
+        )
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=shape.device)
+    if not x.shape[0]:
+        return out
+    if not shape.top_k:
+        return out.zero_()
+    _run(
+        x,
+        w13q,
+        w2q,
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
+        w13_bias,
+        w2_bias,
+        workspace,
+        backend,
+        shape,
+        out,
+    )
+    return out
+
+
+def _check(
+    x: torch.Tensor,
+    w13q: ExpertWeights,
+    w2q: ExpertWeights,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    activation: str,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> MoEShape:
+    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+    device = x.device
+    check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
+    check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=device)
+    num_tokens, top_k = topk_ids.shape
+    shape = shape_of(w13q, w2q, top_k, x.dtype)
+    if shape.device != device:
+        fail("w13q", f"must be on {device}, as x", shape.device)
+    check_shape("x", x, (num_tokens, shape.hidden), "(M, H) with topk_ids' M and w13q's H")
+    check_shape("topk_weights", topk_weights, (num_tokens, top_k), "(M, top_k)")
+    if activation != "swiglu":
+        fail("activation", "must be 'swiglu'", repr(activation))
+    if x.stride(1) != 1:
+        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    check_no_grad("x", x)
+    check_no_grad("topk_weights", topk_weights)
+    for name, bias, n in (("w13_bias", w13_bias, 2 * shape.intermediate), ("w2_bias", w2_bias, shape.hidden)):
+        if bias is not None:
+            check_tensor(name, bias, dtypes=FLOAT_DTYPES, ndim=2, dims="(E, N)", device=device)
+            check_shape(name, bias, (shape.experts, n), "(E, N)")
+            check_contiguous(name, bias)
+            check_no_grad(name, bias)
+    return shape
+
+
+class _Steps(NamedTuple):
+    """The steps that are neither quantization nor product: the kernels, or their twins."""
+
+    route: Callable[..., None]
+    add_expert_bias: Callable[..., None]
+    combine: Callable[..., None]
+
+
+def _steps(triton: bool) -> _Steps:
+    if not triton:
+        return _Steps(moe_reference.route, moe_reference.add_expert_bias, moe_reference.combine)
+    from hybrid_mxfp8.triton_kernels import combine, expert_bias, route
+
+    return _Steps(route.route, expert_bias.add_expert_bias, combine.combine)
+
+
+def _run(
+    x: torch.Tensor,
+    w13q: ExpertWeights,
+    w2q: ExpertWeights,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    workspace: MoEWorkspace | None,
+    backend: str | None,
+    shape: MoEShape,
+    out: torch.Tensor,
+) -> None:
+    """Launch everything, past the public functions' checks: arguments are checked, buffers our own, M and top_k at least 1."""
+    num_tokens = x.shape[0]
+    quantizer = choose_quantizer(shape.device, backend)
+    up, down = (choose(problem, backend) for problem in shape.problems(num_tokens))
+    if workspace is None:
+        b = allocate(shape, num_tokens, backend)
+    elif isinstance(workspace, MoEWorkspace):
+        b = workspace.buffers(shape, num_tokens)
+    else:
+        raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
+    steps = _steps(quantizer.name == TRITON)
+    xq, hq = b.xq, b.hq
+    steps.route(topk_ids, shape.experts, b.row_token, b.slot_row, b.layout, b.scratch)
+    quantizer.quantize_grouped(x, b.groups, xq.values, xq.scales, "rceil", b.row_token, False)
+    up.grouped_gemm(xq, w13q, b.h, b.gemm)
+    if w13_bias is not None:
+        steps.add_expert_bias(b.h, b.slot_row, topk_ids, w13_bias)
+    quantizer.quantize_grouped(b.h, b.groups, hq.values, hq.scales, "rceil", None, True)
+    down.grouped_gemm(hq, w2q, b.y, b.gemm)
+    steps.combine(b.y, b.slot_row, topk_ids, topk_weights, w2_bias, out)
+
+
+class MXFP8Experts(torch.nn.Module):
+    """The experts of one MoE layer with MXFP8 weights; inference only.
+
+    Weights are buffers of bytes, values and swizzled scales, so that ``module.to(device)`` moves them and
+    ``module.to(torch.float16)`` leaves them as they are. Biases are buffers in the dtype they come in.
+
+    Args:
+        w13q: E experts of (2I, H), gate rows first, then up.
+        w2q: E experts of (H, I).
+        w13_bias: (E, 2I) bf16, fp16 or fp32, or None.
+        w2_bias: (E, H), or None.
+        workspace: shared by the layers that run one after another, or None; also an attribute.
+        backend: as in ``moe_forward``.
+
+    Raises:
+        TypeError, ValueError: weights that don't fit together.
+    """
+
+    w13_values: torch.Tensor
+    w13_scales: torch.Tensor
+    w2_values: torch.Tensor
+    w2_scales: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        w13q: ExpertWeights,
+        w2q: ExpertWeights,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        workspace: MoEWorkspace | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        shape_of(w13q, w2q, 1, torch.bfloat16)
+        self.register_buffer("w13_values", w13q.values.view(torch.uint8))
+        self.register_buffer("w13_scales", w13q.scales)
+        self.register_buffer("w2_values", w2q.values.view(torch.uint8))
+        self.register_buffer("w2_scales", w2q.scales)
+        self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
+        self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
+        self.workspace = workspace
+        self.backend = backend
+
+    @classmethod
+    def from_weights(cls, w13: torch.Tensor, w2: torch.Tensor, **options: Any) -> MXFP8Experts:
+        """Quantize w13 (E, 2I, H) and w2 (E, H, I), bf16, fp16 or fp32; ``options`` as for the class.
+
+        Raises:
+            TypeError, ValueError: as ``quantize_weights`` raises, and weights that don't fit together.
+        """
+        backend = options.get("backend")
+        w13q, w2q = (quantize_weights(w.detach(), backend=backend) for w in (w13, w2))
+        return cls(w13q, w2q, **options)
+
+    @property
+    def w13q(self) -> ExpertWeights:
+        """(E, 2I, H), the buffers' memory."""
+        return ExpertWeights.unchecked(self.w13_values.view(torch.float8_e4m3fn), self.w13_scales)
+
+    @property
+    def w2q(self) -> ExpertWeights:
+        """(E, H, I), the buffers' memory."""
+        return ExpertWeights.unchecked(self.w2_values.view(torch.float8_e4m3fn), self.w2_scales)
+
+    def extra_repr(self) -> str:
+        """Shapes, for ``print(module)``."""
+        experts, hidden, intermediate = self.w2_values.shape
+        bias = self.w13_bias is not None or self.w2_bias is not None
+        return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, bias={bias}"
+
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """(M, H), (M, top_k), (M, top_k) to (M, H); see ``moe_forward``."""
+        return moe_forward(
+            x,
+            self.w13q,
+            self.w2q,
+            topk_ids,
+            topk_weights,
+            w13_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
+            workspace=self.workspace,
+            backend=self.backend,
+        )

@@ -1,0 +1,249 @@
+"""MoEWorkspace: every intermediate of an MoE forward, allocated once for the largest batch.
+
+A smaller batch gets views of the same memory, which are kept, so that a batch size seen before costs the host nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hybrid_mxfp8.backends import Problem, choose, choose_quantizer
+from hybrid_mxfp8.checks import FLOAT_DTYPES, check_n, fail, short
+from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows, scale_cols
+from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+
+KEPT_BATCH_SIZES = 256
+"""Batch sizes whose views a workspace keeps: more than a server captures graphs of."""
+
+
+class MoEShape(NamedTuple):
+    """All of an MoE layer that sizes its intermediates, but for the number of tokens.
+
+    H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
+        """The two products for M = ``num_tokens``."""
+        rows = num_tokens * self.top_k
+        up = Problem(self.experts, 2 * self.intermediate, self.hidden, rows, self.dtype, self.device)
+        return up, Problem(self.experts, self.hidden, self.intermediate, rows, self.dtype, self.device)
+
+
+def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
+    """The shape of a layer.
+
+    Raises:
+        TypeError: not ExpertWeights.
+        ValueError: weights that are not (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of 32, on one device.
+    """
+    for name, w in (("w13q", w13q), ("w2q", w2q)):
+        if not isinstance(w, ExpertWeights):
+            raise TypeError(f"{name}: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
+    experts, hidden, intermediate = w2q.values.shape
+    if not experts:
+        fail("w13q", "must have at least 1 expert", 0)
+    if w13q.values.shape != (experts, 2 * intermediate, hidden):
+        expected = (experts, 2 * intermediate, hidden)
+        fail("w13q", f"must be (E, 2I, H) = {expected}, as w2q is (E, H, I)", tuple(w13q.values.shape))
+    check_n("w13q", 2 * intermediate)
+    check_n("w2q", hidden)
+    if w2q.values.device != w13q.values.device:
+        fail("w2q", f"must be on {w13q.values.device}, as w13q", w2q.values.device)
+    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The intermediates of one batch size; T = M * top_k rows, sorted by expert.
+
+    Attributes:
+        row_token: (T,) int32, the token of each row.
+        slot_row: (M, top_k) int32, the row of each choice of each token.
+        layout: (3E+2,) int32; ``groups`` is views of it.
+        scratch: int32, of the routing kernels.
+        xq: tokens (T, H) in MXFP8.
+        h: (T, 2I), gate and up.
+        hq: the activation (T, I) in MXFP8.
+        y: (T, H), the experts' outputs.
+        gemm: uint8, the workspace of both products, or None.
+    """
+
+    row_token: torch.Tensor
+    slot_row: torch.Tensor
+    layout: torch.Tensor
+    scratch: torch.Tensor
+    xq: GroupedMXFP8
+    h: torch.Tensor
+    hq: GroupedMXFP8
+    y: torch.Tensor
+    gemm: torch.Tensor | None
+
+    @property
+    def groups(self) -> GroupLayout:
+        """The rows' layout."""
+        return self.xq.groups
+
+
+def _scratch_elements(shape: MoEShape, num_tokens: int, backend: str | None) -> int:
+    if choose_quantizer(shape.device, backend).name != "triton":
+        return 0
+    from hybrid_mxfp8.triton_kernels.route import scratch_elements
+
+    return scratch_elements(num_tokens * shape.top_k, shape.experts)
+
+
+def _gemm_bytes(shape: MoEShape, num_tokens: int, backend: str | None) -> int:
+    return max(choose(problem, backend).workspace_size(problem) for problem in shape.problems(num_tokens))
+
+
+def _operand(values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+    return GroupedMXFP8.unchecked(values, scales, groups)
+
+
+def allocate(shape: MoEShape, num_tokens: int, backend: str | None) -> Buffers:
+    """New buffers for M = ``num_tokens`` >= 1.
+
+    Raises:
+        ValueError: more rows, padded to scale tiles, than int32 counts.
+    """
+    rows = num_tokens * shape.top_k
+    if rows + 127 * min(shape.experts, rows) > MAX_INT32:
+        fail("x", "M * top_k, and each expert's padding, must fit int32", rows)
+    device = shape.device
+    scale_rows = grouped_scale_rows(rows, shape.experts)
+
+    def empty(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    layout = empty(3 * shape.experts + 2)
+    tokens, offsets, scale_offsets = layout.split((shape.experts, shape.experts + 1, shape.experts + 1))
+    groups = GroupLayout(tokens, offsets, scale_offsets, rows)
+
+    def operand(k: int) -> GroupedMXFP8:
+        values = empty(rows, k, dtype=torch.float8_e4m3fn)
+        return _operand(values, empty(scale_rows, scale_cols(k), dtype=torch.uint8), groups)
+
+    gemm_bytes = _gemm_bytes(shape, num_tokens, backend)
+    return Buffers(
+        row_token=empty(rows),
+        slot_row=empty(num_tokens, shape.top_k),
+        layout=layout,
+        scratch=empty(_scratch_elements(shape, num_tokens, backend)),
+        xq=operand(shape.hidden),
+        h=empty(rows, 2 * shape.intermediate, dtype=shape.dtype),
+        hq=operand(shape.intermediate),
+        y=empty(rows, shape.hidden, dtype=shape.dtype),
+        gemm=empty(gemm_bytes, dtype=torch.uint8) if gemm_bytes else None,
+    )
+
+
+def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backend: str | None) -> Buffers:
+    """The first rows of each buffer. A product that needs more workspace for fewer rows gets one of its own."""
+    rows = num_tokens * shape.top_k
+    scale_rows = grouped_scale_rows(rows, shape.experts)
+    groups = dataclasses.replace(largest.groups, num_tokens=rows)
+    gemm, gemm_bytes = largest.gemm, _gemm_bytes(shape, num_tokens, backend)
+    if gemm_bytes > (0 if gemm is None else gemm.numel()):
+        gemm = torch.empty(gemm_bytes, dtype=torch.uint8, device=shape.device)
+
+    def operand(whole: GroupedMXFP8) -> GroupedMXFP8:
+        return _operand(whole.values[:rows], whole.scales[:scale_rows], groups)
+
+    return Buffers(
+        row_token=largest.row_token[:rows],
+        slot_row=largest.slot_row[:num_tokens],
+        layout=largest.layout,
+        scratch=largest.scratch,
+        xq=operand(largest.xq),
+        h=largest.h[:rows],
+        hq=operand(largest.hq),
+        y=largest.y[:rows],
+        gemm=gemm,
+    )
+
+
+class MoEWorkspace:
+    """The intermediates of ``moe_forward`` for batches of up to ``max_tokens`` tokens, for layers of one shape.
+
+    A call that has seen its batch size before allocates nothing but its output. Layers that run one after another share
+    one workspace; two streams must not. A CUDA graph that was captured with a workspace keeps using its memory,
+    so the workspace must live as long.
+
+    Args:
+        w13q: (E, 2I, H), of any layer of the shape.
+        w2q: (E, H, I).
+        max_tokens: the largest M, before routing.
+        top_k: experts of a token.
+        dtype: of the tokens: bf16, fp16 or fp32.
+        backend: as in ``moe_forward``; its routing and products may want memory of their own.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: weights that don't fit together, or ``max_tokens`` or ``top_k`` below 1.
+    """
+
+    def __init__(
+        self,
+        w13q: ExpertWeights,
+        w2q: ExpertWeights,
+        *,
+        max_tokens: int,
+        top_k: int,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str | None = None,
+    ) -> None:
+        for name, value in (("max_tokens", max_tokens), ("top_k", top_k)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
+            if value < 1:
+                fail(name, "must be at least 1", value)
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
+        self.shape = shape_of(w13q, w2q, top_k, dtype)
+        self.max_tokens = max_tokens
+        self.backend = backend
+        self._largest = allocate(self.shape, max_tokens, backend)
+        self._views: OrderedDict[int, Buffers] = OrderedDict({max_tokens: self._largest})
+
+    def __repr__(self) -> str:
+        return f"MoEWorkspace({self.shape}, max_tokens={self.max_tokens}, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        b = self._largest
+        tensors = [b.row_token, b.slot_row, b.layout, b.scratch, b.h, b.y, *(() if b.gemm is None else (b.gemm,))]
+        tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def buffers(self, shape: MoEShape, num_tokens: int) -> Buffers:
+        """Views for M = ``num_tokens`` >= 1.
+
+        Raises:
+            ValueError: a layer of another shape, or more tokens than ``max_tokens``.
+        """
+        if shape != self.shape:
+            fail("workspace", f"must be made for {shape}", self.shape)
+        found = self._views.get(num_tokens)
+        if found is not None:
+            return found
+        if num_tokens > self.max_tokens:
+            fail("x", f"must have at most the workspace's max_tokens = {self.max_tokens} rows", num_tokens)
+        views = _narrow(self._largest, shape, num_tokens, self.backend)
+        self._views[num_tokens] = views
+        if len(self._views) > KEPT_BATCH_SIZES:
+            self._views.popitem(last=False)
+        return views

@@ -1,0 +1,78 @@
+"""The truth of an MoE layer: fp64, one choice of one token at a time, from unquantized or dequantized weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Inputs of one layer: x (M, H), w13 (E, 2I, H), w2 (E, H, I), ids and weights (M, top_k), biases (E, 2I), (E, H)."""
+
+    x: torch.Tensor
+    w13: torch.Tensor
+    w2: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+
+
+def make_layer(
+    rng: torch.Generator,
+    *,
+    tokens: int = 9,
+    experts: int = 5,
+    hidden: int = 64,
+    intermediate: int = 32,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+    dropped: bool = False,
+    ids_dtype: torch.dtype = torch.int64,
+) -> Layer:
+    """Normal data; weights scaled so that every stage has values around 1. ``dropped``: some ids are -1, some >= E."""
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=rng) * scale).to(dtype)
+
+    ids = torch.argsort(torch.rand(tokens, experts, generator=rng), dim=1)[:, :top_k].contiguous()
+    if dropped:
+        fate = torch.rand(tokens, top_k, generator=rng)
+        ids = torch.where(fate < 0.2, -1, torch.where(fate < 0.4, experts + 3, ids))
+    return Layer(
+        x=normal(tokens, hidden),
+        w13=normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+        w2=normal(experts, hidden, intermediate, scale=intermediate**-0.5),
+        ids=ids.to(ids_dtype),
+        weights=torch.rand(tokens, top_k, generator=rng),
+        w13_bias=normal(experts, 2 * intermediate) if bias else None,
+        w2_bias=normal(experts, hidden) if bias else None,
+    )
+
+
+def to(layer: Layer, device: str) -> Layer:
+    """The same layer elsewhere."""
+    return Layer(**{name: None if t is None else t.to(device) for name, t in vars(layer).items()})
+
+
+def forward(layer: Layer) -> torch.Tensor:
+    """(M, H) float64."""
+    num_experts, _, intermediate = layer.w2.shape
+    out = torch.zeros(layer.x.shape, dtype=torch.float64)
+    x, w13, w2 = layer.x.cpu().double(), layer.w13.cpu().double(), layer.w2.cpu().double()
+    for m, choices in enumerate(layer.ids.tolist()):
+        for k, e in enumerate(choices):
+            if not 0 <= e < num_experts:
+                continue
+            h = w13[e] @ x[m]
+            if layer.w13_bias is not None:
+                h = h + layer.w13_bias[e].cpu().double()
+            gate, up = h[:intermediate], h[intermediate:]
+            y = w2[e] @ (gate * torch.sigmoid(gate) * up)
+            if layer.w2_bias is not None:
+                y = y + layer.w2_bias[e].cpu().double()
+            out[m] += layer.weights[m, k].double().cpu() * y
+    return out
