@@ -1,0 +1,247 @@
+"""transformers (5.0 or newer): mixture-of-experts models with MXFP8 experts, for inference.
+
+    from hybrid_mxfp8.integrations import transformers as mxfp8
+
+    mxfp8.register()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", experts_implementation="hybrid_mxfp8")
+    print(mxfp8.quantize_model_(model))      # optional: quantize now, and free the unquantized experts
+
+Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the originals, and again
+whenever a parameter has changed. Attention, routers and shared experts stay as they are.
+
+Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its gate is plain SwiGLU,
+``silu(gate) * up``, with gate and up concatenated, and H and I multiples of 32. Others raise a ValueError that says what
+differs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrid_mxfp8.checks import fail
+from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.moe import MXFP8Experts
+
+NAME = "hybrid_mxfp8"
+"""The value of ``experts_implementation``."""
+
+WEIGHTS = ("gate_up_proj", "down_proj")
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+_OWNED = "mxfp8"
+"""Submodule of an experts module that ``quantize_model_`` has been through."""
+_CACHE = "_hybrid_mxfp8_cache"
+"""Attribute, no submodule, of one that was quantized on the way: it stays out of state_dict and parameters."""
+
+logger = logging.getLogger("hybrid_mxfp8")
+
+
+def register() -> None:
+    """Make ``experts_implementation="hybrid_mxfp8"`` known to transformers. Calling it again changes nothing.
+
+    Raises:
+        ImportError: no transformers with an ExpertsInterface.
+    """
+    _interface().register(NAME, experts_forward)
+
+
+def _interface() -> Any:
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise ImportError(f"needs transformers 5.0 or newer, with its ExpertsInterface: {error}") from error
+    return ExpertsInterface
+
+
+def experts_forward(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The forward of an experts module of transformers, in MXFP8; what ``register`` registers.
+
+    Args:
+        module: experts module with gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed.
+        hidden_states: (M, H) bf16, fp16 or fp32.
+        top_k_index: (M, top_k) int32 or int64.
+        top_k_weights: (M, top_k).
+
+    Returns:
+        (M, H) of hidden_states' dtype.
+
+    Raises:
+        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or under torch.compile
+            experts that have not been quantized yet.
+    """
+    experts = getattr(module, _OWNED, None)
+    if experts is None:
+        experts = _quantized(module)
+    result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+class _Version(NamedTuple):
+    """Changes when a parameter is replaced or written to."""
+
+    address: int
+    version: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> _Version:
+        # Inference tensors count no versions; they can't be written to outside inference mode either.
+        version = 0 if parameter.is_inference() else parameter._version
+        return cls(parameter.data_ptr(), version, parameter.device)
+
+
+class _Cached(NamedTuple):
+    versions: tuple[_Version, ...]
+    experts: MXFP8Experts
+
+
+def _parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+    names = (*WEIGHTS, *(BIASES if getattr(module, "has_bias", False) else ()))
+    return [getattr(module, name) for name in names]
+
+
+def _quantized(module: torch.nn.Module) -> MXFP8Experts:
+    """The module's experts, from the cache while its parameters are those that were quantized."""
+    cached: _Cached | None = getattr(module, _CACHE, None)
+    if torch.compiler.is_compiling():
+        if cached is None:
+            fail(
+                "experts",
+                "must be quantized before torch.compile traces them (quantize_model_(model), or one eager forward)",
+                type(module).__name__,
+            )
+        return cached.experts
+    versions = tuple(_Version.of(parameter) for parameter in _parameters(module))
+    if cached is None or cached.versions != versions:
+        cached = _Cached(versions, _quantize(module))
+        # Past nn.Module.__setattr__, which would make it a submodule.
+        object.__setattr__(module, _CACHE, cached)
+    return cached.experts
+
+
+def why_not(module: torch.nn.Module) -> str | None:
+    """What keeps an experts module of transformers from being computed here; None if nothing does."""
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.moe import _default_apply_gate
+
+    if not getattr(module, "has_gate", False):
+        return "it has no gate"
+    if not getattr(module, "is_concatenated", False):
+        return "its gate and up rows are interleaved"
+    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
+        return "it has a gate function of its own"
+    if not isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
+        return f"its activation is {type(module.act_fn).__name__}, not SiLU"
+    down = module.down_proj
+    assert isinstance(down, torch.Tensor)
+    hidden, intermediate = sorted((1, 2), reverse=bool(module.is_transposed))
+    if down.shape[hidden] % BLOCK_SIZE or down.shape[intermediate] % BLOCK_SIZE:
+        return f"its H = {down.shape[hidden]} and I = {down.shape[intermediate]} are not both multiples of {BLOCK_SIZE}"
+    return None
+
+
+def _quantize(module: torch.nn.Module, backend: str | None = None) -> MXFP8Experts:
+    reason = why_not(module)
+    if reason is not None:
+        fail("experts", "must be plain SwiGLU experts", f"{type(module).__name__}: {reason}")
+    with torch.no_grad():
+        w13, w2, *biases = _parameters(module)
+        if module.is_transposed:
+            w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
+        w13_bias, w2_bias = biases or (None, None)
+        return MXFP8Experts.from_weights(w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, backend=backend)
+
+
+@dataclass(frozen=True)
+class MemorySaved:
+    """What quantizing a model's experts did to their size, in bytes; printed, it says so in words."""
+
+    layers: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def ratio(self) -> float:
+        """After over before."""
+        return self.bytes_after / self.bytes_before
+
+    def __str__(self) -> str:
+        before, after = self.bytes_before, self.bytes_after
+        layers = f"{self.layers} MoE layer" + ("s" if self.layers != 1 else "")
+        return (
+            f"the experts of {layers} take {_size(after)} in MXFP8 instead of {_size(before)}:"
+            f" {_size(before - after)} saved, {self.ratio:.3f} of the memory"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(num_bytes) >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def quantize_model_(model: torch.nn.Module, *, progress: bool = True, backend: str | None = None) -> MemorySaved:
+    """Quantize the experts of every MoE layer in place, free the originals, and switch the model to this implementation.
+
+    One layer at a time, so that the peak is one layer's MXFP8 experts above what the model took before. Afterwards the
+    state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on) in place of the parameters. There is
+    no way back but loading the model again.
+
+    Args:
+        model: a PreTrainedModel.
+        progress: show a progress bar on stderr.
+        backend: of the quantization and the forward; None: as everywhere.
+
+    Returns:
+        The memory saved; ``print`` it for a sentence.
+
+    Raises:
+        ImportError: no transformers with an ExpertsInterface.
+        ValueError: no MoE layer, or one that can't be quantized; then nothing has been changed.
+    """
+    from tqdm import tqdm
+
+    register()
+    found = [(name, m) for name, m in model.named_modules() if _has_experts(m)]
+    if not found:
+        fail(
+            "model",
+            "must have MoE layers that transformers dispatches through its ExpertsInterface",
+            type(model).__name__,
+        )
+    for name, module in found:
+        reason = why_not(module)
+        if reason is not None:
+            fail("model", "must have plain SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
+    before = after = 0
+    for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
+        before += _bytes(_parameters(module))
+        experts = _quantize(module, backend)
+        after += _bytes(list(experts.buffers()))
+        # The names stay, as parameters that are None, for code that looks for them.
+        for parameter in (*WEIGHTS, *(BIASES if module.has_bias else ())):
+            module.register_parameter(parameter, None)
+        object.__setattr__(module, _CACHE, None)
+        module.add_module(_OWNED, experts)
+    model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
+    saved = MemorySaved(len(found), before, after)
+    logger.info("%s", saved)
+    return saved
+
+
+def _has_experts(module: torch.nn.Module) -> bool:
+    """An experts module with its parameters in place."""
+    weights = [getattr(module, name, None) for name in WEIGHTS]
+    decorated = hasattr(module, "is_concatenated") and hasattr(module, "has_gate")
+    return decorated and all(isinstance(w, torch.Tensor) and w.ndim == 3 for w in weights)
