@@ -172,11 +172,12 @@ def scatter_kernel(
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """Slots of a program, slots they are compared with at once, and whether all of it is one launch."""
+    """Slots of a program, slots they are compared with at once, whether all of it is one launch, and its warps."""
 
     block: int
     chunk: int
     one_launch: bool
+    num_warps: int
 
 
 ONE_LAUNCH_MAX_SLOTS = 4096
@@ -186,12 +187,13 @@ ONE_LAUNCH_MAX_SLOTS = 4096
 def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
     """Tiles of the routing kernels; pure.
 
-    The rank kernel's programs are small, so that few slots still spread over many SMs. In the interpreter a program
-    costs milliseconds: few, large ones.
+    The rank kernel's programs are small, so that few slots still spread over many SMs. 256x8 over 8 warps is what the
+    scatter kernel can hold in 53 registers at 256 experts; with 256x32 over 4 it takes 234, and at 1024 experts it spills. In
+    the interpreter a program costs milliseconds: few, large ones.
     """
     if num_slots <= ONE_LAUNCH_MAX_SLOTS:
-        return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 32), 1024), True)
-    return RouteConfig(1024 if interpreted else 256, 1024 if interpreted else 32, False)
+        return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 32), 1024), True, 4)
+    return RouteConfig(1024, 1024, False, 8) if interpreted else RouteConfig(256, 8, False, 8)
 
 
 def _bins(num_experts: int) -> int:
@@ -228,7 +230,7 @@ def route(
     bins = _bins(num_experts)
     blocks = ceil_div(num_slots, config.block)
     outputs = (row_token, slot_row, layout, num_slots, top_k, num_experts)
-    warps = (("num_warps", 4),)
+    warps = (("num_warps", config.num_warps),)
     with on_device_of(topk_ids):
         if config.one_launch:
             key = ("rank", topk_ids.dtype)

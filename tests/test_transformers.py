@@ -1,0 +1,210 @@
+"""Models of transformers with MXFP8 experts: logits beside grouped_mm's, generate(), quantization lazily and in place."""
+
+from __future__ import annotations
+
+import transformers_models as models
+import pytest
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.integrations import transformers as integration
+
+
+@pytest.fixture(autouse=True)
+def _transformers() -> None:
+    models.require()
+    integration.register()
+
+
+@pytest.fixture(params=models.NAMES)
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return models.make(request.param)
+
+
+def logits(model: torch.nn.Module, implementation: str | None, backend: str = "reference") -> torch.Tensor:
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    with torch.no_grad(), mx.use_backend(backend):
+        return model(models.prompt()).logits
+
+
+def test_logits_are_those_of_grouped_mm(backend: str, model: torch.nn.Module) -> None:
+    """Within the noise of the format; without its experts the model is somewhere else altogether."""
+    routing = models.Routing(model)
+    expected = logits(model, "grouped_mm")
+    routing.replay()
+    got = logits(model, "hybrid_mxfp8", backend)
+    assert got.dtype == expected.dtype
+    assert mx.signal_to_noise_db(expected, got) > models.MIN_SNR_DB
+    with torch.no_grad():
+        for parameter in models.expert_weights(model):
+            parameter.zero_()
+    routing.replay()
+    assert mx.signal_to_noise_db(expected, logits(model, "grouped_mm")) < models.WITHOUT_EXPERTS_DB
+
+
+def test_generate(model: torch.nn.Module) -> None:
+    model.set_experts_implementation("hybrid_mxfp8")
+    with mx.use_backend("reference"):
+        tokens = model.generate(models.prompt(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        again = model.generate(models.prompt(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        step = logits(model, None)
+    assert tokens.shape == (2, models.PROMPT_LENGTH + 4)
+    assert torch.equal(tokens, again)
+    assert torch.equal(tokens[:, models.PROMPT_LENGTH], step[:, -1].argmax(-1))
+
+
+def test_quantize_model_in_place(model: torch.nn.Module) -> None:
+    """The same bits as lazy quantization; the originals are gone; the numbers are those of the tensors."""
+    lazy = logits(model, "hybrid_mxfp8")
+    before = sum(p.numel() * p.element_size() for p in models.expert_weights(model))
+    model.set_experts_implementation("grouped_mm")
+    with mx.use_backend("reference"):
+        saved = integration.quantize_model_(model, progress=False)
+    assert torch.equal(logits(model, None), lazy)
+    names = [name for name, _ in model.named_parameters() if "experts.gate_up_proj" in name]
+    assert not names
+    buffers = [b for name, b in model.named_buffers() if ".mxfp8." in name]
+    assert saved.layers * 4 == len(buffers)
+    assert saved.bytes_before == before
+    assert saved.bytes_after == sum(b.numel() for b in buffers)
+    assert saved.ratio == saved.bytes_after / before < 0.6  # scales of small matrices are padded to whole tiles
+    assert "in MXFP8 instead of" in str(saved)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    for buffer in buffers:
+        buffer.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(logits(model, None), lazy)
+
+
+def test_ratio_of_a_real_layer() -> None:
+    """Qwen3-30B-A3B: one byte and a 32nd instead of two."""
+    saved = integration.MemorySaved(48, 48 * 128 * 3 * 768 * 2048 * 2, 48 * 128 * 3 * 768 * 2048 * 33 // 32)
+    assert str(saved) == (
+        "the experts of 48 MoE layers take 29.9 GB in MXFP8 instead of 58.0 GB: 28.1 GB saved, 0.516 of the memory"
+    )
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with mx.use_backend("reference"):
+        integration.quantize_model_(models.make("Qwen3-MoE"))
+    assert "quantize experts: 100%" in capsys.readouterr().err
+
+
+def test_lazy_quantization_follows_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for weights that stay; again for weights written to, or replaced."""
+    model = models.make("Qwen3-MoE")
+    quantized: list[object] = []
+    quantize = integration._quantize
+    monkeypatch.setattr(integration, "_quantize", lambda module: (quantized.append(module), quantize(module))[1])
+    first = logits(model, "hybrid_mxfp8")
+    layers = len(quantized)
+    assert layers == 2
+    assert torch.equal(logits(model, "hybrid_mxfp8"), first)
+    assert len(quantized) == layers
+    parameter = models.expert_weights(model)[0]
+    with torch.no_grad():
+        parameter.mul_(2)
+    assert not torch.equal(logits(model, "hybrid_mxfp8"), first)
+    assert len(quantized) == layers + 1
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()})
+    logits(model, "hybrid_mxfp8")
+    assert len(quantized) == 2 * layers + 1
+    assert not [name for name in model.state_dict() if "mxfp8" in name]
+    assert len(list(model.modules())) == len(list(models.make("Qwen3-MoE").modules()))
+
+
+@pytest.fixture
+def experts() -> torch.nn.Module:
+    """One experts module of a model."""
+    model = models.make("Mixtral")
+    model.set_experts_implementation("hybrid_mxfp8")
+    return models.experts_modules(model)[0]
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return x, torch.tensor([[0, 1], [2, 3], [1, 4], [0, 0], [3, 2]]), torch.full((5, 2), 0.5)
+
+
+def test_experts_with_bias_and_transposed(experts: torch.nn.Module) -> None:
+    """As other models of transformers have them; expert id 4 of 4 is a sentinel of expert parallelism."""
+    with torch.no_grad(), mx.use_backend("reference"):
+        plain = experts(*arguments())
+        experts.has_bias = True
+        experts.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(4, 192, dtype=torch.bfloat16))
+        experts.down_proj_bias = torch.nn.Parameter(torch.zeros(4, 64, dtype=torch.bfloat16))
+        assert torch.equal(experts(*arguments()), plain)
+        experts.down_proj_bias.fill_(1.0)
+        shifted = experts(*arguments()).float() - plain.float()
+        torch.testing.assert_close(shifted[0], torch.ones(64), atol=0.05, rtol=0)
+        torch.testing.assert_close(
+            shifted[2], torch.full((64,), 0.5), atol=0.05, rtol=0
+        )  # the sentinel's half is missing
+        experts.down_proj_bias.fill_(0.0)
+        for name in integration.WEIGHTS:
+            setattr(experts, name, torch.nn.Parameter(getattr(experts, name).transpose(1, 2).contiguous()))
+        experts.is_transposed = True
+        assert torch.equal(experts(*arguments()), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda e: setattr(e, "has_gate", False), "it has no gate"),
+        (lambda e: setattr(e, "is_concatenated", False), "its gate and up rows are interleaved"),
+        (lambda e: setattr(e, "act_fn", torch.nn.GELU()), "its activation is GELU, not SiLU"),
+        (
+            lambda e: setattr(e, "__class__", type("Clamped", (type(e),), {"_apply_gate": None})),
+            "a gate function of its own",
+        ),
+        (
+            lambda e: setattr(e, "down_proj", torch.nn.Parameter(torch.zeros(4, 64, 40))),
+            "H = 64 and I = 40 are not both",
+        ),
+    ],
+)
+def test_experts_it_can_not_compute(experts: torch.nn.Module, change: object, reason: str) -> None:
+    change(experts)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"experts: must be plain SwiGLU experts, got .*: .*{reason}"):
+        experts(*arguments())
+
+
+def test_model_that_can_not_be_quantized_stays_as_it_was() -> None:
+    model = models.make("Mixtral")
+    last = models.experts_modules(model)[-1]
+    last.act_fn = torch.nn.GELU()
+    with pytest.raises(ValueError, match=r"model: must have plain SwiGLU experts, got model\.layers\.1.*GELU"):
+        integration.quantize_model_(model, progress=False)
+    assert not [name for name, _ in model.named_modules() if name.endswith("mxfp8")]
+    assert all(isinstance(p, torch.nn.Parameter) for p in models.expert_weights(model))
+    with pytest.raises(ValueError, match="model: must have MoE layers"):
+        integration.quantize_model_(torch.nn.Linear(4, 4), progress=False)
+
+
+def test_gradients_are_refused(experts: torch.nn.Module) -> None:
+    x, ids, weights = arguments()
+    with mx.use_backend("reference"), pytest.raises(ValueError, match="x: must not require grad"):
+        experts(x.requires_grad_(), ids, weights)
+
+
+def test_compiled_experts(experts: torch.nn.Module) -> None:
+    """fullgraph once they have been quantized; before that an error says what to do."""
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="eager")
+    with torch.no_grad(), mx.use_backend("reference"):
+        with pytest.raises(Exception, match=r"experts: must be quantized before torch\.compile"):
+            compiled(*arguments())
+        torch._dynamo.reset()
+        expected = experts(*arguments())
+        assert torch.equal(torch.compile(experts, fullgraph=True, backend="eager")(*arguments()), expected)
+    torch._dynamo.reset()
+
+
+def test_import_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only register() does, and says which."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer"):
+        integration.register()
