@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import transformers_models as models
 import pytest
 import torch
+import transformers_models as models
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.integrations import transformers as integration
