@@ -85,7 +85,10 @@ def expand_tokens_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,  # multiple of 128
 ):
-    """Grid ((row_programs + E) * column programs,); rows that no expert owns stay unwritten."""
+    """Grid ((row_programs + E) * column programs,).
+
+    Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed: the last tile may reach into them.
+    """
     padded_k = (K + 63) // 64 * 64
     column_programs = (padded_k + BLOCK_COLS - 1) // BLOCK_COLS
     pid = tl.program_id(0) // column_programs
@@ -135,7 +138,9 @@ def expand_tokens_kernel(
     expanded = tl.reshape(tl.permute(expanded, 0, 1, 3, 4, 2, 5), [BLOCK_ROWS, BLOCK_COLS])
     expanded_ptr = (workspace_ptr + tokens_at.to(tl.int64) * 256).to(tl.pointer_type(tl.bfloat16))
     out_ptrs = expanded_ptr + row.to(tl.int64)[:, None] * padded_k + col[None, :]
-    tl.store(out_ptrs, expanded, mask=valid[:, None] & (col < padded_k)[None, :])
+    used = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_tokens)
+    written = valid | ((row >= used) & (row < tl.minimum(used + BLOCK_T, num_tokens)))
+    tl.store(out_ptrs, expanded, mask=written[:, None] & (col < padded_k)[None, :])
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def expand_tokens(
         scales: (S, C) uint8, swizzled.
         groups: layout of the T rows.
         workspace: ``layout.size`` bytes, 256-byte aligned.
-        layout: where the list of tiles and the expanded tokens go; rows that no expert owns stay unwritten.
+        layout: where the list of tiles and the expanded tokens go.
         block_t: rows of a token tile; a tile belongs to one expert.
     """
     num_tokens, k = values.shape
