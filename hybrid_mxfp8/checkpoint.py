@@ -307,6 +307,16 @@ def _check_metadata(file: Path, metadata: Mapping[str, str]) -> None:
             raise ValueError(f"{file}: {key} must be {expected!r} for this version to read it, got {metadata[key]!r}")
 
 
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: a file itself; of a folder those that its index names, or all if it has none.
+
+    Raises:
+        ValueError: an index that can't be read, or names a file that is not there.
+        FileNotFoundError: no such file or folder, or a folder with no safetensors file.
+    """
+    return [file for file, _ in _files(path)]
+
+
 def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
     """The files of a checkpoint, each with the tensors that an index expects of it."""
     if not path.is_dir():

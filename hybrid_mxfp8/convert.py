@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,14 @@ from typing import Any, Final
 
 import torch
 
-from hybrid_mxfp8.checkpoint import INDEX_FILE, METADATA, SCALE_SUFFIXES, Checkpoint, scale_entry
+from hybrid_mxfp8.checkpoint import (
+    INDEX_FILE,
+    METADATA,
+    SCALE_SUFFIXES,
+    Checkpoint,
+    checkpoint_files,
+    scale_entry,
+)
 from hybrid_mxfp8.formats import BLOCK_SIZE
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
@@ -204,8 +212,8 @@ def convert_folder(
 ) -> None:
     """Convert a checkpoint's folder: every safetensors file by itself, then the index and ``config.json``.
 
-    Files of other kinds are copied. ``config.json`` gets a ``quantization_config`` whose ``modules_to_not_convert`` lists
-    the modules whose weight matrices stayed as they were.
+    Safetensors files that an index does not name are left out, files of other kinds are copied. ``config.json`` gets a
+    ``quantization_config`` whose ``modules_to_not_convert`` lists the modules whose weight matrices stayed as they were.
 
     Args:
         source: the folder to read.
@@ -217,18 +225,15 @@ def convert_folder(
     Raises:
         ValueError: as :func:`convert_file`.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         weight_map: dict[str, str] = {}
-        for file in sorted(source.iterdir()):
-            if file.suffix == ".safetensors":
-                weight_map |= dict.fromkeys(
-                    convert_file(file, partial / file.name, options, summary, progress), file.name
-                )
-            elif file.is_file() and file.name not in (INDEX_FILE, "config.json"):
+        for file in checkpoint_files(source):
+            names = convert_file(file, partial / file.name, options, summary, progress)
+            weight_map |= dict.fromkeys(names, file.name)
+        for file in source.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX_FILE, "config.json"):
                 shutil.copy2(file, partial / file.name)
         if (source / INDEX_FILE).exists():
             index = {"metadata": {"total_size": summary.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from hybrid_mxfp8.backends import default_device
-from hybrid_mxfp8.checkpoint import Checkpoint
+from hybrid_mxfp8.checkpoint import Checkpoint, checkpoint_files
 from hybrid_mxfp8.convert import Options, Summary, convert_file, convert_folder, plan, total_bytes
 from hybrid_mxfp8.formats import SCALE_ROUNDINGS
 
@@ -54,19 +54,11 @@ def convert(args: argparse.Namespace) -> str:
     source, target = args.source, args.target
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    if target.exists():
-        if source.resolve() == target.resolve():
-            raise ValueError(f"{target}: IN and OUT must not be the same")
-        if not args.force:
-            raise FileExistsError(f"{target}: exists; --force replaces it")
-        if target.is_dir() != source.is_dir():
-            raise FileExistsError(f"{target}: is a {'folder' if target.is_dir() else 'file'}, unlike {source}")
+    check_target(source, target, args.force)
     device = default_device() if args.device is None else torch.device(args.device)
     options = Options(tuple(args.experts), args.scale_rounding, device)
     summary = Summary()
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    if not files:
-        raise FileNotFoundError(f"{source}: has no safetensors file")
+    files = checkpoint_files(source)
     check_pattern(files, options)
     with tqdm(
         total=total_bytes(files),
@@ -88,6 +80,28 @@ def convert(args: argparse.Namespace) -> str:
         else:
             convert_file(source, target, options, summary, progress)
     return describe(summary, target)
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Whether OUT may be written, and whether what it replaces is no more than an earlier OUT.
+
+    Raises:
+        ValueError: IN and OUT are the same, or one is inside the other.
+        FileExistsError: OUT exists, without ``force`` or as something else than a checkpoint of IN's kind.
+    """
+    a, b = source.resolve(), target.resolve()
+    if a == b:
+        raise ValueError(f"{target}: IN and OUT must not be the same")
+    if (a in b.parents and source.is_dir()) or b in a.parents:
+        raise ValueError(f"{target}: IN and OUT must not lie in one another")
+    if not target.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{target}: exists; --force replaces it")
+    if target.is_dir() != source.is_dir():
+        raise FileExistsError(f"{target}: is a {'folder' if target.is_dir() else 'file'}, unlike {source}")
+    if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
+        raise FileExistsError(f"{target}: is a folder with no safetensors file, which --force does not replace")
 
 
 def check_pattern(files: list[Path], options: Options) -> None:

@@ -256,3 +256,19 @@ def test_picture_without_matplotlib_is_a_word_before_any_work(
     )
     assert cli.main(["accuracy", "--plot", str(tmp_path / "a.png")]) == 2
     assert "needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot", "a.gif"], "--plot: must end in .png, .svg, .pdf, got a.gif"),
+        (["--plot", "absent/a.png"], "absent/a.png: there is no folder absent"),
+        (["--json", "absent/a.json"], "absent/a.json: there is no folder absent"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_any_work(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["accuracy", *words]) == 2
+    assert capsys.readouterr().err == message + "\n"

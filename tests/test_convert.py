@@ -234,6 +234,7 @@ def test_a_folder_is_converted_file_by_file(folder: Path, tensors: dict[str, tor
 def test_a_folder_that_fails_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     """The bad tensor is in the file that comes last."""
     save_file({"z.experts.w": torch.full((2, 32), float("nan"))}, folder / "z.safetensors")
+    (folder / checkpoint.INDEX_FILE).unlink()
     assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -243,8 +244,37 @@ def test_a_folder_is_replaced_only_with_force(folder: Path, tmp_path: Path, caps
     target.mkdir()
     (target / "precious").touch()
     assert "exists; --force" in refused([folder, target, "--experts", "*.experts.*"], capsys)
+    said = refused([folder, target, "--experts", "*.experts.*", "--force"], capsys)
+    assert "is a folder with no safetensors file, which --force does not replace" in said
     assert (target / "precious").exists()
+    (target / "old.safetensors").touch()
     assert quantize(folder, target, "--experts", "*.experts.*", "--force") == 0
     assert not (target / "precious").exists()
     (tmp_path / "file").touch()
     assert "is a file, unlike" in refused([folder, tmp_path / "file", "--experts", "*", "--force"], capsys)
+
+
+@pytest.mark.parametrize("target", ["model", "model/inside", "."])
+def test_a_folder_and_its_output_lie_apart(
+    folder: Path, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --force, an OUT around IN would take IN with it."""
+    before = sorted(tmp_path.rglob("*"))
+    assert "IN and OUT must not" in refused([folder, tmp_path / target, "--experts", "*", "--force"], capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_beside_the_index_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """Some publishers add the same tensors once more in a file of another form."""
+    (folder / "consolidated.safetensors").write_text("another form")
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 0
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+
+
+def test_a_folder_that_lacks_a_file_of_its_index_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    said = refused([folder, tmp_path / "out", "--experts", "*.experts.*"], capsys)
+    assert "names the file 'model-00002-of-00002.safetensors', which is not there" in said
+    assert not (tmp_path / "out").exists()

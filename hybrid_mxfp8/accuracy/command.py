@@ -25,6 +25,7 @@ from hybrid_mxfp8.demo.workload import Operands, Workload
 from hybrid_mxfp8.tables import format_table
 
 WIDTH = 100
+PICTURES = (".png", ".svg", ".pdf")
 RATIOS = tuple(2.0**i for i in range(17))
 
 
@@ -49,7 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables; 0, or 2 if the picture was asked for and matplotlib is not installed."""
+    """Print the tables; 0, or 2 where a file can't be written or matplotlib is missing for the picture."""
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():
+            print(f"{path}: there is no folder {path.parent}", file=sys.stderr)
+            return 2
+    if args.plot is not None and args.plot.suffix not in PICTURES:
+        print(f"--plot: must end in {', '.join(PICTURES)}, got {args.plot}", file=sys.stderr)
+        return 2
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         print("--plot: needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2

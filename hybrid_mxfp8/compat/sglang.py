@@ -175,8 +175,6 @@ def _layout(
         check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
         check_shape(name, offsets, (num_experts,), "(E,)")
         check_contiguous(name, offsets)
-    if num_tokens > MAX_INT32:
-        fail("tokens", "must have fewer than 2**31 rows", num_tokens)
     if num_experts and tokens_per_expert.is_cuda:
         from hybrid_mxfp8.triton_kernels.caller_layout import caller_layout
 
