@@ -126,6 +126,66 @@ def test_k_that_is_a_multiple_of_32_alone() -> None:
     assert torch.equal(d, mx.grouped_gemm(mx.quantize_grouped(x, tokens), wq, out_dtype=torch.float32))
 
 
+# ---------------------------------------------------------------- operators
+
+
+@pytest.mark.parametrize("which", ["quantizer", "product"])
+def test_opcheck(which: str) -> None:
+    case = sglang_case.random_case(COUNTS, 128, 128, torch.bfloat16, seed=7)
+    case.quantize()
+    metadata = (case.starts, case.scale_starts)
+    with mx.use_backend("reference"):
+        if which == "quantizer":
+            arguments: tuple[Any, ...] = (
+                case.x,
+                case.tokens,
+                *metadata,
+                case.x_values.view(torch.uint8),
+                case.x_scales,
+            )
+            torch.library.opcheck(torch.ops.hybrid_mxfp8.sglang_grouped_quant, arguments)
+        else:
+            values = case.w_values.view(torch.uint8), case.x_values.view(torch.uint8)
+            arguments = (*values, case.w_scales, case.x_scales, *metadata, case.tokens, torch.float16)
+            torch.library.opcheck(torch.ops.hybrid_mxfp8.sglang_moe_grouped_gemm, arguments)
+
+
+def test_compiled_as_one_graph_for_any_number_of_tokens() -> None:
+    """Into the caller's buffers as without the compiler, bit for bit, and with one compilation for dynamic T."""
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compilations.append(graph)
+        return graph
+
+    def both(case: sglang_case.Case) -> torch.Tensor:
+        case.quantize_tokens()
+        return case.multiply(WORKSPACE, torch.bfloat16)
+
+    def step(
+        x: Any, tokens: Any, starts: Any, scale_starts: Any, values: Any, scales: Any, w: Any, w_scales: Any
+    ) -> Any:
+        sglang.es_sm100_mxfp8_blockscaled_grouped_quant(x, tokens, starts, scale_starts, values, scales)
+        return sglang.es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
+            w, values, w_scales, scales, starts, scale_starts, tokens, WORKSPACE, torch.bfloat16
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    with mx.use_backend("reference"):
+        for seed, counts in enumerate(([5, 0, 130, 1, 0], [3, 9, 1, 0, 200], [50, 60, 70, 80, 90])):
+            case = sglang_case.random_case(counts, 128, 128, torch.bfloat16, seed)
+            case.quantize()
+            expected = both(case), case.x_values.clone(), case.x_scales.clone()
+            case.x_values.view(torch.uint8).fill_(0)
+            case.x_scales.fill_(0xFF)
+            metadata = (case.tokens, case.starts, case.scale_starts)
+            got = compiled(case.x, *metadata, case.x_values, case.x_scales, case.w_values, case.w_scales)
+            assert torch.equal(got, expected[0])
+            assert torch.equal(case.x_values.view(torch.uint8), expected[1].view(torch.uint8))
+            assert torch.equal(case.x_scales, expected[2])
+    assert len(compilations) == 1
+
+
 # ---------------------------------------------------------------- layout
 
 

@@ -9,7 +9,8 @@ Names, argument order, shapes and in-place effects are SGLang's, so that a calle
 
 SGLang's names turned into this package's: its operand ``a`` is the weights, ``b`` the tokens, ``m`` is N.
 ``use_backend()`` and HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small launch on turning the
-caller's metadata into a layout; none syncs, and both can be captured in a CUDA graph.
+caller's metadata into a layout; none syncs, and both can be captured in a CUDA graph. Under ``torch.compile`` each
+is one operator, ``torch.ops.hybrid_mxfp8.sglang_grouped_quant`` and ``sglang_moe_grouped_gemm``.
 
 What is assumed of device data, because to look would sync: rows are sorted by expert without gaps, so that
 ``expert_offsets`` is the exclusive prefix sum of ``tokens_per_expert``; ``blockscale_offsets`` are multiples of 128
@@ -66,6 +67,16 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
         ValueError: wrong shape, stride or device.
         BackendUnavailableError: the backend asked for by name can't run here.
     """
+    if torch.compiler.is_compiling():
+        torch.ops.hybrid_mxfp8.sglang_grouped_quant(
+            input,
+            tokens_per_expert,
+            expert_offsets,
+            blockscale_offsets,
+            quant_output.view(torch.uint8),
+            scale_factor,
+        )
+        return
     check_tensor("input", input, dtypes=FLOAT_DTYPES, ndim=2, dims="(T, K)")
     check_no_grad("input", input)
     num_tokens, k = input.shape
@@ -104,6 +115,7 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
         tokens_per_expert: (E,) int32.
         workspace: uint8, contiguous, of any shape and alignment; what the backend needs is taken from it, the rest is
             not touched. Too small a one is an error that says how many bytes are needed. Two streams must not share it.
+            Under ``torch.compile`` it is not used, and the backend allocates what it needs.
         dtype: of the result: bf16, fp16 or fp32.
 
     Returns:
@@ -114,6 +126,29 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
         ValueError: operands that don't fit together, or too small a workspace.
         BackendUnavailableError: the backend asked for by name can't run this problem here.
     """
+    if torch.compiler.is_compiling():
+        product: torch.Tensor = torch.ops.hybrid_mxfp8.sglang_moe_grouped_gemm(
+            a, b, sfa, sfb, expert_offsets, blockscale_offsets, tokens_per_expert, dtype
+        )
+        return product
+    rank = workspace.ndim if isinstance(workspace, torch.Tensor) else 1
+    check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=rank, dims="(bytes,)")
+    check_contiguous("workspace", workspace)
+    return _multiply(a, b, sfa, sfb, expert_offsets, blockscale_offsets, tokens_per_expert, workspace, dtype)
+
+
+def _multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    workspace: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The product; without a workspace the backend allocates its own."""
     check_tensor("a", a, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
     num_experts, n, k = a.shape
     device = a.device
@@ -132,15 +167,14 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
-    rank = workspace.ndim if isinstance(workspace, torch.Tensor) else 1
-    check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=rank, dims="(bytes,)", device=device)
-    check_contiguous("workspace", workspace)
-
     problem = Problem(num_experts, n, k, num_tokens, dtype, device)
     backend = choose(problem)
     d = torch.empty(num_tokens, n, dtype=dtype, device=device)
-    x = GroupedMXFP8.unchecked(b, scales, groups)
-    backend.grouped_gemm(x, ExpertWeights(a, sfa), d, _aligned_part(workspace, backend.workspace_size(problem)))
+    if workspace is not None:
+        if workspace.device != device:
+            fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
+        workspace = _aligned_part(workspace, backend.workspace_size(problem))
+    backend.grouped_gemm(GroupedMXFP8.unchecked(b, scales, groups), ExpertWeights(a, sfa), d, workspace)
     return d
 
 
@@ -231,3 +265,71 @@ def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor:
         where = f"from its first {WORKSPACE_ALIGNMENT}-byte boundary on"
         fail("workspace", f"must have at least {needed} bytes {where}", max(flat.numel() - skipped, 0))
     return flat[skipped : skipped + needed] if needed else flat[:0]
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _grouped_quant_operator(
+    input: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    quant_output: torch.Tensor,
+    scale_factor: torch.Tensor,
+) -> None:
+    values = quant_output.view(torch.float8_e4m3fn)
+    es_sm100_mxfp8_blockscaled_grouped_quant(
+        input, tokens_per_expert, expert_offsets, blockscale_offsets, values, scale_factor
+    )
+
+
+def _moe_grouped_gemm_operator(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
+    return _multiply(a, b, sfa, sfb, expert_offsets, blockscale_offsets, tokens_per_expert, None, dtype)
+
+
+def _moe_grouped_gemm_fake(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return b.new_empty(b.shape[0], a.shape[1], dtype=dtype)
+
+
+def _register() -> torch.library.Library:
+    """Define the operators, as :mod:`hybrid_mxfp8.library` does: e4m3 goes in as such or as bytes, into buffers as bytes."""
+    library = torch.library.Library("hybrid_mxfp8", "FRAGMENT")
+    tags = (torch.Tag.pt2_compliant_tag,)
+    library.define(
+        "sglang_grouped_quant(Tensor input, Tensor tokens_per_expert, Tensor expert_offsets, Tensor blockscale_offsets,"
+        " Tensor(a!) quant_output, Tensor(b!) scale_factor) -> ()",
+        tags=tags,
+    )
+    library.define(
+        "sglang_moe_grouped_gemm(Tensor a, Tensor b, Tensor sfa, Tensor sfb, Tensor expert_offsets,"
+        " Tensor blockscale_offsets, Tensor tokens_per_expert, ScalarType dtype) -> Tensor",
+        tags=tags,
+    )
+    library.impl("sglang_grouped_quant", _grouped_quant_operator, "CompositeExplicitAutograd")
+    library.impl("sglang_moe_grouped_gemm", _moe_grouped_gemm_operator, "CompositeExplicitAutograd")
+    torch.library.register_fake("hybrid_mxfp8::sglang_grouped_quant", lambda *arguments: None, lib=library)
+    torch.library.register_fake("hybrid_mxfp8::sglang_moe_grouped_gemm", _moe_grouped_gemm_fake, lib=library)
+    return library
+
+
+LIBRARY = _register()

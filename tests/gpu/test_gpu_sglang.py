@@ -116,3 +116,21 @@ def test_metadata_that_make_no_sense_lead_nowhere(workspace: torch.Tensor) -> No
         torch.cuda.synchronize()
     for buffer in (values, scales):
         assert (buffer[::2] == 0x3A).all()
+
+
+def test_compiled_into_the_callers_buffers(workspace: torch.Tensor) -> None:
+    def step(x, tokens, starts, scale_starts, values, scales, w, w_scales):  # type: ignore[no-untyped-def]
+        sglang.es_sm100_mxfp8_blockscaled_grouped_quant(x, tokens, starts, scale_starts, values, scales)
+        return sglang.es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
+            w, values, w_scales, scales, starts, scale_starts, tokens, workspace, torch.bfloat16
+        )
+
+    case = sglang_case.random_case([40, 60, 28], 256, 256, torch.bfloat16, 5, device="cuda")
+    case.quantize()
+    expected = case.multiply(workspace, torch.bfloat16), case.x_values.clone()
+    case.x_values.view(torch.uint8).zero_()
+    metadata = (case.tokens, case.starts, case.scale_starts)
+    compiled = torch.compile(step, fullgraph=True)
+    got = compiled(case.x, *metadata, case.x_values, case.x_scales, case.w_values, case.w_scales)
+    assert torch.equal(got, expected[0])
+    assert torch.equal(case.x_values.view(torch.uint8), expected[1].view(torch.uint8))

@@ -1,0 +1,42 @@
+"""Checkpoints on a GPU: converted there to the bytes that the CPU writes, and loaded straight onto it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import checkpoint, cli
+
+pytestmark = pytest.mark.gpu
+
+NAME = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def test_converted_on_the_gpu_to_the_same_file(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    save_file({NAME: torch.randn(3, 200, 160, generator=rng).bfloat16()}, tmp_path / "in.safetensors")
+    for device in ("cpu", "cuda"):
+        target = tmp_path / f"{device}.safetensors"
+        words = ["quantize", str(tmp_path / "in.safetensors"), str(target), "--experts", "*.experts.*"]
+        assert cli.main([*words, "--device", device]) == 0
+    assert (tmp_path / "cpu.safetensors").read_bytes() == (tmp_path / "cuda.safetensors").read_bytes()
+
+
+def test_saved_from_the_gpu_and_loaded_onto_it(tmp_path: Path) -> None:
+    rng = torch.Generator(device="cuda").manual_seed(1)
+    w = torch.randn(4, 256, 128, generator=rng, device="cuda")
+    saved = mx.quantize_weights(w)
+    checkpoint.save_experts(tmp_path / "m.safetensors", {NAME: saved})
+    loaded = checkpoint.load_experts(tmp_path / "m.safetensors", NAME, device="cuda")
+    assert loaded.device.type == "cuda"
+    assert torch.equal(loaded.values.view(torch.uint8), saved.values.view(torch.uint8))
+    assert torch.equal(loaded.scales, saved.scales)
+    x = torch.randn(8, 128, generator=rng, device="cuda")
+    counts = torch.full((4,), 2, dtype=torch.int32, device="cuda")
+    y = mx.grouped_gemm(mx.quantize_grouped(x, counts), loaded, out_dtype=torch.float32)
+    truth = torch.einsum("etk,enk->etn", x.view(4, 2, 128).double(), w.double()).reshape(8, 256)
+    assert mx.calc_diff(y, truth) < 1e-3
