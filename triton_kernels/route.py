@@ -20,6 +20,7 @@ import triton.language as tl
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, launch, on_device_of
+from hybrid_mxfp8.triton_kernels.numerics import loop_bound
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def rank_kernel(
     pid = tl.program_id(0)
     if pid == 0:
         counts = tl.zeros([BINS], tl.int32)
-        for first in range(0, num_slots, CHUNK):
+        for first in range(0, loop_bound(num_slots), CHUNK):
             expert = _experts_of(ids_ptr, first + tl.arange(0, CHUNK), num_slots, num_experts)
             counts += tl.histogram(expert, BINS)
         _store_counts_as_layout(layout_ptr, counts, num_experts, BINS)
@@ -80,7 +81,7 @@ def rank_kernel(
     slot = (pid - 1) * BLOCK + tl.arange(0, BLOCK)
     expert = _experts_of(ids_ptr, slot, num_slots, num_experts)
     before = tl.zeros([BLOCK, CHUNK], tl.int32)
-    for first in range(0, num_slots, CHUNK):
+    for first in range(0, loop_bound(num_slots), CHUNK):
         other = first + tl.arange(0, CHUNK)
         other_expert = _experts_of(ids_ptr, other, num_slots, num_experts)
         earlier = other[None, :] < slot[:, None]
@@ -116,7 +117,7 @@ def sum_kernel(
     """Grid (BINS / EXPERTS,): a block's counts become those of all blocks before it; the first row, the totals."""
     e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, num_blocks, BLOCKS):
+    for first in range(0, loop_bound(num_blocks), BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         mask = (block < num_blocks)[:, None]
         ptrs = counts_ptr + (1 + block).to(tl.int64)[:, None] * BINS + e[None, :]
