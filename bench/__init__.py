@@ -3,7 +3,7 @@
 It is not part of the wheel. Modules import one another relatively, so that both ways of running it work.
 
 - shapes: what is measured; work: its bytes and flops; timing: how; limits: what the card can do
-- bench_quantize, bench_grouped_gemm, bench_pipeline: inputs and contenders of one case
+- bench_quantize, bench_grouped_gemm, bench_pipeline, bench_moe: inputs and contenders of one case
 - peers: the baselines and other libraries behind one interface
 - run: the loop over cases; report, plots, targets: what comes of the rows; model: what can't be run here
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import machine_line
+from .shapes import KINDS
 
 MIN_POINTS = 3
 MAX_PANELS = 6
@@ -57,7 +58,7 @@ def draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("quantize", "gemm", "pipeline"):
+    for kind in KINDS:
         shapes = panels(record["rows"], kind)
         if not shapes:
             continue

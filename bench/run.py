@@ -16,8 +16,9 @@ from typing import Any
 
 from hybrid_mxfp8.bench_command import add_arguments
 
-from . import bench_grouped_gemm, bench_pipeline, bench_quantize, model, plots, report, targets
+from . import bench_grouped_gemm, bench_moe, bench_pipeline, bench_quantize, model, plots, report, targets
 from .bench_grouped_gemm import WeightStore
+from .bench_moe import LayerStore
 from .bench_quantize import Prepared
 from .limits import Limits, measure_limits
 from .peers import Absent, Contender
@@ -186,10 +187,12 @@ class Suite:
         self._place = place
         self._free_bytes = free_bytes
         self._store = WeightStore()
+        self._layers = LayerStore()
 
     def close(self) -> None:
         """Free what is kept."""
         self._store.clear()
+        self._layers.clear()
 
     def add(self, case: Case, record: dict[str, Any]) -> None:
         """Measure a case into the record: its rows, absent peers once each, or why it could not be prepared.
@@ -197,11 +200,15 @@ class Suite:
         Raises:
             RuntimeError: the GPU no longer answers; no later case could be trusted.
         """
+        reason = bench_moe.why_not() if case.kind == "moe" else None
+        if reason is not None:
+            record["not_run"].append({"case": case.name, "reason": reason})
+            return
         try:
             self._add(case, record)
         except self._timer.failures as error:
             record["not_run"].append({"case": case.name, "reason": one_line(error), "failed": True})
-            self._store.clear()
+            self.close()
             self._timer.synchronize()
 
     def _add(self, case: Case, record: dict[str, Any]) -> None:
@@ -250,6 +257,12 @@ class Suite:
         capability = self._limits.capability
         if case.kind == "quantize":
             return bench_quantize.prepare(case, capability, self._l2_bytes, self._place)
+        if case.kind == "moe":
+            self._store.clear()
+            kept = self._layers.kept_bytes(case)
+            fitted, note = bench_moe.fit(case, self._l2_bytes, self._free_bytes() + kept)
+            return bench_moe.prepare(fitted, self._l2_bytes, self._layers, self._place, note)
+        self._layers.clear()
         kept = self._store.kept_bytes(case.num_experts, case.n, case.k)
         fitted, note = bench_grouped_gemm.fit(case, self._l2_bytes, self._free_bytes() + kept)
         build = bench_grouped_gemm.prepare if case.kind == "gemm" else bench_pipeline.prepare

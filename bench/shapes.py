@@ -12,7 +12,7 @@ import numpy as np
 
 Distribution = Literal["uniform", "zipf", "one_hot", "mostly_empty"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
-Kind = Literal["quantize", "gemm", "pipeline"]
+Kind = Literal["quantize", "gemm", "pipeline", "moe"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Variant = Literal["plain", "counts", "gather", "swiglu"]
 
@@ -85,15 +85,16 @@ class Case:
     """One comparison: contenders that do the same job on the same inputs, timed in turns.
 
     Attributes:
-        kind: quantize, gemm, or pipeline (quantize then GEMM).
+        kind: quantize, gemm, pipeline (quantize then GEMM), or moe (a whole layer, routing and combine included).
         source: who set the shape: ``target``, ``SGLang``, ``torchao`` or a model.
-        num_tokens: T.
-        n: N; 0 for quantize.
-        k: K.
+        num_tokens: T; of moe M, before routing.
+        n: N; 0 for quantize; of moe I.
+        k: K; of moe H.
         num_experts: E.
         distribution: of T rows over E experts.
         variant: of quantize: ``plain``; ``counts``: with the group offsets computed in the timed call;
             ``gather``: rows picked by index; ``swiglu``: silu(gate) * up first.
+        top_k: of moe, experts of a token, drawn evenly.
     """
 
     kind: Kind
@@ -104,13 +105,22 @@ class Case:
     num_experts: int
     distribution: Distribution = "uniform"
     variant: Variant = "plain"
+    top_k: int = 1
 
     @property
     def name(self) -> str:
         """Kind, variant, shape and distribution; unique in a run, whatever the source."""
         shape = f"{self.num_tokens}x{self.k}" if self.kind == "quantize" else f"{self.num_tokens}x{self.n}x{self.k}"
         variant = "" if self.variant == "plain" else f" {self.variant}"
+        if self.kind == "moe":
+            shape = f"{self.num_tokens}x{self.k}x{self.n}"
+            variant = f" top-{self.top_k}"
         return f"{self.kind}{variant} {shape} E{self.num_experts} {self.distribution}"
+
+
+def moe_case(model: ModelShape, tokens: int) -> Case:
+    """One layer of a model."""
+    return Case("moe", "target", tokens, model.intermediate, model.hidden, model.experts, top_k=model.top_k)
 
 
 # Shapes of the targets: (T, K, E, distribution) and (T, N, K, E).
@@ -133,6 +143,8 @@ COUNTS_TARGETS = ((8, 4096, 128), (256, 7168, 256))
 """(T, K, E) of decode, where offsets are computed in the timed call."""
 FUSION_TARGETS = ((16384, 7168, 256), (16384, 2048, 256))
 """(T, K, E) of prefill, for gather and for SwiGLU."""
+MOE_TARGETS = ("Qwen3-30B-A3B", "DeepSeek-V3")
+"""Models, one layer of each at every one of MODEL_TOKENS."""
 
 
 def _target_cases() -> list[Case]:
@@ -141,6 +153,7 @@ def _target_cases() -> list[Case]:
     for variant in ("gather", "swiglu"):
         cases += [Case("quantize", "target", t, 0, k, e, variant=variant) for t, k, e in FUSION_TARGETS]
     cases += [Case("gemm", "target", t, n, k, e) for t, n, k, e in GEMM_TARGETS]
+    cases += [moe_case(model, tokens) for model in MODELS if model.name in MOE_TARGETS for tokens in MODEL_TOKENS]
     return cases
 
 

@@ -9,8 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from .bench_moe import BASELINE, bf16_bytes, quantized_bytes
 from .bench_quantize import ALONE, FROM_COUNTS, GATHER, OURS, SWIGLU, WARM
-from .shapes import COUNTS_TARGETS, FUSION_TARGETS, GEMM_TARGETS, QUANTIZE_TARGETS, Case
+from .shapes import (
+    COUNTS_TARGETS,
+    FUSION_TARGETS,
+    GEMM_TARGETS,
+    MODELS,
+    MOE_TARGETS,
+    QUANTIZE_TARGETS,
+    Case,
+    moe_case,
+)
 
 Row = Mapping[str, Any]
 
@@ -27,6 +37,10 @@ GATHER_RATIO = 1.03
 """Gather may cost this factor over rows in place: the T indices read, and what equal kernels differ by in one run."""
 SWIGLU_RATIO = 1.6
 HOST_US = 12.0
+MOE_RATIOS = {1: 1.8, 16: 1.8, 128: 1.8, 8192: 1.0}
+"""By tokens of the batch."""
+MOE_MEMORY_RATIO = 0.52
+MOE_OURS = ("moe_forward (cutlass)", "moe_forward (triton)")
 GEMM_OURS = ("grouped_gemm (cutlass)", "grouped_gemm (triton)")
 
 
@@ -107,6 +121,17 @@ def evaluate(rows: Sequence[Row]) -> list[Target]:
         case = Case("gemm", "target", t, n, k, e)
         ratio = table.best(case, GEMM_OURS, "ratio")
         targets.append(_target(f"{case.name}: ratio to torch bf16", ">=", wanted, ratio))
+    for model in (model for model in MODELS if model.name in MOE_TARGETS):
+        for tokens, wanted in MOE_RATIOS.items():
+            case = moe_case(model, tokens)
+            ratio = table.best(case, MOE_OURS, "ratio")
+            targets.append(_target(f"{model.name} layer, {tokens} tokens: ratio to {BASELINE}", ">=", wanted, ratio))
+        case = moe_case(model, 1)
+        ran = table.best(case, MOE_OURS, "us") is not None
+        memory = quantized_bytes(case) / bf16_bytes(case) if ran else None
+        targets.append(
+            _target(f"{model.name} layer: memory of the experts over bf16's", "<=", MOE_MEMORY_RATIO, memory)
+        )
     t, k, e, distribution = QUANTIZE_TARGETS[-1]
     decode = Case("quantize", "target", t, 0, k, e, distribution)
     host = table.value(decode, OURS, "host_us")

@@ -59,6 +59,20 @@ def gemm_fp8_rowwise(counts: Sequence[int], n: int, k: int) -> Work:
     return Work(_active(counts) * n * (k + 4) + tokens * (k + 4) + tokens * n * BF16, 2 * tokens * n * k)
 
 
+def moe(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: int) -> Work:
+    """A whole layer: tokens in and out in bf16 and the active experts' MXFP8 weights; no intermediate is counted."""
+    up = padded_scale_rows(2 * intermediate) * scale_cols(hidden)
+    down = padded_scale_rows(hidden) * scale_cols(intermediate)
+    weights = _active(counts) * (3 * hidden * intermediate + up + down)
+    return Work(weights + 2 * num_tokens * hidden * BF16, 6 * sum(counts) * hidden * intermediate)
+
+
+def moe_bf16(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: int) -> Work:
+    """The same layer with bf16 weights."""
+    weights = _active(counts) * 3 * hidden * intermediate * BF16
+    return Work(weights + 2 * num_tokens * hidden * BF16, 6 * sum(counts) * hidden * intermediate)
+
+
 def copy(elements: int, itemsize: int = BF16) -> Work:
     """Each element read and written."""
     return Work(2 * elements * itemsize)

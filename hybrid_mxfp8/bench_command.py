@@ -16,7 +16,7 @@ from types import ModuleType
 SUITE = "hybrid_mxfp8_bench"
 """What the folder is imported as: ``bench`` is a name that another package may have."""
 
-KINDS = ("quantize", "gemm", "pipeline")
+KINDS = ("quantize", "gemm", "pipeline", "moe")
 """What ``--only`` takes."""
 
 HOW_TO_GET_IT = (

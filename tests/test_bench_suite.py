@@ -327,7 +327,7 @@ def test_short_jobs_are_judged_with_a_warm_cache_too():
 
 def test_without_rows_no_target_is_judged():
     assert met([]) == {}
-    assert len(targets.evaluate([])) == 6 + 3 + 2 + 2 + 2 + 5 + 2
+    assert len(targets.evaluate([])) == 6 + 3 + 2 + 2 + 2 + 5 + 2 * (4 + 1) + 2
 
 
 def test_offsets_may_cost_one_microsecond_more():
@@ -336,6 +336,20 @@ def test_offsets_may_cost_one_microsecond_more():
     assert list(met(rows).values()) == [True]
     rows[0]["us"] = 3.3
     assert list(met(rows).values()) == [False]
+
+
+def test_a_layer_is_judged_by_its_ratio_and_its_memory():
+    """2048x768 and its inverse, a byte and a 32nd an element: 0.516 of bf16."""
+    case = Case("moe", "", 16, 768, 2048, 128, top_k=8)
+    layer = "Qwen3-30B-A3B layer"
+    name = f"{layer}, 16 tokens: ratio to transformers bf16 grouped_mm"
+    memory = f"{layer}: memory of the experts over bf16's"
+    assert met([target_row(case, "moe_forward (triton)", ratio=1.8)]) == {name: True}
+    case = dataclasses.replace(case, num_tokens=1)
+    rows = [target_row(case, "moe_forward (triton)", ratio=1.7)]
+    assert met(rows) == {name.replace("16 tokens", "1 tokens"): False, memory: True}
+    (measured,) = (t.measured for t in targets.evaluate(rows) if t.name == memory)
+    assert measured == pytest.approx(33 / 64, abs=1e-3)
 
 
 def test_gemm_ratio_is_that_of_our_fastest_backend():
@@ -462,6 +476,50 @@ def test_the_command_says_how_to_get_the_suite(monkeypatch, capsys):
     monkeypatch.setattr(bench_command, "suite_folder", lambda: None)
     assert bench_command.run(argparse.Namespace()) == 2
     assert "clone the repository" in capsys.readouterr().err
+
+
+def test_moe(suite, monkeypatch):
+    """The layer beside transformers', both right; our experts take half the memory and the note says so."""
+    pytest.importorskip("transformers.integrations.moe", reason="needs transformers 5.0 or newer")
+    moe = bench_command.import_suite("bench_moe", BENCH)
+    monkeypatch.setattr(moe, "BACKENDS", ("cutlass", "reference"))
+    record = empty_record()
+    case = Case("moe", "test", 6, 64, 128, 5, top_k=2)
+    suite.add(case, record)
+    rows = by_contender(record)
+    assert record["not_run"] == []
+    ours, baseline = rows["moe_forward (reference)"], rows[moe.BASELINE]
+    assert [ours["failure"], baseline["failure"]] == [None, None]
+    assert "dB on 4 tokens against fp32" in ours["check"]
+    assert float(baseline["check"].split()[0]) > 40
+    assert ours["ratio"] == 1
+    assert ours["note"] == "experts in 0.521 of bf16's memory"  # 64 columns: scales padded to 4 a row
+    assert ours["flops"] == baseline["flops"] == 6 * 12 * 64 * 128
+    assert [a["name"] for a in record["absent"]] == ["moe_forward (cutlass)"]
+    wrong = moe.LayerStore().get(case, "cpu")
+    inputs = moe.make_inputs(case, 1, "cpu")
+    with pytest.raises(AssertionError, match="dB on 4 tokens against fp32, expected more than"):
+        moe.check_layer(wrong, inputs, lambda: inputs.x[0])()
+
+
+def test_moe_without_transformers_is_not_run(suite, monkeypatch):
+    moe = bench_command.import_suite("bench_moe", BENCH)
+    monkeypatch.setattr(moe.importlib.util, "find_spec", lambda name: None)
+    record = empty_record()
+    suite.add(Case("moe", "test", 6, 64, 128, 5, top_k=2), record)
+    assert "transformers is not installed" in record["not_run"][0]["reason"]
+    assert "failed" not in record["not_run"][0]
+
+
+def test_moe_fits_fewer_experts_into_less_memory():
+    moe = bench_command.import_suite("bench_moe", BENCH)
+    case = Case("moe", "test", 8192, 2048, 7168, 256, top_k=8)
+    assert moe.fit(case, 50 * 2**20, 78 * 10**9) == (case, "")  # one layer of DeepSeek-V3 on an 80 GB card
+    fitted, note = moe.fit(case, 50 * 2**20, 40 * 10**9)
+    assert fitted.num_experts == 128
+    assert "128 of 256 experts" in note
+    with pytest.raises(ValueError, match="bytes, 1000 are free"):
+        moe.fit(case, 50 * 2**20, 1000)
 
 
 def test_the_command_and_the_suite_agree_on_kinds():

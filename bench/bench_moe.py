@@ -1,0 +1,263 @@
+"""The contenders of a moe case: one layer's experts, tokens and routing in, tokens out.
+
+The baseline is the same layer in bf16 as transformers computes it (``experts_implementation="grouped_mm"``): sort, gather,
+torch's grouped_mm, activation, grouped_mm, weighted sum, each a kernel of its own. The router is part of neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import hybrid_mxfp8 as mx
+
+from . import work
+from .bench_grouped_gemm import BACKENDS, MEMORY_SHARE, weight_bytes
+from .bench_quantize import SEED, Prepared
+from .peers import Absent, Contender, Field
+from .shapes import Case
+from .timing import num_sets
+
+BASELINE = "transformers bf16 grouped_mm"
+CHECKED_TOKENS = 4
+MIN_SNR_DB = 22.0
+"""Of normal data; ``moe_forward`` documents 23.6 to 23.8 dB, over many more elements than are checked here."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """w13 (E, 2I, H) and w2 (E, H, I) in bf16, and quantized."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13q: mx.ExpertWeights
+    w2q: mx.ExpertWeights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rotating sets: x (M, H) bf16, ids (M, top_k) int64, weights (M, top_k) fp32, out (M, H); and set 0's (E,) counts."""
+
+    x: list[torch.Tensor]
+    ids: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    out: list[torch.Tensor]
+    counts: list[int]
+
+
+class LayerStore:
+    """Makes layers, and keeps the last one: consecutive cases share it."""
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int, int] | None = None
+        self._layer: Layer | None = None
+
+    def get(self, case: Case, device: str) -> Layer:
+        """The layer of this case's shape; another one is freed first."""
+        key = (case.num_experts, case.n, case.k)
+        if self._key != key or self._layer is None:
+            self.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            experts, intermediate, hidden = key
+            # Scaled so that activations stay near 1.
+            w13, w2 = (
+                torch.empty(experts, n, k, dtype=torch.bfloat16, device=device).normal_(std=k**-0.5)
+                for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
+            )
+            self._layer = Layer(w13, w2, mx.quantize_weights(w13), mx.quantize_weights(w2))
+            self._key = key
+        return self._layer
+
+    def clear(self) -> None:
+        """Free it."""
+        self._key = self._layer = None
+
+    def kept_bytes(self, case: Case) -> int:
+        """Memory of the kept layer if it has this shape; otherwise it is freed, and it is 0."""
+        if self._key is None or self._key[1:] != (case.n, case.k):
+            self.clear()
+            return 0
+        return layer_bytes(dataclasses.replace(case, num_experts=self._key[0]))
+
+
+def why_not() -> str | None:
+    """Why there is no baseline; None if there is."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed, whose layer is the baseline: pip install 'transformers>=5'"
+    return None
+
+
+def quantized_bytes(case: Case) -> int:
+    """The experts in MXFP8."""
+    return weight_bytes(case.num_experts, 2 * case.n, case.k) + weight_bytes(case.num_experts, case.k, case.n)
+
+
+def bf16_bytes(case: Case) -> int:
+    """The experts in bf16."""
+    return work.BF16 * case.num_experts * 3 * case.n * case.k
+
+
+def layer_bytes(case: Case) -> int:
+    """Both."""
+    return quantized_bytes(case) + bf16_bytes(case)
+
+
+def intermediate_bytes(case: Case) -> int:
+    """A generous bound on what either contender holds between tokens in and tokens out."""
+    return 6 * work.BF16 * case.num_tokens * case.top_k * (case.k + 2 * case.n)
+
+
+def set_bytes(case: Case) -> int:
+    """One set of inputs and its output."""
+    return 2 * case.num_tokens * case.k * work.BF16 + 12 * case.num_tokens * case.top_k
+
+
+def plan_sets(case: Case, l2_bytes: int) -> int:
+    """Sets of tokens, routed to different experts, so that they leave the L2 cache behind together."""
+    active = min(case.num_experts, case.num_tokens * case.top_k)
+    counts = [1] * active
+    return max(num_sets(work.moe(counts, case.num_tokens, case.k, case.n).bytes, l2_bytes), 2)
+
+
+def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
+    """The case with as many experts as memory has room for, and a note if they are fewer.
+
+    Raises:
+        ValueError: not even as many experts as a token visits fit.
+    """
+    fitted = case
+    while True:
+        sets = plan_sets(fitted, l2_bytes)
+        needed = layer_bytes(fitted) + intermediate_bytes(fitted) + sets * set_bytes(fitted)
+        if needed <= MEMORY_SHARE * free_bytes:
+            break
+        if fitted.num_experts <= fitted.top_k:
+            raise ValueError(f"{case.name}: needs {needed} bytes, {free_bytes} are free")
+        fewer = max(math.ceil(fitted.num_experts / 2), fitted.top_k)
+        fitted = dataclasses.replace(fitted, num_experts=fewer)
+    if fitted is case:
+        return case, ""
+    return fitted, f"{fitted.num_experts} of {case.num_experts} experts: more do not fit in memory beside bf16 weights"
+
+
+def make_inputs(case: Case, sets: int, device: str) -> Inputs:
+    """Tokens and routings of every set; each token visits top_k different experts, drawn evenly."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = [
+        torch.rand(case.num_tokens, case.num_experts, generator=generator).topk(case.top_k, dim=1).indices
+        for _ in range(sets)
+    ]
+    weights = [torch.rand(i.shape, generator=generator).softmax(dim=1).to(device) for i in ids]
+    x = list(torch.empty(sets, case.num_tokens, case.k, dtype=torch.bfloat16, device=device).normal_())
+    counts = torch.bincount(ids[0].reshape(-1), minlength=case.num_experts).tolist()
+    return Inputs(x, [i.to(device) for i in ids], weights, [torch.empty_like(each) for each in x], counts)
+
+
+def truth(layer: Layer, inputs: Inputs, tokens: list[int]) -> torch.Tensor:
+    """fp32 outputs of these tokens of set 0, from the unquantized weights."""
+    intermediate = layer.w2.shape[2]
+    rows = []
+    for m in tokens:
+        x = inputs.x[0][m].float()
+        row = torch.zeros_like(x)
+        for e, weight in zip(inputs.ids[0][m].tolist(), inputs.weights[0][m].tolist(), strict=True):
+            gate, up = (layer.w13[e].float() @ x).split(intermediate)
+            row += weight * (layer.w2[e].float() @ (torch.nn.functional.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def check_layer(layer: Layer, inputs: Inputs, y: Callable[[], torch.Tensor]) -> Callable[[], str]:
+    """A check of sampled tokens of set 0 against fp32."""
+
+    def check() -> str:
+        last = inputs.x[0].shape[0] - 1
+        tokens = sorted({round(i * last / (CHECKED_TOKENS - 1)) for i in range(CHECKED_TOKENS)})
+        snr = mx.signal_to_noise_db(truth(layer, inputs, tokens), y()[tokens])
+        if not snr > MIN_SNR_DB:
+            raise AssertionError(f"{snr:.1f} dB on {len(tokens)} tokens against fp32, expected more than {MIN_SNR_DB}")
+        return f"{snr:.1f} dB on {len(tokens)} tokens against fp32"
+
+    return check
+
+
+def _ours(case: Case, layer: Layer, inputs: Inputs, backend: str) -> Contender:
+    workspace = mx.MoEWorkspace(layer.w13q, layer.w2q, max_tokens=case.num_tokens, top_k=case.top_k, backend=backend)
+
+    def call(i: int) -> object:
+        return mx.moe_forward(
+            inputs.x[i],
+            layer.w13q,
+            layer.w2q,
+            inputs.ids[i],
+            inputs.weights[i],
+            workspace=workspace,
+            backend=backend,
+            out=inputs.out[i],
+        )
+
+    return Contender(
+        f"moe_forward ({backend})",
+        call,
+        work.moe(inputs.counts, case.num_tokens, case.k, case.n),
+        ours=True,
+        precision="mxfp8",
+        note=f"experts in {quantized_bytes(case) / bf16_bytes(case):.3f} of bf16's memory",
+        check=check_layer(layer, inputs, lambda: inputs.out[0]),
+    )
+
+
+def _transformers(case: Case, layer: Layer, inputs: Inputs) -> Contender:
+    """transformers' function on the attributes that its experts modules have."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
+
+    module = types.SimpleNamespace(
+        num_experts=case.num_experts,
+        gate_up_proj=layer.w13,
+        down_proj=layer.w2,
+        act_fn=ACT2FN["silu"],
+        has_gate=True,
+        has_bias=False,
+        is_transposed=False,
+        is_concatenated=True,
+    )
+    module._apply_gate = functools.partial(_default_apply_gate, module)
+
+    def forward(i: int) -> torch.Tensor:
+        y = grouped_mm_experts_forward(module, inputs.x[i], inputs.ids[i], inputs.weights[i])
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    return Contender(
+        BASELINE,
+        forward,
+        work.moe_bf16(inputs.counts, case.num_tokens, case.k, case.n),
+        note="allocates its intermediates and output",
+        check=check_layer(layer, inputs, lambda: forward(0)),
+    )
+
+
+def prepare(case: Case, l2_bytes: int, store: LayerStore, device: str = "cuda", note: str = "") -> Prepared:
+    """Inputs and contenders of a case that fits (see :func:`fit`).
+
+    Raises:
+        ImportError: no transformers 5, whose layer is the baseline.
+    """
+    layer = store.get(case, device)
+    sets = plan_sets(case, l2_bytes)
+    inputs = make_inputs(case, sets, device)
+    baseline = _transformers(case, layer, inputs)
+    answers = mx.backends(torch.device(device))
+    field: Field = [_ours(case, layer, inputs, name) for name in BACKENDS if answers[name][0]]
+    absent = [Absent(f"moe_forward ({name})", answers[name][1]) for name in BACKENDS if not answers[name][0]]
+    job = work.moe(inputs.counts, case.num_tokens, case.k, case.n)
+    return Prepared(case, [*field, baseline, *absent], baseline.name, sets, job, note)
