@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import moe_truth
 import pytest
 import torch
+import transformers_models
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import checkpoint, cli
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("accuracy.md", "checkpoints.md", "sglang.md")
+PAGES = ("accuracy.md", "checkpoints.md", "moe.md", "sglang.md", "transformers.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -45,6 +48,27 @@ def test_sglang() -> None:
     assert d.dtype == torch.bfloat16
     truth = torch.cat([x[0:5] @ w[0].T, x[5:135] @ w[2].T, x[135:136] @ w[3].T])
     assert mx.calc_diff(d, truth) < 1e-3
+
+
+def test_moe(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor would need a C++ compiler on a CPU.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    names = run_python("moe.md")
+    layer = moe_truth.Layer(*(names[name] for name in ("x", "w13", "w2", "ids", "weights")))
+    truth = moe_truth.forward(layer)
+    assert mx.signal_to_noise_db(truth, names["y"]) > 22.0
+    assert torch.equal(names["out"], names["y"])
+    assert torch.equal(names["compiled"], names["x"] + names["y"])
+
+
+def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers_models.require()
+    transformers_models.make("Qwen3-MoE").save_pretrained(tmp_path / "MODEL")
+    monkeypatch.chdir(tmp_path)
+    names = run_python("transformers.md")
+    assert names["generated"].shape[1] > 5
+    assert "the experts of 2 MoE layers take" in capsys.readouterr().out
+    assert names["model"].config._experts_implementation == "hybrid_mxfp8"
 
 
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
