@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_mxfp8 import moe_reference
-from hybrid_mxfp8.backends import TRITON, choose, choose_quantizer
+from hybrid_mxfp8.backends import TRITON
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_contiguous, check_no_grad, check_shape, check_tensor, fail
-from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, shape_of
+from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.tensors import ExpertWeights
 
@@ -182,12 +182,12 @@ def _run(
 ) -> None:
     """Launch everything, past the public functions' checks: arguments are checked, buffers our own, M and top_k at least 1."""
     num_tokens = x.shape[0]
-    quantizer = choose_quantizer(shape.device, backend)
-    up, down = (choose(problem, backend) for problem in shape.problems(num_tokens))
+    backends = choose_backends(shape, num_tokens, backend)
+    quantizer, up, down = backends
     if workspace is None:
-        b = allocate(shape, num_tokens, backend)
+        b = allocate(shape, num_tokens, backends)
     elif isinstance(workspace, MoEWorkspace):
-        b = workspace.buffers(shape, num_tokens)
+        b = workspace.buffers(shape, num_tokens, backends)
     else:
         raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
     steps = _steps(quantizer.name == TRITON)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from hybrid_mxfp8.backends import Problem, choose, choose_quantizer
+from hybrid_mxfp8.backends import TRITON, Backend, Problem, choose, choose_quantizer
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_n, fail, short
 from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
@@ -65,6 +65,25 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device)
 
 
+class Backends(NamedTuple):
+    """What runs a layer: the quantizer (whose backend routes and combines, too), and the two products."""
+
+    quantizer: Backend
+    up: Backend
+    down: Backend
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Theirs."""
+        return self.quantizer.name, self.up.name, self.down.name
+
+
+def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
+    """Raises as ``backends.choose`` does."""
+    up, down = (choose(problem, backend) for problem in shape.problems(num_tokens))
+    return Backends(choose_quantizer(shape.device, backend), up, down)
+
+
 @dataclass(frozen=True)
 class Buffers:
     """The intermediates of one batch size; T = M * top_k rows, sorted by expert.
@@ -97,23 +116,24 @@ class Buffers:
         return self.xq.groups
 
 
-def _scratch_elements(shape: MoEShape, num_tokens: int, backend: str | None) -> int:
-    if choose_quantizer(shape.device, backend).name != "triton":
+def _scratch_elements(shape: MoEShape, num_tokens: int, backends: Backends) -> int:
+    if backends.quantizer.name != TRITON:
         return 0
     from hybrid_mxfp8.triton_kernels.route import scratch_elements
 
     return scratch_elements(num_tokens * shape.top_k, shape.experts)
 
 
-def _gemm_bytes(shape: MoEShape, num_tokens: int, backend: str | None) -> int:
-    return max(choose(problem, backend).workspace_size(problem) for problem in shape.problems(num_tokens))
+def _gemm_bytes(shape: MoEShape, num_tokens: int, backends: Backends) -> int:
+    up, down = shape.problems(num_tokens)
+    return max(backends.up.workspace_size(up), backends.down.workspace_size(down))
 
 
 def _operand(values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
     return GroupedMXFP8.unchecked(values, scales, groups)
 
 
-def allocate(shape: MoEShape, num_tokens: int, backend: str | None) -> Buffers:
+def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
     """New buffers for M = ``num_tokens`` >= 1.
 
     Raises:
@@ -136,12 +156,12 @@ def allocate(shape: MoEShape, num_tokens: int, backend: str | None) -> Buffers:
         values = empty(rows, k, dtype=torch.float8_e4m3fn)
         return _operand(values, empty(scale_rows, scale_cols(k), dtype=torch.uint8), groups)
 
-    gemm_bytes = _gemm_bytes(shape, num_tokens, backend)
+    gemm_bytes = _gemm_bytes(shape, num_tokens, backends)
     return Buffers(
         row_token=empty(rows),
         slot_row=empty(num_tokens, shape.top_k),
         layout=layout,
-        scratch=empty(_scratch_elements(shape, num_tokens, backend)),
+        scratch=empty(_scratch_elements(shape, num_tokens, backends)),
         xq=operand(shape.hidden),
         h=empty(rows, 2 * shape.intermediate, dtype=shape.dtype),
         hq=operand(shape.intermediate),
@@ -150,14 +170,17 @@ def allocate(shape: MoEShape, num_tokens: int, backend: str | None) -> Buffers:
     )
 
 
-def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backend: str | None) -> Buffers:
-    """The first rows of each buffer. A product that needs more workspace for fewer rows gets one of its own."""
+def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
+    """The first rows of each buffer. Routing or products that need more memory for fewer rows get their own."""
     rows = num_tokens * shape.top_k
     scale_rows = grouped_scale_rows(rows, shape.experts)
     groups = dataclasses.replace(largest.groups, num_tokens=rows)
-    gemm, gemm_bytes = largest.gemm, _gemm_bytes(shape, num_tokens, backend)
+    gemm, gemm_bytes = largest.gemm, _gemm_bytes(shape, num_tokens, backends)
     if gemm_bytes > (0 if gemm is None else gemm.numel()):
         gemm = torch.empty(gemm_bytes, dtype=torch.uint8, device=shape.device)
+    scratch, scratch_elements = largest.scratch, _scratch_elements(shape, num_tokens, backends)
+    if scratch_elements > scratch.numel():
+        scratch = torch.empty(scratch_elements, dtype=torch.int32, device=shape.device)
 
     def operand(whole: GroupedMXFP8) -> GroupedMXFP8:
         return _operand(whole.values[:rows], whole.scales[:scale_rows], groups)
@@ -166,7 +189,7 @@ def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backend: str | N
         row_token=largest.row_token[:rows],
         slot_row=largest.slot_row[:num_tokens],
         layout=largest.layout,
-        scratch=largest.scratch,
+        scratch=scratch,
         xq=operand(largest.xq),
         h=largest.h[:rows],
         hq=operand(largest.hq),
@@ -188,7 +211,7 @@ class MoEWorkspace:
         max_tokens: the largest M, before routing.
         top_k: experts of a token.
         dtype: of the tokens: bf16, fp16 or fp32.
-        backend: as in ``moe_forward``; its routing and products may want memory of their own.
+        backend: as in ``moe_forward``; a call that runs another one later gets what that needs beyond this, once.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -214,9 +237,8 @@ class MoEWorkspace:
             raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
         self.shape = shape_of(w13q, w2q, top_k, dtype)
         self.max_tokens = max_tokens
-        self.backend = backend
-        self._largest = allocate(self.shape, max_tokens, backend)
-        self._views: OrderedDict[int, Buffers] = OrderedDict({max_tokens: self._largest})
+        self._largest = allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend))
+        self._views: OrderedDict[tuple[int, tuple[str, str, str]], Buffers] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"MoEWorkspace({self.shape}, max_tokens={self.max_tokens}, {self.nbytes / 2**20:.1f} MiB)"
@@ -229,7 +251,7 @@ class MoEWorkspace:
         tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def buffers(self, shape: MoEShape, num_tokens: int) -> Buffers:
+    def buffers(self, shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
         """Views for M = ``num_tokens`` >= 1.
 
         Raises:
@@ -237,13 +259,14 @@ class MoEWorkspace:
         """
         if shape != self.shape:
             fail("workspace", f"must be made for {shape}", self.shape)
-        found = self._views.get(num_tokens)
+        key = (num_tokens, backends.names)
+        found = self._views.get(key)
         if found is not None:
             return found
         if num_tokens > self.max_tokens:
             fail("x", f"must have at most the workspace's max_tokens = {self.max_tokens} rows", num_tokens)
-        views = _narrow(self._largest, shape, num_tokens, self.backend)
-        self._views[num_tokens] = views
+        views = _narrow(self._largest, shape, num_tokens, backends)
+        self._views[key] = views
         if len(self._views) > KEPT_BATCH_SIZES:
             self._views.popitem(last=False)
         return views

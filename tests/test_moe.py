@@ -208,10 +208,40 @@ def test_workspace_keeps_only_so_many_batch_sizes(rng: torch.Generator, monkeypa
 
     monkeypatch.setattr(moe_workspace, "KEPT_BATCH_SIZES", 3)
     workspace = mx.MoEWorkspace(*quantized(moe_truth.make_layer(rng)), max_tokens=9, top_k=2, backend="reference")
+    shape = workspace.shape
+    chosen = moe_workspace.choose_backends(shape, 1, "reference")
     for tokens in range(1, 9):
-        workspace.buffers(workspace.shape, tokens)
+        workspace.buffers(shape, tokens, chosen)
     assert len(workspace._views) == 3
-    assert workspace.buffers(workspace.shape, 8) is workspace.buffers(workspace.shape, 8)
+    assert workspace.buffers(shape, 8, chosen) is workspace.buffers(shape, 8, chosen)
+
+
+def test_workspace_serves_a_backend_that_needs_more(
+    interpreter: None, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made for one backend, used with another: what that needs beyond it comes once, and in every later call again."""
+    from hybrid_mxfp8 import moe_workspace
+    from hybrid_mxfp8.backends import BACKENDS
+
+    given: list[torch.Tensor | None] = []
+    triton = BACKENDS["triton"]
+
+    def product(x: Any, w: Any, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+        given.append(workspace)
+        triton.grouped_gemm(x, w, out, None)
+
+    greedy = dataclasses.replace(triton, workspace_size=lambda problem: problem.n * 10, grouped_gemm=product)
+    monkeypatch.setitem(BACKENDS, "triton", greedy)
+    layer = moe_truth.make_layer(rng, hidden=96)
+    workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=9, top_k=2, backend="reference")
+    assert workspace._largest.gemm is None
+    for _ in range(2):
+        run(layer, "triton", workspace=workspace)
+    assert all(w is not None and w.numel() == 960 for w in given)
+    assert len({w.data_ptr() for w in given if w is not None}) == 1
+    shape = workspace.shape
+    chosen = moe_workspace.choose_backends(shape, 9, "reference")
+    assert workspace.buffers(shape, 9, chosen).gemm is None
 
 
 def test_module_is_the_function(backend: str, rng: torch.Generator) -> None:

@@ -188,12 +188,13 @@ ONE_LAUNCH_MAX_SLOTS = 4096
 def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
     """Tiles of the routing kernels; pure.
 
-    The rank kernel's programs are small, so that few slots still spread over many SMs. 256x8 over 8 warps is what the
+    The rank kernel compares with at least as many slots at once as it has threads, so that its histogram holds none
+    twice. Its programs are small, so that few slots still spread over many SMs. 256x8 over 8 warps is what the
     scatter kernel can hold in 53 registers at 256 experts; with 256x32 over 4 it takes 234, and at 1024 experts it spills. In
     the interpreter a program costs milliseconds: few, large ones.
     """
     if num_slots <= ONE_LAUNCH_MAX_SLOTS:
-        return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 32), 1024), True, 4)
+        return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 128), 1024), True, 4)
     return RouteConfig(1024, 1024, False, 8) if interpreted else RouteConfig(256, 8, False, 8)
 
 
