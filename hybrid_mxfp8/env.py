@@ -5,6 +5,7 @@
 | ``HYBRID_MXFP8_BACKEND`` | ``auto`` (default), ``cutlass``, ``triton``, ``reference`` | the backend where neither ``backend=`` nor ``use_backend()`` names one |
 | ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
 | ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch between the CUTLASS backend's two kernels |
+| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``0`` (default), ``1`` | the triton backend's warp-specialized kernel on compute capability 9.0; off until its present form has run there |
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
 | ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
@@ -26,6 +27,7 @@ VARIABLES: Final = (
     "HYBRID_MXFP8_BACKEND",
     "HYBRID_MXFP8_CONFIG",
     "HYBRID_MXFP8_PDL",
+    "HYBRID_MXFP8_HOPPER_GEMM",
     "HYBRID_MXFP8_CUTLASS_DIR",
     "HYBRID_MXFP8_CACHE_DIR",
     "CUDA_HOME",
@@ -56,9 +58,22 @@ def pdl() -> bool:
     Raises:
         ValueError: the variable is neither 0 nor 1.
     """
-    value = (os.environ.get("HYBRID_MXFP8_PDL") or "1").strip()
+    return _switch("HYBRID_MXFP8_PDL", default="1")
+
+
+def hopper_gemm() -> bool:
+    """HYBRID_MXFP8_HOPPER_GEMM: True only for 1.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="0")
+
+
+def _switch(name: str, default: str) -> bool:
+    value = (os.environ.get(name) or default).strip()
     if value not in ("0", "1"):
-        raise ValueError(f"HYBRID_MXFP8_PDL: must be 0 or 1, got {value!r}")
+        raise ValueError(f"{name}: must be 0 or 1, got {value!r}")
     return value == "1"
 
 

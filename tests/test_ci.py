@@ -71,7 +71,7 @@ def test_a_gpus_own_pytorch_is_used(tmp_path: Path) -> None:
     assert not [line for line in installs if "torch" in line]
     assert installs[0] == "pip install -q --ignore-installed pytest pytest-xdist"
     assert installs[1].startswith("pip install -q -c ")
-    assert installs[1].endswith(" -e .[test,ragged,bench]")
+    assert installs[1].endswith(" -e .[test,ragged,bench,transformers]")
 
 
 def test_a_gpu_without_pytorch_gets_it(tmp_path: Path) -> None:

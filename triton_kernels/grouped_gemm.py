@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.hopper_config import (
@@ -228,7 +229,9 @@ def hopper_config_for(
     num_tokens: int, num_experts: int, n: int, k: int, device: torch.device
 ) -> HopperGemmConfig | None:
     """The tile of the Hopper kernel for this problem; None where the kernel above runs."""
-    if _capability(device) == (9, 0) and num_tokens and num_experts and hopper_takes(num_tokens, num_experts, n, k):
+    if _capability(device) != (9, 0) or not env.hopper_gemm():
+        return None
+    if num_tokens and num_experts and hopper_takes(num_tokens, num_experts, n, k):
         return select_hopper_config(num_tokens, num_experts)
     return None
 

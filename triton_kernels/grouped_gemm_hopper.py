@@ -141,6 +141,13 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(stage, STAGES: gl.constexpr):
+    """The stage that came before. Computed, not kept in a variable: one that starts as an alias of ``stage`` is not
+    carried through the loop (Triton 3.6 to 3.9 take it for unchanged), and every stage but the first is never freed."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
 def _place(tile, num_n_tiles, GROUP_T: gl.constexpr):
     """(token tile, n tile): GROUP_T token tiles take turns, so that they share weights while these are in L2."""
     group = tile // (GROUP_T * num_n_tiles)
@@ -193,7 +200,6 @@ def _multiply_tile(
     # wgmma reads a0 and a1 while it runs, so each is kept alive, and its stage held, until the next wait.
     acc = gl.zeros([128, TOKENS], gl.float32, mma)
     a1 = gl.zeros([128, 64], gl.bfloat16, a_layout)
-    previous = stage
     for k_tile in range(num_k_tiles):
         mbarrier.wait(full.index(stage), phase)
         words = scale_ring.index(stage).load(_words_layout()).reshape([32, 4]).permute(1, 0).reshape([128])
@@ -206,9 +212,8 @@ def _multiply_tile(
         a0 = _dequantize(codes, words, 0, a_layout)
         acc = warpgroup_mma(a0, x.permute((1, 0)), acc, is_async=True)
         acc, a1 = warpgroup_mma_wait(1, deps=(acc, a1))
-        mbarrier.arrive(empty.index(previous), pred=k_tile > 0)
+        mbarrier.arrive(empty.index(_before(stage, STAGES)), pred=k_tile > 0)
         if BLOCK_K == 64:
-            previous = stage
             stage, phase = _advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
             codes1 = w_ring.index(stage).load(_codes_layout(BLOCK_K))
@@ -217,11 +222,10 @@ def _multiply_tile(
         acc = warpgroup_mma(a1, x1.permute((1, 0)), acc, is_async=True)
         acc, a0 = warpgroup_mma_wait(1, deps=(acc, a0))
         if BLOCK_K == 64:
-            mbarrier.arrive(empty.index(previous))
-        previous = stage
+            mbarrier.arrive(empty.index(_before(stage, STAGES)))
         stage, phase = _advance(stage, phase, STAGES)
     acc, a1 = warpgroup_mma_wait(0, deps=(acc, a1))
-    mbarrier.arrive(empty.index(previous))
+    mbarrier.arrive(empty.index(_before(stage, STAGES)))
 
     y = acc.to(y_ptr.dtype.element_ty).reshape([2, 4, 2, 8, TOKENS]).permute(0, 1, 3, 2, 4).reshape([128, TOKENS])
     y = gl.convert_layout(y, store_layout, assert_trivial=True)

@@ -22,10 +22,11 @@ CONFIGS = [select_hopper_config(8 * average, 8) for average in (1, 32, 64, 128, 
 
 
 @pytest.fixture
-def hopper() -> torch.device:
-    """A Hopper GPU."""
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A Hopper GPU, with its kernel switched on."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1")
     return torch.device("cuda", torch.cuda.current_device())
 
 
