@@ -7,10 +7,8 @@ torch's grouped_mm, activation, grouped_mm, weighted sum, each a kernel of its o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import math
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -216,21 +214,17 @@ def _ours(case: Case, layer: Layer, inputs: Inputs, backend: str) -> Contender:
 
 
 def _transformers(case: Case, layer: Layer, inputs: Inputs) -> Contender:
-    """transformers' function on the attributes that its experts modules have."""
-    from transformers.activations import ACT2FN
-    from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
+    """transformers' function on an experts module of its own, which has whatever attributes its version asks for."""
+    from transformers import Qwen3MoeConfig
+    from transformers.integrations.moe import grouped_mm_experts_forward
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    module = types.SimpleNamespace(
-        num_experts=case.num_experts,
-        gate_up_proj=layer.w13,
-        down_proj=layer.w2,
-        act_fn=ACT2FN["silu"],
-        has_gate=True,
-        has_bias=False,
-        is_transposed=False,
-        is_concatenated=True,
-    )
-    module._apply_gate = functools.partial(_default_apply_gate, module)
+    num_experts, hidden, intermediate = layer.w2.shape
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=num_experts)
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+    module.gate_up_proj = torch.nn.Parameter(layer.w13, requires_grad=False)
+    module.down_proj = torch.nn.Parameter(layer.w2, requires_grad=False)
 
     def forward(i: int) -> torch.Tensor:
         y = grouped_mm_experts_forward(module, inputs.x[i], inputs.ids[i], inputs.weights[i])

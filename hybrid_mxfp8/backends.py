@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,12 +23,14 @@ from hybrid_mxfp8 import env, reference
 from hybrid_mxfp8.config import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.hardware import TRITON_MIN_CAPABILITY
+from hybrid_mxfp8.hardware import capability as _capability
+from hybrid_mxfp8.hardware import has_triton as _has_triton
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 AUTO = "auto"
 CUTLASS = "cutlass"
 TRITON = "triton"
-TRITON_MIN_CAPABILITY = (8, 9)
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -48,11 +49,6 @@ class Problem(NamedTuple):
     def capability(self) -> tuple[int, int] | None:
         """Compute capability; None on a CPU."""
         return _capability(self.device)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 Answer = tuple[bool, str]
@@ -147,11 +143,6 @@ def _interpreted() -> bool:
     from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
 
     return INTERPRETED
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _triton_available(device: torch.device) -> Answer:

@@ -55,6 +55,12 @@ def check_contiguous(name: str, value: torch.Tensor) -> None:
         fail(name, "must be contiguous", f"shape {tuple(value.shape)} with strides {value.stride()}")
 
 
+def check_aligned(name: str, value: torch.Tensor) -> None:
+    """Starts at a 16-byte boundary, as every tensor does that PyTorch allocates."""
+    if value.numel() and value.data_ptr() % 16:
+        fail(name, "must start at a 16-byte boundary", f"address {value.data_ptr():#x}")
+
+
 def check_k(name: str, k: int) -> None:
     """K is a positive multiple of the block size."""
     if k <= 0 or k % BLOCK_SIZE:

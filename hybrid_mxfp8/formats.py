@@ -68,6 +68,11 @@ def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
     return (num_tokens + 127 * min(num_experts, num_tokens)) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
 
 
+def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
+    """The most tiles of ``block_t`` rows that T rows over E experts can need, each expert starting a new one."""
+    return (num_tokens + (block_t - 1) * min(num_experts, num_tokens)) // block_t
+
+
 def scale_offset(row: int, col: int, cols: int) -> int:
     """Byte offset of scale (row, col) from its operand's first byte; ``cols`` is C.
 

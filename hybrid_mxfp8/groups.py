@@ -14,6 +14,7 @@ import torch
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checks import check_tensor, fail
 from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows
+from hybrid_mxfp8.hardware import compiles_kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class GroupLayout:
             layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
             tokens, offsets, scale_offsets = layout.split((e, e + 1, e + 1))
             return cls(tokens, offsets, scale_offsets, num_tokens)
-        if given.is_cuda:
+        if compiles_kernels(given.device):
             from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
 
             return cls(*group_offsets(given, num_tokens, from_ends), num_tokens)

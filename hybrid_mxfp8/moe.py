@@ -5,7 +5,8 @@
     h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
     y, topk_weights, w2_bias ──combine──► out
 
-Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``.
+Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``, and one more for each product
+whose kernel needs another before it (the cutlass backend, the Hopper kernel).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from hybrid_mxfp8.backends import AUTO, BACKENDS, Problem, choose, choose_quantizer, requested
 from hybrid_mxfp8.checks import (
     FLOAT_DTYPES,
+    check_aligned,
     check_contiguous,
     check_k,
     check_n,
@@ -113,6 +114,7 @@ def quantize_grouped(
         check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
         check_shape("out", values, (num_tokens, k), "(T, K)")
         check_shape("out", scales, (scale_rows, scale_cols(k)), "(S, C)")
+        check_aligned("out", scales)
     chosen = choose_quantizer(device, backend)
     layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
     return GroupedMXFP8.unchecked(values, scales, layout)
@@ -202,8 +204,7 @@ def grouped_gemm(
         check_tensor("out", out, dtypes=(out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
         check_shape("out", out, shape, "(T, N)")
         check_contiguous("out", out)
-        if out.data_ptr() % 16:
-            fail("out", "must start at a 16-byte boundary", f"address {out.data_ptr():#x}")
+        check_aligned("out", out)
         check_no_grad("out", out)
     chosen = choose(problem, backend)
     if workspace is not None:

@@ -61,7 +61,7 @@ def test_the_list_of_tiles_holds_any_layout(counts: list[int], block_t: int) -> 
     assert needed <= WorkspaceLayout.of(sum(counts), len(counts), 64, config).max_tiles
 
 
-@pytest.mark.parametrize(("t", "e", "k"), itertools.product((1, 17, 300), (1, 9), (32, 64, 96, 2880)))
+@pytest.mark.parametrize(("t", "e", "k"), list(itertools.product((1, 17, 300), (1, 9), (32, 64, 96, 2880))))
 def test_the_workspace_is_cut_without_overlap(t: int, e: int, k: int) -> None:
     layout = WorkspaceLayout.of(t, e, k, HopperGemmConfig(16, 128, 2, 1))
     workspace = torch.zeros(layout.size, dtype=torch.uint8)

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.formats import ceil_div, next_power_of_2
+from hybrid_mxfp8.config import CUTLASS_CAPABILITIES
+from hybrid_mxfp8.formats import MAX_INT32, ceil_div, next_power_of_2, token_tiles_bound
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.hopper_config import (
     HopperGemmConfig,
@@ -45,9 +46,6 @@ from hybrid_mxfp8.triton_kernels.numerics import (
     from_fp32,
     loop_bound,
 )
-
-BLACKWELL_CAPABILITIES = ((10, 0), (10, 3))
-"""Where ``grouped_gemm_blackwell`` runs instead of the kernel here."""
 
 Formulation = Literal["scaled", "bf16", "fp32"]
 
@@ -131,7 +129,7 @@ def grouped_gemm_kernel(
     t = start + t_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     scale_row = tl.load(scale_offsets_ptr + expert) + t_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     t_valid = (t >= 0) & (t < end)
-    scale_valid = t_valid & (scale_row < num_scale_rows)
+    scale_valid = t_valid & (scale_row >= 0) & (scale_row < num_scale_rows)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     n_valid = n < N
     k = tl.arange(0, BLOCK_K)
@@ -197,11 +195,6 @@ def select_gemm_config(
     return TritonGemmConfig(128, formulation, 8, 3)
 
 
-def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
-    """The most tiles of ``block_t`` rows that T rows over E experts can need, each expert starting a new one."""
-    return (num_tokens + (block_t - 1) * min(num_experts, num_tokens)) // block_t
-
-
 def _triton_version() -> tuple[int, int]:
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
@@ -224,16 +217,19 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and not INTERPRETED else None
 
 
-@functools.lru_cache(maxsize=4096)
 def hopper_config_for(
     num_tokens: int, num_experts: int, n: int, k: int, device: torch.device
 ) -> HopperGemmConfig | None:
     """The tile of the Hopper kernel for this problem; None where the kernel above runs."""
     if _capability(device) != (9, 0) or not env.hopper_gemm():
         return None
-    if num_tokens and num_experts and hopper_takes(num_tokens, num_experts, n, k):
-        return select_hopper_config(num_tokens, num_experts)
-    return None
+    return select_hopper_config(num_tokens, num_experts) if hopper_takes(num_tokens, num_experts, n, k) else None
+
+
+def blackwell_takes(num_experts: int, n: int, k: int, device: torch.device) -> bool:
+    """Whether ``grouped_gemm_blackwell`` runs this problem: TMA counts rows and scale tiles in 32 bits."""
+    scale_tiles = num_experts * ceil_div(n, 128) * ceil_div(k, 128)
+    return _capability(device) in CUTLASS_CAPABILITIES and max(num_experts * n + 128, scale_tiles) <= MAX_INT32
 
 
 def config_for(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> object:
@@ -241,7 +237,7 @@ def config_for(num_tokens: int, num_experts: int, n: int, k: int, device: torch.
     hopper = hopper_config_for(num_tokens, num_experts, n, k, device)
     if hopper is not None:
         return hopper
-    if _capability(device) in BLACKWELL_CAPABILITIES:
+    if blackwell_takes(num_experts, n, k, device):
         from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import select_blackwell_config
 
         return select_blackwell_config(num_tokens, num_experts)
@@ -290,7 +286,7 @@ def grouped_gemm(
                 x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
             )
         return
-    if _capability(out.device) in BLACKWELL_CAPABILITIES and aligned(x_values, x_scales, w_values, w_scales):
+    if blackwell_takes(num_experts, n, k, out.device) and aligned(x_values, x_scales, w_values, w_scales):
         from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import grouped_gemm_blackwell, select_blackwell_config
 
         blackwell = select_blackwell_config(num_tokens, num_experts)
@@ -314,6 +310,7 @@ def grouped_gemm(
     )
     constants = (next_power_of_2(num_experts), config.block_t, config.formulation)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    key = ("grouped_gemm", out.dtype, n, k, aligned(x_values, w_values, out), aligned(x_scales, w_scales))
+    operands = (x_values, x_scales, w_values, w_scales, out)
+    key = ("grouped_gemm", out.dtype, n, k, *(aligned(tensor) for tensor in operands))
     with on_device_of(out):
         launch(grouped_gemm_kernel, programs, arguments, constants, options, key)

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hybrid_mxfp8.formats import SCALE_TILE_COLS, SCALE_TILE_ROWS, ceil_div, next_power_of_2
+from hybrid_mxfp8.formats import SCALE_TILE_COLS, SCALE_TILE_ROWS, ceil_div, next_power_of_2, token_tiles_bound
 from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels.grouped_gemm import _find_tile, _load_row_scales, token_tiles_bound
+from hybrid_mxfp8.triton_kernels.grouped_gemm import _find_tile, _load_row_scales
 from hybrid_mxfp8.triton_kernels.launch import launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_mxfp8.formats import MAX_INT32, ceil_div, round_up, scale_cols
+from hybrid_mxfp8.formats import MAX_INT32, ceil_div, round_up, scale_cols, token_tiles_bound
 
 COLUMN_GROUP = 64
 """Columns of expanded tokens that are reordered among themselves; rows are padded to whole groups."""
@@ -98,8 +98,7 @@ class WorkspaceLayout:
     @functools.lru_cache(maxsize=4096)
     def of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> WorkspaceLayout:
         """The layout for T tokens of K columns in tiles of ``config.block_t``."""
-        most = (num_tokens + (config.block_t - 1) * min(num_experts, num_tokens)) // config.block_t
-        return cls(num_tokens, round_up(k, COLUMN_GROUP), most)
+        return cls(num_tokens, round_up(k, COLUMN_GROUP), token_tiles_bound(num_tokens, num_experts, config.block_t))
 
     @property
     def tokens_at(self) -> int:

@@ -222,7 +222,7 @@ def quantize_kernel(
     c = column_program * SCALE_COLS + tl.arange(0, SCALE_COLS)
     tile = (scale_row.to(tl.int64) // 128 * num_column_tiles)[:, None] + (c // 4)[None, :]
     within = (scale_row % 32 * 16 + scale_row % 128 // 32 * 4)[:, None] + (c % 4)[None, :]
-    in_scales = valid & (scale_row < num_scale_rows)
+    in_scales = valid & (scale_row >= 0) & (scale_row < num_scale_rows)
     tl.store(scales_ptr + tile * 512 + within, scale, mask=in_scales[:, None] & (c < num_column_tiles * 4)[None, :])
 
 
@@ -336,7 +336,8 @@ def _launch(
         x.dtype,
         counts.dtype if counts is not None else None,
         aligned(x),
-        aligned(values, scales),
+        aligned(values),
+        aligned(scales),
         row_stride,
         expert_stride,
         rows_per_expert,

@@ -27,6 +27,7 @@ from hybrid_mxfp8 import reference
 from hybrid_mxfp8.backends import Problem, choose, choose_quantizer
 from hybrid_mxfp8.checks import (
     FLOAT_DTYPES,
+    check_aligned,
     check_contiguous,
     check_k,
     check_n,
@@ -38,6 +39,7 @@ from hybrid_mxfp8.checks import (
 )
 from hybrid_mxfp8.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.hardware import compiles_kernels
 from hybrid_mxfp8.ops import WORKSPACE_ALIGNMENT
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
@@ -185,6 +187,7 @@ def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, devic
     if cols != scale_cols(k):
         fail(name, f"must have {scale_cols(k)} columns, K/32 rounded up to 4", cols)
     check_contiguous(name, scales)
+    check_aligned(name, scales)
     least = round_up(num_tokens, SCALE_TILE_ROWS)
     if rows < least:
         fail(name, f"must have at least roundup(T, 128) = {least} rows, and each expert's rounded up to 128", rows)
@@ -209,7 +212,7 @@ def _layout(
         check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
         check_shape(name, offsets, (num_experts,), "(E,)")
         check_contiguous(name, offsets)
-    if num_experts and tokens_per_expert.is_cuda:
+    if num_experts and compiles_kernels(device):
         from hybrid_mxfp8.triton_kernels.caller_layout import caller_layout
 
         parts = caller_layout(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
