@@ -5,7 +5,7 @@ A module is kept in a folder of its own under ``env.cache_dir()``, named by what
     <module name>-<key>-cutlass<version>-nvcc<version>/   module.so, build.json
 
 The key covers the contents of the sources, flags, definitions, architecture and host machine. The two versions
-stand outside it, so that a machine without a compiler can still find a module that was built elsewhere and copied.
+stand outside it, so that a machine that cannot compile can still find a module that was built elsewhere and copied.
 
 A build works in a private folder and ends in one rename, so a module is there whole or not at all: a build that
 was killed leaves nothing that is ever looked at. A file lock keeps others from building the same thing meanwhile.
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,8 @@ ROOM = Path(__file__).parent
 LIBRARY = "module.so"
 MANIFEST = "build.json"
 BUILDING = ".building-"
+FOLDER = re.compile(r"(?P<name>\w+)-(?P<key>[0-9a-f]+)-cutlass(?P<cutlass>\d+(\.\d+)*)-nvcc(?P<nvcc>\d+(\.\d+)*)")
+"""A module's folder, as :func:`_folder_name` writes it; its log and lock have longer names."""
 
 CUDA_FLAGS = (
     "-O3",
@@ -127,14 +129,43 @@ def cache() -> Path:
     return env.cache_dir() / "cutlass"
 
 
+def toolchain(arch: str) -> tuple[headers.CutlassHeaders, headers.CudaCompiler]:
+    """The headers and the compiler of this machine that build for a target like ``10.3a``.
+
+    Raises:
+        BackendUnavailableError: one is missing, or the compiler is too old for the target; says what to install.
+    """
+    cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
+    needed = headers.MIN_CUDA_103 if arch.startswith("10.3") or arch.endswith("f") else headers.MIN_CUDA
+    if cuda.version < needed:
+        raise BackendUnavailableError(
+            f"target {arch} needs CUDA {'.'.join(map(str, needed))} or later, {cuda.nvcc} is {cuda.version_string}: "
+            f"{headers.INSTALL_CUDA}"
+        )
+    return cutlass, cuda
+
+
 def find(source: Source) -> Built | None:
-    """The module if it is built: by the headers and compiler of this machine, or where one is missing, by any."""
+    """The module if it is built: by this machine's toolchain, or where that cannot build it, the newest by any."""
     try:
-        exact = Built(cache() / _folder_name(source, headers.find_cutlass(), headers.find_cuda()))
+        exact = Built(cache() / _folder_name(source, *toolchain(source.arch)))
     except BackendUnavailableError:
-        carried = (Built(folder) for folder in cache().glob(f"{source.name}-{source.key()}-*"))
-        return max((b for b in carried if b.intact()), key=lambda b: b.folder.name, default=None)
+        return next(carried([source]), None)
     return exact if exact.intact() else None
+
+
+def carried(sources: Iterable[Source]) -> Iterator[Built]:
+    """The intact modules of these sources, by whatever versions of CUTLASS and nvcc, the newest versions first.
+
+    Lists the cache once, and takes keys, which read every source file, only of what is listed.
+    """
+    listed = [match for folder in cache().glob("*-cutlass*-nvcc*") if (match := FOLDER.fullmatch(folder.name))]
+    names = {match["name"] for match in listed}
+    wanted = {(source.name, source.key()) for source in sources if source.name in names}
+    for match in sorted(listed, key=_versions, reverse=True):
+        module = Built(cache() / match.string)
+        if (match["name"], match["key"]) in wanted and module.intact():
+            yield module
 
 
 def build(source: Source) -> Built:
@@ -147,8 +178,7 @@ def build(source: Source) -> Built:
     found = find(source)
     if found is not None:
         return found
-    cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
-    _check_target(source.arch, cuda)
+    cutlass, cuda = toolchain(source.arch)
     final = Built(cache() / _folder_name(source, cutlass, cuda))
     with _writing(final.folder), _locked(final.folder):
         if final.intact():  # another process was faster
@@ -195,13 +225,9 @@ def _folder_name(source: Source, cutlass: headers.CutlassHeaders, cuda: headers.
     return f"{source.name}-{source.key()}-cutlass{cutlass.version_string}-nvcc{cuda.version_string}"
 
 
-def _check_target(arch: str, cuda: headers.CudaCompiler) -> None:
-    needed = headers.MIN_CUDA_103 if arch.startswith("10.3") or arch.endswith("f") else headers.MIN_CUDA
-    if cuda.version < needed:
-        raise BackendUnavailableError(
-            f"target {arch} needs CUDA {'.'.join(map(str, needed))} or later, {cuda.nvcc} is {cuda.version_string}: "
-            f"{headers.INSTALL_CUDA}"
-        )
+def _versions(folder: re.Match[str]) -> tuple[tuple[int, ...], ...]:
+    """Of CUTLASS and nvcc, as numbers: 4.10.0 is newer than 4.8.1."""
+    return tuple(tuple(map(int, folder[tool].split("."))) for tool in ("cutlass", "nvcc"))
 
 
 _BUILD = "import json, sys, tvm_ffi.cpp; print(tvm_ffi.cpp.build(**json.load(sys.stdin)))"

@@ -253,6 +253,25 @@ def test_cache_is_carried_to_a_machine_without_compiler(workshop: Workshop, monk
         jit.build(workshop.source)
 
 
+def test_newest_carried_module_is_taken(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CUTLASS's version, then nvcc's, as numbers; damaged ones and what else lies there are passed over."""
+    folder = jit.build(workshop.source).folder
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(headers, "_nvcc_candidates", lambda: iter(()))
+    stem = folder.name.partition("-cutlass")[0]
+    newest_last = ["4.8.1-nvcc13.0.88", "4.10.0-nvcc12.9.86", "4.10.0-nvcc13.0.9", "4.10.0-nvcc13.0.88"]
+    for versions in (*newest_last, "4.11.0-nvcc13.0.88", "4.12.0-nvccX"):
+        shutil.copytree(folder, folder.parent / f"{stem}-cutlass{versions}")
+    (folder.parent / f"{stem}-cutlass4.11.0-nvcc13.0.88" / jit.LIBRARY).write_bytes(b"")
+    (folder.parent / f"{stem}-cutlass4.13.0-nvcc13.0.88.lock").touch()
+    for versions in reversed(newest_last):
+        found = jit.find(workshop.source)
+        assert found is not None
+        assert found.folder.name == f"{stem}-cutlass{versions}"
+        shutil.rmtree(found.folder)
+    assert jit.find(workshop.source) == jit.Built(folder)
+
+
 @pytest.mark.slow
 def test_module_is_kept_by_all_that_goes_into_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contents, definitions, flags, target and versions each give another module, and the old ones stay."""
