@@ -4,6 +4,9 @@ A call looks up its plan by shape: the compiled module's function, the configura
 The first call of a shape chooses a configuration and, if nobody has yet, compiles its module. Later ones do one
 dictionary look-up, at most one allocation and one call into C++, and launch two kernels on torch's current stream.
 
+Whether a build works is known only once it has been tried. So the call whose build fails raises, even one where the
+backend was chosen automatically; the failure is remembered, and later choices pass the backend over.
+
 Compiled and checked, not yet run: no GPU of compute capability 10.0 or 10.3 was at hand.
 """
 
@@ -12,13 +15,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.config import CUTLASS_CAPABILITIES, MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels import jit
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.formats import MAX_INT32, padded_scale_rows, scale_cols
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
@@ -46,7 +50,8 @@ def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspa
         workspace: uint8, at least :func:`workspace_size` bytes, on a 128-byte boundary; None allocates it.
 
     Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded.
+        BackendUnavailableError: the module cannot be compiled or loaded. It is not tried again in this environment:
+            from then on :func:`can_run` says no.
         ValueError, TypeError: operands that do not fit; the launch checks them again in C++.
     """
     groups = xq.groups
@@ -79,7 +84,7 @@ def workspace_size(
     """Exact bytes of ``workspace``; compiles the module if nobody has yet.
 
     Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded.
+        BackendUnavailableError: as :func:`grouped_gemm`.
     """
     if num_experts == 0 or num_tokens == 0:
         return 0
@@ -89,7 +94,9 @@ def workspace_size(
 def availability(capability: tuple[int, int] | None) -> tuple[bool, str]:
     """Whether the backend runs on a device, and why or why not: the GPU, and headers and compiler or built modules.
 
-    Tools that were found are not looked for again in this process; missing ones are, at each call.
+    Tools that were found are not looked for again in this process. Missing ones are once a variable changes that says
+    where to look (HYBRID_MXFP8_CUTLASS_DIR, HYBRID_MXFP8_CACHE_DIR, CUDA_HOME, PATH). A build that failed before any
+    module was loaded counts as a missing tool: the next would fail alike.
 
     Args:
         capability: the device's compute capability; None if it is no GPU.
@@ -97,22 +104,38 @@ def availability(capability: tuple[int, int] | None) -> tuple[bool, str]:
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
     if capability in _tools:
-        return True, _tools[capability]
+        failed = _failed_builds(capability) if capability not in _loaded else {}
+        return (False, next(iter(failed.values()))) if failed else (True, _tools[capability])
     if capability not in CUTLASS_CAPABILITIES:
         text = f"{capability[0]}.{capability[1]}"
         if capability[0] == 12:
             text += ", whose tensor cores take other instructions"
         return False, f"needs compute capability 10.0 or 10.3, got {text}: use the triton backend"
+    place = capability, _environment()
+    if place in _missing:
+        return False, _missing[place]
     ok, said = _find_tools(capability)
     if ok:
         _tools[capability] = said
+    else:
+        _missing[place] = said
     return ok, said
 
 
 def can_run(problem: Problem) -> tuple[bool, str]:
-    """Whether the backend runs on the problem's device and takes its shape, and why or why not."""
+    """Whether the backend runs on the problem's device, takes its shape and has a module for it, and why or why not.
+
+    A module that was not tried yet counts as there; one that failed to build or load does not.
+    """
     ok, reason = availability(problem.capability)
-    return (ok, reason) if not ok else takes(problem.n, problem.k, problem.out_dtype)
+    if ok:
+        ok, reason = takes(problem.n, problem.k, problem.out_dtype)
+    failed = _failed_builds(problem.capability) if ok else {}
+    if failed and problem.num_experts and problem.num_tokens:
+        module = _choose_for(problem)[0].config.module, problem.out_dtype
+        if module in failed:
+            return False, failed[module]
+    return ok, reason
 
 
 def takes(n: int, k: int, out_dtype: torch.dtype) -> tuple[bool, str]:
@@ -133,9 +156,7 @@ def explain(problem: Problem) -> str:
     """The configuration that a call would use, and why."""
     if problem.num_experts == 0 or problem.num_tokens == 0:
         return "nothing to compute, nothing is launched"
-    chosen, forced = _choose(
-        problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device, env.config()
-    )
+    chosen, forced = _choose_for(problem)
     return f"{chosen}" + (", forced by HYBRID_MXFP8_CONFIG" if forced else "") + f" ({NOT_RUN})"
 
 
@@ -197,23 +218,71 @@ def _choose(
     return estimate(config, *shape), True
 
 
+def _choose_for(problem: Problem) -> tuple[Estimate, bool]:
+    return _choose(
+        problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device, env.config()
+    )
+
+
 @functools.cache
 def _module(module: str, out_dtype: torch.dtype, capability: tuple[int, int]) -> Any:
-    """The compiled module: one that is built for the capability or its family, else built now."""
-    sources = [source(module, out_dtype, arch) for arch in jit.FAMILY[f"{capability[0]}.{capability[1]}"]]
-    return jit.load(next((s for s in sources if jit.find(s) is not None), sources[0]))
-
-
-_tools: dict[tuple[int, int], str] = {}
-"""What modules are compiled with, or come from, by compute capability."""
-
-
-def _find_tools(capability: tuple[int, int]) -> tuple[bool, str]:
+    """The compiled module: one that is built for the capability or its family, else built now, unless that failed."""
+    failed = _failed_builds(capability)
+    if (module, out_dtype) in failed:
+        raise BackendUnavailableError(failed[module, out_dtype])
+    sources = [source(module, out_dtype, arch) for arch in _targets(capability)]
     try:
-        cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
+        loaded = jit.load(next((s for s in sources if jit.find(s) is not None), sources[0]))
     except BackendUnavailableError as error:
-        targets = jit.FAMILY[f"{capability[0]}.{capability[1]}"]
-        if any(jit.find(source(m, d, arch)) is not None for m in MODULES for d in OUT_TYPES for arch in targets):
+        _failures.setdefault((capability, _environment()), {})[module, out_dtype] = str(error)
+        raise BackendUnavailableError(
+            f"{error}; this process will not try again in this environment: the next call without a named backend "
+            "uses another"
+        ) from error
+    _loaded.add(capability)
+    return loaded
+
+
+# ---------------------------------------------------------------- what was found, and what failed
+
+Capability = tuple[int, int]
+Environment = tuple[Path | None, Path | None, Path, tuple[Path, ...]]
+
+_tools: dict[Capability, str] = {}
+"""What modules are compiled with, or come from."""
+
+_missing: dict[tuple[Capability, Environment], str] = {}
+"""Why there are no tools."""
+
+_loaded: set[Capability] = set()
+"""Where at least one module was loaded."""
+
+_failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], str]] = {}
+"""Why a configuration's module for an output type could not be built or loaded."""
+
+
+def _environment() -> Environment:
+    """The variables that decide what is found and where modules are kept: with another value, all is tried anew."""
+    return env.cutlass_dir(), env.cuda_home(), env.cache_dir(), tuple(env.search_path())
+
+
+def _failed_builds(capability: Capability | None) -> dict[tuple[str, torch.dtype], str]:
+    if not _failures or capability is None:  # the environment takes longer to read than a launch
+        return {}
+    return _failures.get((capability, _environment()), {})
+
+
+def _targets(capability: Capability) -> tuple[str, ...]:
+    return jit.FAMILY[f"{capability[0]}.{capability[1]}"]
+
+
+def _find_tools(capability: Capability) -> tuple[bool, str]:
+    targets = _targets(capability)
+    try:
+        cutlass, cuda = jit.toolchain(targets[0])
+    except BackendUnavailableError as error:
+        sources = (source(m, d, arch) for m in MODULES for d in OUT_TYPES for arch in targets)
+        if next(jit.carried(sources), None) is not None:
             return True, f"modules that were built elsewhere, {NOT_RUN}"
         return False, str(error)
     mainloop = "ragged" if cutlass.ragged else "pointer-array"

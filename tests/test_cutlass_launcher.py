@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +16,7 @@ import torch
 from cases import layout
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.backends import Problem, _log_choice, choose
 from hybrid_mxfp8.config import MODULES
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
 from hybrid_mxfp8.cutlass_kernels import headers, jit
@@ -21,10 +27,11 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
-    caches = (launcher._plan, launcher._module, launcher._capability, launcher._sm_count)
+    caches = (_log_choice, launcher._plan, launcher._module, launcher._capability, launcher._sm_count)
 
     def clear() -> None:
-        launcher._tools.clear()
+        for remembered in (launcher._tools, launcher._missing, launcher._loaded, launcher._failures):
+            remembered.clear()
         for cache in caches:
             cache.cache_clear()
 
@@ -97,24 +104,160 @@ def test_available_names_its_tools() -> None:
     assert "not yet run" in said
 
 
-def test_without_compiler_the_reason_says_what_to_install(monkeypatch, tmp_path) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[None]:
+    """No compiler, and an empty cache; grows by an entry each time a compiler is looked for."""
+    looked: list[None] = []
+
+    def candidates() -> Iterator[tuple[str, Path]]:
+        looked.append(None)
+        return iter(())
+
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(headers, "_nvcc_candidates", lambda: iter(()))
+    monkeypatch.setattr(headers, "_nvcc_candidates", candidates)
+    return looked
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Headers and a compiler of CUDA 12.8, as far as finding goes, and an empty cache."""
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(headers, "find_cutlass", lambda: headers.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
+    monkeypatch.setattr(headers, "find_cuda", lambda: headers.CudaCompiler(Path("/n"), (12, 8, 93), "a test"))
+
+
+def carry(source: jit.Source) -> None:
+    """Put a module that other versions built into the cache."""
+    folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
+    folder.mkdir(parents=True)
+    (folder / jit.LIBRARY).write_bytes(b"a library")
+    (folder / jit.MANIFEST).write_text(json.dumps({"sha256": hashlib.sha256(b"a library").hexdigest()}))
+
+
+def test_without_compiler_the_reason_says_what_to_install(no_compiler: list[None]) -> None:
     ok, said = launcher.availability((10, 0))
     assert not ok
     assert "pip install 'hybrid-mxfp8[nvcc]'" in said
 
 
-def test_without_compiler_built_modules_suffice(monkeypatch) -> None:
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(headers, "_nvcc_candidates", lambda: iter(()))
-    monkeypatch.setattr(jit, "find", lambda source: source if "2sm_256x64" in source.name else None)
-    ok, said = launcher.availability((10, 0))
-    assert ok
-    assert "built elsewhere" in said
+def test_without_compiler_built_modules_suffice(no_compiler: list[None]) -> None:
+    carry(launcher.source("2sm_256x64x128", torch.bfloat16, "10.0f"))
+    for capability in ((10, 0), (10, 3)):
+        ok, said = launcher.availability(capability)
+        assert ok
+        assert "built elsewhere" in said
+
+
+def test_modules_of_another_target_or_source_do_not_suffice(no_compiler: list[None]) -> None:
+    carry(launcher.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
+    carry(replace(launcher.source("2sm_256x64x128", torch.bfloat16, "10.3a"), flags=("-G",)))
+    assert not launcher.availability((10, 3))[0]
+
+
+def test_missing_tools_are_looked_for_once_in_an_environment(
+    no_compiler: list[None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An answer of no is a look-up from then on; a variable that says where to look asks again."""
+    first = launcher.availability((10, 0))
+    assert not first[0]
+    assert launcher.availability((10, 0)) == first
+    assert len(no_compiler) == 1
+    monkeypatch.setenv("PATH", str(tmp_path))
+    launcher.availability((10, 0))
+    assert len(no_compiler) == 2
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "carried"))
+    carry(launcher.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
+    assert launcher.availability((10, 0))[0]
+
+
+def test_compiler_too_old_for_the_capability(tools: None) -> None:
+    """CUDA 12.8 compiles for 10.0 and not for 10.3, where only a module that was built elsewhere helps."""
+    assert launcher.availability((10, 0))[0]
+    ok, said = launcher.availability((10, 3))
+    assert not ok
+    assert "target 10.3a needs CUDA 12.9 or later" in said
+    launcher._missing.clear()
+    there = launcher.source("2sm_256x128x128", torch.bfloat16, "10.3a")
+    carry(there)
+    assert "built elsewhere" in launcher.availability((10, 3))[1]
+    assert jit.find(there) is not None
+
+
+@pytest.fixture
+def builds(gpu: None, tools: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that were tried to build; those with 256-wide token tiles work."""
+    names: list[str] = []
+
+    def load(source: jit.Source) -> Module:
+        names.append(source.name)
+        if "x256x128" not in source.name:
+            raise BackendUnavailableError(f"compiling {source.name} failed: out of memory")
+        return Module()
+
+    monkeypatch.setattr(jit, "load", load)
+    return names
+
+
+WORKS, FAILS = "2sm_256x256x128", "2sm_256x128x128"
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
+    """What a call begins with: the plan."""
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", config)
+    return launcher.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
+
+
+def test_failed_build_is_not_tried_again(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that finds out raises and says what comes next; from then on it is a reason."""
+    assert launcher.can_run(problem(capability=(10, 0)))[0]
+    with pytest.raises(BackendUnavailableError, match=r"out of memory; .*the next call without a named backend"):
+        ask(monkeypatch, FAILS)
+    reason = (False, f"compiling grouped_gemm_{FAILS}_bf16_sm100a failed: out of memory")
+    assert launcher.availability((10, 0)) == reason
+    assert launcher.can_run(problem(capability=(10, 0))) == reason
+    with pytest.raises(BackendUnavailableError, match=r"out of memory$"):
+        ask(monkeypatch, FAILS)
+    assert len(builds) == 1
+
+
+def test_choice_passes_over_a_failed_build(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Auto goes on with a warning; a backend asked for by name raises the reason."""
+    # The package's function of that name hides the module from an ordinary import.
+    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.backends"), "_capability", lambda device: (10, 0))
+    shape = Problem(3, 136, 96, 8, torch.bfloat16, GPU)
+    assert choose(shape, "auto").name == "cutlass"
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    assert choose(shape, "auto").name != "cutlass"
+    assert "(cutlass: compiling grouped_gemm_2sm_256x128x128" in caplog.text
+    with pytest.raises(BackendUnavailableError, match=r"^backend cutlass: compiling .* failed: out of memory$"):
+        choose(shape, "cutlass")
+
+
+def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, WORKS) == 3148
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    assert launcher.availability((10, 0))[0]
+    assert not launcher.can_run(problem(capability=(10, 0)))[0]
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", WORKS)
+    assert launcher.can_run(problem(capability=(10, 0)))[0]
+
+
+def test_failed_build_is_tried_again_in_another_environment(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "other"))
+    assert launcher.availability((10, 0))[0]
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    assert len(builds) == 2
 
 
 @pytest.mark.parametrize(
