@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import checkpoint, cli
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("accuracy.md", "checkpoints.md", "moe.md", "sglang.md", "transformers.md")
+PAGES = ("accuracy.md", "checkpoints.md", "moe.md", "scale-layout.md", "sglang.md", "transformers.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -48,6 +50,14 @@ def test_sglang() -> None:
     assert d.dtype == torch.bfloat16
     truth = torch.cat([x[0:5] @ w[0].T, x[5:135] @ w[2].T, x[135:136] @ w[3].T])
     assert mx.calc_diff(d, truth) < 1e-3
+
+
+def test_scale_layout(tmp_path: Path) -> None:
+    run_python("scale-layout.md")
+    pytest.importorskip("matplotlib", reason="the picture needs the bench extra")
+    picture = tmp_path / "layout.png"
+    subprocess.run([sys.executable, DOCS / "scale_layout.py", picture], check=True, timeout=120)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_moe(monkeypatch: pytest.MonkeyPatch) -> None:
