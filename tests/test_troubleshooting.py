@@ -1,0 +1,74 @@
+"""docs/troubleshooting.md quotes what the library says, word for word: each row's message is raised here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+PAGE = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+QUOTED = [line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+
+
+def x(columns: int = 64, rows: int = 3) -> torch.Tensor:
+    return torch.ones(rows, columns, dtype=torch.bfloat16)
+
+
+def operands(n: int = 16, k: int = 64) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
+    groups = cases.layout([1, 2])
+    return mx.quantize_grouped(x(k), groups, backend="reference"), mx.quantize_weights(
+        torch.ones(2, n, k), backend="reference"
+    )
+
+
+def quantize_training_activations() -> None:
+    mx.quantize_grouped(x().requires_grad_(), cases.layout([1, 2]))
+
+
+def swizzled_as_linear() -> None:
+    w = operands()[1]
+    mx.ExpertWeights.from_linear_scales(w.values, w.scales)
+
+
+def linear_as_swizzled() -> None:
+    w = operands()[1]
+    mx.ExpertWeights(w.values, w.linear_scales())
+
+
+def strided_out() -> None:
+    mx.grouped_gemm(*operands(), out=torch.empty(3, 32, dtype=torch.bfloat16)[:, :16], backend="reference")
+
+
+CASES: dict[str, tuple[type[Exception], Callable[[], object]]] = {
+    "K": (ValueError, lambda: mx.quantize_weights(torch.ones(2, 16, 40))),
+    "N": (ValueError, lambda: mx.grouped_gemm(*operands(n=20))),
+    "name": (ValueError, lambda: mx.grouped_gemm(*operands(), backend="cuda")),
+    "cutlass": (BackendUnavailableError, lambda: mx.grouped_gemm(*operands(), backend="cutlass")),
+    "grad": (ValueError, quantize_training_activations),
+    "swizzled as linear": (ValueError, swizzled_as_linear),
+    "linear as swizzled": (ValueError, linear_as_swizzled),
+    "counts": (TypeError, lambda: mx.GroupLayout.from_counts(torch.ones(2), 3)),
+    "experts": (ValueError, lambda: mx.grouped_gemm(operands()[0], mx.quantize_weights(torch.ones(3, 16, 64)))),
+    "out": (ValueError, strided_out),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_quotes_the_message(case: str) -> None:
+    error, call = CASES[case]
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) in QUOTED
+
+
+def test_nothing_else_is_quoted_but_the_interpreters_message() -> None:
+    """That one is raised where Triton is compiled for, not interpreted: tests/test_backends.py has it."""
+    assert len(QUOTED) == len(CASES) + 1
+    assert any(re.search("TRITON_INTERPRET=1", message) for message in QUOTED)
