@@ -273,7 +273,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name=TRITON,
-            about="tl.dot_scaled on Blackwell, a kernel of its own on Hopper, bf16 MMA elsewhere, or Triton's interpreter",
+            about="tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter",
             hardware=_triton_hardware,
             available=_triton_available,
             grouped_gemm=_triton_gemm,

@@ -129,10 +129,6 @@ def _gemm_bytes(shape: MoEShape, num_tokens: int, backends: Backends) -> int:
     return max(backends.up.workspace_size(up), backends.down.workspace_size(down))
 
 
-def _operand(values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
-    return GroupedMXFP8.unchecked(values, scales, groups)
-
-
 def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
     """New buffers for M = ``num_tokens`` >= 1.
 
@@ -154,7 +150,7 @@ def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
 
     def operand(k: int) -> GroupedMXFP8:
         values = empty(rows, k, dtype=torch.float8_e4m3fn)
-        return _operand(values, empty(scale_rows, scale_cols(k), dtype=torch.uint8), groups)
+        return GroupedMXFP8.unchecked(values, empty(scale_rows, scale_cols(k), dtype=torch.uint8), groups)
 
     gemm_bytes = _gemm_bytes(shape, num_tokens, backends)
     return Buffers(
@@ -183,7 +179,7 @@ def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backends: Backen
         scratch = torch.empty(scratch_elements, dtype=torch.int32, device=shape.device)
 
     def operand(whole: GroupedMXFP8) -> GroupedMXFP8:
-        return _operand(whole.values[:rows], whole.scales[:scale_rows], groups)
+        return GroupedMXFP8.unchecked(whole.values[:rows], whole.scales[:scale_rows], groups)
 
     return Buffers(
         row_token=largest.row_token[:rows],

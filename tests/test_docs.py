@@ -109,7 +109,7 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot needs the bench extra")
     monkeypatch.chdir(tmp_path)
     run_shell("accuracy.md")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -56,7 +56,8 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
 
     Numbers: µs on an H100 (2026-11-24, torch 2.11, Triton 3.6, CUDA-graph replay, normal data, equal tokens an
-    expert), the expansion of tokens included; bench/results/hopper_gemm_attempts.md has them all.
+    expert) of a former state of the kernel, the expansion of tokens included; bench/results/hopper_gemm_attempts.md
+    has them all.
     """
     average = num_tokens / max(num_experts, 1)
     if average <= 16:
