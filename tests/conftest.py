@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 
 from hybrid_mxfp8 import env
 
+pytest_plugins = ["tally"]
+
 # Derandomized: the same examples each run, so that a failure is one everybody sees.
 settings.register_profile(
     "repeatable",
