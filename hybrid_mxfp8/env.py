@@ -5,7 +5,7 @@
 | ``HYBRID_MXFP8_BACKEND`` | ``auto`` (default), ``cutlass``, ``triton``, ``reference`` | the backend where neither ``backend=`` nor ``use_backend()`` names one |
 | ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
 | ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch between the CUTLASS backend's two kernels |
-| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``0`` (default), ``1`` | the triton backend's warp-specialized kernel on compute capability 9.0; off until its present form has run there |
+| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernel; 0 takes the portable one instead |
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
 | ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
@@ -62,12 +62,12 @@ def pdl() -> bool:
 
 
 def hopper_gemm() -> bool:
-    """HYBRID_MXFP8_HOPPER_GEMM: True only for 1.
+    """HYBRID_MXFP8_HOPPER_GEMM: False only for 0.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
     """
-    return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="0")
+    return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="1")
 
 
 def _switch(name: str, default: str) -> bool:

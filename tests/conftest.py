@@ -28,7 +28,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BACKEND", "CONFIG", "PDL"):
+    for name in ("BACKEND", "CONFIG", "PDL", "HOPPER_GEMM"):
         monkeypatch.delenv(f"HYBRID_MXFP8_{name}", raising=False)
 
 

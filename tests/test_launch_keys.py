@@ -77,10 +77,10 @@ def test_the_hopper_kernel_is_switched_at_once(interpreter: None, monkeypatch: p
     monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
     gpu = torch.device("cuda", 0)
     seen = []
-    for value in ("0", "1", "0"):
+    for value in ("", "0", "1", "0"):
         monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", value)
         seen.append(grouped_gemm.hopper_config_for(64, 8, 256, 256, gpu) is not None)
-    assert seen == [False, True, False]
+    assert seen == [True, False, True, False]
 
 
 def test_blackwell_takes_what_32_bits_reach(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:

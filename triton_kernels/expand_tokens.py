@@ -22,7 +22,7 @@ from hybrid_mxfp8.formats import ceil_div, next_power_of_2, round_up
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.hopper_config import COLUMN_GROUP, WorkspaceLayout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, raw
-from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32
+from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _list_tiles(
     end = tl.sum(tl.where(e == expert, ends, 0), 0)
     if expert == 0:
         tl.store(tiles_ptr, tl.minimum(tl.sum(counts, 0), max_tiles))
-    for done in range(0, count, BATCH):
+    for done in range(0, loop_bound(count), BATCH):
         i = done + tl.arange(0, BATCH)
         entry = tiles_ptr + (1 + first + i) * 4
         wanted = (i < count) & (first + i < max_tiles)

@@ -1,8 +1,5 @@
 """Grouped GEMM for Hopper: e4m3 weights become bf16 in registers, on their way into wgmma.
 
-A former state of this kernel ran on an H100; the present one is compiled and checked, not yet run, and off by default
-(``HYBRID_MXFP8_HOPPER_GEMM``).
-
 Hopper's matrix units know no block scales. Decoding is bound by the bytes of the weights, so these must stay 8 bits
 wide all the way to the registers; prefill is bound by wgmma, so the conversion must hide behind it. Hence:
 

@@ -18,6 +18,16 @@ pytestmark = pytest.mark.gpu
 DTYPE_IDS = ["bf16", "fp16", "fp32"]
 
 
+@pytest.fixture(autouse=True, params=["chosen", "portable"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel that the backend chooses on this GPU, and the portable one where that is another."""
+    if request.param == "portable":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the portable kernel is the chosen one")
+        monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")
+    return str(request.param)
+
+
 def operands(
     counts: Sequence[int], num_tokens: int, n: int, k: int, rng: torch.Generator
 ) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:

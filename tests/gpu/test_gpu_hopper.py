@@ -23,10 +23,10 @@ CONFIGS = [select_hopper_config(8 * average, 8) for average in (1, 32, 64, 128, 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A Hopper GPU, with its kernel switched on."""
+    """A Hopper GPU, with its kernel not switched off."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1")
+    monkeypatch.delenv("HYBRID_MXFP8_HOPPER_GEMM", raising=False)
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -219,13 +219,20 @@ def _last_block(big: Callable[[], tuple[mx.GroupedMXFP8, mx.ExpertWeights]], row
 def _constant_scales(
     t: int, e: int, n: int, k: int, last: int, device: torch.device
 ) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
-    """Random codes, one scale for all, all tokens with the last expert but ``t - last``."""
+    """Random codes, one scale for all, all tokens with the last expert but ``t - last``.
+
+    Of both signs: sums that only grow lose up to K / 16 truncations of one sign, 9e-5 of the result at K = 28672.
+    """
+
+    def codes(*shape: int) -> torch.Tensor:
+        magnitudes = torch.randint(0, 127, shape, dtype=torch.uint8, device=device)
+        return (magnitudes | torch.randint_like(magnitudes, 2) << 7).view(torch.float8_e4m3fn)
+
     counts = [0] * e
     counts[0] += t - last
     counts[-1] += last
     groups = cases.layout(counts, t, device=str(device))
-    x = torch.randint(0, 127, (t, k), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    w = torch.randint(0, 127, (e, n, k), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    x, w = codes(t, k), codes(e, n, k)
     x_scales = torch.full((groups.scale_rows, -(-k // 128) * 4), 120, dtype=torch.uint8, device=device)
     w_scales = torch.full((e, -(-n // 128) * 128, -(-k // 128) * 4), 122, dtype=torch.uint8, device=device)
     return mx.GroupedMXFP8(x, x_scales, groups), mx.ExpertWeights(w, w_scales)
