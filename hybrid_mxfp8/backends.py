@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -55,7 +55,7 @@ Answer = tuple[bool, str]
 """Whether it can, and why or why not: one line that says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One way to run the product, with the quantizer that goes with it.
 
@@ -342,7 +342,8 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
         BackendUnavailableError: the backend asked for by name can't run it.
         ValueError: no such backend.
     """
-    return _choose(requested(backend), problem, problem.device)
+    name = requested(backend)
+    return _settled(BACKENDS[TRITON], "grouped_gemm", name, problem.device) or _choose(name, problem, problem.device)
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Backend:
@@ -351,7 +352,26 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Backen
     The cutlass backend quantizes with the Triton kernel, so a request for it asks for Triton here.
     """
     name = requested(backend)
-    return _choose(TRITON if name == CUTLASS else name, None, device)
+    if name == CUTLASS:
+        name = TRITON
+    return _settled(BACKENDS[TRITON], "quantize", name, device) or _choose(name, None, device)
+
+
+Product = Literal["grouped_gemm", "quantize"]
+"""What a backend is chosen for."""
+
+
+@functools.cache
+def _settled(triton: Backend, product: Product, name: str, device: torch.device) -> Backend | None:
+    """The triton backend, where nothing but the device decides on it, and so once for all calls; else None."""
+    ok, reason = triton.available(device)
+    if not ok or name not in (AUTO, TRITON):
+        return None
+    if name == AUTO:
+        if product == "grouped_gemm" and BACKENDS[CUTLASS].hardware(device):
+            return None
+        _log_choice(product, TRITON, device, reason, "")
+    return triton
 
 
 def _choose(name: str, problem: Problem | None, device: torch.device) -> Backend:
@@ -379,12 +399,12 @@ def _can(backend: Backend, problem: Problem | None, device: torch.device) -> Ans
 
 
 @functools.cache
-def _log_choice(what: str, name: str, device: torch.device, reason: str, passed_over: str) -> None:
+def _log_choice(product: Product, name: str, device: torch.device, reason: str, passed_over: str) -> None:
     """Log a choice; the cache makes that once for each different one."""
     if passed_over:
-        logger.warning("%s on %s falls back to backend %s (%s)", what, device, name, passed_over)
+        logger.warning("%s on %s falls back to backend %s (%s)", product, device, name, passed_over)
     else:
-        logger.info("%s on %s uses backend %s (%s)", what, device, name, reason)
+        logger.info("%s on %s uses backend %s (%s)", product, device, name, reason)
 
 
 def default_device() -> torch.device:

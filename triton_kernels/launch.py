@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET
 
@@ -16,9 +19,14 @@ INTERPRETED: bool = INTERPRET.value
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make ``tensor``'s GPU current: Triton launches on the current device, whatever its arguments are on."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if tensor.is_cuda and _several_gpus() and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _NOTHING
 
@@ -28,7 +36,30 @@ def raw(fp8: torch.Tensor) -> torch.Tensor:
     return fp8.view(torch.uint8) if INTERPRETED else fp8
 
 
-_compiled: dict[Hashable, Any] = {}
+@dataclass(frozen=True)
+class Loaded:
+    """A compiled kernel on its device.
+
+    Attributes:
+        kernel: what Triton compiled.
+        stream_of: the raw handle of a device's current stream; None where Triton must launch the kernel itself.
+        device_index: the device.
+    """
+
+    kernel: Any
+    stream_of: Callable[[int], int] | None
+    device_index: int
+
+
+_loaded: dict[Hashable, Loaded] = {}
+
+
+_RUNTIME: Any = triton.knobs.runtime
+
+
+def _launcher_is_known(version: str = triton.__version__) -> bool:
+    """Whether this Triton's launcher takes the arguments that :func:`launch` hands it."""
+    return (3, 6) <= tuple(map(int, version.split(".")[:2])) <= (3, 9)
 
 
 def launch(
@@ -42,7 +73,7 @@ def launch(
     """Launch ``kernel`` on a grid of ``programs``, through Triton's dispatch the first time only.
 
     Triton's dispatch of a call costs 8 to 11 us of host time, most of it spent on finding out again how the kernel is
-    specialized; launching what it compiled costs less than 2.
+    specialized; handing its launcher what it compiled costs less than 2.
 
     Args:
         kernel: a jitted function whose constexpr parameters come last.
@@ -59,11 +90,32 @@ def launch(
         kernel[(programs,)](*arguments, *constants, **dict(options))
         return
     full_key = (key, constants, options, arguments[0].device)
-    compiled = _compiled.get(full_key)
-    if compiled is None:
-        _compiled[full_key] = kernel[(programs,)](*arguments, *constants, **dict(options))
-    else:
+    loaded = _loaded.get(full_key)
+    if loaded is None:
+        _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
+        return
+    compiled = loaded.kernel
+    if loaded.stream_of is None or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
         compiled[(programs, 1, 1)](*arguments, *constants)
+        return
+    # As CompiledKernel.__getitem__ does, less what only hooks, such as a profiler's, need.
+    stream = loaded.stream_of(loaded.device_index)
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
+    )
+
+
+def _load(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants: tuple[Hashable, ...],
+    options: tuple[tuple[str, int], ...],
+) -> Loaded:
+    """Compile the kernel or find it in Triton's cache, and launch it."""
+    compiled = kernel[(programs,)](*arguments, *constants, **dict(options))
+    stream_of = triton.runtime.driver.active.get_current_stream if _launcher_is_known() else None
+    return Loaded(compiled, stream_of, arguments[0].device.index)
 
 
 def aligned(*tensors: torch.Tensor) -> bool:
