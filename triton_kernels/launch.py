@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +54,23 @@ class Loaded:
 
 
 _loaded: dict[Hashable, Loaded] = {}
-
-
+_locks: dict[int, contextlib.AbstractContextManager[object]] = {}
 _RUNTIME: Any = triton.knobs.runtime
 
 
 def _launcher_is_known(version: str = triton.__version__) -> bool:
     """Whether this Triton's launcher takes the arguments that :func:`launch` hands it."""
     return (3, 6) <= tuple(map(int, version.split(".")[:2])) <= (3, 9)
+
+
+def _one_thread() -> contextlib.AbstractContextManager[object]:
+    """A lock of this process: a fork's child gets a new one, since the thread that held its parent's is not there.
+
+    Triton's interpreter keeps the place in the grid, and the functions it patches, in globals of the process: two
+    threads in it at once fail, or compute each other's tiles. Compiling is locked so that threads that come to a
+    kernel together compile it once; compiled kernels are launched without it.
+    """
+    return _locks.setdefault(os.getpid(), threading.RLock())
 
 
 def launch(
@@ -87,13 +98,17 @@ def launch(
     if not programs:
         return
     if INTERPRETED:
-        kernel[(programs,)](*arguments, *constants, **dict(options))
+        with _one_thread():
+            kernel[(programs,)](*arguments, *constants, **dict(options))
         return
     full_key = (key, constants, options, arguments[0].device)
     loaded = _loaded.get(full_key)
     if loaded is None:
-        _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
-        return
+        with _one_thread():
+            loaded = _loaded.get(full_key)
+            if loaded is None:
+                _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
+                return
     compiled = loaded.kernel
     if loaded.stream_of is None or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
         compiled[(programs, 1, 1)](*arguments, *constants)
