@@ -7,6 +7,7 @@ Their ``scales`` are always swizzled: a row-major scale tensor enters through
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,8 +17,18 @@ from hybrid_mxfp8.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 
 
+class _Portable:
+    """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13 and older)."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "values": vars(self)["values"].view(torch.uint8)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, values=state["values"].view(torch.float8_e4m3fn))
+
+
 @dataclass(frozen=True, eq=False)
-class GroupedMXFP8:
+class GroupedMXFP8(_Portable):
     """Token rows in MXFP8, sorted by expert.
 
     Attributes:
@@ -76,7 +87,7 @@ class GroupedMXFP8:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertWeights:
+class ExpertWeights(_Portable):
     """The experts' weight matrices in MXFP8.
 
     Attributes:
