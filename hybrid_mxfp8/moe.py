@@ -19,7 +19,7 @@ import torch
 from hybrid_mxfp8 import moe_reference
 from hybrid_mxfp8.backends import TRITON
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_contiguous, check_no_grad, check_shape, check_tensor, fail
-from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
+from hybrid_mxfp8.moe_workspace import Backends, Buffers, MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.tensors import ExpertWeights
 
@@ -70,7 +70,8 @@ def moe_forward(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, stride, device or option; an argument that requires grad; a workspace that doesn't fit.
+        ValueError: wrong shape, stride, device or option; an argument that requires grad; a workspace that doesn't fit,
+            or that another stream or thread is using.
         BackendUnavailableError: the named backend can't run this here.
     """
     shape = _check(x, w13q, w2q, topk_ids, topk_weights, activation, w13_bias, w2_bias)
@@ -181,19 +182,36 @@ def _run(
     shape: MoEShape,
     out: torch.Tensor,
 ) -> None:
-    """Launch everything, past the public functions' checks: arguments are checked, buffers our own, M and top_k at least 1."""
+    """Past the public functions' checks: arguments are checked, M and top_k at least 1. Find buffers, and launch."""
     num_tokens = x.shape[0]
     backends = choose_backends(shape, num_tokens, backend)
-    quantizer, up, down = backends
+    arguments = (x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias, shape.experts, out)
     if workspace is None:
-        b = allocate(shape, num_tokens, backends)
+        _launch(*arguments, backends, allocate(shape, num_tokens, backends))
     elif isinstance(workspace, MoEWorkspace):
-        b = workspace.buffers(shape, num_tokens, backends)
+        with workspace.in_use():
+            _launch(*arguments, backends, workspace.buffers(shape, num_tokens, backends))
     else:
         raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
+
+
+def _launch(
+    x: torch.Tensor,
+    w13q: ExpertWeights,
+    w2q: ExpertWeights,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    num_experts: int,
+    out: torch.Tensor,
+    backends: Backends,
+    b: Buffers,
+) -> None:
+    quantizer, up, down = backends
     steps = _steps(quantizer.name == TRITON)
     xq, hq = b.xq, b.hq
-    steps.route(topk_ids, shape.experts, b.row_token, b.slot_row, b.layout, b.scratch)
+    steps.route(topk_ids, num_experts, b.row_token, b.slot_row, b.layout, b.scratch)
     quantizer.quantize_grouped(x, b.groups, xq.values, xq.scales, "rceil", b.row_token, False)
     up.grouped_gemm(xq, w13q, b.h, b.gemm)
     if w13_bias is not None:

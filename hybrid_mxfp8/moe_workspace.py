@@ -6,9 +6,13 @@ A smaller batch gets views of the same memory, which are kept, so that a batch s
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -198,8 +202,12 @@ class MoEWorkspace:
     """The intermediates of ``moe_forward`` for batches of up to ``max_tokens`` tokens, for layers of one shape.
 
     A call that has seen its batch size before allocates nothing but its output. Layers that run one after another share
-    one workspace; two streams must not. A CUDA graph that was captured with a workspace keeps using its memory,
-    so the workspace must live as long.
+    one workspace.
+
+    Two streams must not share one, nor two threads at once: both are refused. The workspace belongs to the stream of its
+    first call until another takes it over with :meth:`move_to_current_stream`. A call that is being captured into a CUDA
+    graph may come on any stream. The graph keeps using the memory, so the workspace must live as long, and where the
+    graph is replayed is not seen: replays and calls must follow one another, as they do on one stream.
 
     Args:
         w13q: (E, 2I, H), of any layer of the shape.
@@ -235,6 +243,12 @@ class MoEWorkspace:
         self.max_tokens = max_tokens
         self._largest = allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend))
         self._views: OrderedDict[tuple[int, tuple[str, str, str]], Buffers] = OrderedDict()
+        self._stream: torch.cuda.Stream | None = None
+        self._threads: dict[int, int] = {}  # of each process the thread inside a call: a fork's child has its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, in this process or another: memory of its own, which no stream or thread has used."""
+        return {**vars(self), "_stream": None, "_threads": {}}
 
     def __repr__(self) -> str:
         return f"MoEWorkspace({self.shape}, max_tokens={self.max_tokens}, {self.nbytes / 2**20:.1f} MiB)"
@@ -246,6 +260,55 @@ class MoEWorkspace:
         tensors = [b.row_token, b.slot_row, b.layout, b.scratch, b.h, b.y, *(() if b.gemm is None else (b.gemm,))]
         tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """What surrounds a call's launches.
+
+        Raises:
+            ValueError: another thread is in a call with this workspace, or another stream owns it.
+        """
+        process, thread = os.getpid(), threading.get_ident()
+        holder = self._threads.setdefault(process, thread)  # one atomic operation
+        if holder != thread:
+            fail(
+                "workspace",
+                f"must be used by one thread at a time, and thread {holder} is using it",
+                f"thread {thread}",
+            )
+        try:
+            self._check_stream()
+            yield
+        finally:
+            del self._threads[process]
+
+    def _check_stream(self) -> None:
+        if self.shape.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.shape.device)
+        if stream == self._stream or _is_capturing(self.shape.device):
+            return
+        if self._stream is not None:
+            fail(
+                "workspace",
+                f"must be used on one stream, and its last call was on {self._stream.cuda_stream:#x} (give this stream a "
+                "workspace of its own, or let it take this one over: workspace.move_to_current_stream())",
+                f"stream {stream.cuda_stream:#x}",
+            )
+        self._stream = stream
+
+    def move_to_current_stream(self) -> None:
+        """Let the current stream wait for the workspace's calls on the stream that owns it, and own it from now on.
+
+        Without a sync of the host. Not needed, and without effect, while a CUDA graph is being captured. The other stream
+        must not be one that is.
+        """
+        if self.shape.device.type != "cuda" or _is_capturing(self.shape.device):
+            return
+        stream = torch.cuda.current_stream(self.shape.device)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def buffers(self, shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
         """Views for M = ``num_tokens`` >= 1.
@@ -266,3 +329,9 @@ class MoEWorkspace:
         if len(self._views) > KEPT_BATCH_SIZES:
             self._views.popitem(last=False)
         return views
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a CUDA graph."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
