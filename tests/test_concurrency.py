@@ -1,0 +1,521 @@
+"""Calls beside one another: threads, forked and spawned processes, workers of a DataLoader, streams and devices.
+
+Streams and devices are stand-ins here; tests/gpu/test_gpu_concurrency.py has real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import cases
+import moe_truth
+import pytest
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import moe
+
+THREADS, ROUNDS = 3, 2
+
+
+def together(threads: int, work: Callable[[int], Any]) -> list[Any]:
+    """work(0), work(1), ... each on a thread of its own, all started at once; raises what the first failed one raised."""
+    barrier = threading.Barrier(threads)
+
+    def start(i: int) -> Any:
+        barrier.wait(timeout=60)
+        return work(i)
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures: list[Future[Any]] = [pool.submit(start, i) for i in range(threads)]
+        return [future.result(timeout=300) for future in futures]
+
+
+def job(seed: int, backend: str) -> list[torch.Tensor]:
+    """All public functions on data of this seed: their bytes."""
+    rng = torch.Generator().manual_seed(seed)
+    x = cases.random_rows(20 + seed, 160, torch.bfloat16, rng)
+    w = torch.randn(2, 40, 160, generator=rng)
+    counts = torch.tensor([9, 11 + seed], dtype=torch.int32)
+    out = cases.poisoned_output(cases.layout([9, 11 + seed]), 160)
+    xq = mx.quantize_grouped(x, counts, out=out, backend=backend)
+    wq = mx.quantize_weights(w, backend=backend)
+    y = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=backend)
+    layer = moe_truth.make_layer(rng, tokens=5 + seed, experts=3)
+    w13q, w2q = (mx.quantize_weights(each, backend="reference") for each in (layer.w13, layer.w2))
+    z = mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, backend=backend)
+    return [xq.values.view(torch.uint8), xq.scales, wq.values.view(torch.uint8), wq.scales, y, z]
+
+
+CALLS_OF_A_JOB = 4
+
+
+def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_threads_get_what_one_thread_gets(backend: str, tally: Any) -> None:
+    """Triton's interpreter keeps its place in the grid in a global: without a lock, threads compute each other's tiles."""
+    expected = [job(seed, backend) for seed in range(THREADS)]
+    results = together(THREADS, lambda seed: [job(seed, backend) for _ in range(ROUNDS)])
+    for got, wanted in zip(results, expected, strict=True):
+        assert all(same(one, wanted) for one in got)
+    tally("concurrent calls", THREADS * ROUNDS * CALLS_OF_A_JOB)
+
+
+def test_threads_that_come_first_together(interpreter: None, monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """Nothing is cached yet: modules are imported, configurations chosen and backends probed by all at once."""
+    from hybrid_mxfp8.backends import _interpreted
+    from hybrid_mxfp8.triton_kernels import grouped_gemm, quantize
+
+    expected = [job(seed, "triton") for seed in range(THREADS)]
+    for cached in (
+        _interpreted,
+        grouped_gemm.select_gemm_config,
+        grouped_gemm.formulation_for,
+        grouped_gemm._capability,
+        quantize.select_quantize_config,
+    ):
+        cached.cache_clear()
+    results = together(THREADS, lambda seed: job(seed, "triton"))
+    assert all(same(got, wanted) for got, wanted in zip(results, expected, strict=True))
+    tally("concurrent calls", THREADS * CALLS_OF_A_JOB)
+
+
+def test_threads_compile_a_kernel_once(interpreter: None, monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """The launch cache with a compiler that takes its time: one compilation a key, every launch done, none lost."""
+    from hybrid_mxfp8.triton_kernels import launch as launcher
+
+    compiled: list[tuple[Any, ...]] = []
+    launched: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: launched.append((grid, *arguments))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            def compile_and_run(*arguments: Any, **options: int) -> Compiled:
+                time.sleep(0.02)
+                compiled.append(arguments)
+                launched.append(((grid[0], 1, 1), *arguments))
+                return Compiled()
+
+            return compile_and_run
+
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "_compiled", {})
+    x = torch.zeros(1)
+
+    def work(i: int) -> None:
+        for key in ("a", "b"):
+            launcher.launch(Kernel(), 7, (x, i), (key,), (("num_warps", 4),), key)
+
+    together(8, work)
+    assert len(compiled) == 2
+    assert sorted((grid[0], i, key) for grid, _, i, key in launched) == [(7, i, key) for i in range(8) for key in "ab"]
+    tally("concurrent calls", 16)
+
+
+def test_a_backend_in_force_is_its_threads_own(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """use_backend() reaches no other thread; the environment reaches all, and is read at each call."""
+    from hybrid_mxfp8.backends import requested
+
+    names = ["reference", "triton", "cutlass", "auto"]
+
+    def work(i: int) -> list[str]:
+        seen = []
+        for _ in range(200):
+            with mx.use_backend(names[i]):
+                time.sleep(0)
+                seen.append(requested(None))
+            seen.append(requested(None))
+        return seen
+
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "triton")
+    for name, seen in zip(names, together(4, work), strict=True):
+        assert seen == [name, "triton"] * 200
+    tally("concurrent calls", 4 * 400)
+
+
+# ---------------------------------------------------------------- one workspace, several threads or streams
+
+
+def layer_and_weights(seed: int = 0) -> tuple[moe_truth.Layer, mx.ExpertWeights, mx.ExpertWeights]:
+    layer = moe_truth.make_layer(torch.Generator().manual_seed(seed), tokens=6)
+    return layer, *(mx.quantize_weights(w, backend="reference") for w in (layer.w13, layer.w2))
+
+
+def workspace_of(w13q: mx.ExpertWeights, w2q: mx.ExpertWeights) -> mx.MoEWorkspace:
+    return mx.MoEWorkspace(w13q, w2q, max_tokens=8, top_k=2, backend="reference")
+
+
+def test_threads_with_their_own_workspaces(tally: Any) -> None:
+    layer, w13q, w2q = layer_and_weights()
+    workspaces = [workspace_of(w13q, w2q) for _ in range(THREADS)]
+
+    def call(tokens: int, workspace: mx.MoEWorkspace | None) -> torch.Tensor:
+        batch = (layer.ids[:tokens], layer.weights[:tokens])
+        return mx.moe_forward(layer.x[:tokens], w13q, w2q, *batch, workspace=workspace, backend="reference")
+
+    expected = [call(tokens, None) for tokens in range(1, 7)]
+    for results in together(THREADS, lambda i: [call(1 + (i + step) % 6, workspaces[i]) for step in range(12)]):
+        assert all(any(torch.equal(y, e) for e in expected if e.shape == y.shape) for y in results)
+    tally("concurrent calls", THREADS * 12)
+
+
+def test_a_workspace_in_use_is_refused_to_another_thread(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """The second call comes while the first one is between its launches: it raises, and the first is right."""
+    layer, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    call = (layer.x, w13q, w2q, layer.ids, layer.weights)
+    expected = mx.moe_forward(*call, backend="reference")
+    inside, go_on = threading.Event(), threading.Event()
+    launch = moe._launch
+
+    def slow(*arguments: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        launch(*arguments)
+
+    monkeypatch.setattr(moe, "_launch", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(mx.moe_forward, *call, workspace=workspace, backend="reference")
+        assert inside.wait(60)
+        with pytest.raises(
+            ValueError, match=r"^workspace: must be used by one thread at a time, and thread \d+ is using"
+        ):
+            mx.moe_forward(*call, workspace=workspace, backend="reference")
+        go_on.set()
+        assert torch.equal(first.result(60), expected)
+    monkeypatch.undo()
+    assert torch.equal(mx.moe_forward(*call, workspace=workspace, backend="reference"), expected)
+    tally("concurrent calls", 2)
+
+
+def test_a_call_that_fails_gives_the_workspace_back() -> None:
+    layer, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    many = (layer.x.repeat(2, 1), w13q, w2q, layer.ids.repeat(2, 1), layer.weights.repeat(2, 1))
+    with pytest.raises(ValueError, match="max_tokens = 8"):
+        mx.moe_forward(*many, workspace=workspace, backend="reference")
+    with ThreadPoolExecutor(1) as pool:
+        call = (layer.x, w13q, w2q, layer.ids, layer.weights)
+        pool.submit(mx.moe_forward, *call, workspace=workspace, backend="reference").result(60)
+
+
+class Streams:
+    """Stand-ins for torch.cuda's streams: which one is current, which are captured, and who waits for whom."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = self.Stream(self, 0)
+        self.capturing: set[int] = set()
+        self.waits: list[tuple[int, int]] = []
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(
+            torch.cuda, "is_current_stream_capturing", lambda: self.current.cuda_stream in self.capturing
+        )
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    class Stream:
+        def __init__(self, streams: Streams, cuda_stream: int) -> None:
+            self.streams, self.cuda_stream = streams, cuda_stream
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Streams.Stream) and other.cuda_stream == self.cuda_stream
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def wait_stream(self, other: Streams.Stream) -> None:
+            self.streams.waits.append((self.cuda_stream, other.cuda_stream))
+
+    def on(self, cuda_stream: int) -> None:
+        self.current = self.Stream(self, cuda_stream)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[mx.MoEWorkspace, Streams]:
+    """A workspace that thinks it is on a GPU with streams 0, 16, 32."""
+    _, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    workspace.shape = workspace.shape._replace(device=torch.device("cuda", 0))
+    return workspace, Streams(monkeypatch)
+
+
+def use(workspace: mx.MoEWorkspace) -> None:
+    with workspace.in_use():
+        pass
+
+
+def test_a_workspace_belongs_to_the_stream_of_its_first_call(on_gpu: Any, tally: Any) -> None:
+    workspace, streams = on_gpu
+    streams.on(16)
+    use(workspace)
+    use(workspace)
+    streams.on(32)
+    refused = r"^workspace: must be used on one stream, and its last call was on 0x10 .*move_to_current_stream.* got stream 0x20$"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=refused):
+            use(workspace)
+    streams.on(16)
+    use(workspace)  # the owner may go on
+    assert streams.waits == []
+    tally("concurrent calls", 5)
+
+
+def test_a_stream_takes_a_workspace_over(on_gpu: Any, tally: Any) -> None:
+    workspace, streams = on_gpu
+    workspace.move_to_current_stream()  # of nobody's: nothing to wait for
+    assert streams.waits == []
+    streams.on(16)
+    workspace.move_to_current_stream()
+    assert streams.waits == [(16, 0)]
+    use(workspace)
+    streams.on(0)
+    with pytest.raises(ValueError, match="workspace: must be used on one stream"):
+        use(workspace)
+    tally("concurrent calls", 2)
+
+
+def test_capture_uses_a_workspace_on_any_stream(on_gpu: Any, tally: Any) -> None:
+    """Eager calls before and after on the stream they always used; waiting for it inside a capture would break that."""
+    workspace, streams = on_gpu
+    streams.capturing = {48}
+    streams.on(48)
+    use(workspace)  # captured before any eager call: owned by nobody
+    streams.on(16)
+    use(workspace)
+    streams.on(48)
+    use(workspace)
+    workspace.move_to_current_stream()
+    assert streams.waits == []
+    streams.on(16)
+    use(workspace)
+    tally("concurrent calls", 4)
+
+
+def test_copies_of_a_workspace_belong_to_nobody(on_gpu: Any) -> None:
+    workspace, streams = on_gpu
+    use(workspace)
+    for twin in (copy.deepcopy(workspace), pickle.loads(pickle.dumps(workspace))):
+        assert twin._largest.h.data_ptr() != workspace._largest.h.data_ptr()
+        assert twin._largest.groups.expert_offsets.shape == workspace._largest.groups.expert_offsets.shape
+        streams.on(32)
+        use(twin)
+        streams.on(0)
+    use(workspace)
+
+
+def test_a_copied_module_computes_the_same() -> None:
+    layer, w13q, w2q = layer_and_weights()
+    experts = mx.MXFP8Experts(w13q, w2q, workspace=workspace_of(w13q, w2q), backend="reference")
+    y = experts(layer.x, layer.ids, layer.weights)
+    assert torch.equal(copy.deepcopy(experts)(layer.x, layer.ids, layer.weights), y)
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """Triton launches on the current device: each launcher first makes that of its tensors current."""
+    from hybrid_mxfp8.triton_kernels import (
+        combine,
+        expand_tokens,
+        expert_bias,
+        group_layout,
+        grouped_gemm,
+        quantize,
+        route,
+    )
+
+    current: list[torch.device] = []
+    launched: list[str] = []
+
+    @contextlib.contextmanager
+    def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], *rest: Any) -> None:
+        assert current, f"{kernel.__name__} is launched on whatever device is current"
+        assert current[-1] == arguments[0].device
+        launched.append(kernel.__name__)
+
+    for module in (combine, expert_bias, group_layout, grouped_gemm, quantize, route):
+        monkeypatch.setattr(module, "on_device_of", on_device_of)
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(expand_tokens, "launch", launch)
+    monkeypatch.setattr(grouped_gemm, "hopper_config_for", lambda *args: None)
+    x = torch.zeros(9, 64)
+    groups = cases.layout([4, 0, 5])
+    xq = mx.quantize_grouped(x, groups, backend="triton")
+    mx.quantize_grouped(x, groups.tokens_per_expert, backend="triton")
+    wq = mx.quantize_weights(torch.zeros(3, 16, 64), backend="triton")
+    mx.grouped_gemm(xq, wq, backend="triton")
+    group_layout.group_offsets(groups.tokens_per_expert, 9, False)
+    for tokens in (6, 5000):  # one launch of routing, and three
+        layer = moe_truth.make_layer(torch.Generator().manual_seed(0), tokens=tokens, bias=True)
+        w13q, w2q = (mx.quantize_weights(w, backend="reference") for w in (layer.w13, layer.w2))
+        bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+        mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, backend="triton", **bias)
+    assert set(launched) >= {
+        "quantize_kernel", "grouped_gemm_kernel", "group_offsets_kernel", "rank_kernel", "count_kernel", "sum_kernel",
+        "scatter_kernel", "expert_bias_kernel", "combine_kernel",
+    }  # fmt: skip
+    tally("concurrent calls", len(launched))
+
+
+@pytest.mark.parametrize(("current", "switched"), [(0, []), (1, [torch.device("cuda", 0)])], ids=["same", "other"])
+def test_the_device_is_switched_only_where_it_differs(
+    interpreter: None, monkeypatch: pytest.MonkeyPatch, current: int, switched: list[torch.device]
+) -> None:
+    from hybrid_mxfp8.triton_kernels.launch import on_device_of
+
+    class Tensor:
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext())
+    with on_device_of(Tensor()):  # type: ignore[arg-type]
+        pass
+    assert asked == switched
+
+
+# ---------------------------------------------------------------- processes
+
+
+class Quantized(torch.utils.data.Dataset[mx.GroupedMXFP8]):
+    """Batches that are quantized where they are loaded."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> mx.GroupedMXFP8:
+        rng = torch.Generator().manual_seed(index)
+        x = cases.random_rows(20 + index, 96, torch.bfloat16, rng)
+        out = cases.poisoned_output(cases.layout([20, index]), 96)
+        return mx.quantize_grouped(x, out.groups, out=out, backend=self.backend)
+
+
+def same_operand(got: mx.GroupedMXFP8, expected: mx.GroupedMXFP8) -> bool:
+    pairs = [(got.values.view(torch.uint8), expected.values.view(torch.uint8)), (got.scales, expected.scales)]
+    pairs += [(getattr(got.groups, n), getattr(expected.groups, n)) for n in ("expert_offsets", "scale_offsets")]
+    return got.groups.num_tokens == expected.groups.num_tokens and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_workers_of_a_data_loader(backend: str, tally: Any) -> None:
+    """Forked after this process has used the library; operands come back through shared memory, whole."""
+    dataset = Quantized(backend)
+    expected = [dataset[i] for i in range(len(dataset))]
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120
+    )
+    got = list(loader)
+    assert len(got) == len(expected)
+    assert all(same_operand(g, e) for g, e in zip(got, expected, strict=True))
+    tally("concurrent calls", len(got))
+
+
+def _in_child(seed: int, backend: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    results.put((seed, [t.view(torch.uint8).numpy().tobytes() for t in job(seed, backend)]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children(method: str, backend: str, tally: Any) -> None:
+    """Two at once, the spawned ones beside a thread of this process that computes the same."""
+    expected = {seed: [t.view(torch.uint8).numpy().tobytes() for t in job(seed, backend)] for seed in range(2)}
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    stop = threading.Event()
+
+    def keep_busy() -> int:
+        calls = 0
+        while not stop.is_set():
+            job(0, backend)
+            calls += CALLS_OF_A_JOB
+        return calls
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(keep_busy) if method == "spawn" else None
+        children = [context.Process(target=_in_child, args=(seed, backend, results), daemon=True) for seed in range(2)]
+        try:
+            for child in children:
+                child.start()
+            got = dict(results.get(timeout=120) for _ in children)
+            for child in children:
+                child.join(60)
+        finally:
+            stop.set()
+            for child in children:
+                child.kill()
+    assert got == expected
+    assert [child.exitcode for child in children] == [0, 0]
+    tally("concurrent calls", 2 * CALLS_OF_A_JOB + (busy.result() if busy else 0))
+
+
+def test_a_lock_held_at_a_fork_does_not_hang_the_child(interpreter: None, tally: Any) -> None:
+    """The thread that held it is not in the child, and would never let go."""
+    from hybrid_mxfp8.triton_kernels import launch
+
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with launch._one_thread():
+            held.set()
+            done.wait(120)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        assert held.wait(60)
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        child = context.Process(target=_in_child, args=(0, "triton", results), daemon=True)
+        try:
+            child.start()
+            seed, _ = results.get(timeout=120)
+        finally:
+            done.set()
+            child.kill()
+    assert seed == 0
+    tally("concurrent calls")
+
+
+def test_operands_travel(backend: str) -> None:
+    """Pickled, deep-copied and saved: the same bytes, checked again on arrival."""
+    xq = Quantized(backend)[3]
+    wq = mx.quantize_weights(torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1)), backend=backend)
+    file = io.BytesIO()
+    torch.save((xq, wq), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    for x, w in (pickle.loads(pickle.dumps((xq, wq))), copy.deepcopy((xq, wq)), saved):
+        assert same_operand(x, xq)
+        assert torch.equal(w.values.view(torch.uint8), wq.values.view(torch.uint8))
+        assert torch.equal(w.scales, wq.scales)
+
+
+def test_each_process_has_its_own_lock(interpreter: None) -> None:
+    from hybrid_mxfp8.triton_kernels import launch
+
+    assert launch._one_thread() is launch._one_thread()
+    assert set(launch._locks) >= {os.getpid()}
