@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import numpy as np
 import pytest
@@ -54,9 +56,10 @@ def filled_like(x: torch.Tensor, byte: int) -> torch.Tensor:
 @pytest.mark.parametrize("rounding", truth.ROUNDINGS)
 @pytest.mark.parametrize("pattern", ["every_code", "every_amax"])
 @pytest.mark.parametrize("dtype", cases.HALF_DTYPES, ids=["bf16", "fp16"])
-def test_every_code(pattern: str, dtype: torch.dtype, rounding: str) -> None:
+def test_every_code(pattern: str, dtype: torch.dtype, rounding: str, tally: Any) -> None:
     x = getattr(cases, pattern)(dtype)
     same_bytes(*both(x, cases.layout([x.shape[0]]), rounding))
+    tally("codes", 65536)
 
 
 @interpreted
