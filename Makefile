@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton sass lint clean
+.PHONY: help demo test test-triton sass sanitize lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ test-triton: ## all tests with another Triton on the CPU, in an environment of i
 
 sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
 	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
+
+# Options of tests/sanitize.py: SANITIZE="--jobs 8 --tools memcheck --out FOLDER".
+SANITIZE ?=
+sanitize: $(VENV)/.ready ## on a GPU: every kernel under compute-sanitizer's four tools; report in bench/results
+	$(BIN)/python tests/sanitize.py $(SANITIZE)
 
 lint: $(VENV)/.ready-lint ## ruff and mypy
 	$(BIN)/ruff check .

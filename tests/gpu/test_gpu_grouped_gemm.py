@@ -56,6 +56,15 @@ def test_ragged(name: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     check(*operands(counts, num_tokens, 136, 160, rng), counts, dtype)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("name", ["empty experts", "at tile edges", "a token each"])
+def test_the_kernel_of_any_gpu(name: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that runs where no other does, also where another would."""
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")
+    counts, num_tokens = cases.RAGGED[name]
+    check(*operands(counts, num_tokens, 136, 160, rng), counts, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", cases.RAGGED)
 def test_reference_on_the_gpu(name: str, rng: torch.Generator) -> None:
     counts, num_tokens = cases.RAGGED[name]

@@ -1,0 +1,58 @@
+"""A pytest plugin that writes down what a run did: outcomes of its tests, and which kernels it launched.
+
+``PYTHONPATH=tests pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped": .., "failed": .., "kernels":
+[..]}`` there. A process that dies leaves no file, which is how its caller tells.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOM = Path(__file__).resolve().parent.parent / "triton_kernels"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--launched", metavar="FILE", type=Path, help="write the outcomes and the kernels launched there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--launched"):
+        config.pluginmanager.register(_Recorder(path), "hybrid_mxfp8_launched")
+
+
+class _Recorder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: Counter[str] = Counter(passed=0, skipped=0, failed=0)
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome] += 1
+
+    @pytest.hookimpl
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(json.dumps({**self.outcomes, "kernels": sorted(compiled_kernels())}))
+
+
+def compiled_kernels() -> set[str]:
+    """Names of the kernels that this process has launched, all of which go through ``triton_kernels.launch``."""
+    launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
+    return {compiled.metadata.name for compiled in launch._compiled.values()} if launch else set()
+
+
+def kernels_in_source() -> set[str]:
+    """Names of all that ``triton_kernels`` launches: what stands first in a call of ``launch``."""
+    calls = [
+        node
+        for path in sorted(ROOM.glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launch"
+    ]
+    return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}

@@ -1,0 +1,395 @@
+"""``make sanitize``: the GPU tests marked ``sanitizer`` under each tool of NVIDIA's compute-sanitizer, with a report.
+
+The tests are split by file, and further where a tool is slow, and run in a few processes at once, each with a time
+limit. Before them the same tests run once with no tool: that fills the compilers' caches, and shows what fails by
+itself. The report says what ran, what was found and which kernels were launched under which tool. The exit status is 0
+only if every test passed or was skipped, every tool came to its summary with nothing found, and every kernel that
+this GPU can run was launched under every tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launched import kernels_in_source
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = "no tool"
+
+TOOLS: dict[str, str] = {
+    "racecheck": "shared memory touched by threads in no order",
+    "memcheck": "reads and writes outside of allocations, misaligned ones, failed CUDA calls",
+    "initcheck": "reads of global memory that nothing has written",
+    "synccheck": "wrong uses of barriers",
+}
+"""The slowest first, so that it doesn't end alone."""
+
+TESTS_PER_PROCESS = {PLAIN: 1000, "racecheck": 12, "memcheck": 40, "initcheck": 40, "synccheck": 40}
+"""Where a process starts in ten seconds and a test takes from a tenth of one to ten."""
+
+ERROR_EXIT = 86
+"""What compute-sanitizer exits with when it found something; none of pytest's codes."""
+
+ONLY_ON: dict[str, tuple[tuple[int, int], ...]] = {
+    "hopper_gemm_kernel": ((9, 0),),
+    "expand_tokens_kernel": ((9, 0),),
+    "grouped_gemm_blackwell_kernel": ((10, 0), (10, 3)),
+}
+"""Kernels that some compute capabilities alone run."""
+
+
+# ---------------------------------------------------------------- what a tool said
+
+
+@dataclass
+class Findings:
+    """One process's output: how much its tool found and where, and whether the tool came to its end."""
+
+    errors: int = 0
+    finished: bool = False
+    kinds: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+
+
+_LINE = re.compile(r"^========= (.*)$", re.MULTILINE)
+_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
+_KIND = re.compile(
+    r"(Invalid __\w+__ \w+|Uninitialized __\w+__ memory \w+|Misaligned \w+|Barrier error detected|Program hit \w+"
+    r"|(?:Error|Warning): Race reported|Internal Sanitizer Error)"
+)
+_PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x[0-9a-f]+)")
+
+
+def parse(text: str) -> Findings:
+    """What compute-sanitizer printed among a program's own lines, some of which are rows of = too."""
+    found = Findings()
+    for line in _LINE.findall(text):
+        if summary := _SUMMARY.match(line):
+            found.finished = True
+            found.errors += int(summary[1])
+            continue
+        if kind := _KIND.match(line):
+            found.kinds[kind[1].removeprefix("Error: ").removeprefix("Warning: ")] += 1
+        elif line.startswith("Warning:"):
+            found.warnings[line.removeprefix("Warning:").strip()] += 1
+        for place in _PLACE.finditer(line):
+            found.kernels[(place["old"] or place["new"]).split("(")[0]] += 1
+    # Not in any summary: the tool's own failure.
+    found.errors += found.kinds["Internal Sanitizer Error"]
+    return found
+
+
+# ---------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tests of one file, under one tool, in one process."""
+
+    tool: str
+    file: str
+    tests: tuple[str, ...]
+
+
+def find_sanitizer(path: str | None = None) -> str | None:
+    """compute-sanitizer on PATH, else in the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=path) or shutil.which("compute-sanitizer", path=":".join(folders))
+
+
+def command(sanitizer: str, help_text: str, job: Job, pytest: str, record: Path) -> list[str]:
+    """The process of a job. Options that this compute-sanitizer does not know are left out."""
+    tests = [pytest, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
+    if job.tool == PLAIN:
+        return tests
+    options = [
+        ("--tool", job.tool),
+        ("--target-processes", "application-only"),  # not the compilers that a test may start
+        ("--error-exitcode", str(ERROR_EXIT)),
+        ("--show-backtrace", "no"),  # the host's is of Python's interpreter
+        ("--print-limit", "100"),
+    ]
+    if job.tool == "memcheck":
+        options.append(("--padding", "256"))  # so that what leaves a buffer does not land in the next one
+    known = [word for name, value in options if name == "--tool" or name in help_text for word in (name, value)]
+    return [sanitizer, *known, *tests]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of a job: PyTorch must give each tensor an allocation of its own, or its neighbours hide a fault."""
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    changes = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(threads)}
+    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
+
+
+def by_file(tests: Iterable[str]) -> dict[str, list[str]]:
+    """Test ids by their file."""
+    files: dict[str, list[str]] = {}
+    for test in tests:
+        files.setdefault(test.split("::")[0], []).append(test)
+    return files
+
+
+def split(tool: str, tests: Iterable[str]) -> list[Job]:
+    """Jobs of at most TESTS_PER_PROCESS tests, of nearly equal size within a file."""
+    jobs = []
+    for file, ids in by_file(tests).items():
+        parts = -(-len(ids) // TESTS_PER_PROCESS[tool])
+        # Every parts-th test: neighbours are parameters of one test, which is often the slow one.
+        jobs += [Job(tool, file, tuple(ids[part::parts])) for part in range(parts)]
+    return jobs
+
+
+def collect(pytest: str, environment: Mapping[str, str]) -> list[str]:
+    """Ids of the tests that are marked for this."""
+    asked = [pytest, "--collect-only", "-q", "-m", "sanitizer", "tests/gpu"]
+    done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    ids = [line for line in done.stdout.splitlines() if line.startswith("tests/gpu/") and "::" in line]
+    if done.returncode or not ids:
+        sys.exit(f"no tests could be collected:\n{done.stdout}{done.stderr}")
+    return ids
+
+
+@dataclass
+class Result:
+    """What came of a job."""
+
+    tool: str
+    file: str
+    tests: int
+    passed: int = 0
+    skipped: int = 0
+    failed: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+    fault: str = ""
+    kernels: list[str] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+    kernels_at_fault: dict[str, int] = field(default_factory=dict)
+    warnings: dict[str, int] = field(default_factory=dict)
+    output_tail: str = ""
+
+    @property
+    def clean(self) -> bool:
+        """Whether all is well."""
+        return not (self.fault or self.failed or self.errors)
+
+
+def judge(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
+    """The result of a job's output, exit status (None: stopped at its time limit) and record of its tests (None: it left none)."""
+    found = parse(output) if job.tool != PLAIN else Findings(finished=True)
+    result = Result(job.tool, job.file, len(job.tests), errors=found.errors, seconds=round(seconds, 1))
+    result.kinds, result.kernels_at_fault = dict(found.kinds), dict(found.kernels)
+    result.warnings = dict(found.warnings)
+    if record is not None:
+        result.passed, result.skipped, result.failed = record["passed"], record["skipped"], record["failed"]
+        result.kernels = list(record["kernels"])
+    if status is None:
+        result.fault = "stopped at its time limit"
+    elif record is None:
+        result.fault = f"ended with status {status} before its tests did"
+    elif not found.finished:
+        result.fault = f"no summary from {job.tool}"
+    elif result.passed + result.skipped + result.failed < len(job.tests):
+        result.fault = "not every test ran"
+    elif status != (ERROR_EXIT if found.errors else bool(result.failed)):
+        result.fault = f"ended with status {status}"
+    if not result.clean:
+        result.output_tail = output[-3000:]
+    return result
+
+
+def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path, limit: float) -> Result:
+    """Run a job to its end or its time limit."""
+    started = time.monotonic()
+    # A session of its own, so that the limit ends the sanitizer, the tests and their compilers alike.
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    status: int | None = None
+    try:
+        output, _ = process.communicate(timeout=limit)
+        status = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    outcomes = json.loads(record.read_text()) if record.exists() else None
+    return judge(job, output, status, outcomes, time.monotonic() - started)
+
+
+def run_jobs(
+    jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float, deadline: float
+) -> list[Result]:
+    """Run all, ``workers`` at a time; those that can't start before the deadline (monotonic, s) count as not run."""
+    asked = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
+    env = environment(max(1, (os.cpu_count() or 1) // workers))
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+
+        def one(number: int) -> Result:
+            job, record = jobs[number], Path(folder) / f"{number}.json"
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return Result(job.tool, job.file, len(job.tests), fault="not started in time")
+            argv = command(sanitizer, asked.stdout + asked.stderr, job, pytest, record)
+            result = run_job(job, argv, env, record, min(limit, left))
+            say = result.fault or f"{result.errors} errors, {result.failed} tests failed"
+            print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
+            return result
+
+        return list(pool.map(one, range(len(jobs))))
+
+
+# ---------------------------------------------------------------- the report
+
+
+def expected_kernels(capability: tuple[int, int]) -> set[str]:
+    """The kernels that a GPU can run."""
+    return {name for name in kernels_in_source() if capability in ONLY_ON.get(name, (capability,))}
+
+
+def not_reached(results: Sequence[Result], tools: Iterable[str], expected: set[str]) -> dict[str, list[str]]:
+    """For each tool, the expected kernels that no process launched under it."""
+    reached = {tool: {kernel for r in results if r.tool == tool for kernel in r.kernels} for tool in tools}
+    return {tool: sorted(expected - kernels) for tool, kernels in reached.items() if expected - kernels}
+
+
+def describe_machine(sanitizer: str) -> dict[str, str]:
+    """GPU, compute capability, driver and versions, as text."""
+
+    def first_line(argv: Sequence[str]) -> str:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        return (done.stdout.strip() or "unknown").splitlines()[0]
+
+    fields = {"GPU": "name", "compute capability": "compute_cap", "driver": "driver_version"}
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
+    values = [value.strip() for value in first_line(query).split(",")]
+    asked = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"[Vv]ersion ([\d.]+)", asked)
+    return {
+        **dict(zip(fields, [*values, "unknown", "unknown"], strict=False)),
+        "torch": metadata.version("torch"),
+        "triton": metadata.version("triton"),
+        "compute-sanitizer": version[1] if version else "unknown",
+    }
+
+
+def slug(gpu: str) -> str:
+    """``h100`` of ``NVIDIA H100 80GB HBM3``."""
+    found = re.search(r"\b[A-Z]+\d+\w*", gpu)
+    return (found[0] if found else re.sub(r"\W+", "_", gpu)).lower()
+
+
+def summary_rows(results: Sequence[Result]) -> list[list[str]]:
+    """The table's rows: tool, file, tests, skipped, failed, errors, processes, seconds, and what else went wrong."""
+    rows = [["tool", "file", "tests", "skipped", "failed", "errors", "processes", "seconds", ""]]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.tool, result.file), []).append(result)
+    for (tool, file), parts in groups.items():
+        sums = [sum(getattr(part, name) for part in parts) for name in ("tests", "skipped", "failed", "errors")]
+        faults = Counter(part.fault for part in parts if part.fault)
+        what = "; ".join(f"{fault} ({n} of {len(parts)})" for fault, n in faults.items())
+        seconds = f"{sum(part.seconds for part in parts):.0f}"
+        rows.append([tool, Path(file).name, *map(str, sums), str(len(parts)), seconds, what])
+    return rows
+
+
+def markdown(record: Mapping[str, Any], results: Sequence[Result], missing: Mapping[str, Sequence[str]]) -> str:
+    """The report as a page."""
+    rows = summary_rows(results)
+    lines = [f"# compute-sanitizer on {record['machine']['GPU']}", "", f"Made by `make sanitize` on {record['date']}."]
+    lines += [", ".join(f"{name} {value}" for name, value in record["machine"].items()) + ".", ""]
+    lines += [f"- {tool}: {TOOLS[tool]}" for tool in record["tools"]]
+    lines += ["", f"| {' | '.join(rows[0])} |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
+    lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
+    totals = {tool: [r for r in results if r.tool == tool] for tool in record["tools"]}
+    lines += ["", "Totals: "]
+    for tool, parts in totals.items():
+        passed, errors = sum(p.passed for p in parts), sum(p.errors for p in parts)
+        bad = sum(bool(p.fault or p.failed) for p in parts)
+        lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {len(parts)} processes failed or cut")
+    lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in record["kernels"]) + "."]
+    lines += [f"**Not launched under {tool}**: {', '.join(kernels)}." for tool, kernels in missing.items()]
+    for title, name in (("Found", "kinds"), ("In kernels", "kernels_at_fault"), ("Warnings of the tools", "warnings")):
+        found: Counter[str] = Counter()
+        for result in results:
+            found.update({f"{result.tool}: {what}": n for what, n in getattr(result, name).items()})
+        if found:
+            lines += ["", f"{title}:", ""] + [f"- {what} ({n} times)" for what, n in sorted(found.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tools", default=",".join(TOOLS), help="which, by commas")
+    parser.add_argument("--files", default="", help="only files whose name contains one of these, by commas")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at once")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds that all may take; the rest is cut")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
+    parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
+    options = parser.parse_args(arguments)
+    tools = [tool for tool in options.tools.split(",") if tool]
+    if unknown := set(tools) - set(TOOLS):
+        parser.error(f"--tools: expected some of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        sys.exit(
+            "compute-sanitizer: neither on PATH nor under CUDA_HOME or /usr/local/cuda; it is part of the CUDA toolkit"
+        )
+    deadline = time.monotonic() + options.within
+    machine = describe_machine(sanitizer)
+    wanted = [name for name in options.files.split(",") if name]
+    tests = [
+        t for t in collect(options.pytest, environment(1)) if not wanted or any(w in t.split("::")[0] for w in wanted)
+    ]
+    plain = run_jobs(split(PLAIN, tests), sanitizer, options.pytest, options.jobs, options.limit, deadline)
+    jobs = [job for tool in tools for job in split(tool, tests)]
+    results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit, deadline)
+
+    major, _, minor = machine["compute capability"].partition(".")
+    expected = expected_kernels((int(major), int(minor))) if major.isdigit() and not wanted else set()
+    missing = not_reached(results, tools, expected)
+    everywhere = set.intersection(*({k for r in results if r.tool == tool for k in r.kernels} for tool in tools))
+    record = {
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine,
+        "tools": tools,
+        "kernels": sorted(everywhere),
+        "not_launched": missing,
+        "results": [asdict(result) for result in results],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = options.out / f"sanitizers_{slug(machine['GPU'])}"
+    report.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    report.with_suffix(".md").write_text(markdown(record, results, missing))
+    print(report.with_suffix(".md").read_text())
+    for result in results:
+        if not result.clean:
+            print(f"==== {result.tool}, {result.file}: {result.fault or 'see below'}\n{result.output_tail}")
+    return 0 if not missing and all(result.clean for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
