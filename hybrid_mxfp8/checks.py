@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from hybrid_mxfp8.formats import BLOCK_SIZE, SCALE_ROUNDINGS
+from hybrid_mxfp8.formats import BLOCK_SIZE, MAX_INT32, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that can be quantized, and that a product can be written in."""
@@ -36,10 +37,30 @@ def check_tensor(
         raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: dtype must be {' or '.join(map(short, dtypes))}, got {short(value.dtype)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got layout {short(value.layout)}")
     if value.ndim != ndim:
         fail(name, f"must have shape {dims}", tuple(value.shape))
     if device is not None and value.device != device:
         fail(name, f"must be on {device}, as the other arguments", value.device)
+    return value
+
+
+def check_int(name: str, value: Any, least: int) -> int:
+    """An int, not a bool, of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
+    if value < least:
+        fail(name, f"must be at least {least}", value)
+    return value
+
+
+def check_num_tokens(value: Any, num_experts: int) -> int:
+    """T: 32-bit offsets reach every row, and every scale row of ``num_experts`` experts."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"num_tokens: must be an int, got {type(value).__name__}")
+    if value < 0 or value + (SCALE_TILE_ROWS - 1) * min(num_experts, value) > MAX_INT32:
+        fail("num_tokens", "must be at least 0, and with each expert's padding fit int32", value)
     return value
 
 
@@ -59,6 +80,32 @@ def check_aligned(name: str, value: torch.Tensor) -> None:
     """Starts at a 16-byte boundary, as every tensor does that PyTorch allocates."""
     if value.numel() and value.data_ptr() % 16:
         fail(name, "must start at a 16-byte boundary", f"address {value.data_ptr():#x}")
+
+
+def check_apart(name: str, written: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Shares no memory with the others, which are read, or written too, while it is written.
+
+    From its first to its last byte: columns of one wider buffer count as overlapping.
+    """
+    start, end = _span(written)
+    for other, tensor in others.items():
+        if tensor is None or tensor.data_ptr() >= end:
+            continue
+        other_start, other_end = _span(tensor)
+        if start < other_end and other_start < end:
+            fail(
+                name,
+                f"must not overlap {other}",
+                f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}",
+            )
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last; equal if there is none."""
+    start, elements = x.data_ptr(), x.numel()
+    if elements and not x.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + elements * x.element_size()
 
 
 def check_k(name: str, k: int) -> None:
@@ -96,6 +143,20 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
             "must not require grad (MXFP8 quantization has no backward; use torch.no_grad() or .detach())",
             "requires_grad=True",
         )
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake or on the meta device.
+
+    Then the public functions go through :mod:`hybrid_mxfp8.library`'s operators, which know shapes without data.
+    """
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+
+
+def check_no_buffer(name: str, value: object) -> None:
+    """No buffer to write to, where an operator allocates."""
+    if value is not None:
+        fail(name, "must be None under torch.compile, and for fake and meta tensors", type(value).__name__)
 
 
 def short(value: Any) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.checks import check_tensor, fail
-from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows
+from hybrid_mxfp8.checks import check_contiguous, check_num_tokens, check_shape, check_tensor, traced
+from hybrid_mxfp8.formats import grouped_scale_rows
 from hybrid_mxfp8.hardware import compiles_kernels
 
 
@@ -28,13 +28,43 @@ class GroupLayout:
         num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
 
     :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data. One put
-    together by hand must obey the same sums.
+    together by hand must obey the same sums; one that does not gives wrong numbers, but leads no kernel outside its buffers.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous; ``num_tokens`` no int, negative
+            or too large for int32 offsets.
     """
 
     tokens_per_expert: torch.Tensor
     expert_offsets: torch.Tensor
     scale_offsets: torch.Tensor
     num_tokens: int
+
+    def __post_init__(self) -> None:
+        tokens = check_tensor("tokens_per_expert", self.tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)")
+        check_contiguous("tokens_per_expert", tokens)
+        num_experts = tokens.shape[0]
+        for name, offsets in (("expert_offsets", self.expert_offsets), ("scale_offsets", self.scale_offsets)):
+            check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E+1,)", device=tokens.device)
+            check_shape(name, offsets, (num_experts + 1,), "(E+1,)")
+            check_contiguous(name, offsets)
+        check_num_tokens(self.num_tokens, num_experts)
+
+    @classmethod
+    def unchecked(
+        cls,
+        tokens_per_expert: torch.Tensor,
+        expert_offsets: torch.Tensor,
+        scale_offsets: torch.Tensor,
+        num_tokens: int,
+    ) -> GroupLayout:
+        """Without the checks, for tensors that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "tokens_per_expert", tokens_per_expert)
+        object.__setattr__(self, "expert_offsets", expert_offsets)
+        object.__setattr__(self, "scale_offsets", scale_offsets)
+        object.__setattr__(self, "num_tokens", num_tokens)
+        return self
 
     @property
     def num_experts(self) -> int:
@@ -80,17 +110,14 @@ class GroupLayout:
     @classmethod
     def _build(cls, name: str, given: Any, num_tokens: Any, *, from_ends: bool) -> GroupLayout:
         given = check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
-            raise TypeError(f"num_tokens: must be an int, got {type(num_tokens).__name__}")
-        if num_tokens < 0 or num_tokens + 127 * min(given.shape[0], num_tokens) > MAX_INT32:
-            fail("num_tokens", "must be at least 0, and with each expert's padding fit int32", num_tokens)
-        if torch.compiler.is_compiling():
+        check_num_tokens(num_tokens, given.shape[0])
+        if traced(given):
             e = given.shape[0]
             layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
             tokens, offsets, scale_offsets = layout.split((e, e + 1, e + 1))
-            return cls(tokens, offsets, scale_offsets, num_tokens)
+            return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
         if compiles_kernels(given.device):
             from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
 
-            return cls(*group_offsets(given, num_tokens, from_ends), num_tokens)
-        return cls(*reference.group_offsets(given, num_tokens, from_ends), num_tokens)
+            return cls.unchecked(*group_offsets(given, num_tokens, from_ends), num_tokens)
+        return cls.unchecked(*reference.group_offsets(given, num_tokens, from_ends), num_tokens)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8 import moe, ops
+from hybrid_mxfp8.checks import FLOAT_DTYPES, check_tensor
 from hybrid_mxfp8.formats import SCALE_TILE_ROWS, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
@@ -64,7 +65,10 @@ def _quantize_grouped(
     activation: str | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens = x.shape[0] if row_index is None else row_index.shape[0]
+    if row_index is None:
+        num_tokens = check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)").shape[0]
+    else:
+        num_tokens = check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)").shape[0]
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, num_tokens)
     xq = ops.quantize_grouped(
         x, groups, scale_rounding=scale_rounding, row_index=row_index, activation=activation, backend=backend
@@ -108,8 +112,14 @@ def _quantize_weights_fake(
     )
 
 
-def _weights(values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
-    return ExpertWeights(values.view(torch.float8_e4m3fn), scales)
+def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
+    """As float8_e4m3fn. Checked first: viewing another dtype's bytes would only change the shape."""
+    check_tensor(name, values, dtypes=(torch.uint8, torch.float8_e4m3fn), ndim=ndim, dims=dims)
+    return values.view(torch.float8_e4m3fn)
+
+
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales)
 
 
 def _grouped_gemm(
@@ -123,9 +133,10 @@ def _grouped_gemm(
     out_dtype: torch.dtype,
     backend: str | None,
 ) -> torch.Tensor:
+    x_values = _e4m3("x_values", x_values, 2, "(T, K)")
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, x_values.shape[0])
-    x = GroupedMXFP8(x_values.view(torch.float8_e4m3fn), x_scales, groups)
-    return ops.grouped_gemm(x, _weights(w_values, w_scales), out_dtype=out_dtype, backend=backend)
+    x = GroupedMXFP8(x_values, x_scales, groups)
+    return ops.grouped_gemm(x, _weights("w_values", w_values, w_scales), out_dtype=out_dtype, backend=backend)
 
 
 def _grouped_gemm_fake(
@@ -157,8 +168,8 @@ def _moe_forward(
 ) -> torch.Tensor:
     return moe.moe_forward(
         x,
-        _weights(w13_values, w13_scales),
-        _weights(w2_values, w2_scales),
+        _weights("w13_values", w13_values, w13_scales),
+        _weights("w2_values", w2_values, w2_scales),
         topk_ids,
         topk_weights,
         activation=activation,

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from hybrid_mxfp8.checks import fail
+
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
     """``1 - 2<x,y> / (<x,x> + <y,y>)`` in float64: 0 for equal tensors, about half the squared relative error.
@@ -14,10 +16,10 @@ def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
     Two all-zero tensors differ by 0. Syncs with the device.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError: not tensors.
+        ValueError: the shapes or devices differ.
     """
-    if x.shape != y.shape:
-        raise ValueError(f"y: must have the shape of x = {tuple(x.shape)}, got {tuple(y.shape)}")
+    _check_pair(x=x, y=y)
     a, b = x.detach().double(), y.detach().double()
     denominator = float((a * a + b * b).sum())
     return 1.0 - 2.0 * float((a * b).sum()) / denominator if denominator else 0.0
@@ -27,15 +29,24 @@ def signal_to_noise_db(signal: torch.Tensor, approximation: torch.Tensor) -> flo
     """``10 log10(|signal|^2 / |signal - approximation|^2)`` in dB, in float64; inf for equal tensors. Syncs.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError: not tensors.
+        ValueError: the shapes or devices differ.
     """
-    if signal.shape != approximation.shape:
-        raise ValueError(
-            f"approximation: must have the shape of signal = {tuple(signal.shape)}, got {tuple(approximation.shape)}"
-        )
+    _check_pair(signal=signal, approximation=approximation)
     s = signal.detach().double()
     noise = float((s - approximation.detach().double()).square().sum())
     power = float(s.square().sum())
     if noise == 0:
         return math.inf
     return 10 * math.log10(power / noise) if power else -math.inf
+
+
+def _check_pair(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor, got {type(tensor).__name__}")
+    (first, x), (second, y) = tensors.items()
+    if x.shape != y.shape:
+        fail(second, f"must have the shape of {first} = {tuple(x.shape)}", tuple(y.shape))
+    if x.device != y.device:
+        fail(second, f"must be on {x.device}, as {first}", y.device)

@@ -17,8 +17,17 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_mxfp8 import moe_reference
-from hybrid_mxfp8.backends import TRITON
-from hybrid_mxfp8.checks import FLOAT_DTYPES, check_contiguous, check_no_grad, check_shape, check_tensor, fail
+from hybrid_mxfp8.backends import TRITON, requested
+from hybrid_mxfp8.checks import (
+    FLOAT_DTYPES,
+    check_apart,
+    check_contiguous,
+    check_no_grad,
+    check_shape,
+    check_tensor,
+    fail,
+    traced,
+)
 from hybrid_mxfp8.moe_workspace import Backends, Buffers, MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.tensors import ExpertWeights
@@ -63,7 +72,8 @@ def moe_forward(
         w2_bias: (E, H), contiguous, added in fp32 by the combine.
         workspace: made for this shape and at least M tokens; then a batch size seen before allocates only ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND. ``reference`` syncs.
-        out: (M, H) of x's dtype, unit column stride; written and returned. Must not overlap x.
+        out: (M, H) of x's dtype, unit column stride, rows apart; written and returned. It may be x itself, which is read
+            before anything is written; it must not overlap another argument, nor x in part.
 
     Returns:
         (M, H) of x's dtype; zero where all choices of a token are dropped.
@@ -81,7 +91,11 @@ def moe_forward(
         check_no_grad("out", out)
         if out.stride(1) != 1:
             fail("out", "must have unit stride along its columns", f"strides {out.stride()}")
-    if torch.compiler.is_compiling():
+        if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+            fail("out", f"must have a row stride of at least H = {out.shape[1]}", out.stride(0))
+    if workspace is not None and not isinstance(workspace, MoEWorkspace):
+        raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
+    if traced(x):
         result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
             x,
             w13q.values,
@@ -98,9 +112,20 @@ def moe_forward(
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=shape.device)
-    if not x.shape[0]:
-        return out
-    if not shape.top_k:
+    elif out is not x:
+        check_apart(
+            "out",
+            out,
+            x=None if _same_memory(out, x) else x,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
+            **{"w13q.values": w13q.values, "w13q.scales": w13q.scales},
+            **{"w2q.values": w2q.values, "w2q.scales": w2q.scales},
+        )
+    if not (x.shape[0] and shape.top_k):
+        requested(backend)  # a wrong name is an error for an empty batch, too
         return out.zero_()
     _run(
         x,
@@ -116,6 +141,10 @@ def moe_forward(
         out,
     )
     return out
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
 def _check(
@@ -146,11 +175,15 @@ def _check(
     check_no_grad("topk_weights", topk_weights)
     for name, bias, n in (("w13_bias", w13_bias, 2 * shape.intermediate), ("w2_bias", w2_bias, shape.hidden)):
         if bias is not None:
-            check_tensor(name, bias, dtypes=FLOAT_DTYPES, ndim=2, dims="(E, N)", device=device)
-            check_shape(name, bias, (shape.experts, n), "(E, N)")
-            check_contiguous(name, bias)
+            _check_bias(name, bias, shape, n)
             check_no_grad(name, bias)
     return shape
+
+
+def _check_bias(name: str, bias: torch.Tensor, shape: MoEShape, n: int) -> None:
+    check_tensor(name, bias, dtypes=FLOAT_DTYPES, ndim=2, dims="(E, N)", device=shape.device)
+    check_shape(name, bias, (shape.experts, n), "(E, N)")
+    check_contiguous(name, bias)
 
 
 class _Steps(NamedTuple):
@@ -188,11 +221,9 @@ def _run(
     arguments = (x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias, shape.experts, out)
     if workspace is None:
         _launch(*arguments, backends, allocate(shape, num_tokens, backends))
-    elif isinstance(workspace, MoEWorkspace):
+    else:
         with workspace.in_use():
             _launch(*arguments, backends, workspace.buffers(shape, num_tokens, backends))
-    else:
-        raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
 
 
 def _launch(
@@ -236,7 +267,7 @@ class MXFP8Experts(torch.nn.Module):
         backend: as in ``moe_forward``.
 
     Raises:
-        TypeError, ValueError: weights that don't fit together.
+        TypeError, ValueError: weights, biases or a workspace that don't fit together; no such backend.
     """
 
     w13_values: torch.Tensor
@@ -257,7 +288,13 @@ class MXFP8Experts(torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        shape_of(w13q, w2q, 1, torch.bfloat16)
+        shape = shape_of(w13q, w2q, 1, torch.bfloat16)
+        for name, bias, n in (("w13_bias", w13_bias, 2 * shape.intermediate), ("w2_bias", w2_bias, shape.hidden)):
+            if bias is not None:
+                _check_bias(name, bias, shape, n)
+        if workspace is not None and not isinstance(workspace, MoEWorkspace):
+            raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
+        requested(backend)
         self.register_buffer("w13_values", w13q.values.view(torch.uint8))
         self.register_buffer("w13_scales", w13q.scales)
         self.register_buffer("w2_values", w2q.values.view(torch.uint8))
@@ -275,6 +312,8 @@ class MXFP8Experts(torch.nn.Module):
             TypeError, ValueError: as ``quantize_weights`` raises, and weights that don't fit together.
         """
         backend = options.get("backend")
+        for name, w in (("w13", w13), ("w2", w2)):
+            check_tensor(name, w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
         w13q, w2q = (quantize_weights(w.detach(), backend=backend) for w in (w13, w2))
         return cls(w13q, w2q, **options)
 

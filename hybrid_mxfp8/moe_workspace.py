@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_mxfp8.backends import TRITON, Backend, Problem, choose, choose_quantizer
-from hybrid_mxfp8.checks import FLOAT_DTYPES, check_n, fail, short
+from hybrid_mxfp8.checks import FLOAT_DTYPES, check_int, check_n, fail, short
 from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
@@ -133,15 +133,20 @@ def _gemm_bytes(shape: MoEShape, num_tokens: int, backends: Backends) -> int:
     return max(backends.up.workspace_size(up), backends.down.workspace_size(down))
 
 
+def _check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
+    rows = num_tokens * shape.top_k
+    if rows + 127 * min(shape.experts, rows) > MAX_INT32:
+        fail(name, "M * top_k, and each expert's padding, must fit int32", rows)
+
+
 def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
     """New buffers for M = ``num_tokens`` >= 1.
 
     Raises:
         ValueError: more rows, padded to scale tiles, than int32 counts.
     """
+    _check_rows("x", shape, num_tokens)
     rows = num_tokens * shape.top_k
-    if rows + 127 * min(shape.experts, rows) > MAX_INT32:
-        fail("x", "M * top_k, and each expert's padding, must fit int32", rows)
     device = shape.device
     scale_rows = grouped_scale_rows(rows, shape.experts)
 
@@ -150,7 +155,7 @@ def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
 
     layout = empty(3 * shape.experts + 2)
     tokens, offsets, scale_offsets = layout.split((shape.experts, shape.experts + 1, shape.experts + 1))
-    groups = GroupLayout(tokens, offsets, scale_offsets, rows)
+    groups = GroupLayout.unchecked(tokens, offsets, scale_offsets, rows)
 
     def operand(k: int) -> GroupedMXFP8:
         values = empty(rows, k, dtype=torch.float8_e4m3fn)
@@ -233,13 +238,11 @@ class MoEWorkspace:
         backend: str | None = None,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("top_k", top_k)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
-            if value < 1:
-                fail(name, "must be at least 1", value)
+            check_int(name, value, 1)
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
         self.shape = shape_of(w13q, w2q, top_k, dtype)
+        _check_rows("max_tokens", self.shape, max_tokens)
         self.max_tokens = max_tokens
         self._largest = allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend))
         self._views: OrderedDict[tuple[int, tuple[str, str, str]], Buffers] = OrderedDict()

@@ -1,7 +1,8 @@
 """The public functions: check, allocate, choose a backend, launch.
 
-None of them looks at device data, so none syncs (but for the reference backend's product). Under ``torch.compile``
-each becomes one operator of :mod:`hybrid_mxfp8.library`; eager calls don't pay for PyTorch's dispatcher.
+None of them looks at device data, so none syncs (but for the reference backend's product). Under ``torch.compile``, and
+for fake and meta tensors, each becomes one operator of :mod:`hybrid_mxfp8.library`; eager calls don't pay for PyTorch's
+dispatcher.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from hybrid_mxfp8.backends import AUTO, BACKENDS, Problem, choose, choose_quanti
 from hybrid_mxfp8.checks import (
     FLOAT_DTYPES,
     check_aligned,
+    check_apart,
     check_contiguous,
     check_k,
     check_n,
+    check_no_buffer,
     check_no_grad,
+    check_num_tokens,
     check_out_dtype,
     check_scale_rounding,
     check_shape,
     check_tensor,
     fail,
+    traced,
 )
 from hybrid_mxfp8.formats import grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
@@ -51,6 +56,7 @@ def quantize_grouped(
         row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 .. R-1 reads as zeros.
         activation: None or ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32.
         out: an earlier result of the same shapes whose buffers are written instead of new ones; ``out.groups`` is not used.
+            They must not overlap the inputs.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with the Triton kernel.
 
     Returns:
@@ -89,8 +95,8 @@ def quantize_grouped(
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
-    if torch.compiler.is_compiling():
-        _no_buffers("out", out)
+    if traced(x):
+        check_no_buffer("out", out)
         layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, num_tokens)
         values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
             x,
@@ -115,6 +121,13 @@ def quantize_grouped(
         check_shape("out", values, (num_tokens, k), "(T, K)")
         check_shape("out", scales, (scale_rows, scale_cols(k)), "(S, C)")
         check_aligned("out", scales)
+        if isinstance(groups, GroupLayout):
+            layout_tensors = {"expert_offsets": groups.expert_offsets, "scale_offsets": groups.scale_offsets}
+        else:
+            layout_tensors = {"groups": groups}
+        for buffer in (values, scales):
+            check_apart("out", buffer, x=x, row_index=row_index, **layout_tensors)
+        check_apart("out", values, **{"its own scales": scales})
     chosen = choose_quantizer(device, backend)
     layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
     return GroupedMXFP8.unchecked(values, scales, layout)
@@ -143,7 +156,7 @@ def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend:
     check_k("w", k)
     if w.stride(2) != 1 and w.numel():
         fail("w", "must have unit stride along K", f"strides {w.stride()}")
-    if torch.compiler.is_compiling():
+    if traced(w):
         values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend)
         return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales)
     values = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn, device=w.device)
@@ -167,9 +180,10 @@ def grouped_gemm(
         x: T tokens of K elements, sorted by expert.
         w: E experts of (N, K), N % 8 == 0; E = x.groups.num_experts.
         out_dtype: bf16, fp16 or fp32; accumulation is fp32 or better.
-        out: (T, N) of ``out_dtype``, contiguous; written and returned.
+        out: (T, N) of ``out_dtype``, contiguous, 16-byte aligned; written and returned. Must not overlap the operands.
         workspace: uint8 buffer on x's device of at least :func:`grouped_gemm_workspace_size` bytes, 256-byte aligned.
-            Without it one is allocated if the backend needs any. Two streams must not share one.
+            Without it one is allocated if the backend needs any. Two streams must not share one; it must not overlap the
+            operands or ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
 
     Returns:
@@ -181,9 +195,9 @@ def grouped_gemm(
         BackendUnavailableError: the named backend can't run this problem here.
     """
     problem = _problem(x, w, out_dtype)
-    if torch.compiler.is_compiling():
-        _no_buffers("out", out)
-        _no_buffers("workspace", workspace)
+    if traced(x.values):
+        check_no_buffer("out", out)
+        check_no_buffer("workspace", workspace)
         groups = x.groups
         product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(
             x.values,
@@ -206,6 +220,7 @@ def grouped_gemm(
         check_contiguous("out", out)
         check_aligned("out", out)
         check_no_grad("out", out)
+        _check_apart("out", out, x, w)
     chosen = choose(problem, backend)
     if workspace is not None:
         check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device)
@@ -219,6 +234,7 @@ def grouped_gemm(
                 f"must start at a {WORKSPACE_ALIGNMENT}-byte boundary",
                 f"address {workspace.data_ptr():#x}",
             )
+        _check_apart("workspace", workspace, x, w, out)
     chosen.grouped_gemm(x, w, out, workspace)
     return out
 
@@ -230,15 +246,12 @@ def grouped_gemm_workspace_size(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: negative ``num_tokens``, or N not a multiple of 8.
+        ValueError: ``num_tokens`` negative or too large for int32 offsets, or N not a multiple of 8.
         BackendUnavailableError: the named backend can't run this problem here.
     """
     if not isinstance(w, ExpertWeights):
         raise TypeError(f"w: must be an ExpertWeights, got {type(w).__name__}")
-    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
-        raise TypeError(f"num_tokens: must be an int, got {type(num_tokens).__name__}")
-    if num_tokens < 0:
-        fail("num_tokens", "must be at least 0", num_tokens)
+    check_num_tokens(num_tokens, w.num_experts)
     check_n("w", w.n)
     problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
     return choose(problem, backend).workspace_size(problem)
@@ -262,9 +275,20 @@ def explain(
     return f"{chosen.name}, {why}: {chosen.explain(problem)}"
 
 
-def _no_buffers(name: str, value: object) -> None:
-    if value is not None:
-        fail(name, "must be None under torch.compile, which plans memory itself", type(value).__name__)
+def _check_apart(
+    name: str, written: torch.Tensor, x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor | None = None
+) -> None:
+    groups = x.groups
+    operands = {
+        "x.values": x.values,
+        "x.scales": x.scales,
+        "w.values": w.values,
+        "w.scales": w.scales,
+        "tokens_per_expert": groups.tokens_per_expert,
+        "expert_offsets": groups.expert_offsets,
+        "scale_offsets": groups.scale_offsets,
+    }
+    check_apart(name, written, **operands, out=out)
 
 
 def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Problem:

@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from hybrid_mxfp8.checks import check_int
 from hybrid_mxfp8.formats import (
     BLOCK_SIZE,
     E4M3_MAX,
@@ -102,9 +103,11 @@ def unswizzle_scales(swizzled: torch.Tensor, rows: int, cols: int) -> torch.Tens
     """The inverse of :func:`swizzle_scales`: row-major (..., rows, cols) uint8 without padding.
 
     Raises:
-        TypeError: the dtype is not uint8 or float8_e8m0fnu.
-        ValueError: the shape is not (..., roundup(rows, 128), roundup(cols, 4)).
+        TypeError: the dtype is not uint8 or float8_e8m0fnu, or ``rows`` or ``cols`` no int.
+        ValueError: the shape is not (..., roundup(rows, 128), roundup(cols, 4)), or ``rows`` or ``cols`` negative.
     """
+    check_int("rows", rows, 0)
+    check_int("cols", cols, 0)
     swizzled = _scale_bytes("swizzled", swizzled)
     *batch, padded_rows, padded_cols = swizzled.shape
     if (padded_rows, padded_cols) != (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS)):
@@ -120,6 +123,8 @@ def unswizzle_scales(swizzled: torch.Tensor, rows: int, cols: int) -> torch.Tens
 
 
 def _scale_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
+    if not isinstance(scales, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor (..., rows, cols), got {type(scales).__name__}")
     if scales.dtype not in (torch.uint8, torch.float8_e8m0fnu):
         raise TypeError(
             f"{name}: dtype must be uint8 or float8_e8m0fnu, got {str(scales.dtype).removeprefix('torch.')}"

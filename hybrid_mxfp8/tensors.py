@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.checks import check_contiguous, check_k, check_shape, check_tensor, fail
+from hybrid_mxfp8.checks import check_contiguous, check_k, check_no_grad, check_shape, check_tensor, fail
 from hybrid_mxfp8.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 
@@ -38,7 +38,7 @@ class GroupedMXFP8(_Portable):
         groups: the layout; rows beyond its last expert hold nothing.
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous.
+        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
     """
 
     values: torch.Tensor
@@ -56,6 +56,7 @@ class GroupedMXFP8(_Portable):
             fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
         check_k("values", k)
         check_contiguous("values", self.values)
+        check_no_grad("values", self.values)
         check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device)
         check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
         check_contiguous("scales", self.scales)
@@ -95,7 +96,7 @@ class ExpertWeights(_Portable):
         scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4).
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous.
+        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
     """
 
     values: torch.Tensor
@@ -106,6 +107,7 @@ class ExpertWeights(_Portable):
         num_experts, n, k = self.values.shape
         check_k("values", k)
         check_contiguous("values", self.values)
+        check_no_grad("values", self.values)
         check_tensor(
             "scales",
             self.scales,

@@ -173,7 +173,9 @@ def quantize_kernel(
         else:
             tokens = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
             scale_start = tl.load(scale_offsets_ptr + e)
-        if (tokens > 0) & (tokens % 128 != 0) & (scale_start >= 0) & (scale_start + tokens < num_scale_rows):
+        # In int64: of a layout put together by hand the sum can wrap.
+        inside = (scale_start >= 0) & (scale_start.to(tl.int64) + tokens < num_scale_rows)
+        if (tokens > 0) & (tokens % 128 != 0) & inside:
             _zero_padding_rows(
                 scales_ptr,
                 scale_start + tokens // 128 * 128,
@@ -428,7 +430,7 @@ def quantize_counts(
         counts=tokens_per_expert,
         layout_buffer=buffer,
     )
-    return GroupLayout(*split_layout(buffer, num_experts), num_rows)
+    return GroupLayout.unchecked(*split_layout(buffer, num_experts), num_rows)
 
 
 def quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *, scale_rounding: str) -> None:

@@ -28,6 +28,7 @@ from hybrid_mxfp8.backends import Problem, choose, choose_quantizer
 from hybrid_mxfp8.checks import (
     FLOAT_DTYPES,
     check_aligned,
+    check_apart,
     check_contiguous,
     check_k,
     check_n,
@@ -36,6 +37,7 @@ from hybrid_mxfp8.checks import (
     check_tensor,
     fail,
     short,
+    traced,
 )
 from hybrid_mxfp8.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
@@ -59,7 +61,8 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
         tokens_per_expert: (E,) int32.
         expert_offsets: (E,) int32, the exclusive prefix sum of ``tokens_per_expert``.
         blockscale_offsets: (E,) int32, the first row of each expert's scales in ``scale_factor``; multiples of 128.
-        quant_output: (T, K) float8_e4m3fn, contiguous; written. Rows that no expert owns keep what they hold.
+        quant_output: (T, K) float8_e4m3fn, contiguous; written. Rows that no expert owns keep what they hold. Neither it
+            nor ``scale_factor`` may overlap another argument.
         scale_factor: (S, K/32) uint8, contiguous, S at least roundup(T, 128) and enough for every expert's rows rounded
             up to 128; written, swizzled in 128x4 tiles, padding of each expert zero. Rows of no expert are unspecified.
             With K % 128 != 0 it has roundup(K/32, 4) columns.
@@ -90,6 +93,13 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
     check_shape("quant_output", quant_output, (num_tokens, k), "(T, K)")
     check_contiguous("quant_output", quant_output)
     scales = _scale_tiles("scale_factor", scale_factor, num_tokens, k, device)
+    _check_layout(tokens_per_expert, expert_offsets, blockscale_offsets, device)
+    if traced(input):  # meta or fake: nothing to compute
+        return
+    check_aligned("scale_factor", scale_factor)
+    inputs = {"input": input, "tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
+    check_apart("quant_output", quant_output, **inputs, scale_factor=scale_factor)
+    check_apart("scale_factor", scale_factor, **inputs)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
     choose_quantizer(device).quantize_grouped(input, groups, quant_output, scales, "rceil", None, False)
 
@@ -165,17 +175,31 @@ def _multiply(
     check_shape("b", b, (num_tokens, k), "(T, K)")
     check_contiguous("b", b)
     scales = _scale_tiles("sfb", sfb, num_tokens, k, device)
-    groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
+    _check_layout(tokens_per_expert, expert_offsets, blockscale_offsets, device)
     check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
+    if workspace is not None and workspace.device != device:
+        fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
+    if traced(b):  # meta or fake: nothing to compute
+        return b.new_empty(num_tokens, n, dtype=dtype)
+    check_aligned("sfb", sfb)
+    groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
     problem = Problem(num_experts, n, k, num_tokens, dtype, device)
     backend = choose(problem)
     d = torch.empty(num_tokens, n, dtype=dtype, device=device)
     if workspace is not None:
-        if workspace.device != device:
-            fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
         workspace = _aligned_part(workspace, backend.workspace_size(problem))
+        check_apart(
+            "workspace",
+            workspace,
+            a=a,
+            b=b,
+            sfa=sfa,
+            sfb=sfb,
+            tokens_per_expert=tokens_per_expert,
+            blockscale_offsets=blockscale_offsets,
+        )
     backend.grouped_gemm(GroupedMXFP8.unchecked(b, scales, groups), ExpertWeights(a, sfa), d, workspace)
     return d
 
@@ -187,13 +211,26 @@ def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, devic
     if cols != scale_cols(k):
         fail(name, f"must have {scale_cols(k)} columns, K/32 rounded up to 4", cols)
     check_contiguous(name, scales)
-    check_aligned(name, scales)
     least = round_up(num_tokens, SCALE_TILE_ROWS)
     if rows < least:
         fail(name, f"must have at least roundup(T, 128) = {least} rows, and each expert's rounded up to 128", rows)
     if rows > MAX_INT32:
         fail(name, "must have fewer than 2**31 rows", rows)
     return scales[: rows // SCALE_TILE_ROWS * SCALE_TILE_ROWS]
+
+
+def _check_layout(
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    blockscale_offsets: torch.Tensor,
+    device: torch.device,
+) -> None:
+    check_tensor("tokens_per_expert", tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
+    check_contiguous("tokens_per_expert", tokens_per_expert)
+    for name, offsets in (("expert_offsets", expert_offsets), ("blockscale_offsets", blockscale_offsets)):
+        check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
+        check_shape(name, offsets, tuple(tokens_per_expert.shape), "(E,)")
+        check_contiguous(name, offsets)
 
 
 def _layout(
@@ -205,22 +242,16 @@ def _layout(
     device: torch.device,
 ) -> GroupLayout:
     """The layout that the caller's metadata describe: rows from the counts, scale positions as they are given."""
-    check_tensor("tokens_per_expert", tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
-    (num_experts,) = tokens_per_expert.shape
-    check_contiguous("tokens_per_expert", tokens_per_expert)
-    for name, offsets in (("expert_offsets", expert_offsets), ("blockscale_offsets", blockscale_offsets)):
-        check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
-        check_shape(name, offsets, (num_experts,), "(E,)")
-        check_contiguous(name, offsets)
+    num_experts = tokens_per_expert.shape[0]
     if num_experts and compiles_kernels(device):
         from hybrid_mxfp8.triton_kernels.caller_layout import caller_layout
 
         parts = caller_layout(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
-        return GroupLayout(*parts, num_tokens)
+        return GroupLayout.unchecked(*parts, num_tokens)
     tokens, offsets, scale_offsets = reference_layout(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
     if num_experts and not tokens_per_expert.is_cuda:
         _check_on_host(tokens, offsets, expert_offsets, blockscale_offsets, num_scale_rows)
-    return GroupLayout(tokens, offsets, scale_offsets, num_tokens)
+    return GroupLayout.unchecked(tokens, offsets, scale_offsets, num_tokens)
 
 
 def reference_layout(
