@@ -13,6 +13,24 @@ from hybrid_mxfp8.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 
+UNROLLED = tl.constexpr(16)
+"""Choices of a token that are unrolled, so that their loads overlap; each takes a tenth of a second to compile, or more."""
+
+
+@triton.jit
+def _add_choice(
+    total, slot, col, y_ptr, slot_row_ptr, ids_ptr, weights_ptr, bias_ptr, num_rows, H, HAS_BIAS: tl.constexpr
+):
+    """``total`` plus the weighted row of one slot; as it was for a dropped one."""
+    row = tl.load(slot_row_ptr + slot)
+    live = col < tl.where((row >= 0) & (row < num_rows), H, 0)
+    value = to_fp32(tl.load(y_ptr + row.to(tl.int64) * H + col, mask=live, other=0.0))
+    if HAS_BIAS:
+        expert = tl.load(ids_ptr + slot).to(tl.int64)
+        value += to_fp32(tl.load(bias_ptr + expert * H + col, mask=live, other=0.0))
+    weight = to_fp32(tl.load(weights_ptr + slot))
+    return tl.where(live, total + weight * value, total)
+
 
 @triton.jit(do_not_specialize=["slot_row_ptr", "ids_ptr", "weights_ptr", "num_rows"])
 def combine_kernel(
@@ -36,15 +54,17 @@ def combine_kernel(
     col = pid % column_programs * BLOCK + tl.arange(0, BLOCK)
     inside = col < H
     total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(TOP_K):
-        row = tl.load(slot_row_ptr + token * TOP_K + k)
-        live = col < tl.where((row >= 0) & (row < num_rows), H, 0)
-        value = to_fp32(tl.load(y_ptr + row.to(tl.int64) * H + col, mask=live, other=0.0))
-        if HAS_BIAS:
-            expert = tl.load(ids_ptr + token * TOP_K + k).to(tl.int64)
-            value += to_fp32(tl.load(bias_ptr + expert * H + col, mask=live, other=0.0))
-        weight = to_fp32(tl.load(weights_ptr + token * TOP_K + k))
-        total = tl.where(live, total + weight * value, total)
+    first = token * TOP_K
+    if TOP_K <= UNROLLED:
+        for k in tl.static_range(TOP_K):
+            total = _add_choice(
+                total, first + k, col, y_ptr, slot_row_ptr, ids_ptr, weights_ptr, bias_ptr, num_rows, H, HAS_BIAS
+            )
+    else:
+        for k in range(0, TOP_K):
+            total = _add_choice(
+                total, first + k, col, y_ptr, slot_row_ptr, ids_ptr, weights_ptr, bias_ptr, num_rows, H, HAS_BIAS
+            )
     tl.store(out_ptr + token * out_stride + col, from_fp32(total, out_ptr.dtype.element_ty), mask=inside)
 
 
