@@ -37,14 +37,16 @@ def _list_tiles(
     ends = tl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=0)
     starts = tl.minimum(tl.maximum(starts, 0), num_tokens)
     ends = tl.minimum(tl.maximum(ends, starts), num_tokens)
-    counts = (ends - starts + BLOCK_T - 1) // BLOCK_T
+    # In int64: of experts that overlap, as no layout built here has them, the tiles' sum can wrap.
+    counts = (ends - starts).to(tl.int64)
+    counts = (counts + BLOCK_T - 1) // BLOCK_T
     first = tl.sum(tl.where(e < expert, counts, 0), 0)
     count = tl.sum(tl.where(e == expert, counts, 0), 0)
     start = tl.sum(tl.where(e == expert, starts, 0), 0)
     end = tl.sum(tl.where(e == expert, ends, 0), 0)
     if expert == 0:
-        tl.store(tiles_ptr, tl.minimum(tl.sum(counts, 0), max_tiles))
-    for done in range(0, loop_bound(count), BATCH):
+        tl.store(tiles_ptr, tl.minimum(tl.sum(counts, 0), max_tiles).to(tl.int32))
+    for done in range(0, loop_bound(tl.minimum(count, max_tiles).to(tl.int32)), BATCH):
         i = done + tl.arange(0, BATCH)
         entry = tiles_ptr + (1 + first + i) * 4
         wanted = (i < count) & (first + i < max_tiles)
