@@ -172,7 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: must be a record of schema {SCHEMA}, written by this suite")
+        raise ValueError(f"must be a record of schema {SCHEMA}, written by this suite")
     return record
 
 

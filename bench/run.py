@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,15 @@ def run(args: argparse.Namespace) -> int:
         report.say(model.report())
         return 0
     if args.from_json is not None:
-        return _render(args.from_json, args.out or args.from_json.resolve().parent, args.plots)
+        try:
+            record = report.read_json(args.from_json)
+        except (OSError, ValueError) as error:
+            print(f"--from-json: {args.from_json}: {error}", file=sys.stderr)
+            return 2
+        report.say(report.markdown(record))
+        if args.plots:
+            return _draw(record, args.out or args.from_json.resolve().parent, args.from_json.stem)
+        return 0
     wanted = cases(args.quick, args.only)
     reason = "asked to list only" if args.list else why_not()
     if reason is not None:
@@ -72,14 +81,6 @@ def listing(wanted: Sequence[Case], reason: str) -> str:
     lines = [f"Nothing was measured: {reason}.", f"A run measures these {len(wanted)} cases:"]
     lines += [f"  {case.name}  [{case.source}]" for case in wanted]
     return "\n".join(lines)
-
-
-def _render(path: Path, folder: Path, with_plots: bool) -> int:
-    record = report.read_json(path)
-    report.say(report.markdown(record))
-    if with_plots:
-        return _draw(record, folder, path.stem)
-    return 0
 
 
 def _draw(record: dict[str, Any], folder: Path, stem: str) -> int:

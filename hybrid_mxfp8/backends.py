@@ -413,6 +413,26 @@ def default_device() -> torch.device:
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, Answer]:
-    """Each backend's name: whether it can run on ``device`` (default: the current GPU, else the CPU), and why or why not."""
-    where = default_device() if device is None else torch.device(device)
+    """Each backend's name: whether it can run on ``device`` (default: the current GPU, else the CPU), and why or why not.
+
+    Raises:
+        ValueError: no such device.
+    """
+    where = default_device() if device is None else existing_device(device)
     return {name: backend.available(where) for name, backend in BACKENDS.items()}
+
+
+def existing_device(given: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: must be a torch.device or the name of one, got {given!r}") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device: there are {count} GPUs that this PyTorch can use, got {str(device)!r}")
+    return device

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,9 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", action="store_true", help="print the model of what can't be run here; needs no GPU")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no case after this long (default: 50 quick, 520 full)"
+        "--budget", type=_seconds, metavar="SECONDS", help="start no case after this long (default: 50 quick, 520 full)"
     )
     parser.add_argument("--commit", metavar="ID", help="recorded as the commit, where there is no git checkout")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,10 +7,9 @@ import math
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from hybrid_mxfp8.backends import default_device
+from hybrid_mxfp8.backends import default_device, existing_device
 from hybrid_mxfp8.checkpoint import Checkpoint, checkpoint_files
 from hybrid_mxfp8.convert import Options, Summary, convert_file, convert_folder, plan, total_bytes
 from hybrid_mxfp8.formats import SCALE_ROUNDINGS
@@ -55,7 +54,7 @@ def convert(args: argparse.Namespace) -> str:
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     check_target(source, target, args.force)
-    device = default_device() if args.device is None else torch.device(args.device)
+    device = default_device() if args.device is None else existing_device(args.device)
     options = Options(tuple(args.experts), args.scale_rounding, device)
     summary = Summary()
     files = checkpoint_files(source)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.backends import AUTO, Problem, backends, choose, default_device, requested
+from hybrid_mxfp8.backends import AUTO, Problem, backends, choose, default_device, existing_device, requested
 from hybrid_mxfp8.demo.measure import (
     OPERAND_FLOOR_DB,
     PRODUCT_CALC_DIFF,
@@ -74,20 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 if backends agree and every product is as good as the format allows, else 1."""
     try:
         requested(None)
+        device = default_device() if args.device is None else existing_device(args.device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    device = default_device() if args.device is None else torch.device(args.device)
     if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
         # Kernels are decorated when they are imported, which nothing has done yet.
         env.enable_triton_interpreter()
