@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -162,16 +163,29 @@ def _triton_available(device: torch.device) -> Answer:
     return True, f"compute capability {capability[0]}.{capability[1]}"
 
 
-def _triton_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import grouped_gemm
+@functools.cache
+def _gemm_kernels() -> ModuleType:
+    from hybrid_mxfp8.triton_kernels import grouped_gemm
 
-    grouped_gemm(x.values, x.scales, x.groups, w.values, w.scales, out, workspace)
+    return grouped_gemm
+
+
+@functools.cache
+def _quantize_kernels() -> ModuleType:
+    from hybrid_mxfp8.triton_kernels import quantize
+
+    return quantize
+
+
+def _triton_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    _gemm_kernels().grouped_gemm(x.values, x.scales, x.groups, w.values, w.scales, out, workspace)
 
 
 def _triton_workspace_size(problem: Problem) -> int:
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import workspace_size
-
-    return workspace_size(problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device)
+    size: int = _gemm_kernels().workspace_size(
+        problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device
+    )
+    return size
 
 
 def _triton_quantize_grouped(
@@ -183,13 +197,13 @@ def _triton_quantize_grouped(
     row_index: torch.Tensor | None,
     swiglu: bool,
 ) -> GroupLayout:
-    from hybrid_mxfp8.triton_kernels import quantize as kernel
-
+    kernel = _quantize_kernels()
     num_tokens, k = values.shape
     if isinstance(groups, torch.Tensor) and kernel.can_fuse_counts(num_tokens, k, groups.shape[0]):
-        return kernel.quantize_counts(
+        layout: GroupLayout = kernel.quantize_counts(
             x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
         )
+        return layout
     groups = _layout(groups, num_tokens)
     kernel.quantize_grouped(
         x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
@@ -198,15 +212,11 @@ def _triton_quantize_grouped(
 
 
 def _triton_quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str) -> None:
-    from hybrid_mxfp8.triton_kernels.quantize import quantize_weights
-
-    quantize_weights(w, values, scales, scale_rounding=scale_rounding)
+    _quantize_kernels().quantize_weights(w, values, scales, scale_rounding=scale_rounding)
 
 
 def _triton_explain(problem: Problem) -> str:
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import config_for
-
-    config = config_for(problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device)
+    config = _gemm_kernels().config_for(problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device)
     return f"{config}, for {problem.num_tokens / max(problem.num_experts, 1):.1f} tokens an expert on average"
 
 

@@ -7,6 +7,10 @@ dispatcher.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 
 from hybrid_mxfp8.backends import AUTO, BACKENDS, Problem, choose, choose_quantizer, requested
@@ -29,6 +33,7 @@ from hybrid_mxfp8.checks import (
 )
 from hybrid_mxfp8.formats import grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.seen import Seen
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 WORKSPACE_ALIGNMENT = 256
@@ -68,6 +73,69 @@ def quantize_grouped(
         ValueError: wrong shape, stride, device or option.
         BackendUnavailableError: the named backend can't run here.
     """
+    key = _quantize_key(x, groups, scale_rounding, row_index, activation)
+    rows = None if key is None else _rows_seen.get(key)
+    if rows is None:
+        rows = _check_rows(x, groups, scale_rounding, row_index, activation)
+        if traced(x):
+            check_no_buffer("out", out)
+            return _quantize_traced(x, groups, rows.num_tokens, scale_rounding, row_index, activation, backend)
+        if key is not None:
+            _rows_seen.add(key, rows)
+    if out is None:
+        values = torch.empty(rows.values_shape, dtype=torch.float8_e4m3fn, device=rows.device)
+        scales = torch.empty(rows.scales_shape, dtype=torch.uint8, device=rows.device)
+    else:
+        values, scales = _quantized_buffers(out, rows, x, groups, row_index)
+    chosen = choose_quantizer(rows.device, backend)
+    layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
+    return GroupedMXFP8.unchecked(values, scales, layout)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What the checks of :func:`quantize_grouped` find out; ``buffers`` are the places of ``out`` that passed."""
+
+    num_tokens: int
+    values_shape: tuple[int, int]
+    scales_shape: tuple[int, int]
+    device: torch.device
+    buffers: Seen[bool]
+
+
+_rows_seen: Seen[_Rows] = Seen(4096)
+
+
+def _quantize_key(x: Any, groups: Any, scale_rounding: Any, row_index: Any, activation: Any) -> tuple[Any, ...] | None:
+    """All that :func:`_check_rows` looks at; None where that can't be a key, or must be seen by torch.compile."""
+    if torch.compiler.is_compiling():
+        return None
+    key: tuple[Any, ...]
+    try:
+        layout: tuple[Hashable, ...]
+        if type(groups) is GroupLayout:
+            tokens = groups.tokens_per_expert
+            layout = (groups.num_tokens, tokens.shape, tokens.device)
+        else:
+            layout = (groups.dtype, groups.shape, groups.stride(), groups.device)
+        key = (
+            *(type(x), x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()),
+            *(layout, scale_rounding, activation),
+            None if row_index is None else (row_index.dtype, row_index.shape, row_index.stride(), row_index.device),
+        )
+        hash(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensors, or none with strides, or no strings
+        return None
+    return key
+
+
+def _check_rows(
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    activation: str | None,
+) -> _Rows:
     if isinstance(groups, GroupLayout):
         device, num_experts = groups.device, groups.num_experts
     elif isinstance(groups, torch.Tensor):
@@ -95,42 +163,63 @@ def quantize_grouped(
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
-    if traced(x):
-        check_no_buffer("out", out)
-        layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, num_tokens)
-        values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
-            x,
-            layout.tokens_per_expert,
-            layout.expert_offsets,
-            layout.scale_offsets,
-            scale_rounding,
-            row_index,
-            activation,
-            backend,
-        )
-        return GroupedMXFP8.unchecked(values.view(torch.float8_e4m3fn), scales, layout)
-    scale_rows = grouped_scale_rows(num_tokens, num_experts)
-    if out is None:
-        values = torch.empty(num_tokens, k, dtype=torch.float8_e4m3fn, device=device)
-        scales = torch.empty(scale_rows, scale_cols(k), dtype=torch.uint8, device=device)
+    scales_shape = (grouped_scale_rows(num_tokens, num_experts), scale_cols(k))
+    return _Rows(num_tokens, (num_tokens, k), scales_shape, device, Seen(256))
+
+
+def _quantize_traced(
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    num_tokens: int,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> GroupedMXFP8:
+    layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, num_tokens)
+    values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
+        x,
+        layout.tokens_per_expert,
+        layout.expert_offsets,
+        layout.scale_offsets,
+        scale_rounding,
+        row_index,
+        activation,
+        backend,
+    )
+    return GroupedMXFP8.unchecked(values.view(torch.float8_e4m3fn), scales, layout)
+
+
+def _quantized_buffers(
+    out: GroupedMXFP8,
+    rows: _Rows,
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    row_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of ``out``, which fit and lie apart from what is read."""
+    if not isinstance(out, GroupedMXFP8):
+        raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
+    values, scales = out.values, out.scales
+    if isinstance(groups, GroupLayout):
+        read = {"x": x, "expert_offsets": groups.expert_offsets, "scale_offsets": groups.scale_offsets}
     else:
-        if not isinstance(out, GroupedMXFP8):
-            raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
-        values, scales = out.values, out.scales
-        check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
-        check_shape("out", values, (num_tokens, k), "(T, K)")
-        check_shape("out", scales, (scale_rows, scale_cols(k)), "(S, C)")
-        check_aligned("out", scales)
-        if isinstance(groups, GroupLayout):
-            layout_tensors = {"expert_offsets": groups.expert_offsets, "scale_offsets": groups.scale_offsets}
-        else:
-            layout_tensors = {"groups": groups}
-        for buffer in (values, scales):
-            check_apart("out", buffer, x=x, row_index=row_index, **layout_tensors)
-        check_apart("out", values, **{"its own scales": scales})
-    chosen = choose_quantizer(device, backend)
-    layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
-    return GroupedMXFP8.unchecked(values, scales, layout)
+        read = {"x": x, "groups": groups}
+    if row_index is not None:
+        read["row_index"] = row_index
+    place: tuple[Hashable, ...] = (values.shape, scales.shape, values.device, values.data_ptr(), scales.data_ptr())
+    place += tuple([tensor.data_ptr() for tensor in read.values()])
+    if rows.buffers.get(place):
+        return values, scales
+    check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=rows.device)
+    check_shape("out", values, rows.values_shape, "(T, K)")
+    check_shape("out", scales, rows.scales_shape, "(S, C)")
+    check_aligned("out", scales)
+    for buffer in (values, scales):
+        check_apart("out", buffer, **read)
+    check_apart("out", values, **{"its own scales": scales})
+    rows.buffers.add(place, True)
+    return values, scales
 
 
 def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:
@@ -194,37 +283,91 @@ def grouped_gemm(
         ValueError: operands that don't fit together, or an ``out`` or ``workspace`` that doesn't fit.
         BackendUnavailableError: the named backend can't run this problem here.
     """
-    problem = _problem(x, w, out_dtype)
-    if traced(x.values):
-        check_no_buffer("out", out)
-        check_no_buffer("workspace", workspace)
-        groups = x.groups
-        product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(
-            x.values,
-            x.scales,
-            groups.tokens_per_expert,
-            groups.expert_offsets,
-            groups.scale_offsets,
-            w.values,
-            w.scales,
-            out_dtype,
-            backend,
-        )
-        return product
-    shape = (problem.num_tokens, problem.n)
-    if out is None:
-        out = torch.empty(shape, dtype=out_dtype, device=problem.device)
+    key = _product_key(x, w, out_dtype)
+    product = None if key is None else _products_seen.get(key)
+    if product is None:
+        product = _Product(_problem(x, w, out_dtype), Seen(256))
+        if traced(x.values):
+            check_no_buffer("out", out)
+            check_no_buffer("workspace", workspace)
+            return _gemm_traced(x, w, out_dtype, backend)
+        if key is not None:
+            _products_seen.add(key, product)
+    problem = product.problem
+    chosen = choose(problem, backend)
+    if out is None and workspace is None:
+        out = torch.empty((problem.num_tokens, problem.n), dtype=out_dtype, device=problem.device)
     else:
-        check_tensor("out", out, dtypes=(out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
+        out = _product_buffers(
+            out, workspace, product, x, w, chosen.workspace_size(problem) if workspace is not None else 0
+        )
+    chosen.grouped_gemm(x, w, out, workspace)
+    return out
+
+
+class _Product(NamedTuple):
+    """What the checks of :func:`grouped_gemm` find out; ``buffers`` are the places of ``out`` and ``workspace`` that passed."""
+
+    problem: Problem
+    buffers: Seen[bool]
+
+
+_products_seen: Seen[_Product] = Seen(4096)
+
+
+def _product_key(x: Any, w: Any, out_dtype: Any) -> tuple[Hashable, ...] | None:
+    """All that :func:`_problem` looks at; None where that must be seen by torch.compile, or is of a wrong type."""
+    if torch.compiler.is_compiling() or type(x) is not GroupedMXFP8 or type(w) is not ExpertWeights:
+        return None
+    if not isinstance(out_dtype, torch.dtype):
+        return None
+    groups, xv, wv = x.groups, x.values, w.values
+    tokens = groups.tokens_per_expert.shape
+    return type(xv), xv.shape, xv.device, wv.shape, wv.device, groups.num_tokens, tokens, out_dtype
+
+
+def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, backend: str | None) -> torch.Tensor:
+    groups = x.groups
+    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(
+        x.values,
+        x.scales,
+        groups.tokens_per_expert,
+        groups.expert_offsets,
+        groups.scale_offsets,
+        w.values,
+        w.scales,
+        out_dtype,
+        backend,
+    )
+    return product
+
+
+def _product_buffers(
+    out: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+    product: _Product,
+    x: GroupedMXFP8,
+    w: ExpertWeights,
+    needed: int,
+) -> torch.Tensor:
+    """``out``, made if None; it and ``workspace`` fit, and lie apart from the operands and each other."""
+    problem = product.problem
+    shape = (problem.num_tokens, problem.n)
+    given = out
+    if out is None:
+        out = torch.empty(shape, dtype=problem.out_dtype, device=problem.device)
+    place = _place(out, workspace, x, w, needed)
+    if place is not None and product.buffers.get(place):
+        return out
+    if given is not None:
+        check_tensor("out", out, dtypes=(problem.out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
         check_shape("out", out, shape, "(T, N)")
         check_contiguous("out", out)
         check_aligned("out", out)
         check_no_grad("out", out)
         _check_apart("out", out, x, w)
-    chosen = choose(problem, backend)
     if workspace is not None:
         check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device)
-        needed = chosen.workspace_size(problem)
         if workspace.numel() < needed:
             fail("workspace", f"must have at least {needed} bytes", workspace.numel())
         check_contiguous("workspace", workspace)
@@ -235,8 +378,32 @@ def grouped_gemm(
                 f"address {workspace.data_ptr():#x}",
             )
         _check_apart("workspace", workspace, x, w, out)
-    chosen.grouped_gemm(x, w, out, workspace)
+    if place is not None:
+        product.buffers.add(place, True)
     return out
+
+
+def _place(out: Any, workspace: Any, x: GroupedMXFP8, w: ExpertWeights, needed: int) -> tuple[Hashable, ...] | None:
+    """All that :func:`_product_buffers` looks at; None where something is no tensor."""
+    groups = x.groups
+    try:
+        return (
+            *(
+                out.dtype,
+                out.shape,
+                out.stride(),
+                out.device,
+                out.data_ptr(),
+                out.requires_grad and torch.is_grad_enabled(),
+            ),
+            None
+            if workspace is None
+            else (workspace.dtype, workspace.shape, workspace.stride(), workspace.device, workspace.data_ptr(), needed),
+            *(x.values.data_ptr(), x.scales.data_ptr(), w.values.data_ptr(), w.scales.data_ptr()),
+            *(groups.tokens_per_expert.data_ptr(), groups.expert_offsets.data_ptr(), groups.scale_offsets.data_ptr()),
+        )
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def grouped_gemm_workspace_size(

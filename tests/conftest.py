@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.backends import _settled
 
 pytest_plugins = ["tally"]
 
@@ -30,6 +31,7 @@ settings.load_profile("repeatable")
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKEND", "CONFIG", "PDL", "HOPPER_GEMM"):
         monkeypatch.delenv(f"HYBRID_MXFP8_{name}", raising=False)
+    _settled.cache_clear()  # tests pretend to have other devices and backends
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ tokens follow the weights: column 16c + 4s + 2h + j of each 64 goes to place 16s
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -168,6 +170,32 @@ def select_expand_config(num_tokens: int, k: int, interpreted: bool = False) -> 
     return ExpandConfig(4, min(columns, 1024), 4)
 
 
+class _Plan(NamedTuple):
+    """All of a launch that its shapes decide; ``tokens_at`` in units of 256 bytes."""
+
+    programs: int
+    row_programs: int
+    tokens_at: int
+    constants: tuple[Hashable, ...]
+    options: tuple[tuple[str, int], ...]
+    key: tuple[Hashable, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(num_tokens: int, num_experts: int, k: int, layout: WorkspaceLayout, block_t: int) -> _Plan:
+    config = select_expand_config(num_tokens, k, INTERPRETED)
+    row_programs = ceil_div(num_tokens, config.block_rows)
+    experts = next_power_of_2(num_experts)
+    return _Plan(
+        (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols),
+        row_programs,
+        layout.tokens_at // 256,
+        (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols),
+        (("num_warps", config.num_warps),),
+        ("expand_tokens", k),
+    )
+
+
 def expand_tokens(
     values: torch.Tensor,
     scales: torch.Tensor,
@@ -187,10 +215,8 @@ def expand_tokens(
         block_t: rows of a token tile; a tile belongs to one expert.
     """
     num_tokens, k = values.shape
-    config = select_expand_config(num_tokens, k, INTERPRETED)
-    row_programs = ceil_div(num_tokens, config.block_rows)
-    programs = (row_programs + groups.num_experts) * ceil_div(layout.padded_k, config.block_cols)
-    experts = next_power_of_2(groups.num_experts)
+    num_experts = groups.num_experts
+    plan = _plan(num_tokens, num_experts, k, layout, block_t)
     arguments = (
         raw(values),
         scales,
@@ -199,12 +225,11 @@ def expand_tokens(
         groups.scale_offsets,
         num_tokens,
         scales.shape[0],
-        groups.num_experts,
+        num_experts,
         k,
-        row_programs,
+        plan.row_programs,
         layout.max_tiles,
-        layout.tokens_at // 256,
+        plan.tokens_at,
     )
-    constants = (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols)
-    key = ("expand_tokens", k, aligned(values), aligned(scales), aligned(workspace))
-    launch(expand_tokens_kernel, programs, arguments, constants, (("num_warps", config.num_warps),), key)
+    key = (plan.key, aligned(values), aligned(scales), aligned(workspace))
+    launch(expand_tokens_kernel, plan.programs, arguments, plan.constants, plan.options, key)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -223,6 +224,11 @@ def hopper_config_for(
     """The tile of the Hopper kernel for this problem; None where the kernel above runs."""
     if _capability(device) != (9, 0) or not env.hopper_gemm():
         return None
+    return _hopper_config(num_tokens, num_experts, n, k)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hopper_config(num_tokens: int, num_experts: int, n: int, k: int) -> HopperGemmConfig | None:
     return select_hopper_config(num_tokens, num_experts) if hopper_takes(num_tokens, num_experts, n, k) else None
 
 
@@ -247,7 +253,15 @@ def config_for(num_tokens: int, num_experts: int, n: int, k: int, device: torch.
 def workspace_size(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> int:
     """Bytes of device memory that :func:`grouped_gemm` needs beside its output."""
     config = hopper_config_for(num_tokens, num_experts, n, k, device)
-    return 0 if config is None else WorkspaceLayout.of(num_tokens, num_experts, k, config).size
+    return 0 if config is None else WorkspaceLayout.size_of(num_tokens, num_experts, k, config)
+
+
+@functools.cache
+def _hopper_kernels() -> ModuleType:
+    """Imported where it can run alone: Gluon's names differ from one Triton to the next."""
+    from hybrid_mxfp8.triton_kernels import grouped_gemm_hopper
+
+    return grouped_gemm_hopper
 
 
 def grouped_gemm(
@@ -276,13 +290,11 @@ def grouped_gemm(
         return
     hopper = hopper_config_for(num_tokens, num_experts, n, k, out.device)
     if hopper is not None and aligned(w_values, w_scales):  # TMA reads from 16-byte boundaries
-        from hybrid_mxfp8.triton_kernels.grouped_gemm_hopper import hopper_grouped_gemm
-
         if workspace is None:
-            size = WorkspaceLayout.of(num_tokens, num_experts, k, hopper).size
+            size = WorkspaceLayout.size_of(num_tokens, num_experts, k, hopper)
             workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
         with on_device_of(out):
-            hopper_grouped_gemm(
+            _hopper_kernels().hopper_grouped_gemm(
                 x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
             )
         return

@@ -20,7 +20,9 @@ elements, which are then off by at most 2**-134. Scale 255 and NaN codes give Na
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -342,6 +344,44 @@ def _descriptor(
     )
 
 
+SCALE_WORDS = SCALE_TILE_BYTES // 4
+
+
+class _Plan(NamedTuple):
+    """All of the launches that their shapes decide."""
+
+    layout: WorkspaceLayout
+    tokens_at: int
+    scale_tiles: int
+    num_k_tiles: int
+    programs: int
+    constants: tuple[int, ...]
+    key: tuple[Hashable, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    num_tokens: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    config: HopperGemmConfig,
+    num_multiprocessors: int,
+    out_dtype: torch.dtype,
+) -> _Plan:
+    layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
+    row_tiles, num_k_tiles = ceil_div(n, 128), ceil_div(k, 128)
+    return _Plan(
+        layout,
+        layout.tokens_at,
+        num_experts * row_tiles * num_k_tiles,
+        num_k_tiles,
+        min(num_multiprocessors, layout.max_tiles * row_tiles),
+        (config.block_t, config.block_k, config.num_stages, config.group_t),
+        ("hopper_gemm", out_dtype),
+    )
+
+
 def hopper_grouped_gemm(
     x_values: torch.Tensor,
     x_scales: torch.Tensor,
@@ -367,21 +407,19 @@ def hopper_grouped_gemm(
         num_multiprocessors: programs of the grid.
     """
     num_experts, n, k = w_values.shape
-    num_tokens = groups.num_tokens
-    layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
+    plan = _plan(groups.num_tokens, num_experts, n, k, config, num_multiprocessors, out.dtype)
+    layout = plan.layout
     expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t)
     block_t, block_k = config.block_t, config.block_k
-    tokens = workspace.data_ptr() + layout.tokens_at
-    words = SCALE_TILE_BYTES // 4
     arguments = (
         out,
         workspace,
         _descriptor(w_values.data_ptr(), num_experts * n, k, torch.uint8, 128, block_k),
-        _descriptor(w_scales.data_ptr(), w_scales.numel() // SCALE_TILE_BYTES, words, torch.int32, 1, words),
-        _descriptor(tokens, num_tokens, layout.padded_k, torch.bfloat16, block_t, block_k),
+        _descriptor(w_scales.data_ptr(), plan.scale_tiles, SCALE_WORDS, torch.int32, 1, SCALE_WORDS),
+        _descriptor(
+            workspace.data_ptr() + plan.tokens_at, layout.num_tokens, layout.padded_k, torch.bfloat16, block_t, block_k
+        ),
         n,
-        ceil_div(k, 128),
+        plan.num_k_tiles,
     )
-    programs = min(num_multiprocessors, layout.max_tiles * ceil_div(n, 128))
-    constants = (block_t, block_k, config.num_stages, config.group_t)
-    launch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),), ("hopper_gemm", out.dtype))
+    launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), plan.key)

@@ -14,8 +14,9 @@ expert N rows long, which is what expert weights are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -228,6 +229,10 @@ def quantize_kernel(
     tl.store(scales_ptr + tile * 512 + within, scale, mask=in_scales[:, None] & (c < num_column_tiles * 4)[None, :])
 
 
+Layout = Literal["counts", "offsets", "uniform"]
+"""Where rows of experts start: from counts that the kernel sums up, from a layout, or every expert has as many."""
+
+
 @dataclass(frozen=True)
 class QuantizeConfig:
     """Rows and columns of a row program, scale tiles of a padding program, and the warps of both."""
@@ -278,6 +283,59 @@ def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
     return 0 < num_experts <= FUSED_COUNTS_MAX_EXPERTS and 0 < num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
 
 
+class _Plan(NamedTuple):
+    """All of a launch that its shapes decide."""
+
+    programs: int
+    row_programs: int
+    column_programs: int
+    rows_per_expert: int
+    constants: tuple[Hashable, ...]
+    options: tuple[tuple[str, int], ...]
+    key: tuple[Hashable, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    num_rows: int,
+    num_experts: int,
+    k: int,
+    row_stride: int,
+    expert_stride: int,
+    scale_rounding: str,
+    layout: Layout,
+    gather: bool,
+    swiglu: bool,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+) -> _Plan:
+    config = select_quantize_config(num_rows, k, num_experts, INTERPRETED)
+    cols = scale_cols(k)
+    column_programs = ceil_div(BLOCK_SIZE * cols, config.block_cols)
+    row_programs = ceil_div(num_rows, config.block_rows) * column_programs
+    padding_programs = num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
+    # 1 where it is not used: Triton specializes the kernel on it.
+    rows_per_expert = num_rows // num_experts if layout == "uniform" else 1
+    constants = (
+        SCALE_ROUNDING_BIAS[scale_rounding],
+        layout,
+        gather,
+        swiglu,
+        next_power_of_2(num_experts),
+        config.block_rows,
+        config.block_cols,
+        config.padding_tiles,
+    )
+    return _Plan(
+        row_programs + padding_programs + (layout == "counts"),  # one program more writes the layout
+        row_programs,
+        column_programs,
+        rows_per_expert,
+        constants,
+        (("num_warps", config.num_warps),),
+        ("quantize", *dtypes, row_stride, expert_stride, rows_per_expert, k),
+    )
+
+
 def _launch(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -288,7 +346,7 @@ def _launch(
     k: int,
     row_stride: int,
     scale_rounding: str,
-    layout: Literal["counts", "offsets", "uniform"],
+    layout: Layout,
     expert_stride: int = 0,
     row_index: torch.Tensor | None = None,
     swiglu: bool = False,
@@ -296,13 +354,9 @@ def _launch(
     layout_buffer: torch.Tensor | None = None,
     groups: GroupLayout | None = None,
 ) -> None:
-    config = select_quantize_config(num_rows, k, num_experts, INTERPRETED)
-    cols = scale_cols(k)
-    column_programs = ceil_div(BLOCK_SIZE * cols, config.block_cols)
-    row_programs = ceil_div(num_rows, config.block_rows) * column_programs
-    padding_programs = num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
-    # 1 where it is not used: Triton specializes the kernel on it.
-    rows_per_expert = num_rows // num_experts if layout == "uniform" else 1
+    gather = row_index is not None
+    dtypes = (x.dtype, None if counts is None else counts.dtype)
+    plan = _plan(num_rows, num_experts, k, row_stride, expert_stride, scale_rounding, layout, gather, swiglu, dtypes)
     arguments = (
         x,
         row_stride,
@@ -311,44 +365,21 @@ def _launch(
         x.shape[0],
         raw(values),
         scales,
-        scales.numel() // cols,
+        scales.numel() // scale_cols(k),
         counts,
         layout_buffer,
         groups.expert_offsets if groups else None,
         groups.scale_offsets if groups else None,
         num_rows,
         num_experts,
-        rows_per_expert,
+        plan.rows_per_expert,
         k,
-        row_programs,
-        column_programs,
+        plan.row_programs,
+        plan.column_programs,
     )
-    constants = (
-        SCALE_ROUNDING_BIAS[scale_rounding],
-        layout,
-        row_index is not None,
-        swiglu,
-        next_power_of_2(num_experts),
-        config.block_rows,
-        config.block_cols,
-        config.padding_tiles,
-    )
-    key = (
-        "quantize",
-        x.dtype,
-        counts.dtype if counts is not None else None,
-        aligned(x),
-        aligned(values),
-        aligned(scales),
-        row_stride,
-        expert_stride,
-        rows_per_expert,
-        k,
-    )
+    key = (plan.key, aligned(x), aligned(values), aligned(scales))
     with on_device_of(x):
-        # One program more writes the layout.
-        programs = row_programs + padding_programs + (layout == "counts")
-        launch(quantize_kernel, programs, arguments, constants, (("num_warps", config.num_warps),), key)
+        launch(quantize_kernel, plan.programs, arguments, plan.constants, plan.options, key)
 
 
 def quantize_grouped(

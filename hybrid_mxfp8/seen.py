@@ -1,0 +1,27 @@
+"""What checks found out about an earlier call, by all that they looked at.
+
+Argument checks look at metadata alone, so arguments that look like ones that passed need not be checked again: one
+look-up instead of some thirty questions, in the host time of a decode step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Seen(Generic[T]):
+    """A bounded memory: full, it forgets everything."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._found: dict[Hashable, T] = {}
+        self.get = self._found.get
+
+    def add(self, key: Hashable, value: T) -> None:
+        """Remember it."""
+        if len(self._found) >= self._capacity:
+            self._found.clear()
+        self._found[key] = value
