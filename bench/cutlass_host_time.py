@@ -42,7 +42,7 @@ def main() -> None:
         groups = mx.GroupLayout.from_counts(counts, num_tokens)
         x = mx.quantize_grouped(torch.randn(num_tokens, k, device="cuda"), groups)
         w = mx.quantize_weights(torch.randn(num_experts, n, k, device="cuda", dtype=torch.bfloat16))
-        out = torch.empty(num_tokens, n, device="cuda")
+        out = torch.empty(num_tokens, n, dtype=torch.bfloat16, device="cuda")
         size = launcher.workspace_size(num_experts, n, k, num_tokens, out.dtype, out.device)
         for workspace in (torch.empty(size, dtype=torch.uint8, device="cuda"), None):
             times = []

@@ -15,6 +15,10 @@ namespace {
 
 using Selected = GroupedGemm<Config<1, 128, float>>;
 
+// What everything_but_the_gemm prepares: Hopper's driver refuses the descriptor of an fp32 output, whose swizzle is
+// Blackwell's.
+using Timed = GroupedGemm<Config<1, 128, cutlass::bfloat16_t>>;
+
 constexpr int kRowsPerBlock = 128;  // output features of one block, a thread each
 
 // Block (feature tile, expert); each thread computes one output feature for all tokens of the expert.
@@ -79,13 +83,13 @@ void everything_but_the_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::T
                              ffi::TensorView expert_offsets, ffi::TensorView scale_offsets, ffi::TensorView out,
                              ffi::TensorView workspace, int64_t, int64_t, int64_t, bool) {
   DLDevice device = x.device();
-  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out},
-                      workspace.data_ptr(), make_launch(device));
+  Call<Timed> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out},
+                   workspace.data_ptr(), make_launch(device));
   call.check_workspace(workspace, device);
   ffi::CUDADeviceGuard guard(device.device_id);
   TVM_FFI_CHECK_CUDA_ERROR(launch_prepare(call.prepare(), current_stream(device)));
   auto params = call.params(workspace.data_ptr());
-  HYBRID_MXFP8_EXPECT(Selected::Kernel::get_grid_shape(params).x > 0, RuntimeError) << "no grid";
+  HYBRID_MXFP8_EXPECT(Timed::Kernel::get_grid_shape(params).x > 0, RuntimeError) << "no grid";
 }
 
 }  // namespace
