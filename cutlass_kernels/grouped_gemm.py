@@ -246,7 +246,7 @@ def _module(module: str, out_dtype: torch.dtype, capability: tuple[int, int]) ->
 # ---------------------------------------------------------------- what was found, and what failed
 
 Capability = tuple[int, int]
-Environment = tuple[Path | None, Path | None, Path, tuple[Path, ...]]
+Environment = tuple[Path | None, Path | None, Path, bool, tuple[Path, ...]]
 
 _tools: dict[Capability, str] = {}
 """What modules are compiled with, or come from."""
@@ -263,7 +263,7 @@ _failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], st
 
 def _environment() -> Environment:
     """The variables that decide what is found and where modules are kept: with another value, all is tried anew."""
-    return env.cutlass_dir(), env.cuda_home(), env.cache_dir(), tuple(env.search_path())
+    return env.cutlass_dir(), env.cuda_home(), env.cache_dir(), env.trust_cache(), tuple(env.search_path())
 
 
 def _failed_builds(capability: Capability | None) -> dict[tuple[str, torch.dtype], str]:
@@ -278,6 +278,10 @@ def _targets(capability: Capability) -> tuple[str, ...]:
 
 def _find_tools(capability: Capability) -> tuple[bool, str]:
     targets = _targets(capability)
+    try:
+        jit.check_cache()
+    except BackendUnavailableError as error:
+        return False, str(error)
     try:
         cutlass, cuda = jit.toolchain(targets[0])
     except BackendUnavailableError as error:

@@ -130,7 +130,7 @@ def find_cutlass_tools(headers: CutlassHeaders) -> Path:
     """
     beside = headers.include.parent / "tools" / "util" / "include"
     candidates = [beside]
-    package = _package_folder("cutlass_library")
+    package = package_folder("cutlass_library")
     if package is not None:
         candidates.append(package / "source" / "tools" / "util" / "include")
     for candidate in candidates:
@@ -161,7 +161,7 @@ def _read_chosen(folder: Path) -> CutlassHeaders | None:
 
 def _carried() -> Iterator[CutlassHeaders]:
     for origin, (module, folder) in CUTLASS_CARRIERS.items():
-        package = _package_folder(module)
+        package = package_folder(module)
         headers = _read_cutlass(package / folder, origin) if package is not None else None
         if headers is not None:
             yield headers
@@ -177,7 +177,7 @@ def _read_cutlass(include: Path, origin: str) -> CutlassHeaders | None:
     return CutlassHeaders(include.resolve(), (major, minor, patch), origin)
 
 
-def _package_folder(module: str) -> Path | None:
+def package_folder(module: str) -> Path | None:
     """The folder of a top-level module; finding its spec runs none of its code."""
     spec = importlib.util.find_spec(module)
     locations = list(spec.submodule_search_locations or []) if spec is not None else []

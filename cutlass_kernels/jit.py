@@ -10,6 +10,8 @@ stand outside it, so that a machine that cannot compile can still find a module 
 A build works in a private folder and ends in one rename, so a module is there whole or not at all: a build that
 was killed leaves nothing that is ever looked at. A file lock keeps others from building the same thing meanwhile.
 Where a network file system does not honour it, two builds run and the second finds the first one's module in place.
+
+Only what this user or root alone can have written is loaded: see trust.py.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,7 @@ from typing import Any
 import filelock
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.cutlass_kernels import headers
+from hybrid_mxfp8.cutlass_kernels import headers, trust
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 logger = logging.getLogger("hybrid_mxfp8")
@@ -44,6 +46,8 @@ logger = logging.getLogger("hybrid_mxfp8")
 ROOM = Path(__file__).parent
 LIBRARY = "module.so"
 MANIFEST = "build.json"
+MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc", "sha256")
+"""What every manifest has, as strings."""
 BUILDING = ".building-"
 FOLDER = re.compile(r"(?P<name>\w+)-(?P<key>[0-9a-f]+)-cutlass(?P<cutlass>\d+(\.\d+)*)-nvcc(?P<nvcc>\d+(\.\d+)*)")
 """A module's folder, as :func:`_folder_name` writes it; its log and lock have longer names."""
@@ -56,7 +60,16 @@ CUDA_FLAGS = (
     "-diag-suppress=20012",  # CUTLASS marks defaulted constructors __host__ __device__
 )
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+PLAIN_PATH = re.compile(r"[\w/.,:+@%=~-]+")
+"""Which a shell and ninja take as they are; letters of any alphabet."""
+
+UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE),
+)
+"""What a full, forbidden, misnamed or failing file system answers, rather than a mistake made here."""
 
 FAMILY = {"10.0": ("10.0a", "10.0f"), "10.3": ("10.3a", "10.0f")}
 """Targets whose code runs on a compute capability, the most specific first."""
@@ -108,15 +121,24 @@ class Built:
         return self.folder / LIBRARY
 
     def manifest(self) -> dict[str, Any]:
-        """What it was built from, and its library's digest; empty if unreadable."""
+        """What it was built from, and its library's digest; empty if unreadable or damaged."""
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
-        except (OSError, ValueError):
+            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
-        return manifest if isinstance(manifest, dict) else {}
+        if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), str) for key in MANIFEST_STRINGS):
+            return {}
+        return manifest
+
+    def distrusted(self) -> str:
+        """Why it is not loaded although it is there: someone else owns or can write it. Empty if nothing is wrong."""
+        paths = (self.folder, self.library, self.folder / MANIFEST)
+        return next(filter(None, map(trust.problem, paths)), "")
 
     def intact(self) -> bool:
-        """Whether the library is the one that was built."""
+        """Whether the library is the one that was built, by this user or root."""
+        if self.distrusted():
+            return False
         expected = self.manifest().get("sha256")
         try:
             return expected is not None and expected == _digest(self.library)
@@ -127,6 +149,15 @@ class Built:
 def cache() -> Path:
     """The folder that holds the modules."""
     return env.cache_dir() / "cutlass"
+
+
+def check_cache() -> None:
+    """That the cache, if there is one, is safe to load code from.
+
+    Raises:
+        BackendUnavailableError: someone else owns it or can write there; says who, and what to do.
+    """
+    trust.check_folder(env.cache_dir(), cache())
 
 
 def toolchain(arch: str) -> tuple[headers.CutlassHeaders, headers.CudaCompiler]:
@@ -146,26 +177,42 @@ def toolchain(arch: str) -> tuple[headers.CutlassHeaders, headers.CudaCompiler]:
 
 
 def find(source: Source) -> Built | None:
-    """The module if it is built: by this machine's toolchain, or where that cannot build it, the newest by any."""
+    """The module if it is built: by this machine's toolchain, or where that cannot build it, the newest by any.
+
+    Raises:
+        BackendUnavailableError: as :func:`check_cache`.
+    """
+    check_cache()
     try:
         exact = Built(cache() / _folder_name(source, *toolchain(source.arch)))
     except BackendUnavailableError:
         return next(carried([source]), None)
-    return exact if exact.intact() else None
+    return exact if _usable(exact) else None
 
 
 def carried(sources: Iterable[Source]) -> Iterator[Built]:
     """The intact modules of these sources, by whatever versions of CUTLASS and nvcc, the newest versions first.
 
     Lists the cache once, and takes keys, which read every source file, only of what is listed.
+
+    Raises:
+        BackendUnavailableError: as :func:`check_cache`.
     """
+    check_cache()
     listed = [match for folder in cache().glob("*-cutlass*-nvcc*") if (match := FOLDER.fullmatch(folder.name))]
     names = {match["name"] for match in listed}
     wanted = {(source.name, source.key()) for source in sources if source.name in names}
     for match in sorted(listed, key=_versions, reverse=True):
         module = Built(cache() / match.string)
-        if (match["name"], match["key"]) in wanted and module.intact():
+        if (match["name"], match["key"]) in wanted and _usable(module):
             yield module
+
+
+def _usable(module: Built) -> bool:
+    """Whether it is intact, with a word if only its owner or mode is in the way."""
+    if problem := module.distrusted():
+        logger.warning("not loaded: %s", problem)
+    return module.intact()
 
 
 def build(source: Source) -> Built:
@@ -173,7 +220,7 @@ def build(source: Source) -> Built:
 
     Raises:
         BackendUnavailableError: no headers or compiler, a compiler too old for the target, a compilation that
-            fails, or a cache folder that cannot be written.
+            fails, a cache folder that cannot be written, or one that is someone else's.
     """
     found = find(source)
     if found is not None:
@@ -213,8 +260,13 @@ def load(source: Source) -> Any:
 
 
 def built() -> list[Built]:
-    """Every intact module in the cache, by name."""
-    folders = sorted(cache().glob("*-cutlass*-nvcc*")) if cache().is_dir() else []
+    """Every intact module in the cache, by name.
+
+    Raises:
+        BackendUnavailableError: as :func:`check_cache`.
+    """
+    check_cache()
+    folders = sorted(cache().glob("*-cutlass*-nvcc*")) if os.path.isdir(cache()) else []
     return [b for b in map(Built, folders) if b.folder.is_dir() and b.intact()]
 
 
@@ -235,19 +287,20 @@ _BUILD = "import json, sys, tvm_ffi.cpp; print(tvm_ffi.cpp.build(**json.load(sys
 
 def _compile(source: Source, cutlass: headers.CutlassHeaders, cuda: headers.CudaCompiler, final: Path) -> None:
     """Build in a private folder, then rename its result to ``final``."""
+    _check_tools(cuda)
     private = Path(tempfile.mkdtemp(prefix=f"{_private_prefix(final)}{os.getpid()}-", dir=final.parent))
     try:
         logger.warning("compiling %s for %s, about a minute, once", source.name, source.arch)
         arguments = {
             "name": source.name,
-            "sources": [str(source.file)],
+            "sources": [_ninja_path(source.file)],
             "extra_cuda_cflags": [
                 *CUDA_FLAGS,
                 *source.flags,
                 *(f"-D{name}={value}" for name, value in source.definitions),
+                *(_argument(f"-I{path.resolve()}") for path in _include_paths(source, cutlass)),
             ],
-            "extra_ldflags": _link_flags(cuda, private),
-            "extra_include_paths": [str(path) for path in _include_paths(source, cutlass)],
+            "extra_ldflags": [_argument(flag) for flag in _link_flags(cuda, private)],
             "build_directory": str(private),
             "backend": "cuda",
         }
@@ -262,12 +315,12 @@ def _compile(source: Source, cutlass: headers.CutlassHeaders, cuda: headers.Cuda
         )
         if done.returncode != 0:
             log = final.parent / f"{final.name}.log"
-            log.write_text(done.stdout + done.stderr)
+            log.write_text(done.stdout + done.stderr, encoding="utf-8", errors="replace")
             raise BackendUnavailableError(
                 f"compiling {source.name} failed: {_first_error(done.stdout + done.stderr)} (all of it in {log})"
             )
         result = private / "result"
-        result.mkdir()
+        result.mkdir(0o755)
         os.replace(done.stdout.strip().splitlines()[-1], result / LIBRARY)
         manifest = {
             "name": source.name,
@@ -277,7 +330,9 @@ def _compile(source: Source, cutlass: headers.CutlassHeaders, cuda: headers.Cuda
             "nvcc": cuda.version_string,
             "sha256": _digest(result / LIBRARY),
         }
-        (result / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (result / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (result / LIBRARY, result / MANIFEST):
+            trust.close_to_others(path)
         _put_in_place(result, final, private)
         (final.parent / f"{final.name}.log").unlink(missing_ok=True)
     finally:
@@ -300,6 +355,26 @@ def _include_paths(source: Source, cutlass: headers.CutlassHeaders) -> Iterator[
     yield cutlass.include
     if source.tools:
         yield headers.find_cutlass_tools(cutlass)
+
+
+def _ninja_path(path: Path) -> str:
+    """A path as ninja reads it in a list of files; tvm-ffi escapes the colons itself."""
+    return str(path).replace("$", "$$").replace(" ", "$ ")
+
+
+def _argument(word: str) -> str:
+    """A word as ninja and then the shell read it: tvm-ffi writes a command's words to ninja's file as they are."""
+    return shlex.quote(word).replace("$", "$$")
+
+
+def _check_tools(cuda: headers.CudaCompiler) -> None:
+    """That the paths which tvm-ffi puts into a command by itself mean there what they say."""
+    for tool, folder in (("CUDA", cuda.home), ("tvm-ffi", headers.package_folder("tvm_ffi"))):
+        if folder is not None and not PLAIN_PATH.fullmatch(str(folder)):
+            raise BackendUnavailableError(
+                f"{tool} is in {str(folder)!r}, from where tvm-ffi can't build: install it, or this environment, under a "
+                "path without spaces, quotes and other signs that a shell reads"
+            )
 
 
 def _build_environment(arch: str, cuda: headers.CudaCompiler) -> dict[str, str]:
@@ -347,9 +422,10 @@ def _digest(path: Path) -> str:
 def _writing(final: Path) -> Iterator[None]:
     """Says what to do where the cache cannot be written."""
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(final.parent)
         if not os.access(final.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "Permission denied", str(final.parent))
+        check_cache()  # once more: a file server may have given the new folder to another user
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
@@ -360,10 +436,22 @@ def _writing(final: Path) -> Iterator[None]:
         ) from error
 
 
+def _make_folder(folder: Path) -> None:
+    """With all that is missing above it. Readable for others, so that root can warm up an image for all; writable for none."""
+    for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+        try:
+            missing.mkdir(0o755)
+        except FileExistsError:
+            if not missing.is_dir():  # a link to nowhere, or a file that was made a moment ago
+                raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(missing)) from None
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(folder))
+
+
 @contextmanager
 def _locked(final: Path) -> Iterator[None]:
     """One builder of a module at a time; the operating system frees the lock of a process that dies."""
-    lock = filelock.FileLock(f"{final}.lock", thread_local=False)
+    lock = filelock.FileLock(f"{final}.lock", mode=0o600, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -376,7 +464,7 @@ def _locked(final: Path) -> Iterator[None]:
 
 
 def _private_prefix(final: Path) -> str:
-    return f"{BUILDING}{final.name}-{socket.gethostname()}-"
+    return f"{BUILDING}{final.name}-{platform.node()}-"
 
 
 def _sweep(final: Path) -> None:

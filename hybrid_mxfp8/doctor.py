@@ -21,6 +21,7 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.backends import backends, default_device, requested
+from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.tables import format_table
 
 MISSING = "not installed"
@@ -48,7 +49,7 @@ def examine() -> dict[str, Any]:
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
         "default_backend": default_backend(),
         "cache": cache(env.cache_dir()),
-        "modules": modules(),
+        **modules(),
         "environment": env.in_force(),
     }
 
@@ -112,22 +113,28 @@ def default_backend() -> str:
 
 def cache(folder: Path) -> dict[str, Any]:
     """Whether the cache folder exists, whether this user can write there (or create it), and its size in bytes."""
-    nearest = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    # os.path's own tests answer False for a path that cannot be, such as one too long, where Path's raise.
+    nearest = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
+    exists = os.path.isdir(folder)
     return {
         "path": str(folder),
-        "exists": folder.is_dir(),
-        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0,
+        "exists": exists,
+        "writable": os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK),
+        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if exists else 0,
     }
 
 
-def modules() -> list[str]:
-    """Each compiled module of the CUTLASS backend in the cache, with the versions it was built by."""
+def modules() -> dict[str, Any]:
+    """Each compiled module of the CUTLASS backend in the cache, with the versions it was built by, or why none is loaded."""
     room = "hybrid_mxfp8.cutlass_kernels.jit"
     if importlib.util.find_spec(room) is None:
-        return []
-    built = [module.manifest() for module in importlib.import_module(room).built()]
-    return [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
+        return {"modules": [], "modules_problem": ""}
+    try:
+        built = [module.manifest() for module in importlib.import_module(room).built()]
+    except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1
+        return {"modules": [], "modules_problem": str(error)}
+    named = [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
+    return {"modules": named, "modules_problem": ""}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -142,6 +149,7 @@ def render(facts: dict[str, Any]) -> str:
         *_found("CUTLASS headers", facts["cutlass_headers"]),
         ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
         *(("compiled", module) for module in facts["modules"]),
+        *([("compiled", facts["modules_problem"])] if facts["modules_problem"] else []),
         *facts["environment"].items(),
     ]
     width = max(len(name) for name, _ in lines)

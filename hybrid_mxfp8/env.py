@@ -8,6 +8,7 @@
 | ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernel; 0 takes the portable one instead |
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
+| ``HYBRID_MXFP8_TRUST_CACHE`` | ``0`` (default), ``1`` | loads compiled modules whoever owns them or can write them; only for folders that nobody else can reach |
 | ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
 | ``TRITON_INTERPRET`` | ``1`` | Triton's own variable: kernels run on the CPU through its interpreter |
 
@@ -19,6 +20,7 @@ has found them.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -30,6 +32,7 @@ VARIABLES: Final = (
     "HYBRID_MXFP8_HOPPER_GEMM",
     "HYBRID_MXFP8_CUTLASS_DIR",
     "HYBRID_MXFP8_CACHE_DIR",
+    "HYBRID_MXFP8_TRUST_CACHE",
     "CUDA_HOME",
     "CUDA_PATH",
     "TRITON_INTERPRET",
@@ -85,6 +88,15 @@ def hopper_gemm() -> bool:
     return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="1")
 
 
+def trust_cache() -> bool:
+    """HYBRID_MXFP8_TRUST_CACHE: True only for 1.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    return _switch("HYBRID_MXFP8_TRUST_CACHE", default="0")
+
+
 def _switch(name: str, default: str) -> bool:
     value = (_get(name) or default).strip()
     if value not in ("0", "1"):
@@ -95,22 +107,35 @@ def _switch(name: str, default: str) -> bool:
 def cutlass_dir() -> Path | None:
     """HYBRID_MXFP8_CUTLASS_DIR; None if unset or empty."""
     value = os.environ.get("HYBRID_MXFP8_CUTLASS_DIR")
-    return Path(value).expanduser() if value else None
+    return _expanded(value) if value else None
 
 
 def cuda_home() -> Path | None:
     """CUDA_HOME, else CUDA_PATH; None if neither is set."""
     value = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return Path(value).expanduser() if value else None
+    return _expanded(value) if value else None
 
 
 def cache_dir() -> Path:
-    """Where compiled modules are kept; the folder need not exist yet."""
+    """Where compiled modules are kept, as an absolute path; the folder need not exist yet.
+
+    A user without a home folder (a container run under a number that no password file knows) has a folder of that number
+    in the system's folder for temporary files.
+    """
     value = os.environ.get("HYBRID_MXFP8_CACHE_DIR")
     if value:
-        return Path(value).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "hybrid_mxfp8"
+        return _expanded(value).absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: relative paths are to be ignored
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        return Path(tempfile.gettempdir()).absolute() / f"hybrid_mxfp8-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    return Path(base) / "hybrid_mxfp8"
+
+
+def _expanded(value: str) -> Path:
+    """With a leading ~ replaced by a home folder, if there is one; Path.expanduser would raise RuntimeError if not."""
+    return Path(os.path.expanduser(value))
 
 
 def search_path() -> list[Path]:

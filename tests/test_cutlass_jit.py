@@ -1,7 +1,6 @@
 """Building and keeping modules, with a compiler that takes a moment: races, kills, corruption, failures.
 
-The fake toolkit's nvcc hands a C++ source to the host compiler, after whatever delay or failure a test asks for,
-and writes a line to a log each time. Everything else, tvm-ffi and ninja included, is the real path.
+Hostile file systems and users are in test_cutlass_cache.py.
 """
 
 from __future__ import annotations
@@ -9,126 +8,22 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tvm_ffi  # noqa: F401  an unprivileged user may not be able to import it later
+from cutlass_workshop import MODULE, Workshop, open_workshop
 
 from hybrid_mxfp8.cutlass_kernels import headers, jit
 from hybrid_mxfp8.errors import BackendUnavailableError
 
-NVCC = """#!{python}
-import os, pathlib, subprocess, sys, time
-home = pathlib.Path(__file__).resolve().parent.parent
-arguments = sys.argv[1:]
-if "--version" in arguments:
-    sys.exit(print("Cuda compilation tools, release 13.0, V13.0.88"))
-if "--dryrun" in arguments:
-    sys.exit(print(f"#$ _HERE_={{home / 'bin'}}"))
-with open(home / "log", "a") as log:
-    log.write("compile\\n")
-time.sleep(float((home / "delay").read_text()))
-source = pathlib.Path(arguments[arguments.index("-c") + 1]).read_text()
-if "#error" in source:
-    print("In file included from module.cu:1:")
-    print('module.cu(7): error: identifier "answr" is undefined')
-    print('module.cu(9): error: expected a ";"')
-    sys.exit(2)
-keep = [a for a in arguments if a.startswith(("-I", "-D"))]
-source_and_object = ["-c", arguments[arguments.index("-c") + 1], "-o", arguments[arguments.index("-o") + 1]]
-sys.exit(subprocess.call(["c++", "-x", "c++", "-std=c++17", "-fPIC", *keep, *source_and_object]))
-"""
-
-# By tvm-ffi's C interface, whose header compiles in a blink.
-MODULE = """
-#include <tvm/ffi/c_api.h>
-extern "C" int __tvm_ffi_answer(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result) {
-  result->type_index = kTVMFFIInt;
-  result->v_int64 = ANSWER;
-  return 0;
-}
-"""
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from hybrid_mxfp8.cutlass_kernels import jit
-source = jit.Source("toy", Path(sys.argv[1]), "9.0", definitions=(("ANSWER", "42"),), include=())
-print(jit.load(source).answer(), flush=True)
-"""
-
-
-@dataclass
-class Workshop:
-    """A fake toolkit, a source and a cache, and processes that use them."""
-
-    folder: Path
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache" / "cutlass"
-
-    @property
-    def source(self) -> jit.Source:
-        return jit.Source("toy", self.folder / "toy.cu", "9.0", definitions=(("ANSWER", "42"),), include=())
-
-    def delay(self, seconds: float) -> None:
-        (self.folder / "cuda" / "delay").write_text(str(seconds))
-
-    def compilations(self) -> int:
-        log = self.folder / "cuda" / "log"
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(self.folder / "toy.cu")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self) -> tuple[int, str, str]:
-        process = self.start()
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
-
-    def modules(self) -> list[str]:
-        return [built.folder.name for built in jit.built()]
-
-    def leftovers(self) -> list[str]:
-        return [path.name for path in self.cache.glob(f"{jit.BUILDING}*")]
-
 
 @pytest.fixture
 def workshop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
-    # Not tmp_path, whose parents only their owner may enter: one test goes on as another user.
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    home = folder / "cuda"
-    (home / "bin").mkdir(parents=True)
-    (home / "bin" / "nvcc").write_text(NVCC.format(python=sys.executable))
-    (home / "bin" / "nvcc").chmod(0o755)
-    (home / "lib64").mkdir()
-    subprocess.run(["cc", "-shared", "-x", "c", os.devnull, "-o", home / "lib64" / "libcudart.so"], check=True)
-    version = folder / "cutlass" / "include" / "cutlass" / "version.h"
-    version.parent.mkdir(parents=True)
-    version.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
-    (folder / "toy.cu").write_text(MODULE)
-    monkeypatch.setenv("CUDA_HOME", str(home))
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(folder / "cutlass"))
-    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder / "cache"))
-    made = Workshop(folder)
-    made.delay(0)
-    yield made
-    shutil.rmtree(folder)
+    with open_workshop(monkeypatch) as made:
+        yield made
 
 
 def wait_until(condition, seconds: float = 60) -> None:

@@ -133,7 +133,8 @@ def carry(source: jit.Source) -> None:
     folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
     folder.mkdir(parents=True)
     (folder / jit.LIBRARY).write_bytes(b"a library")
-    (folder / jit.MANIFEST).write_text(json.dumps({"sha256": hashlib.sha256(b"a library").hexdigest()}))
+    manifest = {**dict.fromkeys(jit.MANIFEST_STRINGS, ""), "sha256": hashlib.sha256(b"a library").hexdigest()}
+    (folder / jit.MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_without_compiler_the_reason_says_what_to_install(no_compiler: list[None]) -> None:
