@@ -40,6 +40,7 @@ import filelock
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.cutlass_kernels import headers, trust
 from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.partial import alive
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -472,15 +473,5 @@ def _sweep(final: Path) -> None:
     prefix = _private_prefix(final)
     for folder in final.parent.glob(f"{prefix}*"):
         owner = folder.name.removeprefix(prefix).split("-")[0]
-        if owner.isdecimal() and not _alive(int(owner)):
+        if owner.isdecimal() and not alive(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -31,6 +31,9 @@ SCALE_SUFFIXES: Final = ("_scale_inv", "_scale")
 """Of the name of a weight; the first is written, both are read."""
 
 SCALE_DTYPES: Final = ("U8", "F8_E8M0")
+EXPERT_DIGITS: Final = 9
+"""Of an expert's number in a name; a longer one is none."""
+
 INDEX_FILE: Final = "model.safetensors.index.json"
 
 METADATA: Final = {
@@ -66,6 +69,7 @@ class Checkpoint:
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
         self._owner: dict[str, Any] = {}
+        self._file: dict[str, Path] = {}
         self.metadata: dict[str, str] = {}
         try:
             for file, expected in _files(self.path):
@@ -81,7 +85,7 @@ class Checkpoint:
                         continue
                     if name in self._owner:
                         raise ValueError(f"{file}: tensor {name!r} is in another file of this folder, too")
-                    self._owner[name] = handle
+                    self._owner[name], self._file[name] = handle, file
         except BaseException:
             self._stack.close()
             raise
@@ -97,6 +101,10 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._owner
+
+    def place(self, name: str) -> str:
+        """The file that holds a tensor, and the tensor, for messages."""
+        return f"{self._file.get(name, self.path)}: {name}"
 
     def entry(self, name: str) -> Entry:
         """Dtype and shape of a tensor, from the header.
@@ -246,17 +254,20 @@ def _members(checkpoint: Checkpoint, name: str) -> list[Member]:
     if "*" not in name:
         shape = checkpoint.entry(name).shape
         if len(shape) != 3:
-            raise ValueError(f"{name}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}")
+            raise ValueError(
+                f"{checkpoint.place(name)}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}"
+            )
+        _check_not_empty(checkpoint, name, shape)  # before a list of E is made: a file of no bytes may claim any E
         return [(name, e) for e in range(shape[0])]
     before, star, after = name.partition("*")
     if "*" in after:
         raise ValueError(f"names: {name!r} must have one * at most")
-    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]*){re.escape(after)}")
+    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,{EXPERT_DIGITS - 1}}}){re.escape(after)}")
     numbers = sorted(int(match[1]) for found in checkpoint.names if (match := pattern.fullmatch(found)))
     if not numbers:
         raise ValueError(f"{checkpoint.path}: has no tensor {name!r} with a number for the {star}")
     if numbers != list(range(len(numbers))):
-        absent = min(set(range(numbers[-1] + 1)) - set(numbers))
+        absent = next(e for e, number in enumerate(numbers) if e != number)
         raise ValueError(f"{name}: experts must be numbered 0 .. {numbers[-1]}, number {absent} is missing")
     return [(f"{before}{e}{after}", None) for e in numbers]
 
@@ -272,27 +283,35 @@ def _stack_shape(checkpoint: Checkpoint, name: str, members: list[Member]) -> tu
 
 def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """The shape of a weight, once it and its scales are known to be MXFP8."""
-    weight = checkpoint.entry(name)
+    weight, place = checkpoint.entry(name), checkpoint.place(name)
     if weight.dtype != "F8_E4M3":
         hint = ": convert it with `python -m hybrid_mxfp8 quantize`" if weight.dtype in ("BF16", "F16", "F32") else ""
-        raise ValueError(f"{name}: dtype must be F8_E4M3, got {weight.dtype}{hint}")
+        raise ValueError(f"{place}: dtype must be F8_E4M3, got {weight.dtype}{hint}")
     if len(weight.shape) not in (2, 3):
-        raise ValueError(f"{name}: must have shape (N, K) or (E, N, K), got {weight.shape}")
+        raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {weight.shape}")
     if weight.shape[-1] % BLOCK_SIZE or not weight.shape[-1]:
-        raise ValueError(f"{name}: K must be a positive multiple of {BLOCK_SIZE}, got {weight.shape[-1]}")
+        raise ValueError(f"{place}: K must be a positive multiple of {BLOCK_SIZE}, got {weight.shape[-1]}")
+    _check_not_empty(checkpoint, name, weight.shape)
     scale_name = checkpoint.scale_of(name)
     if scale_name is None:
-        raise ValueError(f"{name}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
+        raise ValueError(f"{place}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
     scale = checkpoint.entry(scale_name)
     if scale.dtype not in SCALE_DTYPES:
         raise ValueError(
-            f"{scale_name}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, but perhaps "
-            "those of FP8 in larger blocks, or of whole rows or tensors"
+            f"{checkpoint.place(scale_name)}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, "
+            "but perhaps those of FP8 in larger blocks, or of whole rows or tensors"
         )
     expected = scale_entry(name, weight.shape).shape
     if scale.shape != expected:
-        raise ValueError(f"{scale_name}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}")
+        raise ValueError(
+            f"{checkpoint.place(scale_name)}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}"
+        )
     return weight.shape
+
+
+def _check_not_empty(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if 0 in shape:
+        raise ValueError(f"{checkpoint.place(name)}: must have no empty dimension, got {shape}")
 
 
 def _matrix(checkpoint: Checkpoint, name: str, index: int | None) -> torch.Tensor:
@@ -343,13 +362,12 @@ def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
 def read_index(index: Path) -> dict[str, str]:
     """The files of a folder's tensors, by name.
 
+    Links among those files are followed: the caches of model hubs consist of them.
+
     Raises:
         ValueError: no JSON with a ``weight_map`` of names to names of files in the same folder.
     """
-    try:
-        content = json.loads(index.read_text())
-    except ValueError as error:
-        raise ValueError(f"{index}: is no JSON: {error}") from error
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index}: must have a weight_map of tensors to files")
@@ -359,13 +377,49 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        ValueError: it is no JSON, or says one thing twice, which readers would understand differently.
+        OSError: it can't be read.
+    """
+    return _parse_json(file, file.read_bytes())
+
+
+def _parse_json(file: Path, content: bytes) -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return found
+
+    try:
+        return json.loads(content, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is no JSON: {error}") from error
+
+
 def _open(file: Path) -> Any:
     """An open safetensors file."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ModuleNotFoundError("safetensors is needed for checkpoints: pip install safetensors") from error
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{file}: is no regular file" + (", but a link to nothing" if not file.exists() else ""))
     try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        handle = safe_open(file, framework="pt", device="cpu")
+        _check_header(file)
+    except SafetensorError as error:
         raise ValueError(f"{file}: is no complete safetensors file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file}: can't be read: {error.strerror or error}") from error
+    return handle
+
+
+def _check_header(file: Path) -> None:
+    """What the library lets pass: of two tensors of one name it takes the last, where other readers take the first."""
+    with file.open("rb") as opened:
+        _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +24,15 @@ from hybrid_mxfp8.checkpoint import (
     SCALE_SUFFIXES,
     Checkpoint,
     checkpoint_files,
+    read_json,
     scale_entry,
 )
 from hybrid_mxfp8.formats import BLOCK_SIZE
 from hybrid_mxfp8.ops import quantize_weights
+from hybrid_mxfp8.partial import partial, replace_folder
 from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
 
+CONFIG_FILE: Final = "config.json"
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
 BLOCK_ELEMENTS: Final = 2**22
 """Of one block of rows: 16 MiB in fp32, of which the reference quantizer makes several copies."""
@@ -113,15 +115,16 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[list[Entry], list[En
 
 def _check_source(checkpoint: Checkpoint, entry: Entry) -> None:
     name, dtype, shape = entry
+    place = checkpoint.place(name)
     if dtype not in SOURCE_DTYPES:
         hint = "it is quantized already" if dtype.startswith("F8") or dtype == "U8" else "only those are converted"
-        raise ValueError(f"{name}: dtype must be BF16, F16 or F32, got {dtype}: {hint}")
+        raise ValueError(f"{place}: dtype must be BF16, F16 or F32, got {dtype}: {hint}")
     if len(shape) > 3:
-        raise ValueError(f"{name}: must have shape (N, K) or (E, N, K), got {shape}")
+        raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
     if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
-        raise ValueError(f"{name}: must have K, its last dimension, a positive multiple of {BLOCK_SIZE}, got {shape}")
+        raise ValueError(f"{place}: must have K, its last dimension, a positive multiple of {BLOCK_SIZE}, got {shape}")
     if checkpoint.scale_of(name) is not None:
-        raise ValueError(f"{name}: has scales, {checkpoint.scale_of(name)}, so it is quantized already")
+        raise ValueError(f"{place}: has scales, {checkpoint.scale_of(name)}, so it is quantized already")
 
 
 def convert_file(
@@ -179,7 +182,8 @@ def _quantize(
     rows = max(1, BLOCK_ELEMENTS // k)
     item = entry.num_bytes // math.prod(shape)
     for e in range(shape[0]) if len(shape) == 3 else (None,):
-        matrix = name if e is None else f"{name}[{e}]"
+        number = "" if e is None else f"[{e}]"
+        matrix, place = name + number, checkpoint.place(name) + number
         signal = noise = 0.0
         for start in range(0, n, rows):
             block = slice(start, min(start + rows, n))
@@ -189,7 +193,7 @@ def _quantize(
             signal += float(w.double().square().sum())
             noise += float(error.square().sum())
             if not math.isfinite(signal) or not math.isfinite(noise):
-                raise ValueError(f"{matrix}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
+                raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
             writer.append(name, wq.values)
             writer.append(name + SCALE_SUFFIXES[0], wq.linear_scales())
             progress(name, w.numel() * item)
@@ -223,31 +227,64 @@ def convert_folder(
         progress: as for :func:`convert_file`.
 
     Raises:
-        ValueError: as :func:`convert_file`.
+        ValueError: as :func:`convert_file`; a ``config.json`` that is none, or that says the model is quantized already;
+            a file that is a link to nothing.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    config = _read_config(source)
+    others = _other_files(source)
+    with Checkpoint(source):
+        pass  # the files, which are opened one by one below, are those of the index and fit together
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with partial(target) as folder:
+        folder.mkdir()
         weight_map: dict[str, str] = {}
         for file in checkpoint_files(source):
-            names = convert_file(file, partial / file.name, options, summary, progress)
+            names = convert_file(file, folder / file.name, options, summary, progress)
             weight_map |= dict.fromkeys(names, file.name)
-        for file in source.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX_FILE, "config.json"):
-                shutil.copy2(file, partial / file.name)
+        for file in others:
+            shutil.copy2(file, folder / file.name)
         if (source / INDEX_FILE).exists():
             index = {"metadata": {"total_size": summary.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
-            (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        if (source / "config.json").exists():
-            config: dict[str, Any] = json.loads((source / "config.json").read_text())
-            untouched = _modules_not_converted(partial, set(summary.experts))
+            _write_json(folder / INDEX_FILE, index)
+        if config is not None:
+            untouched = _modules_not_converted(folder, set(summary.experts))
             config["quantization_config"] = {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _write_json(folder / CONFIG_FILE, config)
+        replace_folder(folder, target)
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """``config.json``, None if there is none. Before anything is converted, which may take hours."""
+    file = folder / CONFIG_FILE
+    if not file.exists():
+        return None
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold an object, got a {type(config).__name__}")
+    before = config.get("quantization_config")
+    if before is not None and (not isinstance(before, dict) or before.get("quant_method") != "mxfp8"):
+        method = before.get("quant_method") if isinstance(before, dict) else before
+        raise ValueError(
+            f"{file}: says that the model is quantized already ({method!r}); its other weights would need that entry, and "
+            "the experts another"
+        )
+    return config
+
+
+def _other_files(folder: Path) -> list[Path]:
+    """Files that are neither tensors nor made anew: tokenizer, licence and the like."""
+    others = [file for file in sorted(folder.iterdir()) if file.suffix != ".safetensors"]
+    for file in others:
+        if file.is_symlink() and not file.exists():
+            raise ValueError(f"{file}: is a link to nothing")
+    return [file for file in others if file.is_file() and file.name not in (INDEX_FILE, CONFIG_FILE)]
+
+
+def _write_json(file: Path, content: object) -> None:
+    try:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, f"can't be written: {error.strerror}", str(file)) from error
 
 
 def _modules_not_converted(folder: Path, experts: set[str]) -> list[str]:

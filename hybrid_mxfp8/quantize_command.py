@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -34,13 +39,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert and print a summary; 0, or 2 with a line on stderr if it could not be done."""
+    """Convert and print a summary; 0, or 2 with a line on stderr if it could not be done, 130 if it was interrupted."""
     try:
-        print(convert(args))
+        with _terminated_like_interrupted():
+            print(convert(args))
+    except KeyboardInterrupt:
+        print(f"quantize: interrupted, {args.target} was not written", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"quantize: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, removes what was half written, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def convert(args: argparse.Namespace) -> str:
@@ -89,7 +115,7 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         FileExistsError: OUT exists, without ``force`` or as something else than a checkpoint of IN's kind.
     """
     a, b = source.resolve(), target.resolve()
-    if a == b:
+    if a == b or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target}: IN and OUT must not be the same")
     if (a in b.parents and source.is_dir()) or b in a.parents:
         raise ValueError(f"{target}: IN and OUT must not lie in one another")
@@ -99,6 +125,8 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise FileExistsError(f"{target}: exists; --force replaces it")
     if target.is_dir() != source.is_dir():
         raise FileExistsError(f"{target}: is a {'folder' if target.is_dir() else 'file'}, unlike {source}")
+    if target.is_dir() and target.is_symlink():
+        raise FileExistsError(f"{target}: is a link to a folder, which --force does not replace")
     if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
         raise FileExistsError(f"{target}: is a folder with no safetensors file, which --force does not replace")
 

@@ -10,14 +10,17 @@ written, and is deleted if they have not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 import torch
+
+from hybrid_mxfp8.partial import partial
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
@@ -28,6 +31,8 @@ ITEM_BYTES = {
 """Bytes of one element, by the format's name of a dtype."""
 
 CHUNK_BYTES = 2**26
+MAX_HEADER_BYTES = 100_000_000
+"""What the library reads."""
 
 
 class Entry(NamedTuple):
@@ -64,7 +69,8 @@ class SafetensorsWriter:
             metadata: strings for the header.
 
         Raises:
-            ValueError: two tensors of one name, or a dtype that is not known.
+            ValueError: two tensors of one name, a name that the format can't hold, a dtype that is not known, or so many
+                tensors that the library would not read the header.
         """
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         self._at: dict[str, int] = {}
@@ -74,20 +80,30 @@ class SafetensorsWriter:
         for entry in sorted(entries, key=lambda e: (-ITEM_BYTES.get(e.dtype, 0), e.name)):
             if entry.name in self._at:
                 raise ValueError(f"entries: {entry.name!r} is there twice")
+            if entry.name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in entry.name):
+                raise ValueError(f"entries: a safetensors file can't hold a tensor of the name {entry.name!r}")
             end = start + entry.num_bytes
             header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
             self._at[entry.name], self._end[entry.name] = start, end
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         self._header = text + b" " * (-len(text) % 8)
+        if len(self._header) > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{path}: its header would have {len(self._header)} bytes, of which the format allows {MAX_HEADER_BYTES}"
+            )
         self._data = 8 + len(self._header)
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._stack = contextlib.ExitStack()
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = self._temporary.open("wb")
-        self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        with contextlib.ExitStack() as stack, self._naming():
+            self._temporary = stack.enter_context(partial(self._path))
+            self._file = self._temporary.open("wb")
+            stack.callback(self._close)
+            self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+            self._stack = stack.pop_all()
         return self
 
     def append(self, name: str, data: torch.Tensor) -> None:
@@ -95,21 +111,23 @@ class SafetensorsWriter:
 
         Raises:
             ValueError: more than the tensor has left.
+            OSError: the file can't be written, as on a full disk; names the file.
         """
         assert self._file is not None
         data = data.detach().contiguous().reshape(-1).view(torch.uint8)
         if data.numel() > self._end[name] - self._at[name]:
             raise ValueError(f"{name}: {data.numel()} bytes where {self._end[name] - self._at[name]} are left")
-        self._file.seek(self._data + self._at[name])
-        for part in data.split(CHUNK_BYTES):
-            self._file.write(memoryview(part.cpu().numpy()))
+        with self._naming():
+            self._file.seek(self._data + self._at[name])
+            for part in data.split(CHUNK_BYTES):
+                self._file.write(memoryview(part.cpu().numpy()))
         self._at[name] += data.numel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        try:
+        with self._stack, self._naming():
             if kind is None:
                 short = [name for name, at in self._at.items() if at != self._end[name]]
                 if short:
@@ -118,6 +136,17 @@ class SafetensorsWriter:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 self._temporary.replace(self._path)
-        finally:
+
+    def _close(self) -> None:
+        """Also where the disk is full, and closing fails to write what is to be thrown away."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
             self._file.close()
-            self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Writing to an open file fails without the file's name; opening it, with the temporary one."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"can't be written: {error.strerror}", str(self._path)) from error

@@ -1,0 +1,601 @@
+"""Checkpoint files that lie or are damaged, and results that can't be written: each a named error, and never half a file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cutlass_workshop import Child
+from safetensors.torch import load_file, save_file
+from tally import Tally
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import checkpoint, cli, convert, partial
+from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
+
+VALUES, SCALES = 2 * 8 * 32, 2 * 8
+"""Bytes of (2, 8, 32) experts."""
+
+
+def tensor(dtype: str, shape: list[Any], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def good() -> dict[str, Any]:
+    scales = tensor("U8", [2, 8, 1], VALUES, VALUES + SCALES)
+    return {"w": tensor("F8_E4M3", [2, 8, 32], 0, VALUES), "w_scale_inv": scales}
+
+
+DATA = bytes(range(64)) * 8 + bytes([127] * SCALES)
+
+
+def write(path: Path, header: object, data: bytes = DATA, *, length: int | None = None) -> Path:
+    """A safetensors file by hand; the header as JSON or as it is, its length as it is or as claimed."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def quantize(*words: object) -> int:
+    return cli.main(["quantize", *map(str, words), "--device", "cpu"])
+
+
+def with_changes(**changes: Any) -> dict[str, Any]:
+    return {name: entry for name, entry in (good() | changes).items() if entry is not None}
+
+
+# ---------------------------------------------------------------- lies
+
+TWICE = b'{"w":{"dtype":"F8_E4M3","shape":[2,8,32],"data_offsets":[0,512]},"w":{"dtype":"U8","shape":[512],"data_offsets":[0,512]}}'
+
+HEADERS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "length of 2^64 - 1": (good(), {"length": 2**64 - 1}, "is no complete safetensors file"),
+    "length of 2^63": (good(), {"length": 2**63}, "is no complete safetensors file"),
+    "length beyond the format": (good(), {"length": 10**9}, "is no complete safetensors file"),
+    "length beyond the file": (good(), {"length": 5000}, "is no complete safetensors file"),
+    "length of nothing": (good(), {"length": 0}, "is no complete safetensors file"),
+    "length too short": (good(), {"length": 20}, "is no complete safetensors file"),
+    "no object": (b"[]", {}, "is no complete safetensors file"),
+    "no JSON": (b"MZ\x90\x00", {}, "is no complete safetensors file"),
+    "no UTF-8": (b'{"\xff\xfe": 1}', {}, "is no complete safetensors file"),
+    "nested without end": (b"[" * 100_000, {}, "is no complete safetensors file"),
+    "nested in a field": (b'{"w":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, {}, "is no complete safetensors file"),
+    "metadata of numbers": (with_changes(__metadata__={"a": 1}), {}, "is no complete safetensors file"),
+    "metadata as a list": (with_changes(__metadata__=["a"]), {}, "is no complete safetensors file"),
+    "shape larger than data": (with_changes(w=tensor("F8_E4M3", [2, 8, 64], 0, VALUES)), {}, "is no complete"),
+    "shape smaller than data": (with_changes(w=tensor("F8_E4M3", [1, 8, 32], 0, VALUES)), {}, "is no complete"),
+    "shape beyond 2^64": (with_changes(w=tensor("F8_E4M3", [2**62, 8, 32], 0, VALUES)), {}, "is no complete"),
+    "a negative dimension": (with_changes(w=tensor("F8_E4M3", [-2, -8, 32], 0, VALUES)), {}, "is no complete"),
+    "a fraction of a dimension": (with_changes(w=tensor("F8_E4M3", [2.0, 8, 32], 0, VALUES)), {}, "is no complete"),
+    "a dimension in words": (with_changes(w=tensor("F8_E4M3", ["2", 8, 32], 0, VALUES)), {}, "is no complete"),
+    "overlap": (with_changes(w_scale_inv=tensor("U8", [2, 8, 1], VALUES - 8, VALUES + 8)), {}, "is no complete"),
+    "one region twice": (with_changes(w_scale_inv=tensor("U8", [2, 8, 32], 0, VALUES)), {}, "is no complete"),
+    "a hole": (with_changes(w_scale_inv=tensor("U8", [8], VALUES + 8, VALUES + SCALES)), {}, "is no complete"),
+    "backwards": (with_changes(w_scale_inv=tensor("U8", [2, 8, 1], VALUES + SCALES, VALUES)), {}, "is no complete"),
+    "beyond the end": (good(), {"data": DATA[:-1]}, "is no complete safetensors file"),
+    "data that no tensor has": (good(), {"data": DATA + b"more"}, "is no complete safetensors file"),
+    "unknown dtype": (with_changes(w=tensor("F8_E9M9", [2, 8, 32], 0, VALUES)), {}, "is no complete"),
+    "no dtype": (with_changes(w={"shape": [2, 8, 32], "data_offsets": [0, VALUES]}), {}, "is no complete"),
+    "one field twice": (
+        b'{"w":{"dtype":"U8","dtype":"F32","shape":[528],"data_offsets":[0,528]}}',
+        {},
+        "is no complete",
+    ),
+    "one tensor twice": (TWICE, {"data": DATA[:VALUES]}, "'w' is there twice"),
+    "signed dtype": (with_changes(w=tensor("I8", [2, 8, 32], 0, VALUES)), {}, "w: dtype must be F8_E4M3, got I8"),
+    "other fp8": (
+        with_changes(w=tensor("F8_E5M2", [2, 8, 32], 0, VALUES)),
+        {},
+        "w: dtype must be F8_E4M3, got F8_E5M2",
+    ),
+    "signed scales": (
+        with_changes(w_scale_inv=tensor("I8", [2, 8, 1], VALUES, VALUES + SCALES)),
+        {},
+        "w_scale_inv: dtype must be U8 or F8_E8M0, got I8",
+    ),
+    "scales of another shape": (
+        with_changes(w_scale_inv=tensor("U8", [2, 1, 8], VALUES, VALUES + SCALES)),
+        {},
+        r"w_scale_inv: must have shape \(..., N, K/32\) = \(2, 8, 1\)",
+    ),
+    "no scales": (with_changes(w_scale_inv=None), {"data": DATA[:VALUES]}, "w: has no scales"),
+    "no weight": (
+        with_changes(w=None, w_scale_inv=tensor("U8", [16], 0, 16)),
+        {"data": b"1" * 16},
+        "has no tensor 'w'",
+    ),
+    "flat": (with_changes(w=tensor("F8_E4M3", [VALUES], 0, VALUES)), {}, r"w: must have shape \(E, N, K\)"),
+    "K of 16": (
+        with_changes(w=tensor("F8_E4M3", [2, 16, 16], 0, VALUES)),
+        {},
+        "w: K must be a positive multiple of 32",
+    ),
+    "10^12 experts of nothing": (
+        {"w": tensor("F8_E4M3", [2**40, 0, 32], 0, 0), "w_scale_inv": tensor("U8", [2**40, 0, 1], 0, 0)},
+        {"data": b""},
+        "w: must have no empty dimension",
+    ),
+    "no experts": (
+        {"w": tensor("F8_E4M3", [0, 8, 32], 0, 0), "w_scale_inv": tensor("U8", [0, 8, 1], 0, 0)},
+        {"data": b""},
+        "w: must have no empty dimension",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", HEADERS)
+def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
+    """Loading names the file and what is wrong with it, converting ends with the same and writes nothing."""
+    header, how_written, message = HEADERS[how]
+    path = write(tmp_path / "lie.safetensors", header, **how_written)
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.load_experts(path, "w")
+    assert str(path) in str(caught.value)
+    assert quantize(path, tmp_path / "out.safetensors", "--experts", "*") == 2
+    assert "quantize: " in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [path]
+    tally("file faults")
+
+
+def test_the_file_without_lies(tmp_path: Path) -> None:
+    """What the lies are made of is right, so each of them is refused for itself."""
+    loaded = checkpoint.load_experts(write(tmp_path / "m.safetensors", good()), "w")
+    assert loaded.values.view(torch.uint8).flatten().tolist() == list(DATA[:VALUES])
+
+
+def test_cut_anywhere(tmp_path: Path, tally: Tally) -> None:
+    """At every one of its bytes."""
+    path = write(tmp_path / "cut.safetensors", good())
+    whole = path.read_bytes()
+    for kept in range(len(whole)):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="is no complete safetensors file") as caught:
+            checkpoint.load_experts(path, "w")
+        assert str(path) in str(caught.value)
+    tally("file faults", len(whole))
+
+
+def test_any_flipped_bit_of_the_header(tmp_path: Path, tally: Tally) -> None:
+    """A named error; or the same experts, where a bit meant nothing to them, as one of ``format`` does."""
+    path = write(tmp_path / "flip.safetensors", {"__metadata__": {"format": "pt"}, **good()})
+    whole = path.read_bytes()
+    truth = checkpoint.load_experts(path, "w")
+    survived = 0
+    bits = range(8 * (len(whole) - len(DATA)))
+    for bit in bits:
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        refusal = None
+        try:
+            loaded = checkpoint.load_experts(path, "w")
+        except ValueError as error:
+            refusal = str(error)
+        assert refusal is None or str(path) in refusal
+        if refusal is None:
+            survived += 1
+            assert loaded.values.view(torch.uint8).equal(truth.values.view(torch.uint8))
+            assert loaded.scales.equal(truth.scales)
+    assert survived < len(bits) / 10
+    tally("file faults", len(bits))
+
+
+def test_numbers_of_experts_without_end(tmp_path: Path, tally: Tally) -> None:
+    """The missing one is found without listing all that would be before the last."""
+    for number, message in (("999999999", "number 1 is missing"), ("9" * 5000, "has no scales")):
+        names = ["x.experts.0.w", f"x.experts.{number}.w"]
+        path = tmp_path / f"{len(number)}.safetensors"
+        save_file({name: torch.zeros(8, 32).to(torch.float8_e4m3fn) for name in names}, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            checkpoint.load_experts(path, "x.experts.*.w")
+        assert str(path) in str(caught.value) or "number 1" in message
+        tally("file faults")
+
+
+# ---------------------------------------------------------------- folders and links
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with an index, of experts to convert."""
+    made = tmp_path / "model"
+    made.mkdir()
+    save_file({"a.experts.w": torch.randn(2, 8, 32).bfloat16()}, made / "1.safetensors")
+    save_file({"b.weight": torch.ones(4, 32).bfloat16()}, made / "2.safetensors")
+    weight_map = {"a.experts.w": "1.safetensors", "b.weight": "2.safetensors"}
+    (made / checkpoint.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    (made / "config.json").write_text('{"model_type": "größe"}', encoding="utf-8")
+    (made / "tokenizer.json").write_text("{}")
+    return made
+
+
+def index(content: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = content if isinstance(content, bytes) else json.dumps({"weight_map": content}).encode()
+        (folder / checkpoint.INDEX_FILE).write_bytes(text)
+
+    return change
+
+
+def config(content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_bytes(content) and None  # type: ignore[func-returns-value]
+
+
+def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+BOTH = b'{"weight_map": {"b.weight": "1.safetensors", "b.weight": "2.safetensors"}}'
+QUANTIZED = b'{"quantization_config": {"quant_method": "fp8"}}'
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "parent": (index({"w": "../secret.safetensors"}), "index.json: must name files of its own folder"),
+    "absolute": (index({"w": "/etc/passwd"}), "index.json: must name files of its own folder"),
+    "below": (index({"w": "sub/1.safetensors"}), "index.json: must name files of its own folder"),
+    "around": (index({"w": "./1.safetensors"}), "index.json: must name files of its own folder"),
+    "the folder itself": (index({"w": "."}), "index.json: must name files of its own folder"),
+    "the folder above": (index({"w": ".."}), "index.json: names the file '..', which is not there"),
+    "no name": (index({"w": ""}), "index.json: names the file '', which is not there"),
+    "a zero byte": (index({"w": "1\0.safetensors"}), "index.json: names the file .*which is not there"),
+    "a number": (index({"w": 1}), "index.json: must have a weight_map"),
+    "a list": (index(["1.safetensors"]), "index.json: must have a weight_map"),
+    "one tensor twice": (index(BOTH), "index.json: is no JSON: 'b.weight' is there twice"),
+    "nested without end": (index(b"[" * 100_000), "index.json: is no JSON"),
+    "no UTF-8": (index(b'{"weight_map": {"\xff": "1.safetensors"}}'), "index.json: is no JSON"),
+    "empty": (index(b""), "index.json: is no JSON"),
+    "of another tensor": (
+        index({"c.weight": "1.safetensors"}),
+        "1.safetensors: has no tensor 'c.weight', which the index",
+    ),
+    "link to nothing": (
+        instead("2.safetensors", lambda at: at.symlink_to("absent")),
+        "names the file '2.safetensors', which is not there",
+    ),
+    "link to itself": (instead("2.safetensors", lambda at: at.symlink_to(at)), "'2.safetensors', which is not there"),
+    "a folder for a file": (instead("2.safetensors", lambda at: at.mkdir()), "'2.safetensors', which is not there"),
+    "a pipe for a file": (instead("2.safetensors", os.mkfifo), "'2.safetensors', which is not there"),
+    "a device for a file": (instead("2.safetensors", lambda at: at.symlink_to("/dev/zero")), "which is not there"),
+    "a link to another kind of file": (
+        instead("2.safetensors", lambda at: at.symlink_to("/etc/passwd")),
+        "2.safetensors: is no complete safetensors file",
+    ),
+}
+
+CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "config that is none": (config(b"{"), "config.json: is no JSON"),
+    "config of another kind": (config(b"[]"), "config.json: must hold an object, got a list"),
+    "config in another code": (config(b'{"a": "gr\xf6\xdfe"}'), "config.json: is no JSON"),
+    "config nested without end": (config(b"[" * 100_000), "config.json: is no JSON"),
+    "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
+    "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
+    "tokenizer that is away": (
+        instead("tokenizer.json", lambda at: at.symlink_to("absent")),
+        "tokenizer.json: is a link to nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [*FOLDERS, *CONFIGS])
+def test_folders_that_lie(
+    folder: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
+) -> None:
+    change, message = (FOLDERS | CONFIGS)[how]
+    change(folder)
+    if how in FOLDERS:
+        with pytest.raises(ValueError, match=message):
+            checkpoint.find_experts(folder)
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
+    said = capsys.readouterr().err
+    assert str(folder) in said
+    assert message.rpartition(": ")[2].split("\\")[0].split(".*")[-1] in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    tally("file faults")
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda at: at.symlink_to("/dev/zero")], ids=["pipe", "folder", "device"]
+)
+def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: Tally) -> None:
+    """Named by itself or found in a folder without an index; a pipe that is opened would wait for ever."""
+    path = tmp_path / "m.safetensors"
+    make(path)
+    if not path.is_dir():
+        with pytest.raises(ValueError, match=r"m.safetensors: is no regular file"):
+            checkpoint.load_experts(path, "w")
+    with pytest.raises(ValueError, match=r"m.safetensors: is no regular file"):
+        checkpoint.load_experts(tmp_path, "w")
+    tally("file faults")
+
+
+def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
+    """Links to files under other names elsewhere: such a folder loads and converts as one of files does."""
+    linked = tmp_path / "snapshots" / "main"
+    linked.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = tmp_path / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, blob)
+        (linked / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert quantize(folder, tmp_path / "a", "--experts", "*.experts.*") == 0
+    assert quantize(linked, tmp_path / "b", "--experts", "*.experts.*") == 0
+    for file in (tmp_path / "a").iterdir():
+        assert not (tmp_path / "b" / file.name).is_symlink()
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+    assert "größe" in json.loads((tmp_path / "b" / "config.json").read_text(encoding="utf-8"))["model_type"]
+
+
+@pytest.mark.parametrize("way", ["itself", "by dots", "by a link", "by a hard link", "by a link to its folder"])
+def test_input_that_is_the_output(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
+    (tmp_path / "a").mkdir()
+    source = tmp_path / "a" / "m.safetensors"
+    save_file({"w": torch.randn(2, 32)}, source)
+    before = source.read_bytes()
+    target = {
+        "itself": source,
+        "by dots": tmp_path / "a" / ".." / "a" / "m.safetensors",
+        "by a link to its folder": tmp_path / "link" / "m.safetensors",
+    }.get(way, tmp_path / "link")
+    if way == "by a link":
+        target.symlink_to(source)
+    elif way == "by a hard link":
+        target.hardlink_to(source)
+    elif way == "by a link to its folder":
+        (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert quantize(source, target, "--experts", "*", "--force") == 2
+    assert "IN and OUT must not be the same" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    tally("file faults")
+
+
+# ---------------------------------------------------------------- what can't be written
+
+
+@contextmanager
+def files_up_to(limit: int) -> Iterator[None]:
+    """A real limit, which the system enforces."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 300, 2000, 100_000, 150_000])
+def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
+    """In the header, within a tensor, at the end: the error names the file, and nothing is left on the full disk."""
+    source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file({"w": torch.randn(4, 256, 64), "v": torch.randn(30_000)}, source)
+    with files_up_to(limit):
+        assert quantize(source, target, "--experts", "w") == 2
+    assert f"quantize: [Errno 27] can't be written: File too large: '{target}'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+    w = mx.quantize_weights(torch.randn(4, 256, 64), backend="reference")
+    with files_up_to(min(limit, 60_000)), pytest.raises(OSError, match=r"can't be written: .*out\.safetensors"):
+        checkpoint.save_experts(target, {"w": w})
+    assert list(tmp_path.iterdir()) == [source]
+    assert quantize(source, target, "--experts", "w") == 0
+    tally("file faults", 2)
+
+
+@pytest.mark.parametrize("limit", [0, 200, 600, 700])
+def test_a_disk_that_fills_with_a_folder(
+    folder: Path, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
+) -> None:
+    with files_up_to(limit):
+        assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
+    assert "can't be written: File too large: '" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    tally("file faults")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_disk_that_fails_at_last(
+    step: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """When all is written, and the system only then says that it is not."""
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
+    with (
+        pytest.raises(OSError, match=f"can't be written: {os.strerror(code)}: .*m.safetensors") as caught,
+        SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w", "U8", (4,))], {}) as writer,
+    ):
+        writer.append("w", torch.zeros(4, dtype=torch.uint8))
+    assert caught.value.errno == code
+    assert list(tmp_path.iterdir()) == []
+    tally("file faults")
+
+
+def test_a_folder_that_is_read_only(tally: Tally) -> None:
+    def run(target: Path) -> tuple[int, list[str]]:
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # whom file modes stop
+        try:
+            checkpoint.save_experts(target, {})
+        except OSError as error:
+            return error.errno or 0, [error.strerror or "", str(error.filename)]
+        return 0, []
+
+    with tempfile.TemporaryDirectory() as closed:  # not tmp_path, whose parents only their owner may enter
+        Path(closed).chmod(0o555)
+        target = Path(closed, "m.safetensors")
+        assert Child(run, target).result() == (errno.EACCES, ["can't be written: Permission denied", str(target)])
+    tally("file faults")
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "lone \ud800 surrogate"])
+def test_names_that_the_format_cannot_hold(name: str, tmp_path: Path, tally: Tally) -> None:
+    w = mx.quantize_weights(torch.ones(1, 8, 32), backend="reference")
+    with pytest.raises(ValueError, match="can't hold a tensor of the name"):
+        checkpoint.save_experts(tmp_path / "m.safetensors", {name: w})
+    assert list(tmp_path.iterdir()) == []
+    tally("file faults")
+
+
+def test_a_header_that_the_library_would_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    monkeypatch.setattr("hybrid_mxfp8.safetensors_writer.MAX_HEADER_BYTES", 100)
+    with pytest.raises(
+        ValueError, match=r"m.safetensors: its header would have 112 bytes, of which the format allows 100"
+    ):
+        SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w" * 55, "U8", (4,))], {})
+    tally("file faults")
+
+
+# ---------------------------------------------------------------- runs that end early
+
+
+def end_by(number: signal.Signals, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """At a call of ``append``, after it."""
+    append, left = SafetensorsWriter.append, [call]
+
+    def last(self: SafetensorsWriter, name: str, data: torch.Tensor) -> None:
+        append(self, name, data)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(SafetensorsWriter, "append", last)
+
+
+def converting(source: Path, target: Path, *, number: signal.Signals, call: int, force: bool = False) -> int | None:
+    """The exit code of a conversion in a process that gets a signal; None if it was killed."""
+
+    def run() -> int:
+        torch.set_num_threads(1)
+        end_by(number, pytest.MonkeyPatch(), call)
+        return quantize(source, target, "--experts", "*.experts.*", *(["--force"] if force else []))
+
+    result = Child(run).result()
+    assert result is None or isinstance(result, int), result
+    return result
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path, tally: Tally) -> None:
+    """By Ctrl-C or a scheduler: all is removed; killed: the next run removes it. OUT never appears."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert converting(folder, tmp_path / "out", number=number, call=call) == 130
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert converting(folder, tmp_path / "out", number=signal.SIGKILL, call=call) is None
+    left = [path.name for path in tmp_path.iterdir() if path.name != "model"]
+    assert len(left) == 1
+    assert left[0].startswith(".out.")
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    tally("file faults", 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_is_to_be_replaced_stays_until_then(
+    folder: Path, number: signal.Signals, tmp_path: Path, tally: Tally
+) -> None:
+    for source, target in ((folder, tmp_path / "out"), (folder / "1.safetensors", tmp_path / "out.safetensors")):
+        assert quantize(source, target, "--experts", "*.experts.*") == 0
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        converting(source, target, number=number, call=2, force=True)
+        assert {path: path.read_bytes() for path in before} == before
+        tally("file faults")
+
+
+@pytest.mark.parametrize(
+    "own", [True, False], ids=["of an earlier process of this number", "of a process that is gone"]
+)
+def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path, tally: Tally) -> None:
+    """In a container the next process often has the number of the last. What a living process writes stays."""
+    gone = Child(os.getpid)
+    process = gone.result()
+    process = os.getpid() if own else process
+    prefix = partial._prefix(tmp_path / "out")
+    left = tmp_path / f"{prefix}{process}{partial.SUFFIX}"
+    (left / "deep").mkdir(parents=True)
+    others = [
+        tmp_path / f"{prefix}{os.getppid()}{partial.SUFFIX}",
+        tmp_path / f".out.another-host-{process}{partial.SUFFIX}",
+        tmp_path / f".other{prefix}{process}{partial.SUFFIX}",
+        tmp_path / f"{prefix}1x{partial.SUFFIX}",
+    ]
+    for other in others:
+        other.mkdir()
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 0
+    assert not left.exists()
+    assert all(other.is_dir() for other in others)
+    tally("file faults")
+
+
+def test_one_result_is_written_once_at_a_time(tmp_path: Path) -> None:
+    with partial.partial(tmp_path / "m") as path:
+        path.touch()
+        with (
+            pytest.raises(ValueError, match="m: is being written by this process already"),
+            partial.partial(tmp_path / "m"),
+        ):
+            pass
+        assert path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_take_its_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """The one that was to be replaced is put back."""
+    target = tmp_path / "out"
+    assert quantize(folder, target, "--experts", "*.experts.*") == 0
+    (target / "mine").touch()
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.name.endswith(partial.SUFFIX):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    assert quantize(folder, target, "--experts", "*.experts.*", "--force") == 2
+    assert (target / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    tally("file faults")
+
+
+def test_a_link_is_not_replaced_by_a_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
+) -> None:
+    """Said before the work, not after it."""
+    assert quantize(folder, tmp_path / "real", "--experts", "*.experts.*") == 0
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--force") == 2
+    assert "is a link to a folder, which --force does not replace" in capsys.readouterr().err
+    tally("file faults")
+
+
+def test_a_conversion_again_adds_to_the_first(folder: Path, tmp_path: Path) -> None:
+    """A config of MXFP8 is no reason to refuse: its list of what is not quantized is made anew."""
+    save_file({"b.experts.w": torch.ones(2, 4, 32).bfloat16()}, folder / "2.safetensors")
+    weight_map = {"a.experts.w": "1.safetensors", "b.experts.w": "2.safetensors"}
+    (folder / checkpoint.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert quantize(folder, tmp_path / "first", "--experts", "a.*") == 0
+    assert quantize(tmp_path / "first", tmp_path / "second", "--experts", "b.*w") == 0
+    found = load_file(tmp_path / "second" / "2.safetensors")
+    assert found["b.experts.w"].dtype == torch.float8_e4m3fn
+    said = json.loads((tmp_path / "second" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert said == {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": []}
