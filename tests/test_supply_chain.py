@@ -1,0 +1,295 @@
+"""What runs beside the main job: no network, no file outside the places that were named, no code out of data.
+
+Python's own audit events tell of every file that is opened to be written, every socket and every process. What
+compiled libraries do by themselves they do not tell, so the same job runs once more where the system lets no file grow.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cutlass_workshop import Workshop, open_workshop
+from tally import Tally
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("hybrid_mxfp8", "triton_kernels", "cutlass_kernels")
+
+# ---------------------------------------------------------------- what the source says
+
+FORBIDDEN_MODULES = {
+    "code out of data": {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code"},
+    "native code by hand": {"ctypes", "cffi"},
+    "network": {
+        *("socket", "ssl", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "asyncio", "webbrowser"),
+        *("requests", "httpx", "aiohttp", "huggingface_hub"),
+    },
+}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__", "breakpoint", "input"),
+    *(
+        "torch.load",
+        "torch.hub.load",
+        "torch.jit.load",
+        "torch.package.PackageImporter",
+        "torch.utils.cpp_extension.load",
+    ),
+    *("numpy.load", "np.load", "os.system", "os.popen", "os.startfile"),
+}
+ALLOWED = {
+    "subprocess": {"cutlass_kernels/headers.py", "cutlass_kernels/jit.py"},  # nvcc's version; a build
+    "importlib.import_module": {  # each of a module of this package, or of the checkout's bench
+        *("hybrid_mxfp8/backends.py", "hybrid_mxfp8/bench_command.py", "hybrid_mxfp8/cli.py", "hybrid_mxfp8/doctor.py"),
+    },
+}
+
+
+def offences(source: str) -> set[str]:
+    """What a file imports or calls that its package should not, or only in places that are listed."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in FORBIDDEN_CALLS or called == "importlib.import_module":
+                found.add(called)
+            if any(k.arg in ("shell", "allow_pickle", "trust_remote_code") for k in node.keywords):
+                found.add(f"{called}({', '.join(str(k.arg) for k in node.keywords)})")
+        for name in names:
+            top = name.partition(".")[0]
+            if any(top in modules for modules in FORBIDDEN_MODULES.values()) or top == "subprocess":
+                found.add(top)
+            if name in FORBIDDEN_CALLS or name == "importlib.import_module":
+                found.add(name)
+    return found
+
+
+def test_source_runs_no_data_and_calls_nobody() -> None:
+    places: dict[str, set[str]] = {}
+    files = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+    assert len(files) > 50
+    for file in files:
+        for offence in offences(file.read_text()):
+            places.setdefault(offence, set()).add(file.relative_to(ROOT).as_posix())
+    assert {offence: files for offence, files in places.items() if files - ALLOWED.get(offence, set())} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "import pickle",
+            "from pickle import loads",
+            "import urllib.request",
+            "from http import client",
+            "import ctypes",
+        ),
+        *(
+            "eval('1')",
+            "exec(text)",
+            "compile(text, '', 'exec')",
+            "__import__('os')",
+            "torch.load(path)",
+            "os.system('ls')",
+        ),
+        *("from torch import load", "import subprocess", "from importlib import import_module", "np.load(path)"),
+        *("importlib.import_module(name)", "run(words, shell=True)", "load(path, allow_pickle=False)"),
+    ],
+)
+def test_the_search_finds(line: str) -> None:
+    assert offences(f"def f():\n    {line}\n")
+
+
+# ---------------------------------------------------------------- what happens
+
+AUDIT = """
+import json, os, sys
+SEEN = []
+MEANS_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = {"os." + name for name in "mkdir rename remove rmdir link symlink truncate chmod chown utime mkfifo".split()}
+STARTS = {"os." + name for name in "system exec posix_spawn spawn fork forkpty startfile".split()} | {"subprocess.Popen"}
+OTHERS = {"socket", "urllib", "http", "ftplib", "smtplib", "imaplib", "poplib", "nntplib", "telnetlib", "webbrowser", "pickle", "ctypes"}
+
+def audit(event, args):
+    if event == "open":
+        path, mode, flags = args
+        if isinstance(path, int):
+            return
+        if (isinstance(flags, int) and flags & MEANS_WRITING) or (isinstance(mode, str) and set(mode) & set("wax+")):
+            SEEN.append((event, os.path.abspath(os.fsdecode(path))))
+    elif event in CHANGES:  # (path, ..., descriptor of the folder it is relative to, or -1)
+        folder = os.readlink(f"/proc/self/fd/{args[-1]}") if isinstance(args[-1], int) and args[-1] >= 0 else os.getcwd()
+        paths = [path for path in args[:2] if isinstance(path, (str, bytes, os.PathLike))]
+        SEEN.extend((event, os.path.normpath(os.path.join(folder, os.fsdecode(path)))) for path in paths)
+    elif event in STARTS:
+        SEEN.append((event, str(args[1] if event == "subprocess.Popen" else args[0])))
+    elif event.partition(".")[0] in OTHERS:
+        SEEN.append((event, repr(args)))
+
+def report():
+    print("\\n" + json.dumps(SEEN))
+"""
+
+# The dependencies' own imports are theirs; all from here on is this package's.
+IMPORTS = "import torch, numpy, safetensors.torch, tqdm, triton, filelock, tvm_ffi\n"
+
+MAIN_JOB = """
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import cli
+
+g = torch.Generator().manual_seed(1)
+x, w = torch.randn(12, 64, generator=g).bfloat16(), torch.randn(3, 16, 64, generator=g).bfloat16()
+for backend in ("reference", "triton", None):
+    groups = mx.GroupLayout.from_counts(torch.tensor([5, 0, 7], dtype=torch.int32), 12)
+    xq, wq = mx.quantize_grouped(x, groups, backend=backend), mx.quantize_weights(w, backend=backend)
+    y = mx.grouped_gemm(xq, wq, backend=backend)
+    assert mx.calc_diff(y, torch.cat([x[:5] @ w[0].T, x[5:] @ w[2].T])) < 2e-3
+mx.backends(), mx.explain(xq, wq)
+w13 = mx.quantize_weights(torch.randn(3, 64, 64, generator=g))
+w2 = mx.quantize_weights(torch.randn(3, 64, 32, generator=g))
+mx.moe_forward(x, w13, w2, torch.tensor([[0, 1]] * 12, dtype=torch.int32), torch.full((12, 2), 0.5))
+assert cli.main(["doctor", "--json"]) == 0
+"""
+
+CHECKPOINTS = """
+from hybrid_mxfp8 import checkpoint
+checkpoint.save_experts("named/saved.safetensors", {"w": wq})
+checkpoint.load_experts("named/saved.safetensors", "w")
+assert cli.main(["quantize", "in.safetensors", "named/out.safetensors", "--experts", "*", "--device", "cpu"]) == 0
+"""
+
+NO_FILE_GROWS = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a write of one byte ends the process, whoever writes
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+"""
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """An empty home, an empty folder for temporary files, and one to work in."""
+    for name in ("home", "tmp", "work/named"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+def run(code: str, places: Path, **environment: str) -> str:
+    """What a fresh Python prints, with nothing of this process's environment but what it must have."""
+    given = {"PATH": "/usr/bin:/bin", "HOME": str(places / "home"), "TMPDIR": str(places / "tmp")}
+    given |= {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=places / "work",
+        env=given | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def audited(code: str, places: Path, **environment: str) -> list[tuple[str, str]]:
+    printed = run(f"{AUDIT}{IMPORTS}sys.addaudithook(audit)\n{code}\nreport()", places, **environment)
+    events: list[tuple[str, str]] = [(event, what) for event, what in json.loads(printed.splitlines()[-1])]
+    return events
+
+
+def below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_the_main_job_touches_nothing(places: Path, interpreter: None) -> None:
+    """Quantize, multiply on each backend of a CPU, a whole MoE layer, what can run and why: no event of any kind."""
+    assert audited(MAIN_JOB, places) == []
+    assert below(places) == {"home", "tmp", "work", "work/named"}
+
+
+def test_the_main_job_runs_where_no_file_grows(places: Path, interpreter: None) -> None:
+    """Not by a compiled library either, which no audit event would tell of."""
+    run(IMPORTS + NO_FILE_GROWS + MAIN_JOB, places)
+
+
+def test_the_limit_is_one(places: Path) -> None:
+    with pytest.raises(AssertionError):
+        run(NO_FILE_GROWS + "open('file', 'wb', buffering=0).write(b'1')", places)
+
+
+def test_checkpoints_write_what_was_named(places: Path, interpreter: None) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a.experts.w": torch.ones(2, 8, 32)}, places / "work" / "in.safetensors")
+    events = audited(MAIN_JOB + CHECKPOINTS, places)
+    named = places / "work" / "named"
+    assert {event for event, _ in events} == {"open", "os.mkdir", "os.rename", "os.remove"}
+    for event, what in events:
+        assert Path(what).parent == named or (event, Path(what)) == ("os.mkdir", named), (event, what)
+    assert {name for name in below(places) if "/named/" in name or name.startswith(("home/", "tmp/"))} == {
+        "work/named/saved.safetensors",
+        "work/named/out.safetensors",
+    }
+
+
+def test_what_is_written_and_called_is_seen(places: Path) -> None:
+    """The audit itself: each of these is an event."""
+    code = """
+import pickle, shutil, socket, subprocess
+from pathlib import Path
+Path("a").mkdir(); Path("a/b").write_text("1"); Path("a/b").chmod(0o600); shutil.move("a/b", "c"); os.remove("c")
+os.close(os.open("d", os.O_CREAT | os.O_WRONLY)); os.symlink("d", "e"); os.truncate("d", 0)
+subprocess.run(["true"]); pickle.loads(b"cos\\nsystem\\n."); socket.socket().close()
+"""
+    seen = {event for event, _ in audited(code, places)}
+    assert seen == {
+        *("open", "os.mkdir", "os.chmod", "os.rename", "os.remove", "os.symlink", "os.truncate"),
+        *("subprocess.Popen", "pickle.find_class", "socket.__new__"),
+    }
+
+
+# ---------------------------------------------------------------- a build
+
+BUILD = """
+from hybrid_mxfp8.cutlass_kernels import jit
+from pathlib import Path
+source = jit.Source("toy", Path(os.environ["TOY"]), "9.0", definitions=(("ANSWER", "42"),), include=())
+assert jit.load(source).answer() == 42
+"""
+
+
+@pytest.fixture
+def workshop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+    with open_workshop(monkeypatch) as made:
+        yield made
+
+
+def test_a_build_writes_to_the_cache_alone(workshop: Workshop, places: Path, tally: Tally) -> None:
+    """What it starts is nvcc and one Python; neither leaves a file in the home or among the temporary ones."""
+    settings: dict[str, Any] = {
+        "HYBRID_MXFP8_CACHE_DIR": str(workshop.folder / "cache"),
+        "TOY": str(workshop.folder / "toy.cu"),
+    }
+    settings |= {name: os.environ[name] for name in ("CUDA_HOME", "HYBRID_MXFP8_CUTLASS_DIR")}
+    events = audited(BUILD, places, **settings)
+    started = {what for event, what in events if event == "subprocess.Popen"}
+    nvcc = str(workshop.folder / "cuda" / "bin" / "nvcc")
+    assert all(sys.executable in what or nvcc in what for what in started)
+    assert len(started) == 3
+    assert not [event for event, _ in events if event.partition(".")[0] in ("socket", "pickle")]
+    written = [what for event, what in events if event == "open" or event.startswith("os.")]
+    assert written
+    outside = [what for what in written if not Path(what).is_relative_to(workshop.folder / "cache")]
+    assert outside == []
+    assert below(places) == {"home", "tmp", "work", "work/named"}
+    tally("cache faults")
