@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import cases
 import moe_truth
+import tolerances
 import torch
 import truth
 
@@ -172,6 +173,79 @@ def from_bytes(
     xq = mx.GroupedMXFP8(torch.from_numpy(values).view(torch.float8_e4m3fn), swizzled, groups)
     wq = mx.ExpertWeights.from_linear_scales(*(torch.from_numpy(part).to(device) for part in w))
     return to_device(xq, device), wq
+
+
+NEUTRAL = 120
+"""A scale byte by which sums of products with scale 254 stay below 2**128 on their way, too."""
+
+SCALE_BYTES = (0, 1, NEUTRAL, 254, 255)
+
+
+def check_scale_bytes(
+    dtype: torch.dtype, rng: torch.Generator, device: str, backend: str, *, through_bf16: bool
+) -> int:
+    """Each of these by each: subnormal, overflowing and NaN products, as float64 has them. Returns rows that are NaN."""
+    checked = 0
+    for x_byte, w_byte in itertools.product(SCALE_BYTES, repeat=2):
+        x, w, counts = scale_byte_operands(x_byte, w_byte, rng)
+        xq, wq = from_bytes(x, w, counts, device)
+        y = mx.grouped_gemm(xq, wq, out_dtype=dtype, backend=backend)
+        tolerances.check_gemm(y, x, w, counts, bf16_formulation=through_bf16)
+        if 255 in (x_byte, w_byte):
+            assert bool(torch.isnan(y).all())
+            checked += y.shape[0]
+    return checked
+
+
+def check_every_code_by_every_scale(side: str, device: str, backend: str, *, through_bf16: bool) -> int:
+    """Each finite code by each scale byte up to 246 (beyond, fp32 overflows), picked out of a product by a 1: exact.
+
+    ``side`` says which operand holds them: ``x`` or ``w``. The other is the identity.
+    """
+    bytes_in_order = torch.arange(247, dtype=torch.int32).to(torch.uint8)
+    codes = (
+        torch.arange(256, dtype=torch.int32).to(torch.uint8).view(8, 1, 32).expand(8, 247, 32).reshape(-1, 32).clone()
+    )
+    codes[(codes & 0x7F) == 0x7F] = 0
+    scales = bytes_in_order.repeat(8)[:, None]
+    identity = torch.eye(32, dtype=torch.uint8) * 0x38
+    ones = torch.full((32, 1), 127, dtype=torch.uint8)
+    exact = torch.from_numpy(truth.dequantize(codes.numpy(), scales.numpy()))
+    if side == "x":
+        x, w = (codes.numpy(), scales.numpy()), (identity[None].numpy(), ones[None].numpy())
+    else:
+        x, w = (identity.numpy(), ones.numpy()), (codes[None].numpy(), scales[None].numpy())
+        exact = exact.T
+    y = mx.grouped_gemm(*from_bytes(x, w, [x[0].shape[0]], device), out_dtype=torch.float32, backend=backend)
+    error = (y.cpu().double() - exact).abs()
+    allowed = tolerances.BF16_DROPPED if through_bf16 else 0.0
+    small = (scales[:, 0] < 3) if side == "w" else (scales < 3)
+    assert float(torch.where(small, 0.0, error).max()) == 0.0
+    assert float(error.max()) <= allowed
+    return codes.numel()
+
+
+def check_padding_rows(counts: Sequence[int], n: int, k: int, rng: torch.Generator, device: str, backend: str) -> None:
+    """Scales of rows that don't exist, those that fill up 128x4 tiles: whatever they hold, the product is the same."""
+    x = cases.random_rows(sum(counts), k, torch.bfloat16, rng)
+    xq = mx.quantize_grouped(x, cases.layout(counts), backend="reference")
+    wq = mx.quantize_weights(torch.randn(len(counts), n, k, generator=rng), backend="reference")
+    cols = k // 32
+    x_linear = mx.unswizzle_scales(xq.scales, xq.scales.shape[0], cols)
+    w_linear = mx.unswizzle_scales(wq.scales, wq.scales.shape[1], cols)
+    rows = torch.zeros(x_linear.shape[0], dtype=torch.bool)
+    for start, count in zip(xq.groups.scale_offsets.tolist(), counts, strict=False):
+        rows[start : start + count] = True
+    x_linear[~rows] = 255
+    w_linear[:, n:] = 255
+    there = to_device(xq, device)
+    expected = mx.grouped_gemm(
+        there, mx.ExpertWeights(wq.values.to(device), wq.scales.to(device)), out_dtype=torch.float32, backend=backend
+    )
+    bad_x = mx.GroupedMXFP8(there.values, mx.swizzle_scales(x_linear).to(device), there.groups)
+    bad_w = mx.ExpertWeights(wq.values.to(device), mx.swizzle_scales(w_linear).to(device))
+    y = mx.grouped_gemm(bad_x, bad_w, out_dtype=torch.float32, backend=backend)
+    assert torch.equal(y, expected)
 
 
 # ---------------------------------------------------------------- company

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,6 @@ import cases
 import edges
 import moe_truth
 import pytest
-import tolerances
 import torch
 import truth
 
@@ -37,15 +35,16 @@ def test_bad_tokens_and_experts_of_a_layer(backend: str, rng: torch.Generator, t
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
 def test_scale_bytes_at_both_ends(backend: str, dtype: torch.dtype, rng: torch.Generator, tally: Any) -> None:
-    """0, 1, 254 and 255 by each other: subnormal, overflowing and NaN products, as float64 has them."""
-    for x_byte, w_byte in itertools.product((0, 1, 127, 254, 255), repeat=2):
-        x, w, counts = edges.scale_byte_operands(x_byte, w_byte, rng)
-        xq, wq = edges.from_bytes(x, w, counts, "cpu")
-        y = mx.grouped_gemm(xq, wq, out_dtype=dtype, backend=backend)
-        tolerances.check_gemm(y, x, w, counts)
-        if 255 in (x_byte, w_byte):
-            assert bool(torch.isnan(y).all())
-            tally("poisoned rows", y.shape[0])
+    tally("poisoned rows", edges.check_scale_bytes(dtype, rng, "cpu", backend, through_bf16=False))
+
+
+@pytest.mark.parametrize("side", ["x", "w"])
+def test_every_code_by_every_scale(backend: str, side: str) -> None:
+    edges.check_every_code_by_every_scale(side, "cpu", backend, through_bf16=False)
+
+
+def test_scales_of_rows_that_do_not_exist(backend: str, rng: torch.Generator) -> None:
+    edges.check_padding_rows([3, 0, 17], 40, 160, rng, "cpu", backend)
 
 
 def test_scale_bytes_dequantize_exactly() -> None:
