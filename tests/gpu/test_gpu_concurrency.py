@@ -1,0 +1,276 @@
+"""Streams, threads, CUDA graphs and processes beside one another on a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cases
+import edges
+import moe_truth
+import pytest
+import torch
+from gpu_truth import GPU
+from test_concurrency import Quantized, together
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.triton_kernels import launch as launcher
+
+pytestmark = pytest.mark.gpu
+
+TOKENS = 64
+
+
+class Job:
+    """A layer and a product of its own, with buffers of their own; its results are always the same."""
+
+    def __init__(self, seed: int) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        layer = moe_truth.make_layer(rng, tokens=TOKENS, experts=8, hidden=256, intermediate=128, dropped=True)
+        self.layer = moe_truth.to(layer, GPU)
+        self.w13q, self.w2q = (mx.quantize_weights(w, backend="triton") for w in (self.layer.w13, self.layer.w2))
+        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=TOKENS, top_k=2, backend="triton")
+        self.out = torch.empty_like(self.layer.x)
+        size = mx.grouped_gemm_workspace_size(self.w13q, TOKENS, backend="triton")
+        self.gemm_workspace = torch.empty(size, dtype=torch.uint8, device=GPU)
+        self.counts = torch.tensor([10, 0, 20, 4, 0, 1, 9, 20], dtype=torch.int32, device=GPU)
+        self.groups = mx.GroupLayout.from_counts(self.counts, TOKENS)
+        self.xq = cases.poisoned_output(self.groups, 256)
+        self.y = torch.empty(TOKENS, 256, dtype=torch.bfloat16, device=GPU)
+        self.run()
+        torch.cuda.synchronize()
+        self.expected = self.state()
+        # The next call may come on any stream.
+        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=TOKENS, top_k=2, backend="triton")
+        torch.cuda.synchronize()
+
+    def run(self) -> None:
+        layer = self.layer
+        call = (layer.x, self.w13q, self.w2q, layer.ids, layer.weights)
+        mx.moe_forward(*call, workspace=self.workspace, out=self.out, backend="triton")
+        mx.quantize_grouped(layer.x, self.groups, out=self.xq, backend="triton")
+        mx.grouped_gemm(self.xq, self.w13q, out=self.y, workspace=self.gemm_workspace, backend="triton")
+
+    def spoil(self) -> None:
+        self.out.fill_(float("nan"))
+        self.y.fill_(float("nan"))
+        self.xq.values.view(torch.uint8).fill_(cases.POISON)
+
+    def state(self) -> list[torch.Tensor]:
+        return [edges.bits(t).clone() for t in (self.out, self.xq.values, self.xq.scales, self.y)]
+
+    def check(self) -> None:
+        for got, wanted in zip(self.state(), self.expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+CALLS_OF_A_JOB = 3
+
+
+def test_two_streams_with_their_own_workspaces(tally: Any) -> None:
+    """Interleaved from one thread, nothing waits: both streams' kernels run beside one another."""
+    jobs, streams = [Job(1), Job(2)], [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(3):
+        for job, stream in zip(jobs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                job.spoil()
+                torch.cuda._sleep(2_000_000)  # so that calls pile up behind it
+        for _ in range(20):
+            for job, stream in zip(jobs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    job.run()
+        torch.cuda.synchronize()
+        for job in jobs:
+            job.check()
+    tally("concurrent calls", 3 * 20 * 2 * CALLS_OF_A_JOB)
+
+
+def test_threads_with_streams_of_their_own(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """All come to every kernel at once, with nothing in the launch cache."""
+    jobs = [Job(seed) for seed in range(4)]
+    streams = [torch.cuda.Stream() for _ in jobs]
+    monkeypatch.setattr(launcher, "_compiled", {})
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(streams[i]):
+            jobs[i].spoil()
+            for _ in range(25):
+                jobs[i].run()
+            streams[i].synchronize()
+
+    together(len(jobs), work)
+    for job in jobs:
+        job.check()
+    tally("concurrent calls", len(jobs) * 25 * CALLS_OF_A_JOB)
+
+
+def test_capture_while_another_stream_runs(tally: Any) -> None:
+    """A graph is captured while a thread launches on another stream; then both run at once."""
+    job, other = Job(3), Job(4)
+    stream, stop, started = torch.cuda.Stream(), threading.Event(), threading.Event()
+
+    def keep_busy() -> int:
+        calls = 0
+        with torch.cuda.stream(stream):
+            while not stop.is_set() and calls < 20_000:
+                other.run()
+                calls += CALLS_OF_A_JOB
+                started.set()
+        return calls
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(keep_busy)
+        try:
+            assert started.wait(60)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                job.run()
+            for _ in range(20):
+                job.spoil()
+                graph.replay()
+        finally:
+            stop.set()
+        calls = busy.result(120)
+    torch.cuda.synchronize()
+    job.check()
+    other.check()
+    tally("concurrent calls", calls + 20 * CALLS_OF_A_JOB)
+
+
+def test_a_workspace_is_refused_to_a_second_stream(tally: Any) -> None:
+    """Until that takes it over; then it waits for what the first one has launched."""
+    job, stream = Job(5), torch.cuda.Stream()
+    job.run()
+    stream.wait_stream(torch.cuda.current_stream())
+    refused = "workspace: must be used on one stream, and its last call was on 0x"
+    with torch.cuda.stream(stream), pytest.raises(ValueError, match=refused):
+        job.run()
+    job.spoil()
+    torch.cuda._sleep(20_000_000)
+    job.run()
+    with torch.cuda.stream(stream):
+        job.workspace.move_to_current_stream()
+        job.run()
+        job.run()
+    with pytest.raises(ValueError, match="workspace: must be used on one stream"):
+        job.run()
+    torch.cuda.synchronize()
+    job.check()
+    tally("concurrent calls", 6)
+
+
+def test_a_workspace_is_captured_and_used_eagerly(tally: Any) -> None:
+    """Capture runs on a stream of PyTorch's; eager calls before, after and between replays stay where they were."""
+    job = Job(6)
+    job.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job.run()
+    for _ in range(3):
+        job.spoil()
+        graph.replay()
+        job.check()
+        job.spoil()
+        job.run()
+        job.check()
+    first_captured = Job(7)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        first_captured.run()
+    first_captured.run()  # a capture owns nothing
+    first_captured.check()
+    tally("concurrent calls", 9 * CALLS_OF_A_JOB)
+
+
+def test_workers_quantize_for_the_gpu(tally: Any) -> None:
+    """A DataLoader's workers, forked after CUDA was initialized here, quantize on the CPU; the product is the GPU's."""
+    torch.zeros(1, device=GPU)
+    dataset = Quantized("reference")
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    wq = mx.quantize_weights(torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(9)).to(GPU))
+    count = 0
+    for i, xq in enumerate(loader):
+        expected = mx.grouped_gemm(edges.to_device(dataset[i], GPU), wq, backend="triton")
+        assert torch.equal(mx.grouped_gemm(edges.to_device(xq, GPU), wq, backend="triton"), expected)
+        count += 1
+    assert count == len(dataset)
+    tally("concurrent calls", count)
+
+
+FORKED = """
+import os, torch
+import hybrid_mxfp8 as mx
+
+x = torch.ones(40, 64, device="cuda")
+counts = torch.tensor([30, 10], dtype=torch.int32, device="cuda")
+groups = mx.GroupLayout.from_counts(counts, 40)
+wq = mx.quantize_weights(torch.ones(2, 16, 64, device="cuda"), backend="triton")
+xq = mx.quantize_grouped(x, groups, backend="triton")
+out = mx.grouped_gemm(xq, wq, backend="triton")
+workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+calls = {
+    "quantize_grouped": lambda: mx.quantize_grouped(x, groups, out=xq, backend="triton"),
+    "grouped_gemm": lambda: mx.grouped_gemm(xq, wq, out=out, workspace=workspace, backend="triton"),
+    "from_counts": lambda: mx.GroupLayout.from_counts(counts, 40),
+}
+for call in calls.values():
+    call()
+torch.cuda.synchronize()
+child = os.fork()
+if child == 0:
+    for name, call in calls.items():
+        try:
+            call()
+        except RuntimeError as error:
+            print(name, "Cannot re-initialize CUDA in forked subprocess" in str(error), flush=True)
+        else:
+            print(name, "ran", flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+for call in calls.values():
+    call()
+torch.cuda.synchronize()
+print("parent", bool((out == 64).all()), flush=True)
+"""
+
+
+def test_a_child_forked_after_cuda_was_initialized_is_told_so(tally: Any) -> None:
+    """PyTorch's own error, also where every buffer is given and every kernel known; the parent goes on."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=180)
+    lines = done.stdout.split("\n")
+    assert lines[:-1] == ["quantize_grouped True", "grouped_gemm True", "from_counts True", "parent True"], done.stderr
+    tally("concurrent calls", 6)
+
+
+def _spawned(results: Any) -> None:
+    job = Job(8)
+    job.run()
+    torch.cuda.synchronize()
+    job.check()
+    results.put([t.cpu().numpy().tobytes() for t in job.expected])
+
+
+def test_a_spawned_child_computes_the_same(tally: Any) -> None:
+    """Beside this process, which keeps the same GPU busy."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=_spawned, args=(results,), daemon=True)
+    child.start()
+    try:
+        job, calls = Job(8), 0
+        while results.empty() and child.is_alive() and calls < 300_000:
+            job.run()
+            torch.cuda.synchronize()
+            calls += CALLS_OF_A_JOB
+        got = results.get(timeout=60)
+    finally:
+        child.join(60)
+        child.kill()
+    job.check()
+    assert got == [t.cpu().numpy().tobytes() for t in job.expected]
+    tally("concurrent calls", calls + CALLS_OF_A_JOB)

@@ -1,0 +1,208 @@
+"""Sizes at and beyond the ends: more than 2^31 elements on every side, a million tokens, a thousand experts.
+
+Where an operand is too large for a truth in float64, it repeats: rows of a pattern whose length is a multiple of every
+tile, so that the product must repeat too, byte for byte, and one period is checked against the truth. Quantization of
+more than 2^31 elements from a contiguous tensor is in test_gpu_quantize.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import cases
+import pytest
+import torch
+from gpu_truth import GPU, check_product, same_bytes
+from test_gpu_edges import kernel  # noqa: F401
+
+import hybrid_mxfp8 as mx
+
+pytestmark = pytest.mark.gpu
+
+FAR = 2**31
+PERIOD = 2048
+"""Rows: whole scale tiles, and whole token tiles of every kernel."""
+
+
+def random_codes(*shape: int) -> torch.Tensor:
+    """Finite e4m3 of both signs."""
+    codes = torch.randint(0, 0x7E, shape, dtype=torch.uint8, device=GPU)
+    return (codes | (torch.randint(0, 2, shape, dtype=torch.uint8, device=GPU) << 7)).view(torch.float8_e4m3fn)
+
+
+def random_scales(*shape: int) -> torch.Tensor:
+    return torch.randint(118, 123, shape, dtype=torch.uint8, device=GPU)
+
+
+def weights(e: int, n: int, k: int) -> mx.ExpertWeights:
+    return mx.ExpertWeights.from_linear_scales(random_codes(e, n, k), random_scales(e, n, k // 32))
+
+
+def repeated(num_tokens: int, k: int) -> tuple[mx.GroupedMXFP8, mx.GroupedMXFP8]:
+    """num_tokens rows of one expert, which repeat after PERIOD, and one period alone."""
+    codes, scales = random_codes(PERIOD, k), mx.swizzle_scales(random_scales(PERIOD, k // 32))
+    times = num_tokens // PERIOD
+    assert times * PERIOD == num_tokens
+    many = mx.GroupedMXFP8(
+        codes.view(torch.uint8).repeat(times, 1).view(torch.float8_e4m3fn),
+        scales.repeat(times, 1),
+        cases.layout([num_tokens], device=GPU),
+    )
+    return many, mx.GroupedMXFP8(codes, scales, cases.layout([PERIOD], device=GPU))
+
+
+def check_repeats(y: torch.Tensor, period: torch.Tensor) -> None:
+    for start in range(0, y.shape[0], PERIOD):
+        assert torch.equal(y[start : start + PERIOD], period), f"rows from {start}"
+
+
+@pytest.mark.parametrize("gigabytes", [24], indirect=True)
+def test_tokens_beyond_2_31_elements(gigabytes: None, kernel: str, tally: Any) -> None:  # noqa: F811
+    """T*K, and twice as many bytes where tokens are expanded to bf16."""
+    k = 7168
+    xq, one = repeated((FAR // k // PERIOD + 1) * PERIOD, k)
+    assert xq.values.numel() > FAR
+    wq = weights(1, 136, k)
+    y = mx.grouped_gemm(xq, wq, backend="triton")
+    expected = cases.poisoned_product(PERIOD, 136, torch.bfloat16, GPU)
+    mx.grouped_gemm(one, wq, out=expected, backend="triton")
+    check_product(expected, one, wq, [PERIOD])
+    check_repeats(y, expected)
+    tally("sizes")
+
+
+@pytest.mark.parametrize("gigabytes", [24], indirect=True)
+def test_outputs_beyond_2_31_elements(gigabytes: None, kernel: str, tally: Any) -> None:  # noqa: F811
+    """T*N."""
+    n = 8200
+    xq, one = repeated((FAR // n // PERIOD + 1) * PERIOD, 96)
+    wq = weights(1, n, 96)
+    y = mx.grouped_gemm(xq, wq, backend="triton")
+    assert y.numel() > FAR
+    expected = cases.poisoned_product(PERIOD, n, torch.bfloat16, GPU)
+    mx.grouped_gemm(one, wq, out=expected, backend="triton")
+    check_product(expected, one, wq, [PERIOD])
+    check_repeats(y, expected)
+    tally("sizes")
+
+
+@pytest.mark.parametrize("gigabytes", [24], indirect=True)
+def test_weights_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator, tally: Any) -> None:  # noqa: F811
+    """E*N*K: each expert's rows beside a call of that expert alone."""
+    e, n, k = 75, 4104, 7168
+    wq = weights(e, n, k)
+    assert wq.values.numel() > FAR
+    x = cases.random_rows(3 * e, k, torch.bfloat16, rng, GPU)
+    y = mx.grouped_gemm(mx.quantize_grouped(x, cases.layout([3] * e, device=GPU)), wq, backend="triton")
+    for expert in (0, 1, e // 2, e - 2, e - 1):
+        one = mx.ExpertWeights(wq.values[expert : expert + 1], wq.scales[expert : expert + 1])
+        alone = mx.quantize_grouped(x[3 * expert : 3 * expert + 3], cases.layout([3], device=GPU))
+        expected = cases.poisoned_product(3, n, torch.bfloat16, GPU)
+        mx.grouped_gemm(alone, one, out=expected, backend="triton")
+        check_product(expected, alone, one, [3])
+        assert torch.equal(y[3 * expert : 3 * expert + 3], expected), f"expert {expert}"
+    tally("sizes")
+
+
+@pytest.mark.parametrize("gigabytes", [16], indirect=True)
+@pytest.mark.parametrize("stride", [2**30 + 8, FAR + 8])
+def test_row_strides_beyond_int32(gigabytes: None, stride: int, rng: torch.Generator, tally: Any) -> None:
+    rows = cases.random_rows(3, 64, torch.bfloat16, rng, GPU)
+    x = torch.empty(2 * stride + 64, dtype=torch.bfloat16, device=GPU).as_strided((3, 64), (stride, 1))
+    x.copy_(rows)
+    groups = cases.layout([1, 2], device=GPU)
+    for form in (groups, groups.tokens_per_expert):
+        out, expected = cases.poisoned_output(groups, 64), cases.poisoned_output(groups, 64)
+        got = mx.quantize_grouped(x, form, out=out, backend="triton")
+        same_bytes(got, mx.quantize_grouped(rows, groups, out=expected, backend="reference"))
+    wide = x[:, :64]
+    out, expected = cases.poisoned_output(groups, 32), cases.poisoned_output(groups, 32)
+    got = mx.quantize_grouped(wide, groups, activation="swiglu", out=out, backend="triton")
+    same_bytes(got, mx.quantize_grouped(rows, groups, activation="swiglu", out=expected, backend="triton"))
+    tally("sizes", 3)
+
+
+@pytest.mark.parametrize("gigabytes", [16], indirect=True)
+def test_gather_of_rows_beyond_int32(gigabytes: None, rng: torch.Generator, tally: Any) -> None:
+    k = 4096
+    x = torch.empty(FAR // k + 5, k, dtype=torch.bfloat16, device=GPU)
+    index = torch.tensor([x.shape[0] - 1, 0, FAR // k, FAR // k - 1], dtype=torch.int32, device=GPU)
+    rows = cases.random_rows(4, k, torch.bfloat16, rng, GPU)
+    x[index.long()] = rows
+    groups = cases.layout([1, 3], device=GPU)
+    out, expected = cases.poisoned_output(groups, k), cases.poisoned_output(groups, k)
+    got = mx.quantize_grouped(x, groups, row_index=index, out=out, backend="triton")
+    same_bytes(got, mx.quantize_grouped(rows, groups, out=expected, backend="reference"))
+    tally("sizes")
+
+
+@pytest.mark.parametrize("gigabytes", [30], indirect=True)
+def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator, tally: Any) -> None:  # noqa: F811
+    """A million rows of 2048 and 4096 columns between the steps: tokens repeat, so what comes out must."""
+    experts, hidden, intermediate, top_k, period = 4, 2048, 64, 2, 4096
+    tokens = 2**19 + period
+    x = cases.random_rows(period, hidden, torch.bfloat16, rng, GPU)
+    ids = torch.randint(0, experts, (period, top_k), generator=rng).to(GPU)
+    ids[:, 1] = (ids[:, 0] + 1) % experts
+    scores = torch.rand(period, top_k, generator=rng).to(GPU)
+    w13q = mx.quantize_weights((torch.randn(experts, 2 * intermediate, hidden, generator=rng) * 0.02).to(GPU))
+    w2q = mx.quantize_weights((torch.randn(experts, hidden, intermediate, generator=rng) * 0.1).to(GPU))
+    expected = mx.moe_forward(x, w13q, w2q, ids, scores, backend="triton")
+    judged = mx.moe_forward(x, w13q, w2q, ids, scores, backend="reference")
+    assert mx.signal_to_noise_db(judged, expected) > 40.0
+    times = tokens // period
+    assert tokens * top_k * hidden > FAR
+    many = (x.repeat(times, 1), w13q, w2q, ids.repeat(times, 1), scores.repeat(times, 1))
+    y = mx.moe_forward(*many, backend="triton")
+    for start in range(0, tokens, period):
+        assert torch.equal(y[start : start + period], expected), f"tokens from {start}"
+    tally("sizes")
+
+
+@pytest.mark.parametrize("gigabytes", [8], indirect=True)
+@pytest.mark.parametrize("spread", ["skewed", "one expert"])
+def test_a_million_tokens(gigabytes: None, kernel: str, spread: str, rng: torch.Generator, tally: Any) -> None:  # noqa: F811
+    t, e, n, k = 1_000_000, 256, 72, 160
+    if spread == "skewed":
+        owners = torch.randint(0, e, (t,), generator=rng)
+        owners[: t // 2] = 77
+        counts = torch.bincount(owners, minlength=e)
+    else:
+        counts = torch.zeros(e, dtype=torch.int64)
+        counts[200] = t
+    x = cases.random_rows(t, k, torch.bfloat16, rng, GPU)
+    groups = mx.GroupLayout.from_counts(counts.to(GPU), t)
+    assert groups.expert_offsets.tolist() == list(itertools.accumulate(counts.tolist(), initial=0))
+    xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend="triton")
+    same_bytes(xq, mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend="reference"))
+    wq = mx.quantize_weights((torch.randn(e, n, k, generator=rng) * 0.05).to(GPU), backend="triton")
+    out = cases.poisoned_product(t, n, torch.bfloat16, GPU)
+    check_product(mx.grouped_gemm(xq, wq, out=out, backend="triton"), xq, wq, counts.tolist())
+    tally("sizes", 2)
+
+
+def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator, tally: Any) -> None:  # noqa: F811
+    experts, tokens = 64, 1_000_000
+    x = cases.random_rows(tokens, 64, torch.bfloat16, rng, GPU)
+    ids = torch.randint(-1, experts + 1, (tokens, 2), generator=rng).to(GPU)
+    scores = torch.rand(tokens, 2, generator=rng).to(GPU)
+    w13q = mx.quantize_weights((torch.randn(experts, 64, 64, generator=rng) * 0.1).to(GPU))
+    w2q = mx.quantize_weights((torch.randn(experts, 64, 32, generator=rng) * 0.1).to(GPU))
+    y = mx.moe_forward(x, w13q, w2q, ids, scores, backend="triton")
+    expected = mx.moe_forward(x, w13q, w2q, ids, scores, backend="reference")
+    assert mx.signal_to_noise_db(expected, y) > 35.0
+    tally("sizes")
+
+
+@pytest.mark.parametrize("experts", [1024, 4096])
+def test_experts_with_one_token_each(kernel: str, experts: int, rng: torch.Generator, tally: Any) -> None:  # noqa: F811
+    counts = [1] * experts
+    x = cases.random_rows(experts, 96, torch.bfloat16, rng, GPU)
+    groups = cases.layout(counts, device=GPU)
+    xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, 96), backend="triton")
+    same_bytes(xq, mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, 96), backend="reference"))
+    wq = mx.quantize_weights((torch.randn(experts, 40, 96, generator=rng) * 0.05).to(GPU), backend="triton")
+    out = cases.poisoned_product(experts, 40, torch.float32, GPU)
+    check_product(mx.grouped_gemm(xq, wq, out_dtype=torch.float32, out=out, backend="triton"), xq, wq, counts)
+    tally("sizes", 2)
