@@ -41,3 +41,12 @@ def gigabytes(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=["portable", "hopper"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kernel of the triton backend that runs here."""
+    if request.param == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1" if request.param == "hopper" else "0")
+    return str(request.param)

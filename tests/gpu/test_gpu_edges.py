@@ -26,15 +26,6 @@ COUNTS = {"few": [3, 0, 17, 1], "some": [3, 0, 200, 1, 70], "many": [300, 0, 700
 """By tokens an expert, which choose the tile."""
 
 
-@pytest.fixture(params=["portable", "hopper"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each kernel of the triton backend that runs here."""
-    if request.param == "hopper" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1" if request.param == "hopper" else "0")
-    return str(request.param)
-
-
 def configurations(kernel: str) -> list[Any]:
     """All that a kernel is ever run with."""
     if kernel == "hopper":
