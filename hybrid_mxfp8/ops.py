@@ -265,6 +265,9 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
 
+    Equal calls give equal bytes. Within a configuration, which :func:`explain` prints and which depends on shapes alone, so do
+    an expert's rows whatever the others are.
+
     Args:
         x: T tokens of K elements, sorted by expert.
         w: E experts of (N, K), N % 8 == 0; E = x.groups.num_experts.

@@ -34,7 +34,7 @@ class GroupedMXFP8(_Portable):
     Attributes:
         values: (T, K) float8_e4m3fn, contiguous, K % 32 == 0.
         scales: (S, C) uint8, E8M0 in 128x4 tiles, each expert from a new tile row; S = groups.scale_rows,
-            C = roundup(K/32, 4).
+            C = roundup(K/32, 4). Columns from K/32 on must hold zeros; padding rows may hold anything.
         groups: the layout; rows beyond its last expert hold nothing.
 
     Raises:
@@ -93,7 +93,8 @@ class ExpertWeights(_Portable):
 
     Attributes:
         values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
-        scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4).
+        scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns from K/32 on must hold
+            zeros; padding rows may hold anything.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
