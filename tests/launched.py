@@ -44,7 +44,7 @@ class _Recorder:
 def compiled_kernels() -> set[str]:
     """Names of the kernels that this process has launched, all of which go through ``triton_kernels.launch``."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
-    return {compiled.metadata.name for compiled in launch._compiled.values()} if launch else set()
+    return {loaded.kernel.metadata.name for loaded in launch._loaded.values()} if launch else set()
 
 
 def kernels_in_source() -> set[str]:

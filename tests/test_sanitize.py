@@ -312,7 +312,8 @@ def test_compiled_kernels_are_those_that_were_launched(monkeypatch: pytest.Monke
     from hybrid_mxfp8.triton_kernels import launch
 
     kernel = SimpleNamespace(metadata=SimpleNamespace(name="some_kernel"))
-    monkeypatch.setattr(launch, "_compiled", {"key": kernel, "another": kernel})
+    loaded = launch.Loaded(kernel, None, 0)
+    monkeypatch.setattr(launch, "_loaded", {"key": loaded, "another": loaded})
     assert launched.compiled_kernels() == {"some_kernel"}
 
 
