@@ -117,7 +117,8 @@ def test_threads_compile_a_kernel_once(interpreter: None, monkeypatch: pytest.Mo
             return compile_and_run
 
     monkeypatch.setattr(launcher, "INTERPRETED", False)
-    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_loaded", {})
+    monkeypatch.setattr(launcher, "_launcher_is_known", lambda: False)
     x = torch.zeros(1)
 
     def work(i: int) -> None:
@@ -383,16 +384,17 @@ def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: p
 def test_the_device_is_switched_only_where_it_differs(
     interpreter: None, monkeypatch: pytest.MonkeyPatch, current: int, switched: list[torch.device]
 ) -> None:
-    from hybrid_mxfp8.triton_kernels.launch import on_device_of
+    from hybrid_mxfp8.triton_kernels import launch
 
     class Tensor:
         is_cuda = True
         device = torch.device("cuda", 0)
 
     asked: list[torch.device] = []
+    monkeypatch.setattr(launch, "_several_gpus", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext())
-    with on_device_of(Tensor()):  # type: ignore[arg-type]
+    with launch.on_device_of(Tensor()):  # type: ignore[arg-type]
         pass
     assert asked == switched
 
@@ -498,6 +500,21 @@ def test_a_lock_held_at_a_fork_does_not_hang_the_child(interpreter: None, tally:
             child.kill()
     assert seed == 0
     tally("concurrent calls")
+
+
+def test_a_forked_child_knows_no_loaded_kernel(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle of the parent's CUDA context is of no use there: launching by Triton's dispatch, the child meets PyTorch's error."""
+    from hybrid_mxfp8.triton_kernels import launch
+
+    launch._forget_in_children()
+    monkeypatch.setattr(launch, "_loaded", {"key": None})
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=lambda: results.put(len(launch._loaded)), daemon=True)
+    child.start()
+    assert results.get(timeout=60) == 0
+    child.join(60)
+    assert launch._loaded == {"key": None}
 
 
 def test_operands_travel(backend: str) -> None:

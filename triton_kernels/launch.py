@@ -128,9 +128,16 @@ def _load(
     options: tuple[tuple[str, int], ...],
 ) -> Loaded:
     """Compile the kernel or find it in Triton's cache, and launch it."""
+    _forget_in_children()
     compiled = kernel[(programs,)](*arguments, *constants, **dict(options))
     stream_of = triton.runtime.driver.active.get_current_stream if _launcher_is_known() else None
     return Loaded(compiled, stream_of, arguments[0].device.index)
+
+
+@functools.cache
+def _forget_in_children() -> None:
+    """What is loaded here is not in a forked child: there Triton's dispatch must meet PyTorch's check of CUDA, and its error."""
+    os.register_at_fork(after_in_child=lambda: _loaded.clear())
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

@@ -93,7 +93,7 @@ def test_threads_with_streams_of_their_own(monkeypatch: pytest.MonkeyPatch, tall
     """All come to every kernel at once, with nothing in the launch cache."""
     jobs = [Job(seed) for seed in range(4)]
     streams = [torch.cuda.Stream() for _ in jobs]
-    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_loaded", {})
 
     def work(i: int) -> None:
         with torch.cuda.stream(streams[i]):
@@ -106,6 +106,18 @@ def test_threads_with_streams_of_their_own(monkeypatch: pytest.MonkeyPatch, tall
     for job in jobs:
         job.check()
     tally("concurrent calls", len(jobs) * 25 * CALLS_OF_A_JOB)
+
+
+def test_a_thread_whose_first_act_is_a_launch(tally: Any) -> None:
+    """It has no CUDA context yet, and nothing that it calls allocates: the launcher must find one."""
+    job = Job(9)
+    job.spoil()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(job.run).result(60)
+    torch.cuda.synchronize()
+    job.check()
+    tally("concurrent calls", CALLS_OF_A_JOB)
 
 
 def test_capture_while_another_stream_runs(tally: Any) -> None:
