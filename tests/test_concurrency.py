@@ -21,6 +21,7 @@ import cases
 import moe_truth
 import pytest
 import torch
+from launched import kernels_in_source
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import moe
@@ -333,14 +334,18 @@ def test_a_copied_module_computes_the_same() -> None:
 def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
     """Triton launches on the current device: each launcher first makes that of its tensors current."""
     from hybrid_mxfp8.triton_kernels import (
+        caller_layout,
         combine,
         expand_tokens,
         expert_bias,
         group_layout,
         grouped_gemm,
+        grouped_gemm_blackwell,
+        grouped_gemm_hopper,
         quantize,
         route,
     )
+    from hybrid_mxfp8.triton_kernels.hopper_config import select_hopper_config
 
     current: list[torch.device] = []
     launched: list[str] = []
@@ -352,31 +357,34 @@ def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: p
         current.pop()
 
     def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], *rest: Any) -> None:
-        assert current, f"{kernel.__name__} is launched on whatever device is current"
+        assert current, f"{kernel} is launched on whatever device is current"
         assert current[-1] == arguments[0].device
-        launched.append(kernel.__name__)
+        launched.append(kernel.fn.__name__)
 
-    for module in (combine, expert_bias, group_layout, grouped_gemm, quantize, route):
+    guarded = (caller_layout, combine, expert_bias, group_layout, grouped_gemm, grouped_gemm_blackwell, quantize, route)
+    for module in guarded:
         monkeypatch.setattr(module, "on_device_of", on_device_of)
+    for module in (*guarded, expand_tokens, grouped_gemm_hopper):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(expand_tokens, "launch", launch)
-    monkeypatch.setattr(grouped_gemm, "hopper_config_for", lambda *args: None)
     x = torch.zeros(9, 64)
     groups = cases.layout([4, 0, 5])
     xq = mx.quantize_grouped(x, groups, backend="triton")
     mx.quantize_grouped(x, groups.tokens_per_expert, backend="triton")
     wq = mx.quantize_weights(torch.zeros(3, 16, 64), backend="triton")
-    mx.grouped_gemm(xq, wq, backend="triton")
     group_layout.group_offsets(groups.tokens_per_expert, 9, False)
+    caller_layout.caller_layout(groups.tokens_per_expert, groups.scale_offsets[:3].contiguous(), 9, groups.scale_rows)
     for tokens in (6, 5000):  # one launch of routing, and three
         layer = moe_truth.make_layer(torch.Generator().manual_seed(0), tokens=tokens, bias=True)
         w13q, w2q = (mx.quantize_weights(w, backend="reference") for w in (layer.w13, layer.w2))
         bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
         mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, backend="triton", **bias)
-    assert set(launched) >= {
-        "quantize_kernel", "grouped_gemm_kernel", "group_offsets_kernel", "rank_kernel", "count_kernel", "sum_kernel",
-        "scatter_kernel", "expert_bias_kernel", "combine_kernel",
-    }  # fmt: skip
+    mx.grouped_gemm(xq, wq, backend="triton")
+    monkeypatch.setattr(grouped_gemm, "blackwell_takes", lambda *args: True)
+    mx.grouped_gemm(xq, wq, backend="triton")
+    monkeypatch.setattr(grouped_gemm, "hopper_config_for", lambda *args: select_hopper_config(9, 3))
+    monkeypatch.setattr(grouped_gemm, "_multiprocessors", lambda device: 132)
+    mx.grouped_gemm(xq, wq, backend="triton")
+    assert set(launched) == kernels_in_source()
     tally("concurrent calls", len(launched))
 
 
