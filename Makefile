@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton sass sanitize lint clean
+.PHONY: help demo test test-triton sass sanitize fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ test-triton: ## all tests with another Triton on the CPU, in an environment of i
 
 sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
 	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
+
+# SEED=... of a find's line reproduces it; further options of tests/fuzz.py in FUZZ.
+MINUTES ?= 30
+SEED ?=
+FUZZ ?=
+fuzz: $(VENV)/.ready ## random sequences of calls, all backends compared, on all cores or the GPU: MINUTES=30 SEED=...
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ)
 
 # Options of tests/sanitize.py: SANITIZE="--jobs 8 --tools memcheck --out FOLDER".
 SANITIZE ?=

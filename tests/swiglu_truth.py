@@ -26,8 +26,12 @@ def relative_error(gate: truth.Doubles) -> truth.Doubles:
     return error
 
 
-def check(got: mx.GroupedMXFP8, x: torch.Tensor, counts: Sequence[int], rounding: str) -> None:
-    """Check finite rows of x (T, 2K), sorted by expert as ``counts`` says, against ``got``."""
+def check(got: mx.GroupedMXFP8, x: torch.Tensor, counts: Sequence[int], rounding: str, ambiguous: float = 0.02) -> None:
+    """Check finite rows of x (T, 2K), sorted by expert as ``counts`` says, against ``got``.
+
+    Nearly every block and element has one answer only: more than the share ``ambiguous`` of them with two would say
+    little. A single block of a tiny operand may well have two.
+    """
     gate, up = np.split(truth.doubles(x), 2, axis=1)
     true = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
     # Where exp(-gate) leaves fp32's range the product is flushed to zero: it is below 2**-120 times up.
@@ -47,12 +51,11 @@ def check(got: mx.GroupedMXFP8, x: torch.Tensor, counts: Sequence[int], rounding
         scales[start:end] = unswizzle_scales(stored[first : first + rows], end - start, k // 32).numpy()
     assert stored.shape[1] == scale_cols(k)
     assert bool(((scales >= lowest) & (scales <= highest)).all())
-    # Nearly every block has one answer only; a check that allowed more would say little.
-    assert (lowest != highest).mean() < 0.02
+    assert (lowest != highest).mean() <= ambiguous
 
     inverse = 2.0 ** (127.0 - scales[:, :, None])
     codes = truth.decode_e4m3(truth.as_bytes(got.values)).reshape(blocks.shape)
     low = truth.decode_e4m3(truth.encode_e4m3((blocks - slack) * inverse))
     high = truth.decode_e4m3(truth.encode_e4m3((blocks + slack) * inverse))
     assert bool(((codes >= low) & (codes <= high)).all())
-    assert (low != high).mean() < 0.02
+    assert (low != high).mean() <= ambiguous

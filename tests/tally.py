@@ -94,6 +94,14 @@ def add_column(path: Path, label: str, counts: dict[str, int], failed: int) -> N
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def add_to_column(path: Path, label: str, counts: dict[str, int], failed: int) -> None:
+    """Add to a run's sums, as a part of it that runs by itself does."""
+    column = json.loads(path.read_text()).get(label, {}) if path.exists() else {}
+    sums = Counter(column)
+    sums.update(counts)
+    add_column(path, label, sums, column.get("failed tests", 0) + failed)
+
+
 def table(record: dict[str, dict[str, int]]) -> str:
     """The markdown table of a record: a row a kind, a column a run."""
     rows = [["what", *record], ["---", *("---:" for _ in record)]]

@@ -3,7 +3,8 @@
 The operands are exact in fp32, products of two e4m3 values are exact in fp32, and scales are powers of two. So
 what can differ is the accumulation and the rounding of the output:
 
-    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T) + smallest(dtype) + dropped(formulation)
+    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T) + smallest(dtype) + K * UNDERFLOW
+                 + dropped(formulation)
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 SMALLEST = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150}
 """Half the smallest subnormal: what rounding may cost near zero."""
 
-LARGEST = {torch.bfloat16: 3.3895e38, torch.float16: 65504.0, torch.float32: 3.4028e38}
-"""References above are Inf in this dtype."""
+OVERFLOW = {torch.bfloat16: 2.0**128 - 2.0**119, torch.float16: 65520.0, torch.float32: 2.0**128 - 2.0**103}
+"""Magnitudes from here on round to Inf: half way between the dtype's largest value and the power of two after it."""
 
 ACCUMULATION = 2e-5
 """Relative to the sum of magnitudes. fp32 accumulation costs at most K * 2**-24 of it, 1.2e-4 at K = 2048; roundings of
 random sign add up to about sqrt(K) * 2**-24, 3e-6 there, and to 5e-6 at K = 7168. Matrix units also align the addends of a
 step before they add them, which drops bits below their widest one's; this leaves four times for that."""
+
+UNDERFLOW = 2.0**-150
+"""Half of fp32's smallest subnormal: what the product of two elements may lose where it is one itself. Sums of subnormals
+are exact."""
 
 BF16_DROPPED = 2.0**-134
 """The bf16 formulation rounds dequantized elements below 2**-133, which only scale bytes 0 to 2 produce."""
@@ -66,12 +71,14 @@ def check_gemm(
         ref, magnitude = xd @ wd.T, np.abs(xd) @ np.abs(wd).T
         nan = np.isnan(ref)
         assert np.array_equal(np.isnan(got[rows]), nan), f"expert {e}: NaN where truth has none, or the reverse"
-        dropped = 0.0
+        dropped: Doubles | float = xd.shape[1] * UNDERFLOW
         if bf16_formulation:
-            dropped = BF16_DROPPED * (np.abs(xd).sum(1)[:, None] + np.abs(wd).sum(1)[None, :])
+            dropped += BF16_DROPPED * (np.abs(xd).sum(1)[:, None] + np.abs(wd).sum(1)[None, :])
         bound = gemm_bound(ref, magnitude, y.dtype, dropped)
-        beyond = np.abs(ref) > LARGEST[y.dtype]
-        error = np.where(beyond, np.where(np.isfinite(got[rows]), np.inf, 0), np.abs(got[rows] - ref) / bound)
+        inf = np.isinf(got[rows]) & (np.signbit(got[rows]) == np.signbit(ref))
+        may, must = (np.abs(ref) + sign * bound >= OVERFLOW[y.dtype] for sign in (1, -1))
+        finite_error = np.abs(np.where(inf, ref, got[rows]) - ref) / bound
+        error = np.where(inf, np.where(may, 0, np.inf), np.where(must, np.inf, finite_error))
         worst = max(worst, float(np.where(nan, 0, error).max()))
     assert worst <= 1.0, f"largest error is {worst:.3g} times its bound"
     return worst
