@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,10 @@ class Weights:
 
 @dataclass(eq=False)
 class Layer:
-    """Two weights of an MoE layer, and the workspaces made for it by top-k and dtype."""
+    """Two weights of an MoE layer."""
 
     w13: mx.ExpertWeights
     w2: mx.ExpertWeights
-    workspaces: dict[tuple[int, torch.dtype], mx.MoEWorkspace] = field(default_factory=dict)
 
 
 MAX_BATCH = max(POOL.batches)
@@ -236,6 +235,7 @@ class Machine(RuleBasedStateMachine):
         self.weights: list[Weights] = []
         self.layers: list[Layer] = []
         self.outs: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.workspaces: dict[tuple[Any, ...], mx.MoEWorkspace] = {}  # shared by layers of one shape
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.saved = 0
 
@@ -705,12 +705,12 @@ class Machine(RuleBasedStateMachine):
         for name in asked_for(way):
             memory = None
             if workspace:
-                key = (top_k, dtype)
-                if key not in held.workspaces:
-                    held.workspaces[key] = mx.MoEWorkspace(
+                key = (hidden, intermediate, top_k, dtype)
+                if key not in self.workspaces:
+                    self.workspaces[key] = mx.MoEWorkspace(
                         held.w13, held.w2, max_tokens=MAX_BATCH, top_k=top_k, dtype=dtype, backend=name
                     )
-                memory = held.workspaces[key]
+                memory = self.workspaces[key]
             into = None if out == "new" else self.empty((batch, hidden + 32 * (out == "strided")), dtype)[:, :hidden]
             if out == "reused":
                 into = self.outs.setdefault((batch, hidden, dtype, "moe"), into)

@@ -293,6 +293,14 @@ def describe_machine(sanitizer: str) -> dict[str, str]:
     }
 
 
+def earlier_results(path: Path, machine: Mapping[str, str], tools: Sequence[str]) -> list[Result]:
+    """An earlier report's results of tools that are not among these; none if it is of another machine or not there."""
+    record = json.loads(path.read_text()) if path.exists() else {"machine": None}
+    if record["machine"] != machine:
+        return []
+    return [Result(**result) for result in record["results"] if result["tool"] not in (PLAIN, *tools)]
+
+
 def slug(gpu: str) -> str:
     """``h100`` of ``NVIDIA H100 80GB HBM3``."""
     found = re.search(r"\b[A-Z]+\d+\w*", gpu)
@@ -347,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds that all may take; the rest is cut")
+    parser.add_argument("--add", action="store_true", help="keep what the report there says of the other tools")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
     parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
     options = parser.parse_args(arguments)
@@ -368,6 +377,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [job for tool in tools for job in split(tool, tests)]
     results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit, deadline)
 
+    report = options.out / f"sanitizers_{slug(machine['GPU'])}"
+    if options.add:
+        earlier = earlier_results(report.with_suffix(".json"), machine, tools)
+        results = [*earlier, *results]
+        tools = [tool for tool in TOOLS if tool in {result.tool for result in results}]
     major, _, minor = machine["compute capability"].partition(".")
     expected = expected_kernels((int(major), int(minor))) if major.isdigit() and not wanted else set()
     missing = not_reached(results, tools, expected)
@@ -381,7 +395,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "results": [asdict(result) for result in results],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    report = options.out / f"sanitizers_{slug(machine['GPU'])}"
     report.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     report.with_suffix(".md").write_text(markdown(record, results, missing))
     print(report.with_suffix(".md").read_text())

@@ -283,6 +283,18 @@ def test_a_kernel_that_no_test_launched_is_a_failure(tmp_path: Path, monkeypatch
     assert "**Not launched under racecheck**: combine_kernel." in page
 
 
+def test_a_second_run_adds_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools may be run one after another; each replaces what an earlier run said of it, and a failure stays one."""
+    wrong = f"memcheck) echo '========= ERROR SUMMARY: 2 errors'; exit {ERROR_EXIT} ;;"
+    assert run_main(tmp_path, monkeypatch, "--tools", "memcheck", "--add", cases=wrong)[0] == 1
+    status, record, page = run_main(tmp_path, monkeypatch, "--tools", "racecheck,synccheck", "--add")
+    assert status == 1
+    assert record["tools"] == ["racecheck", "memcheck", "synccheck"]
+    assert "- memcheck: 3 tests passed, 4 errors" in page
+    assert run_main(tmp_path, monkeypatch, "--tools", "memcheck", "--add")[0] == 0
+    assert run_main(tmp_path, monkeypatch, "--tools", "initcheck")[1]["tools"] == ["initcheck"]
+
+
 def test_an_unknown_tool_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sanitize.main(["--tools", "memchek"])
