@@ -74,8 +74,8 @@ def worker(
     torch.set_num_threads(1)
     # NumPy's word on exp(large), which the interpreter computes with it: Inf is what is meant.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
-    done, seed = 0, first_seed
-    while time.time() < deadline and (rounds is None or done < rounds):
+    done, seed, parent = 0, first_seed, multiprocessing.parent_process()
+    while time.time() < deadline and (rounds is None or done < rounds) and (parent is None or parent.is_alive()):
         COUNTS.clear()
         started = time.time()
         find = run_round(seed, shrink)

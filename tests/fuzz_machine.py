@@ -677,7 +677,7 @@ class Machine(RuleBasedStateMachine):
         dtype=st.sampled_from(cases.DTYPES), weights_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         ids=st.sampled_from(["any", "sentinels", "dropped", "one"]), wide=st.booleans(), style=styles,
         biases=st.sampled_from(["", "", "w13", "w2", "both"]), workspace=st.booleans(), nan=st.booleans(),
-        out=st.sampled_from(["new", "poisoned", "strided", "reused"]),
+        out=st.sampled_from(["new", "poisoned", "strided", "reused", "in place"]),
     )  # fmt: skip
     def forward(
         self, layer: int, batch: int, top_k: int, seed: int, way: str, dtype: torch.dtype, weights_dtype: torch.dtype,
@@ -711,11 +711,16 @@ class Machine(RuleBasedStateMachine):
                         held.w13, held.w2, max_tokens=MAX_BATCH, top_k=top_k, dtype=dtype, backend=name
                     )
                 memory = self.workspaces[key]
+            given = x
             into = None if out == "new" else self.empty((batch, hidden + 32 * (out == "strided")), dtype)[:, :hidden]
             if out == "reused":
                 into = self.outs.setdefault((batch, hidden, dtype, "moe"), into)
+            elif out == "in place":
+                given = into = self.placed(x.contiguous())
             with asking(way, name) as asked:
-                y = mx.moe_forward(x, held.w13, held.w2, topk_ids, weights, workspace=memory, out=into, **bias, **asked)
+                y = mx.moe_forward(
+                    given, held.w13, held.w2, topk_ids, weights, workspace=memory, out=into, **bias, **asked
+                )
             expected = self._composed(x, held, topk_ids.contiguous(), weights, bias, name)
             assert same_bits(y, expected), name
             if into is not None:
