@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.checks import check_contiguous, check_num_tokens, check_shape, check_tensor, traced
+from hybrid_mxfp8.checks import check_contiguous, check_num_tokens, check_shape, check_tensor, fail, traced
 from hybrid_mxfp8.formats import grouped_scale_rows
 from hybrid_mxfp8.hardware import compiles_kernels
 
@@ -28,11 +28,12 @@ class GroupLayout:
         num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
 
     :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data. One put
-    together by hand must obey the same sums; one that does not gives wrong numbers, but leads no kernel outside its buffers.
+    together by hand must obey the same sums. On CPU tensors, where looking is free, that is checked; on a GPU a layout
+    that does not gives wrong numbers, but leads no kernel outside its buffers.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous; ``num_tokens`` no int, negative
-            or too large for int32 offsets.
+            or too large for int32 offsets; on a CPU, numbers that are no layout of ``num_tokens`` rows.
     """
 
     tokens_per_expert: torch.Tensor
@@ -49,6 +50,22 @@ class GroupLayout:
             check_shape(name, offsets, (num_experts + 1,), "(E+1,)")
             check_contiguous(name, offsets)
         check_num_tokens(self.num_tokens, num_experts)
+        if tokens.device.type == "cpu" and not traced(tokens):
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        tokens = self.tokens_per_expert
+        if tokens.numel() and int(tokens.min()) < 0:
+            fail("tokens_per_expert", "must be at least 0", tokens.tolist())
+        valid = reference.group_offsets(tokens, self.num_tokens, from_ends=False)
+        if not torch.equal(valid[0], tokens):
+            fail("tokens_per_expert", f"must have a sum of at most num_tokens = {self.num_tokens}", tokens.tolist())
+        for name, given, expected, of in (
+            ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
+            ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
+        ):
+            if not torch.equal(given, expected):
+                fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
 
     @classmethod
     def unchecked(

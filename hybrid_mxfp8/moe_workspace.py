@@ -5,7 +5,6 @@ A smaller batch gets views of the same memory, which are kept, so that a batch s
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections import OrderedDict
@@ -179,7 +178,8 @@ def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backends: Backen
     """The first rows of each buffer. Routing or products that need more memory for fewer rows get their own."""
     rows = num_tokens * shape.top_k
     scale_rows = grouped_scale_rows(rows, shape.experts)
-    groups = dataclasses.replace(largest.groups, num_tokens=rows)
+    whole = largest.groups
+    groups = GroupLayout.unchecked(whole.tokens_per_expert, whole.expert_offsets, whole.scale_offsets, rows)
     gemm, gemm_bytes = largest.gemm, _gemm_bytes(shape, num_tokens, backends)
     if gemm_bytes > (0 if gemm is None else gemm.numel()):
         gemm = torch.empty(gemm_bytes, dtype=torch.uint8, device=shape.device)

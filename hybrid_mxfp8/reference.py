@@ -155,16 +155,21 @@ def group_offsets(
 
 
 def scale_rows_of_tokens(
-    expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int
+    expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert owns it (T,) bool."""
+    """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert owns it (T,) bool.
+
+    A scale row of an owned row is always one of the S that there are, whatever numbers a layout holds: on a GPU an index
+    out of range would end the process.
+    """
     num_experts = expert_offsets.numel() - 1
     rows = torch.arange(num_tokens, device=expert_offsets.device)
     owned = rows < expert_offsets[-1]
     if not num_experts:
         return rows, owned
     expert = torch.searchsorted(expert_offsets[1:].to(torch.int64), rows, right=True).clamp_max(num_experts - 1)
-    return rows - expert_offsets[expert] + scale_offsets[expert], owned
+    scale_rows = rows - expert_offsets[expert] + scale_offsets[expert]
+    return scale_rows.clamp(0, max(num_scale_rows - 1, 0)), owned & (num_scale_rows > 0)
 
 
 def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) -> torch.Tensor:
@@ -194,7 +199,7 @@ def write_grouped(
         out_scales: (S, C) uint8; rows beyond scale_offsets[E] keep what they hold.
     """
     num_rows, padded_cols = out_scales.shape
-    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, values.shape[0])
+    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, values.shape[0], num_rows)
     # Rows that no expert owns land in one extra row, so that no shape depends on device data.
     linear = linear_scales.new_zeros(num_rows + 1, padded_cols)
     linear[torch.where(owned, scale_row, num_rows), : linear_scales.shape[1]] = linear_scales
@@ -214,7 +219,7 @@ def dequantize_grouped(
 ) -> torch.Tensor:
     """values (T, K) e4m3 and swizzled scales (S, C) to (T, K) in ``dtype``; rows that no expert owns are zero."""
     num_tokens, k = values.shape
-    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens)
+    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
     offsets = swizzled_offsets(torch.where(owned, scale_row, 0), k // BLOCK_SIZE, scales.shape[1])
     # With no scale rows there is no owned row either.
     linear = scales.reshape(-1)[offsets] if scales.numel() else offsets.to(torch.uint8)
@@ -248,7 +253,7 @@ def grouped_matmul(
         out: (T, N) bf16, fp16 or fp32; rows that no expert owns keep what they hold.
     """
     x = dequantize_grouped(x_values, x_scales, expert_offsets, scale_offsets, torch.float64)
-    offsets = expert_offsets.tolist()
+    offsets = expert_offsets.clamp(0, out.shape[0]).tolist()
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):
         if start < end:
             w = dequantize_experts(w_values[e : e + 1], w_scales[e : e + 1], torch.float64)[0]
