@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import torch
 
+from hybrid_mxfp8.backends import existing_device
 from hybrid_mxfp8.formats import BLOCK_SIZE
 from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.tensors import ExpertWeights
@@ -184,11 +185,17 @@ def load_experts(
         device: where the result goes; default the CPU. Only one matrix at a time is on the CPU.
 
     Raises:
-        ValueError: no such tensor, an expert's number missing, dtypes or shapes that are not MXFP8 or don't fit together,
-            or a file that can't be read.
+        TypeError: ``names`` is neither a string nor a sequence of strings.
+        ValueError: no such device or tensor, an expert's number missing, dtypes or shapes that are not MXFP8 or don't fit
+            together, or a file that can't be read.
         FileNotFoundError: no such file or folder.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names: must be a string or a sequence of strings, got {names!r}")
+    if device is not None:
+        device = existing_device(device)
     if not names:
         raise ValueError("names: must name at least one tensor, got none")
     with Checkpoint(path) as checkpoint:
@@ -225,8 +232,10 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
 
     Raises:
         FileExistsError: the file exists and ``force`` is not set.
-        ValueError: two tensors of one name.
+        TypeError: ``experts`` maps something else than names to ExpertWeights.
+        ValueError: two tensors of one name, a name that safetensors has no room for, or weights on the meta device.
     """
+    _check_experts(experts)
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists; force=True replaces it")
@@ -238,6 +247,18 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
         for name, w in experts.items():
             writer.append(name, w.values)
             writer.append(name + SCALE_SUFFIXES[0], w.linear_scales())
+
+
+def _check_experts(experts: Any) -> None:
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
+    for name, w in experts.items():
+        if not isinstance(name, str) or not isinstance(w, ExpertWeights):
+            raise TypeError(f"experts: must map names to ExpertWeights, got {name!r}: {type(w).__name__}")
+        if name in ("", "__metadata__"):
+            raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
+        if w.values.is_meta:
+            raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
 
 
 def scale_entry(name: str, shape: tuple[int, ...]) -> Entry:

@@ -77,7 +77,7 @@ class Guards:
     def grouped(self, x: mx.GroupedMXFP8, *, written: bool = False) -> mx.GroupedMXFP8:
         """An operand of tokens."""
         place = self.out if written else self
-        return mx.GroupedMXFP8(place(x.values), place(x.scales), x.groups if written else self.layout(x.groups))
+        return mx.GroupedMXFP8(place(x.values), place(x.scales), self.layout(x.groups))
 
     def weights(self, w: mx.ExpertWeights) -> mx.ExpertWeights:
         """An operand of weights."""

@@ -86,9 +86,9 @@ def grouped(counts: list[int] | None = None, num_tokens: int = T, k: int = K) ->
 
 
 def poison(num_tokens: int, k: int, num_experts: int, groups: mx.GroupLayout) -> mx.GroupedMXFP8:
-    values = torch.full((num_tokens, k), 0xFF, dtype=torch.uint8).view(E4M3)
-    rows = grouped_scale_rows(num_tokens, num_experts)
-    return mx.GroupedMXFP8(values, torch.full((rows, scale_cols(k)), 0xFF, dtype=torch.uint8), groups)
+    values = torch.full((num_tokens, k), 0xFF, dtype=torch.uint8, device=groups.device).view(E4M3)
+    scale_shape = grouped_scale_rows(num_tokens, num_experts), scale_cols(k)
+    return mx.GroupedMXFP8(values, torch.full(scale_shape, 0xFF, dtype=torch.uint8, device=groups.device), groups)
 
 
 def weights(e: int = E, n: int = N, k: int = K) -> mx.ExpertWeights:

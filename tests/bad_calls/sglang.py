@@ -187,8 +187,8 @@ def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_ST
         def check(d: torch.Tensor) -> None:
             xq = mx.quantize_grouped(x, mx.GroupLayout.from_counts(ints(*COUNTS), T), backend="reference")
             expected = mx.grouped_gemm(xq, w, out_dtype=torch.float32, backend="reference")
-            assert torch.equal(values.view(torch.uint8), xq.values.view(torch.uint8))
-            assert mx.calc_diff(d, expected) < 1e-9
+            assert torch.equal(values.view(torch.uint8).cpu(), xq.values.view(torch.uint8))
+            assert mx.calc_diff(d.cpu(), expected) < 1e-9
 
         return call, check
 
