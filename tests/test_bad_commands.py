@@ -179,7 +179,7 @@ LOADED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("unknown name", {"names": "v"}, ValueError, "has no tensor 'v'$"),
     ("two stars", {"names": "a*b*"}, ValueError, r"^names: 'a\*b\*' must have one \* at most$"),
     ("a star without numbers", {"names": "w*"}, ValueError, r"has no tensor 'w\*' with a number for the \*$"),
-    ("scales as weights", {"names": "w_scale_inv"}, ValueError, "^w_scale_inv: dtype must be F8_E4M3, got U8$"),
+    ("scales as weights", {"names": "w_scale_inv"}, ValueError, "w_scale_inv: dtype must be F8_E4M3, got U8$"),
     ("no such device", {"device": "tpu0"}, ValueError, "^device: must be a torch.device or the name of one, got 'tpu0'$"),
     ("no such GPU", {"device": "cuda:63"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ("a device a number", {"device": 1.5}, ValueError, "^device: must be a torch.device"),
