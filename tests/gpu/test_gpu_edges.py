@@ -80,7 +80,6 @@ def test_scale_bytes_at_both_ends(kernel: str, dtype: torch.dtype, rng: torch.Ge
 # ---------------------------------------------------------------- poison
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("k", [160, 256])
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_bad_row_spoils_only_itself(kernel: str, name: str, k: int, rng: torch.Generator, tally: Any) -> None:
