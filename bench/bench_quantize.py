@@ -92,7 +92,9 @@ def check_rows(expected: Callable[[torch.Tensor], torch.Tensor], out: mx.Grouped
         codes, linear = reference.quantize(expected(rows), "rceil")
         wrong = int((codes.view(torch.uint8) != out.values[rows].view(torch.uint8)).sum())
         groups = out.groups
-        scale_rows, _ = reference.scale_rows_of_tokens(groups.expert_offsets, groups.scale_offsets, tokens)
+        scale_rows, _ = reference.scale_rows_of_tokens(
+            groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows
+        )
         offsets = reference.swizzled_offsets(scale_rows[rows], linear.shape[1], out.scales.shape[1])
         wrong += int((linear != out.scales.reshape(-1)[offsets]).sum())
         if wrong:
@@ -110,7 +112,9 @@ def check_swiglu(x: torch.Tensor, out: mx.GroupedMXFP8) -> Callable[[], str]:
         rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=x.device).long()
         truth = reference.swiglu(x[rows])
         groups = out.groups
-        scale_rows, _ = reference.scale_rows_of_tokens(groups.expert_offsets, groups.scale_offsets, tokens)
+        scale_rows, _ = reference.scale_rows_of_tokens(
+            groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows
+        )
         offsets = reference.swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
         got = reference.dequantize(out.values[rows], out.scales.reshape(-1)[offsets])
         decibels = mx.signal_to_noise_db(truth, got)

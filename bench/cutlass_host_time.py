@@ -31,7 +31,7 @@ def main() -> None:
     walker = jit.load(cutlass_modules.argument_walker())
     stand_in = SimpleNamespace(
         grouped_gemm=walker.everything_but_the_gemm,
-        workspace_size=lambda num_experts, n, k, num_tokens, sm_count: walker.walker_workspace_size(
+        workspace_size=lambda num_experts, n, k, num_tokens, sm_count: walker.timed_workspace_size(
             num_experts, n, k, num_tokens
         ),
     )

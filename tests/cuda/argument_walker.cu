@@ -51,10 +51,11 @@ Launch make_launch(DLDevice device) {
   return {device.device_id, kSmCount, dim3(1, 1, 1), dim3(1, 1, 1)};
 }
 
+template <class Gemm>
 int64_t workspace_size(int64_t num_experts, int64_t n, int64_t k, int64_t num_tokens) {
   Problem problem{static_cast<int>(num_experts), static_cast<int>(n), static_cast<int>(k),
                   static_cast<int>(num_tokens), 0};
-  return Selected::workspace_size(problem, make_launch({kDLCUDA, 0}));
+  return Gemm::workspace_size(problem, make_launch({kDLCUDA, 0}));
 }
 
 // A call as the SM100 kernel's, with the walk in its place.
@@ -95,7 +96,8 @@ void everything_but_the_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::T
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(argument_walker, argument_walker);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(walker_workspace_size, workspace_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(walker_workspace_size, workspace_size<Selected>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(timed_workspace_size, workspace_size<Timed>);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(everything_but_the_gemm, everything_but_the_gemm);
 
 }  // namespace hybrid_mxfp8
