@@ -6,7 +6,7 @@
     y, topk_weights, w2_bias ──combine──► out
 
 Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``, and one more for each product
-whose kernel needs another before it (the cutlass backend, the Hopper kernel). Run on CPUs alone so far.
+whose kernel needs another before it (the cutlass backend, the Hopper kernel).
 """
 
 from __future__ import annotations
