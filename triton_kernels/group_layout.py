@@ -78,7 +78,8 @@ def empty_layout(num_experts: int, device: torch.device) -> torch.Tensor:
 
 def split_layout(buffer: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three tensors of a layout's buffer."""
-    tokens, offsets, scale_offsets = buffer.split((num_experts, num_experts + 1, num_experts + 1))
+    # Tensor.split comes here by way of Python.
+    tokens, offsets, scale_offsets = torch.split_with_sizes(buffer, (num_experts, num_experts + 1, num_experts + 1))
     return tokens, offsets, scale_offsets
 
 
