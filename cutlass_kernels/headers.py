@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,10 +228,10 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
         if (folder / "nvcc").is_file():
             yield "PATH", folder / "nvcc"
             break
-    # The CUDA 13 wheels share one folder; those of CUDA 12 have one each and link nothing.
-    spec = importlib.util.find_spec("nvidia")
-    for location in (spec.submodule_search_locations or []) if spec is not None else []:
-        for nvcc in sorted(Path(location).glob("cu*/bin/nvcc"), reverse=True):
+    # The CUDA 13 wheels share one folder; those of CUDA 12 have one each and link nothing. Some of the latter make a package of
+    # `nvidia`, which hides folders of that name elsewhere on the path from the import system. So look at all of them.
+    for entry in sys.path:
+        for nvcc in sorted(Path(entry, "nvidia").glob("cu*/bin/nvcc"), reverse=True):
             yield "nvidia-cuda-nvcc", nvcc
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,11 +122,13 @@ def test_cuda_home_without_compiler_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_wheels_come_after_path(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nvcc on PATH that is too old is passed over for the wheels'."""
+    """An nvcc on PATH that is too old is passed over for the wheels', also where another folder makes a package of ``nvidia``."""
     make_nvcc(tmp_path / "old", "12.4.10")
     make_nvcc(site / "nvidia" / "cu13", "13.2.20")
     monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
-    sys.modules.pop("nvidia", None)
+    (tmp_path / "cu12" / "nvidia").mkdir(parents=True)
+    (tmp_path / "cu12" / "nvidia" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "cu12"))
     found = headers.find_cuda()
     assert (found.home, found.origin) == (site / "nvidia" / "cu13", "nvidia-cuda-nvcc")
     assert "too old" in str(headers.cuda_candidates()[0])
@@ -135,7 +137,7 @@ def test_wheels_come_after_path(site: Path, tmp_path: Path, monkeypatch: pytest.
 def test_no_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_nvcc(tmp_path / "old", "12.4.10")
     monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(headers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(headers, "sys", SimpleNamespace(path=[]))
     with pytest.raises(
         BackendUnavailableError, match=r"12\.4\.10 is older than 12\.8.*pip install 'hybrid-mxfp8\[nvcc\]'"
     ):
