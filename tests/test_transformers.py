@@ -206,5 +206,15 @@ def test_import_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
-    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer"):
+    with pytest.raises(ImportError, match=r"needs transformers 5\.7 or newer"):
+        integration.register()
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.6.2", "4.57.6"])
+def test_older_transformers_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the interface, but their models take no name from it: better said here than by the model."""
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.7 or newer, .*got {version}"):
         integration.register()

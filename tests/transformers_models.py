@@ -20,7 +20,7 @@ WITHOUT_EXPERTS_DB = 6.0
 
 def require() -> None:
     """Skip without transformers 5."""
-    reason = "needs transformers 5.0 or newer: pip install 'transformers>=5'"
+    reason = "needs transformers 5.7 or newer: pip install 'transformers>=5.7'"
     pytest.importorskip("transformers.integrations.moe", reason=reason)
 
 

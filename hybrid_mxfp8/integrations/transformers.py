@@ -1,4 +1,4 @@
-"""transformers (5.0 or newer): mixture-of-experts models with MXFP8 experts, for inference.
+"""transformers (5.7 or newer): mixture-of-experts models with MXFP8 experts, for inference.
 
     from hybrid_mxfp8.integrations import transformers as mxfp8
 
@@ -44,16 +44,20 @@ def register() -> None:
     """Make ``experts_implementation="hybrid_mxfp8"`` known to transformers. Calling it again changes nothing.
 
     Raises:
-        ImportError: no transformers with an ExpertsInterface.
+        ImportError: no transformers with an ExpertsInterface whose models take a registered name, as they do from 5.7 on.
     """
     _interface().register(NAME, experts_forward)
 
 
 def _interface() -> Any:
     try:
+        from transformers import __version__
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
-        raise ImportError(f"needs transformers 5.0 or newer, with its ExpertsInterface: {error}") from error
+        raise ImportError(f"needs transformers 5.7 or newer, with its ExpertsInterface: {error}") from error
+    major, minor = map(int, __version__.split(".")[:2])
+    if (major, minor) < (5, 7):  # there the interface exists, and models refuse every name but transformers' own
+        raise ImportError(f"needs transformers 5.7 or newer, whose models take a registered name, got {__version__}")
     return ExpertsInterface
 
 
@@ -207,7 +211,7 @@ def quantize_model_(model: torch.nn.Module, *, progress: bool = True, backend: s
         The memory saved; ``print`` it for a sentence.
 
     Raises:
-        ImportError: no transformers with an ExpertsInterface.
+        ImportError: no transformers with an ExpertsInterface whose models take a registered name, as they do from 5.7 on.
         ValueError: no MoE layer, or one that can't be quantized; then nothing has been changed.
     """
     from tqdm import tqdm
