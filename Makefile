@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton sass sanitize fuzz lint clean
+.PHONY: help demo test test-triton test-oldest sass sanitize fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ TRITON ?= 3.6.0
 test-triton: ## all tests with another Triton on the CPU, in an environment of its own: TRITON=3.6.0
 	TRITON=$(TRITON) .ci/venv .venv-triton-$(TRITON)
 	.ci/test .venv-triton-$(TRITON)/bin
+
+test-oldest: ## all tests with the oldest versions that pyproject.toml allows, PyTorch aside
+	TRITON=3.6.0 CONSTRAINTS=.ci/oldest.txt .ci/venv .venv-oldest
+	.ci/test .venv-oldest/bin
 
 sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
 	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
@@ -43,7 +47,7 @@ lint: $(VENV)/.ready-lint ## ruff and mypy
 	.ci/typecheck $(BIN)
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Again when the package's metadata changes; the stamp keeps later runs from reinstalling.

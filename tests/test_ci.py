@@ -77,7 +77,7 @@ def test_a_gpus_own_pytorch_is_used(tmp_path: Path) -> None:
 def test_a_gpu_without_pytorch_gets_it(tmp_path: Path) -> None:
     venv, torch, *_ = make_environment(tmp_path, gpu=True, base_torch=False)
     assert venv == "venv .venv"
-    assert torch == "pip install -q torch>=2.8"
+    assert torch == "pip install -q torch>=2.10"
 
 
 @pytest.mark.parametrize("base_torch", [False, True])

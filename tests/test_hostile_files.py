@@ -444,11 +444,13 @@ def test_a_folder_that_is_read_only(tally: Tally) -> None:
 
 @pytest.mark.parametrize("name", ["__metadata__", "lone \ud800 surrogate"])
 def test_names_that_the_format_cannot_hold(name: str, tmp_path: Path, tally: Tally) -> None:
-    w = mx.quantize_weights(torch.ones(1, 8, 32), backend="reference")
     with pytest.raises(ValueError, match="can't hold a tensor of the name"):
+        SafetensorsWriter(tmp_path / "m.safetensors", [Entry(name, "U8", (4,))], {})
+    w = mx.quantize_weights(torch.ones(1, 8, 32), backend="reference")
+    with pytest.raises(ValueError, match="tensor"):
         checkpoint.save_experts(tmp_path / "m.safetensors", {name: w})
     assert list(tmp_path.iterdir()) == []
-    tally("file faults")
+    tally("file faults", 2)
 
 
 def test_a_header_that_the_library_would_not_read(
@@ -483,6 +485,7 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
 
     def run() -> int:
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         end_by(number, pytest.MonkeyPatch(), call)
         return quantize(source, target, "--experts", "*.experts.*", *(["--force"] if force else []))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audit import AUDIT
 from cutlass_workshop import Workshop, open_workshop
 from tally import Tally
 
@@ -112,34 +114,6 @@ def test_the_search_finds(line: str) -> None:
 
 
 # ---------------------------------------------------------------- what happens
-
-AUDIT = """
-import json, os, sys
-SEEN = []
-MEANS_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = {"os." + name for name in "mkdir rename remove rmdir link symlink truncate chmod chown utime mkfifo".split()}
-STARTS = {"os." + name for name in "system exec posix_spawn spawn fork forkpty startfile".split()} | {"subprocess.Popen"}
-OTHERS = {"socket", "urllib", "http", "ftplib", "smtplib", "imaplib", "poplib", "nntplib", "telnetlib", "webbrowser", "pickle", "ctypes"}
-
-def audit(event, args):
-    if event == "open":
-        path, mode, flags = args
-        if isinstance(path, int):
-            return
-        if (isinstance(flags, int) and flags & MEANS_WRITING) or (isinstance(mode, str) and set(mode) & set("wax+")):
-            SEEN.append((event, os.path.abspath(os.fsdecode(path))))
-    elif event in CHANGES:  # (path, ..., descriptor of the folder it is relative to, or -1)
-        folder = os.readlink(f"/proc/self/fd/{args[-1]}") if isinstance(args[-1], int) and args[-1] >= 0 else os.getcwd()
-        paths = [path for path in args[:2] if isinstance(path, (str, bytes, os.PathLike))]
-        SEEN.extend((event, os.path.normpath(os.path.join(folder, os.fsdecode(path)))) for path in paths)
-    elif event in STARTS:
-        SEEN.append((event, str(args[1] if event == "subprocess.Popen" else args[0])))
-    elif event.partition(".")[0] in OTHERS:
-        SEEN.append((event, repr(args)))
-
-def report():
-    print("\\n" + json.dumps(SEEN))
-"""
 
 # The dependencies' own imports are theirs; all from here on is this package's.
 IMPORTS = "import torch, numpy, safetensors.torch, tqdm, triton, filelock, tvm_ffi\n"
@@ -293,3 +267,24 @@ def test_a_build_writes_to_the_cache_alone(workshop: Workshop, places: Path, tal
     assert outside == []
     assert below(places) == {"home", "tmp", "work", "work/named"}
     tally("cache faults")
+
+
+# ---------------------------------------------------------------- versions
+
+
+def test_bounds_are_what_was_tested() -> None:
+    """pyproject's lower bounds, the versions of `make test-oldest` and the page's first column say the same."""
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][2:]
+    oldest = {row[0]: row[1] for row in rows}
+    required = re.findall(
+        r'^ *(?:transformers = \[)?"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    bounds = {name: bound for name, bound in required if name in oldest}
+    assert bounds.keys() == oldest.keys()
+    for name, bound in bounds.items():
+        assert f"{oldest[name]}.".startswith(f"{bound}."), name
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
+    for name in pins.keys() & oldest.keys():
+        assert pins[name] == oldest[name]
+    assert oldest.keys() - pins.keys() == {"torch", "triton"}

@@ -1,0 +1,54 @@
+"""On a GPU, too, the main job opens no socket, loads no pickle, and writes nowhere but in the caches of Triton and the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from audit import AUDIT
+
+JOB = """
+import torch, triton
+torch.cuda.init()
+torch.ones(1, device="cuda").item()
+sys.addaudithook(audit)
+import hybrid_mxfp8 as mx
+
+x = torch.ones(12, 128, device="cuda", dtype=torch.bfloat16)
+w = torch.ones(3, 128, 128, device="cuda", dtype=torch.bfloat16)
+groups = mx.GroupLayout.from_counts(torch.tensor([5, 0, 7], dtype=torch.int32, device="cuda"), 12)
+for backend in ("reference", "triton"):
+    xq, wq = mx.quantize_grouped(x, groups, backend=backend), mx.quantize_weights(w, backend=backend)
+    assert mx.grouped_gemm(xq, wq, backend=backend).eq(128).all()
+torch.cuda.synchronize()
+report()
+"""
+
+
+def test_the_main_job_writes_to_caches_alone(tmp_path: Path) -> None:
+    """Compiles anew: Triton's cache is an empty folder of this test's."""
+    for name in ("home", "tmp", "triton", "work"):
+        (tmp_path / name).mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HYBRID_", "TRITON_"))}
+    environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", AUDIT + JOB],
+        cwd=tmp_path / "work",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    events = [(event, what) for event, what in json.loads(done.stdout.splitlines()[-1])]
+    assert not [event for event, _ in events if event.partition(".")[0] in ("socket", "urllib", "http", "pickle")]
+    for event, what in events:
+        if event == "open" or event.startswith("os."):
+            allowed = (tmp_path / "triton", tmp_path / "tmp", Path("/dev"))
+            assert any(Path(what).is_relative_to(folder) for folder in allowed), (event, what)
+    assert list((tmp_path / "work").iterdir()) == []
+    assert not (tmp_path / "home" / ".cache").exists()
