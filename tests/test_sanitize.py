@@ -60,14 +60,52 @@ TEMPLATE = """========= COMPUTE-SANITIZER
 """
 
 
+def dispatch(kernel: str, *, also: int | None = None) -> str:
+    """A report of Triton's own code in a kernel, and of one more line if wanted."""
+    (file,) = {name for name, _ in sanitize.dispatch_lines()[kernel]}
+    first, *_, last = sorted(line for _, line in sanitize.dispatch_lines()[kernel])
+    more = "" if also is None else f"=========     and Write access at {kernel}+0x99 in {file}:{also} [1 hazards]\n"
+    return f"""..========= Error: Race reported between Read access at {kernel}+0x150 in {file}:{first}
+=========     and Write access at {kernel}+0x1140 in {file}:{first} [66 hazards]
+=========     and Write access at {kernel}+0x2a50 in {file}:{last} [41 hazards]
+{more}=========
+"""
+
+
+CONTROL_KERNEL = "warp_specialize_control_kernel"
+
+
+@pytest.mark.parametrize("kernel", ["hopper_gemm_kernel", CONTROL_KERNEL])
+def test_what_triton_does_to_hand_out_warps_is_counted_apart(kernel: str) -> None:
+    tail = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    found = sanitize.parse(dispatch(kernel) + dispatch(kernel) + tail)
+    assert (found.reported, dict(found.dispatch)) == (2, {kernel: 2})
+    found = sanitize.parse(dispatch(kernel) + dispatch(kernel, also=1) + tail)
+    assert (found.reported, dict(found.dispatch)) == (2, {kernel: 1})
+    assert not sanitize.parse(RACE).dispatch
+    assert not sanitize.parse(dispatch(kernel).replace(f"{kernel}+", "quantize_kernel+")).dispatch
+
+
+def test_without_the_control_it_counts() -> None:
+    job = Job("racecheck", "tests/gpu/a.py", ("t",))
+    tail = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    record = {"passed": 1, "skipped": 0, "failed": 0, "kernels": []}
+    result = sanitize.judge(job, dispatch("hopper_gemm_kernel") + tail, ERROR_EXIT, record, 1.0)
+    control = sanitize.judge(job, dispatch(CONTROL_KERNEL) + tail, ERROR_EXIT, record, 1.0)
+    assert result.clean
+    assert [r.errors for r in sanitize.without_control([result, control])] == [0, 0]
+    (alone,) = sanitize.without_control([result])
+    assert (alone.errors, alone.clean, alone.dispatch) == (1, False, {})
+
+
 def test_nothing_found() -> None:
     found = sanitize.parse(CLEAN)
-    assert (found.errors, found.finished, found.kinds, found.warnings) == (0, True, {}, {})
+    assert (found.reported, found.finished, found.kinds, found.warnings) == (0, True, {}, {})
 
 
 def test_errors_their_kinds_and_their_kernels() -> None:
     found = sanitize.parse(INVALID)
-    assert found.errors == 3
+    assert found.reported == 3
     assert found.kernels == {"quantize_kernel": 2}
     assert found.kinds == {
         "Invalid __global__ write": 1,
@@ -78,7 +116,7 @@ def test_errors_their_kinds_and_their_kernels() -> None:
 
 def test_hazards() -> None:
     found = sanitize.parse(RACE)
-    assert (found.errors, found.finished) == (1, True)
+    assert (found.reported, found.finished) == (1, True)
     assert found.kinds == {"Race reported": 1}
     assert found.kernels == {"hopper_gemm_kernel": 2}
     assert sanitize.parse("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)").finished
@@ -86,7 +124,7 @@ def test_hazards() -> None:
 
 def test_kernels_of_libraries_and_warnings() -> None:
     found = sanitize.parse(TEMPLATE)
-    assert found.errors == 1
+    assert found.reported == 1
     assert list(found.kernels) == ["void at::native::vectorized_elementwise_kernel<"]
     assert found.warnings == {"some kernel could not be checked": 1}
 
@@ -96,7 +134,7 @@ def test_a_tool_that_did_not_finish() -> None:
         "========= COMPUTE-SANITIZER\n========= Internal Sanitizer Error: oh\nERROR SUMMARY: 0 errors\n"
     )
     assert not found.finished
-    assert found.errors == 1
+    assert found.reported == 1
 
 
 RECORD = {"passed": 2, "skipped": 0, "failed": 0, "kernels": ["a"]}

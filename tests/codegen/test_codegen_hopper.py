@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from compiling import SHARED_LIMIT, Compiled, CompileFor
 from triton.backends.nvidia.compiler import get_ptxas
 
@@ -176,3 +178,42 @@ def test_expansion_searches_experts_in_one_dimension(
     summed = re.findall(r"\}\) : \(tensor<([^,]*),", intermediate)
     assert summed
     assert all(shape.count("x") == 1 for shape in summed), summed
+
+
+def straight(code: list[str]) -> list[str]:
+    """The instructions up to a barrier or a branch."""
+    return list(itertools.takewhile(lambda line: not re.search(r"BAR\.|BRA|BRX|EXIT|CALL", line), code))
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_partitions_are_handed_out_behind_barriers(
+    compile_product: Callable[..., Compiled], average: int, tmp_path: Path
+) -> None:
+    """Triton's code for it: a byte in shared memory says which partition a warp is to run. Racecheck calls that a race.
+
+    Each write is followed by barrier 1 of all warps, and the read comes after one; between two writes is another
+    such barrier, which the others reach when they have read.
+    """
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compile_product(select_hopper_config(average * E, E)).kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.nvdisasm.path
+    text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+((?:@!?U?P\d+ )?\S.*?) ;", text)
+    barrier = [i for i, line in enumerate(code) if re.fullmatch(r"BAR\.SYNC\.DEFER_BLOCKING 0x1", line)]
+    ((read, base),) = [
+        (i, int(m[1], 16)) for i, line in enumerate(code) if (m := re.match(r"LDS\.U8 .*\+(0x\w+)\]", line))
+    ]
+    states = range(base + 8, base + 12)  # warps 8 to 11 have theirs at the read's address plus their number
+    writes = [
+        i
+        for i, line in enumerate(code)
+        if (m := re.match(r"(?:@\S+ )?STS\S* \[\w+\+(0x\w+)\]", line)) and int(m[1], 16) in states
+    ]
+    assert read - 1 - len(straight(code[read - 1 :: -1])) in barrier
+    assert len(writes) == 2
+    first, last = writes
+    for write in writes:
+        assert write + 1 + len(straight(code[write + 1 :])) in barrier
+    # The one right after the first write lets the others read, the next lets them start, the third says they are done.
+    assert len([i for i in barrier if first < i < last]) == 3
+    assert any("EXIT" in line for line in code[last : last + 4])
