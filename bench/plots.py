@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,5 +109,6 @@ def _picture(shapes: Mapping[str, Series], kind: str, column: str, label: str, m
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(f"{kind}: {machine}", fontsize=8)
+    # About 15 characters an inch.
+    figure.suptitle(textwrap.fill(f"{kind}: {machine}", int(15 * figure.get_figwidth())), fontsize=8)
     figure.savefig(path, dpi=130)

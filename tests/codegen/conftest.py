@@ -10,6 +10,7 @@ import triton
 from compiling import ARCHS, CapturingLauncher, Compiled, CompileFor, StubDriver
 
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.triton_kernels import launch
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
         compiled: list[Compiled] = []
         with monkeypatch.context() as patch:
             patch.setattr(triton.runtime.driver, "_active", StubDriver(arch))
+            patch.setattr(launch, "_loaded", {})  # nothing that is loaded comes of this
             patch.setattr(module, name, CapturingLauncher(getattr(module, name), arch, compiled))
             call()
         assert len(compiled) == 1, f"{len(compiled)} launches"
