@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.backends import _settled
+from hybrid_mxfp8.backends import AUTO, _settled, requested
 
 pytest_plugins = ["tally"]
 
@@ -32,6 +32,7 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKEND", "CONFIG", "PDL", "HOPPER_GEMM"):
         monkeypatch.delenv(f"HYBRID_MXFP8_{name}", raising=False)
     _settled.cache_clear()  # tests pretend to have other devices and backends
+    assert requested(None) == AUTO, "an earlier test left a backend asked for"
 
 
 @pytest.fixture
