@@ -35,8 +35,12 @@ BOUNDED = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-FINDING = settings(BOUNDED, phases=[Phase.generate])
+CLEAN = settings(BOUNDED, phases=[Phase.generate])
 """Without the search for a shorter sequence."""
+
+FINDING = settings(CLEAN, max_examples=60)
+"""Mostly found in one or two of them, but Hypothesis also draws on the constants of modules imported so far, so that what it
+draws, derandomized or not, depends on the tests before."""
 
 
 def test_random_calls(interpreter: None, tally: Callable[..., None]) -> None:
@@ -139,7 +143,7 @@ def test_a_seeded_fault_is_found(name: str, reference_alone: None, monkeypatch: 
 
 
 def test_without_one_nothing_is_found(reference_alone: None) -> None:
-    run_state_machine_as_test(Machine, settings=FINDING)
+    run_state_machine_as_test(Machine, settings=CLEAN)
 
 
 # ---------------------------------------------------------------- the long run's own workings

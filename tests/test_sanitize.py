@@ -373,7 +373,7 @@ def test_outcomes_are_written_down(tmp_path: Path) -> None:
         "@pytest.fixture\ndef broken(): raise ValueError\ndef test_error(broken): pass\n"
     )
     argv = [sys.executable, "-m", "pytest", "-p", "launched", "--launched", "record.json", "-q", "test_a.py"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": ""}
     subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False)
     assert json.loads((tmp_path / "record.json").read_text()) == {"passed": 1, "skipped": 1, "failed": 2, "kernels": []}
 
