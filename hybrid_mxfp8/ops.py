@@ -326,7 +326,7 @@ def _product_key(x: Any, w: Any, out_dtype: Any) -> tuple[Hashable, ...] | None:
         return None
     groups, xv, wv = x.groups, x.values, w.values
     tokens = groups.tokens_per_expert.shape
-    return type(xv), xv.shape, xv.device, wv.shape, wv.device, groups.num_tokens, tokens, out_dtype
+    return type(xv), type(wv), xv.shape, xv.device, wv.shape, wv.device, groups.num_tokens, tokens, out_dtype
 
 
 def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, backend: str | None) -> torch.Tensor:
