@@ -11,6 +11,7 @@ whose kernel needs another before it (the cutlass backend, the Hopper kernel).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from hybrid_mxfp8.checks import (
     fail,
     traced,
 )
-from hybrid_mxfp8.moe_workspace import Backends, Buffers, MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
+from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.tensors import ExpertWeights
 
@@ -215,41 +216,23 @@ def _run(
     shape: MoEShape,
     out: torch.Tensor,
 ) -> None:
-    """Past the public functions' checks: arguments are checked, M and top_k at least 1. Find buffers, and launch."""
+    """Launch everything, past the public functions' checks: arguments are checked, M and top_k at least 1."""
     num_tokens = x.shape[0]
     backends = choose_backends(shape, num_tokens, backend)
-    arguments = (x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias, shape.experts, out)
-    if workspace is None:
-        _launch(*arguments, backends, allocate(shape, num_tokens, backends))
-    else:
-        with workspace.in_use():
-            _launch(*arguments, backends, workspace.buffers(shape, num_tokens, backends))
-
-
-def _launch(
-    x: torch.Tensor,
-    w13q: ExpertWeights,
-    w2q: ExpertWeights,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    num_experts: int,
-    out: torch.Tensor,
-    backends: Backends,
-    b: Buffers,
-) -> None:
     quantizer, up, down = backends
     steps = _steps(quantizer.name == TRITON)
-    xq, hq = b.xq, b.hq
-    steps.route(topk_ids, num_experts, b.row_token, b.slot_row, b.layout, b.scratch)
-    quantizer.quantize_grouped(x, b.groups, xq.values, xq.scales, "rceil", b.row_token, False)
-    up.grouped_gemm(xq, w13q, b.h, b.gemm)
-    if w13_bias is not None:
-        steps.add_expert_bias(b.h, b.slot_row, topk_ids, w13_bias)
-    quantizer.quantize_grouped(b.h, b.groups, hq.values, hq.scales, "rceil", None, True)
-    down.grouped_gemm(hq, w2q, b.y, b.gemm)
-    steps.combine(b.y, b.slot_row, topk_ids, topk_weights, w2_bias, out)
+    with contextlib.nullcontext() if workspace is None else workspace.in_use():
+        make = allocate if workspace is None else workspace.buffers
+        b = make(shape, num_tokens, backends)
+        xq, hq = b.xq, b.hq
+        steps.route(topk_ids, shape.experts, b.row_token, b.slot_row, b.layout, b.scratch)
+        quantizer.quantize_grouped(x, b.groups, xq.values, xq.scales, "rceil", b.row_token, False)
+        up.grouped_gemm(xq, w13q, b.h, b.gemm)
+        if w13_bias is not None:
+            steps.add_expert_bias(b.h, b.slot_row, topk_ids, w13_bias)
+        quantizer.quantize_grouped(b.h, b.groups, hq.values, hq.scales, "rceil", None, True)
+        down.grouped_gemm(hq, w2q, b.y, b.gemm)
+        steps.combine(b.y, b.slot_row, topk_ids, topk_weights, w2_bias, out)
 
 
 class MXFP8Experts(torch.nn.Module):

@@ -73,8 +73,7 @@ def quantize_grouped(
         ValueError: wrong shape, stride, device or option.
         BackendUnavailableError: the named backend can't run here.
     """
-    key = _quantize_key(x, groups, scale_rounding, row_index, activation)
-    rows = None if key is None else _rows_seen.get(key)
+    key, rows = _quantized_before(x, groups, scale_rounding, row_index, activation)
     if rows is None:
         rows = _check_rows(x, groups, scale_rounding, row_index, activation)
         if traced(x):
@@ -106,11 +105,15 @@ class _Rows:
 _rows_seen: Seen[_Rows] = Seen(4096)
 
 
-def _quantize_key(x: Any, groups: Any, scale_rounding: Any, row_index: Any, activation: Any) -> tuple[Any, ...] | None:
-    """All that :func:`_check_rows` looks at; None where that can't be a key, or must be seen by torch.compile."""
+def _quantized_before(
+    x: Any, groups: Any, scale_rounding: Any, row_index: Any, activation: Any
+) -> tuple[Hashable, _Rows | None]:
+    """All that :func:`_check_rows` looks at, and what it found for that.
+
+    None for what can't be a key, and where torch.compile must see the checks.
+    """
     if torch.compiler.is_compiling():
-        return None
-    key: tuple[Any, ...]
+        return None, None
     try:
         layout: tuple[Hashable, ...]
         if type(groups) is GroupLayout:
@@ -123,10 +126,9 @@ def _quantize_key(x: Any, groups: Any, scale_rounding: Any, row_index: Any, acti
             *(layout, scale_rounding, activation),
             None if row_index is None else (row_index.dtype, row_index.shape, row_index.stride(), row_index.device),
         )
-        hash(key)
+        return key, _rows_seen.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors, or none with strides, or no strings
-        return None
-    return key
+        return None, None
 
 
 def _check_rows(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import torch
 from launched import kernels_in_source
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import moe
+from hybrid_mxfp8.backends import BACKENDS
 
 THREADS, ROUNDS = 3, 2
 
@@ -186,14 +187,14 @@ def test_a_workspace_in_use_is_refused_to_another_thread(monkeypatch: pytest.Mon
     call = (layer.x, w13q, w2q, layer.ids, layer.weights)
     expected = mx.moe_forward(*call, backend="reference")
     inside, go_on = threading.Event(), threading.Event()
-    launch = moe._launch
+    quantize = BACKENDS["reference"].quantize_grouped
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> Any:
         inside.set()
         assert go_on.wait(60)
-        launch(*arguments)
+        return quantize(*arguments)
 
-    monkeypatch.setattr(moe, "_launch", slow)
+    monkeypatch.setitem(BACKENDS, "reference", dataclasses.replace(BACKENDS["reference"], quantize_grouped=slow))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(mx.moe_forward, *call, workspace=workspace, backend="reference")
         assert inside.wait(60)

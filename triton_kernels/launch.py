@@ -84,7 +84,7 @@ def launch(
     """Launch ``kernel`` on a grid of ``programs``, through Triton's dispatch the first time only.
 
     Triton's dispatch of a call costs 8 to 11 us of host time, most of it spent on finding out again how the kernel is
-    specialized; handing its launcher what it compiled costs less than 2.
+    specialized; its launcher takes what was compiled as it is.
 
     Args:
         kernel: a jitted function whose constexpr parameters come last.

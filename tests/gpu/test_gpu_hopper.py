@@ -9,6 +9,7 @@ import pytest
 import tolerances
 import torch
 import truth
+from edges import to_device
 from test_grouped_gemm import operands, plain_operands
 
 import hybrid_mxfp8 as mx
@@ -39,17 +40,7 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
 
 
 def moved(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights, device: torch.device) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
-    groups = xq.groups
-    there = mx.GroupLayout(
-        groups.tokens_per_expert.to(device),
-        groups.expert_offsets.to(device),
-        groups.scale_offsets.to(device),
-        groups.num_tokens,
-    )
-    return (
-        mx.GroupedMXFP8(xq.values.to(device), xq.scales.to(device), there),
-        mx.ExpertWeights(wq.values.to(device), wq.scales.to(device)),
-    )
+    return to_device(xq, str(device)), mx.ExpertWeights(wq.values.to(device), wq.scales.to(device))
 
 
 def check(
