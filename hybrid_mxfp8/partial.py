@@ -55,14 +55,18 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Whether a process of this number runs on this machine; one that ended and was not waited for does not."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # gone meanwhile, or a system without /proc: then as it looked
+        return True
+    return state != "Z"
 
 
 def _prefix(target: Path) -> str:

@@ -17,6 +17,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from tally import Tally
 from hybrid_mxfp8 import doctor, env
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm, jit, trust
 from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.partial import alive
 
 STRANGER = 12345
 """A user who is neither this one nor root."""
@@ -281,6 +283,19 @@ def test_eight_processes_where_locks_do_nothing(
     assert len(workshop.modules()) == 1
     assert workshop.leftovers() == []
     tally("cache faults", 8)
+
+
+def test_a_process_that_was_not_waited_for_is_not_alive() -> None:
+    """So a killed build's folder goes at once, though its parent has not looked yet."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read()
+    end = time.monotonic() + 60
+    while alive(process.pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not alive(process.pid)
+    assert alive(os.getpid())
+    process.wait()
 
 
 def test_the_one_that_compiles_dies(workshop: Workshop, tally: Tally) -> None:
