@@ -35,12 +35,15 @@ def operand_order(k: int) -> list[int]:
     return order
 
 
-def expand(xq: mx.GroupedMXFP8, block_t: int) -> tuple[torch.Tensor, list[list[int]]]:
-    """Into poison: (T, roundup(K, 64)) bf16, and the tiles listed."""
+def expand(xq: mx.GroupedMXFP8, block_t: int, rows: int | None = None) -> tuple[torch.Tensor, list[list[int]]]:
+    """Into poison: (T, roundup(K, 64)) bf16, of which the first ``rows`` or all are wanted, and the tiles listed."""
     layout = WorkspaceLayout.of(xq.groups.num_tokens, xq.groups.num_experts, xq.k, HopperGemmConfig(block_t, 64, 2, 1))
     workspace = torch.full((layout.size,), cases.POISON, dtype=torch.uint8)
-    expand_tokens(xq.values, xq.scales, xq.groups, workspace, layout, block_t)
+    wanted = layout.num_tokens if rows is None else rows
+    expand_tokens(xq.values, xq.scales, xq.groups, workspace, layout, block_t, wanted)
     listed = layout.tiles(workspace).tolist()
+    assert listed[0][1] == 0, "slices taken"
+    assert all(row[3] == 0 for row in listed[1 : 1 + listed[0][0]]), "slices done"
     return layout.expanded(workspace), [row[:3] for row in listed[1 : 1 + listed[0][0]]]
 
 
@@ -74,6 +77,20 @@ def test_ragged(name: str, block_t: int, rng: torch.Generator) -> None:
 @pytest.mark.parametrize("k", [32, 64, 96, 128, 1056])
 def test_columns_beyond_k_are_zero(k: int, rng: torch.Generator) -> None:
     check([3, 0, 2, 4], 9, k, 16, rng)
+
+
+@pytest.mark.parametrize("rows", [0, 16, 64])
+def test_only_the_first_rows(rows: int, rng: torch.Generator) -> None:
+    """The product expands the others itself, and needs the whole list."""
+    counts, k = [30, 0, 41, 50], 96
+    groups = cases.layout(counts)
+    xq = mx.quantize_grouped(cases.random_rows(121, k, torch.bfloat16, rng), groups, backend="reference")
+    all_rows, all_tiles = expand(xq, 16)
+    expanded, tiles = expand(xq, 16, rows)
+    assert tiles == all_tiles
+    assert torch.equal(expanded[:rows], all_rows[:rows])
+    # The interpreter's programs are of 64 rows.
+    assert bool((truth.as_bytes(expanded[-(-rows // 64) * 64 :]) == cases.POISON).all())
 
 
 @settings(max_examples=10)

@@ -17,6 +17,7 @@ from hybrid_mxfp8.triton_kernels.hopper_config import (
     WorkspaceLayout,
     hopper_takes,
     select_hopper_config,
+    tiles_at_once,
 )
 
 AVERAGES = (0.1, 1, 16, 17, 32, 33, 64, 65, 128, 129, 4096)
@@ -71,6 +72,13 @@ def test_the_workspace_is_cut_without_overlap(t: int, e: int, k: int) -> None:
     assert expanded.shape == (t, ceil_div(k, 64) * 64)
     assert (expanded.data_ptr() - workspace.data_ptr()) % 256 == 0
     assert expanded.data_ptr() + expanded.nbytes == workspace.data_ptr() + layout.size
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 5))
+def test_what_the_first_programs_start_with(programs: int, row_tiles: int, group_t: int) -> None:
+    """Token tile of each program's first tile, as the kernel deals them out: the first of groups, in turns within one."""
+    first = {p // (group_t * row_tiles) * group_t + p % (group_t * row_tiles) % group_t for p in range(programs)}
+    assert first == set(range(tiles_at_once(programs, row_tiles, group_t)))
 
 
 def test_what_32_bits_do_not_reach_is_left_to_the_other_kernel() -> None:

@@ -48,6 +48,7 @@ def _list_tiles(
     end = tl.sum(tl.where(e == expert, ends, 0), 0)
     if expert == 0:
         tl.store(tiles_ptr, tl.minimum(tl.sum(counts, 0), max_tiles).to(tl.int32))
+        tl.store(tiles_ptr + 1, 0)
     for done in range(0, loop_bound(tl.minimum(count, max_tiles).to(tl.int32)), BATCH):
         i = done + tl.arange(0, BATCH)
         entry = tiles_ptr + (1 + first + i) * 4
@@ -55,6 +56,7 @@ def _list_tiles(
         tl.store(entry, tl.zeros_like(i) + expert, mask=wanted)
         tl.store(entry + 1, start + i * BLOCK_T, mask=wanted)
         tl.store(entry + 2, tl.zeros_like(i) + end, mask=wanted)
+        tl.store(entry + 3, tl.zeros_like(i), mask=wanted)
 
 
 # What changes with every batch is not specialized on, so that a new number of tokens compiles no new kernel.
@@ -182,9 +184,9 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(num_tokens: int, num_experts: int, k: int, layout: WorkspaceLayout, block_t: int) -> _Plan:
-    config = select_expand_config(num_tokens, k, INTERPRETED)
-    row_programs = ceil_div(num_tokens, config.block_rows)
+def _plan(rows: int, num_experts: int, k: int, layout: WorkspaceLayout, block_t: int) -> _Plan:
+    config = select_expand_config(rows, k, INTERPRETED)
+    row_programs = ceil_div(rows, config.block_rows)
     experts = next_power_of_2(num_experts)
     return _Plan(
         (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols),
@@ -203,6 +205,7 @@ def expand_tokens(
     workspace: torch.Tensor,
     layout: WorkspaceLayout,
     block_t: int,
+    rows: int,
 ) -> None:
     """Write both parts of ``workspace``; the device of ``values`` is current.
 
@@ -213,10 +216,11 @@ def expand_tokens(
         workspace: ``layout.size`` bytes, 256-byte aligned.
         layout: where the list of tiles and the expanded tokens go.
         block_t: rows of a token tile; a tile belongs to one expert.
+        rows: how many of the first rows are expanded.
     """
     num_tokens, k = values.shape
     num_experts = groups.num_experts
-    plan = _plan(num_tokens, num_experts, k, layout, block_t)
+    plan = _plan(rows, num_experts, k, layout, block_t)
     arguments = (
         raw(values),
         scales,

@@ -33,8 +33,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hybrid_mxfp8.formats import SCALE_TILE_BYTES, ceil_div
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.expand_tokens import expand_tokens
-from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout
-from hybrid_mxfp8.triton_kernels.launch import launch
+from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
+from hybrid_mxfp8.triton_kernels.launch import aligned, launch
+
+SLICE = gl.constexpr(4)
+"""Rows that a warp expands at a time."""
 
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before 3.7
 
@@ -93,20 +96,40 @@ def _store_layout(tokens):
     )
 
 
+@gluon.constexpr_function
+def _token_blocks_layout():
+    """(32, 32): 1024 columns of a token as 32 blocks, by one warp. A lane holds 4 neighbours of each 16 columns, which
+    lie side by side in the order that ``expand_tokens`` writes."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 16], [1, 0], [16, 0]],
+        lane_bases=[[0, 4], [0, 8], [2, 0], [4, 0], [8, 0]],
+        warp_bases=[],
+        block_bases=[],
+        shape=[32, 32],
+    )
+
+
+@gluon.constexpr_function
+def _expanded_layout():
+    """(1024,): the same elements where they are written, 16 side by side a lane."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], [8], [512]],
+        lane_bases=[[16], [32], [64], [128], [256]],
+        warp_bases=[],
+        block_bases=[],
+        shape=[1024],
+    )
+
+
 # ---------------------------------------------------------------- device functions
 
 
 @gluon.jit
-def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
-    """(128, 64) e4m3 bytes times their scales, bytes 2 HALF and 2 HALF + 1 of ``words`` (128,), as wgmma's A."""
-    blocks_layout: gl.constexpr = _blocks_layout()
-    blocks = gl.convert_layout(codes.reshape([128, 2, 32]), blocks_layout, assert_trivial=True)
-    words = gl.convert_layout(words, gl.SliceLayout(1, gl.SliceLayout(2, blocks_layout)), assert_trivial=True)
-    shift = 8 * (2 * HALF + gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks_layout))))
-    b = (words[:, None] >> shift[None, :]) & 0xFF
-    # 2**(b - 127) as bf16, twice in a word: b << 7, but 0x40, a subnormal, for 0 and NaN for 255.
+def _times_scale(codes, b):
+    """e4m3 bytes times 2**(b - 127), as bf16; b int32 of the same shape, or one that broadcasts to it, along the last axis."""
+    # The factor as bf16, twice in a word: b << 7, but 0x40, a subnormal, for 0 and NaN for 255.
     bits = gl.where(b == 255, 0x7FC0, gl.maximum(b << 7, 0x40))
-    elements = gl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         """{
         .reg .b16 lo, hi;
         .reg .b32 p, q;
@@ -127,11 +150,22 @@ def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
         mul.rn.bf16x2 $1, q, $3;
         }""",
         "=r,=r,r,r,r,r,r",  # 4 bytes of codes; their factor comes 4 times, always the same
-        [blocks, (bits | (bits << 16))[:, :, None]],
+        [codes, bits | (bits << 16)],
         dtype=gl.bfloat16,
         is_pure=True,
         pack=4,
     )
+
+
+@gluon.jit
+def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
+    """(128, 64) e4m3 bytes times their scales, bytes 2 HALF and 2 HALF + 1 of ``words`` (128,), as wgmma's A."""
+    blocks_layout: gl.constexpr = _blocks_layout()
+    blocks = gl.convert_layout(codes.reshape([128, 2, 32]), blocks_layout, assert_trivial=True)
+    words = gl.convert_layout(words, gl.SliceLayout(1, gl.SliceLayout(2, blocks_layout)), assert_trivial=True)
+    shift = 8 * (2 * HALF + gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks_layout))))
+    b = (words[:, None] >> shift[None, :]) & 0xFF
+    elements = _times_scale(blocks, b[:, :, None])
     fragment = elements.reshape([2, 4, 8, 2, 4, 4, 2, 2]).permute(0, 1, 3, 2, 5, 6, 4, 7).reshape([128, 64])
     return gl.convert_layout(fragment, A_LAYOUT, assert_trivial=True)
 
@@ -158,9 +192,106 @@ def _place(tile, num_n_tiles, GROUP_T: gl.constexpr):
 
 
 @gluon.jit
+def _lanes():
+    """(32,), one a lane."""
+    return gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+
+
+@gluon.jit
+def _take_slice(counter_ptr):
+    """The number of the next slice of rows that no warp of the grid has taken, to every lane."""
+    lane = _lanes()
+    taken = gl.atomic_add(counter_ptr + lane * 0, lane * 0 + 1, mask=lane == 0, sem="relaxed", scope="gpu")
+    return gl.sum(gl.where(lane == 0, taken, 0), 0)
+
+
+@gluon.jit
+def _report_slice(done_ptr):
+    """Count a slice as written, after every lane's writes, for TMA units on other multiprocessors to read."""
+    lane = _lanes()
+    one = gl.inline_asm_elementwise(
+        "fence.proxy.async; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+        "=r,r,~{memory}",
+        [lane * 0 + 1],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gl.atomic_add(done_ptr + lane * 0, one, mask=lane == 0, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _wait_for_slices(done_ptr, wanted):
+    """Until that many slices of a tile are written; then this warp's TMA loads see them."""
+    address = done_ptr.to(gl.int64, bitcast=True) + _lanes().to(gl.int64) * 0
+    done = 0
+    while done < wanted:
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async;",
+            "=r,l,~{memory}",
+            [address],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        done = gl.min(seen, 0)
+
+
+@gluon.jit
+def _expand(
+    values_ptr, scales_ptr, expanded_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr, num_scale_rows, K, first_tile,
+    BLOCK_T: gl.constexpr,
+):  # fmt: skip
+    """One warp: tokens to bf16, as ``expand_tokens`` writes them, a slice of a tile after the other, until none is left.
+
+    It waits for nobody, and takes only what it then does, so that those who wait for it do get what they wait for,
+    however many programs of the grid are running.
+    """
+    num_t_tiles = gl.load(tiles_ptr)
+    K = K // 32 * 32  # K % 32 == 0, said so that the compiler reads words
+    padded_k = (K + 63) // 64 * 64
+    row_tiles = (K + 127) // 128
+    codes_ptr = values_ptr.to(gl.pointer_type(gl.uint8), bitcast=True)
+    blocks_layout: gl.constexpr = _token_blocks_layout()
+    out_layout: gl.constexpr = _expanded_layout()
+    block = gl.arange(0, 32, layout=gl.SliceLayout(1, blocks_layout))
+    within = gl.arange(0, 32, layout=gl.SliceLayout(0, blocks_layout))
+    place = gl.arange(0, 1024, layout=out_layout)
+
+    taken = _take_slice(tiles_ptr + 1)
+    while taken < (num_t_tiles - first_tile) * (BLOCK_T // SLICE):
+        tile = first_tile + taken // (BLOCK_T // SLICE)
+        entry = tiles_ptr + 4 + tile * 4
+        expert = gl.load(entry)
+        row = gl.load(entry + 1) + taken % (BLOCK_T // SLICE) * SLICE
+        end = gl.minimum(gl.load(entry + 2), row + SLICE)
+        first_scale_row = gl.load(scale_offsets_ptr + expert).to(gl.int64) - gl.load(expert_offsets_ptr + expert)
+        while row < end:
+            scale_row = first_scale_row + row
+            owned = (scale_row >= 0) & (scale_row < num_scale_rows)
+            row_scales = scales_ptr + (
+                scale_row // 128 * row_tiles * 512 + scale_row % 32 * 16 + scale_row % 128 // 32 * 4
+            )
+            codes_row = codes_ptr + row.to(gl.int64) * K
+            expanded_row = expanded_ptr + row.to(gl.int64) * padded_k
+            for k in range(0, padded_k, 1024):
+                b = block + k // 32
+                col = (b * 32)[:, None] + within[None, :]
+                codes = gl.load(codes_row + col, mask=col < K, other=0)
+                scales = gl.load(row_scales + (b // 4 * 512 + b % 4), mask=(b < K // 32) & owned, other=0)
+                elements = _times_scale(codes, scales.to(gl.int32)[:, None])
+                elements = elements.reshape([16, 2, 2, 4, 2, 2]).permute(0, 3, 4, 1, 2, 5).reshape([1024])
+                elements = gl.convert_layout(elements, out_layout)
+                gl.store(expanded_row + (k + place), elements, mask=k + place < padded_k)
+            row += 1
+        _report_slice(entry + 3)
+        taken = _take_slice(tiles_ptr + 1)
+
+
+@gluon.jit
 def _feed(
-    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr,
+    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr, EXPANDS: gl.constexpr,
 ):  # fmt: skip
     """One warp: keep the ring full, tile after tile."""
     num_t_tiles = gl.load(tiles_ptr)
@@ -174,6 +305,8 @@ def _feed(
             start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
             w_row = expert * N + n_tile * 128
             scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
+            if EXPANDS and t_tile >= first_tile:
+                _wait_for_slices(tiles_ptr + 4 + t_tile * 4 + 3, BLOCK_T // SLICE)
             for k_tile in range(num_k_tiles):
                 # One scale tile spans 128 columns, and comes with their first stage.
                 for part in gl.static_range(128 // BLOCK_K):
@@ -273,21 +406,34 @@ def _multiply(
                 )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["N", "num_k_tiles"])
+@gluon.jit(
+    do_not_specialize=[
+        "expert_offsets_ptr", "scale_offsets_ptr", "num_scale_rows", "tokens_at", "first_tile", "K", "N", "num_k_tiles"
+    ]
+)  # fmt: skip
 def hopper_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
-    workspace_ptr,  # bytes, as expand_tokens writes them: the list of token tiles first
+    workspace_ptr,  # bytes, as expand_tokens writes them: the list of token tiles, then expanded tokens
     w_desc,  # (E*N, K) bytes of e4m3, blocks of (128, BLOCK_K)
     w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
     x_desc,  # (T, roundup(K, 64)) bf16 as expand_tokens writes it, blocks of (BLOCK_T, BLOCK_K)
+    values_ptr,  # (T, K) bytes of e4m3, EXPANDS only, as all to tokens_at
+    scales_ptr,  # (S, C) uint8, swizzled
+    expert_offsets_ptr,  # (E+1,) int32
+    scale_offsets_ptr,  # (E+1,) int32
+    num_scale_rows,  # S
+    tokens_at,  # where the expanded tokens start in the workspace, in units of 256 bytes
+    first_tile,  # token tiles from this one on are expanded here
+    K,
     N,
     num_k_tiles,  # cdiv(K, 128)
     BLOCK_T: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_T: gl.constexpr,
+    EXPANDS: gl.constexpr,
 ):
-    """Grid (multiprocessors,), 8 warps that multiply; one more feeds them."""
+    """Grid (multiprocessors,), 8 warps that multiply; one more feeds them, and with EXPANDS three more expand tokens."""
     # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and not stored.
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler pairs the stores
     tiles_ptr = workspace_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
@@ -300,22 +446,57 @@ def hopper_gemm_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its message C7512).
-    gl.warp_specialize(
-        [
-            (
-                _multiply,
-                (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                 BLOCK_T, BLOCK_K, STAGES, GROUP_T),
-            ),
-            (
-                _feed,
-                (w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                 BLOCK_T, BLOCK_K, STAGES, GROUP_T),
-            ),
-        ],
-        [1],
-        [40],
-    )  # fmt: skip
+    # Tuples of arguments are written where they are used: kept in a variable, their constants become tensors.
+    if EXPANDS:
+        expanded_ptr = (workspace_ptr + tokens_at.to(gl.int64) * 256).to(gl.pointer_type(gl.bfloat16), bitcast=True)
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+                     BLOCK_T, BLOCK_K, STAGES, GROUP_T),
+                ),
+                (
+                    _feed,
+                    (w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+                     first_tile, BLOCK_T, BLOCK_K, STAGES, GROUP_T, True),
+                ),
+                (
+                    _expand,
+                    (values_ptr, scales_ptr, expanded_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
+                     num_scale_rows, K, first_tile, BLOCK_T),
+                ),
+                (
+                    _expand,
+                    (values_ptr, scales_ptr, expanded_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
+                     num_scale_rows, K, first_tile, BLOCK_T),
+                ),
+                (
+                    _expand,
+                    (values_ptr, scales_ptr, expanded_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
+                     num_scale_rows, K, first_tile, BLOCK_T),
+                ),
+            ],
+            [1, 1, 1, 1],
+            [48, 48, 48, 48],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+                     BLOCK_T, BLOCK_K, STAGES, GROUP_T),
+                ),
+                (
+                    _feed,
+                    (w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+                     0, BLOCK_T, BLOCK_K, STAGES, GROUP_T, False),
+                ),
+            ],
+            [1],
+            [40],
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- launcher
@@ -355,7 +536,9 @@ class _Plan(NamedTuple):
     scale_tiles: int
     num_k_tiles: int
     programs: int
-    constants: tuple[int, ...]
+    first_tile: int
+    rows_before: int
+    constants: tuple[int | bool, ...]
     key: tuple[Hashable, ...]
 
 
@@ -371,13 +554,19 @@ def _plan(
 ) -> _Plan:
     layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
     row_tiles, num_k_tiles = ceil_div(n, 128), ceil_div(k, 128)
+    programs = min(num_multiprocessors, layout.max_tiles * row_tiles)
+    first_tile = tiles_at_once(programs, row_tiles, config.group_t)
+    rows_before = min(first_tile * config.block_t, num_tokens) if config.expands else num_tokens
+    expands = rows_before < num_tokens
     return _Plan(
         layout,
         layout.tokens_at,
         num_experts * row_tiles * num_k_tiles,
         num_k_tiles,
-        min(num_multiprocessors, layout.max_tiles * row_tiles),
-        (config.block_t, config.block_k, config.num_stages, config.group_t),
+        programs,
+        first_tile,
+        rows_before,
+        (config.block_t, config.block_k, config.num_stages, config.group_t, expands),
         ("hopper_gemm", out_dtype),
     )
 
@@ -409,7 +598,7 @@ def hopper_grouped_gemm(
     num_experts, n, k = w_values.shape
     plan = _plan(groups.num_tokens, num_experts, n, k, config, num_multiprocessors, out.dtype)
     layout = plan.layout
-    expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t)
+    expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t, plan.rows_before)
     block_t, block_k = config.block_t, config.block_k
     arguments = (
         out,
@@ -419,7 +608,16 @@ def hopper_grouped_gemm(
         _descriptor(
             workspace.data_ptr() + plan.tokens_at, layout.num_tokens, layout.padded_k, torch.bfloat16, block_t, block_k
         ),
+        x_values,
+        x_scales,
+        groups.expert_offsets,
+        groups.scale_offsets,
+        x_scales.shape[0],
+        plan.tokens_at // 256,
+        plan.first_tile,
+        k,
         n,
         plan.num_k_tiles,
     )
-    launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), plan.key)
+    key = (plan.key, aligned(x_values), aligned(x_scales))
+    launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), key)

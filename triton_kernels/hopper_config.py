@@ -28,12 +28,14 @@ class HopperGemmConfig:
         block_k: 64 or 128.
         num_stages: depth of the ring in shared memory.
         group_t: token tiles that share weights while these are in L2.
+        expands: whether spare warps expand tokens beside the product; those that the first tiles need are expanded before.
     """
 
     block_t: int
     block_k: int
     num_stages: int
     group_t: int
+    expands: bool = False
 
     @property
     def shared_memory(self) -> int:
@@ -72,7 +74,13 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
         # T 4096: 455; 461 with 64 columns; 659 with 256 tokens, half of them padding.
         return HopperGemmConfig(128, 128, 4, 1)
     # T 8192: 754; 878 with 128 tokens. T 16384, (7168, 2048, 8): 739 whether 1, 2 or 4 tiles are grouped.
-    return HopperGemmConfig(256, 64, 5, 4)
+    return HopperGemmConfig(256, 64, 5, 2, expands=True)
+
+
+def tiles_at_once(programs: int, row_tiles: int, group_t: int) -> int:
+    """How many token tiles the first ``programs`` tiles are of, in the order in which the grid takes them."""
+    groups, rest = divmod(programs, group_t * row_tiles)
+    return groups * group_t + min(group_t, rest)
 
 
 def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:

@@ -151,6 +151,7 @@ def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
                 workspace,
                 layout,
                 config.block_t,
+                t,
             ),
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import cases
 import pytest
@@ -39,6 +41,20 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
     return config
 
 
+@pytest.fixture(params=[0, 1, 3], ids=lambda tiles: f"all but {tiles} tiles")
+def expanding(
+    request: pytest.FixtureRequest, forced: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    """Each configuration expanding its tokens beside the product, which at these sizes it would do before: all but the
+    first tiles."""
+    hopper_module = importlib.import_module("hybrid_mxfp8.triton_kernels.grouped_gemm_hopper")
+    monkeypatch.setattr(launcher, "hopper_config_for", lambda *args: replace(forced, expands=True))
+    monkeypatch.setattr(hopper_module, "tiles_at_once", lambda *args: request.param)
+    hopper_module._plan.cache_clear()
+    yield request.param
+    hopper_module._plan.cache_clear()
+
+
 def moved(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights, device: torch.device) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
     return to_device(xq, str(device)), mx.ExpertWeights(wq.values.to(device), wq.scales.to(device))
 
@@ -73,6 +89,57 @@ def test_each_configuration_on_a_few_tiles(
     """Full and ragged tiles, an empty expert, a second tile of weights, several steps along K, rows beyond the groups."""
     counts = [3, 0, 65, 1]
     check(*operands(counts, 72, 264, 416, rng), counts, torch.bfloat16, hopper)
+
+
+@pytest.mark.sanitizer
+def test_tokens_expanded_beside_the_product(expanding: int, hopper: torch.device, rng: torch.Generator) -> None:
+    """Full and short tiles, an empty expert, a last slice of one row, columns beyond 1024 and beyond K."""
+    counts = [3, 0, 65, 1, 256, 19]
+    check(*operands(counts, 350, 264, 1056, rng), counts, torch.bfloat16, hopper)
+
+
+def test_a_layout_by_hand_ends_when_it_expands(expanding: int, hopper: torch.device, rng: torch.Generator) -> None:
+    """Tiles that overlap or lie far out: no slice is waited for that nobody writes."""
+    x, w = moved(*operands([16, 16, 16, 16], 64, 264, 256, rng), hopper)
+    for offsets in (
+        (0, 1000, 2000, 30, 70000),
+        (-50, 20, 10, 64, 90),
+        (0, 64, 0, 64, 64),
+        (2**31 - 1, -(2**31), 0, 5, 5),
+    ):
+        for scale_offsets in ((0, 128, 256, 384, 512), (-(2**31), 2**30, 7, 2**31 - 1, 0)):
+            groups = mx.GroupLayout(
+                x.groups.tokens_per_expert,
+                torch.tensor(offsets, dtype=torch.int32, device=hopper),
+                torch.tensor(scale_offsets, dtype=torch.int32, device=hopper),
+                64,
+            )
+            around = torch.full((3, 64, 264), 7.0, dtype=torch.bfloat16, device=hopper)
+            mx.grouped_gemm(mx.GroupedMXFP8(x.values, x.scales, groups), w, out=around[1], backend="triton")
+            assert bool((around[0] == 7).all() and (around[2] == 7).all())
+
+
+@pytest.mark.parametrize("average", [64, 128, 1000])
+def test_expanding_beside_or_before_gives_the_same_bytes(
+    average: int, hopper: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At sizes where the configurations do it by themselves, several times, and with tokens that change in between."""
+    config = select_hopper_config(8 * average, 8)
+    counts = [average // 2, 0, 2 * average, average, 1, average + 3, average, average // 3]
+    t, n, k = sum(counts) + 5, 2048, 1184
+    groups = cases.layout(counts, t, device=str(hopper))
+    w = mx.quantize_weights(torch.randn(8, n, k, generator=rng).bfloat16().to(hopper), backend="triton")
+    y = {}
+    for round_ in range(4):
+        x = torch.randn(t, k, generator=rng).bfloat16().to(hopper)
+        xq = mx.quantize_grouped(x, groups, backend="triton")
+        for expands in (False, True):
+            chosen = replace(config, expands=expands)
+            monkeypatch.setattr(launcher, "hopper_config_for", lambda *args, chosen=chosen: chosen)
+            y[expands] = mx.grouped_gemm(
+                xq, w, out=cases.poisoned_product(t, n, torch.bfloat16, hopper), backend="triton"
+            )
+        assert torch.equal(y[True][: sum(counts)], y[False][: sum(counts)]), round_
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
