@@ -3,11 +3,13 @@
 Hopper's matrix units know no block scales. Decoding is bound by the bytes of the weights, so these must stay 8 bits
 wide all the way to the registers; prefill is bound by wgmma, so the conversion must hide behind it. Hence:
 
-- Tokens, few bytes, are expanded to bf16 by a kernel before (``expand_tokens``), which also lists the token tiles.
+- Tokens, few bytes, are expanded to bf16 by a kernel before (``expand_tokens``), which also lists the token tiles. Where
+  tiles are widest it expands those of the first tiles alone, and three spare warps the others, just ahead of their use.
 - One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16 tokens.
 - Two warpgroups multiply. Each turns its 64 weight rows into wgmma's register operand: 16 bytes a load, 5
   instructions for 2 elements, the scale included; while one half of a stage is converted, the other is multiplied.
-- The grid is persistent, so the feeding warp runs ahead into the next tile while this one is stored.
+- The grid is persistent, so the feeding warp runs ahead into the next tile while this one is stored. Tiles of few tokens
+  load and multiply less; those of the last turn are cut, so that no program waits for another's whole tile.
 
 Rows of the weights and columns of K are dealt to threads so that no element ever changes threads: a thread loads 16
 neighbouring bytes of rows 2g and 2g+1, and holds neighbouring outputs in the end. ``expand_tokens`` says how the
@@ -39,6 +41,8 @@ from hybrid_mxfp8.triton_kernels.launch import aligned, launch
 SLICE = gl.constexpr(4)
 """Rows that a warp expands at a time."""
 
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+"""Its second name is that before 3.7."""
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before 3.7
 
 # ---------------------------------------------------------------- who holds what
@@ -184,11 +188,48 @@ def _before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _place(tile, num_n_tiles, GROUP_T: gl.constexpr):
-    """(token tile, n tile): GROUP_T token tiles take turns, so that they share weights while these are in L2."""
-    group = tile // (GROUP_T * num_n_tiles)
-    within = tile - group * (GROUP_T * num_n_tiles)
-    return group * GROUP_T + within % GROUP_T, within // GROUP_T
+def _deal(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
+    """(tiles dealt whole, parts that each of the rest is cut into, how many there are of both).
+
+    Programs take turns; the last turn may be of few tiles. These are cut by tokens if then each program still gets at most one.
+    """
+    programs = gl.num_programs(0)
+    tiles = num_t_tiles * num_n_tiles
+    whole = tiles // programs * programs
+    rest = tiles - whole
+    parts = 1
+    if BLOCK_T >= 128:
+        parts = gl.where(rest * 2 <= programs, 2, 1)
+    if BLOCK_T >= 256:
+        parts = gl.where(rest * 4 <= programs, 4, parts)
+    return whole, parts, whole + rest * parts
+
+
+@gluon.jit
+def _place(index, whole, parts, num_t_tiles, num_n_tiles, GROUP_T: gl.constexpr):
+    """(token tile, n tile, part): GROUP_T token tiles take turns, so that they share weights while these are in L2."""
+    cut = gl.maximum(index - whole, 0)
+    tile = gl.minimum(index, whole) + cut // parts
+    first = tile // (GROUP_T * num_n_tiles) * GROUP_T
+    within = tile - first * num_n_tiles
+    group = gl.minimum(num_t_tiles - first, GROUP_T)
+    return first + within % group, within // group, cut % parts
+
+
+@gluon.jit
+def _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T: gl.constexpr):
+    """(first row, end) of a tile or of its part; the end may be far beyond the tile, or before the first row."""
+    start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
+    end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
+    rows = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
+    start += part * rows
+    return start, gl.minimum(end, start + rows)
+
+
+@gluon.jit
+def _tokens_of(x_ring, stage, TOKENS: gl.constexpr, BLOCK_K: gl.constexpr):
+    """A stage's tokens, as a box of so many rows lies there."""
+    return _reinterpret(x_ring.index(stage), gl.bfloat16, [TOKENS, BLOCK_K], x_ring.layout)
 
 
 @gluon.jit
@@ -289,45 +330,67 @@ def _expand(
 
 
 @gluon.jit
+def _feed_tile(
+    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row, scale_tile, start,
+    num_k_tiles, TOKENS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """All stages of one tile; returns the ring's next stage and phase."""
+    for k_tile in range(num_k_tiles):
+        # One scale tile spans 128 columns, and comes with their first stage.
+        for part in gl.static_range(128 // BLOCK_K):
+            bar = full.index(stage)
+            k = k_tile * 128 + part * BLOCK_K
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, 128 * BLOCK_K + TOKENS * BLOCK_K * 2 + (512 if part == 0 else 0))
+            _tma_load(w_desc, [w_row, k], bar, w_ring.index(stage))
+            _tma_load(x_desc, [start, k], bar, _tokens_of(x_ring, stage, TOKENS, BLOCK_K))
+            if part == 0:
+                scales = scale_ring.index(stage)
+                _tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, scales)
+            stage, phase = _advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
 def _feed(
-    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr, EXPANDS: gl.constexpr,
+    w_desc, w_scales_desc, x_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
+    BLOCK_T: gl.constexpr, FEW_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr,
+    EXPANDS: gl.constexpr,
 ):  # fmt: skip
     """One warp: keep the ring full, tile after tile."""
     num_t_tiles = gl.load(tiles_ptr)
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    for tile in range(gl.program_id(0), gl.cdiv(num_t_tiles, GROUP_T) * GROUP_T * num_n_tiles, gl.num_programs(0)):
-        t_tile, n_tile = _place(tile, num_n_tiles, GROUP_T)
-        if t_tile < num_t_tiles:
+    whole, parts, count = _deal(num_t_tiles, num_n_tiles, BLOCK_T)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        t_tile, n_tile, part = _place(index, whole, parts, num_t_tiles, num_n_tiles, GROUP_T)
+        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        if start < end:
             expert = gl.load(tiles_ptr + 4 + t_tile * 4)
-            start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
             w_row = expert * N + n_tile * 128
             scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
             if EXPANDS and t_tile >= first_tile:
                 _wait_for_slices(tiles_ptr + 4 + t_tile * 4 + 3, BLOCK_T // SLICE)
-            for k_tile in range(num_k_tiles):
-                # One scale tile spans 128 columns, and comes with their first stage.
-                for part in gl.static_range(128 // BLOCK_K):
-                    bar = full.index(stage)
-                    k = k_tile * 128 + part * BLOCK_K
-                    mbarrier.wait(empty.index(stage), phase)
-                    mbarrier.expect(bar, 128 * BLOCK_K + BLOCK_T * BLOCK_K * 2 + (512 if part == 0 else 0))
-                    _tma_load(w_desc, [w_row, k], bar, w_ring.index(stage))
-                    _tma_load(x_desc, [start, k], bar, x_ring.index(stage))
-                    if part == 0:
-                        scales = scale_ring.index(stage)
-                        _tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, scales)
-                    stage, phase = _advance(stage, phase, STAGES)
+            if FEW_T < BLOCK_T and end - start <= FEW_T:
+                stage, phase = _feed_tile(
+                    w_desc, w_scales_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
+                    scale_tile, start, num_k_tiles, FEW_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+            else:
+                stage, phase = _feed_tile(
+                    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
+                    scale_tile, start, num_k_tiles, BLOCK_T, BLOCK_K, STAGES,
+                )  # fmt: skip
 
 
 @gluon.jit
 def _multiply_tile(
     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-    TOKENS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    TOKENS: gl.constexpr, BOX: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One tile of 128 weight rows by at most TOKENS tokens, stored; returns the ring's next stage and phase."""
+    """One tile of 128 weight rows by at most TOKENS of the BOX tokens of a stage, stored; returns the ring's next stage
+    and phase."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     store_layout: gl.constexpr = _store_layout(TOKENS)
@@ -339,7 +402,7 @@ def _multiply_tile(
         mbarrier.wait(full.index(stage), phase)
         words = scale_ring.index(stage).load(_words_layout()).reshape([32, 4]).permute(1, 0).reshape([128])
         codes = w_ring.index(stage).load(_codes_layout(BLOCK_K))
-        x = x_ring.index(stage).slice(0, TOKENS, dim=0)
+        x = _tokens_of(x_ring, stage, BOX, BLOCK_K).slice(0, TOKENS, dim=0)
         if BLOCK_K == 128:
             codes, codes1 = codes.reshape([128, 2, 64]).permute(0, 2, 1).split()
             x1 = x.slice(64, 64, dim=1)
@@ -352,7 +415,7 @@ def _multiply_tile(
             stage, phase = _advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
             codes1 = w_ring.index(stage).load(_codes_layout(BLOCK_K))
-            x1 = x_ring.index(stage).slice(0, TOKENS, dim=0)
+            x1 = _tokens_of(x_ring, stage, BOX, BLOCK_K).slice(0, TOKENS, dim=0)
         a1 = _dequantize(codes1, words, 1, a_layout)
         acc = warpgroup_mma(a1, x1.permute((1, 0)), acc, is_async=True)
         acc, a0 = warpgroup_mma_wait(1, deps=(acc, a0))
@@ -364,45 +427,50 @@ def _multiply_tile(
 
     y = acc.to(y_ptr.dtype.element_ty).reshape([2, 4, 2, 8, TOKENS]).permute(0, 1, 3, 2, 4).reshape([128, TOKENS])
     y = gl.convert_layout(y, store_layout, assert_trivial=True)
-    # Offsets in 32 bits from a row at most 255 before the tile's first: in 64 bits they spill, and from the first
-    # itself they are the same for every tile, so that the compiler keeps them all, and spills more.
-    near = start & 255
+    # Offsets in 32 bits from the tile's first row: in 64 bits they spill. They are the same for every tile, so the stride
+    # is hidden from the compiler, which would keep all products t N, and spill more.
+    stride = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [N], dtype=gl.int32, is_pure=False, pack=1) // 8 * 8
     n = n_tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, store_layout))
-    t = near + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, store_layout))
-    y_rows = y_ptr + (start - near).to(gl.int64) * N
-    gl.store(y_rows + (t[None, :] * N + n[:, None]), y, mask=(n < N)[:, None] & (t < near + end - start)[None, :])
+    t = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, store_layout))
+    y_rows = y_ptr + start.to(gl.int64) * N
+    gl.store(y_rows + (t[None, :] * stride + n[:, None]), y, mask=(n < N)[:, None] & (t < end - start)[None, :])
     return stage, phase
 
 
 @gluon.jit
 def _multiply(
     y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr,
+    BLOCK_T: gl.constexpr, FEW_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups: empty the ring, tile after tile; an expert's last tile may be short and then takes less."""
     num_t_tiles = gl.load(tiles_ptr)
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), gl.cdiv(num_t_tiles, GROUP_T) * GROUP_T * num_n_tiles, gl.num_programs(0)):
-        t_tile, n_tile = _place(tile, num_n_tiles, GROUP_T)
-        if t_tile < num_t_tiles:
-            start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
-            end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
-            if BLOCK_T > 64 and end - start <= 64:
+    whole, parts, count = _deal(num_t_tiles, num_n_tiles, BLOCK_T)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        t_tile, n_tile, part = _place(index, whole, parts, num_t_tiles, num_n_tiles, GROUP_T)
+        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        if start < end:
+            if FEW_T < BLOCK_T and end - start <= FEW_T:
                 stage, phase = _multiply_tile(
                     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    64, BLOCK_K, STAGES,
+                    FEW_T, FEW_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+            elif BLOCK_T > 64 and FEW_T < 64 and end - start <= 64:
+                stage, phase = _multiply_tile(
+                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
+                    64, BLOCK_T, BLOCK_K, STAGES,
                 )  # fmt: skip
             elif BLOCK_T > 128 and end - start <= 128:
                 stage, phase = _multiply_tile(
                     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    128, BLOCK_K, STAGES,
+                    128, BLOCK_T, BLOCK_K, STAGES,
                 )  # fmt: skip
             else:
                 stage, phase = _multiply_tile(
                     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    BLOCK_T, BLOCK_K, STAGES,
+                    BLOCK_T, BLOCK_T, BLOCK_K, STAGES,
                 )  # fmt: skip
 
 
@@ -417,6 +485,7 @@ def hopper_gemm_kernel(
     w_desc,  # (E*N, K) bytes of e4m3, blocks of (128, BLOCK_K)
     w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
     x_desc,  # (T, roundup(K, 64)) bf16 as expand_tokens writes it, blocks of (BLOCK_T, BLOCK_K)
+    few_x_desc,  # the same in blocks of (FEW_T, BLOCK_K), for tiles of few tokens
     values_ptr,  # (T, K) bytes of e4m3, EXPANDS only, as all to tokens_at
     scales_ptr,  # (S, C) uint8, swizzled
     expert_offsets_ptr,  # (E+1,) int32
@@ -428,6 +497,7 @@ def hopper_gemm_kernel(
     N,
     num_k_tiles,  # cdiv(K, 128)
     BLOCK_T: gl.constexpr,
+    FEW_T: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_T: gl.constexpr,
@@ -454,12 +524,12 @@ def hopper_gemm_kernel(
                 (
                     _multiply,
                     (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, BLOCK_K, STAGES, GROUP_T),
+                     BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T),
                 ),
                 (
                     _feed,
-                    (w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     first_tile, BLOCK_T, BLOCK_K, STAGES, GROUP_T, True),
+                    (w_desc, w_scales_desc, x_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
+                     num_k_tiles, first_tile, BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T, True),
                 ),
                 (
                     _expand,
@@ -486,12 +556,12 @@ def hopper_gemm_kernel(
                 (
                     _multiply,
                     (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, BLOCK_K, STAGES, GROUP_T),
+                     BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T),
                 ),
                 (
                     _feed,
-                    (w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     0, BLOCK_T, BLOCK_K, STAGES, GROUP_T, False),
+                    (w_desc, w_scales_desc, x_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
+                     num_k_tiles, 0, BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T, False),
                 ),
             ],
             [1],
@@ -557,7 +627,6 @@ def _plan(
     programs = min(num_multiprocessors, layout.max_tiles * row_tiles)
     first_tile = tiles_at_once(programs, row_tiles, config.group_t)
     rows_before = min(first_tile * config.block_t, num_tokens) if config.expands else num_tokens
-    expands = rows_before < num_tokens
     return _Plan(
         layout,
         layout.tokens_at,
@@ -566,7 +635,7 @@ def _plan(
         programs,
         first_tile,
         rows_before,
-        (config.block_t, config.block_k, config.num_stages, config.group_t, expands),
+        (config.block_t, config.few_t, config.block_k, config.num_stages, config.group_t, config.expands),
         ("hopper_gemm", out_dtype),
     )
 
@@ -599,15 +668,15 @@ def hopper_grouped_gemm(
     plan = _plan(groups.num_tokens, num_experts, n, k, config, num_multiprocessors, out.dtype)
     layout = plan.layout
     expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t, plan.rows_before)
-    block_t, block_k = config.block_t, config.block_k
+    block_k = config.block_k
+    tokens = workspace.data_ptr() + plan.tokens_at
     arguments = (
         out,
         workspace,
         _descriptor(w_values.data_ptr(), num_experts * n, k, torch.uint8, 128, block_k),
         _descriptor(w_scales.data_ptr(), plan.scale_tiles, SCALE_WORDS, torch.int32, 1, SCALE_WORDS),
-        _descriptor(
-            workspace.data_ptr() + plan.tokens_at, layout.num_tokens, layout.padded_k, torch.bfloat16, block_t, block_k
-        ),
+        _descriptor(tokens, layout.num_tokens, layout.padded_k, torch.bfloat16, config.block_t, block_k),
+        _descriptor(tokens, layout.num_tokens, layout.padded_k, torch.bfloat16, config.few_t, block_k),
         x_values,
         x_scales,
         groups.expert_offsets,

@@ -25,6 +25,7 @@ class HopperGemmConfig:
 
     Attributes:
         block_t: 16, 32, 64, 128 or 256.
+        few_t: 16, 32 or 64, at most ``block_t``: a tile of so few tokens loads and multiplies no more than these.
         block_k: 64 or 128.
         num_stages: depth of the ring in shared memory.
         group_t: token tiles that share weights while these are in L2.
@@ -32,6 +33,7 @@ class HopperGemmConfig:
     """
 
     block_t: int
+    few_t: int
     block_k: int
     num_stages: int
     group_t: int
@@ -46,6 +48,8 @@ class HopperGemmConfig:
         """The single statement of what the kernel takes."""
         return (
             self.block_t in (16, 32, 64, 128, 256)
+            and self.few_t in (16, 32, 64)
+            and self.few_t <= self.block_t
             and self.block_k in (64, 128)
             and self.num_stages >= 2
             and self.group_t >= 1
@@ -57,24 +61,22 @@ class HopperGemmConfig:
 def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
 
-    Numbers: µs on an H100 (2026-11-24, torch 2.11, Triton 3.6, CUDA-graph replay, normal data, equal tokens an
-    expert) of a former state of the kernel, the expansion of tokens included; bench/results/hopper_gemm_attempts.md
-    has them all.
+    What an expert gets beyond or below the average, the kernel sees: tiles of few tokens do less, and the last tiles
+    are cut so that all programs get one. Numbers: µs on an H100 (2026-11-24, torch 2.11, Triton 3.6, CUDA-graph replay,
+    normal data), the expansion of tokens included, (N, K, E) = (4096, 7168, 32) if not said otherwise; bench/results/
+    hopper_gemm_attempts.md has them all.
     """
     average = num_tokens / max(num_experts, 1)
-    if average <= 16:
-        # T 32, (N, K, E) = (4096, 7168, 32): 337 with 6, 8 or 10 stages of 128 columns; 350 with 64 columns.
-        return HopperGemmConfig(16, 128, 8, 1)
-    if average <= 32:
-        return HopperGemmConfig(32, 128, 6, 1)  # modelled: between its neighbours
     if average <= 64:
-        # T 2048: 387 with 5 stages, 396 with 6; 407 with 64 columns.
-        return HopperGemmConfig(64, 128, 5, 1)
+        # T 32: 335; 337 with tiles of 16 alone. T 256: 342 and 345; all on one expert 38 and 107. T 1024: 368; 367 with
+        # few_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392 with tiles of 128.
+        return HopperGemmConfig(64, 16, 128, 5, 1)
     if average <= 128:
-        # T 4096: 455; 461 with 64 columns; 659 with 256 tokens, half of them padding.
-        return HopperGemmConfig(128, 128, 4, 1)
-    # T 8192: 754; 878 with 128 tokens. T 16384, (7168, 2048, 8): 739 whether 1, 2 or 4 tiles are grouped.
-    return HopperGemmConfig(256, 64, 5, 2, expands=True)
+        # T 4096: 458; 660 with 256 tokens, half of them padding.
+        return HopperGemmConfig(128, 64, 128, 4, 1)
+    # T 8192: 700; 768 with all tokens expanded before; 878 with 128 tokens. T 16384, (7168, 2048, 8): 738, and 741 expanded
+    # before, in runs where torch's bf16 took 736 and 709.
+    return HopperGemmConfig(256, 64, 64, 5, 1, expands=True)
 
 
 def tiles_at_once(programs: int, row_tiles: int, group_t: int) -> int:

@@ -20,12 +20,13 @@ from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout, select_hopper_config
 
 E, MULTIPROCESSORS = 8, 132
-AVERAGES = (1, 32, 64, 128, 1000)
+AVERAGES = (1, 128, 1000)
 """Tokens an expert: one for each configuration."""
 
 REGISTER_OPERAND = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16 \{[^}]*\}, \{[^}]*\}, %rd"
-ALLOWED_STACK = {torch.float32: 192}
-"""Bytes: the widest tile is at the limit of registers; storing fp32 takes 8 bytes more with Triton 3.6, 192 with 3.9."""
+WIDEST_STACK = 160
+"""Bytes: the widest tile is at the limit of registers. With Triton 3.9 row numbers are kept in memory, 72 bytes and for
+fp32 160; with 3.6 nothing is. :func:`local_accesses_among_products` says that the loop over K does not touch it."""
 
 
 @pytest.fixture
@@ -34,9 +35,9 @@ def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) ->
     hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.grouped_gemm_hopper")
 
     def compile_one(
-        config: HopperGemmConfig, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 7168
+        config: HopperGemmConfig, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 7168, t: int = 8192
     ) -> Compiled:
-        meta, t = torch.device("meta"), 64
+        meta = torch.device("meta")
         offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
         monkeypatch.setattr(hopper, "expand_tokens", lambda *args: None)
 
@@ -58,7 +59,29 @@ def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) ->
     return compile_one
 
 
-def check(compiled: Compiled, config: HopperGemmConfig, dtype: torch.dtype, folder: Path) -> None:
+def disassembled(compiled: Compiled, folder: Path) -> list[str]:
+    """The machine code, an instruction a line."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.nvdisasm.path
+    text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+((?:@!?U?P\d+ )?\S.*?) ;", text)
+
+
+def local_accesses_among_products(compiled: Compiled, folder: Path) -> int:
+    """Reads and writes of local memory from the first to the last product of each width."""
+    code = disassembled(compiled, folder)
+    products: dict[str, list[int]] = {}
+    for i, line in enumerate(code):
+        if found := re.match(r"HGMMA\.(\w+)", line):
+            products.setdefault(found[1], []).append(i)
+    assert products
+    return sum(
+        bool(re.search(r"\b(LDL|STL)\b", line)) for lines in products.values() for line in code[lines[0] : lines[-1]]
+    )
+
+
+def check(compiled: Compiled, config: HopperGemmConfig, folder: Path) -> None:
     """What holds for every configuration."""
     products = compiled.count(r"wgmma\.mma_async")
     assert products > 0
@@ -69,7 +92,8 @@ def check(compiled: Compiled, config: HopperGemmConfig, dtype: torch.dtype, fold
     assert compiled.count(r"\.ftz") == 0
     # The compiler adds padding between buffers, less than a swizzle atom.
     assert config.shared_memory <= compiled.shared <= min(config.shared_memory + 1024, SHARED_LIMIT[90])
-    assert compiled.resources(folder).stack <= ALLOWED_STACK.get(dtype, 0)
+    assert compiled.resources(folder).stack <= (WIDEST_STACK if config.block_t == 256 else 0)
+    assert local_accesses_among_products(compiled, folder) == 0
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -77,7 +101,7 @@ def test_each_configuration(compile_product: Callable[..., Compiled], average: i
     config = select_hopper_config(average * E, E)
     compiled = compile_product(config)
     assert compiled.grid == (MULTIPROCESSORS,)
-    check(compiled, config, torch.bfloat16, tmp_path)
+    check(compiled, config, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
@@ -85,12 +109,37 @@ def test_other_outputs_at_the_widest_tile(
     compile_product: Callable[..., Compiled], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     config = select_hopper_config(1000 * E, E)
-    check(compile_product(config, dtype), config, dtype, tmp_path)
+    check(compile_product(config, dtype), config, tmp_path)
 
 
 def test_a_small_product_takes_a_small_grid(compile_product: Callable[..., Compiled]) -> None:
-    """N = 136 is two tiles of weights; 64 tokens of 8 experts are at most 11 token tiles of 16."""
-    assert compile_product(select_hopper_config(64, E), n=136, k=96).grid == (22,)
+    """N = 136 is two tiles of weights; 64 tokens of 8 experts are at most 8 token tiles of 64."""
+    assert compile_product(select_hopper_config(64, E), n=136, k=96, t=64).grid == (16,)
+
+
+def test_spare_warps_expand_without_shared_memory(compile_product: Callable[..., Compiled], tmp_path: Path) -> None:
+    """Three copies of the code, each a warp's: words of codes in, 16 bytes out, then all of it fenced for TMA and counted."""
+    compiled = compile_product(select_hopper_config(1000 * E, E))
+    code = disassembled(compiled, tmp_path)
+    counted = [i for i, line in enumerate(code) if re.search(r"REDG\.E\.ADD|ATOMG.* RZ, ", line)]
+    assert len(counted) == 3
+    for i in counted:
+        stores = [j for j in range(i) if "STG.E.128" in code[j]]
+        written = max(stores)
+        began = max(j for j in range(written) if "BAR.SYNC" in code[j])
+        assert sum(began < j for j in stores) == 4, "1024 columns in bf16 are 4 stores of 16 bytes a lane"
+        part = code[began + 1 : i]
+        assert not any(re.search(r"\b(LDS|STS|LDL|STL|BAR\.SYNC)", line) for line in part)
+        assert sum(bool(re.search(r"LDG\.E R", line)) for line in part) >= 8, "32 codes a lane, 4 at a time"
+        fences = code[written:i]
+        assert any("FENCE.VIEW.ASYNC" in line for line in fences), "TMA reads what these stores wrote"
+        assert any("MEMBAR.ALL.GPU" in line for line in fences)
+
+
+def test_the_feeding_warp_waits_for_tokens(compile_product: Callable[..., Compiled]) -> None:
+    for average in AVERAGES:
+        config = select_hopper_config(average * E, E)
+        assert (compile_product(config).count(r"ld\.acquire\.gpu") > 0) == config.expands
 
 
 def test_outputs_of_neighbouring_rows_are_stored_together(compile_product: Callable[..., Compiled]) -> None:
@@ -195,11 +244,7 @@ def test_partitions_are_handed_out_behind_barriers(
     Each write is followed by barrier 1 of all warps, and the read comes after one; between two writes is another
     such barrier, which the others reach when they have read.
     """
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compile_product(select_hopper_config(average * E, E)).kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.nvdisasm.path
-    text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
-    code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+((?:@!?U?P\d+ )?\S.*?) ;", text)
+    code = disassembled(compile_product(select_hopper_config(average * E, E)), tmp_path)
     barrier = [i for i, line in enumerate(code) if re.fullmatch(r"BAR\.SYNC\.DEFER_BLOCKING 0x1", line)]
     ((read, base),) = [
         (i, int(m[1], 16)) for i, line in enumerate(code) if (m := re.match(r"LDS\.U8 .*\+(0x\w+)\]", line))

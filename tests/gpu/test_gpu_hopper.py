@@ -20,8 +20,12 @@ from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, select_h
 
 pytestmark = pytest.mark.gpu
 
-CONFIGS = [select_hopper_config(8 * average, 8) for average in (1, 32, 64, 128, 1000)]
-"""Each that is ever chosen."""
+CONFIGS = [
+    *(select_hopper_config(8 * average, 8) for average in (1, 128, 1000)),
+    HopperGemmConfig(16, 16, 128, 8, 1),
+    HopperGemmConfig(128, 16, 128, 4, 1),
+]
+"""Each that is ever chosen, one whose tiles are all narrow, and one with a width between few and all."""
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.block_t} tokens")
+@pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.few_t} to {config.block_t} tokens")
 def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HopperGemmConfig:
     """Each configuration, for any problem."""
     monkeypatch.setattr(launcher, "hopper_config_for", lambda *args: request.param)
@@ -119,6 +123,35 @@ def test_a_layout_by_hand_ends_when_it_expands(expanding: int, hopper: torch.dev
             assert bool((around[0] == 7).all() and (around[2] == 7).all())
 
 
+def product(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights) -> torch.Tensor:
+    """fp32, into poison; by the launcher alone, which looks at what a test put in place at each call."""
+    t, n = xq.groups.num_tokens, wq.n
+    out = cases.poisoned_product(t, n, torch.float32, xq.values.device)
+    launcher.grouped_gemm(xq.values, xq.scales, xq.groups, wq.values, wq.scales, out)
+    return out
+
+
+@pytest.mark.parametrize("counts", [[256, 200, 0, 70, 1], [1, 2, 3], [1200, 0, 0, 300]], ids=str)
+def test_a_last_turn_that_is_cut_gives_the_same_bytes(
+    counts: list[int],
+    forced: HopperGemmConfig,
+    hopper: torch.device,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the number of programs: one has no last turn, others deal whole tiles, halves or quarters in theirs."""
+    xq, wq = operands(counts, 3000, 1024, 160, rng)
+    x, w = moved(xq, wq, hopper)
+    ys = []
+    for programs in (1, 5, 7, 24, 47, 96, 132):
+        monkeypatch.setattr(launcher, "_multiprocessors", lambda device, programs=programs: programs)
+        ys.append(product(x, w))
+    for y in ys:
+        assert torch.equal(y[: sum(counts)], ys[0][: sum(counts)])
+        assert bool(torch.isnan(y[sum(counts) :]).all())
+    tolerances.check_gemm(ys[-1], *plain_operands(xq, wq, counts), counts, bf16_formulation=True)
+
+
 @pytest.mark.parametrize("average", [64, 128, 1000])
 def test_expanding_beside_or_before_gives_the_same_bytes(
     average: int, hopper: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -129,17 +162,15 @@ def test_expanding_beside_or_before_gives_the_same_bytes(
     t, n, k = sum(counts) + 5, 2048, 1184
     groups = cases.layout(counts, t, device=str(hopper))
     w = mx.quantize_weights(torch.randn(8, n, k, generator=rng).bfloat16().to(hopper), backend="triton")
-    y = {}
-    for round_ in range(4):
+    for _ in range(4):
         x = torch.randn(t, k, generator=rng).bfloat16().to(hopper)
         xq = mx.quantize_grouped(x, groups, backend="triton")
+        y = {}
         for expands in (False, True):
             chosen = replace(config, expands=expands)
             monkeypatch.setattr(launcher, "hopper_config_for", lambda *args, chosen=chosen: chosen)
-            y[expands] = mx.grouped_gemm(
-                xq, w, out=cases.poisoned_product(t, n, torch.bfloat16, hopper), backend="triton"
-            )
-        assert torch.equal(y[True][: sum(counts)], y[False][: sum(counts)]), round_
+            y[expands] = product(xq, w)
+        assert torch.equal(y[True][: sum(counts)], y[False][: sum(counts)])
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
