@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -56,6 +56,26 @@ Answer = tuple[bool, str]
 """Whether it can, and why or why not: one line that says what to do."""
 
 
+Repeat = Callable[[], bool]
+"""Makes the launches of an earlier call again, on the current stream and with the same addresses: True. False where the
+backend must be asked again. Right for any tensors that lie where the earlier ones did and look the same, if
+:func:`settled` and :func:`in_force` answer as they did."""
+
+
+class Launched(Protocol):
+    """A call that was made, and can be repeated."""
+
+    def repeat(self) -> Repeat:
+        """What repeats it, and keeps no tensor."""
+
+
+class Quantized(NamedTuple):
+    """What a quantizer gives back."""
+
+    layout: GroupLayout
+    launched: Launched | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Backend:
     """One way to run the product, with the quantizer that goes with it.
@@ -65,8 +85,9 @@ class Backend:
         about: one line for tables.
         hardware: whether the device is one that this backend is made for.
         available: whether it can run at all on a device.
-        grouped_gemm: (x, w, out, workspace) -> None.
-        quantize_grouped: (x, layout or counts, values, scales, scale_rounding, row_index, swiglu) -> the layout.
+        grouped_gemm: (x, w, out, workspace) -> the call, if it can be repeated.
+        quantize_grouped: (x, layout or counts, values, scales, scale_rounding, row_index, swiglu) -> the layout, and the
+            call, if it can be repeated.
         quantize_weights: (w, values, scales, scale_rounding) -> None.
         explain: configuration and why, one line.
         workspace_size: bytes of device memory that a call needs beside its output.
@@ -77,10 +98,10 @@ class Backend:
     about: str
     hardware: Callable[[torch.device], bool]
     available: Callable[[torch.device], Answer]
-    grouped_gemm: Callable[[GroupedMXFP8, ExpertWeights, torch.Tensor, torch.Tensor | None], None]
+    grouped_gemm: Callable[[GroupedMXFP8, ExpertWeights, torch.Tensor, torch.Tensor | None], Launched | None]
     quantize_grouped: Callable[
         [torch.Tensor, GroupLayout | torch.Tensor, torch.Tensor, torch.Tensor, str, torch.Tensor | None, bool],
-        GroupLayout,
+        Quantized,
     ]
     quantize_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
     explain: Callable[[Problem], str]
@@ -108,17 +129,17 @@ def _reference_quantize_grouped(
     scale_rounding: str,
     row_index: torch.Tensor | None,
     swiglu: bool,
-) -> GroupLayout:
+) -> Quantized:
     groups = _layout(groups, values.shape[0])
     if not groups.num_tokens:
-        return groups
+        return Quantized(groups)
     if row_index is not None:
         inside = (row_index >= 0) & (row_index < x.shape[0])
         rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(groups.num_tokens, x.shape[1])
         x = torch.where(inside.unsqueeze(1), rows, 0)
     codes, linear = reference.quantize(reference.swiglu(x) if swiglu else x, scale_rounding)
     reference.write_grouped(codes, linear, groups.expert_offsets, groups.scale_offsets, values, scales)
-    return groups
+    return Quantized(groups)
 
 
 def _reference_quantize_weights(
@@ -177,8 +198,13 @@ def _quantize_kernels() -> ModuleType:
     return quantize
 
 
-def _triton_gemm(x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
-    _gemm_kernels().grouped_gemm(x.values, x.scales, x.groups, w.values, w.scales, out, workspace)
+def _triton_gemm(
+    x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None
+) -> Launched | None:
+    launched: Launched | None = _gemm_kernels().grouped_gemm(
+        x.values, x.scales, x.groups, w.values, w.scales, out, workspace
+    )
+    return launched
 
 
 def _triton_workspace_size(problem: Problem) -> int:
@@ -196,19 +222,19 @@ def _triton_quantize_grouped(
     scale_rounding: str,
     row_index: torch.Tensor | None,
     swiglu: bool,
-) -> GroupLayout:
+) -> Quantized:
     kernel = _quantize_kernels()
     num_tokens, k = values.shape
     if isinstance(groups, torch.Tensor) and kernel.can_fuse_counts(num_tokens, k, groups.shape[0]):
-        layout: GroupLayout = kernel.quantize_counts(
+        layout = kernel.quantize_counts(
             x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
         )
-        return layout
-    groups = _layout(groups, num_tokens)
-    kernel.quantize_grouped(
-        x, groups, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
+        return Quantized(layout)
+    layout = _layout(groups, num_tokens)
+    launched = kernel.quantize_grouped(
+        x, layout, values, scales, scale_rounding=scale_rounding, row_index=row_index, swiglu=swiglu
     )
-    return groups
+    return Quantized(layout, launched if layout is groups else None)  # one made here lies elsewhere the next time
 
 
 def _triton_quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str) -> None:
@@ -353,7 +379,7 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
         ValueError: no such backend.
     """
     name = requested(backend)
-    return _settled(BACKENDS[TRITON], "grouped_gemm", name, problem.device) or _choose(name, problem, problem.device)
+    return settled("grouped_gemm", name, problem.device) or _choose(name, problem, problem.device)
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Backend:
@@ -364,11 +390,24 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Backen
     name = requested(backend)
     if name == CUTLASS:
         name = TRITON
-    return _settled(BACKENDS[TRITON], "quantize", name, device) or _choose(name, None, device)
+    return settled("quantize", name, device) or _choose(name, None, device)
 
 
 Product = Literal["grouped_gemm", "quantize"]
 """What a backend is chosen for."""
+
+
+def settled(product: Product, name: str, device: torch.device) -> Backend | None:
+    """The backend that requests for ``name`` on ``device`` come to at every call; None if each call must ask :func:`choose`."""
+    return _settled(BACKENDS[TRITON], product, name, device)
+
+
+def in_force(backend: str | None) -> tuple[str, str]:
+    """All outside a call's other arguments that a settled backend's launches depend on: to be equal for a :data:`Repeat`.
+
+    The first is the backend asked for, as :func:`requested` says; raises as that does.
+    """
+    return requested(backend), env.hopper_gemm_as_set()
 
 
 @functools.cache

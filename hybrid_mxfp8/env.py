@@ -88,6 +88,11 @@ def hopper_gemm() -> bool:
     return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="1")
 
 
+def hopper_gemm_as_set() -> str:
+    """HYBRID_MXFP8_HOPPER_GEMM as it stands, to see whether it has changed; empty if unset."""
+    return _get("HYBRID_MXFP8_HOPPER_GEMM")
+
+
 def trust_cache() -> bool:
     """HYBRID_MXFP8_TRUST_CACHE: True only for 1.
 

@@ -13,7 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.backends import AUTO, BACKENDS, Problem, choose, choose_quantizer, requested
+from hybrid_mxfp8.backends import (
+    AUTO,
+    BACKENDS,
+    Backend,
+    Launched,
+    Problem,
+    Repeat,
+    choose,
+    choose_quantizer,
+    in_force,
+    requested,
+    settled,
+)
 from hybrid_mxfp8.checks import (
     FLOAT_DTYPES,
     check_aligned,
@@ -37,6 +49,26 @@ from hybrid_mxfp8.seen import Seen
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 WORKSPACE_ALIGNMENT = 256
+
+
+def _not_yet() -> bool:
+    """The :data:`Repeat` of a call that was seen once, or can't be repeated.
+
+    Buffers that never come back, such as outputs of another size in every batch, are not to pay for a repetition.
+    """
+    return False
+
+
+_places: Seen[Repeat] = Seen(8192)
+"""Calls whose buffers passed the checks, by addresses and all else that checks and launches depend on."""
+
+
+def _remember(place: Hashable, repeat: Repeat | None, launched: Launched | None) -> None:
+    """That the call at ``place`` passed; and when its ``repeat``, there but not yet able, made a backend launch: how it did."""
+    if repeat is None:
+        _places.add(place, _not_yet)
+    elif launched is not None:
+        _places.add(place, launched.repeat())
 
 
 def quantize_grouped(
@@ -81,25 +113,38 @@ def quantize_grouped(
             return _quantize_traced(x, groups, rows.num_tokens, scale_rounding, row_index, activation, backend)
         if key is not None:
             _rows_seen.add(key, rows)
+    asked = requested(backend)
     if out is None:
         values = torch.empty(rows.values_shape, dtype=torch.float8_e4m3fn, device=rows.device)
         scales = torch.empty(rows.scales_shape, dtype=torch.uint8, device=rows.device)
+    elif isinstance(out, GroupedMXFP8):
+        values, scales = out.values, out.scales
     else:
-        values, scales = _quantized_buffers(out, rows, x, groups, row_index)
-    chosen = choose_quantizer(rows.device, backend)
-    layout = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, activation is not None)
+        raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
+    place = None if key is None else _rows_place(rows, asked, x, groups, values, scales, row_index)
+    repeat = None if place is None else _places.get(place)
+    if repeat is None:
+        if out is not None:
+            _check_quantized_buffers(values, scales, rows, x, groups, row_index)
+    elif repeat() and isinstance(groups, GroupLayout):
+        return GroupedMXFP8.unchecked(values, scales, groups)
+    chosen = choose_quantizer(rows.device, asked)
+    layout, launched = chosen.quantize_grouped(
+        x, groups, values, scales, scale_rounding, row_index, activation is not None
+    )
+    if place is not None:
+        _remember(place, repeat, launched)
     return GroupedMXFP8.unchecked(values, scales, layout)
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What the checks of :func:`quantize_grouped` find out; ``buffers`` are the places of ``out`` that passed."""
+    """What the checks of :func:`quantize_grouped` find out."""
 
     num_tokens: int
     values_shape: tuple[int, int]
     scales_shape: tuple[int, int]
     device: torch.device
-    buffers: Seen[bool]
 
 
 _rows_seen: Seen[_Rows] = Seen(4096)
@@ -166,7 +211,7 @@ def _check_rows(
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
     scales_shape = (grouped_scale_rows(num_tokens, num_experts), scale_cols(k))
-    return _Rows(num_tokens, (num_tokens, k), scales_shape, device, Seen(256))
+    return _Rows(num_tokens, (num_tokens, k), scales_shape, device)
 
 
 def _quantize_traced(
@@ -192,27 +237,42 @@ def _quantize_traced(
     return GroupedMXFP8.unchecked(values.view(torch.float8_e4m3fn), scales, layout)
 
 
-def _quantized_buffers(
-    out: GroupedMXFP8,
+def _rows_place(
+    rows: _Rows,
+    asked: str,
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    row_index: torch.Tensor | None,
+) -> tuple[Hashable, ...]:
+    """All that :func:`_check_quantized_buffers` looks at, and with ``rows`` all that the launch depends on."""
+    return (
+        *(rows, asked, x.data_ptr(), values.shape, values.device, values.data_ptr(), scales.shape, scales.data_ptr()),
+        None if row_index is None else row_index.data_ptr(),
+        *(
+            (groups.expert_offsets.data_ptr(), groups.scale_offsets.data_ptr())
+            if isinstance(groups, GroupLayout)
+            else (groups.data_ptr(),)
+        ),
+    )
+
+
+def _check_quantized_buffers(
+    values: torch.Tensor,
+    scales: torch.Tensor,
     rows: _Rows,
     x: torch.Tensor,
     groups: GroupLayout | torch.Tensor,
     row_index: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and scales of ``out``, which fit and lie apart from what is read."""
-    if not isinstance(out, GroupedMXFP8):
-        raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
-    values, scales = out.values, out.scales
+) -> None:
+    """``out`` fits, and lies apart from what is read."""
     if isinstance(groups, GroupLayout):
         read = {"x": x, "expert_offsets": groups.expert_offsets, "scale_offsets": groups.scale_offsets}
     else:
         read = {"x": x, "groups": groups}
     if row_index is not None:
         read["row_index"] = row_index
-    place: tuple[Hashable, ...] = (values.shape, scales.shape, values.device, values.data_ptr(), scales.data_ptr())
-    place += tuple([tensor.data_ptr() for tensor in read.values()])
-    if rows.buffers.get(place):
-        return values, scales
     check_tensor("out", values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=rows.device)
     check_shape("out", values, rows.values_shape, "(T, K)")
     check_shape("out", scales, rows.scales_shape, "(S, C)")
@@ -220,8 +280,6 @@ def _quantized_buffers(
     for buffer in (values, scales):
         check_apart("out", buffer, **read)
     check_apart("out", values, **{"its own scales": scales})
-    rows.buffers.add(place, True)
-    return values, scales
 
 
 def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:
@@ -291,33 +349,73 @@ def grouped_gemm(
     key = _product_key(x, w, out_dtype)
     product = None if key is None else _products_seen.get(key)
     if product is None:
-        product = _Product(_problem(x, w, out_dtype), Seen(256))
+        product = _Product(_problem(x, w, out_dtype), Seen(16))
         if traced(x.values):
             check_no_buffer("out", out)
             check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, out_dtype, backend)
         if key is not None:
             _products_seen.add(key, product)
-    problem = product.problem
-    chosen = choose(problem, backend)
-    if out is None and workspace is None:
-        out = torch.empty((problem.num_tokens, problem.n), dtype=out_dtype, device=problem.device)
-    else:
-        out = _product_buffers(
-            out, workspace, product, x, w, chosen.workspace_size(problem) if workspace is not None else 0
-        )
-    chosen.grouped_gemm(x, w, out, workspace)
-    return out
+    force = in_force(backend)
+    way = product.ways.get(force) or _way(product, force, workspace is not None)
+    y = out
+    if y is None:
+        problem = product.problem
+        y = torch.empty((problem.num_tokens, problem.n), dtype=out_dtype, device=problem.device)
+    memory = workspace
+    if memory is None and way.allocate:
+        memory = torch.empty(way.needed, dtype=torch.uint8, device=product.problem.device)
+    found_again = key is not None and (way.settled or out is not None or workspace is not None)
+    place = _place(product, force, way.needed, y, memory, x, w) if found_again else None
+    repeat = None if place is None else _places.get(place)
+    if repeat is None:
+        _check_buffers(out, workspace, y, product.problem, x, w, way.needed)
+    elif repeat():
+        return y
+    launched = way.backend.grouped_gemm(x, w, y, memory)
+    if place is not None:
+        _remember(place, repeat, launched if way.settled else None)
+    return y
 
 
-class _Product(NamedTuple):
-    """What the checks of :func:`grouped_gemm` find out; ``buffers`` are the places of ``out`` and ``workspace`` that passed."""
+class _Way(NamedTuple):
+    """How a product is computed.
+
+    Attributes:
+        backend: by this one.
+        settled: always, as long as the same is in force.
+        needed: bytes that a workspace must have; not known, and 0, where none is given and nothing is settled.
+        allocate: whether a workspace is allocated here where none is given.
+    """
+
+    backend: Backend
+    settled: bool
+    needed: int
+    allocate: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """What the checks of :func:`grouped_gemm` find out, and how it is computed by what is in force."""
 
     problem: Problem
-    buffers: Seen[bool]
+    ways: Seen[_Way]
 
 
 _products_seen: Seen[_Product] = Seen(4096)
+
+
+def _way(product: _Product, force: tuple[str, str], sized: bool) -> _Way:
+    """The backend, and the size of its workspace if that is ``sized`` or free to ask."""
+    problem, name = product.problem, force[0]
+    chosen = settled("grouped_gemm", name, problem.device)
+    if chosen is None:
+        chosen = choose(problem, name)
+        return _Way(chosen, False, chosen.workspace_size(problem) if sized else 0, False)
+    needed = chosen.workspace_size(problem)
+    way = _Way(chosen, True, needed, needed > 0 and problem.num_tokens > 0)
+    product.ways.add(force, way)
+    return way
 
 
 def _product_key(x: Any, w: Any, out_dtype: Any) -> tuple[Hashable, ...] | None:
@@ -347,26 +445,19 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
     return product
 
 
-def _product_buffers(
+def _check_buffers(
     out: torch.Tensor | None,
     workspace: torch.Tensor | None,
-    product: _Product,
+    y: torch.Tensor,
+    problem: Problem,
     x: GroupedMXFP8,
     w: ExpertWeights,
     needed: int,
-) -> torch.Tensor:
-    """``out``, made if None; it and ``workspace`` fit, and lie apart from the operands and each other."""
-    problem = product.problem
-    shape = (problem.num_tokens, problem.n)
-    given = out
-    if out is None:
-        out = torch.empty(shape, dtype=problem.out_dtype, device=problem.device)
-    place = _place(out, workspace, x, w, needed)
-    if place is not None and product.buffers.get(place):
-        return out
-    if given is not None:
+) -> None:
+    """Those of ``out`` and ``workspace`` that are given fit, and lie apart from the operands and from ``y``, which is written."""
+    if out is not None:
         check_tensor("out", out, dtypes=(problem.out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
-        check_shape("out", out, shape, "(T, N)")
+        check_shape("out", out, (problem.num_tokens, problem.n), "(T, N)")
         check_contiguous("out", out)
         check_aligned("out", out)
         check_no_grad("out", out)
@@ -382,29 +473,23 @@ def _product_buffers(
                 f"must start at a {WORKSPACE_ALIGNMENT}-byte boundary",
                 f"address {workspace.data_ptr():#x}",
             )
-        _check_apart("workspace", workspace, x, w, out)
-    if place is not None:
-        product.buffers.add(place, True)
-    return out
+        _check_apart("workspace", workspace, x, w, y)
 
 
-def _place(out: Any, workspace: Any, x: GroupedMXFP8, w: ExpertWeights, needed: int) -> tuple[Hashable, ...] | None:
-    """All that :func:`_product_buffers` looks at; None where something is no tensor."""
+def _place(
+    product: _Product, force: tuple[str, str], needed: int, y: Any, workspace: Any, x: GroupedMXFP8, w: ExpertWeights
+) -> tuple[Hashable, ...] | None:
+    """All that :func:`_check_buffers` looks at, and with ``product`` all that launches depend on; None if one is no tensor."""
     groups = x.groups
     try:
         return (
-            *(
-                out.dtype,
-                out.shape,
-                out.stride(),
-                out.device,
-                out.data_ptr(),
-                out.requires_grad and torch.is_grad_enabled(),
-            ),
+            *(product, force, needed),
+            *(y.dtype, y.shape, y.stride(), y.device, y.data_ptr(), y.requires_grad and torch.is_grad_enabled()),
             None
             if workspace is None
-            else (workspace.dtype, workspace.shape, workspace.stride(), workspace.device, workspace.data_ptr(), needed),
-            *(x.values.data_ptr(), x.scales.data_ptr(), w.values.data_ptr(), w.scales.data_ptr()),
+            else (workspace.dtype, workspace.shape, workspace.stride(), workspace.device, workspace.data_ptr()),
+            *(x.values.data_ptr(), x.scales.shape, x.scales.data_ptr()),
+            *(w.values.data_ptr(), w.scales.shape, w.scales.data_ptr()),
             *(groups.tokens_per_expert.data_ptr(), groups.expert_offsets.data_ptr(), groups.scale_offsets.data_ptr()),
         )
     except (AttributeError, RuntimeError):

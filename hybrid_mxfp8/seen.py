@@ -1,7 +1,8 @@
 """What checks found out about an earlier call, by all that they looked at.
 
 Argument checks look at metadata alone, so arguments that look like ones that passed need not be checked again: one
-look-up instead of some thirty questions, in the host time of a decode step.
+look-up instead of some thirty questions, in the host time of a decode step. And where the same buffers come again, the
+launches can be those of the earlier call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ class Seen(Generic[T]):
 
     def add(self, key: Hashable, value: T) -> None:
         """Remember it."""
-        if len(self._found) >= self._capacity:
+        if len(self._found) >= self._capacity and key not in self._found:
             self._found.clear()
         self._found[key] = value
+
+    def forget(self) -> None:
+        """Everything."""
+        self._found.clear()

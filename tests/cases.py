@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import ops
 from hybrid_mxfp8.formats import round_up
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -145,3 +146,9 @@ def random_rows(
     x = torch.randn(rows, k // 32, 32, generator=rng, device=device)
     x *= torch.exp2(torch.randint(-6, 7, (rows, k // 32, 1), generator=rng, device=device).float())
     return x.reshape(rows, k).to(dtype)
+
+
+def forget_calls() -> None:
+    """Have the next call choose its backend and kernel anew: for tests that put something else in their place."""
+    for seen in (ops._rows_seen, ops._products_seen, ops._places):
+        seen.forget()

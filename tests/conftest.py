@@ -7,6 +7,7 @@ processes of their own, without that variable.
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -32,6 +33,7 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKEND", "CONFIG", "PDL", "HOPPER_GEMM"):
         monkeypatch.delenv(f"HYBRID_MXFP8_{name}", raising=False)
     _settled.cache_clear()  # tests pretend to have other devices and backends
+    cases.forget_calls()
     assert requested(None) == AUTO, "an earlier test left a backend asked for"
 
 

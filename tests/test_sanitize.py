@@ -362,7 +362,7 @@ def test_compiled_kernels_are_those_that_were_launched(monkeypatch: pytest.Monke
     from hybrid_mxfp8.triton_kernels import launch
 
     kernel = SimpleNamespace(metadata=SimpleNamespace(name="some_kernel"))
-    loaded = launch.Loaded(kernel, None, 0)
+    loaded = launch.Loaded(kernel, 0, None)
     monkeypatch.setattr(launch, "_loaded", {"key": loaded, "another": loaded})
     assert launched.compiled_kernels() == {"some_kernel"}
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2, round_up
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.hopper_config import COLUMN_GROUP, WorkspaceLayout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
 
 
@@ -206,7 +206,7 @@ def expand_tokens(
     layout: WorkspaceLayout,
     block_t: int,
     rows: int,
-) -> None:
+) -> Launched | None:
     """Write both parts of ``workspace``; the device of ``values`` is current.
 
     Args:
@@ -217,6 +217,9 @@ def expand_tokens(
         layout: where the list of tiles and the expanded tokens go.
         block_t: rows of a token tile; a tile belongs to one expert.
         rows: how many of the first rows are expanded.
+
+    Returns:
+        The launch, to be repeated, or None.
     """
     num_tokens, k = values.shape
     num_experts = groups.num_experts
@@ -236,4 +239,4 @@ def expand_tokens(
         plan.tokens_at,
     )
     key = (plan.key, aligned(values), aligned(scales), aligned(workspace))
-    launch(expand_tokens_kernel, plan.programs, arguments, plan.constants, plan.options, key)
+    return launch(expand_tokens_kernel, plan.programs, arguments, plan.constants, plan.options, key)

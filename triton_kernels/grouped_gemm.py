@@ -38,7 +38,7 @@ from hybrid_mxfp8.triton_kernels.hopper_config import (
     hopper_takes,
     select_hopper_config,
 )
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, LaunchedBoth, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import (
     INTERPRET,
     e4m3_codes_to_fp32,
@@ -272,7 +272,7 @@ def grouped_gemm(
     w_scales: torch.Tensor,
     out: torch.Tensor,
     workspace: torch.Tensor | None = None,
-) -> None:
+) -> Launched | LaunchedBoth | None:
     """Write the product into ``out``; arguments as checked by ``ops.grouped_gemm``.
 
     Args:
@@ -283,27 +283,30 @@ def grouped_gemm(
         w_scales: (E, roundup(N, 128), C) uint8, swizzled.
         out: (T, N) bf16, fp16 or fp32, contiguous; rows that no expert owns keep what they hold.
         workspace: uint8, at least :func:`workspace_size` bytes, 256-byte aligned; allocated if None and needed.
+
+    Returns:
+        The launches, to be repeated, or None.
     """
     num_experts, n, k = w_values.shape
     num_tokens = groups.num_tokens
     if not (num_tokens and num_experts):
-        return
+        return None
     hopper = hopper_config_for(num_tokens, num_experts, n, k, out.device)
     if hopper is not None and aligned(w_values, w_scales):  # TMA reads from 16-byte boundaries
+        given = workspace
         if workspace is None:
             size = WorkspaceLayout.size_of(num_tokens, num_experts, k, hopper)
             workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
         with on_device_of(out):
-            _hopper_kernels().hopper_grouped_gemm(
+            launched: LaunchedBoth | None = _hopper_kernels().hopper_grouped_gemm(
                 x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
             )
-        return
+        return None if given is None else launched  # memory allocated here is soon somebody else's
     if blackwell_takes(num_experts, n, k, out.device) and aligned(x_values, x_scales, w_values, w_scales):
         from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import grouped_gemm_blackwell, select_blackwell_config
 
         blackwell = select_blackwell_config(num_tokens, num_experts)
-        grouped_gemm_blackwell(x_values, x_scales, groups, w_values, w_scales, out, blackwell)
-        return
+        return grouped_gemm_blackwell(x_values, x_scales, groups, w_values, w_scales, out, blackwell)
     config = select_gemm_config(num_tokens, num_experts, formulation_for(out.device), INTERPRETED)
     programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
     arguments = (
@@ -325,4 +328,4 @@ def grouped_gemm(
     operands = (x_values, x_scales, w_values, w_scales, out)
     key = ("grouped_gemm", out.dtype, n, k, *(aligned(tensor) for tensor in operands))
     with on_device_of(out):
-        launch(grouped_gemm_kernel, programs, arguments, constants, options, key)
+        return launch(grouped_gemm_kernel, programs, arguments, constants, options, key)

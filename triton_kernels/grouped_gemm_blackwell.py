@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hybrid_mxfp8.formats import SCALE_TILE_COLS, SCALE_TILE_ROWS, ceil_div, next_power_of_2, token_tiles_bound
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.grouped_gemm import _find_tile, _load_row_scales
-from hybrid_mxfp8.triton_kernels.launch import launch, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.launch import Launched, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
 
 
@@ -134,8 +134,12 @@ def grouped_gemm_blackwell(
     w_scales: torch.Tensor,
     out: torch.Tensor,
     config: BlackwellConfig,
-) -> None:
-    """Write the product into ``out``; arguments as for ``grouped_gemm.grouped_gemm``, all 16-byte aligned, T and E > 0."""
+) -> Launched | None:
+    """Write the product into ``out``; arguments as for ``grouped_gemm.grouped_gemm``, all 16-byte aligned, T and E > 0.
+
+    Returns:
+        The launch, to be repeated, or None.
+    """
     num_experts, n, k = w_values.shape
     num_tokens = groups.num_tokens
     arguments = (
@@ -158,4 +162,4 @@ def grouped_gemm_blackwell(
     programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
     with on_device_of(out):
         key = ("grouped_gemm_blackwell", out.dtype, n, k)
-        launch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, key)
+        return launch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, key)

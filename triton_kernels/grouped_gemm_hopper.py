@@ -36,7 +36,7 @@ from hybrid_mxfp8.formats import SCALE_TILE_BYTES, ceil_div
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.expand_tokens import expand_tokens
 from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
-from hybrid_mxfp8.triton_kernels.launch import aligned, launch
+from hybrid_mxfp8.triton_kernels.launch import LaunchedBoth, aligned, both, launch
 
 SLICE = gl.constexpr(4)
 """Rows that a warp expands at a time."""
@@ -650,7 +650,7 @@ def hopper_grouped_gemm(
     workspace: torch.Tensor,
     config: HopperGemmConfig,
     num_multiprocessors: int,
-) -> None:
+) -> LaunchedBoth | None:
     """Write the product into ``out``: two launches on the current device, which is that of ``out``.
 
     Args:
@@ -663,11 +663,14 @@ def hopper_grouped_gemm(
         workspace: uint8, at least ``WorkspaceLayout.of(...).size`` bytes, 256-byte aligned.
         config: tile.
         num_multiprocessors: programs of the grid.
+
+    Returns:
+        The two launches, to be repeated, or None.
     """
     num_experts, n, k = w_values.shape
     plan = _plan(groups.num_tokens, num_experts, n, k, config, num_multiprocessors, out.dtype)
     layout = plan.layout
-    expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t, plan.rows_before)
+    expansion = expand_tokens(x_values, x_scales, groups, workspace, layout, config.block_t, plan.rows_before)
     block_k = config.block_k
     tokens = workspace.data_ptr() + plan.tokens_at
     arguments = (
@@ -689,4 +692,5 @@ def hopper_grouped_gemm(
         plan.num_k_tiles,
     )
     key = (plan.key, aligned(x_values), aligned(x_scales))
-    launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), key)
+    product = launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), key)
+    return both(expansion, product)

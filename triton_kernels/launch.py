@@ -6,13 +6,14 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from hybrid_mxfp8.triton_kernels.c_launcher import CLauncher, find_c_launcher
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET
 
 INTERPRETED: bool = INTERPRET.value
@@ -44,22 +45,95 @@ class Loaded:
 
     Attributes:
         kernel: what Triton compiled.
-        stream_of: the raw handle of a device's current stream; None where Triton must launch the kernel itself.
         device_index: the device.
+        c_launcher: how to launch it without Triton's Python; None where Triton must do it.
     """
 
     kernel: Any
-    stream_of: Callable[[int], int] | None
     device_index: int
+    c_launcher: CLauncher | None
+
+
+class Launched(NamedTuple):
+    """A launch that was made, with its tensors."""
+
+    loaded: Loaded
+    c_launcher: CLauncher
+    programs: int
+    after_stream: tuple[Any, ...]
+
+    def repeat(self) -> Repeat:
+        """What makes the same launch again, and keeps no tensor."""
+        return Repeat(self)
+
+
+class Repeat:
+    """A launch that can be made again: ``repeat()`` makes it on the current stream, with the numbers it was made with.
+
+    Addresses are among them, but no tensors: right for whatever lies there, if shapes, strides and dtypes are those of the
+    first time. ``repeat()`` is True; or False, with nothing done, where Triton must launch: while hooks are installed, such
+    as a profiler's, and in a forked child, to which the kernel's handle is of no use.
+    """
+
+    __slots__ = ("_after_stream", "_device_index", "_launch", "_loaded", "_process", "_programs", "_stream_of")
+
+    def __init__(self, made: Launched) -> None:
+        self._loaded = made.loaded  # Triton unloads a kernel that nobody holds
+        self._launch = made.c_launcher.launch
+        self._programs = made.programs
+        self._after_stream = made.c_launcher.without_tensors(made.after_stream)
+        self._stream_of = made.c_launcher.stream_of
+        self._device_index = made.loaded.device_index
+        self._process = _process
+
+    def __call__(self) -> bool:
+        """Launch; whether that was done."""
+        if self._process is not _process or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
+            return False
+        device_index = self._device_index
+        if _several_gpus() and device_index != torch.cuda.current_device():
+            with torch.cuda.device(device_index):
+                self._launch(self._programs, 1, 1, self._stream_of(device_index), *self._after_stream)
+        else:
+            self._launch(self._programs, 1, 1, self._stream_of(device_index), *self._after_stream)
+        return True
+
+
+class LaunchedBoth(NamedTuple):
+    """Two launches, one after the other."""
+
+    first: Launched
+    second: Launched
+
+    def repeat(self) -> RepeatBoth:
+        """What makes both again."""
+        return RepeatBoth(self.first.repeat(), self.second.repeat())
+
+
+class RepeatBoth(NamedTuple):
+    """Two launches to be made again as one."""
+
+    first: Repeat
+    second: Repeat
+
+    def __call__(self) -> bool:
+        """Launch both. False too where the first was launched and the second can't be: then let both be done anew."""
+        return self.first() and self.second()
+
+
+def both(first: Launched | None, second: Launched | None) -> LaunchedBoth | None:
+    """Two launches as one; None if one of them can't be repeated."""
+    return None if first is None or second is None else LaunchedBoth(first, second)
 
 
 _loaded: dict[Hashable, Loaded] = {}
 _locks: dict[int, contextlib.AbstractContextManager[object]] = {}
 _RUNTIME: Any = triton.knobs.runtime
+_process = object()  # another one in a forked child
 
 
 def _launcher_is_known(version: str = triton.__version__) -> bool:
-    """Whether this Triton's launcher takes the arguments that :func:`launch` hands it."""
+    """Whether this Triton's launcher is one that ``c_launcher`` was written for."""
     return (3, 6) <= tuple(map(int, version.split(".")[:2])) <= (3, 9)
 
 
@@ -80,11 +154,11 @@ def launch(
     constants: tuple[Hashable, ...],
     options: tuple[tuple[str, int], ...],
     key: Hashable,
-) -> None:
+) -> Launched | None:
     """Launch ``kernel`` on a grid of ``programs``, through Triton's dispatch the first time only.
 
     Triton's dispatch of a call costs 8 to 11 us of host time, most of it spent on finding out again how the kernel is
-    specialized; its launcher takes what was compiled as it is.
+    specialized; its C function takes what was compiled as it is.
 
     Args:
         kernel: a jitted function whose constexpr parameters come last.
@@ -94,30 +168,34 @@ def launch(
         options: compile options, such as ``(("num_warps", 4),)``.
         key: all that Triton specializes ``arguments`` on, besides the device: the kernel, dtypes, 16-byte alignment
             of pointers, and each integer that is not in ``do_not_specialize``.
+
+    Returns:
+        The launch, to be repeated; None where nothing was launched, or where Triton must launch the next time too.
     """
     if not programs:
-        return
+        return None
     if INTERPRETED:
         with _one_thread():
             kernel[(programs,)](*arguments, *constants, **dict(options))
-        return
+        return None
     full_key = (key, constants, options, arguments[0].device)
     loaded = _loaded.get(full_key)
     if loaded is None:
         with _one_thread():
             loaded = _loaded.get(full_key)
             if loaded is None:
-                _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
-                return
-    compiled = loaded.kernel
-    if loaded.stream_of is None or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
-        compiled[(programs, 1, 1)](*arguments, *constants)
-        return
-    # As CompiledKernel.__getitem__ does, less what only hooks, such as a profiler's, need.
-    stream = loaded.stream_of(loaded.device_index)
-    compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
-    )
+                loaded = _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
+                c_launcher = loaded.c_launcher
+                if c_launcher is None:
+                    return None
+                return Launched(loaded, c_launcher, programs, c_launcher.after_stream(arguments + constants))
+    c_launcher = loaded.c_launcher
+    if c_launcher is None or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
+        loaded.kernel[(programs, 1, 1)](*arguments, *constants)
+        return None
+    after_stream = c_launcher.after_stream(arguments + constants)
+    c_launcher.launch(programs, 1, 1, c_launcher.stream_of(loaded.device_index), *after_stream)
+    return Launched(loaded, c_launcher, programs, after_stream)
 
 
 def _load(
@@ -130,14 +208,20 @@ def _load(
     """Compile the kernel or find it in Triton's cache, and launch it."""
     _forget_in_children()
     compiled = kernel[(programs,)](*arguments, *constants, **dict(options))
-    stream_of = triton.runtime.driver.active.get_current_stream if _launcher_is_known() else None
-    return Loaded(compiled, stream_of, arguments[0].device.index)
+    c_launcher = find_c_launcher(compiled, len(arguments) + len(constants)) if _launcher_is_known() else None
+    return Loaded(compiled, arguments[0].device.index, c_launcher)
 
 
 @functools.cache
 def _forget_in_children() -> None:
     """What is loaded here is not in a forked child: there Triton's dispatch must meet PyTorch's check of CUDA, and its error."""
-    os.register_at_fork(after_in_child=lambda: _loaded.clear())
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    global _process
+    _loaded.clear()
+    _process = object()
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

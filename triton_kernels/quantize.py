@@ -32,7 +32,7 @@ from hybrid_mxfp8.formats import (
 )
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout, store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 
 
@@ -353,7 +353,7 @@ def _launch(
     counts: torch.Tensor | None = None,
     layout_buffer: torch.Tensor | None = None,
     groups: GroupLayout | None = None,
-) -> None:
+) -> Launched | None:
     gather = row_index is not None
     dtypes = (x.dtype, None if counts is None else counts.dtype)
     plan = _plan(num_rows, num_experts, k, row_stride, expert_stride, scale_rounding, layout, gather, swiglu, dtypes)
@@ -379,7 +379,7 @@ def _launch(
     )
     key = (plan.key, aligned(x), aligned(values), aligned(scales))
     with on_device_of(x):
-        launch(quantize_kernel, plan.programs, arguments, plan.constants, plan.options, key)
+        return launch(quantize_kernel, plan.programs, arguments, plan.constants, plan.options, key)
 
 
 def quantize_grouped(
@@ -391,7 +391,7 @@ def quantize_grouped(
     scale_rounding: str,
     row_index: torch.Tensor | None,
     swiglu: bool,
-) -> None:
+) -> Launched | None:
     """Quantize token rows into ``values`` and ``scales``; arguments as checked by ``ops.quantize_grouped``.
 
     Args:
@@ -402,22 +402,26 @@ def quantize_grouped(
         scale_rounding: ``rceil``, ``floor`` or ``even``.
         row_index: (T,) int32, the source row of each output row; one outside 0 .. R-1 reads as zeros.
         swiglu: quantize ``silu(x[:, :K]) * x[:, K:]``.
+
+    Returns:
+        The launch, to be repeated, or None.
     """
-    if groups.num_tokens and groups.num_experts:
-        _launch(
-            x,
-            values,
-            scales,
-            num_rows=groups.num_tokens,
-            num_experts=groups.num_experts,
-            k=values.shape[1],
-            row_stride=x.stride(0),
-            scale_rounding=scale_rounding,
-            layout="offsets",
-            row_index=row_index,
-            swiglu=swiglu,
-            groups=groups,
-        )
+    if not (groups.num_tokens and groups.num_experts):
+        return None
+    return _launch(
+        x,
+        values,
+        scales,
+        num_rows=groups.num_tokens,
+        num_experts=groups.num_experts,
+        k=values.shape[1],
+        row_stride=x.stride(0),
+        scale_rounding=scale_rounding,
+        layout="offsets",
+        row_index=row_index,
+        swiglu=swiglu,
+        groups=groups,
+    )
 
 
 def quantize_counts(

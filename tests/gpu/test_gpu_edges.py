@@ -38,6 +38,7 @@ def pin(kernel: str, configuration: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     """Run every problem with this configuration."""
     name = "hopper_config_for" if kernel == "hopper" else "select_gemm_config"
     monkeypatch.setattr(launcher, name, lambda *args: configuration)
+    cases.forget_calls()
 
 
 # ---------------------------------------------------------------- codes
