@@ -1,6 +1,7 @@
 """Stand-ins for what Triton compiles and launches: dispatch, compiled kernels, and CudaLaunchers of several versions.
 
-A launch is written down as the C function would see it, descriptors encoded and tensors as their addresses.
+A launch is written down as the C function would see it, descriptors encoded and tensors as their addresses; after the
+arguments come the dtypes that the kernel was compiled for.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def numbers_of(arguments: Any) -> tuple[Any, ...]:
 
 @dataclass
 class Device:
-    """All launches of all kernels: (name, grid, stream, arguments); ``held`` are tensors that the C function was handed."""
+    """All launches of all kernels, (name, grid, stream, arguments); which Triton made; whether the C function got tensors."""
 
     launches: list[tuple[Any, ...]] = field(default_factory=list)
     by_triton: list[str] = field(default_factory=list)
@@ -54,15 +55,15 @@ class Device:
 class CFunction:
     """What is no Python function to ``isinstance``."""
 
-    def __init__(self, name: str, device: Device, nested: bool, base: int) -> None:
-        self.name, self.device, self.nested, self.base = name, device, nested, base
+    def __init__(self, name: str, device: Device, nested: bool, base: int, dtypes: tuple[Any, ...] = ()) -> None:
+        self.name, self.device, self.nested, self.base, self.dtypes = name, device, nested, base, dtypes
 
     def __call__(self, *everything: Any) -> None:
         arguments = everything[-1] if self.nested else everything[self.base :]
         assert len(everything) == self.base + 1 if self.nested else len(everything) > self.base
         assert everything[4] == "function"
         self.device.with_tensors.append(any(isinstance(a, torch.Tensor) for a in arguments))
-        self.device.launches.append((self.name, everything[:3], everything[3], numbers_of(arguments)))
+        self.device.launches.append((self.name, everything[:3], everything[3], numbers_of(arguments) + self.dtypes))
 
 
 def encoded(arguments: Any, descriptors: tuple[int, ...]) -> list[Any]:
@@ -80,8 +81,10 @@ class Flat:
 
     BASE = 13
 
-    def __init__(self, name: str, device: Device, descriptors: tuple[int, ...] = ()) -> None:
-        launcher: Any = CFunction(name, device, False, self.BASE)
+    def __init__(
+        self, name: str, device: Device, descriptors: tuple[int, ...] = (), dtypes: tuple[Any, ...] = ()
+    ) -> None:
+        launcher: Any = CFunction(name, device, False, self.BASE, dtypes)
 
         def inner(*args: Any) -> Any:
             return launcher(*args[: Flat.BASE], *encoded(args[Flat.BASE :], descriptors))
@@ -97,8 +100,10 @@ class Nested:
 
     BASE = 15
 
-    def __init__(self, name: str, device: Device, descriptors: tuple[int, ...] = ()) -> None:
-        launcher: Any = CFunction(name, device, True, self.BASE)
+    def __init__(
+        self, name: str, device: Device, descriptors: tuple[int, ...] = (), dtypes: tuple[Any, ...] = ()
+    ) -> None:
+        launcher: Any = CFunction(name, device, True, self.BASE, dtypes)
 
         def inner(*args: Any) -> Any:
             return launcher(*args[:-1], encoded(args[-1], descriptors))
@@ -127,8 +132,10 @@ class Nested:
 class Compiled:
     """A compiled kernel, which Triton can launch too."""
 
-    def __init__(self, name: str, device: Device, run: Any, descriptors: tuple[int, ...] = ()) -> None:
-        self.name, self.device, self.run, self.descriptors = name, device, run, descriptors
+    def __init__(
+        self, name: str, device: Device, run: Any, descriptors: tuple[int, ...] = (), dtypes: tuple[Any, ...] = ()
+    ) -> None:
+        self.name, self.device, self.run, self.descriptors, self.dtypes = name, device, run, descriptors, dtypes
         self.metadata = SimpleNamespace(name=name, global_scratch_size=0, profile_scratch_size=0)
         self.function = "function"
         self.packed_metadata = (4, 1, 0)
@@ -136,7 +143,7 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
             self.device.by_triton.append(self.name)
-            given = numbers_of(encoded(arguments, self.descriptors))
+            given = numbers_of(encoded(arguments, self.descriptors)) + self.dtypes
             self.device.launches.append((self.name, grid, self.device.stream, given))
 
         return launch
@@ -152,8 +159,9 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
         def dispatch(*arguments: Any, **options: int) -> Compiled:
-            run = self.launcher(self.name, self.device, self.descriptors)
-            compiled = Compiled(self.name, self.device, run, self.descriptors)
+            dtypes = tuple(a.dtype for a in arguments if isinstance(a, torch.Tensor))
+            run = self.launcher(self.name, self.device, self.descriptors, dtypes)
+            compiled = Compiled(self.name, self.device, run, self.descriptors, dtypes)
             compiled[(grid[0], 1, 1)](*arguments)
             return compiled
 
