@@ -126,7 +126,7 @@ def quantize_grouped(
     if repeat is None:
         if out is not None:
             _check_quantized_buffers(values, scales, rows, x, groups, row_index)
-    elif repeat() and isinstance(groups, GroupLayout):
+    elif isinstance(groups, GroupLayout) and repeat():
         return GroupedMXFP8.unchecked(values, scales, groups)
     chosen = choose_quantizer(rows.device, asked)
     layout, launched = chosen.quantize_grouped(
@@ -245,17 +245,21 @@ def _rows_place(
     values: torch.Tensor,
     scales: torch.Tensor,
     row_index: torch.Tensor | None,
-) -> tuple[Hashable, ...]:
-    """All that :func:`_check_quantized_buffers` looks at, and with ``rows`` all that the launch depends on."""
-    return (
-        *(rows, asked, x.data_ptr(), values.shape, values.device, values.data_ptr(), scales.shape, scales.data_ptr()),
-        None if row_index is None else row_index.data_ptr(),
-        *(
-            (groups.expert_offsets.data_ptr(), groups.scale_offsets.data_ptr())
-            if isinstance(groups, GroupLayout)
-            else (groups.data_ptr(),)
-        ),
-    )
+) -> tuple[Hashable, ...] | None:
+    """All that :func:`_check_quantized_buffers` looks at, and with ``rows`` all that the launch depends on; None if fake."""
+    try:
+        return (
+            *(rows, asked, x.data_ptr()),
+            *(values.shape, values.device, values.data_ptr(), scales.shape, scales.data_ptr()),
+            None if row_index is None else row_index.data_ptr(),
+            *(
+                (groups.expert_offsets.data_ptr(), groups.scale_offsets.data_ptr())
+                if isinstance(groups, GroupLayout)
+                else (groups.data_ptr(),)
+            ),
+        )
+    except RuntimeError:
+        return None
 
 
 def _check_quantized_buffers(

@@ -170,7 +170,7 @@ def launch(
             of pointers, and each integer that is not in ``do_not_specialize``.
 
     Returns:
-        The launch, to be repeated; None where nothing was launched, or where Triton must launch the next time too.
+        The launch, to be repeated; None where nothing was launched, or Triton did it.
     """
     if not programs:
         return None
@@ -184,11 +184,8 @@ def launch(
         with _one_thread():
             loaded = _loaded.get(full_key)
             if loaded is None:
-                loaded = _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
-                c_launcher = loaded.c_launcher
-                if c_launcher is None:
-                    return None
-                return Launched(loaded, c_launcher, programs, c_launcher.after_stream(arguments + constants))
+                _loaded[full_key] = _load(kernel, programs, arguments, constants, options)
+                return None
     c_launcher = loaded.c_launcher
     if c_launcher is None or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
         loaded.kernel[(programs, 1, 1)](*arguments, *constants)
