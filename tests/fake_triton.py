@@ -66,10 +66,10 @@ class CFunction:
         self.device.launches.append((self.name, everything[:3], everything[3], numbers_of(arguments) + self.dtypes))
 
 
-def encoded(arguments: Any, descriptors: tuple[int, ...]) -> list[Any]:
+def encoded(arguments: Any) -> list[Any]:
     out: list[Any] = []
-    for i, a in enumerate(arguments):
-        if i in descriptors:
+    for a in arguments:
+        if hasattr(a, "block_shape"):
             out += [Map(a.base.data_ptr(), tuple(a.shape), tuple(a.block_shape)), *a.shape, *a.strides]
         else:
             out.append(a)
@@ -81,13 +81,11 @@ class Flat:
 
     BASE = 13
 
-    def __init__(
-        self, name: str, device: Device, descriptors: tuple[int, ...] = (), dtypes: tuple[Any, ...] = ()
-    ) -> None:
+    def __init__(self, name: str, device: Device, descriptors: bool = False, dtypes: tuple[Any, ...] = ()) -> None:
         launcher: Any = CFunction(name, device, False, self.BASE, dtypes)
 
         def inner(*args: Any) -> Any:
-            return launcher(*args[: Flat.BASE], *encoded(args[Flat.BASE :], descriptors))
+            return launcher(*args[: Flat.BASE], *encoded(args[Flat.BASE :]))
 
         self.launch = inner if descriptors else launcher
 
@@ -100,13 +98,11 @@ class Nested:
 
     BASE = 15
 
-    def __init__(
-        self, name: str, device: Device, descriptors: tuple[int, ...] = (), dtypes: tuple[Any, ...] = ()
-    ) -> None:
+    def __init__(self, name: str, device: Device, descriptors: bool = False, dtypes: tuple[Any, ...] = ()) -> None:
         launcher: Any = CFunction(name, device, True, self.BASE, dtypes)
 
         def inner(*args: Any) -> Any:
-            return launcher(*args[:-1], encoded(args[-1], descriptors))
+            return launcher(*args[:-1], encoded(args[-1]))
 
         self.launch = inner if descriptors else launcher
 
@@ -132,10 +128,8 @@ class Nested:
 class Compiled:
     """A compiled kernel, which Triton can launch too."""
 
-    def __init__(
-        self, name: str, device: Device, run: Any, descriptors: tuple[int, ...] = (), dtypes: tuple[Any, ...] = ()
-    ) -> None:
-        self.name, self.device, self.run, self.descriptors, self.dtypes = name, device, run, descriptors, dtypes
+    def __init__(self, name: str, device: Device, run: Any, dtypes: tuple[Any, ...] = ()) -> None:
+        self.name, self.device, self.run, self.dtypes = name, device, run, dtypes
         self.metadata = SimpleNamespace(name=name, global_scratch_size=0, profile_scratch_size=0)
         self.function = "function"
         self.packed_metadata = (4, 1, 0)
@@ -143,7 +137,7 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
             self.device.by_triton.append(self.name)
-            given = numbers_of(encoded(arguments, self.descriptors)) + self.dtypes
+            given = numbers_of(encoded(arguments)) + self.dtypes
             self.device.launches.append((self.name, grid, self.device.stream, given))
 
         return launch
@@ -152,16 +146,15 @@ class Compiled:
 class Kernel:
     """A jitted function: dispatch compiles and launches."""
 
-    def __init__(
-        self, name: str, device: Device, launcher: Callable[..., Any] = Nested, descriptors: tuple[int, ...] = ()
-    ) -> None:
-        self.name, self.device, self.launcher, self.descriptors = name, device, launcher, descriptors
+    def __init__(self, name: str, device: Device, launcher: Callable[..., Any]) -> None:
+        self.name, self.device, self.launcher = name, device, launcher
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
         def dispatch(*arguments: Any, **options: int) -> Compiled:
             dtypes = tuple(a.dtype for a in arguments if isinstance(a, torch.Tensor))
-            run = self.launcher(self.name, self.device, self.descriptors, dtypes)
-            compiled = Compiled(self.name, self.device, run, self.descriptors, dtypes)
+            descriptors = any(hasattr(a, "block_shape") for a in arguments)
+            run = self.launcher(self.name, self.device, descriptors, dtypes)
+            compiled = Compiled(self.name, self.device, run, dtypes)
             compiled[(grid[0], 1, 1)](*arguments)
             return compiled
 

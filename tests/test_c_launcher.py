@@ -66,7 +66,7 @@ def test_arguments_of_each_version(version: str, device: Device) -> None:
 def test_descriptors_of_each_version(version: str, device: Device) -> None:
     x, w = torch.zeros(4), torch.zeros(6, 8)
     arguments = (x, Descriptor.of(w), 12, Descriptor.of(w[2:]))
-    compiled = Compiled("k", device, LAUNCHERS[version]("k", device, (1, 3)))
+    compiled = Compiled("k", device, LAUNCHERS[version]("k", device, True))
     first = (Map(w.data_ptr(), (6, 8), (1, 2)), 6, 8, 8, 1)
     second = (Map(w[2:].data_ptr(), (4, 8), (1, 2)), 4, 8, 8, 1)
     check(find_c_launcher(compiled, 4), device, arguments, (x.data_ptr(), *first, 12, *second))
