@@ -27,6 +27,9 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
             patch.setattr(module, name, CapturingLauncher(getattr(module, name), arch, compiled))
             call()
         assert len(compiled) == 1, f"{len(compiled)} launches"
+        metadata = compiled[0].kernel.metadata
+        scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
+        assert scratch == (0, 0), "a launch with scratch memory is not repeated"
         return compiled[0]
 
     return compile_one
