@@ -79,48 +79,60 @@ def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef):
                 continue
-            calls = [
-                node.lineno
-                for node in ast.walk(function)
-                if isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr == "warp_specialize"
-            ]
+            calls = [node.lineno for node in ast.walk(function) if _specializes(node)]
             if calls:
+                # A choice between two such calls that is made while compiling may be given in their place.
+                choices = [
+                    node.lineno
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.If) and any(map(_specializes, ast.walk(node)))
+                ]
                 first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-                lines[function.name] = {(path.name, line) for line in (first, function.lineno, *calls)}
+                lines[function.name] = {(path.name, line) for line in (first, function.lineno, *calls, *choices)}
     return lines
+
+
+def _specializes(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warp_specialize"
 
 
 @dataclass
 class Findings:
     """One process's output: how much its tool reported and where, and whether the tool came to its end.
 
-    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel.
+    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel; ``races``: the places of the others.
     """
 
     reported: int = 0
     finished: bool = False
     dispatch: Counter[str] = field(default_factory=Counter)
+    races: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
 
 
-_LINE = re.compile(r"^========= (.*)$", re.MULTILINE)
+_LINE = re.compile(r"^[.sxXFE]*={9} (.*)$", re.MULTILINE)
+"""A line of the tool, which may follow pytest's dots."""
+
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 _KIND = re.compile(
     r"(Invalid __\w+__ \w+|Uninitialized __\w+__ memory \w+|Misaligned \w+|Barrier error detected|Program hit \w+"
     r"|(?:Error|Warning): Race reported|Internal Sanitizer Error)"
 )
-_ACCESS = re.compile(r"(?:Read|Write) access at (\w+)\+0x[0-9a-f]+ in ([\w.]+):(\d+)")
+_ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x[0-9a-f]+ in ([\w.]+):(\d+)")
 _PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x[0-9a-f]+)")
 
 
 def parse(text: str) -> Findings:
     """What compute-sanitizer printed among a program's own lines, some of which are rows of = too."""
     found = Findings()
-    found.dispatch.update(filter(None, map(_dispatching, text.split("Race reported between ")[1:])))
+    for report in text.split("Race reported between ")[1:]:
+        kernel, places = _race(report)
+        if kernel is not None:
+            found.dispatch[kernel] += 1
+        else:
+            found.races[places] += 1
     for line in _LINE.findall(text):
         if summary := _SUMMARY.match(line):
             found.finished = True
@@ -137,16 +149,17 @@ def parse(text: str) -> Findings:
     return found
 
 
-def _dispatching(report: str) -> str | None:
-    """The kernel of a report whose places are all of :func:`dispatch_lines`; else None."""
+def _race(report: str) -> tuple[str | None, str]:
+    """The kernel of a report whose places are all of :func:`dispatch_lines`, else None; and the places."""
     first, *others = report.splitlines()
     following = itertools.takewhile(lambda line: re.match(r"=========\s+and ", line), others)
     lines = [first, *following]
-    places = [match for line in lines if (match := _ACCESS.search(line))]
+    places = [match.groups() for line in lines if (match := _ACCESS.search(line))]
     kernel = places[0][1] if places else ""
     inside = dispatch_lines().get(kernel, set())
-    known = all(place[1] == kernel and (place[2], int(place[3])) in inside for place in places)
-    return kernel if places and known and len(places) == len(lines) else None
+    known = all(where == kernel and (file, int(line)) in inside for _, where, file, line in places)
+    said = "; ".join(f"{kind} in {where}, {file}:{line}" for kind, where, file, line in places) or first
+    return kernel if places and known and len(places) == len(lines) else None, said
 
 
 # ---------------------------------------------------------------- what is run
@@ -238,6 +251,7 @@ class Result:
     kinds: dict[str, int] = field(default_factory=dict)
     kernels_at_fault: dict[str, int] = field(default_factory=dict)
     dispatch: dict[str, int] = field(default_factory=dict)
+    races: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
     output_tail: str = ""
 
@@ -252,7 +266,7 @@ def judge(job: Job, output: str, status: int | None, record: Mapping[str, Any] |
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
     errors = found.reported - sum(found.dispatch.values())
     result = Result(job.tool, job.file, len(job.tests), errors=errors, seconds=round(seconds, 1))
-    result.dispatch = dict(found.dispatch)
+    result.dispatch, result.races = dict(found.dispatch), dict(found.races)
     result.kinds, result.kernels_at_fault = dict(found.kinds), dict(found.kernels)
     result.warnings = dict(found.warnings)
     if record is not None:
@@ -417,7 +431,12 @@ def markdown(record: Mapping[str, Any], results: Sequence[Result], missing: Mapp
             "",
         ]
     lines += [f"**Not launched under {tool}**: {', '.join(kernels)}." for tool, kernels in missing.items()]
-    for title, name in (("Found", "kinds"), ("In kernels", "kernels_at_fault"), ("Warnings of the tools", "warnings")):
+    for title, name in (
+        ("Found", "kinds"),
+        ("In kernels", "kernels_at_fault"),
+        ("Races", "races"),
+        ("Warnings of the tools", "warnings"),
+    ):
         found: Counter[str] = Counter()
         for result in results:
             found.update({f"{result.tool}: {what}": n for what, n in getattr(result, name).items()})

@@ -82,6 +82,11 @@ def test_what_triton_does_to_hand_out_warps_is_counted_apart(kernel: str) -> Non
     assert (found.reported, dict(found.dispatch)) == (2, {kernel: 2})
     found = sanitize.parse(dispatch(kernel) + dispatch(kernel, also=1) + tail)
     assert (found.reported, dict(found.dispatch)) == (2, {kernel: 1})
+    (race,) = found.races
+    assert race.endswith(":1")
+    assert sanitize.parse(RACE).races == {
+        "Write in hopper_gemm_kernel, a.py:10; Read in hopper_gemm_kernel, a.py:20": 1
+    }
     assert not sanitize.parse(RACE).dispatch
     assert not sanitize.parse(dispatch(kernel).replace(f"{kernel}+", "quantize_kernel+")).dispatch
 
@@ -115,6 +120,8 @@ def test_errors_their_kinds_and_their_kernels() -> None:
 
 
 def test_hazards() -> None:
+    found = sanitize.parse(RACE.replace("========= Error", "..s.========= Error"))
+    assert found.kinds == {"Race reported": 1}, "among pytest's dots, too"
     found = sanitize.parse(RACE)
     assert (found.reported, found.finished) == (1, True)
     assert found.kinds == {"Race reported": 1}

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 from compiling import SHARED_LIMIT, Compiled, CompileFor
+from sanitize import dispatch_lines
 from triton.backends.nvidia.compiler import get_ptxas
 
 from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
@@ -241,7 +242,7 @@ def test_partitions_are_handed_out_behind_barriers(
 ) -> None:
     """Triton's code for it: a byte in shared memory says which partition a warp is to run. Racecheck calls that a race.
 
-    Each write is followed by barrier 1 of all warps, and the read comes after one; between two writes is another
+    There is no other store to shared memory in the kernel: all else is written by TMA, or is an operation on a barrier. Each write is followed by barrier 1 of all warps, and the read comes after one; between two writes is another
     such barrier, which the others reach when they have read.
     """
     code = disassembled(compile_product(select_hopper_config(average * E, E)), tmp_path)
@@ -257,9 +258,30 @@ def test_partitions_are_handed_out_behind_barriers(
     ]
     assert read - 1 - len(straight(code[read - 1 :: -1])) in barrier
     assert len(writes) == 2
+    assert writes == [i for i, line in enumerate(code) if re.search(r"\b(STS|STSM|ATOMS)\b", line)]
     first, last = writes
     for write in writes:
         assert write + 1 + len(straight(code[write + 1 :])) in barrier
     # The one right after the first write lets the others read, the next lets them start, the third says they are done.
     assert len([i for i in barrier if first < i < last]) == 3
     assert any("EXIT" in line for line in code[last : last + 4])
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_the_sanitizers_report_knows_the_lines_of_that_code(
+    compile_product: Callable[..., Compiled], average: int, tmp_path: Path
+) -> None:
+    """What racecheck would name: the lines that the kernel's stores to shared memory, and the read, are attributed to."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compile_product(select_hopper_config(average * E, E)).kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.nvdisasm.path
+    text = subprocess.run([tool, "-g", "-c", cubin], check=True, capture_output=True, text=True).stdout
+    places: list[tuple[str, int]] = []
+    place = ("", 0)
+    for line in text.splitlines():
+        if found := re.search(r'//## File "([^"]+)", line (\d+)', line):
+            place = (Path(found[1]).name, int(found[2]))
+        elif re.search(r"\b(STS|LDS\.U8)\b", line):
+            places.append(place)
+    assert len(places) == 3
+    assert set(places) <= dispatch_lines()["hopper_gemm_kernel"]
