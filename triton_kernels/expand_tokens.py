@@ -93,7 +93,8 @@ def expand_tokens_kernel(
 ):
     """Grid ((row_programs + E) * column programs,).
 
-    Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed: the last tile may reach into them.
+    Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed where programs reach: the last tile may
+    reach into them.
     """
     padded_k = (K + 63) // 64 * 64
     column_programs = (padded_k + BLOCK_COLS - 1) // BLOCK_COLS

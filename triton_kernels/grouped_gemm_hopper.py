@@ -286,7 +286,8 @@ def _expand(
     """One warp: tokens to bf16, as ``expand_tokens`` writes them, a slice of a tile after the other, until none is left.
 
     It waits for nobody, and takes only what it then does, so that those who wait for it do get what they wait for,
-    however many programs of the grid are running.
+    however many programs of the grid are running. Rows past a tile's end are not waited for: they are multiplied as they
+    are, and give columns that are not stored.
     """
     num_t_tiles = gl.load(tiles_ptr)
     K = K // 32 * 32  # K % 32 == 0, said so that the compiler reads words
