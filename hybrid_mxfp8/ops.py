@@ -1,4 +1,4 @@
-"""The public functions: check, allocate, choose a backend, launch.
+"""The public functions: check, allocate, choose a backend, launch. Or, where the same buffers come a third time, launch again.
 
 None of them looks at device data, so none syncs (but for the reference backend's product). Under ``torch.compile``, and
 for fake and meta tensors, each becomes one operator of :mod:`hybrid_mxfp8.library`; eager calls don't pay for PyTorch's
@@ -121,7 +121,9 @@ def quantize_grouped(
         values, scales = out.values, out.scales
     else:
         raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
-    place = None if key is None else _rows_place(rows, asked, x, groups, values, scales, row_index)
+    # Of counts a new layout is made each time, so such a launch is not repeated: no place to know but that of ``out``.
+    found_again = key is not None and (out is not None or isinstance(groups, GroupLayout))
+    place = _rows_place(rows, asked, x, groups, values, scales, row_index) if found_again else None
     repeat = None if place is None else _places.get(place)
     if repeat is None:
         if out is not None:

@@ -128,7 +128,8 @@ class WorkspaceLayout:
         return self.tokens_at + self.num_tokens * self.padded_k * 2
 
     def tiles(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(1 + max_tiles, 4) int32 view: the number of token tiles, then of each its expert, first row and end row."""
+        """(1 + max_tiles, 4) int32 view: the number of token tiles and the slices of rows that the product's spare warps have
+        taken; then of each tile its expert, first row, the expert's end row, and how many of its slices are written."""
         return workspace[: (1 + self.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
 
     def expanded(self, workspace: torch.Tensor) -> torch.Tensor:
