@@ -37,9 +37,7 @@ def operand_order(k: int) -> list[int]:
 
 def expand(xq: mx.GroupedMXFP8, block_t: int, rows: int | None = None) -> tuple[torch.Tensor, list[list[int]]]:
     """Into poison: (T, roundup(K, 64)) bf16, of which the first ``rows`` or all are wanted, and the tiles listed."""
-    layout = WorkspaceLayout.of(
-        xq.groups.num_tokens, xq.groups.num_experts, xq.k, HopperGemmConfig(block_t, 16, 64, 2, 1)
-    )
+    layout = WorkspaceLayout.of(xq.groups.num_tokens, xq.groups.num_experts, xq.k, HopperGemmConfig(block_t, 16, 64, 2))
     workspace = torch.full((layout.size,), cases.POISON, dtype=torch.uint8)
     wanted = layout.num_tokens if rows is None else rows
     expand_tokens(xq.values, xq.scales, xq.groups, workspace, layout, block_t, wanted)

@@ -38,12 +38,11 @@ def test_the_tile_grows_with_the_tokens() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        HopperGemmConfig(8, 8, 128, 4, 1),  # no such tile
-        HopperGemmConfig(64, 128, 128, 4, 1),  # few tokens are more than all
-        HopperGemmConfig(64, 64, 32, 4, 1),  # narrower than a column group
-        HopperGemmConfig(64, 16, 128, 1, 1),  # nothing to overlap
-        HopperGemmConfig(64, 16, 128, 4, 0),
-        HopperGemmConfig(256, 64, 64, 6, 1),  # 242 KB of shared memory
+        HopperGemmConfig(8, 8, 128, 4),  # no such tile
+        HopperGemmConfig(64, 128, 128, 4),  # few tokens are more than all
+        HopperGemmConfig(64, 64, 32, 4),  # narrower than a column group
+        HopperGemmConfig(64, 16, 128, 1),  # nothing to overlap
+        HopperGemmConfig(256, 64, 64, 6),  # 242 KB of shared memory
     ],
 )
 def test_what_does_not_fit_is_invalid(config: HopperGemmConfig) -> None:
@@ -52,20 +51,20 @@ def test_what_does_not_fit_is_invalid(config: HopperGemmConfig) -> None:
 
 def test_stages_are_counted_in_full() -> None:
     """5 stages of 128x64 weights, 256x64 bf16 tokens, one scale tile, two barriers."""
-    config = HopperGemmConfig(256, 64, 64, 5, 1)
+    config = HopperGemmConfig(256, 64, 64, 5)
     assert config.shared_memory == 5 * (8192 + 32768 + 512 + 16) <= SHARED_MEMORY
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.sampled_from([16, 32, 64, 128, 256]))
 def test_the_list_of_tiles_holds_any_layout(counts: list[int], block_t: int) -> None:
     needed = sum(ceil_div(count, block_t) for count in counts)
-    config = HopperGemmConfig(block_t, 16, 64, 2, 1)
+    config = HopperGemmConfig(block_t, 16, 64, 2)
     assert needed <= WorkspaceLayout.of(sum(counts), len(counts), 64, config).max_tiles
 
 
 @pytest.mark.parametrize(("t", "e", "k"), list(itertools.product((1, 17, 300), (1, 9), (32, 64, 96, 2880))))
 def test_the_workspace_is_cut_without_overlap(t: int, e: int, k: int) -> None:
-    layout = WorkspaceLayout.of(t, e, k, HopperGemmConfig(16, 16, 128, 2, 1))
+    layout = WorkspaceLayout.of(t, e, k, HopperGemmConfig(16, 16, 128, 2))
     workspace = torch.zeros(layout.size, dtype=torch.uint8)
     layout.tiles(workspace).fill_(-1)
     expanded = layout.expanded(workspace)
@@ -75,11 +74,11 @@ def test_the_workspace_is_cut_without_overlap(t: int, e: int, k: int) -> None:
     assert expanded.data_ptr() + expanded.nbytes == workspace.data_ptr() + layout.size
 
 
-@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 5))
-def test_what_the_first_programs_start_with(programs: int, row_tiles: int, group_t: int) -> None:
-    """Token tile of each program's first tile, as the kernel deals them out: the first of groups, in turns within one."""
-    first = {p // (group_t * row_tiles) * group_t + p % (group_t * row_tiles) % group_t for p in range(programs)}
-    assert first == set(range(tiles_at_once(programs, row_tiles, group_t)))
+@given(st.integers(1, 200), st.integers(1, 60))
+def test_what_the_first_programs_start_with(programs: int, row_tiles: int) -> None:
+    """Token tile of each program's first tile, as the kernel deals them out."""
+    first = {program // row_tiles for program in range(programs)}
+    assert first == set(range(tiles_at_once(programs, row_tiles)))
 
 
 def test_what_32_bits_do_not_reach_is_left_to_the_other_kernel() -> None:

@@ -206,14 +206,12 @@ def _deal(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
 
 
 @gluon.jit
-def _place(index, whole, parts, num_t_tiles, num_n_tiles, GROUP_T: gl.constexpr):
-    """(token tile, n tile, part): GROUP_T token tiles take turns, so that they share weights while these are in L2."""
+def _place(index, whole, parts, num_n_tiles):
+    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of the next token tile."""
     cut = gl.maximum(index - whole, 0)
     tile = gl.minimum(index, whole) + cut // parts
-    first = tile // (GROUP_T * num_n_tiles) * GROUP_T
-    within = tile - first * num_n_tiles
-    group = gl.minimum(num_t_tiles - first, GROUP_T)
-    return first + within % group, within // group, cut % parts
+    t_tile = tile // num_n_tiles
+    return t_tile, tile - t_tile * num_n_tiles, cut % parts
 
 
 @gluon.jit
@@ -355,7 +353,7 @@ def _feed_tile(
 @gluon.jit
 def _feed(
     w_desc, w_scales_desc, x_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
-    BLOCK_T: gl.constexpr, FEW_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr,
+    BLOCK_T: gl.constexpr, FEW_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     EXPANDS: gl.constexpr,
 ):  # fmt: skip
     """One warp: keep the ring full, tile after tile."""
@@ -365,7 +363,7 @@ def _feed(
     phase = 1
     whole, parts, count = _deal(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = _place(index, whole, parts, num_t_tiles, num_n_tiles, GROUP_T)
+        t_tile, n_tile, part = _place(index, whole, parts, num_n_tiles)
         start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
         if start < end:
             expert = gl.load(tiles_ptr + 4 + t_tile * 4)
@@ -441,7 +439,7 @@ def _multiply_tile(
 @gluon.jit
 def _multiply(
     y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, FEW_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr,
+    BLOCK_T: gl.constexpr, FEW_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups: empty the ring, tile after tile; an expert's last tile may be short and then takes less."""
     num_t_tiles = gl.load(tiles_ptr)
@@ -450,7 +448,7 @@ def _multiply(
     phase = 0
     whole, parts, count = _deal(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = _place(index, whole, parts, num_t_tiles, num_n_tiles, GROUP_T)
+        t_tile, n_tile, part = _place(index, whole, parts, num_n_tiles)
         start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
         if start < end:
             if FEW_T < BLOCK_T and end - start <= FEW_T:
@@ -501,7 +499,6 @@ def hopper_gemm_kernel(
     FEW_T: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP_T: gl.constexpr,
     EXPANDS: gl.constexpr,
 ):
     """Grid (multiprocessors,), 8 warps that multiply; one more feeds them, and with EXPANDS three more expand tokens."""
@@ -525,12 +522,12 @@ def hopper_gemm_kernel(
                 (
                     _multiply,
                     (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T),
+                     BLOCK_T, FEW_T, BLOCK_K, STAGES),
                 ),
                 (
                     _feed,
                     (w_desc, w_scales_desc, x_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
-                     num_k_tiles, first_tile, BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T, True),
+                     num_k_tiles, first_tile, BLOCK_T, FEW_T, BLOCK_K, STAGES, True),
                 ),
                 (
                     _expand,
@@ -557,12 +554,12 @@ def hopper_gemm_kernel(
                 (
                     _multiply,
                     (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T),
+                     BLOCK_T, FEW_T, BLOCK_K, STAGES),
                 ),
                 (
                     _feed,
                     (w_desc, w_scales_desc, x_desc, few_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
-                     num_k_tiles, 0, BLOCK_T, FEW_T, BLOCK_K, STAGES, GROUP_T, False),
+                     num_k_tiles, 0, BLOCK_T, FEW_T, BLOCK_K, STAGES, False),
                 ),
             ],
             [1],
@@ -626,7 +623,7 @@ def _plan(
     layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
     row_tiles, num_k_tiles = ceil_div(n, 128), ceil_div(k, 128)
     programs = min(num_multiprocessors, layout.max_tiles * row_tiles)
-    first_tile = tiles_at_once(programs, row_tiles, config.group_t)
+    first_tile = tiles_at_once(programs, row_tiles)
     rows_before = min(first_tile * config.block_t, num_tokens) if config.expands else num_tokens
     return _Plan(
         layout,
@@ -636,7 +633,7 @@ def _plan(
         programs,
         first_tile,
         rows_before,
-        (config.block_t, config.few_t, config.block_k, config.num_stages, config.group_t, config.expands),
+        (config.block_t, config.few_t, config.block_k, config.num_stages, config.expands),
         ("hopper_gemm", out_dtype),
     )
 

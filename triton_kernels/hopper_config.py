@@ -28,7 +28,6 @@ class HopperGemmConfig:
         few_t: 16, 32 or 64, at most ``block_t``: a tile of so few tokens loads and multiplies no more than these.
         block_k: 64 or 128.
         num_stages: depth of the ring in shared memory.
-        group_t: token tiles that share weights while these are in L2.
         expands: whether spare warps expand tokens beside the product; those that the first tiles need are expanded before.
     """
 
@@ -36,7 +35,6 @@ class HopperGemmConfig:
     few_t: int
     block_k: int
     num_stages: int
-    group_t: int
     expands: bool = False
 
     @property
@@ -52,7 +50,6 @@ class HopperGemmConfig:
             and self.few_t <= self.block_t
             and self.block_k in (64, 128)
             and self.num_stages >= 2
-            and self.group_t >= 1
             and self.shared_memory <= SHARED_MEMORY
         )
 
@@ -70,19 +67,18 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     if average <= 64:
         # T 32: 335; 337 with tiles of 16 alone. T 256: 342 and 345; all on one expert 38 and 107. T 1024: 368; 367 with
         # few_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392 with tiles of 128.
-        return HopperGemmConfig(64, 16, 128, 5, 1)
+        return HopperGemmConfig(64, 16, 128, 5)
     if average <= 128:
         # T 4096: 458; 660 with 256 tokens, half of them padding.
-        return HopperGemmConfig(128, 64, 128, 4, 1)
+        return HopperGemmConfig(128, 64, 128, 4)
     # T 8192: 700; 768 with all tokens expanded before; 878 with 128 tokens. T 16384, (7168, 2048, 8): 738, and 741 expanded
     # before, in runs where torch's bf16 took 736 and 709.
-    return HopperGemmConfig(256, 64, 64, 5, 1, expands=True)
+    return HopperGemmConfig(256, 64, 64, 5, expands=True)
 
 
-def tiles_at_once(programs: int, row_tiles: int, group_t: int) -> int:
+def tiles_at_once(programs: int, row_tiles: int) -> int:
     """How many token tiles the first ``programs`` tiles are of, in the order in which the grid takes them."""
-    groups, rest = divmod(programs, group_t * row_tiles)
-    return groups * group_t + min(group_t, rest)
+    return ceil_div(programs, row_tiles)
 
 
 def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu
 
 CONFIGS = [
     *(select_hopper_config(8 * average, 8) for average in (1, 128, 1000)),
-    HopperGemmConfig(16, 16, 128, 8, 1),
-    HopperGemmConfig(128, 16, 128, 4, 1),
+    HopperGemmConfig(16, 16, 128, 8),
+    HopperGemmConfig(128, 16, 128, 4),
 ]
 """Each that is ever chosen, one whose tiles are all narrow, and one with a width between few and all."""
 
