@@ -159,9 +159,12 @@ def places(tmp_path: Path) -> Path:
 
 
 def run(code: str, places: Path, **environment: str) -> str:
-    """What a fresh Python prints, with nothing of this process's environment but what it must have."""
+    """What a fresh Python prints, with nothing of this process's environment but what it must have, and no GPU.
+
+    With one PyTorch opens NVML through ctypes, and the CUDA driver makes a cache of its own in the home folder.
+    """
     given = {"PATH": "/usr/bin:/bin", "HOME": str(places / "home"), "TMPDIR": str(places / "tmp")}
-    given |= {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    given |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     given |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}  # where packages may be
     done = subprocess.run(
         [sys.executable, "-c", code],
