@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.hardware import TRITON_MIN_CAPABILITY
 from hybrid_mxfp8.hardware import capability as _capability
 from hybrid_mxfp8.hardware import has_triton as _has_triton
+from hybrid_mxfp8.repeats import Launched
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 AUTO = "auto"
@@ -54,19 +55,6 @@ class Problem(NamedTuple):
 
 Answer = tuple[bool, str]
 """Whether it can, and why or why not: one line that says what to do."""
-
-
-Repeat = Callable[[], bool]
-"""Makes the launches of an earlier call again, on the current stream and with the same addresses: True. False where the
-backend must be asked again. Right for any tensors that lie where the earlier ones did and look the same, if
-:func:`settled` and :func:`in_force` answer as they did."""
-
-
-class Launched(Protocol):
-    """A call that was made, and can be repeated."""
-
-    def repeat(self) -> Repeat:
-        """What repeats it, and keeps no tensor."""
 
 
 class Quantized(NamedTuple):
@@ -403,7 +391,7 @@ def settled(product: Product, name: str, device: torch.device) -> Backend | None
 
 
 def in_force(backend: str | None) -> tuple[str, str]:
-    """All outside a call's other arguments that a settled backend's launches depend on: to be equal for a :data:`Repeat`.
+    """All outside a call's other arguments that a settled backend's launches depend on: to be equal for a call to be repeated.
 
     The first is the backend asked for, as :func:`requested` says; raises as that does.
     """

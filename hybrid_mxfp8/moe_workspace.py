@@ -19,10 +19,14 @@ from hybrid_mxfp8.backends import TRITON, Backend, Problem, choose, choose_quant
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_int, check_n, fail, short
 from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.repeats import Places
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 KEPT_BATCH_SIZES = 256
 """Batch sizes whose views a workspace keeps: more than a server captures graphs of."""
+
+KEPT_PLACES = 4096
+"""Calls that a workspace can repeat, of all layers and batch sizes: some 5 KB each."""
 
 
 class MoEShape(NamedTuple):
@@ -247,6 +251,7 @@ class MoEWorkspace:
         self._largest = allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend))
         self._views: OrderedDict[tuple[int, tuple[str, str, str]], Buffers] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
+        self.places = Places(KEPT_PLACES)
         self._threads: dict[int, int] = {}  # of each process the thread inside a call: a fork's child has its own
 
     def __getstate__(self) -> dict[str, Any]:
@@ -330,7 +335,9 @@ class MoEWorkspace:
         views = _narrow(self._largest, shape, num_tokens, backends)
         self._views[key] = views
         if len(self._views) > KEPT_BATCH_SIZES:
-            self._views.popitem(last=False)
+            _, gone = self._views.popitem(last=False)
+            if gone.gemm is not self._largest.gemm or gone.scratch is not self._largest.scratch:
+                self.places.forget()  # of calls that would write what this view alone held
         return views
 
 

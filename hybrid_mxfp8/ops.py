@@ -17,9 +17,7 @@ from hybrid_mxfp8.backends import (
     AUTO,
     BACKENDS,
     Backend,
-    Launched,
     Problem,
-    Repeat,
     choose,
     choose_quantizer,
     in_force,
@@ -45,30 +43,15 @@ from hybrid_mxfp8.checks import (
 )
 from hybrid_mxfp8.formats import grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.repeats import Places
 from hybrid_mxfp8.seen import Seen
 from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 WORKSPACE_ALIGNMENT = 256
 
 
-def _not_yet() -> bool:
-    """The :data:`Repeat` of a call that was seen once, or can't be repeated.
-
-    Buffers that never come back, such as outputs of another size in every batch, are not to pay for a repetition.
-    """
-    return False
-
-
-_places: Seen[Repeat] = Seen(8192)
-"""Calls whose buffers passed the checks, by addresses and all else that checks and launches depend on."""
-
-
-def _remember(place: Hashable, repeat: Repeat | None, launched: Launched | None) -> None:
-    """That the call at ``place`` passed; and when its ``repeat``, there but not yet able, made a backend launch: how it did."""
-    if repeat is None:
-        _places.add(place, _not_yet)
-    elif launched is not None:
-        _places.add(place, launched.repeat())
+_places = Places(8192)
+"""Of both functions, whose keys start with different objects."""
 
 
 def quantize_grouped(
@@ -135,7 +118,7 @@ def quantize_grouped(
         x, groups, values, scales, scale_rounding, row_index, activation is not None
     )
     if place is not None:
-        _remember(place, repeat, launched)
+        _places.remember(place, repeat, launched)
     return GroupedMXFP8.unchecked(values, scales, layout)
 
 
@@ -380,7 +363,7 @@ def grouped_gemm(
         return y
     launched = way.backend.grouped_gemm(x, w, y, memory)
     if place is not None:
-        _remember(place, repeat, launched if way.settled else None)
+        _places.remember(place, repeat, launched if way.settled else None)
     return y
 
 

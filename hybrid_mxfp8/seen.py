@@ -21,6 +21,10 @@ class Seen(Generic[T]):
         self._found: dict[Hashable, T] = {}
         self.get = self._found.get
 
+    def __reduce__(self) -> tuple[type[Seen[T]], tuple[int]]:
+        """A copy, in this process or another, has seen nothing."""
+        return type(self), (self._capacity,)
+
     def add(self, key: Hashable, value: T) -> None:
         """Remember it."""
         if len(self._found) >= self._capacity and key not in self._found:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import ops
+from hybrid_mxfp8 import moe_checks, ops
 from hybrid_mxfp8.formats import round_up
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -150,5 +150,5 @@ def random_rows(
 
 def forget_calls() -> None:
     """Have the next call choose its backend and kernel anew: for tests that put something else in their place."""
-    for seen in (ops._rows_seen, ops._products_seen, ops._places):
+    for seen in (ops._rows_seen, ops._products_seen, ops._places, moe_checks.layers_seen):
         seen.forget()

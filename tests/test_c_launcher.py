@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fake_triton import STREAM, CFunction, Compiled, Device, Flat, Map, Nested
+from fake_hopper import LAUNCHERS
+from fake_triton import STREAM, CFunction, Compiled, Device, Flat, Map
 from triton.backends.nvidia import driver
 
 from hybrid_mxfp8.triton_kernels.c_launcher import CLauncher, find_c_launcher
-
-LAUNCHERS = {"3.6": Flat, "3.7": Nested}
 
 
 class Descriptor(SimpleNamespace):

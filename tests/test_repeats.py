@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib
 import multiprocessing
 import weakref
 from collections.abc import Callable
@@ -19,67 +18,23 @@ import cases
 import pytest
 import torch
 import triton
-from fake_triton import STREAM, CFunction, Device, Flat, Kernel, Nested
+from fake_hopper import LAUNCHERS, Arguments, aligned_bytes, check_changed, fp8, moved, run, shrunk, stand_in, warm
+from fake_triton import STREAM, CFunction, Device
 from test_thin_host import Recorder
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import ops
 from hybrid_mxfp8.backends import BACKENDS, _settled
+from hybrid_mxfp8.repeats import Places
 from hybrid_mxfp8.seen import Seen
 
 T, E, N, K = 9, 3, 16, 64
 
 
-@pytest.fixture(params=[Flat, Nested], ids=["3.6", "3.7"])
+@pytest.fixture(params=LAUNCHERS)
 def device(request: pytest.FixtureRequest, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """A Hopper GPU whose memory is the CPU's, with launchers as in a version of Triton."""
-    from hybrid_mxfp8.triton_kernels import expand_tokens, grouped_gemm, grouped_gemm_hopper, launch, quantize
-
-    device = Device()
-    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.backends"), "_interpreted", lambda: True)
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "_loaded", {})
-    monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(grouped_gemm, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(grouped_gemm, "formulation_for", lambda device: "bf16")
-    fake = SimpleNamespace(get_current_stream=lambda index: device.stream)
-    monkeypatch.setattr(triton.runtime.driver, "_active", fake)
-    for module, name in (
-        (quantize, "quantize_kernel"),
-        (expand_tokens, "expand_tokens_kernel"),
-        (grouped_gemm, "grouped_gemm_kernel"),
-        (grouped_gemm_hopper, "hopper_gemm_kernel"),
-    ):
-        monkeypatch.setattr(module, name, Kernel(name, device, request.param))
-    return device
-
-
-def aligned_bytes(size: int) -> torch.Tensor:
-    """A boundary of 256 bytes, as PyTorch allocates on a GPU."""
-    buffer = torch.zeros(size + 256, dtype=torch.uint8)
-    start = -buffer.data_ptr() % 256
-    return buffer[start : start + size]
-
-
-def fp8(*shape: int) -> torch.Tensor:
-    size = torch.Size(shape).numel()
-    return aligned_bytes(size).view(shape).view(torch.float8_e4m3fn)
-
-
-def moved(tensor: torch.Tensor) -> torch.Tensor:
-    there = aligned_bytes(tensor.numel() * tensor.itemsize)
-    there.copy_(tensor.contiguous().view(torch.uint8).view(-1))
-    return there.view(tensor.dtype).view(tensor.shape)
-
-
-def shrunk(tensor: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Another shape, or dtype, at the same address."""
-    dtype = dtype or tensor.dtype
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return tensor.view(torch.uint8).view(-1)[:size].view(dtype).view(shape)
-
-
-Arguments = dict[str, Any]
+    """Launchers as in each version of Triton."""
+    return stand_in(monkeypatch, request.param)
 
 
 @pytest.fixture
@@ -102,23 +57,6 @@ def product(device: Device) -> Arguments:
         "out": aligned_bytes(4 * T * N).view(torch.bfloat16)[: T * N].view(T, N),
         "workspace": aligned_bytes(4 * size),
     }
-
-
-def run(function: Callable[..., object], arguments: Arguments, device: Device) -> list[Any]:
-    """What it launches."""
-    device.take()
-    function(**arguments)
-    return list(device.launches)
-
-
-def warm(function: Callable[..., object], arguments: Arguments, device: Device) -> list[Any]:
-    """What it launches every time, the third by repeating."""
-    first = run(function, arguments, device)
-    assert device.by_triton or not first
-    for with_tensors in (True, False, False):
-        assert run(function, arguments, device) == first
-        assert (device.by_triton, set(device.with_tensors)) == ([], {with_tensors})
-    return first
 
 
 def test_a_quantization_is_repeated(quantization: Arguments, device: Device) -> None:
@@ -201,20 +139,6 @@ PRODUCTS: dict[str, Callable[[Arguments], Arguments]] = {
     "fewer columns": _fewer_columns,
     "backend": lambda a: {**a, "backend": "reference"},
 }
-
-
-def check_changed(
-    function: Callable[..., object], arguments: Arguments, changed: Arguments, device: Device
-) -> tuple[list[Any], list[Any]]:
-    """The launches before and after the change, which are those of a process that has seen no other call."""
-    before = warm(function, arguments, device)
-    after = run(function, changed, device)
-    assert run(function, arguments, device) == before
-    for _ in range(3):
-        assert run(function, changed, device) == after
-    cases.forget_calls()
-    assert run(function, changed, device) == after
-    return before, after
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -509,7 +433,7 @@ def test_outputs_that_come_again_are_found_again(product: Arguments, device: Dev
 
 
 def test_places_are_bounded(product: Arguments, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: Seen[Any] = Seen(2)
+    places = Places(2)
     monkeypatch.setattr(ops, "_places", places)
     outs = [moved(product["out"]) for _ in range(5)]
     for _ in range(3):
@@ -561,17 +485,19 @@ def test_the_device_is_made_current(
     assert asked == switched
 
 
-def test_two_are_repeated_or_none() -> None:
-    from hybrid_mxfp8.triton_kernels.launch import RepeatBoth, both
+def test_calls_together_are_repeated_or_none() -> None:
+    from hybrid_mxfp8.repeats import Together, together
 
-    for first, second in ((None, None), (None, object()), (object(), None)):
-        assert both(first, second) is None  # type: ignore[arg-type]
     ran: list[str] = []
 
     def part(name: str, able: bool) -> Any:
-        return lambda: (ran.append(name), able)[1]
+        return SimpleNamespace(repeat=lambda: lambda: (ran.append(name), able)[1])
 
-    assert RepeatBoth(part("a", True), part("b", True))()
-    assert not RepeatBoth(part("c", False), part("d", True))()
-    assert not RepeatBoth(part("e", True), part("f", False))()
-    assert ran == ["a", "b", "c", "e", "f"]
+    a, b = part("a", True), part("b", False)
+    for parts in ((None, a), (a, None), (a, a, None)):
+        assert together(*parts) is None
+    assert together(a, b, a) == Together((a, b, a))
+    assert Together((a, a)).repeat()()
+    assert ran == ["a", "a"]
+    assert not Together((a, b, a)).repeat()()
+    assert ran == ["a", "a", "a", "b"]

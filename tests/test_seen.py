@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -137,3 +139,13 @@ def test_products_are_found_by_all_that_was_checked(
         for _ in range(2):
             with pytest.raises((TypeError, ValueError), match=f"^{argument}: "):
                 call()
+
+
+def test_a_copy_has_seen_nothing() -> None:
+    seen: Seen[int] = Seen(2)
+    seen.add("a", 1)
+    for copied in (copy.deepcopy(seen), pickle.loads(pickle.dumps(seen))):
+        assert copied.get("a") is None
+        copied.add("b", 2)
+        assert copied.get("b") == 2
+        assert seen.get("b") is None

@@ -164,7 +164,12 @@ def run(code: str, places: Path, **environment: str) -> str:
     With one PyTorch opens NVML through ctypes, and the CUDA driver makes a cache of its own in the home folder.
     """
     given = {"PATH": "/usr/bin:/bin", "HOME": str(places / "home"), "TMPDIR": str(places / "tmp")}
-    given |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    given |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_INTERPRET": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     given |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}  # where packages may be
     done = subprocess.run(
         [sys.executable, "-c", code],

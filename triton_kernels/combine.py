@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 
 UNROLLED = tl.constexpr(16)
@@ -75,7 +75,7 @@ def combine(
     topk_weights: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-) -> None:
+) -> Launched | None:
     """out[m] = sum over k of topk_weights[m, k] * (y[slot_row[m, k]] + bias[topk_ids[m, k]]); see ``moe_reference.combine``.
 
     Args:
@@ -85,6 +85,9 @@ def combine(
         topk_weights: (M, top_k) bf16, fp16 or fp32, contiguous.
         bias: (E, H) bf16, fp16 or fp32, contiguous, or None.
         out: (M, H) bf16, fp16 or fp32, unit column stride, written.
+
+    Returns:
+        The launch, to be repeated, or None.
     """
     num_tokens, hidden = out.shape
     top_k = slot_row.shape[1]
@@ -106,4 +109,4 @@ def combine(
         aligned(out),
     )
     with on_device_of(out):
-        launch(combine_kernel, programs, arguments, constants, options, key)
+        return launch(combine_kernel, programs, arguments, constants, options, key)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, aligned, launch, on_device_of
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 
 
@@ -40,7 +40,9 @@ def expert_bias_kernel(
     tl.store(ptrs, from_fp32(total, y_ptr.dtype.element_ty), mask=inside)
 
 
-def add_expert_bias(y: torch.Tensor, slot_row: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor) -> None:
+def add_expert_bias(
+    y: torch.Tensor, slot_row: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor
+) -> Launched | None:
     """y[slot_row[m, k]] += bias[topk_ids[m, k]], summed in fp32; what ``moe_reference.add_expert_bias`` computes.
 
     Args:
@@ -48,6 +50,9 @@ def add_expert_bias(y: torch.Tensor, slot_row: torch.Tensor, topk_ids: torch.Ten
         slot_row: (M, top_k) int32, contiguous; -1 is skipped.
         topk_ids: (M, top_k) int32 or int64, contiguous.
         bias: (E, N) bf16, fp16 or fp32, contiguous.
+
+    Returns:
+        The launch, to be repeated, or None.
     """
     n = y.shape[1]
     block = min(next_power_of_2(n), 2048 if INTERPRETED else 1024)
@@ -55,4 +60,4 @@ def add_expert_bias(y: torch.Tensor, slot_row: torch.Tensor, topk_ids: torch.Ten
     key = ("expert_bias", y.dtype, topk_ids.dtype, bias.dtype, n, aligned(y), aligned(bias))
     with on_device_of(y):
         arguments = (y, slot_row, topk_ids, bias, y.shape[0], n)
-        launch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),), key)
+        return launch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),), key)

@@ -32,13 +32,14 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.config import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.formats import MAX_INT32, ceil_div, next_power_of_2, token_tiles_bound
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.repeats import Together
 from hybrid_mxfp8.triton_kernels.hopper_config import (
     HopperGemmConfig,
     WorkspaceLayout,
     hopper_takes,
     select_hopper_config,
 )
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, LaunchedBoth, aligned, launch, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import (
     INTERPRET,
     e4m3_codes_to_fp32,
@@ -272,7 +273,7 @@ def grouped_gemm(
     w_scales: torch.Tensor,
     out: torch.Tensor,
     workspace: torch.Tensor | None = None,
-) -> Launched | LaunchedBoth | None:
+) -> Launched | Together | None:
     """Write the product into ``out``; arguments as checked by ``ops.grouped_gemm``.
 
     Args:
@@ -298,7 +299,7 @@ def grouped_gemm(
             size = WorkspaceLayout.size_of(num_tokens, num_experts, k, hopper)
             workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
         with on_device_of(out):
-            launched: LaunchedBoth | None = _hopper_kernels().hopper_grouped_gemm(
+            launched: Together | None = _hopper_kernels().hopper_grouped_gemm(
                 x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
             )
         return None if given is None else launched  # memory allocated here is soon somebody else's

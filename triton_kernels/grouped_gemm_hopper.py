@@ -34,9 +34,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hybrid_mxfp8.formats import SCALE_TILE_BYTES, ceil_div
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.repeats import Together, together
 from hybrid_mxfp8.triton_kernels.expand_tokens import expand_tokens
 from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
-from hybrid_mxfp8.triton_kernels.launch import LaunchedBoth, aligned, both, launch
+from hybrid_mxfp8.triton_kernels.launch import aligned, launch
 
 SLICE = gl.constexpr(4)
 """Rows that a warp expands at a time."""
@@ -648,7 +649,7 @@ def hopper_grouped_gemm(
     workspace: torch.Tensor,
     config: HopperGemmConfig,
     num_multiprocessors: int,
-) -> LaunchedBoth | None:
+) -> Together | None:
     """Write the product into ``out``: two launches on the current device, which is that of ``out``.
 
     Args:
@@ -691,4 +692,4 @@ def hopper_grouped_gemm(
     )
     key = (plan.key, aligned(x_values), aligned(x_scales))
     product = launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), key)
-    return both(expansion, product)
+    return together(expansion, product)

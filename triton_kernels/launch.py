@@ -99,33 +99,6 @@ class Repeat:
         return True
 
 
-class LaunchedBoth(NamedTuple):
-    """Two launches, one after the other."""
-
-    first: Launched
-    second: Launched
-
-    def repeat(self) -> RepeatBoth:
-        """What makes both again."""
-        return RepeatBoth(self.first.repeat(), self.second.repeat())
-
-
-class RepeatBoth(NamedTuple):
-    """Two launches to be made again as one."""
-
-    first: Repeat
-    second: Repeat
-
-    def __call__(self) -> bool:
-        """Launch both. False too where the first was launched and the second can't be: then let both be done anew."""
-        return self.first() and self.second()
-
-
-def both(first: Launched | None, second: Launched | None) -> LaunchedBoth | None:
-    """Two launches as one; None if one of them can't be repeated."""
-    return None if first is None or second is None else LaunchedBoth(first, second)
-
-
 _loaded: dict[Hashable, Loaded] = {}
 _locks: dict[int, contextlib.AbstractContextManager[object]] = {}
 _RUNTIME: Any = triton.knobs.runtime

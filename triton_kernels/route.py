@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from hybrid_mxfp8.formats import ceil_div, next_power_of_2
+from hybrid_mxfp8.repeats import Together, together
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, launch, on_device_of
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, launch, on_device_of
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
 
 
@@ -216,7 +217,7 @@ def route(
     slot_row: torch.Tensor,
     layout: torch.Tensor,
     scratch: torch.Tensor,
-) -> None:
+) -> Launched | Together | None:
     """Sort the slots of ``topk_ids`` by expert; what ``moe_reference.route`` computes.
 
     Args:
@@ -226,6 +227,9 @@ def route(
         slot_row: (M, top_k) int32, contiguous, written: the row of each slot, -1 for a dropped one.
         layout: (3E+2,) int32, written: tokens (E,), expert offsets (E+1,), scale offsets (E+1,) of the rows.
         scratch: (:func:`scratch_elements`,) int32 or more.
+
+    Returns:
+        The launches, to be repeated, or None.
     """
     num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
     config = select_route_config(num_slots, INTERPRETED)
@@ -237,13 +241,13 @@ def route(
         if config.one_launch:
             key = ("rank", topk_ids.dtype)
             constants = (bins, config.block, config.chunk)
-            launch(rank_kernel, 1 + blocks, (topk_ids, *outputs), constants, warps, key)
-            return
+            return launch(rank_kernel, 1 + blocks, (topk_ids, *outputs), constants, warps, key)
         key = ("count", topk_ids.dtype)
         counted = (topk_ids, scratch, num_slots, num_experts)
-        launch(count_kernel, blocks, counted, (bins, config.block), warps, key)
+        counting = launch(count_kernel, blocks, counted, (bins, config.block), warps, key)
         experts = 32
-        launch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps, "sum")
+        summing = launch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps, "sum")
         key = ("scatter", topk_ids.dtype)
         constants = (bins, config.block, config.chunk)
-        launch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), constants, warps, key)
+        scattering = launch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), constants, warps, key)
+    return together(counting, summing, scattering)
