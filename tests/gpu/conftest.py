@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +51,24 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1" if request.param == "hopper" else "0")
     return str(request.param)
+
+
+@pytest.fixture
+def long_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that launchers launched; repeated launches are not among them."""
+    from hybrid_mxfp8.triton_kernels import combine, expand_tokens, expert_bias, grouped_gemm, launch, quantize, route
+
+    modules = [combine, expand_tokens, expert_bias, grouped_gemm, quantize, route]
+    if torch.cuda.get_device_capability() == (9, 0):
+        from hybrid_mxfp8.triton_kernels import grouped_gemm_hopper
+
+        modules.append(grouped_gemm_hopper)
+    launched: list[str] = []
+
+    def counting(kernel: Any, *arguments: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return launch.launch(kernel, *arguments)
+
+    for module in modules:
+        monkeypatch.setattr(module, "launch", counting)
+    return launched

@@ -17,31 +17,12 @@ import triton
 from gpu_truth import GPU, check_product
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels import expand_tokens, grouped_gemm, launch, quantize
+from hybrid_mxfp8.triton_kernels import launch
 
 pytestmark = pytest.mark.gpu
 
 T, N, K = 96, 136, 160
 COUNTS, OTHER_COUNTS = [10, 0, 50, 20], [0, 70, 1, 9]
-
-
-@pytest.fixture
-def long_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that launchers launched; repeated launches are not among them."""
-    modules = [quantize, expand_tokens, grouped_gemm]
-    if torch.cuda.get_device_capability() == (9, 0):
-        from hybrid_mxfp8.triton_kernels import grouped_gemm_hopper
-
-        modules.append(grouped_gemm_hopper)
-    launched: list[str] = []
-
-    def counting(kernel: Any, *arguments: Any) -> Any:
-        launched.append(kernel.fn.__name__)
-        return launch.launch(kernel, *arguments)
-
-    for module in modules:
-        monkeypatch.setattr(module, "launch", counting)
-    return launched
 
 
 class Layer:
