@@ -19,7 +19,13 @@ class Seen(Generic[T]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._found: dict[Hashable, T] = {}
-        self.get = self._found.get
+
+    def get(self, key: Hashable) -> T | None:
+        """What was found for the key; None too for one that can't be hashed, such as of symbolic shapes."""
+        try:
+            return self._found.get(key)
+        except TypeError:
+            return None
 
     def __reduce__(self) -> tuple[type[Seen[T]], tuple[int]]:
         """A copy, in this process or another, has seen nothing."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hybrid_mxfp8 as mx
 
@@ -205,15 +206,63 @@ def test_gradients_are_refused(rng: torch.Generator) -> None:
         assert torch.equal(compiled(x, ids, weights), experts(x, ids, weights))
 
 
-def test_export(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export_of_a_layer(rng: torch.Generator, strict: bool) -> None:
     """torch.export, with the number of tokens left open."""
     layer = moe_truth.make_layer(rng)
     experts, arguments = moe(layer, "reference")
     tokens = torch.export.Dim("tokens", min=2, max=4096)
-    program = torch.export.export(experts, arguments, dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens}))
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens})
+    program = torch.export.export(experts, arguments, dynamic_shapes=shapes, strict=strict)
     for size in (9, 4):
         batch = tuple(a[:size].clone() for a in arguments)
         assert torch.equal(program.module()(*batch), experts(*batch))
+
+
+class _Product(torch.nn.Module):
+    """Of rows and the counts of their experts, by way of a layout or not."""
+
+    def __init__(self, w: mx.ExpertWeights, layout: bool) -> None:
+        super().__init__()
+        self.w, self.layout = w, layout
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        groups = mx.GroupLayout.from_counts(counts, x.shape[0]) if self.layout else counts
+        return mx.grouped_gemm(mx.quantize_grouped(x, groups), self.w)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("layout", [False, True], ids=["counts", "layout"])
+def test_export_of_functions(rng: torch.Generator, layout: bool, strict: bool) -> None:
+    """The number of tokens is left open here, too; without ``strict`` it comes as a SymInt."""
+    product = _Product(mx.quantize_weights(torch.randn(3, 16, 64, generator=rng)), layout)
+    x, counts = torch.randn(40, 64, generator=rng), torch.tensor([30, 0, 10])
+    shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)}, None)
+    program = torch.export.export(product, (x, counts), dynamic_shapes=shapes, strict=strict)
+    for tokens in (40, 7):
+        counts = torch.tensor([tokens - 5, 2, 3])
+        assert torch.equal(program.module()(x[:tokens], counts), product(x[:tokens], counts))
+
+
+def test_symbolic_shapes_are_no_key(rng: torch.Generator) -> None:
+    """They can't be hashed; make_fx traces with them where torch.compile is not asked."""
+    layer = moe_truth.make_layer(rng)
+    w13q, w2q = mx.quantize_weights(layer.w13), mx.quantize_weights(layer.w2)
+
+    def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        w13q, w2q = (mx.ExpertWeights(parts[i].view(torch.float8_e4m3fn), parts[i + 1]) for i in (0, 2))
+        return mx.moe_forward(x, w13q, w2q, ids, weights, backend="reference")
+
+    def multiply(x: torch.Tensor, counts: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        w = mx.ExpertWeights(values.view(torch.float8_e4m3fn), scales)
+        return mx.grouped_gemm(mx.quantize_grouped(x, counts), w)
+
+    w13, w2 = ((w.values.view(torch.uint8), w.scales) for w in (w13q, w2q))
+    counts = torch.tensor([4, 0, 3, 2, 0])
+    calls = ((forward, (layer.x, layer.ids, layer.weights, *w13, *w2)), (multiply, (layer.x, counts, *w13)))
+    for function, arguments in calls:
+        traced = make_fx(function, tracing_mode="symbolic")(*arguments)
+        assert torch.equal(traced(*arguments), function(*arguments))
 
 
 def test_eager_calls_do_not_pass_the_dispatcher(rng: torch.Generator) -> None:
