@@ -8,6 +8,7 @@ a machine with no toolkit. Packages are only located, never imported.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import re
 import subprocess
@@ -34,6 +35,9 @@ CUTLASS_CARRIERS = {
 }
 """Package name: the module it installs, and where in that the headers are."""
 
+CHOSEN = "HYBRID_MXFP8_CUTLASS_DIR"
+"""The origin of headers that the user chose."""
+
 INSTALL_CUTLASS = "pip install nvidia-cutlass, or pip install 'hybrid-mxfp8[ragged]' for newer headers"
 INSTALL_CUDA = "pip install 'hybrid-mxfp8[nvcc]', or install a CUDA toolkit and set CUDA_HOME"
 
@@ -45,6 +49,14 @@ class CutlassHeaders:
     include: Path
     version: tuple[int, int, int]
     origin: str
+
+    @property
+    def identity(self) -> str:
+        """What tells them from others: the version of a package, and of a folder that was chosen its contents, too.
+
+        A checkout may be at any commit, or patched, and say the same version.
+        """
+        return self.version_string + (f"+{_digest(self.include)}" if self.origin == CHOSEN else "")
 
     @property
     def ragged(self) -> bool:
@@ -156,8 +168,17 @@ def cutlass_candidates() -> list[Candidate]:
 
 def _read_chosen(folder: Path) -> CutlassHeaders | None:
     """A CUTLASS checkout, or its include folder."""
-    origin = "HYBRID_MXFP8_CUTLASS_DIR"
-    return _read_cutlass(folder / "include", origin) or _read_cutlass(folder, origin)
+    return _read_cutlass(folder / "include", CHOSEN) or _read_cutlass(folder, CHOSEN)
+
+
+@functools.cache
+def _digest(include: Path) -> str:
+    """Of all headers' names and contents; 30 MB are read once in a process."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in ("cute", "cutlass") for path in (include / part).rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(include)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _carried() -> Iterator[CutlassHeaders]:

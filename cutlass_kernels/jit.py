@@ -4,8 +4,9 @@ A module is kept in a folder of its own under ``env.cache_dir()``, named by what
 
     <module name>-<key>-cutlass<version>-nvcc<version>/   module.so, build.json
 
-The key covers the contents of the sources, flags, definitions, architecture and host machine. The two versions
-stand outside it, so that a machine that cannot compile can still find a module that was built elsewhere and copied.
+The key covers the contents of the sources, flags, definitions, architecture, host machine and the version of tvm-ffi. The
+two versions, the first with a digest of the headers where these are a chosen folder's, stand outside it, so that a machine
+that cannot compile can still find a module that was built elsewhere and copied.
 
 A build works in a private folder and ends in one rename, so a module is there whole or not at all: a build that
 was killed leaves nothing that is ever looked at. A file lock keeps others from building the same thing meanwhile.
@@ -17,7 +18,9 @@ Only what this user or root alone can have written is loaded: see trust.py.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -50,7 +53,9 @@ MANIFEST = "build.json"
 MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc", "sha256")
 """What every manifest has, as strings."""
 BUILDING = ".building-"
-FOLDER = re.compile(r"(?P<name>\w+)-(?P<key>[0-9a-f]+)-cutlass(?P<cutlass>\d+(\.\d+)*)-nvcc(?P<nvcc>\d+(\.\d+)*)")
+FOLDER = re.compile(
+    r"(?P<name>\w+)-(?P<key>[0-9a-f]+)-cutlass(?P<cutlass>\d+(\.\d+)*)(\+[0-9a-f]+)?-nvcc(?P<nvcc>\d+(\.\d+)*)"
+)
 """A module's folder, as :func:`_folder_name` writes it; its log and lock have longer names."""
 
 CUDA_FLAGS = (
@@ -106,7 +111,7 @@ class Source:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
         settings = (self.name, self.arch, self.definitions, CUDA_FLAGS, self.flags, self.tools)
-        digest.update(repr((*settings, platform.system(), platform.machine())).encode())
+        digest.update(repr((*settings, platform.system(), platform.machine(), _tvm_ffi_version())).encode())
         return digest.hexdigest()[:16]
 
 
@@ -275,12 +280,21 @@ def built() -> list[Built]:
 
 
 def _folder_name(source: Source, cutlass: headers.CutlassHeaders, cuda: headers.CudaCompiler) -> str:
-    return f"{source.name}-{source.key()}-cutlass{cutlass.version_string}-nvcc{cuda.version_string}"
+    return f"{source.name}-{source.key()}-cutlass{cutlass.identity}-nvcc{cuda.version_string}"
 
 
 def _versions(folder: re.Match[str]) -> tuple[tuple[int, ...], ...]:
     """Of CUTLASS and nvcc, as numbers: 4.10.0 is newer than 4.8.1."""
     return tuple(tuple(map(int, folder[tool].split("."))) for tool in ("cutlass", "nvcc"))
+
+
+@functools.cache
+def _tvm_ffi_version() -> str:
+    """Modules are compiled against its headers and linked to its library; empty where it is not installed."""
+    try:
+        return importlib.metadata.version("apache-tvm-ffi")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 _BUILD = "import json, sys, tvm_ffi.cpp; print(tvm_ffi.cpp.build(**json.load(sys.stdin)))"

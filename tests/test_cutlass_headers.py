@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,23 @@ def test_variable_beats_packages(site: Path, tmp_path: Path, monkeypatch: pytest
     make_cutlass(tmp_path / "mine" / inside, "4.3.0")
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "mine"))
     assert headers.find_cutlass().version == (4, 3, 0)
+
+
+def test_a_chosen_folder_is_told_from_others_by_its_contents(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkouts of different commits say the same version; packages of a version are the same."""
+    carriers(site, deep_gemm="4.8.1")
+    assert headers.find_cutlass().identity == "4.8.1"
+    identities = []
+    for name, text in (("a", "// 1"), ("b", "// 2"), ("c", "// 1")):
+        make_cutlass(tmp_path / name / "include", "4.8.1")
+        (tmp_path / name / "include" / "cute").mkdir()
+        (tmp_path / name / "include" / "cute" / "layout.hpp").write_text(text)
+        monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / name))
+        identities.append(headers.find_cutlass().identity)
+    assert all(re.fullmatch(r"4\.8\.1\+[0-9a-f]{8}", identity) for identity in identities)
+    assert identities[0] == identities[2] != identities[1]
 
 
 def test_variable_that_names_nothing_is_an_error(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

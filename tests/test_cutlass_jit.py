@@ -169,7 +169,7 @@ def test_newest_carried_module_is_taken(workshop: Workshop, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_module_is_kept_by_all_that_goes_into_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contents, definitions, flags, target and versions each give another module, and the old ones stay."""
+    """Contents, definitions, flags, target, headers and versions each give another module, and the old ones stay."""
     file = workshop.folder / "toy.cu"
 
     def source(**changes: object) -> jit.Source:
@@ -185,13 +185,21 @@ def test_module_is_kept_by_all_that_goes_into_it(workshop: Workshop, monkeypatch
     version = workshop.folder / "cutlass" / "include" / "cutlass" / "version.h"
     version.write_text(version.read_text().replace("MINOR 2", "MINOR 9"))
     names.append(jit.build(source()).folder.name)
+    (version.parent / "patched.hpp").touch()
+    headers._digest.cache_clear()  # a process reads the headers once
+    names.append(jit.build(source()).folder.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "_tvm_ffi_version", lambda: "0.0.1")
+        names.append(jit.build(source()).folder.name)
     assert sorted(names) == workshop.modules()
-    assert len(set(names)) == 6
-    assert workshop.compilations() == 6
+    assert len(set(names)) == 8
+    assert workshop.compilations() == 8
     version.write_text(version.read_text().replace("MINOR 9", "MINOR 2"))
+    (version.parent / "patched.hpp").unlink()
+    headers._digest.cache_clear()
     file.write_text(MODULE)
     assert jit.build(source()).folder.name == names[0]
-    assert workshop.compilations() == 6
+    assert workshop.compilations() == 8
 
 
 def test_build_that_was_overtaken_keeps_the_winner(workshop: Workshop) -> None:
