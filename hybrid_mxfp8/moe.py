@@ -171,6 +171,8 @@ def _run(
     backends = choose_backends(shape, num_tokens, backend)
     quantizer, up, down = backends
     steps = _steps(quantizer.name == TRITON)
+    if workspace is not None:
+        workspace.check(shape, num_tokens)
     with contextlib.nullcontext() if workspace is None else workspace.in_use():
         make = allocate if workspace is None else workspace.buffers
         b = make(shape, num_tokens, backends)

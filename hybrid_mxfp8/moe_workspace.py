@@ -10,11 +10,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.backends import TRITON, Backend, Problem, choose, choose_quantizer
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_int, check_n, fail, short
 from hybrid_mxfp8.formats import MAX_INT32, grouped_scale_rows, scale_cols
@@ -178,18 +179,12 @@ def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
     )
 
 
-def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
-    """The first rows of each buffer. Routing or products that need more memory for fewer rows get their own."""
+def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int) -> Buffers:
+    """The first rows of each buffer."""
     rows = num_tokens * shape.top_k
     scale_rows = grouped_scale_rows(rows, shape.experts)
     whole = largest.groups
     groups = GroupLayout.unchecked(whole.tokens_per_expert, whole.expert_offsets, whole.scale_offsets, rows)
-    gemm, gemm_bytes = largest.gemm, _gemm_bytes(shape, num_tokens, backends)
-    if gemm_bytes > (0 if gemm is None else gemm.numel()):
-        gemm = torch.empty(gemm_bytes, dtype=torch.uint8, device=shape.device)
-    scratch, scratch_elements = largest.scratch, _scratch_elements(shape, num_tokens, backends)
-    if scratch_elements > scratch.numel():
-        scratch = torch.empty(scratch_elements, dtype=torch.int32, device=shape.device)
 
     def operand(whole: GroupedMXFP8) -> GroupedMXFP8:
         return GroupedMXFP8.unchecked(whole.values[:rows], whole.scales[:scale_rows], groups)
@@ -198,12 +193,12 @@ def _narrow(largest: Buffers, shape: MoEShape, num_tokens: int, backends: Backen
         row_token=largest.row_token[:rows],
         slot_row=largest.slot_row[:num_tokens],
         layout=largest.layout,
-        scratch=scratch,
+        scratch=largest.scratch,
         xq=operand(largest.xq),
         h=largest.h[:rows],
         hq=operand(largest.hq),
         y=largest.y[:rows],
-        gemm=gemm,
+        gemm=largest.gemm,
     )
 
 
@@ -224,7 +219,7 @@ class MoEWorkspace:
         max_tokens: the largest M, before routing.
         top_k: experts of a token.
         dtype: of the tokens: bf16, fp16 or fp32.
-        backend: as in ``moe_forward``; a call that runs another one later gets what that needs beyond this, once.
+        backend: as in ``moe_forward``; what another one that runs later needs beyond this is allocated once, and kept.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -249,14 +244,20 @@ class MoEWorkspace:
         _check_rows("max_tokens", self.shape, max_tokens)
         self.max_tokens = max_tokens
         self._largest = allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend))
-        self._views: OrderedDict[tuple[int, tuple[str, str, str]], Buffers] = OrderedDict()
-        self._stream: torch.cuda.Stream | None = None
+        self._outgrown: list[torch.Tensor] = []  # CUDA graphs may still write them
+        self._views: OrderedDict[tuple[int, tuple[str, str, str], str], Buffers] = OrderedDict()
+        self._stream = _current_stream(self.shape.device)  # that of the memory, then that of the calls
+        self._owned = False
         self.places = Places(KEPT_PLACES)
         self._threads: dict[int, int] = {}  # of each process the thread inside a call: a fork's child has its own
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, in this process or another: memory of its own, which no stream or thread has used."""
-        return {**vars(self), "_stream": None, "_threads": {}}
+        return {**vars(self), "_stream": None, "_owned": False, "_threads": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._stream = _current_stream(self.shape.device)
 
     def __repr__(self) -> str:
         return f"MoEWorkspace({self.shape}, max_tokens={self.max_tokens}, {self.nbytes / 2**20:.1f} MiB)"
@@ -266,6 +267,7 @@ class MoEWorkspace:
         """Bytes of device memory."""
         b = self._largest
         tensors = [b.row_token, b.slot_row, b.layout, b.scratch, b.h, b.y, *(() if b.gemm is None else (b.gemm,))]
+        tensors += self._outgrown
         tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -294,16 +296,22 @@ class MoEWorkspace:
         if self.shape.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.shape.device)
-        if stream == self._stream or _is_capturing(self.shape.device):
+        if (self._owned and stream == self._stream) or _is_capturing(self.shape.device):
             return
-        if self._stream is not None:
+        if self._owned and self._stream is not None:
             fail(
                 "workspace",
                 f"must be used on one stream, and its last call was on {self._stream.cuda_stream:#x} (give this stream a "
                 "workspace of its own, or let it take this one over: workspace.move_to_current_stream())",
                 f"stream {stream.cuda_stream:#x}",
             )
-        self._stream = stream
+        self._give_to(stream)
+
+    def _give_to(self, stream: torch.cuda.Stream) -> None:
+        """After all that was queued where the workspace was used last, or where its memory was used before."""
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream, self._owned = stream, True
 
     def move_to_current_stream(self) -> None:
         """Let the current stream wait for the workspace's calls on the stream that owns it, and own it from now on.
@@ -313,32 +321,48 @@ class MoEWorkspace:
         """
         if self.shape.device.type != "cuda" or _is_capturing(self.shape.device):
             return
-        stream = torch.cuda.current_stream(self.shape.device)
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        self._give_to(torch.cuda.current_stream(self.shape.device))
 
-    def buffers(self, shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
-        """Views for M = ``num_tokens`` >= 1.
+    def check(self, shape: MoEShape, num_tokens: int) -> None:
+        """That it holds M = ``num_tokens`` of a layer.
 
         Raises:
             ValueError: a layer of another shape, or more tokens than ``max_tokens``.
         """
         if shape != self.shape:
             fail("workspace", f"must be made for {shape}", self.shape)
-        key = (num_tokens, backends.names)
+        if num_tokens > self.max_tokens:
+            fail("x", f"must have at most the workspace's max_tokens = {self.max_tokens} rows", num_tokens)
+
+    def buffers(self, shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
+        """Views for M = ``num_tokens`` >= 1 of what :meth:`check` found to fit."""
+        key = (num_tokens, backends.names, env.hopper_gemm_as_set())
         found = self._views.get(key)
         if found is not None:
             return found
-        if num_tokens > self.max_tokens:
-            fail("x", f"must have at most the workspace's max_tokens = {self.max_tokens} rows", num_tokens)
-        views = _narrow(self._largest, shape, num_tokens, backends)
+        self._grow(num_tokens, backends)
+        views = _narrow(self._largest, shape, num_tokens)
         self._views[key] = views
         if len(self._views) > KEPT_BATCH_SIZES:
-            _, gone = self._views.popitem(last=False)
-            if gone.gemm is not self._largest.gemm or gone.scratch is not self._largest.scratch:
-                self.places.forget()  # of calls that would write what this view alone held
+            self._views.popitem(last=False)
         return views
+
+    def _grow(self, num_tokens: int, backends: Backends) -> None:
+        """To what these backends need, for this batch and the largest: not always less for fewer rows."""
+        sizes = (num_tokens, self.max_tokens)
+        gemm, gemm_bytes = self._largest.gemm, max(_gemm_bytes(self.shape, size, backends) for size in sizes)
+        if gemm_bytes > (0 if gemm is None else gemm.numel()):
+            self._outgrown += [] if gemm is None else [gemm]
+            gemm = torch.empty(gemm_bytes, dtype=torch.uint8, device=self.shape.device)
+        scratch, elements = self._largest.scratch, max(_scratch_elements(self.shape, size, backends) for size in sizes)
+        if elements > scratch.numel():
+            self._outgrown.append(scratch)
+            scratch = torch.empty(elements, dtype=torch.int32, device=self.shape.device)
+        self._largest = replace(self._largest, gemm=gemm, scratch=scratch)
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -25,6 +25,7 @@ import torch
 from launched import kernels_in_source
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import moe_workspace
 from hybrid_mxfp8.backends import BACKENDS
 
 THREADS, ROUNDS = 3, 2
@@ -308,6 +309,42 @@ def test_capture_uses_a_workspace_on_any_stream(on_gpu: Any, tally: Any) -> None
     streams.on(16)
     use(workspace)
     tally("concurrent calls", 4)
+
+
+def test_the_first_call_waits_where_the_memory_came_from(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """What PyTorch's allocator gave out there may still be in use by what was queued before. A copy's memory is a copy's."""
+    streams = Streams(monkeypatch)
+    monkeypatch.setattr(moe_workspace, "_current_stream", lambda device: streams.current)
+    _, w13q, w2q = layer_and_weights()
+    for made_on in (0, 16):
+        streams.on(made_on)
+        workspace = workspace_of(w13q, w2q)
+        streams.on(32)
+        copied = copy.deepcopy(workspace)
+        for each in (workspace, copied):
+            each.shape = each.shape._replace(device=torch.device("cuda", 0))
+        streams.on(16)
+        use(workspace)
+        use(copied)
+        use(copied)
+        assert streams.waits == ([(16, 0)] if made_on == 0 else []) + [(16, 32)]
+        streams.waits.clear()
+    tally("concurrent calls", 6)
+
+
+def test_a_call_that_is_refused_does_not_take_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves it to whatever stream it belonged to, or to none."""
+    layer, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    used: list[bool] = []
+    monkeypatch.setattr(mx.MoEWorkspace, "in_use", lambda self: used.append(True) or contextlib.nullcontext())
+    for repeats, top_k, message in ((2, 2, "max_tokens = 8"), (1, 1, "workspace: must be made for")):
+        ids, weights = (t[:, :top_k].repeat(repeats, 1) for t in (layer.ids, layer.weights))
+        with pytest.raises(ValueError, match=message):
+            mx.moe_forward(layer.x.repeat(repeats, 1), w13q, w2q, ids, weights, workspace=workspace)
+    assert used == []
+    mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, workspace=workspace)
+    assert used
 
 
 def test_copies_of_a_workspace_belong_to_nobody(on_gpu: Any) -> None:

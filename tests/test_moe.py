@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
+import weakref
 from typing import Any
 
 import cases
@@ -219,8 +221,7 @@ def test_workspace_keeps_only_so_many_batch_sizes(rng: torch.Generator, monkeypa
 def test_workspace_serves_a_backend_that_needs_more(
     interpreter: None, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made for one backend, used with another: what that needs beyond it comes once, and in every later call again."""
-    from hybrid_mxfp8 import moe_workspace
+    """Made for one backend, used with another: what that needs beyond it comes once for all batch sizes, and stays."""
     from hybrid_mxfp8.backends import BACKENDS
 
     given: list[torch.Tensor | None] = []
@@ -230,18 +231,38 @@ def test_workspace_serves_a_backend_that_needs_more(
         given.append(workspace)
         triton.grouped_gemm(x, w, out, None)
 
-    greedy = dataclasses.replace(triton, workspace_size=lambda problem: problem.n * 10, grouped_gemm=product)
+    greedy = dataclasses.replace(triton, workspace_size=lambda problem: problem.num_tokens * 50, grouped_gemm=product)
     monkeypatch.setitem(BACKENDS, "triton", greedy)
     layer = moe_truth.make_layer(rng, hidden=96)
     workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=9, top_k=2, backend="reference")
     assert workspace._largest.gemm is None
-    for _ in range(2):
-        run(layer, "triton", workspace=workspace)
-    assert all(w is not None and w.numel() == 960 for w in given)
+    for tokens in (4, 9, 4):
+        part = dataclasses.replace(layer, x=layer.x[:tokens], ids=layer.ids[:tokens], weights=layer.weights[:tokens])
+        run(part, "triton", workspace=workspace)
+    assert all(w is not None and w.numel() == 900 for w in given)
     assert len({w.data_ptr() for w in given if w is not None}) == 1
-    shape = workspace.shape
-    chosen = moe_workspace.choose_backends(shape, 9, "reference")
-    assert workspace.buffers(shape, 9, chosen).gemm is None
+
+
+def test_workspace_keeps_what_it_outgrew(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs write it: what a batch size was given stays, however many other sizes come. Fewer rows may need more."""
+    from hybrid_mxfp8 import moe_workspace
+
+    monkeypatch.setattr(moe_workspace, "KEPT_BATCH_SIZES", 1)
+    monkeypatch.setattr(moe_workspace, "_gemm_bytes", lambda shape, tokens, backends: {3: 300, 4: 500}.get(tokens, 200))
+    monkeypatch.setattr(moe_workspace, "_scratch_elements", lambda shape, tokens, backends: {4: 70}.get(tokens, 50))
+    workspace = mx.MoEWorkspace(*quantized(moe_truth.make_layer(rng)), max_tokens=9, top_k=2, backend="reference")
+    before, shape = workspace.nbytes, workspace.shape
+    chosen = moe_workspace.choose_backends(shape, 1, "reference")
+    captured = []
+    for tokens, gemm, scratch in ((9, 200, 50), (3, 300, 50), (4, 500, 70), (3, 500, 70), (9, 500, 70)):
+        views = workspace.buffers(shape, tokens, chosen)
+        assert views.gemm is not None
+        assert (views.gemm.numel(), views.scratch.numel()) == (gemm, scratch)
+        captured += [weakref.ref(views.gemm), weakref.ref(views.scratch)]
+    del views
+    gc.collect()
+    assert all(reference() is not None for reference in captured)
+    assert workspace.nbytes == before + 300 + 500 + 70 * 4
 
 
 def test_module_is_the_function(backend: str, rng: torch.Generator) -> None:

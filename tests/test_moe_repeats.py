@@ -251,29 +251,16 @@ def test_a_workspace_of_another_thread_is_refused(layer: Arguments, device: Devi
     assert (len(errors), device.launches) == (1, [])
 
 
-def test_a_view_that_goes_takes_its_calls_along(
-    layer: Arguments, device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If it held memory of its own; a view of the workspace's memory may go, which stays."""
+def test_views_may_go(layer: Arguments, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is repeated writes the workspace's memory, which stays."""
     monkeypatch.setattr(moe_workspace, "KEPT_BATCH_SIZES", 1)
     workspace = layer["workspace"]
     other = CHANGES["fewer tokens"](layer)
     warm(mx.moe_forward, layer, device)
     run(mx.moe_forward, other, device)
-    assert list(workspace._views) == [(4, ("triton",) * 3)]
+    assert [key[0] for key in workspace._views] == [4]
     run(mx.moe_forward, layer, device)
     assert set(device.with_tensors) == {False}
-
-    workspace._views.clear()
-    needed = moe_workspace._gemm_bytes
-    monkeypatch.setattr(moe_workspace, "_gemm_bytes", lambda shape, tokens, backends: needed(shape, tokens, backends) + 2**20)  # fmt: skip
-    workspace.places.forget()
-    for with_tensors in (True, True, False):
-        run(mx.moe_forward, layer, device)
-        assert set(device.with_tensors) == {with_tensors}
-    run(mx.moe_forward, other, device)
-    run(mx.moe_forward, layer, device)
-    assert set(device.with_tensors) == {True}
 
 
 def test_a_copy_of_a_workspace_repeats_nothing(layer: Arguments, device: Device) -> None:
