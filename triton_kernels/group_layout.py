@@ -32,14 +32,10 @@ def _max(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(
-    do_not_specialize=["given_ptr", "tokens_ptr", "offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_experts"]
-)
+@triton.jit(do_not_specialize=["given_ptr", "layout_ptr", "num_tokens", "num_experts"])
 def group_offsets_kernel(
     given_ptr,  # (E,) int32 or int64: counts, or inclusive ends
-    tokens_ptr,  # (E,) int32
-    offsets_ptr,  # (E+1,) int32
-    scale_offsets_ptr,  # (E+1,) int32
+    layout_ptr,  # (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)
     num_tokens,
     num_experts,
     FROM_ENDS: tl.constexpr,
@@ -63,12 +59,7 @@ def group_offsets_kernel(
         ends = tl.minimum(ends, limit)
     tokens = tl.where(mask, ends - starts, 0).to(tl.int32)
     scale_ends = tl.cumsum((tokens + 127) // 128 * 128, 0)
-    tl.store(tokens_ptr + e, tokens, mask=mask)
-    tl.store(offsets_ptr + e + 1, ends.to(tl.int32), mask=mask)
-    tl.store(scale_offsets_ptr + e + 1, scale_ends, mask=mask)
-    first = e == 0
-    tl.store(offsets_ptr + e, tl.zeros_like(tokens), mask=first)
-    tl.store(scale_offsets_ptr + e, tl.zeros_like(tokens), mask=first)
+    store_layout(layout_ptr, ends.to(tl.int32), tokens, scale_ends, num_experts, BLOCK)
 
 
 def empty_layout(num_experts: int, device: torch.device) -> torch.Tensor:
@@ -98,11 +89,10 @@ def group_offsets(
     """
     num_experts = counts_or_ends.shape[0]
     buffer = empty_layout(num_experts, counts_or_ends.device)
-    tokens, offsets, scale_offsets = split_layout(buffer, num_experts)
     block = next_power_of_2(num_experts)
-    arguments = (counts_or_ends.contiguous(), tokens, offsets, scale_offsets, num_tokens, num_experts)
+    arguments = (counts_or_ends.contiguous(), buffer, num_tokens, num_experts)
     options = (("num_warps", 1 if block <= 128 else 4),)
     with on_device_of(buffer):
         key = ("group_offsets", counts_or_ends.dtype)
         launch(group_offsets_kernel, 1, arguments, (from_ends, block), options, key)
-    return tokens, offsets, scale_offsets
+    return split_layout(buffer, num_experts)

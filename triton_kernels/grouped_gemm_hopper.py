@@ -457,11 +457,6 @@ def _multiply(
                     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
                     FEW_T, FEW_T, BLOCK_K, STAGES,
                 )  # fmt: skip
-            elif BLOCK_T > 64 and FEW_T < 64 and end - start <= 64:
-                stage, phase = _multiply_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    64, BLOCK_T, BLOCK_K, STAGES,
-                )  # fmt: skip
             elif BLOCK_T > 128 and end - start <= 128:
                 stage, phase = _multiply_tile(
                     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
@@ -621,6 +616,7 @@ def _plan(
     num_multiprocessors: int,
     out_dtype: torch.dtype,
 ) -> _Plan:
+    assert config.is_valid(), config
     layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
     row_tiles, num_k_tiles = ceil_div(n, 128), ceil_div(k, 128)
     programs = min(num_multiprocessors, layout.max_tiles * row_tiles)

@@ -174,6 +174,11 @@ def _out_in_bias(g: Guards, a: dict[str, Any]) -> None:
     a["out"], a["w2_bias"] = memory[:BYTES].view(torch.bfloat16).view(M, H), memory[: E * H * 4].view(torch.float32).view(E, H)  # fmt: skip
 
 
+def _x_itself_in_bias(g: Guards, a: dict[str, Any]) -> None:
+    _out_in_bias(g, a)
+    a["x"] = a["out"]
+
+
 def _out_in_w2(g: Guards, a: dict[str, Any]) -> None:
     memory = g.raw(E * H * I)
     a["w2q"] = mx.ExpertWeights(memory.view(torch.float8_e4m3fn).view(E, H, I), a["w2q"].scales)
@@ -185,6 +190,7 @@ BAD += [
     _overlapping("out in the ids", "topk_ids", _out_in_ids),
     _overlapping("out in the weights of choices", "topk_weights", _out_in_weights),
     _overlapping("out in a bias", "w2_bias", _out_in_bias),
+    _overlapping("out that is x, in a bias", "w2_bias", _x_itself_in_bias),
     _overlapping("out in w2's values", r"w2q\.values", _out_in_w2),
 ]
 
