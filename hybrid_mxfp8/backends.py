@@ -376,9 +376,13 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Backen
     The cutlass backend quantizes with the Triton kernel, so a request for it asks for Triton here.
     """
     name = requested(backend)
-    if name == CUTLASS:
-        name = TRITON
-    return settled("quantize", name, device) or _choose(name, None, device)
+    if name != CUTLASS:
+        return settled("quantize", name, device) or _choose(name, None, device)
+    triton = BACKENDS[TRITON]
+    ok, reason = triton.available(device)
+    if not ok:
+        raise BackendUnavailableError(f"backend cutlass, which quantizes with the triton kernel: {reason}")
+    return triton
 
 
 Product = Literal["grouped_gemm", "quantize"]

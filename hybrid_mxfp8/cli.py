@@ -66,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"hybrid_mxfp8 {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=list(known), help=", ".join(known))
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False  # as it is: none may follow, but the error without a command would ask for it, too
     args = parser.parse_args(argv)
 
     command = known[args.command]
     module = importlib.import_module(command.module)
-    command_parser = argparse.ArgumentParser(prog=f"{PROG} {command.name}", description=f"{command.help}.".capitalize())
+    command_parser = argparse.ArgumentParser(
+        prog=f"{PROG} {command.name}", description=f"{command.help[0].upper()}{command.help[1:]}."
+    )
     module.add_arguments(command_parser)
     try:
         code: int = module.run(command_parser.parse_args(args.arguments))

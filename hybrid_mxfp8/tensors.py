@@ -45,6 +45,10 @@ class GroupedMXFP8(_Portable):
     scales: torch.Tensor
     groups: GroupLayout
 
+    def __repr__(self) -> str:
+        shape = f"num_tokens={self.groups.num_tokens}, k={self.k}, num_experts={self.groups.num_experts}"
+        return f"GroupedMXFP8({shape}, device={str(self.device)!r})"
+
     def __post_init__(self) -> None:
         if not isinstance(self.groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(self.groups).__name__}")
@@ -103,6 +107,10 @@ class ExpertWeights(_Portable):
     values: torch.Tensor
     scales: torch.Tensor
 
+    def __repr__(self) -> str:
+        shape = f"num_experts={self.num_experts}, n={self.n}, k={self.k}"
+        return f"ExpertWeights({shape}, device={str(self.device)!r})"
+
     def __post_init__(self) -> None:
         check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
         num_experts, n, k = self.values.shape
@@ -149,6 +157,10 @@ class ExpertWeights(_Portable):
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.values.device
+
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same weights on a device; these tensors where they are there already."""
+        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device))
 
     def dequantize(self) -> torch.Tensor:
         """(E, N, K) fp32, exact."""

@@ -163,6 +163,18 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: 
     assert bool(torch.isnan(out).all())
 
 
+def test_cutlass_that_cannot_quantize_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own name, which is the one that the user wrote."""
+    answering(monkeypatch, triton=(False, "no such luck: buy one"))
+    message = r"^backend cutlass, which quantizes with the triton kernel: no such luck: buy one$"
+    for call in (
+        lambda: mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="cutlass"),
+        lambda: mx.quantize_weights(torch.ones(2, 8, 64), backend="cutlass"),
+    ):
+        with pytest.raises(mx.BackendUnavailableError, match=message):
+            call()
+
+
 def test_cutlass_on_a_cpu_says_what_it_needs() -> None:
     with pytest.raises(
         mx.BackendUnavailableError, match=r"^backend cutlass: needs a GPU of compute capability 10\.0 or 10\.3"

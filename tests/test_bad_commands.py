@@ -16,7 +16,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import checkpoint, cli, env
 
 COMMANDS: list[tuple[str, str]] = [
-    ("", r"the following arguments are required: COMMAND"),
+    ("", r"the following arguments are required: COMMAND$"),
     ("bogus", r"argument COMMAND: invalid choice: 'bogus'"),
     ("DOCTOR", r"argument COMMAND: invalid choice: 'DOCTOR'"),
     ("--bogus", r"required: COMMAND|unrecognized arguments: --bogus"),

@@ -124,6 +124,18 @@ def test_expert_weights_dequantize_and_linear_scales(rng: torch.Generator) -> No
     assert from_bytes.values.dtype == torch.float8_e4m3fn
 
 
+def test_operands_say_what_they_are_and_weights_move(rng: torch.Generator) -> None:
+    wq = mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
+    xq = mx.quantize_grouped(torch.randn(7, 96, generator=rng), cases.layout([3, 0, 4]), backend="reference")
+    assert repr(wq) == "ExpertWeights(num_experts=3, n=40, k=96, device='cpu')"
+    assert repr(xq) == "GroupedMXFP8(num_tokens=7, k=96, num_experts=3, device='cpu')"
+    same, elsewhere = wq.to("cpu"), wq.to(torch.device("meta"))
+    assert (same.values.data_ptr(), same.scales.data_ptr()) == (wq.values.data_ptr(), wq.scales.data_ptr())
+    assert elsewhere.values.is_meta
+    assert elsewhere.scales.is_meta
+    assert (elsewhere.num_experts, elsewhere.n, elsewhere.k) == (3, 40, 96)
+
+
 def test_calc_diff() -> None:
     a = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert mx.calc_diff(a, a) == pytest.approx(0, abs=1e-15)

@@ -249,3 +249,15 @@ def test_no_sync(no_sync: None) -> None:
         mx.quantize_grouped(x, given_groups, activation="swiglu", backend="triton")
     mx.quantize_grouped(x, groups, row_index=torch.zeros(64, dtype=torch.int32, device=GPU), backend="triton")
     mx.quantize_weights(x.view(4, 16, 256), backend="triton")
+
+
+def test_weights_move_there_and_back(rng: torch.Generator) -> None:
+    w = torch.randn(3, 40, 96, generator=rng)
+    here = mx.quantize_weights(w, backend="reference")
+    there = here.to("cuda")
+    quantized = mx.quantize_weights(w.cuda(), backend="triton")
+    assert there.device.type == "cuda"
+    for moved in (there, quantized):
+        back = moved.to("cpu")
+        assert torch.equal(back.values.view(torch.uint8), here.values.view(torch.uint8))
+        assert torch.equal(back.scales, here.scales)
