@@ -38,6 +38,8 @@ if "--dryrun" in arguments:
 with open(home / "log", "a") as log:
     log.write("compile\\n")
 time.sleep(float((home / "delay").read_text()))
+while (home / "hold").exists():
+    time.sleep(0.05)
 source = pathlib.Path(arguments[arguments.index("-c") + 1]).read_text()
 if "#error" in source:
     print("In file included from module.cu:1:")
@@ -110,6 +112,14 @@ class Workshop:
 
     def delay(self, seconds: float) -> None:
         (self.folder / "cuda" / "delay").write_text(str(seconds))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No compilation ends in the block."""
+        hold = self.folder / "cuda" / "hold"
+        hold.touch()
+        yield
+        hold.unlink()
 
     def compilations(self) -> int:
         log = self.folder / "cuda" / "log"
