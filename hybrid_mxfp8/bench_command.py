@@ -22,7 +22,7 @@ KINDS = ("quantize", "gemm", "pipeline", "moe")
 
 HOW_TO_GET_IT = (
     "the benchmark suite is not part of the installed package: clone the repository, then in it"
-    " `pip install -e .[bench]` and `python -m hybrid_mxfp8 bench`"
+    " `pip install -e '.[bench]'` and `python -m hybrid_mxfp8 bench`"
 )
 
 

@@ -1,7 +1,6 @@
 """The two operands: GroupedMXFP8, tokens sorted by expert, and ExpertWeights.
 
-Their ``scales`` are always swizzled: a row-major scale tensor enters through
-:meth:`ExpertWeights.from_linear_scales` alone, so the type says which layout a buffer has.
+Their ``scales`` are always swizzled. A row-major scale tensor enters through :meth:`ExpertWeights.from_linear_scales`.
 """
 
 from __future__ import annotations
