@@ -27,7 +27,7 @@ KEPT_BATCH_SIZES = 256
 """Batch sizes whose views a workspace keeps: more than a server captures graphs of."""
 
 KEPT_PLACES = 4096
-"""Calls that a workspace can repeat, of all layers and batch sizes: some 5 KB each."""
+"""Calls that a workspace can repeat, of all layers and batch sizes: some 10 KB of host memory each."""
 
 
 class MoEShape(NamedTuple):
