@@ -20,7 +20,16 @@ import torch
 from hybrid_mxfp8 import moe_reference
 from hybrid_mxfp8.backends import TRITON, in_force, requested, settled
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_tensor, traced
-from hybrid_mxfp8.moe_checks import check_biases, check_layer, check_out, check_out_apart, layers_seen, looks, place_of
+from hybrid_mxfp8.moe_checks import (
+    Inputs,
+    check_biases,
+    check_layer,
+    check_out,
+    check_out_apart,
+    layers_seen,
+    looks,
+    place_of,
+)
 from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.repeats import Launched, together
@@ -78,10 +87,11 @@ def moe_forward(
             or that another stream or thread is using.
         BackendUnavailableError: the named backend can't run this here.
     """
-    looked = looks(x, w13q, w2q, topk_ids, topk_weights, activation, w13_bias, w2_bias)
+    inputs = Inputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
+    looked = looks(inputs, activation)
     layer = None if looked is None else layers_seen.get(looked)
     if layer is None:
-        layer = check_layer(x, w13q, w2q, topk_ids, topk_weights, activation, w13_bias, w2_bias)
+        layer = check_layer(inputs, activation)
         if traced(x):
             if out is not None:
                 check_out(out, x)
@@ -108,20 +118,21 @@ def moe_forward(
     repeatable = looked is not None and layer.read_in_place and _is_settled(force[0], layer.shape.device)
     place = repeat = None
     if workspace is not None and repeatable:
-        place = place_of(layer, force, y, x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
+        place = place_of(layer, force, y, inputs)
         repeat = None if place is None else workspace.places.get(place)
     if repeat is None:
         if out is not None:
             check_out(out, x)
-            check_out_apart(out, x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
+            check_out_apart(out, inputs)
     elif workspace is not None:
         with workspace.in_use():
             if repeat():
                 return y
     if not (x.shape[0] and layer.shape.top_k):
         return y.zero_()
-    ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
-    launched = _run(x, w13q, w2q, ids, weights, w13_bias, w2_bias, workspace, force[0], layer.shape, y)
+    if not layer.read_in_place:
+        inputs = inputs._replace(topk_ids=topk_ids.contiguous(), topk_weights=topk_weights.contiguous())
+    launched = _run(inputs, workspace, force[0], layer.shape, y)
     if workspace is not None and place is not None:
         workspace.places.remember(place, repeat, launched)
     return y
@@ -154,19 +165,10 @@ def _steps(triton: bool) -> _Steps:
 
 
 def _run(
-    x: torch.Tensor,
-    w13q: ExpertWeights,
-    w2q: ExpertWeights,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    workspace: MoEWorkspace | None,
-    backend: str,
-    shape: MoEShape,
-    out: torch.Tensor,
+    inputs: Inputs, workspace: MoEWorkspace | None, backend: str, shape: MoEShape, out: torch.Tensor
 ) -> Launched | None:
-    """Launch everything, past the public functions' checks: arguments are checked, M and top_k at least 1."""
+    """Launch everything, past the public functions' checks: inputs are checked and contiguous, M and top_k at least 1."""
+    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     num_tokens = x.shape[0]
     backends = choose_backends(shape, num_tokens, backend)
     quantizer, up, down = backends

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,18 @@ from hybrid_mxfp8.seen import Seen
 from hybrid_mxfp8.tensors import ExpertWeights
 
 
+class Inputs(NamedTuple):
+    """What a call of ``moe_forward`` reads, by its names."""
+
+    x: torch.Tensor
+    w13q: ExpertWeights
+    w2q: ExpertWeights
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """What the checks find out.
@@ -36,20 +48,15 @@ class Layer:
 
 
 layers_seen: Seen[Layer] = Seen(4096)
-"""What was found out about arguments that passed, by :func:`looks`."""
+"""What was found out about inputs that passed, by :func:`looks`."""
 
 
-def looks(
-    x: Any,
-    w13q: Any,
-    w2q: Any,
-    topk_ids: Any,
-    topk_weights: Any,
-    activation: Any,
-    w13_bias: Any,
-    w2_bias: Any,
-) -> tuple[Hashable, ...] | None:
-    """All that :func:`check_layer` looks at; None for what can't be a key, and where torch.compile must see the checks."""
+def looks(inputs: Inputs, activation: Any) -> tuple[Hashable, ...] | None:
+    """All that :func:`check_layer` looks at; None for what can't be a key, and where torch.compile must see the checks.
+
+    Nothing has been checked yet: any of the inputs may be of any type.
+    """
+    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if torch.compiler.is_compiling() or type(w13q) is not ExpertWeights or type(w2q) is not ExpertWeights:
         return None
     try:
@@ -67,17 +74,9 @@ def _metadata(x: torch.Tensor) -> tuple[Hashable, ...]:
     return type(x), x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()
 
 
-def check_layer(
-    x: torch.Tensor,
-    w13q: ExpertWeights,
-    w2q: ExpertWeights,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    activation: str,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-) -> Layer:
+def check_layer(inputs: Inputs, activation: str) -> Layer:
     """All that is read fits together; raises as ``moe_forward`` does."""
+    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
     device = x.device
     check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
@@ -121,17 +120,9 @@ def check_out(out: torch.Tensor, x: torch.Tensor) -> None:
         fail("out", f"must have a row stride of at least H = {out.shape[1]}", out.stride(0))
 
 
-def check_out_apart(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w13q: ExpertWeights,
-    w2q: ExpertWeights,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-) -> None:
+def check_out_apart(out: torch.Tensor, inputs: Inputs) -> None:
     """``out`` lies apart from all that is read, but may be ``x`` itself."""
+    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     same = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
     check_apart(
         "out",
@@ -146,19 +137,9 @@ def check_out_apart(
     )
 
 
-def place_of(
-    layer: Layer,
-    force: tuple[str, str],
-    out: Any,
-    x: torch.Tensor,
-    w13q: ExpertWeights,
-    w2q: ExpertWeights,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-) -> tuple[Hashable, ...] | None:
+def place_of(layer: Layer, force: tuple[str, str], out: Any, inputs: Inputs) -> tuple[Hashable, ...] | None:
     """All that the checks of ``out`` look at, and with ``layer`` all that launches depend on; None if one is no tensor."""
+    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     try:
         return (
             *(layer, force, _metadata(out), out.data_ptr(), x.data_ptr()),
