@@ -8,32 +8,27 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import moe_truth
+import pages
 import pytest
 import torch
 import transformers_models
+from pages import DOCS, blocks, run_python
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import checkpoint, cli
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("accuracy.md", "checkpoints.md", "moe.md", "scale-layout.md", "sglang.md", "transformers.md")
-
-
-def blocks(page: str, language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
-    assert found, f"{page} has no {language} block"
-    return found
-
-
-def run_python(page: str) -> dict[str, Any]:
-    """All Python of a page, as one program."""
-    names: dict[str, Any] = {}
-    exec(compile("\n".join(blocks(page, "python")), page, "exec"), names)
-    return names
+PAGES = (
+    "accuracy.md",
+    "checkpoints.md",
+    "expert-parallel.md",
+    "moe.md",
+    "scale-layout.md",
+    "sglang.md",
+    "transformers.md",
+)
 
 
 def run_shell(page: str) -> None:
@@ -69,6 +64,12 @@ def test_moe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mx.signal_to_noise_db(truth, names["y"]) > 22.0
     assert torch.equal(names["out"], names["y"])
     assert torch.equal(names["compiled"], names["x"] + names["y"])
+
+
+def test_expert_parallel(tmp_path: Path) -> None:
+    """Two ranks on the CPU; tests/gpu runs it on two GPUs."""
+    assert shlex.split(*blocks("expert-parallel.md", "sh"))[0] == "torchrun"
+    pages.check_expert_parallel(["own tokens", "all tokens"], tmp_path)
 
 
 def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,262 @@
+"""Operands on a GPU that isn't the current one, on two GPUs in turn, and on two at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cases
+import cutlass_modules
+import edges
+import moe_truth
+import pages
+import pytest
+import sglang_case
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.cutlass_kernels import jit
+
+pytestmark = pytest.mark.gpu
+
+GPUS = ("cuda:0", "cuda:1")
+COUNTS, T, N, K = [10, 0, 131, 30], 180, 136, 160
+
+Results = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _two_gpus() -> Iterator[None]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    current = torch.cuda.current_device()
+    yield
+    assert torch.cuda.current_device() == current
+
+
+class Operators:
+    """The public functions but the layer's, with operands on one GPU."""
+
+    def __init__(self, device: str, backend: str, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        self.backend = backend
+        self.groups = cases.layout(COUNTS, T, device=device)
+        self.ends = torch.tensor(COUNTS, dtype=torch.int32).cumsum(0).int().to(device)
+        self.x = cases.random_rows(T, K, torch.bfloat16, rng).to(device)
+        self.w = cases.random_rows(len(COUNTS) * N, K, torch.bfloat16, rng).view(len(COUNTS), N, K).to(device)
+        self.row_index = torch.randperm(T, generator=rng).int().to(device)
+        self.gate_up = cases.random_rows(T, 2 * K, torch.float16, rng).to(device)
+
+    def run(self) -> Results:
+        used, b = sum(COUNTS), self.backend
+        from_ends = mx.GroupLayout.from_ends(self.ends, T)
+        wq = mx.quantize_weights(self.w, backend=b)
+        xq = mx.quantize_grouped(self.x, self.groups, backend=b)
+        quantized = {
+            "x": xq,
+            "gathered": mx.quantize_grouped(self.x, self.groups, row_index=self.row_index, backend=b),
+            "floor": mx.quantize_grouped(self.x.float(), from_ends, scale_rounding="floor", backend=b),
+            "swiglu": mx.quantize_grouped(self.gate_up, self.groups, activation="swiglu", backend=b),
+        }
+        found = {"w": wq.values, "w scales": wq.scales}
+        scale_rows = int(self.groups.scale_offsets[-1])
+        for name, q in quantized.items():
+            found |= {name: q.values[:used], f"{name} scales": q.scales[:scale_rows]}
+        for dtype in cases.DTYPES:
+            found[f"product {dtype}"] = mx.grouped_gemm(xq, wq, out_dtype=dtype, backend=b)[:used]
+        return {name: edges.bits(t).cpu() for name, t in found.items()}
+
+
+class Layer:
+    """A layer on one GPU, with a workspace there."""
+
+    def __init__(self, device: str, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        shape = {"tokens": 40, "experts": 16, "hidden": 256, "intermediate": 128, "top_k": 4}
+        layer = moe_truth.make_layer(rng, **shape, bias=True, dropped=True)
+        self.truth = moe_truth.forward(layer)
+        self.given = moe_truth.to(layer, device)
+        self.w13q, self.w2q = (mx.quantize_weights(w) for w in (self.given.w13, self.given.w2))
+        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=40, top_k=4)
+        self.out = torch.empty_like(self.given.x)
+
+    def call(self, workspace: mx.MoEWorkspace | None = None) -> torch.Tensor:
+        g = self.given
+        bias = {"w13_bias": g.w13_bias, "w2_bias": g.w2_bias}
+        self.out.fill_(torch.nan)
+        return mx.moe_forward(
+            g.x, self.w13q, self.w2q, g.ids, g.weights, **bias, workspace=workspace, backend="triton", out=self.out
+        )
+
+    def run(self) -> Results:
+        """Without and with the workspace, from whose third call on the launches are repeated."""
+        calls = {f"call {i}": self.call(None if i == 0 else self.workspace).cpu() for i in range(5)}
+        assert mx.signal_to_noise_db(self.truth, calls["call 0"]) > 23.0
+        return calls
+
+
+def assert_same(a: Results, b: Results) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def take_turns(jobs: Sequence[Operators | Layer], current: int) -> None:
+    """What was compiled and cached for one GPU must not be taken for the other."""
+    with torch.cuda.device(current):
+        for _ in range(3):
+            first, second = (job.run() for job in jobs)
+            assert_same(first, second)
+            assert torch.cuda.current_device() == current
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_every_operator_wherever_its_operands_are(kernel: str, current: int) -> None:
+    take_turns([Operators(device, "triton") for device in GPUS], current)
+
+
+def test_the_reference_wherever_its_operands_are() -> None:
+    take_turns([Operators(device, "reference") for device in GPUS], 0)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_layer_wherever_it_is(kernel: str, current: int) -> None:
+    take_turns([Layer(device) for device in GPUS], current)
+
+
+def test_results_are_on_the_operands_gpu() -> None:
+    job = Operators("cuda:1", "triton")
+    xq = mx.quantize_grouped(job.x, job.groups)
+    wq = mx.quantize_weights(job.w)
+    layer = Layer("cuda:1")
+    tensors = [xq.values, xq.scales, wq.values, wq.scales, mx.grouped_gemm(xq, wq), layer.call()]
+    tensors += [*vars(mx.GroupLayout.from_ends(job.ends, T)).values()]
+    assert {t.device for t in tensors if isinstance(t, torch.Tensor)} == {torch.device("cuda:1")}
+
+
+@pytest.mark.parametrize("name", ["operators", "layer"])
+def test_the_stream_is_the_operands_gpus(kernel: str, name: str) -> None:
+    """Work goes to the current stream of the operands' GPU: it is after what was put there, whatever is current elsewhere."""
+    job: Any = Operators("cuda:1", "triton") if name == "operators" else Layer("cuda:1")
+    x = job.x if name == "operators" else job.given.x
+    for _ in range(3):
+        expected = job.run()
+    kept = x.clone()
+    x.zero_()
+    stream = torch.cuda.Stream("cuda:1")
+    stream.wait_stream(torch.cuda.current_stream("cuda:1"))
+    if name == "layer":
+        with torch.cuda.stream(stream):
+            job.workspace.move_to_current_stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(kept)
+        with torch.cuda.device(0):
+            got = job.run() if name == "operators" else {"call 4": job.call(job.workspace).cpu()}
+    assert_same(got, {key: expected[key] for key in got})
+
+
+def test_a_graph_on_the_other_gpu(kernel: str) -> None:
+    layer = Layer("cuda:1")
+    expected = layer.run()["call 4"]
+    graph = torch.cuda.CUDAGraph()
+    # PyTorch keeps one capture stream for the process, on the GPU of the first capture.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream("cuda:1")):
+        layer.call(layer.workspace)
+    layer.out.zero_()
+    torch.cuda.synchronize(1)
+    graph.replay()
+    torch.cuda.synchronize(1)
+    assert torch.equal(layer.out.cpu(), expected)
+
+
+def test_a_thread_for_each_gpu(kernel: str) -> None:
+    """At once, and neither sets its current device: both start with the first GPU as current."""
+    jobs = [(Operators(device, "triton", seed), Layer(device, seed)) for seed, device in enumerate(GPUS)]
+    expected = [(operators.run(), layer.run()) for operators, layer in jobs]
+    failures: list[BaseException] = []
+    together = threading.Barrier(len(jobs))
+
+    def repeat(index: int) -> None:
+        try:
+            together.wait(60)
+            for _ in range(20):
+                assert_same(jobs[index][0].run(), expected[index][0])
+                assert_same(jobs[index][1].run(), expected[index][1])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_operands_of_two_gpus_are_refused() -> None:
+    """By name, before anything is launched."""
+    here, there = (Operators(device, "triton") for device in GPUS)
+    (xq, wq), (xq1, wq1) = (
+        (mx.quantize_grouped(job.x, job.groups), mx.quantize_weights(job.w)) for job in (here, there)
+    )
+    layer, other = (Layer(device) for device in GPUS)
+    g = layer.given
+    size = mx.grouped_gemm_workspace_size(wq1, T)
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda:1")
+    refused = {
+        "x": lambda: mx.quantize_grouped(here.x, there.groups),
+        "row_index": lambda: mx.quantize_grouped(here.x, here.groups, row_index=there.row_index),
+        "out": lambda: mx.quantize_grouped(here.x, here.groups, out=xq1),
+        "w": lambda: mx.grouped_gemm(xq, wq1),
+        "out of the product": lambda: mx.grouped_gemm(xq, wq, out=mx.grouped_gemm(xq1, wq1)),
+        "workspace": lambda: mx.grouped_gemm(xq, wq, workspace=workspace),
+        "w13q": lambda: mx.moe_forward(g.x, other.w13q, other.w2q, g.ids, g.weights),
+        "topk_ids": lambda: mx.moe_forward(g.x, layer.w13q, layer.w2q, other.given.ids, g.weights),
+        "workspace of a layer": lambda: mx.moe_forward(
+            g.x, layer.w13q, layer.w2q, g.ids, g.weights, workspace=other.workspace
+        ),
+    }
+    for name, call in refused.items():
+        with pytest.raises(ValueError, match="cuda") as caught:
+            call()
+        assert str(caught.value).startswith(f"{name.split()[0]}:")
+
+
+@pytest.mark.slow
+def test_experts_of_one_layer_on_both(tmp_path: Path) -> None:
+    """docs/expert-parallel.md, through NCCL, eager and replayed from a CUDA graph."""
+    pages.check_expert_parallel(["own tokens", "all tokens", "replayed"], tmp_path)
+
+
+def test_sglang(kernel: str) -> None:
+    def run(device: str) -> Results:
+        case = sglang_case.random_case([5, 0, 130, 1], 256, 384, torch.bfloat16, 0, device=device)
+        case.quantize()
+        workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+        found = {"x": case.x_values, "x scales": case.x_scales, "w": case.w_values, "w scales": case.w_scales}
+        found["product"] = case.multiply(workspace, torch.bfloat16)
+        return {name: edges.bits(t).cpu() for name, t in found.items()}
+
+    assert_same(run("cuda:0"), run("cuda:1"))
+
+
+@pytest.mark.slow
+def test_the_cutlass_backends_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prepare kernel and a plain kernel over the arguments, on the operands' GPU and not the current one."""
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass_modules.header_choices()[0].include))
+    module = jit.load(cutlass_modules.argument_walker())
+
+    def run(device: str) -> Results:
+        job = Operators(device, "triton")
+        xq, wq = mx.quantize_grouped(job.x, job.groups), mx.quantize_weights(job.w)
+        out = cases.poisoned_product(T, N, torch.float32, device)
+        size = module.walker_workspace_size(len(COUNTS), N, K, T)
+        workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+        cutlass_modules.call(module.argument_walker, xq, wq, out, workspace)
+        return {"product": edges.bits(out).cpu()}
+
+    first, second = run("cuda:0"), run("cuda:1")
+    assert_same(first, second)
+    assert not first["product"].view(torch.float32)[: sum(COUNTS)].isnan().any()
