@@ -76,7 +76,10 @@ def built(kernel: Kernel) -> Path:
 
 
 def nvidia_tool(name: str) -> str:
-    """NVIDIA's disassemblers, which Triton's wheel carries."""
+    """NVIDIA's disassemblers: the compiler's own toolkit has them, if it is a whole one; so has Triton's wheel."""
+    beside_nvcc = headers.find_cuda().home / "bin" / name
+    if beside_nvcc.exists():
+        return str(beside_nvcc)
     triton = pytest.importorskip("triton")
     return str(getattr(triton.knobs.nvidia, name).path)
 
@@ -91,7 +94,7 @@ def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     assert arch
     known = subprocess.run([nvidia_tool("nvdisasm"), "--help"], check=True, capture_output=True, text=True).stdout
     if f"SM{arch[1]}" not in known:  # that of Triton 3.6, from CUDA 12.8
-        pytest.skip(f"this Triton's nvdisasm does not know sm_{arch[1]}")
+        pytest.skip(f"{nvidia_tool('nvdisasm')} does not know sm_{arch[1]}")
     done = subprocess.run([nvidia_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True)
     functions = re.split(r"^\s*\.section\s+\.text\.", done.stdout, flags=re.MULTILINE)
     (gemm,) = (text for text in functions if "GemmUniversal" in text.split("\n", 1)[0])
