@@ -64,9 +64,11 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     hopper_gemm_attempts.md has them all.
     """
     average = num_tokens / max(num_experts, 1)
-    if average <= 64:
+    if average <= 56:
         # T 32: 335; 337 with tiles of 16 alone. T 256: 342 and 345; all on one expert 38 and 107. T 1024: 368; 367 with
-        # few_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392 with tiles of 128.
+        # few_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392 with tiles of 128. But no router spreads tokens evenly,
+        # and an expert of 65 takes two tiles. In another run, T 2048: 409 and with 128 421 where they are spread evenly,
+        # 474 and 417 where each goes to an expert at random; T 1792: 382 and 389, 400 and 402.
         return HopperGemmConfig(64, 16, 128, 5)
     if average <= 128:
         # T 4096: 458; 660 with 256 tokens, half of them padding.
