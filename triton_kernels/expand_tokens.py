@@ -108,6 +108,10 @@ def expand_tokens_kernel(
             )
         return
 
+    used = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_tokens)
+    # Of many programs most may have nothing to do; a decode batch, with one row a program, would feel the wait.
+    if BLOCK_ROWS > 1 and pid * BLOCK_ROWS >= used + BLOCK_T:
+        return
     # A scalar search for each row: Triton 3.6 sums a (rows, experts) comparison over the wrong lanes when it
     # recomputes it in the layout of the scales (seen with E = 4).
     lane = tl.arange(0, BLOCK_ROWS)
@@ -145,7 +149,6 @@ def expand_tokens_kernel(
     expanded = tl.reshape(tl.permute(expanded, 0, 1, 3, 4, 2, 5), [BLOCK_ROWS, BLOCK_COLS])
     expanded_ptr = (workspace_ptr + tokens_at.to(tl.int64) * 256).to(tl.pointer_type(tl.bfloat16))
     out_ptrs = expanded_ptr + row.to(tl.int64)[:, None] * padded_k + col[None, :]
-    used = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_tokens)
     written = valid | ((row >= used) & (row < tl.minimum(used + BLOCK_T, num_tokens)))
     tl.store(out_ptrs, expanded, mask=written[:, None] & (col < padded_k)[None, :])
 

@@ -166,6 +166,18 @@ def test_swiglu(dtype: torch.dtype, rounding: str, rng: torch.Generator) -> None
         swiglu_truth.check(got, x, [300, 0, 400], rounding)
 
 
+@pytest.mark.parametrize("experts", [4, 100])
+def test_most_rows_are_nobodys(experts: int, rng: torch.Generator) -> None:
+    """Where experts are spread over GPUs: so many rows that programs beyond the groups leave at once, and write nothing."""
+    t, k = 6000, 512
+    counts = torch.randint(0, 12, (experts,), generator=rng).tolist()
+    x = cases.random_rows(t, k, torch.bfloat16, rng, GPU)
+    check(x, cases.layout(counts, t, device=GPU))
+    index = torch.randint(0, t, (t,), generator=rng, dtype=torch.int32)
+    index[sum(counts) :] = 2**31 - 1
+    check(x, cases.layout(counts, t, device=GPU), row_index=index.to(GPU))
+
+
 def test_swiglu_spreads_non_finite_values_over_their_block() -> None:
     x = torch.ones(3, 128)
     x[0, 2], x[1, 64 + 40] = float("nan"), float("inf")
