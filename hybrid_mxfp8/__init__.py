@@ -10,6 +10,7 @@ Importing this package touches no GPU, no Triton and no compiler.
 
 from hybrid_mxfp8 import library as _library  # noqa: F401  # its import registers torch.ops.hybrid_mxfp8
 from hybrid_mxfp8._version import __version__
+from hybrid_mxfp8.activation import SwiGLU
 from hybrid_mxfp8.backends import backends, use_backend
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.groups import GroupLayout
@@ -27,6 +28,7 @@ __all__ = [
     "GroupedMXFP8",
     "MXFP8Experts",
     "MoEWorkspace",
+    "SwiGLU",
     "__version__",
     "backends",
     "calc_diff",

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from hybrid_mxfp8 import env, reference
+from hybrid_mxfp8.activation import SwiGLU
 from hybrid_mxfp8.config import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.groups import GroupLayout
@@ -88,7 +89,7 @@ class Backend:
     available: Callable[[torch.device], Answer]
     grouped_gemm: Callable[[GroupedMXFP8, ExpertWeights, torch.Tensor, torch.Tensor | None], Launched | None]
     quantize_grouped: Callable[
-        [torch.Tensor, GroupLayout | torch.Tensor, torch.Tensor, torch.Tensor, str, torch.Tensor | None, bool],
+        [torch.Tensor, GroupLayout | torch.Tensor, torch.Tensor, torch.Tensor, str, torch.Tensor | None, SwiGLU | None],
         Quantized,
     ]
     quantize_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
@@ -116,7 +117,7 @@ def _reference_quantize_grouped(
     scales: torch.Tensor,
     scale_rounding: str,
     row_index: torch.Tensor | None,
-    swiglu: bool,
+    swiglu: SwiGLU | None,
 ) -> Quantized:
     groups = _layout(groups, values.shape[0])
     if not groups.num_tokens:
@@ -125,7 +126,7 @@ def _reference_quantize_grouped(
         inside = (row_index >= 0) & (row_index < x.shape[0])
         rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(groups.num_tokens, x.shape[1])
         x = torch.where(inside.unsqueeze(1), rows, 0)
-    codes, linear = reference.quantize(reference.swiglu(x) if swiglu else x, scale_rounding)
+    codes, linear = reference.quantize(x if swiglu is None else reference.swiglu(x, swiglu), scale_rounding)
     reference.write_grouped(codes, linear, groups.expert_offsets, groups.scale_offsets, values, scales)
     return Quantized(groups)
 
@@ -209,7 +210,7 @@ def _triton_quantize_grouped(
     scales: torch.Tensor,
     scale_rounding: str,
     row_index: torch.Tensor | None,
-    swiglu: bool,
+    swiglu: SwiGLU | None,
 ) -> Quantized:
     kernel = _quantize_kernels()
     num_tokens, k = values.shape

@@ -87,7 +87,7 @@ def _quantize_grouped_fake(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens = x.shape[0] if row_index is None else row_index.shape[0]
-    k = x.shape[1] // 2 if activation else x.shape[1]
+    k = x.shape[1] if activation is None else x.shape[1] // 2
     # formats.grouped_scale_rows with a symbolic minimum: a plain one would tie the graph to T < E or T >= E.
     groups = torch.sym_min(tokens_per_expert.shape[0], num_tokens)
     scale_rows = (num_tokens + (SCALE_TILE_ROWS - 1) * groups) // SCALE_TILE_ROWS * SCALE_TILE_ROWS

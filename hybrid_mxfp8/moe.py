@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_mxfp8 import moe_reference
+from hybrid_mxfp8.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.backends import TRITON, in_force, requested, settled
 from hybrid_mxfp8.checks import FLOAT_DTYPES, check_tensor, traced
 from hybrid_mxfp8.moe_checks import (
     Inputs,
+    Layer,
     check_biases,
     check_layer,
     check_out,
@@ -30,7 +32,7 @@ from hybrid_mxfp8.moe_checks import (
     looks,
     place_of,
 )
-from hybrid_mxfp8.moe_workspace import MoEShape, MoEWorkspace, allocate, choose_backends, shape_of
+from hybrid_mxfp8.moe_workspace import MoEWorkspace, allocate, choose_backends, shape_of
 from hybrid_mxfp8.ops import quantize_weights
 from hybrid_mxfp8.repeats import Launched, together
 from hybrid_mxfp8.tensors import ExpertWeights
@@ -43,7 +45,7 @@ def moe_forward(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
-    activation: str = "swiglu",
+    activation: str | SwiGLU = "swiglu",
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     workspace: MoEWorkspace | None = None,
@@ -52,9 +54,9 @@ def moe_forward(
 ) -> torch.Tensor:
     """The experts of an MoE layer: ``out[m] = sum_k topk_weights[m, k] * expert[topk_ids[m, k]](x[m])``.
 
-    An expert is ``w2 @ (silu(g) * u) + w2_bias`` with ``[g; u] = w13 @ x + w13_bias``. Tokens and activations are quantized
-    to MXFP8; products and the activation are computed in fp32, the sum over k too, always in the order of k, so equal
-    inputs give equal bits. Between the products rows are held in x's dtype.
+    An expert is ``w2 @ (silu(g) * u) + w2_bias`` with ``[g; u] = w13 @ x + w13_bias``, or has another activation of g and u.
+    Tokens and activations are quantized to MXFP8; products and the activation are computed in fp32, the sum over k too, always
+    in the order of k, so equal inputs give equal bits. Between the products rows are held in x's dtype.
 
     Against the layer of unquantized weights in fp64, normal data give a signal-to-noise ratio of 23.6 to 23.8 dB (measured with
     H from 256 to 2048). The format allows no more: gate and up bring the noise of a product of MXFP8 operands each, 28.5 dB, the
@@ -70,7 +72,7 @@ def moe_forward(
         topk_ids: (M, top_k) int32 or int64; copied if not contiguous. Choices outside 0 .. E-1 (those of other ranks, or
             padding) contribute nothing.
         topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
-        activation: ``swiglu``.
+        activation: ``swiglu``, silu(g) * u; ``swigluoai``, that of gpt-oss and MiniMax-M3; or a :class:`SwiGLU`.
         w13_bias: (E, 2I), contiguous, added in fp32 in a launch of its own.
         w2_bias: (E, H), contiguous, added in fp32 by the combine.
         workspace: made for this shape and at least M tokens; then a batch size seen before allocates only ``out``.
@@ -106,7 +108,7 @@ def moe_forward(
                 topk_weights,
                 w13_bias,
                 w2_bias,
-                activation,
+                layer.swiglu.spec,
                 backend,
             )
             return result if out is None else out.copy_(result)
@@ -132,7 +134,7 @@ def moe_forward(
         return y.zero_()
     if not layer.read_in_place:
         inputs = inputs._replace(topk_ids=topk_ids.contiguous(), topk_weights=topk_weights.contiguous())
-    launched = _run(inputs, workspace, force[0], layer.shape, y)
+    launched = _run(inputs, workspace, force[0], layer, y)
     if workspace is not None and place is not None:
         workspace.places.remember(place, repeat, launched)
     return y
@@ -165,9 +167,10 @@ def _steps(triton: bool) -> _Steps:
 
 
 def _run(
-    inputs: Inputs, workspace: MoEWorkspace | None, backend: str, shape: MoEShape, out: torch.Tensor
+    inputs: Inputs, workspace: MoEWorkspace | None, backend: str, layer: Layer, out: torch.Tensor
 ) -> Launched | None:
     """Launch everything, past the public functions' checks: inputs are checked and contiguous, M and top_k at least 1."""
+    shape = layer.shape
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     num_tokens = x.shape[0]
     backends = choose_backends(shape, num_tokens, backend)
@@ -180,11 +183,11 @@ def _run(
         b = make(shape, num_tokens, backends)
         xq, hq = b.xq, b.hq
         routed = steps.route(topk_ids, shape.experts, b.row_token, b.slot_row, b.layout, b.scratch)
-        quantized = quantizer.quantize_grouped(x, b.groups, xq.values, xq.scales, "rceil", b.row_token, False)
+        quantized = quantizer.quantize_grouped(x, b.groups, xq.values, xq.scales, "rceil", b.row_token, None)
         launched = [routed, quantized.launched, up.grouped_gemm(xq, w13q, b.h, b.gemm)]
         if w13_bias is not None:
             launched.append(steps.add_expert_bias(b.h, b.slot_row, topk_ids, w13_bias))
-        quantized = quantizer.quantize_grouped(b.h, b.groups, hq.values, hq.scales, "rceil", None, True)
+        quantized = quantizer.quantize_grouped(b.h, b.groups, hq.values, hq.scales, "rceil", None, layer.swiglu)
         launched += [quantized.launched, down.grouped_gemm(hq, w2q, b.y, b.gemm)]
         launched.append(steps.combine(b.y, b.slot_row, topk_ids, topk_weights, w2_bias, out))
     return together(*launched)
@@ -201,11 +204,12 @@ class MXFP8Experts(torch.nn.Module):
         w2q: E experts of (H, I).
         w13_bias: (E, 2I) bf16, fp16 or fp32, or None.
         w2_bias: (E, H), or None.
+        activation: as in ``moe_forward``; also an attribute, a :class:`SwiGLU`.
         workspace: shared by the layers that run one after another, or None; also an attribute.
         backend: as in ``moe_forward``.
 
     Raises:
-        TypeError, ValueError: weights, biases or a workspace that don't fit together; no such backend.
+        TypeError, ValueError: weights, biases or a workspace that don't fit together; no such activation or backend.
     """
 
     w13_values: torch.Tensor
@@ -222,6 +226,7 @@ class MXFP8Experts(torch.nn.Module):
         *,
         w13_bias: torch.Tensor | None = None,
         w2_bias: torch.Tensor | None = None,
+        activation: str | SwiGLU = "swiglu",
         workspace: MoEWorkspace | None = None,
         backend: str | None = None,
     ) -> None:
@@ -236,6 +241,7 @@ class MXFP8Experts(torch.nn.Module):
         self.register_buffer("w2_scales", w2q.scales)
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
+        self.activation = swiglu_of(activation)
         self.workspace = workspace
         self.backend = backend
 
@@ -278,6 +284,7 @@ class MXFP8Experts(torch.nn.Module):
             topk_weights,
             w13_bias=self.w13_bias,
             w2_bias=self.w2_bias,
+            activation=self.activation,
             workspace=self.workspace,
             backend=self.backend,
         )

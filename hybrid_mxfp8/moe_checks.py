@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hybrid_mxfp8.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.checks import (
     FLOAT_DTYPES,
     check_apart,
@@ -41,10 +42,12 @@ class Layer:
     Attributes:
         shape: of the layer.
         read_in_place: whether the kernels read ``topk_ids`` and ``topk_weights`` where they are, and no contiguous copies.
+        swiglu: the activation.
     """
 
     shape: MoEShape
     read_in_place: bool
+    swiglu: SwiGLU
 
 
 layers_seen: Seen[Layer] = Seen(4096)
@@ -74,7 +77,7 @@ def _metadata(x: torch.Tensor) -> tuple[Hashable, ...]:
     return type(x), x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()
 
 
-def check_layer(inputs: Inputs, activation: str) -> Layer:
+def check_layer(inputs: Inputs, activation: str | SwiGLU) -> Layer:
     """All that is read fits together; raises as ``moe_forward`` does."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
@@ -87,8 +90,7 @@ def check_layer(inputs: Inputs, activation: str) -> Layer:
         fail("w13q", f"must be on {device}, as x", shape.device)
     check_shape("x", x, (num_tokens, shape.hidden), "(M, H) with topk_ids' M and w13q's H")
     check_shape("topk_weights", topk_weights, (num_tokens, top_k), "(M, top_k)")
-    if activation != "swiglu":
-        fail("activation", "must be 'swiglu'", repr(activation))
+    swiglu = swiglu_of(activation)
     if x.stride(1) != 1:
         fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
     check_no_grad("x", x)
@@ -97,7 +99,7 @@ def check_layer(inputs: Inputs, activation: str) -> Layer:
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
         if bias is not None:
             check_no_grad(name, bias)
-    return Layer(shape, topk_ids.is_contiguous() and topk_weights.is_contiguous())
+    return Layer(shape, topk_ids.is_contiguous() and topk_weights.is_contiguous(), swiglu)
 
 
 def check_biases(shape: MoEShape, w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None) -> None:

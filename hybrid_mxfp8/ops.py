@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hybrid_mxfp8.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.backends import (
     AUTO,
     BACKENDS,
@@ -60,7 +61,7 @@ def quantize_grouped(
     *,
     scale_rounding: str = "rceil",
     row_index: torch.Tensor | None = None,
-    activation: str | None = None,
+    activation: str | SwiGLU | None = None,
     out: GroupedMXFP8 | None = None,
     backend: str | None = None,
 ) -> GroupedMXFP8:
@@ -68,13 +69,14 @@ def quantize_grouped(
 
     Args:
         x: (R, K) bf16, fp16 or fp32, K % 32 == 0, any row stride, unit column stride. R = T unless ``row_index``
-            is given. With ``activation="swiglu"``: (R, 2K), gate in the first K columns.
+            is given. With an activation: (R, 2K), gate in the first K columns.
         groups: layout of the T output rows, on x's device; or the counts it would be built from, (E,) int32 or int64:
             then T is the number of rows of x or of ``row_index``, and for a decode batch no launch is spent on the
             layout, which the result holds.
         scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
         row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 .. R-1 reads as zeros.
-        activation: None or ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32.
+        activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32; ``"swigluoai"``, gpt-oss's, or
+            another :class:`SwiGLU`.
         out: an earlier result of the same shapes whose buffers are written instead of new ones; ``out.groups`` is not used.
             They must not overlap the inputs.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with the Triton kernel.
@@ -93,7 +95,7 @@ def quantize_grouped(
         rows = _check_rows(x, groups, scale_rounding, row_index, activation)
         if traced(x):
             check_no_buffer("out", out)
-            return _quantize_traced(x, groups, rows.num_tokens, scale_rounding, row_index, activation, backend)
+            return _quantize_traced(x, groups, rows, scale_rounding, row_index, backend)
         if key is not None:
             _rows_seen.add(key, rows)
     asked = requested(backend)
@@ -114,9 +116,7 @@ def quantize_grouped(
     elif isinstance(groups, GroupLayout) and repeat():
         return GroupedMXFP8.unchecked(values, scales, groups)
     chosen = choose_quantizer(rows.device, asked)
-    layout, launched = chosen.quantize_grouped(
-        x, groups, values, scales, scale_rounding, row_index, activation is not None
-    )
+    layout, launched = chosen.quantize_grouped(x, groups, values, scales, scale_rounding, row_index, rows.swiglu)
     if place is not None:
         _places.remember(place, repeat, launched)
     return GroupedMXFP8.unchecked(values, scales, layout)
@@ -130,6 +130,7 @@ class _Rows:
     values_shape: tuple[int, int]
     scales_shape: tuple[int, int]
     device: torch.device
+    swiglu: SwiGLU | None
 
 
 _rows_seen: Seen[_Rows] = Seen(4096)
@@ -166,7 +167,7 @@ def _check_rows(
     groups: GroupLayout | torch.Tensor,
     scale_rounding: str,
     row_index: torch.Tensor | None,
-    activation: str | None,
+    activation: str | SwiGLU | None,
 ) -> _Rows:
     if isinstance(groups, GroupLayout):
         device, num_experts = groups.device, groups.num_experts
@@ -179,12 +180,11 @@ def _check_rows(
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=device)
     check_no_grad("x", x)
     check_scale_rounding(scale_rounding)
-    if activation not in (None, "swiglu"):
-        fail("activation", "must be None or 'swiglu'", repr(activation))
+    swiglu = None if activation is None else swiglu_of(activation, "None, ")
     num_tokens, width = x.shape
-    if activation and width % 2:
+    if swiglu is not None and width % 2:
         fail("x", "must have an even number of columns, gate and up, for swiglu", width)
-    k = width // 2 if activation else width
+    k = width if swiglu is None else width // 2
     check_k("x", k)
     if x.stride(1) != 1 and x.numel():
         fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
@@ -196,19 +196,18 @@ def _check_rows(
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
     scales_shape = (grouped_scale_rows(num_tokens, num_experts), scale_cols(k))
-    return _Rows(num_tokens, (num_tokens, k), scales_shape, device)
+    return _Rows(num_tokens, (num_tokens, k), scales_shape, device, swiglu)
 
 
 def _quantize_traced(
     x: torch.Tensor,
     groups: GroupLayout | torch.Tensor,
-    num_tokens: int,
+    rows: _Rows,
     scale_rounding: str,
     row_index: torch.Tensor | None,
-    activation: str | None,
     backend: str | None,
 ) -> GroupedMXFP8:
-    layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, num_tokens)
+    layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, rows.num_tokens)
     values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
         x,
         layout.tokens_per_expert,
@@ -216,7 +215,7 @@ def _quantize_traced(
         layout.scale_offsets,
         scale_rounding,
         row_index,
-        activation,
+        None if rows.swiglu is None else rows.swiglu.spec,
         backend,
     )
     return GroupedMXFP8.unchecked(values.view(torch.float8_e4m3fn), scales, layout)

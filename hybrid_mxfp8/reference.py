@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from hybrid_mxfp8.activation import PLAIN_SWIGLU, SwiGLU
 from hybrid_mxfp8.checks import check_int
 from hybrid_mxfp8.formats import (
     BLOCK_SIZE,
@@ -53,10 +54,14 @@ def quantize(x: torch.Tensor, scale_rounding: str = "rceil") -> tuple[torch.Tens
     return codes.flatten(-2).view(torch.float8_e4m3fn), scales.to(torch.uint8)
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` in fp32 of x (R, 2K) = [gate | up]; returns (R, K) fp32."""
+def swiglu(x: torch.Tensor, activation: SwiGLU = PLAIN_SWIGLU) -> torch.Tensor:
+    """The activation in fp32 of x (R, 2K) = [gate | up]; returns (R, K) fp32."""
     gate, up = x.float().chunk(2, dim=-1)
-    return gate / (1 + torch.exp(-gate)) * up
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    if activation.beta:  # adding 0 would lose the sign of -0
+        up = up + activation.beta
+    return gate / (1 + torch.exp(-activation.alpha * gate)) * up
 
 
 def scale_values(scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,22 @@ def to(layer: Layer, device: str) -> Layer:
     return Layer(**{name: None if t is None else t.to(device) for name, t in vars(layer).items()})
 
 
-def forward(layer: Layer) -> torch.Tensor:
+Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of gate and up, in float64."""
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Plain SwiGLU."""
+    return gate * torch.sigmoid(gate) * up
+
+
+def swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """That of gpt-oss."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def forward(layer: Layer, activation: Activation = silu_mul) -> torch.Tensor:
     """(M, H) float64."""
     num_experts, _, intermediate = layer.w2.shape
     out = torch.zeros(layer.x.shape, dtype=torch.float64)
@@ -71,7 +87,7 @@ def forward(layer: Layer) -> torch.Tensor:
             if layer.w13_bias is not None:
                 h = h + layer.w13_bias[e].cpu().double()
             gate, up = h[:intermediate], h[intermediate:]
-            y = w2[e] @ (gate * torch.sigmoid(gate) * up)
+            y = w2[e] @ activation(gate, up)
             if layer.w2_bias is not None:
                 y = y + layer.w2_bias[e].cpu().double()
             out[m] += layer.weights[m, k].double().cpu() * y

@@ -16,26 +16,45 @@ import torch
 import truth
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.activation import PLAIN_SWIGLU
 from hybrid_mxfp8.formats import scale_cols
 from hybrid_mxfp8.reference import unswizzle_scales
 
 
-def relative_error(gate: truth.Doubles) -> truth.Doubles:
-    """Exponentials are 2**(g * log2 e): rounding the product costs |g| * 2**-24, and five more operations 2 ulp each."""
-    error: truth.Doubles = (np.abs(gate) * 1.5 + 20) * 2.0**-24
+def relative_error(exponent: truth.Doubles) -> truth.Doubles:
+    """Exponentials are 2**(g * log2 e): rounding the product costs |g| * 2**-24, and five more operations 2 ulp each.
+
+    g is the gate times alpha, whose rounding and the product's cost another |g| * 2**-24; beta is one more operation.
+    """
+    error: truth.Doubles = (np.abs(exponent) * 2.5 + 24) * 2.0**-24
     return error
 
 
-def check(got: mx.GroupedMXFP8, x: torch.Tensor, counts: Sequence[int], rounding: str, ambiguous: float = 0.02) -> None:
+def cut(gate: truth.Doubles, up: truth.Doubles, limit: float | None) -> tuple[truth.Doubles, truth.Doubles]:
+    """Both, where there is a limit."""
+    return (gate, up) if limit is None else (np.minimum(gate, limit), np.clip(up, -limit, limit))
+
+
+def check(
+    got: mx.GroupedMXFP8,
+    x: torch.Tensor,
+    counts: Sequence[int],
+    rounding: str,
+    ambiguous: float = 0.02,
+    activation: mx.SwiGLU = PLAIN_SWIGLU,
+) -> None:
     """Check finite rows of x (T, 2K), sorted by expert as ``counts`` says, against ``got``.
 
     Nearly every block and element has one answer only: more than the share ``ambiguous`` of them with two would say
     little. A single block of a tiny operand may well have two.
     """
     gate, up = np.split(truth.doubles(x), 2, axis=1)
-    true = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
-    # Where exp(-gate) leaves fp32's range the product is flushed to zero: it is below 2**-120 times up.
-    slack = np.abs(true) * relative_error(gate) + np.where(gate < -86, np.abs(true) + 2.0**-118 * np.abs(up), 0)
+    gate, up = cut(gate, up, activation.limit)
+    exponent = activation.alpha * gate
+    true = gate / (1 + np.exp(-np.clip(exponent, -700, 700))) * (up + activation.beta)
+    # Where exp(-exponent) leaves fp32's range the product is flushed to zero: it is below 2**-118 times up.
+    flushed = np.abs(true) + 2.0**-118 * (np.abs(up) + abs(activation.beta))
+    slack = np.abs(true) * relative_error(exponent) + np.where(exponent < -86, flushed, 0)
     blocks, slack = (a.reshape(a.shape[0], -1, 32) for a in (true, slack))
     magnitude = np.abs(blocks)
     lowest = truth.scale_bytes(np.maximum(magnitude - slack, 0).max(axis=2), rounding)

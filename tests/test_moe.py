@@ -80,6 +80,25 @@ def test_only_quantization_separates_it_from_the_truth(rng: torch.Generator) -> 
     assert mx.signal_to_noise_db(moe_truth.forward(layer), run(layer, "reference")) > 30.0
 
 
+def test_another_activation(backend: str, rng: torch.Generator) -> None:
+    """By name, as a SwiGLU, by its spec, and as a module's; plain SwiGLU would be far off."""
+    layer = moe_truth.make_layer(rng, tokens=40, hidden=128, intermediate=96, bias=True)
+    w13q, w2q = (mx.quantize_weights(w, backend="reference") for w in (layer.w13, layer.w2))
+    bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+    activation = mx.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
+    results = [
+        mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, **bias, activation=given, backend=backend)
+        for given in ("swigluoai", activation, activation.spec)
+    ]
+    module = mx.MXFP8Experts(w13q, w2q, **bias, activation="swigluoai", backend=backend)
+    assert module.activation == activation
+    results.append(module(layer.x, layer.ids, layer.weights))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    assert mx.signal_to_noise_db(moe_truth.forward(layer, moe_truth.swigluoai), results[0]) > 22.0
+    assert mx.signal_to_noise_db(moe_truth.forward(layer), results[0]) < 10.0
+
+
 def test_gate_comes_first(rng: torch.Generator) -> None:
     """w13's first I rows are the gate: with gate 0, silu is 0; with up 0, so is the product; swapped they differ."""
     layer = moe_truth.make_layer(rng, tokens=6)
@@ -346,7 +365,12 @@ ERRORS: list[tuple[str, Any, type[Exception], str]] = [
     ("topk_ids", torch.zeros(9, dtype=torch.int64), ValueError, "topk_ids: must have shape (M, top_k), got (9,)"),
     ("topk_weights", torch.zeros(9, 3), ValueError, "topk_weights: must have shape (M, top_k) = (9, 2), got (9, 3)"),
     ("topk_weights", torch.zeros(9, 2, requires_grad=True), ValueError, "topk_weights: must not require grad"),
-    ("activation", "gelu", ValueError, "activation: must be 'swiglu', got 'gelu'"),
+    (
+        "activation",
+        "gelu",
+        ValueError,
+        "activation: must be 'swiglu' (silu(gate) * up, elsewhere called 'silu'), 'swigluoai' or a SwiGLU, got 'gelu'",
+    ),
     ("w13_bias", torch.zeros(5, 32), ValueError, "w13_bias: must have shape (E, N) = (5, 64), got (5, 32)"),
     ("w2_bias", torch.zeros(64, 5).T, ValueError, "w2_bias: must be contiguous, got shape (5, 64) with strides (1, 5)"),
     ("out", torch.zeros(9, 64), TypeError, "out: dtype must be bfloat16, got float32"),

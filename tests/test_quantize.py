@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cases
@@ -216,6 +217,48 @@ def test_swiglu(backend: str, dtype: torch.dtype, rounding: str, rng: torch.Gene
     out = cases.poisoned_output(groups, 160)
     got = mx.quantize_grouped(x, groups, activation="swiglu", scale_rounding=rounding, out=out, backend=backend)
     swiglu_truth.check(got, x, [30, 0, 40], rounding)
+
+
+ACTIVATIONS = {
+    "swigluoai": mx.SwiGLU(1.702, 1.0, 7.0),
+    "limit alone": mx.SwiGLU(limit=2.5),
+    "alpha alone": mx.SwiGLU(alpha=0.5),
+    "beta alone": mx.SwiGLU(beta=-0.25),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_other_swiglus(backend: str, dtype: torch.dtype, name: str, rng: torch.Generator) -> None:
+    """A limit meets both signs of gate and up, and the cut values themselves."""
+    activation = ACTIVATIONS[name]
+    x = 4 * torch.randn(70, 320, generator=rng)
+    x[:8] *= 30
+    x[8, ::3] = 7.0
+    x = x.to(dtype)
+    groups = cases.layout([30, 0, 40])
+    out = cases.poisoned_output(groups, 160)
+    got = mx.quantize_grouped(x, groups, activation=activation, out=out, backend=backend)
+    swiglu_truth.check(got, x, [30, 0, 40], "rceil", activation=activation)
+    same = mx.quantize_grouped(x, groups, activation="swigluoai", backend=backend)
+    assert torch.equal(same.values.view(torch.uint8), got.values.view(torch.uint8)) == (name == "swigluoai")
+
+
+@interpreted
+def test_what_a_limit_does_to_non_finite_values(backend: str) -> None:
+    """As torch.clamp: infinite values are cut, NaN stays. A gate of -Inf has no limit."""
+    x = torch.ones(4, 64)
+    x[0, 0] = x[0, 33] = float("inf")
+    x[1, 0], x[1, 32] = 3.0, float("-inf")
+    x[2, 5], x[3, 40] = float("nan"), float("nan")
+    got = mx.quantize_grouped(x, cases.layout([4]), activation=mx.SwiGLU(limit=3.0), backend=backend).dequantize()
+    cut = 3 / (1 + math.exp(-3))
+    assert got[0, 0].item() == pytest.approx(cut, rel=2**-4)
+    assert got[0, 1].item() == pytest.approx(3 / (1 + math.exp(-1)), rel=2**-4)
+    assert got[1, 0].item() == pytest.approx(-3 * cut, rel=2**-4)
+    assert bool(got[2:].isnan().all())
+    assert not got[:2].isnan().any()
 
 
 @interpreted

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybrid_mxfp8.activation import SwiGLU
 from hybrid_mxfp8.formats import (
     BLOCK_SIZE,
     SCALE_ROUNDING_BIAS,
@@ -144,7 +145,10 @@ def quantize_kernel(
     ROUNDING_BIAS: tl.constexpr,
     LAYOUT: tl.constexpr,
     GATHER: tl.constexpr,
-    SWIGLU: tl.constexpr,
+    SWIGLU: tl.constexpr,  # whether rows are gate and up; then the three numbers below
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    LIMIT: tl.constexpr,  # None where nothing is cut
     EXPERTS: tl.constexpr,  # power of two >= E
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,  # multiple of 128
@@ -216,7 +220,12 @@ def quantize_kernel(
     x = to_fp32(tl.load(x_ptrs, mask=mask, other=0.0))
     if SWIGLU:
         up = to_fp32(tl.load(x_ptrs + K, mask=mask, other=0.0))
-        x = x / (1.0 + tl.exp(-x)) * up
+        if LIMIT is not None:  # comparisons, not minima: they leave NaN as it is
+            x = tl.where(x > LIMIT, LIMIT, x)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        if BETA != 0.0:  # adding 0 would lose the sign of -0
+            up += BETA
+        x = x / (1.0 + tl.exp(-ALPHA * x)) * up
 
     codes, scale = _quantize_blocks(tl.reshape(x, [BLOCK_ROWS, SCALE_COLS, 32]), ROUNDING_BIAS)
 
@@ -317,7 +326,7 @@ def _plan(
     scale_rounding: str,
     layout: Layout,
     gather: bool,
-    swiglu: bool,
+    swiglu: SwiGLU | None,
     dtypes: tuple[torch.dtype, torch.dtype | None],
 ) -> _Plan:
     config = select_quantize_config(num_rows, k, num_experts, INTERPRETED)
@@ -331,7 +340,8 @@ def _plan(
         SCALE_ROUNDING_BIAS[scale_rounding],
         layout,
         gather,
-        swiglu,
+        swiglu is not None,
+        *((1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)),
         next_power_of_2(num_experts),
         config.block_rows,
         config.block_cols,
@@ -362,7 +372,7 @@ def _launch(
     layout: Layout,
     expert_stride: int = 0,
     row_index: torch.Tensor | None = None,
-    swiglu: bool = False,
+    swiglu: SwiGLU | None = None,
     counts: torch.Tensor | None = None,
     layout_buffer: torch.Tensor | None = None,
     groups: GroupLayout | None = None,
@@ -403,7 +413,7 @@ def quantize_grouped(
     *,
     scale_rounding: str,
     row_index: torch.Tensor | None,
-    swiglu: bool,
+    swiglu: SwiGLU | None,
 ) -> Launched | None:
     """Quantize token rows into ``values`` and ``scales``; arguments as checked by ``ops.quantize_grouped``.
 
@@ -414,7 +424,7 @@ def quantize_grouped(
         scales: (S, C) uint8, contiguous.
         scale_rounding: ``rceil``, ``floor`` or ``even``.
         row_index: (T,) int32, the source row of each output row; one outside 0 .. R-1 reads as zeros.
-        swiglu: quantize ``silu(x[:, :K]) * x[:, K:]``.
+        swiglu: quantize this of gate ``x[:, :K]`` and up ``x[:, K:]``.
 
     Returns:
         The launch, to be repeated, or None.
@@ -445,7 +455,7 @@ def quantize_counts(
     *,
     scale_rounding: str,
     row_index: torch.Tensor | None,
-    swiglu: bool,
+    swiglu: SwiGLU | None,
 ) -> GroupLayout:
     """:func:`quantize_grouped` and ``GroupLayout.from_counts`` in one launch, where :func:`can_fuse_counts` says so.
 

@@ -101,7 +101,7 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
     check_apart("quant_output", quant_output, **inputs, scale_factor=scale_factor)
     check_apart("scale_factor", scale_factor, **inputs)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
-    choose_quantizer(device).quantize_grouped(input, groups, quant_output, scales, "rceil", None, False)
+    choose_quantizer(device).quantize_grouped(input, groups, quant_output, scales, "rceil", None, None)
 
 
 def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(

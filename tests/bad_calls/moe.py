@@ -89,7 +89,7 @@ BAD: list[Bad] = [
     forward("weights flat", ValueError, r"^topk_weights: must have shape \(M, top_k\)", topk_weights=torch.ones(M * TOP_K)),
     forward("weights with grad", ValueError, "^topk_weights: must not require grad", topk_weights=lambda: _grad(torch.ones(M, TOP_K))),
     forward("weights on meta", ValueError, "^topk_weights: must be on cpu", topk_weights=torch.ones(M, TOP_K).to(META)),
-    *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu', got", activation=a) for a in ("gelu", "silu", "", None, 1)),
+    *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
     *(forward(f"backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("vllm", "", 1)),
     forward("backend unknown, no tokens", ValueError, "^backend: must be one of", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), backend="vllm"),
     *(row(f"{word}: {name} {what}", error, f"^{name}: {message}", **{name: bias})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compiling import Compiled, CompileFor
 
+from hybrid_mxfp8.activation import NAMED, SwiGLU
 from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
 from hybrid_mxfp8.triton_kernels import quantize
@@ -16,13 +17,14 @@ E = 32
 SIZES = {"decode": 64, "prefill": 16384}
 K = 7168
 
-VARIANTS: dict[str, tuple[torch.dtype, bool, bool]] = {
-    "bf16": (torch.bfloat16, False, False),
-    "fp16": (torch.float16, False, False),
-    "fp32": (torch.float32, False, False),
-    "gather": (torch.bfloat16, True, False),
-    "swiglu": (torch.bfloat16, False, True),
-    "gather swiglu": (torch.bfloat16, True, True),
+VARIANTS: dict[str, tuple[torch.dtype, bool, SwiGLU | None]] = {
+    "bf16": (torch.bfloat16, False, None),
+    "fp16": (torch.float16, False, None),
+    "fp32": (torch.float32, False, None),
+    "gather": (torch.bfloat16, True, None),
+    "swiglu": (torch.bfloat16, False, NAMED["swiglu"]),
+    "gather swiglu": (torch.bfloat16, True, NAMED["swiglu"]),
+    "swigluoai": (torch.bfloat16, False, NAMED["swigluoai"]),
 }
 """dtype, gather, swiglu."""
 
@@ -34,9 +36,12 @@ STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
 STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
 
 
-def grouped(t: int, dtype: torch.dtype, gather: bool, swiglu: bool, k: int = K, e: int = E, stride: int = 0) -> None:
+def grouped(
+    t: int, dtype: torch.dtype, gather: bool, swiglu: SwiGLU | None, k: int = K, e: int = E, stride: int = 0
+) -> None:
     meta = torch.device("meta")
-    x = torch.empty_strided((t, k * (1 + swiglu)), (stride or k * (1 + swiglu), 1), dtype=dtype, device=meta)
+    width = k if swiglu is None else 2 * k
+    x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device=meta)
     offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
     quantize.quantize_grouped(
         x,
@@ -80,7 +85,7 @@ def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tm
     config = quantize.select_quantize_config(SIZES[size], K, E)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
     assert compiled.count(PACKED_CONVERSION) == elements // 2
-    assert compiled.count(LOAD_16) == elements * dtype.itemsize // 16 * (1 + swiglu)
+    assert compiled.count(LOAD_16) == elements * dtype.itemsize // 16 * (1 if swiglu is None else 2)
     # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and indices.
     assert compiled.count(LOAD_1_OR_2) == 0
     # A decode program's threads hold 8 codes each, a prefill program's 16 a row; zeros of padding go by 16 bytes.
@@ -103,7 +108,7 @@ def test_counts(compile_for: CompileFor, arch: int, e: int, tmp_path: Path) -> N
             torch.empty(grouped_scale_rows(64, e), scale_cols(K), dtype=torch.uint8, device=meta),
             scale_rounding="rceil",
             row_index=None,
-            swiglu=False,
+            swiglu=None,
         )
 
     compiled = compile_for(arch, quantize, "quantize_kernel", call)
@@ -124,7 +129,7 @@ def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int]
 @pytest.mark.parametrize("k", [544, 992, 2880])
 def test_wide_accesses_where_k_is_no_multiple_of_128(compile_for: CompileFor, arch: int, k: int) -> None:
     """K % 32 is enough: each row starts at a 16-byte boundary, and no 16 bytes straddle K."""
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, False, k))
+    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, None, k))
     assert compiled.count(LOAD_16) > 0
     assert compiled.count(LOAD_1_OR_2) == 0
 
@@ -150,7 +155,7 @@ def test_roundings_differ_in_one_constant(compile_for: CompileFor, rounding: str
 
 @pytest.mark.parametrize("e", [1, 256, 1024, 2000])
 def test_many_experts(compile_for: CompileFor, e: int, tmp_path: Path) -> None:
-    compiled = compile_for(90, quantize, "quantize_kernel", lambda: grouped(4096, torch.bfloat16, False, False, e=e))
+    compiled = compile_for(90, quantize, "quantize_kernel", lambda: grouped(4096, torch.bfloat16, False, None, e=e))
     check(compiled, tmp_path)
 
 
@@ -158,7 +163,7 @@ def test_a_batch_of_another_size_compiles_nothing_new(compile_for: CompileFor) -
     """Token counts within one configuration share a kernel, whatever they are divisible by."""
     kernels = set()
     for t in (1, 2, 3, 16, 17, 48, 100, 128, 146):
-        x = compile_for(90, quantize, "quantize_kernel", lambda t=t: grouped(t, torch.bfloat16, True, False))
+        x = compile_for(90, quantize, "quantize_kernel", lambda t=t: grouped(t, torch.bfloat16, True, None))
         kernels.add(id(x.kernel))
     assert len(kernels) == 1
 
@@ -167,7 +172,7 @@ def test_unaligned_rows_still_compile(compile_for: CompileFor, arch: int, tmp_pa
     """A row stride that is no multiple of 8 elements rules out wide loads, and nothing else."""
 
     def call() -> None:
-        grouped(64, torch.bfloat16, False, False, stride=7169)
+        grouped(64, torch.bfloat16, False, None, stride=7169)
 
     compiled = compile_for(arch, quantize, "quantize_kernel", call)
     check(compiled, tmp_path)

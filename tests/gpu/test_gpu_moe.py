@@ -113,6 +113,22 @@ def test_signal_to_noise(rng: torch.Generator, dtype: torch.dtype, bias: bool) -
     assert mx.signal_to_noise_db(moe_truth.forward(layer), y.cpu()) > MIN_SNR_DB
 
 
+def test_another_activation(rng: torch.Generator) -> None:
+    """The launches of one activation must not be taken for another's, with a workspace neither."""
+    layer = make(rng, bias=True)
+    forward, workspace = forward_of(layer), workspace_of(layer, 64)
+    truths = {
+        "swigluoai": moe_truth.forward(layer, moe_truth.swigluoai),
+        "swiglu": moe_truth.forward(layer),
+    }
+    out = torch.empty_like(layer.x)
+    for _ in range(4):
+        for name, truth in truths.items():
+            for where in (None, workspace):
+                y = forward(layer.x, layer.ids, layer.weights, activation=name, workspace=where, out=out)
+                assert mx.signal_to_noise_db(truth, y.cpu()) > MIN_SNR_DB
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 200, 3000])
 def test_backends_agree(rng: torch.Generator, tokens: int) -> None:
     """Few and many tokens, one launch of routing and three; products differ in the order of additions alone."""

@@ -166,6 +166,37 @@ def test_swiglu(dtype: torch.dtype, rounding: str, rng: torch.Generator) -> None
         swiglu_truth.check(got, x, [300, 0, 400], rounding)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "activation",
+    [mx.SwiGLU(1.702, 1.0, 7.0), mx.SwiGLU(limit=2.5), mx.SwiGLU(alpha=0.5), mx.SwiGLU(beta=-0.25)],
+    ids=lambda activation: activation.spec,
+)
+def test_other_swiglus(dtype: torch.dtype, activation: mx.SwiGLU, rng: torch.Generator) -> None:
+    x = 4 * torch.randn(700, 320, generator=rng)
+    x[:80] *= 30
+    x[80, ::3] = 7.0
+    x = x.to(dtype)
+    groups = cases.layout([300, 0, 400], device=GPU)
+    out = cases.poisoned_output(groups, 160)
+    for backend in ("triton", "reference"):
+        got = mx.quantize_grouped(x.to(GPU), groups, activation=activation, out=out, backend=backend)
+        swiglu_truth.check(got, x, [300, 0, 400], "rceil", activation=activation)
+
+
+def test_what_a_limit_does_to_non_finite_values() -> None:
+    """As torch.clamp: infinite values are cut, NaN stays; the reference says it of the CPU."""
+    x = torch.ones(4, 64)
+    x[0, 0] = x[0, 33] = float("inf")
+    x[1, 0], x[1, 32] = 3.0, float("-inf")
+    x[2, 5], x[3, 40] = float("nan"), float("nan")
+    activation, groups = mx.SwiGLU(limit=3.0), cases.layout([4])
+    expected = mx.quantize_grouped(x, groups, activation=activation, backend="reference").dequantize()
+    got = mx.quantize_grouped(x.to(GPU), cases.layout([4], device=GPU), activation=activation, backend="triton")
+    torch.testing.assert_close(got.dequantize().cpu(), expected, rtol=2**-3, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("experts", [4, 100])
 def test_most_rows_are_nobodys(experts: int, rng: torch.Generator) -> None:
     """Where experts are spread over GPUs: so many rows that programs beyond the groups leave at once, and write nothing."""
