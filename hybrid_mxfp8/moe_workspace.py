@@ -150,6 +150,11 @@ def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
         ValueError: more rows, padded to scale tiles, than int32 counts.
     """
     _check_rows("x", shape, num_tokens)
+    gemm_bytes = _gemm_bytes(shape, num_tokens, backends)
+    return _allocate(shape, num_tokens, _scratch_elements(shape, num_tokens, backends), gemm_bytes)
+
+
+def _allocate(shape: MoEShape, num_tokens: int, scratch_elements: int, gemm_bytes: int) -> Buffers:
     rows = num_tokens * shape.top_k
     device = shape.device
     scale_rows = grouped_scale_rows(rows, shape.experts)
@@ -165,12 +170,11 @@ def allocate(shape: MoEShape, num_tokens: int, backends: Backends) -> Buffers:
         values = empty(rows, k, dtype=torch.float8_e4m3fn)
         return GroupedMXFP8.unchecked(values, empty(scale_rows, scale_cols(k), dtype=torch.uint8), groups)
 
-    gemm_bytes = _gemm_bytes(shape, num_tokens, backends)
     return Buffers(
         row_token=empty(rows),
         slot_row=empty(num_tokens, shape.top_k),
         layout=layout,
-        scratch=empty(_scratch_elements(shape, num_tokens, backends)),
+        scratch=empty(scratch_elements),
         xq=operand(shape.hidden),
         h=empty(rows, 2 * shape.intermediate, dtype=shape.dtype),
         hq=operand(shape.intermediate),
@@ -213,6 +217,10 @@ class MoEWorkspace:
     graph may come on any stream. The graph keeps using the memory, so the workspace must live as long, and where the
     graph is replayed is not seen: replays and calls must follow one another, as they do on one stream.
 
+    A copy, by ``copy.deepcopy`` or pickle, in this process or another, allocates memory of its own for the same batches, and
+    belongs to no stream. It is on the original's device, or where the ``map_location`` of ``torch.load`` puts that device's
+    tensors: the layer must be there too.
+
     Args:
         w13q: (E, 2I, H), of any layer of the shape.
         w2q: (E, H, I).
@@ -243,7 +251,11 @@ class MoEWorkspace:
         self.shape = shape_of(w13q, w2q, top_k, dtype)
         _check_rows("max_tokens", self.shape, max_tokens)
         self.max_tokens = max_tokens
-        self._largest = allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend))
+        self._start(allocate(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend)))
+
+    def _start(self, largest: Buffers) -> None:
+        """With new memory, which no stream or thread has used."""
+        self._largest = largest
         self._outgrown: list[torch.Tensor] = []  # CUDA graphs may still write them
         self._views: OrderedDict[tuple[int, tuple[str, str, str], str], Buffers] = OrderedDict()
         self._stream = _current_stream(self.shape.device)  # that of the memory, then that of the calls
@@ -252,12 +264,20 @@ class MoEWorkspace:
         self._threads: dict[int, int] = {}  # of each process the thread inside a call: a fork's child has its own
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, in this process or another: memory of its own, which no stream or thread has used."""
-        return {**vars(self), "_stream": None, "_owned": False, "_threads": {}}
+        """What a copy needs to allocate as much. No memory: pickle would take views apart, and processes would share it."""
+        largest = self._largest
+        return {
+            "shape": self.shape,
+            "max_tokens": self.max_tokens,
+            "scratch_elements": largest.scratch.numel(),
+            "gemm_bytes": 0 if largest.gemm is None else largest.gemm.numel(),
+            "place": largest.layout.new_empty(0),  # torch.load moves it where map_location says
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._stream = _current_stream(self.shape.device)
+        self.shape = state["shape"]._replace(device=state["place"].device)
+        self.max_tokens = state["max_tokens"]
+        self._start(_allocate(self.shape, self.max_tokens, state["scratch_elements"], state["gemm_bytes"]))
 
     def __repr__(self) -> str:
         return f"MoEWorkspace({self.shape}, max_tokens={self.max_tokens}, {self.nbytes / 2**20:.1f} MiB)"

@@ -347,23 +347,87 @@ def test_a_call_that_is_refused_does_not_take_the_workspace(monkeypatch: pytest.
     assert used
 
 
+def pickled(original: Any) -> Any:
+    return pickle.loads(pickle.dumps(original))
+
+
+def saved(original: Any, map_location: str | None = None) -> Any:
+    file = io.BytesIO()
+    torch.save(original, file)
+    file.seek(0)
+    return torch.load(file, map_location, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved}
+
+
+def memory_of(workspace: mx.MoEWorkspace) -> list[torch.Tensor]:
+    b = workspace._largest
+    tensors = [b.row_token, b.slot_row, b.layout, b.scratch, b.h, b.y]
+    tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
+    return [t.view(torch.uint8) for t in tensors]
+
+
 def test_copies_of_a_workspace_belong_to_nobody(on_gpu: Any) -> None:
     workspace, streams = on_gpu
     use(workspace)
-    for twin in (copy.deepcopy(workspace), pickle.loads(pickle.dumps(workspace))):
-        assert twin._largest.h.data_ptr() != workspace._largest.h.data_ptr()
-        assert twin._largest.groups.expert_offsets.shape == workspace._largest.groups.expert_offsets.shape
+    for make_copy in COPIES.values():
+        twin = make_copy(workspace)
+        twin.shape = workspace.shape
         streams.on(32)
         use(twin)
         streams.on(0)
     use(workspace)
 
 
-def test_a_copied_module_computes_the_same() -> None:
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_workspace_computes_in_its_own_memory(way: str, backend: str, tally: Any) -> None:
+    """Tokens choose other experts than before the copy, so what an earlier call left there would be wrong."""
     layer, w13q, w2q = layer_and_weights()
-    experts = mx.MXFP8Experts(w13q, w2q, workspace=workspace_of(w13q, w2q), backend="reference")
-    y = experts(layer.x, layer.ids, layer.weights)
-    assert torch.equal(copy.deepcopy(experts)(layer.x, layer.ids, layer.weights), y)
+
+    def call(ids: torch.Tensor, workspace: mx.MoEWorkspace | None) -> torch.Tensor:
+        return mx.moe_forward(layer.x, w13q, w2q, ids, layer.weights, workspace=workspace, backend=backend)
+
+    workspace = workspace_of(w13q, w2q)
+    call(layer.ids, workspace)
+    twin = COPIES[way](workspace)
+    assert (twin.shape, twin.max_tokens, twin.nbytes) == (workspace.shape, workspace.max_tokens, workspace.nbytes)
+    held = [t.clone() for t in memory_of(workspace)]
+    for ids in (layer.ids.clamp(max=1), layer.ids.clamp(min=2)):
+        assert torch.equal(call(ids, twin), call(ids, None))
+    assert same(memory_of(workspace), held)
+    assert torch.equal(call(layer.ids, workspace), call(layer.ids, None))
+    tally("concurrent calls", 3)
+
+
+def test_a_pickled_workspace_holds_no_memory() -> None:
+    _, w13q, w2q = layer_and_weights()
+    sizes = [mx.MoEWorkspace(w13q, w2q, max_tokens=tokens, top_k=2, backend="reference") for tokens in (8, 8000)]
+    assert len(pickle.dumps(sizes[1])) < len(pickle.dumps(sizes[0])) + 100
+
+
+def test_a_loaded_workspace_is_where_its_tensors_would_be() -> None:
+    """``map_location`` decides on memory and shape alike."""
+    _, w13q, w2q = layer_and_weights()
+    loaded = saved(workspace_of(w13q, w2q), map_location="meta")
+    assert loaded.shape.device.type == "meta"
+    assert {t.device.type for t in memory_of(loaded)} == {"meta"}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copied_module_computes_the_same(way: str) -> None:
+    """Two layers share a workspace, and so do their copies."""
+    layer, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    modules = torch.nn.ModuleList(
+        mx.MXFP8Experts(w13q, w2q, workspace=workspace, backend="reference") for _ in range(2)
+    )
+    modules[0](layer.x, layer.ids, layer.weights)
+    ids = layer.ids.clamp(max=1)
+    copied = COPIES[way](modules)
+    assert copied[0].workspace is copied[1].workspace is not workspace
+    for original, twin in zip(modules, copied, strict=True):
+        assert torch.equal(twin(layer.x, ids, layer.weights), original(layer.x, ids, layer.weights))
 
 
 # ---------------------------------------------------------------- devices
@@ -519,6 +583,35 @@ def test_children(method: str, backend: str, tally: Any) -> None:
     assert got == expected
     assert [child.exitcode for child in children] == [0, 0]
     tally("concurrent calls", 2 * CALLS_OF_A_JOB + (busy.result() if busy else 0))
+
+
+def _use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...], results: Any) -> None:
+    torch.set_num_threads(1)
+    y = mx.moe_forward(*call, workspace=workspace, backend="reference")
+    results.put(y.view(torch.uint8).numpy().tobytes())
+
+
+def test_a_spawned_child_gets_a_workspace_of_its_own(tally: Any) -> None:
+    """PyTorch passes tensors to a child as shared memory: the child must not write the parent's."""
+    layer, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, workspace=workspace, backend="reference")
+    for tensor in memory_of(workspace):
+        tensor.fill_(cases.POISON)
+    held = [t.clone() for t in memory_of(workspace)]
+    call = (layer.x, w13q, w2q, layer.ids.clamp(max=1), layer.weights)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=_use_in_child, args=(workspace, call, results), daemon=True)
+    child.start()
+    try:
+        got = results.get(timeout=120)
+        child.join(60)
+    finally:
+        child.kill()
+    assert got == mx.moe_forward(*call, backend="reference").view(torch.uint8).numpy().tobytes()
+    assert same(memory_of(workspace), held)
+    tally("concurrent calls", 2)
 
 
 def test_a_lock_held_at_a_fork_does_not_hang_the_child(interpreter: None, tally: Any) -> None:
