@@ -215,7 +215,8 @@ class MoEWorkspace:
     Two streams must not share one, nor two threads at once: both are refused. The workspace belongs to the stream of its
     first call until another takes it over with :meth:`move_to_current_stream`. A call that is being captured into a CUDA
     graph may come on any stream. The graph keeps using the memory, so the workspace must live as long, and where the
-    graph is replayed is not seen: replays and calls must follow one another, as they do on one stream.
+    graph is replayed is not seen: replays and calls must follow one another, as they do on one stream. A workspace that is
+    used without graphs may be dropped while its calls are still queued.
 
     A copy, by ``copy.deepcopy`` or pickle, in this process or another, allocates memory of its own for the same batches, and
     belongs to no stream. It is on the original's device, or where the ``map_location`` of ``torch.load`` puts that device's
@@ -285,11 +286,14 @@ class MoEWorkspace:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
+        return sum(t.numel() * t.element_size() for t in self._memory())
+
+    def _memory(self) -> list[torch.Tensor]:
+        """All that was allocated, each tensor a storage of its own."""
         b = self._largest
         tensors = [b.row_token, b.slot_row, b.layout, b.scratch, b.h, b.y, *(() if b.gemm is None else (b.gemm,))]
         tensors += self._outgrown
-        tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return tensors + [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -331,6 +335,10 @@ class MoEWorkspace:
         """After all that was queued where the workspace was used last, or where its memory was used before."""
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
+            # Else PyTorch gives the memory out again, once it is free, where it was allocated, and beside calls that are
+            # still queued here. What was allocated on this stream is not recorded by it.
+            for tensor in self._memory():
+                tensor.record_stream(stream)
         self._stream, self._owned = stream, True
 
     def move_to_current_stream(self) -> None:

@@ -222,17 +222,23 @@ def test_a_call_that_fails_gives_the_workspace_back() -> None:
 
 
 class Streams:
-    """Stand-ins for torch.cuda's streams: which one is current, which are captured, and who waits for whom."""
+    """Stand-ins for torch.cuda's streams: which is current, which are captured, who waits for whom, and whose memory is whose."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = self.Stream(self, 0)
         self.capturing: set[int] = set()
         self.waits: list[tuple[int, int]] = []
+        self.recorded: list[tuple[int, int]] = []
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(
             torch.cuda, "is_current_stream_capturing", lambda: self.current.cuda_stream in self.capturing
         )
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(
+            torch.Tensor,
+            "record_stream",
+            lambda tensor, stream: self.recorded.append((tensor.untyped_storage().data_ptr(), stream.cuda_stream)),
+        )
 
     class Stream:
         def __init__(self, streams: Streams, cuda_stream: int) -> None:
@@ -330,6 +336,58 @@ def test_the_first_call_waits_where_the_memory_came_from(monkeypatch: pytest.Mon
         assert streams.waits == ([(16, 0)] if made_on == 0 else []) + [(16, 32)]
         streams.waits.clear()
     tally("concurrent calls", 6)
+
+
+def test_memory_is_freed_after_the_calls_of_every_owner(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
+    """PyTorch's allocator knows the stream that memory was allocated on: each other owner is recorded, with all there is then."""
+    streams = Streams(monkeypatch)
+    monkeypatch.setattr(moe_workspace, "_current_stream", lambda device: streams.current)
+    monkeypatch.setattr(moe_workspace, "_gemm_bytes", lambda shape, tokens, backends: 100 * tokens)
+    _, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    on_cpu = workspace.shape
+    workspace.shape = on_cpu._replace(device=torch.device("cuda", 0))
+
+    def recorded() -> set[tuple[int, int]]:
+        pairs = list(streams.recorded)
+        streams.recorded.clear()
+        assert len([pair for pair in pairs if pair[0]]) == len({pair for pair in pairs if pair[0]})
+        return set(pairs)
+
+    def of(stream: int) -> set[tuple[int, int]]:
+        tensors = [*memory_of(workspace), workspace._largest.gemm, *workspace._outgrown]
+        return {(t.untyped_storage().data_ptr(), stream) for t in tensors if t is not None}
+
+    use(workspace)  # where it was made
+    assert recorded() == set()
+    streams.on(16)
+    workspace.move_to_current_stream()
+    assert recorded() == of(16)
+    use(workspace)
+    assert recorded() == set()
+    outgrown = workspace._largest.gemm
+    workspace.shape = on_cpu
+    monkeypatch.setattr(moe_workspace, "_gemm_bytes", lambda shape, tokens, backends: 200 * tokens)
+    workspace.buffers(on_cpu, 4, moe_workspace.choose_backends(on_cpu, 4, "reference"))
+    workspace.shape = on_cpu._replace(device=torch.device("cuda", 0))
+    assert workspace._outgrown == [outgrown]
+    streams.capturing = {32}
+    streams.on(32)
+    use(workspace)
+    workspace.move_to_current_stream()
+    assert recorded() == set()
+    streams.on(0)
+    workspace.move_to_current_stream()
+    assert recorded() == of(0)
+    tally("concurrent calls", 3)
+
+
+def test_a_workspace_on_a_cpu_records_no_stream() -> None:
+    """Without a stand-in PyTorch would raise."""
+    layer, w13q, w2q = layer_and_weights()
+    workspace = workspace_of(w13q, w2q)
+    workspace.move_to_current_stream()
+    mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, workspace=workspace, backend="reference")
 
 
 def test_a_call_that_is_refused_does_not_take_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,32 @@ def test_a_workspace_is_refused_to_a_second_stream(tally: Any) -> None:
     tally("concurrent calls", 6)
 
 
+def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None:
+    """Its memory is given out again where it was made only once the other stream's call is done with it."""
+    job, stream = Job(10), torch.cuda.Stream()
+    for move in (False, True):
+        layer = job.layer
+        workspace = mx.MoEWorkspace(job.w13q, job.w2q, max_tokens=TOKENS, top_k=2, backend="triton")
+        call = (layer.x, job.w13q, job.w2q, layer.ids, layer.weights)
+        if move:
+            mx.moe_forward(*call, workspace=workspace, out=job.out, backend="triton")
+        sizes = [t.nbytes for t in workspace._memory()]
+        job.spoil()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(500_000_000)
+            if move:
+                workspace.move_to_current_stream()
+            mx.moe_forward(*call, workspace=workspace, out=job.out, backend="triton")
+        del workspace
+        filled = [torch.full((size,), 0xA5, dtype=torch.uint8, device=GPU) for size in sizes]
+        assert not stream.query()
+        torch.cuda.synchronize()
+        assert all(bool((t == 0xA5).all()) for t in filled)  # else the call has written memory of somebody else
+        assert torch.equal(edges.bits(job.out), job.expected[0])
+    tally("concurrent calls", 3)
+
+
 def test_a_workspace_is_captured_and_used_eagerly(tally: Any) -> None:
     """Capture runs on a stream of PyTorch's; eager calls before, after and between replays stay where they were."""
     job = Job(6)
