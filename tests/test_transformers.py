@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers_models as models
@@ -112,6 +117,50 @@ def test_lazy_quantization_follows_the_parameters(monkeypatch: pytest.MonkeyPatc
     assert len(quantized) == 2 * layers + 1
     assert not [name for name in model.state_dict() if "mxfp8" in name]
     assert len(list(model.modules())) == len(list(models.make("Qwen3-MoE").modules()))
+
+
+def test_another_parameter_at_the_same_address_is_quantized(experts: torch.nn.Module) -> None:
+    """As an allocator gives memory out again: address, version and device are those of the first, which is not kept alive."""
+    memory = experts.gate_up_proj.data
+
+    def replace() -> None:
+        experts.gate_up_proj = torch.nn.Parameter(memory.data, requires_grad=False)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad(), mx.use_backend("reference"):
+            return experts(*arguments())
+
+    replace()
+    first = forward()
+    version, gone = integration._Version.of(experts.gate_up_proj), weakref.ref(experts.gate_up_proj)
+    memory.data.mul_(2)
+    replace()
+    assert gone() is None
+    assert integration._Version.of(experts.gate_up_proj) == version
+    assert not torch.equal(forward(), first)
+
+
+def test_writes_that_pytorch_counts_are_seen(experts: torch.nn.Module) -> None:
+    """And those through ``.data`` are not, as the documentation says."""
+    with torch.no_grad(), mx.use_backend("reference"):
+        first = experts(*arguments())
+        experts.down_proj.data.mul_(2)
+        assert torch.equal(experts(*arguments()), first)
+        experts.down_proj.copy_(experts.down_proj)
+        assert torch.equal(experts(*arguments()), 2 * first)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_after_a_forward_quantizes_its_own(
+    experts: torch.nn.Module, make_copy: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
+    with torch.no_grad(), mx.use_backend("reference"):
+        first = experts(*arguments())
+        twin = make_copy(experts)
+        assert torch.equal(twin(*arguments()), first)
+        twin.down_proj.zero_()
+        assert not twin(*arguments()).any()
+        assert torch.equal(experts(*arguments()), first)
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@
     print(mxfp8.quantize_model_(model))      # optional: quantize now, and free the unquantized experts
 
 Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the originals, and again
-whenever a parameter has changed. Attention, routers and shared experts stay as they are.
+whenever a parameter has been replaced or written to in place. Writes through ``parameter.data`` are not seen, as PyTorch does
+not count them: write ``parameter.copy_(new)`` under ``torch.no_grad()``, or replace the parameter. Attention, routers and shared
+experts stay as they are.
 
 Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its gate is plain SwiGLU,
 ``silu(gate) * up``, with gate and up concatenated, and H and I multiples of 32. Others raise a ValueError that says what
@@ -17,6 +19,7 @@ differs.
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,7 +90,7 @@ def experts_forward(
 
 
 class _Version(NamedTuple):
-    """Changes when a parameter is replaced or written to."""
+    """Changes when a parameter is replaced or written to, but for writes through ``parameter.data``."""
 
     address: int
     version: int
@@ -101,8 +104,24 @@ class _Version(NamedTuple):
 
 
 class _Cached(NamedTuple):
+    """Experts, and what they were made of. Another parameter may come to the address of one that is gone: it is not the same.
+
+    The references are weak, so that a parameter that was moved or replaced does not keep its memory. A copy of the module
+    quantizes anew.
+    """
+
     versions: tuple[_Version, ...]
     experts: MXFP8Experts
+    parameters: tuple[weakref.ref[torch.Tensor], ...]
+
+    def __reduce__(self) -> tuple[type[_Cached], tuple[Any, ...]]:
+        return type(self), ((), self.experts, ())
+
+    def are_of(self, versions: tuple[_Version, ...], parameters: list[torch.Tensor]) -> bool:
+        """Whether the experts are those of these parameters, as they are now."""
+        if self.versions != versions:
+            return False
+        return all(made_of() is now for made_of, now in zip(self.parameters, parameters, strict=True))
 
 
 def _parameters(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -121,9 +140,10 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
                 type(module).__name__,
             )
         return cached.experts
-    versions = tuple(_Version.of(parameter) for parameter in _parameters(module))
-    if cached is None or cached.versions != versions:
-        cached = _Cached(versions, _quantize(module))
+    parameters = _parameters(module)
+    versions = tuple(_Version.of(parameter) for parameter in parameters)
+    if cached is None or not cached.are_of(versions, parameters):
+        cached = _Cached(versions, _quantize(module), tuple(map(weakref.ref, parameters)))
         # Past nn.Module.__setattr__, which would make it a submodule.
         object.__setattr__(module, _CACHE, cached)
     return cached.experts
