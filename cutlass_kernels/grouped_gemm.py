@@ -147,6 +147,8 @@ def takes(n: int, k: int, out_dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"w: N must be a positive multiple of {multiple} for {out_dtype}, got {n}"
     if k <= 0 or k % 32:
         return False, f"x: K must be a positive multiple of 32, got {k}"
+    if n * k > MAX_INT32:
+        return False, f"w: the weights of one expert must be below 2 GiB, got N = {n}, K = {k}"
     if padded_scale_rows(n) * scale_cols(k) > MAX_INT32:
         return False, f"w: the scales of one expert must be below 2 GiB, got N = {n}, K = {k}"
     return True, NOT_RUN

@@ -95,6 +95,11 @@ Problem check_operands(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorV
   HYBRID_MXFP8_EXPECT(num_tokens <= kInt && n <= kInt && k <= kInt && num_experts <= kInt, ValueError)
       << "x, w: each of T, E, N and K must fit in 32 bits";
 
+  // The ragged mainloop multiplies N and K as ints for the stride from one expert's weights to the next
+  // (moe_stride_utils.hpp). Its other operands are described for one expert at a time, with no such stride.
+  HYBRID_MXFP8_EXPECT(n * k <= kInt, ValueError)
+      << "w: N * K must fit in 32 bits, got N = " << n << ", K = " << k;
+
   Problem problem{static_cast<int>(num_experts), static_cast<int>(n), static_cast<int>(k),
                   static_cast<int>(num_tokens), scale_rows};
   // CUTLASS keeps the scale layout of one expert in 32-bit strides.

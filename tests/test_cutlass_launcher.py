@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,31 @@ def test_failed_build_is_tried_again_in_another_environment(
 )
 def test_shapes_that_descriptors_take(n: int, k: int, out_dtype: torch.dtype, ok: bool) -> None:
     assert launcher.takes(n, k, out_dtype)[0] is ok
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "reason"),
+    [
+        (2**26 - 8, 32, ""),
+        (2**26, 32, "w: the weights of one expert must be below 2 GiB, got N = 67108864, K = 32"),
+        (32768, 65504, ""),
+        (32768, 65536, "w: the weights of one expert must be below 2 GiB, got N = 32768, K = 65536"),
+        (4, 2**29 - 32, "w: the scales of one expert must be below 2 GiB, got N = 4, K = 536870880"),  # of 128 rows
+    ],
+)
+def test_an_expert_that_32_bits_do_not_count_is_left_to_the_others(
+    gpu: None, tools: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, reason: str
+) -> None:
+    """CUTLASS computes the stride between experts as an int: N * K = 2^31 would be negative, 2^32 zero."""
+    ok, said = launcher.takes(n, k, torch.float32)
+    assert (ok, said) == (not reason, reason or launcher.NOT_RUN)
+    # The package's function of that name hides the module from an ordinary import.
+    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.backends"), "_capability", lambda device: (10, 0))
+    shape = Problem(2, n, k, 8, torch.float32, GPU)
+    assert (choose(shape, "auto").name == "cutlass") == ok
+    if reason:
+        with pytest.raises(BackendUnavailableError, match=f"^backend cutlass: {re.escape(reason)}$"):
+            choose(shape, "cutlass")
 
 
 def test_call_hands_over_the_operands(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,10 @@ def test_wild_metadata_stays_inside_the_buffers(judge) -> None:
         (lambda a: a | {"x": a["x"].float()}, "x: expected 8-bit elements, got 32-bit ones"),
         (lambda a: a | {"x": a["x"][:, :112].contiguous()}, "x: K must be a positive multiple of 32, got 112"),
         (lambda a: a | {"w": a["w"].mT}, "w: expected a contiguous tensor"),
+        (
+            lambda a: a | {"w": a["w"][:, :1].expand(-1, 2**24, -1)},
+            r"w: N \* K must fit in 32 bits, got N = 16777216, K = 128",
+        ),
         (lambda a: a | {"out": torch.empty(200 * 256 + 1)[1:].view(200, 256)}, "out: expected an address"),
     ],
 )
