@@ -37,6 +37,9 @@ OUT_TYPES = {
 }
 """Output type: its name in a module's, and in C++."""
 
+WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512
+"""More bytes than any module needs, alignment included: tests/codegen asks each of them."""
+
 NOT_RUN = "compiled and checked, not yet run on hardware"
 
 
@@ -89,6 +92,17 @@ def workspace_size(
     if num_experts == 0 or num_tokens == 0:
         return 0
     return _plan(num_experts, n, k, num_tokens, out_dtype, device, env.config()).workspace_bytes
+
+
+def workspace_bound(num_experts: int, num_tokens: int, device: torch.device) -> int:
+    """Bytes that suffice for every call of up to ``num_tokens`` rows, whichever modules they take; compiles none.
+
+    A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers, strides and layouts for
+    each expert. The number of rows only decides on the module.
+    """
+    if num_experts == 0 or num_tokens == 0:
+        return 0
+    return WORKSPACE_OF_SM * _sm_count(device) + WORKSPACE_OF_EXPERT * num_experts
 
 
 def availability(capability: tuple[int, int] | None) -> tuple[bool, str]:

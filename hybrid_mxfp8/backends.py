@@ -80,6 +80,7 @@ class Backend:
         quantize_weights: (w, values, scales, scale_rounding) -> None.
         explain: configuration and why, one line.
         workspace_size: bytes of device memory that a call needs beside its output.
+        workspace_bound: bytes that suffice for every call of up to as many rows.
         can_run: available, and takes this problem.
     """
 
@@ -95,6 +96,7 @@ class Backend:
     quantize_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
     explain: Callable[[Problem], str]
     workspace_size: Callable[[Problem], int]
+    workspace_bound: Callable[[Problem], int]
     can_run: Callable[[Problem], Answer]
 
 
@@ -203,6 +205,13 @@ def _triton_workspace_size(problem: Problem) -> int:
     return size
 
 
+def _triton_workspace_bound(problem: Problem) -> int:
+    size: int = _gemm_kernels().workspace_bound(
+        problem.num_tokens, problem.num_experts, problem.n, problem.k, problem.device
+    )
+    return size
+
+
 def _triton_quantize_grouped(
     x: torch.Tensor,
     groups: GroupLayout | torch.Tensor,
@@ -268,6 +277,12 @@ def _cutlass_workspace_size(problem: Problem) -> int:
     )
 
 
+def _cutlass_workspace_bound(problem: Problem) -> int:
+    from hybrid_mxfp8.cutlass_kernels.grouped_gemm import workspace_bound
+
+    return workspace_bound(problem.num_experts, problem.num_tokens, problem.device)
+
+
 def _cutlass_explain(problem: Problem) -> str:
     from hybrid_mxfp8.cutlass_kernels.grouped_gemm import explain
 
@@ -294,6 +309,7 @@ BACKENDS: dict[str, Backend] = {
             quantize_weights=_triton_quantize_weights,
             explain=_cutlass_explain,
             workspace_size=_cutlass_workspace_size,
+            workspace_bound=_cutlass_workspace_bound,
             can_run=_cutlass_can_run,
         ),
         Backend(
@@ -306,6 +322,7 @@ BACKENDS: dict[str, Backend] = {
             quantize_weights=_triton_quantize_weights,
             explain=_triton_explain,
             workspace_size=_triton_workspace_size,
+            workspace_bound=_triton_workspace_bound,
             can_run=_takes_every_problem(_triton_available),
         ),
         Backend(
@@ -318,6 +335,7 @@ BACKENDS: dict[str, Backend] = {
             quantize_weights=_reference_quantize_weights,
             explain=lambda problem: "one float64 matmul an expert",
             workspace_size=lambda problem: 0,
+            workspace_bound=lambda problem: 0,
             can_run=lambda problem: (True, "always"),
         ),
     )

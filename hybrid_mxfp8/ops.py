@@ -487,7 +487,10 @@ def _place(
 def grouped_gemm_workspace_size(
     w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> int:
-    """Bytes of ``workspace`` that :func:`grouped_gemm` of ``num_tokens`` rows by ``w`` needs; 0 if its backend needs none.
+    """Bytes of ``workspace`` that suffice for :func:`grouped_gemm` of up to ``num_tokens`` rows by ``w``; 0 if none are needed.
+
+    A smaller batch may take another configuration, or where the choice is free another backend, and need more than a larger
+    one. So this may be more than a call of ``num_tokens`` rows needs, and a call takes a workspace of what it needs itself.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -499,7 +502,10 @@ def grouped_gemm_workspace_size(
     check_num_tokens(num_tokens, w.num_experts)
     check_n("w", w.n)
     problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
-    return choose(problem, backend).workspace_size(problem)
+    asked = requested(backend)
+    chosen = choose(problem, asked)
+    free = [b for b in BACKENDS.values() if b.available(problem.device)[0]] if asked == AUTO else [chosen]
+    return max(chosen.workspace_size(problem), *(b.workspace_bound(problem) for b in free))
 
 
 def explain(

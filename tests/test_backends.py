@@ -298,6 +298,29 @@ def test_workspace_size(backend: str) -> None:
     assert mx.grouped_gemm_workspace_size(wq, 7, backend=backend) == 0
 
 
+def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may go to any backend where the choice is free. A call takes what it needs itself."""
+
+    def needing(name: str, size: int, bound: int) -> None:
+        needy = dataclasses.replace(
+            BACKENDS[name], workspace_size=lambda problem: size, workspace_bound=lambda problem: bound
+        )
+        monkeypatch.setitem(BACKENDS, name, needy)
+
+    needing("reference", 1000, 2000)
+    needing("cutlass", 0, 5000)  # not available here
+    xq = mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="reference")
+    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
+    assert mx.grouped_gemm_workspace_size(wq, 7, backend="reference") == 2000
+    assert mx.grouped_gemm_workspace_size(wq, 7) == 2000
+    memory = torch.empty(2256, dtype=torch.uint8)
+    aligned = memory[-memory.data_ptr() % 256 :]
+    for size in (2000, 1000):
+        mx.grouped_gemm(xq, wq, workspace=aligned[:size], backend="reference")
+    with pytest.raises(ValueError, match=r"^workspace: must have at least 1000 bytes, got 999$"):
+        mx.grouped_gemm(xq, wq, workspace=aligned[:999], backend="reference")
+
+
 def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_has_triton", lambda: False)
     assert mx.backends("cpu")["triton"] == (False, "Triton is not installed: pip install triton")

@@ -333,6 +333,14 @@ def test_workspace_size_is_the_modules(module: Module) -> None:
     assert launcher.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU) == 3148
 
 
+def test_workspace_bound_asks_no_module(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are compiled, and which one a smaller batch takes is not asked: 148 SMs, and the experts."""
+    monkeypatch.delattr(launcher, "_module")
+    assert launcher.workspace_bound(3, 8, GPU) == 148 * 8192 + 3 * 512
+    assert launcher.workspace_bound(3, 8, GPU) == launcher.workspace_bound(3, 1 << 20, GPU)
+    assert launcher.workspace_bound(3, 0, GPU) == launcher.workspace_bound(0, 8, GPU) == 0
+
+
 def problem(**changes: Any) -> Any:
     plain = {"num_experts": 32, "n": 4096, "k": 7168, "num_tokens": 64, "out_dtype": torch.bfloat16, "device": GPU}
     return SimpleNamespace(**(plain | changes))

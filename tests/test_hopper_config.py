@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_mxfp8.formats import ceil_div
-from hybrid_mxfp8.triton_kernels.grouped_gemm import hopper_config_for, workspace_size
+from hybrid_mxfp8.triton_kernels import grouped_gemm
+from hybrid_mxfp8.triton_kernels.grouped_gemm import hopper_config_for, workspace_bound, workspace_size
 from hybrid_mxfp8.triton_kernels.hopper_config import (
+    MAX_TOKENS,
     SHARED_MEMORY,
     HopperGemmConfig,
     WorkspaceLayout,
     hopper_takes,
+    largest_batches,
     select_hopper_config,
     tiles_at_once,
 )
@@ -86,9 +89,45 @@ def test_what_32_bits_do_not_reach_is_left_to_the_other_kernel() -> None:
     assert not hopper_takes(8192, 300_000, 7168, 64)  # rows of weights
     assert not hopper_takes(8192, 1, 2**22, 64)  # outputs of a tile
     assert not hopper_takes(2**31 - 1, 1, 128, 64)
+    assert hopper_takes(MAX_TOKENS, 1, 128, 64)
+    assert not hopper_takes(MAX_TOKENS + 1, 1, 128, 64)
 
 
 def test_other_devices_need_no_workspace() -> None:
     cpu = torch.device("cpu")
     assert hopper_config_for(32, 4, 128, 128, cpu) is None
     assert workspace_size(32, 4, 128, 128, cpu) == 0
+    assert workspace_bound(32, 4, 128, 128, cpu) == 0
+
+
+@given(st.data())
+def test_the_workspace_of_the_largest_batch_suffices_for_smaller_ones(data: st.DataObject) -> None:
+    """Among them those where the tile changes. It is what one of them needs, no more."""
+    num_experts, k = data.draw(st.integers(1, 5000)), data.draw(st.sampled_from([32, 96, 2880]))
+    edges = [average * num_experts + more for average in (64, 128) for more in (-1, 0, 1)]
+    rows = st.integers(0, 200 * num_experts) | st.sampled_from(edges)
+    least, most = sorted([data.draw(rows), data.draw(rows)])
+    n, gpu = data.draw(st.sampled_from([8, 4096])), torch.device("cuda", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
+        bound = workspace_bound(most, num_experts, n, k, gpu)
+        assert bound >= workspace_size(least, num_experts, n, k, gpu)
+        assert bound in {workspace_size(t, num_experts, n, k, gpu) for t in (most, *edges) if t <= most}
+
+
+def test_a_smaller_batch_may_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch with tiles of 64 tokens has a longer list of tiles than the first one with tiles of 128."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
+    small, large = (workspace_size(t, 1024, 8, 64, gpu) for t in (65536, 65537))
+    assert small > large
+    assert workspace_bound(65537, 1024, 8, 64, gpu) == small
+
+
+def test_the_largest_batch_of_each_configuration() -> None:
+    assert largest_batches(640, 10) == (640,)
+    assert largest_batches(641, 10) == (640, 641)
+    assert largest_batches(5000, 10) == (640, 1280, 5000)
+    assert largest_batches(2**31 - 1, 0) == (64, 128, MAX_TOKENS)
+    for end in largest_batches(5000, 10)[:2]:
+        assert select_hopper_config(end, 10) != select_hopper_config(end + 1, 10)

@@ -37,6 +37,7 @@ from hybrid_mxfp8.triton_kernels.hopper_config import (
     HopperGemmConfig,
     WorkspaceLayout,
     hopper_takes,
+    largest_batches,
     select_hopper_config,
 )
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of, raw
@@ -255,6 +256,11 @@ def workspace_size(num_tokens: int, num_experts: int, n: int, k: int, device: to
     """Bytes of device memory that :func:`grouped_gemm` needs beside its output."""
     config = hopper_config_for(num_tokens, num_experts, n, k, device)
     return 0 if config is None else WorkspaceLayout.size_of(num_tokens, num_experts, k, config)
+
+
+def workspace_bound(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> int:
+    """Bytes that suffice for every call of up to ``num_tokens`` rows: a smaller batch may take a tile that needs more."""
+    return max(workspace_size(rows, num_experts, n, k, device) for rows in largest_batches(num_tokens, num_experts))
 
 
 @functools.cache

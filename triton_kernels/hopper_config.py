@@ -12,6 +12,12 @@ from hybrid_mxfp8.formats import MAX_INT32, ceil_div, round_up, scale_cols, toke
 COLUMN_GROUP = 64
 """Columns of expanded tokens that are reordered among themselves; rows are padded to whole groups."""
 
+AVERAGES = (56, 128)
+"""Tokens an expert up to which select_hopper_config takes its first and its second tile."""
+
+MAX_TOKENS = MAX_INT32 - 256
+"""The most rows that the kernel takes."""
+
 TILE_WORDS = 4
 """int32 words of each entry in the list of token tiles."""
 
@@ -64,18 +70,25 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     hopper_gemm_attempts.md has them all.
     """
     average = num_tokens / max(num_experts, 1)
-    if average <= 56:
+    if average <= AVERAGES[0]:
         # T 32: 335; 337 with tiles of 16 alone. T 256: 342 and 345; all on one expert 38 and 107. T 1024: 368; 367 with
         # few_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392 with tiles of 128. But no router spreads tokens evenly,
         # and an expert of 65 takes two tiles. In another run, T 2048: 409 and with 128 421 where they are spread evenly,
         # 474 and 417 where each goes to an expert at random; T 1792: 382 and 389, 400 and 402.
         return HopperGemmConfig(64, 16, 128, 5)
-    if average <= 128:
+    if average <= AVERAGES[1]:
         # T 4096: 458; 660 with 256 tokens, half of them padding.
         return HopperGemmConfig(128, 64, 128, 4)
     # T 8192: 700; 768 with all tokens expanded before; 878 with 128 tokens. T 16384, (7168, 2048, 8): 738, and 741 expanded
     # before, in runs where torch's bf16 took 736 and 709.
     return HopperGemmConfig(256, 64, 64, 5, expands=True)
+
+
+def largest_batches(num_tokens: int, num_experts: int) -> tuple[int, ...]:
+    """Of the batches of up to ``num_tokens`` rows that the kernel takes, the largest of each configuration."""
+    rows = min(num_tokens, MAX_TOKENS)
+    ends = (average * max(num_experts, 1) for average in AVERAGES)
+    return (*(end for end in ends if end < rows), rows)
 
 
 def tiles_at_once(programs: int, row_tiles: int) -> int:
@@ -86,7 +99,7 @@ def tiles_at_once(programs: int, row_tiles: int) -> int:
 def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
     """Whether 32 bits reach every row of weights, every scale tile, and every output of 512 rows."""
     scale_tiles = num_experts * ceil_div(n, 128) * (scale_cols(k) // 4)
-    return max(num_experts * n + 128, scale_tiles, num_tokens + 256, 512 * n) <= MAX_INT32
+    return num_tokens <= MAX_TOKENS and max(num_experts * n + 128, scale_tiles, 512 * n) <= MAX_INT32
 
 
 @dataclass(frozen=True)

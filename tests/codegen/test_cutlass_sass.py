@@ -19,7 +19,7 @@ import torch
 
 from hybrid_mxfp8.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels import headers, jit
-from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source, workspace_bound
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.slow
@@ -168,4 +168,8 @@ def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) 
     assert sizes[0] < 1_100_000
     assert sizes[2] - sizes[0] < 4096 * 512
     assert module.workspace_size(1, 4096, 7168, 64, 74) < sizes[0]
+    cpu = torch.device("cpu")  # with as many SMs as a B200
+    for experts, size in zip((1, 32, 4096), sizes, strict=True):
+        assert size == module.workspace_size(experts, 4096, 7168, 100_000, 148)
+        assert size <= workspace_bound(experts, 64, cpu)
     assert GemmConfig.parse(kernel.module).module == kernel.module
