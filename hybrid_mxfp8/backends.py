@@ -25,7 +25,7 @@ from hybrid_mxfp8.activation import SwiGLU
 from hybrid_mxfp8.config import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.hardware import TRITON_MIN_CAPABILITY
+from hybrid_mxfp8.hardware import TRITON_MIN_CAPABILITY, existing_device
 from hybrid_mxfp8.hardware import capability as _capability
 from hybrid_mxfp8.hardware import has_triton as _has_triton
 from hybrid_mxfp8.repeats import Launched
@@ -480,19 +480,3 @@ def backends(device: torch.device | str | None = None) -> dict[str, Answer]:
     """
     where = default_device() if device is None else existing_device(device)
     return {name: backend.available(where) for name, backend in BACKENDS.items()}
-
-
-def existing_device(given: torch.device | str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: must be a torch.device or the name of one, got {given!r}") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device: there are {count} GPUs that this PyTorch can use, got {str(device)!r}")
-    return device

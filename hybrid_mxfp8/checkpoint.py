@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import torch
 
-from hybrid_mxfp8.backends import existing_device
 from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.hardware import existing_device
 from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.tensors import ExpertWeights
 

@@ -1,4 +1,4 @@
-"""What a device is, and whether Triton kernels run on it. No kernel is imported here."""
+"""What a device is, whether there is one of a name, and whether Triton kernels run on it. No kernel is imported here."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ def compiles_kernels(device: torch.device) -> bool:
         and has_triton()
         and not env.triton_interpret()
     )
+
+
+def existing_device(given: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: must be a torch.device or the name of one, got {given!r}") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device: there are {count} GPUs that this PyTorch can use, got {str(device)!r}")
+    return device

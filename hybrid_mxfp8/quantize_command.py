@@ -14,10 +14,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from hybrid_mxfp8.backends import default_device, existing_device
+from hybrid_mxfp8.backends import default_device
 from hybrid_mxfp8.checkpoint import Checkpoint, checkpoint_files
 from hybrid_mxfp8.convert import Options, Summary, convert_file, convert_folder, plan, total_bytes
 from hybrid_mxfp8.formats import SCALE_ROUNDINGS
+from hybrid_mxfp8.hardware import existing_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checks import check_contiguous, check_k, check_no_grad, check_shape, check_tensor, fail
 from hybrid_mxfp8.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.hardware import existing_device
 
 
 class _Portable:
@@ -158,7 +159,12 @@ class ExpertWeights(_Portable):
         return self.values.device
 
     def to(self, device: torch.device | str) -> ExpertWeights:
-        """The same weights on a device; these tensors where they are there already."""
+        """The same weights on a device; these tensors where they are there already.
+
+        Raises:
+            ValueError: no such device; a dtype is none, and would turn bytes into numbers.
+        """
+        device = existing_device(device)
         return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device))
 
     def dequantize(self) -> torch.Tensor:

@@ -136,6 +136,14 @@ def test_operands_say_what_they_are_and_weights_move(rng: torch.Generator) -> No
     assert (elsewhere.num_experts, elsewhere.n, elsewhere.k) == (3, 40, 96)
 
 
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.uint8, None, "nowhere"])
+def test_weights_move_to_devices_alone(given: object, rng: torch.Generator) -> None:
+    """Tensor.to takes a dtype as well, which would make numbers of the bytes."""
+    wq = mx.quantize_weights(torch.randn(1, 8, 32, generator=rng), backend="reference")
+    with pytest.raises(ValueError, match=f"^device: must be a torch.device or the name of one, got {given!r}$"):
+        wq.to(given)
+
+
 def test_calc_diff() -> None:
     a = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert mx.calc_diff(a, a) == pytest.approx(0, abs=1e-15)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.backends import AUTO, Problem, backends, choose, default_device, existing_device, requested
+from hybrid_mxfp8.backends import AUTO, Problem, backends, choose, default_device, requested
 from hybrid_mxfp8.demo.measure import (
     OPERAND_FLOOR_DB,
     PRODUCT_CALC_DIFF,
@@ -31,6 +31,7 @@ from hybrid_mxfp8.demo.measure import (
     run_backend,
 )
 from hybrid_mxfp8.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
+from hybrid_mxfp8.hardware import existing_device
 from hybrid_mxfp8.tables import format_table
 
 WIDTH = 100
