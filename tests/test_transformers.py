@@ -6,6 +6,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,65 @@ def test_quantize_model_in_place(model: torch.nn.Module) -> None:
         buffer.zero_()
     model.load_state_dict(state)
     assert torch.equal(logits(model, None), lazy)
+
+
+def test_quantized_model_is_not_saved(tmp_path: Path) -> None:
+    """transformers would load what it wrote with random experts; so would it the model within. A copy refuses, too."""
+    model = models.make("Mixtral")
+    with mx.use_backend("reference"):
+        integration.quantize_model_(model, progress=False)
+    for quantized in (model, model.model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"save_pretrained: .* keep the original checkpoint"):
+            quantized.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_model_that_can_not_be_quantized_can_be_saved(tmp_path: Path) -> None:
+    model = models.make("Mixtral")
+    models.experts_modules(model)[-1].act_fn = torch.nn.GELU()
+    with pytest.raises(ValueError, match="must have plain SwiGLU experts"):
+        integration.quantize_model_(model, progress=False)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_quantized_model_is_not_quantized_again() -> None:
+    model = models.make("Mixtral")
+    with mx.use_backend("reference"):
+        integration.quantize_model_(model, progress=False)
+    kept = logits(model, None)
+    with pytest.raises(ValueError, match=r"model: must have experts .* got MixtralForCausalLM, quantized already"):
+        integration.quantize_model_(model, progress=False)
+    assert torch.equal(logits(model, None), kept)
+
+
+def test_layers_move_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To meta, which stands for a GPU here: at no time more than one layer's unquantized experts are there."""
+    model = models.make("Qwen3-MoE")
+    seen: list[tuple[str, ...]] = []
+    from_weights = mx.MXFP8Experts.from_weights
+
+    def look(w13: torch.Tensor, w2: torch.Tensor, **options: object) -> mx.MXFP8Experts:
+        assert w13.is_meta
+        assert w2.is_meta
+        tensors = [next((t for t in m.parameters()), None) for m in models.experts_modules(model)]
+        seen.append(tuple("quantized" if t is None else t.device.type for t in tensors))
+        return from_weights(w13, w2, **options)
+
+    monkeypatch.setattr(mx.MXFP8Experts, "from_weights", look)
+    others = {name: p.device for name, p in model.named_parameters() if ".experts." not in name}
+    saved = integration.quantize_model_(model, device="meta", progress=False)
+    assert seen == [("cpu", "cpu"), ("quantized", "cpu")]
+    assert saved.layers == 2
+    assert {b.device.type for name, b in model.named_buffers() if ".mxfp8." in name} == {"meta"}
+    assert {name: p.device for name, p in model.named_parameters()} == others
+
+
+def test_device_that_is_none_changes_nothing() -> None:
+    model = models.make("Mixtral")
+    with pytest.raises(ValueError, match=r"^device: must be a torch\.device"):
+        integration.quantize_model_(model, device="nowhere", progress=False)
+    assert all(isinstance(p, torch.nn.Parameter) for p in models.expert_weights(model))
 
 
 def test_ratio_of_a_real_layer() -> None:

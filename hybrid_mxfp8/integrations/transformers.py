@@ -21,12 +21,13 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from hybrid_mxfp8.checks import fail
 from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.hardware import existing_device
 from hybrid_mxfp8.moe import MXFP8Experts
 
 NAME = "hybrid_mxfp8"
@@ -170,12 +171,12 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _quantize(module: torch.nn.Module, backend: str | None = None) -> MXFP8Experts:
+def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch.device | None = None) -> MXFP8Experts:
     reason = why_not(module)
     if reason is not None:
         fail("experts", "must be plain SwiGLU experts", f"{type(module).__name__}: {reason}")
     with torch.no_grad():
-        w13, w2, *biases = _parameters(module)
+        w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         if module.is_transposed:
             w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
         w13_bias, w2_bias = biases or (None, None)
@@ -215,15 +216,23 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def quantize_model_(model: torch.nn.Module, *, progress: bool = True, backend: str | None = None) -> MemorySaved:
+def quantize_model_(
+    model: torch.nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    backend: str | None = None,
+) -> MemorySaved:
     """Quantize the experts of every MoE layer in place, free the originals, and switch the model to this implementation.
 
     One layer at a time, so that the peak is one layer's MXFP8 experts above what the model took before. Afterwards the
-    state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on) in place of the parameters. There is
-    no way back but loading the model again.
+    state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on) in place of the parameters, and
+    ``save_pretrained`` refuses to write them. There is no way back but loading the model again.
 
     Args:
         model: a PreTrainedModel.
+        device: where each layer's experts go as they are quantized, and are quantized; default: where they are. From a model
+            on the CPU, a GPU thus gets one layer's unquantized experts at a time. The rest of the model stays where it is.
         progress: show a progress bar on stderr.
         backend: of the quantization and the forward; None: as everywhere.
 
@@ -232,13 +241,17 @@ def quantize_model_(model: torch.nn.Module, *, progress: bool = True, backend: s
 
     Raises:
         ImportError: no transformers with an ExpertsInterface whose models take a registered name, as they do from 5.7 on.
-        ValueError: no MoE layer, or one that can't be quantized; then nothing has been changed.
+        ValueError: no such device, no MoE layer, one that can't be quantized, or a model that is quantized already; then
+            nothing has been changed.
     """
     from tqdm import tqdm
 
     register()
+    where = None if device is None else existing_device(device)
     found = [(name, m) for name, m in model.named_modules() if _has_experts(m)]
     if not found:
+        if any(hasattr(m, _OWNED) for m in model.modules()):
+            fail("model", "must have experts that are not quantized yet", f"{type(model).__name__}, quantized already")
         fail(
             "model",
             "must have MoE layers that transformers dispatches through its ExpertsInterface",
@@ -251,17 +264,32 @@ def quantize_model_(model: torch.nn.Module, *, progress: bool = True, backend: s
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
         before += _bytes(_parameters(module))
-        experts = _quantize(module, backend)
+        experts = _quantize(module, backend, where)
         after += _bytes(list(experts.buffers()))
         # The names stay, as parameters that are None, for code that looks for them.
         for parameter in (*WEIGHTS, *(BIASES if module.has_bias else ())):
             module.register_parameter(parameter, None)
         object.__setattr__(module, _CACHE, None)
         module.add_module(_OWNED, experts)
+        _forbid_saving(model)
     model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     saved = MemorySaved(len(found), before, after)
     logger.info("%s", saved)
     return saved
+
+
+def _forbid_saving(model: torch.nn.Module) -> None:
+    """Of the model and the models within: transformers would read the file without a word, and make up the experts."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            object.__setattr__(module, "save_pretrained", _refuse_to_save)
+
+
+def _refuse_to_save(*args: object, **options: object) -> NoReturn:
+    raise RuntimeError(
+        "save_pretrained: must have experts as they were loaded, got a model that quantize_model_ has been through: keep the"
+        " original checkpoint, and quantize at each start"
+    )
 
 
 def _has_experts(module: torch.nn.Module) -> bool:

@@ -284,6 +284,24 @@ def test_transformers_generate(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_transformers_experts_move_as_they_are_quantized() -> None:
+    """From the CPU: the same model as one quantized on the GPU, and the GPU never holds two layers' unquantized experts."""
+    models.require()
+    name, scale = models.NAMES[0], 8
+    model = models.make(name, scale=scale)
+    layer = sum(p.numel() * p.element_size() for p in models.expert_weights(model)[:2])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    saved = integration.quantize_model_(model, device=GPU, progress=False)
+    assert torch.cuda.max_memory_allocated() - before < saved.bytes_after + 1.2 * layer
+    whole = models.make(name, GPU, scale=scale)
+    integration.quantize_model_(whole, progress=False)
+    prompt = models.prompt(GPU)
+    assert torch.equal(model.to(GPU)(prompt).logits, whole(prompt).logits)
+
+
+@torch.no_grad()
 def test_transformers_compiled(model: Any) -> None:
     """The whole model without a break."""
     torch._dynamo.reset()
