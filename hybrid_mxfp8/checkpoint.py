@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import torch
 
-from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.hardware import existing_device
 from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.tensors import ExpertWeights
@@ -32,6 +32,9 @@ SCALE_SUFFIXES: Final = ("_scale_inv", "_scale")
 """Of the name of a weight; the first is written, both are read."""
 
 SCALE_DTYPES: Final = ("U8", "F8_E8M0")
+FLOAT_NAMES: Final = {"F32": "fp32", "BF16": "bf16"}
+"""Of the dtypes that FP8 in larger blocks has for its scales."""
+
 EXPERT_DIGITS: Final = 9
 """Of an expert's number in a name; a longer one is none."""
 
@@ -153,7 +156,8 @@ def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
     """The MXFP8 experts of a checkpoint: names that :func:`load_experts` takes, with (E, N, K).
 
     Stacked (E, N, K) tensors are listed by name; (N, K) matrices whose names differ in one number, which follows
-    ``experts.``, under a name with ``*`` in its place. Other quantized weights, such as attention's, are not listed.
+    ``experts.``, under a name with ``*`` in its place. Other quantized weights are not listed: attention's, or those whose
+    scales are not MXFP8's.
 
     Raises:
         ValueError, FileNotFoundError: as :class:`Checkpoint`.
@@ -162,7 +166,7 @@ def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
     with Checkpoint(path) as checkpoint:
         for name in checkpoint.names:
             entry = checkpoint.entry(name)
-            if entry.dtype != "F8_E4M3" or checkpoint.scale_of(name) is None:
+            if entry.dtype != "F8_E4M3" or not _has_mxfp8_scales(checkpoint, entry):
                 continue
             if len(entry.shape) == 3:
                 stacks[name] = (entry.shape[0], entry.shape[1], entry.shape[2])
@@ -173,8 +177,20 @@ def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
     return stacks
 
 
+def _has_mxfp8_scales(checkpoint: Checkpoint, weight: Entry) -> bool:
+    scale_name = checkpoint.scale_of(weight.name)
+    if scale_name is None or not weight.shape:
+        return False
+    scale = checkpoint.entry(scale_name)
+    return scale.dtype in SCALE_DTYPES and scale.shape == scale_entry(weight.name, weight.shape).shape
+
+
 def load_experts(
-    path: str | Path, names: str | Sequence[str], *, device: torch.device | str | None = None
+    path: str | Path,
+    names: str | Sequence[str],
+    *,
+    experts: range | None = None,
+    device: torch.device | str | None = None,
 ) -> ExpertWeights:
     """Experts of a checkpoint, ready for ``grouped_gemm``.
 
@@ -182,18 +198,22 @@ def load_experts(
         path: a safetensors file, or a folder of a checkpoint.
         names: a stacked tensor (E, N, K); or a name with ``*`` in place of the expert's number, whose (N, K) matrices are
             stacked; or several of either, joined along N in this order: ``[gate, up]`` makes w13 for ``moe_forward``.
+        experts: the numbers of those to load, such as a rank's ``range(first, end)``; default all. Of the others only the
+            files' headers are read.
         device: where the result goes; default the CPU. Only one matrix at a time is on the CPU.
 
     Raises:
-        TypeError: ``names`` is neither a string nor a sequence of strings.
-        ValueError: no such device or tensor, an expert's number missing, dtypes or shapes that are not MXFP8 or don't fit
-            together, or a file that can't be read.
+        TypeError: ``names`` is neither a string nor a sequence of strings, or ``experts`` no range.
+        ValueError: no such device, tensor or expert, an expert's number missing, dtypes or shapes that are not MXFP8 or
+            don't fit together, or a file that can't be read.
         FileNotFoundError: no such file or folder.
     """
     if isinstance(names, str):
         names = [names]
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names: must be a string or a sequence of strings, got {names!r}")
+    if experts is not None and not isinstance(experts, range):
+        raise TypeError(f"experts: must be a range of experts' numbers, got {type(experts).__name__}")
     if device is not None:
         device = existing_device(device)
     if not names:
@@ -207,13 +227,17 @@ def load_experts(
                 raise ValueError(
                     f"{name}: must have E = {num_experts} and K = {k} as {names[0]}, got (E, N, K) {shape}"
                 )
+        if experts is None:
+            experts = range(num_experts)
+        elif not experts or min(experts) < 0 or max(experts) >= num_experts:
+            raise ValueError(f"experts: must be numbers of 0 .. {num_experts - 1}, at least one, got {experts}")
         n = sum(shape[1] for shape in shapes)
-        values = torch.empty(num_experts, n, k, dtype=torch.uint8, device=device)
-        scales = torch.empty(num_experts, n, k // BLOCK_SIZE, dtype=torch.uint8, device=device)
+        values = torch.empty(len(experts), n, k, dtype=torch.uint8, device=device)
+        scales = torch.empty(len(experts), n, k // BLOCK_SIZE, dtype=torch.uint8, device=device)
         start = 0
         for members, shape in zip(columns, shapes, strict=True):
             rows = slice(start, start + shape[1])
-            for e, (name, index) in enumerate(members):
+            for e, (name, index) in enumerate(members[number] for number in experts):
                 scale_name = checkpoint.scale_of(name)
                 assert scale_name is not None
                 values[e, rows].copy_(_matrix(checkpoint, name, index))
@@ -318,9 +342,10 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
         raise ValueError(f"{place}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
     scale = checkpoint.entry(scale_name)
     if scale.dtype not in SCALE_DTYPES:
+        fp8 = fp8_of_large_blocks(checkpoint, weight)
         raise ValueError(
             f"{checkpoint.place(scale_name)}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, "
-            "but perhaps those of FP8 in larger blocks, or of whole rows or tensors"
+            + (f"the weight is {fp8}" if fp8 else "but perhaps those of FP8 of whole rows or tensors")
         )
     expected = scale_entry(name, weight.shape).shape
     if scale.shape != expected:
@@ -328,6 +353,17 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
             f"{checkpoint.place(scale_name)}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}"
         )
     return weight.shape
+
+
+def fp8_of_large_blocks(checkpoint: Checkpoint, weight: Entry) -> str | None:
+    """What a weight is and what to do, if it is FP8 as DeepSeek-V3 has it: with a scale for each block of 128x128."""
+    scale_name = checkpoint.scale_of(weight.name)
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or scale_name is None:
+        return None
+    scale, (n, k) = checkpoint.entry(scale_name), weight.shape[-2:]
+    if scale.dtype not in FLOAT_NAMES or scale.shape != (*weight.shape[:-2], ceil_div(n, 128), ceil_div(k, 128)):
+        return None
+    return f"FP8 with one {FLOAT_NAMES[scale.dtype]} scale a 128x128 block, which has to be dequantized to bf16 first"
 
 
 def _check_not_empty(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ import fnmatch
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from hybrid_mxfp8.checkpoint import (
     SCALE_SUFFIXES,
     Checkpoint,
     checkpoint_files,
+    fp8_of_large_blocks,
     read_json,
     scale_entry,
 )
@@ -117,7 +118,10 @@ def _check_source(checkpoint: Checkpoint, entry: Entry) -> None:
     name, dtype, shape = entry
     place = checkpoint.place(name)
     if dtype not in SOURCE_DTYPES:
-        hint = "it is quantized already" if dtype.startswith("F8") or dtype == "U8" else "only those are converted"
+        quantized = dtype.startswith("F8") or dtype == "U8"
+        hint = "it is quantized already" if quantized else "only those are converted"
+        if fp8 := fp8_of_large_blocks(checkpoint, entry):
+            hint = f"it is {fp8}"
         raise ValueError(f"{place}: dtype must be BF16, F16 or F32, got {dtype}: {hint}")
     if len(shape) > 3:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
@@ -125,6 +129,30 @@ def _check_source(checkpoint: Checkpoint, entry: Entry) -> None:
         raise ValueError(f"{place}: must have K, its last dimension, a positive multiple of {BLOCK_SIZE}, got {shape}")
     if checkpoint.scale_of(name) is not None:
         raise ValueError(f"{place}: has scales, {checkpoint.scale_of(name)}, so it is quantized already")
+
+
+def check_last_dimensions(shapes: Mapping[str, tuple[int, ...]], quantized: Sequence[str]) -> None:
+    """That fused experts to be quantized are (E, N, K): gate_up_proj (E, 2I, H) beside down_proj (E, H, I).
+
+    By their own shapes alone (E, K, N) look like any others, and would be quantized along N.
+
+    Args:
+        shapes: of a checkpoint's tensors.
+        quantized: names of those that are to be.
+
+    Raises:
+        ValueError: two of a layer that are (E, H, 2I) and (E, I, H).
+    """
+    for name in quantized:
+        up, down = (name.replace(*names) for names in (("down_proj", "gate_up_proj"), ("gate_up_proj", "down_proj")))
+        if up == down or len(shapes.get(up, ())) != 3 or len(shapes.get(down, ())) != 3:
+            continue
+        (_, a, b), (_, c, d) = shapes[up], shapes[down]
+        if b == 2 * c and a == d:
+            raise ValueError(
+                f"{up}: must be (E, N, K) = (E, 2I, H), as {down} is (E, H, I), got {shapes[up]} and {shapes[down]}: they "
+                "look like (E, K, N), and have to be transposed first"
+            )
 
 
 def convert_file(

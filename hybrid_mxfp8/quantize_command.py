@@ -16,7 +16,15 @@ from tqdm import tqdm
 
 from hybrid_mxfp8.backends import default_device
 from hybrid_mxfp8.checkpoint import Checkpoint, checkpoint_files
-from hybrid_mxfp8.convert import Options, Summary, convert_file, convert_folder, plan, total_bytes
+from hybrid_mxfp8.convert import (
+    Options,
+    Summary,
+    check_last_dimensions,
+    convert_file,
+    convert_folder,
+    plan,
+    total_bytes,
+)
 from hybrid_mxfp8.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.hardware import existing_device
 
@@ -138,13 +146,15 @@ def check_pattern(files: list[Path], options: Options) -> None:
     Raises:
         ValueError: no tensor to quantize, or one that matches and can't be.
     """
-    names: list[str] = []
-    found = 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: list[str] = []
     for file in files:
         with Checkpoint(file) as checkpoint:
-            found += len(plan(checkpoint, options)[0])
-            names += checkpoint.names
+            found += [entry.name for entry in plan(checkpoint, options)[0]]
+            shapes |= {name: checkpoint.entry(name).shape for name in checkpoint.names}
+    check_last_dimensions(shapes, found)
     if not found:
+        names = list(shapes)
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
 

@@ -97,6 +97,45 @@ def test_several_names_are_joined_along_n(rng: torch.Generator, tmp_path: Path) 
     assert not same(checkpoint.load_experts(tmp_path, ["up", "gate"]), both)
 
 
+@pytest.mark.parametrize("numbers", [range(4, 8), range(10), range(9, 10), range(8, 2, -3)], ids=str)
+def test_some_experts_of_a_layer(
+    experts: mx.ExpertWeights, numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a stack and of matrices alike; the others' bytes are not read."""
+    values, scales = (torch.cat([t] * 4)[:10] for t in linear(experts))
+    tensors = {"stack": values, "stack_scale": scales, "stack.0": values[0].clone(), "stack.0_scale": scales[0].clone()}
+    for e in range(10):
+        tensors |= {f"experts.{e}.w": values[e].clone(), f"experts.{e}.w_scale": scales[e].clone()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    read: list[tuple[str, int | None]] = []
+    matrix = checkpoint._matrix
+    monkeypatch.setattr(checkpoint, "_matrix", lambda c, name, e: (read.append((name, e)), matrix(c, name, e))[1])
+    for names in ("stack", "experts.*.w"):
+        loaded = checkpoint.load_experts(tmp_path, names, experts=numbers)
+        assert torch.equal(loaded.values.view(torch.uint8), values[list(numbers)].view(torch.uint8))
+        assert torch.equal(loaded.linear_scales(), scales[list(numbers)])
+    stacked = [(name, e) for e in numbers for name in ("stack", "stack_scale")]
+    assert read == stacked + [(f"experts.{e}.w{suffix}", None) for e in numbers for suffix in ("", "_scale")]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "message"),
+    [
+        (range(1, 4), ValueError, r"^experts: must be numbers of 0 \.\. 2, at least one, got range\(1, 4\)$"),
+        (range(-1, 2), ValueError, r"^experts: must be numbers of 0 \.\. 2, .* got range\(-1, 2\)$"),
+        (range(2, 2), ValueError, r"^experts: must be numbers of 0 \.\. 2, at least one, got range\(2, 2\)$"),
+        ([0, 1], TypeError, r"^experts: must be a range of experts' numbers, got list$"),
+        (2, TypeError, r"^experts: must be a range of experts' numbers, got int$"),
+    ],
+)
+def test_experts_that_are_not_there(
+    experts: mx.ExpertWeights, numbers: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    checkpoint.save_experts(tmp_path / "m.safetensors", {NAME: experts})
+    with pytest.raises(error, match=message):
+        checkpoint.load_experts(tmp_path, NAME, experts=numbers)
+
+
 def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None:
     """Elements in one file and scales in another; a file that the index does not name is not looked at."""
     values, scales = linear(experts)
@@ -178,6 +217,27 @@ def test_what_is_not_mxfp8_is_named(
     save_file(broken(experts, **changes), tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=message):
         checkpoint.load_experts(tmp_path, "w")
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_fp8_of_larger_blocks_is_named(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published: no experts to load, and the error says what they are."""
+    name = "model.layers.3.mlp.experts.0.up_proj.weight"
+    weight, scale = torch.zeros(200, 384).to(torch.float8_e4m3fn), torch.ones(2, 3, dtype=dtype)
+    save_file({name: weight, name + "_scale_inv": scale}, tmp_path / "m.safetensors")
+    assert checkpoint.find_experts(tmp_path) == {}
+    message = f"the weight is FP8 with one {said} scale a 128x128 block, which has to be dequantized to bf16 first$"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, name.replace(".0.", ".*."))
+
+
+def test_fp8_of_whole_rows_is_not_listed(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    tensors = {"rows": experts.values, "rows_scale": torch.ones(3, 40, 1)}
+    tensors |= {"swizzled": experts.values.clone(), "swizzled_scale": experts.scales}
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert checkpoint.find_experts(tmp_path) == {}
+    with pytest.raises(ValueError, match="these are not MXFP8's scales, but perhaps those of FP8 of whole rows"):
+        checkpoint.load_experts(tmp_path, "rows")
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,46 @@ def test_a_weight_that_has_scales_is_not_quantized_twice(tmp_path: Path, capsys:
     assert "w: has scales, w_scale_inv, so it is quantized already" in said
 
 
+def test_fp8_of_larger_blocks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As DeepSeek-V3 is published: a weight, and fp32 scales of 128x128 elements each."""
+    weight, scale = torch.zeros(200, 384).to(torch.float8_e4m3fn), torch.ones(2, 3)
+    save_file({"experts.0.w": weight, "experts.0.w_scale_inv": scale}, tmp_path / "in.safetensors")
+    said = refused([tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "experts.*"], capsys)
+    assert "got F8_E4M3: it is FP8 with one fp32 scale a 128x128 block, which has to be dequantized to bf16" in said
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.*", "*.down_proj", "*.gate_up_proj"])
+@pytest.mark.parametrize("hidden", [64, 96])
+def test_experts_whose_last_dimension_is_n_are_refused(
+    pattern: str, hidden: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As gpt-oss keeps them, whose H and I are equal; the pair may lie in two files."""
+    up, down = torch.ones(2, hidden, 128), torch.ones(2, 64, hidden)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save_file(
+        {"layers.0.experts.gate_up_proj": up, "layers.0.experts.gate_up_proj_bias": torch.ones(2, 128)},
+        folder / "a.safetensors",
+    )
+    save_file({"layers.0.experts.down_proj": down}, folder / "b.safetensors")
+    said = refused([folder, tmp_path / "out", "--experts", pattern], capsys)
+    assert "layers.0.experts.gate_up_proj: must be (E, N, K) = (E, 2I, H), as layers.0.experts.down_proj is" in said
+    assert f"got (2, {hidden}, 128) and (2, 64, {hidden}): they look like (E, K, N)" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("hidden", [32, 64, 128, 256])
+def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: Path) -> None:
+    """Also where sizes happen to be equal, and where two layers' would fit the other way."""
+    up, down = torch.ones(2, 128, hidden), torch.ones(2, hidden, 64)
+    other = {"layers.1.experts.gate_up_proj": up, "layers.2.experts.down_proj": torch.ones(2, hidden // 2, 128)}
+    save_file(
+        {"layers.0.experts.gate_up_proj": up.clone(), "layers.0.experts.down_proj": down, **other},
+        tmp_path / "in.safetensors",
+    )
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "*.experts.*") == 0
+
+
 def test_input_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.safetensors"
     assert "no such file or folder" in refused([tmp_path / "absent", out, "--experts", "*"], capsys)

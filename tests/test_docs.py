@@ -101,6 +101,7 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mx.quantize_weights(w, backend="reference")
     assert torch.equal(names["w13"].scales, expected.scales)
     assert torch.equal(names["w13"].values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(names["mine"].values.view(torch.uint8), expected.values.view(torch.uint8)[2:4])
     x = torch.randn(4, 128, generator=rng)
     one_each = torch.ones(4, dtype=torch.int32)
     y = names["grouped_gemm"](
