@@ -227,7 +227,7 @@ def test_operands_of_two_gpus_are_refused() -> None:
 @pytest.mark.slow
 def test_experts_of_one_layer_on_both(tmp_path: Path) -> None:
     """docs/expert-parallel.md, through NCCL, eager and replayed from a CUDA graph."""
-    pages.check_expert_parallel(["own tokens", "all tokens", "replayed"], tmp_path)
+    pages.check_expert_parallel(["own tokens", "all tokens", "replayed", "tensor parallel"], tmp_path)
 
 
 def test_sglang(kernel: str) -> None:
