@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
-from hybrid_mxfp8.backends import backends, default_device, requested
+from hybrid_mxfp8.backends import AUTO, backends, default_device, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.tables import format_table
 
 MISSING = "not installed"
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,19 @@ def versions() -> dict[str, str]:
         "torch": f"{torch.__version__}, {_torch_build()}",
         "Triton": _distribution("triton"),
         "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
+        "safetensors": _distribution("safetensors"),
+        "transformers": _distribution("transformers"),
+        **driver(DRIVER_FILE),
     }
+
+
+def driver(file: Path) -> dict[str, str]:
+    """NVIDIA's driver, from what its kernel module says of itself; nothing where that is not there."""
+    try:
+        match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
+    except OSError:
+        return {}
+    return {"NVIDIA driver": match[1]} if match else {}
 
 
 def _torch_build() -> str:
@@ -87,16 +101,24 @@ def gpus() -> list[dict[str, str]]:
     return found
 
 
-def toolchain() -> dict[str, list[dict[str, str]]]:
-    """Each CUDA compiler and each copy of the CUTLASS headers that was found."""
+def toolchain() -> dict[str, Any]:
+    """Each CUDA compiler and each copy of the CUTLASS headers that was found, and where those are from that are taken."""
     room = "hybrid_mxfp8.cutlass_kernels.headers"
     if importlib.util.find_spec(room) is None:
-        return {"compilers": [], "cutlass_headers": []}
+        return {"compilers": [], "cutlass_headers": [], "cutlass_taken": ""}
     headers = importlib.import_module(room)
     return {
         "compilers": [_candidate(found) for found in headers.cuda_candidates()],
         "cutlass_headers": [_candidate(found) for found in headers.cutlass_candidates()],
+        "cutlass_taken": _taken(headers),
     }
+
+
+def _taken(headers: Any) -> str:
+    try:
+        return str(headers.find_cutlass().origin)
+    except BackendUnavailableError:
+        return ""
 
 
 def _candidate(found: Any) -> dict[str, str]:
@@ -146,7 +168,7 @@ def render(facts: dict[str, Any]) -> str:
         *(("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}") for gpu in facts["gpus"]),
         *([] if facts["gpus"] else [("GPU", "none that PyTorch sees")]),
         *_found("nvcc", facts["compilers"]),
-        *_found("CUTLASS headers", facts["cutlass_headers"]),
+        *_found("CUTLASS headers", facts["cutlass_headers"], facts["cutlass_taken"]),
         ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
         *(("compiled", module) for module in facts["modules"]),
         *([("compiled", facts["modules_problem"])] if facts["modules_problem"] else []),
@@ -162,18 +184,30 @@ def render(facts: dict[str, Any]) -> str:
             "",
             format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2)),
             "",
-            f"Calls that name no backend use: {facts['default_backend']}",
+            f"Calls that name no backend use: {facts['default_backend']}{_meaning(facts)}",
         ]
     )
 
 
-def _found(what: str, candidates: list[dict[str, str]]) -> list[tuple[str, str]]:
+def _meaning(facts: dict[str, Any]) -> str:
+    """What the default comes to here."""
+    name, answers = facts["default_backend"], facts["backends"]
+    if name == AUTO:
+        return f", which is {next(name for name, answer in answers.items() if answer['available'])} here"
+    if name in answers and not answers[name]["available"]:
+        return f", which can't run here: {answers[name]['reason']}"
+    return ""
+
+
+def _found(what: str, candidates: list[dict[str, str]], taken: str = "") -> list[tuple[str, str]]:
     if not candidates:
         return [(what, "not found (only the cutlass backend needs them)")]
     return [
         (
             what,
-            f"{c['version'] or '?'} from {c['origin']}, {c['path']}" + (f" ({c['problem']})" if c["problem"] else ""),
+            f"{c['version'] or '?'} from {c['origin']}, {c['path']}"
+            + (f" ({c['problem']})" if c["problem"] else "")
+            + (" (taken)" if c["origin"] == taken else ""),
         )
         for c in candidates
     ]

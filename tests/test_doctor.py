@@ -84,12 +84,68 @@ def test_works_without_triton(tmp_path: Path) -> None:
 
 def test_toolchain_lists_what_the_cutlass_room_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(origin="PATH", path=Path("/some/nvcc"), version="13.0", problem="")
-    room = SimpleNamespace(cuda_candidates=lambda: [found], cutlass_candidates=lambda: [found, found])
+    room = SimpleNamespace(
+        cuda_candidates=lambda: [found],
+        cutlass_candidates=lambda: [found, found],
+        find_cutlass=lambda: SimpleNamespace(origin="carrier"),
+    )
     spec = importlib.machinery.ModuleSpec("room", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec)
     monkeypatch.setattr(importlib, "import_module", lambda name, package=None: room)
     expected = {"origin": "PATH", "path": "/some/nvcc", "version": "13.0", "problem": ""}
-    assert doctor.toolchain() == {"compilers": [expected], "cutlass_headers": [expected, expected]}
+    assert doctor.toolchain() == {
+        "compilers": [expected],
+        "cutlass_headers": [expected, expected],
+        "cutlass_taken": "carrier",
+    }
+
+
+def test_the_headers_that_are_taken_are_marked() -> None:
+    """The chosen ones before any package's."""
+    facts = doctor.examine()
+    assert facts["cutlass_taken"] in {c["origin"] for c in facts["cutlass_headers"]}
+    assert doctor.render(facts).count(" (taken)") == 1
+    assert " (taken)" not in doctor.render({**facts, "cutlass_taken": ""})
+
+
+def test_no_headers_are_taken_where_the_chosen_ones_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
+    assert doctor.toolchain()["cutlass_taken"] == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 10:00:00 UTC 2025",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@somewhere)",
+    ],
+)
+def test_driver(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "version"
+    assert doctor.driver(file) == {}
+    file.write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+    assert doctor.driver(file) == {"NVIDIA driver": "580.159.04"}
+    file.write_text("another driver\n")
+    assert doctor.driver(file) == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "able", "said"),
+    [
+        ("auto", ("triton", "reference"), "auto, which is triton here"),
+        ("auto", ("reference",), "auto, which is reference here"),
+        ("triton", ("triton", "reference"), "triton"),
+        ("cutlass", ("reference",), "cutlass, which can't run here: because of a test"),
+    ],
+)
+def test_the_last_line_says_what_the_default_comes_to(asked: str, able: tuple[str, ...], said: str) -> None:
+    answers = {
+        name: {"available": name in able, "reason": "because of a test"} for name in ("cutlass", "triton", "reference")
+    }
+    page = doctor.render({**doctor.examine(), "default_backend": asked, "backends": answers})
+    assert page.splitlines()[-1] == f"Calls that name no backend use: {said}"
 
 
 def test_a_wrong_backend_in_the_environment_is_told_not_raised(
