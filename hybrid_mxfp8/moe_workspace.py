@@ -358,7 +358,9 @@ class MoEWorkspace:
             ValueError: a layer of another shape, or more tokens than ``max_tokens``.
         """
         if shape != self.shape:
-            fail("workspace", f"must be made for {shape}", self.shape)
+            given = {f: v for f, v, own in zip(shape._fields, shape, self.shape, strict=True) if v != own}
+            expected = ", ".join(f"{field} = {short(value)}" for field, value in given.items())
+            fail("workspace", f"must be made for {expected}", ", ".join(short(getattr(self.shape, f)) for f in given))
         if num_tokens > self.max_tokens:
             fail("x", f"must have at most the workspace's max_tokens = {self.max_tokens} rows", num_tokens)
 

@@ -552,7 +552,9 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
         fail("w", f"must be on {x.device}, as x", w.device)
     num_experts, n, k = w.values.shape
     if num_experts != x.groups.num_experts:
-        fail("w", f"must have x's E = {x.groups.num_experts} experts", num_experts)
+        slip = abs(num_experts - x.groups.num_experts) == 1
+        hint = " (from_ends takes E ends, without the leading 0)" if slip else ""
+        fail("w", f"must have x's E = {x.groups.num_experts} experts", f"{num_experts}{hint}")
     if k != x.k:
         fail("w", f"must have x's K = {x.k}", k)
     check_n("w", n)

@@ -151,7 +151,8 @@ def test_quantize_weights(case: Case) -> None:
 GROUPED_GEMM = [
     Case({"x": torch.ones(T, K)}, TypeError, r"^x: must be a GroupedMXFP8 \(from quantize_grouped\), got Tensor$"),
     Case({"w": torch.ones(E, N, K)}, TypeError, r"^w: must be an ExpertWeights \(from quantize_weights\), got Tensor$"),
-    Case({"w": weights(e=E + 1)}, ValueError, rf"^w: must have x's E = {E} experts, got {E + 1}$"),
+    Case({"w": weights(e=E + 1)}, ValueError, rf"^w: must have x's E = {E} experts, got {E + 1} \(from_ends takes E ends, without the leading 0\)$"),
+    Case({"w": weights(e=E + 2)}, ValueError, rf"^w: must have x's E = {E} experts, got {E + 2}$"),
     Case({"w": weights(k=64)}, ValueError, rf"^w: must have x's K = {K}, got 64$"),
     Case({"w": weights(n=20)}, ValueError, r"^w: N must be a positive multiple of 8, got 20$"),
     Case({"w": on_meta(weights())}, ValueError, r"^w: must be on cpu, as x, got meta$"),

@@ -224,6 +224,25 @@ def test_workspace_says_its_size(rng: torch.Generator) -> None:
     assert "max_tokens=16" in repr(workspace)
 
 
+def test_workspace_of_a_large_layer() -> None:
+    """The numbers of docs/moe.md, from DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's product adds."""
+    from hybrid_mxfp8.triton_kernels.hopper_config import WorkspaceLayout, select_hopper_config
+
+    experts, hidden, intermediate, rows = 256, 7168, 2048, 8192 * 8
+
+    def weights_on_meta(n: int, k: int) -> mx.ExpertWeights:
+        return mx.quantize_weights(torch.empty(experts, n, k, dtype=torch.bfloat16, device="meta"))
+
+    w13q, w2q = weights_on_meta(2 * intermediate, hidden), weights_on_meta(hidden, intermediate)
+    nbytes = mx.MoEWorkspace(w13q, w2q, max_tokens=8192, top_k=8).nbytes
+    assert 1 < nbytes / (rows * (3 * hidden + 5 * intermediate)) < 1.02
+    assert round(nbytes / 1e9, 1) == 2.1
+    config = select_hopper_config(rows, experts)
+    widened = max(WorkspaceLayout.size_of(rows, experts, k, config) for k in (hidden, intermediate))
+    assert 1 <= widened / (rows * 2 * hidden) < 1.01
+    assert round(widened / 1e9, 2) == 0.94
+
+
 def test_workspace_keeps_only_so_many_batch_sizes(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     from hybrid_mxfp8 import moe_workspace
 
@@ -406,7 +425,13 @@ def test_workspace_errors(good: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"x: must have at most the workspace's max_tokens = 8 rows, got 9"):
         mx.moe_forward(**good, workspace=small)
     other = mx.MoEWorkspace(w13q, w2q, max_tokens=9, top_k=3, backend="reference")
-    with pytest.raises(ValueError, match="workspace: must be made for"):
+    with pytest.raises(ValueError, match=r"^workspace: must be made for top_k = 2, got 3$"):
+        mx.moe_forward(**good, workspace=other)
+    other = mx.MoEWorkspace(
+        *(w.to("meta") for w in (w13q, w2q)), max_tokens=9, top_k=3, dtype=torch.float16, backend="reference"
+    )
+    message = r"^workspace: must be made for top_k = 2, dtype = bfloat16, device = cpu, got 3, float16, meta$"
+    with pytest.raises(ValueError, match=message):
         mx.moe_forward(**good, workspace=other)
 
 

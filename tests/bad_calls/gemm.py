@@ -54,7 +54,7 @@ BAD: list[Bad] = [
             ("x and w swapped", TypeError, "^x: must be a GroupedMXFP8 .* got ExpertWeights$", {"x": weights, "w": grouped}),
             ("w a tensor", TypeError, "^w: must be an ExpertWeights .* got Tensor$", {"w": normal(E, N, K)}),
             ("w an operand of tokens", TypeError, "^w: must be an ExpertWeights .* got GroupedMXFP8$", {"w": grouped}),
-            ("an expert too few", ValueError, "^w: must have x's E = 3 experts, got 2$", {"w": lambda: weights(2)}),
+            ("an expert too few", ValueError, r"^w: must have x's E = 3 experts, got 2 \(from_ends takes E ends, without the leading 0\)$", {"w": lambda: weights(2)}),
             ("no experts", ValueError, "^w: must have x's E = 3 experts, got 0$", {"w": lambda: weights(0)}),
             ("another K", ValueError, "^w: must have x's K = 96, got 128$", {"w": lambda: weights(k=128)}),
             ("w on meta", ValueError, "^w: must be on cpu, as x, got meta$", {"w": _meta_weights}),
