@@ -89,7 +89,7 @@ class LayerStore:
 def why_not() -> str | None:
     """Why there is no baseline; None if there is."""
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed, whose layer is the baseline: pip install 'transformers>=5'"
+        return "transformers is not installed, whose layer is the baseline: pip install 'transformers>=5.7'"
     return None
 
 

@@ -509,6 +509,7 @@ def test_moe_without_transformers_is_not_run(suite, monkeypatch):
     record = empty_record()
     suite.add(Case("moe", "test", 6, 64, 128, 5, top_k=2), record)
     assert "transformers is not installed" in record["not_run"][0]["reason"]
+    assert "pip install 'transformers>=5.7'" in record["not_run"][0]["reason"]
     assert "failed" not in record["not_run"][0]
 
 
@@ -533,6 +534,17 @@ def test_bench_is_a_module_of_the_root():
     )
     assert done.returncode == 0, done.stderr
     assert "Nothing was measured" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        listing = [sys.executable, "-m", "bench", "--list"]
+        done = subprocess.run(listing, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_silu_mul_in_the_interpreter():
