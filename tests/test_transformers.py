@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_quantized_model_is_not_saved(tmp_path: Path) -> None:
 def test_model_that_can_not_be_quantized_can_be_saved(tmp_path: Path) -> None:
     model = models.make("Mixtral")
     models.experts_modules(model)[-1].act_fn = torch.nn.GELU()
-    with pytest.raises(ValueError, match="must have plain SwiGLU experts"):
+    with pytest.raises(ValueError, match="must have SwiGLU experts"):
         integration.quantize_model_(model, progress=False)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
@@ -257,6 +258,12 @@ def test_experts_with_bias_and_transposed(experts: torch.nn.Module) -> None:
         assert torch.equal(experts(*arguments()), plain)
 
 
+def cut_after_silu(module: torch.nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
+    """As in Step-3.7: no SwiGLU of ours, though nearly one."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -265,7 +272,11 @@ def test_experts_with_bias_and_transposed(experts: torch.nn.Module) -> None:
         (lambda e: setattr(e, "act_fn", torch.nn.GELU()), "its activation is GELU, not SiLU"),
         (
             lambda e: setattr(e, "__class__", type("Clamped", (type(e),), {"_apply_gate": None})),
-            "a gate function of its own",
+            "its gate function is no SwiGLU",
+        ),
+        (
+            lambda e: setattr(e, "__class__", type("CutLater", (type(e),), {"_apply_gate": cut_after_silu})),
+            "its gate function is no SwiGLU",
         ),
         (
             lambda e: setattr(e, "down_proj", torch.nn.Parameter(torch.zeros(4, 64, 40))),
@@ -275,15 +286,48 @@ def test_experts_with_bias_and_transposed(experts: torch.nn.Module) -> None:
 )
 def test_experts_it_can_not_compute(experts: torch.nn.Module, change: object, reason: str) -> None:
     change(experts)
-    with torch.no_grad(), pytest.raises(ValueError, match=f"experts: must be plain SwiGLU experts, got .*: .*{reason}"):
+    with torch.no_grad(), pytest.raises(ValueError, match=f"experts: must be SwiGLU experts, got .*: .*{reason}"):
         experts(*arguments())
+
+
+GATES = {
+    "minimax_m3_vl.MiniMaxM3VLExperts": mx.SwiGLU(1.702, 1.0, 7.0),
+    "deepseek_v4.DeepseekV4Experts": mx.SwiGLU(limit=7.0),
+    "glm5_next.Glm5NextTextExperts": mx.SwiGLU(limit=7.0),
+    "hy_v4.HYV4Experts": mx.SwiGLU(limit=7.0),
+}
+"""Experts with gate functions of their own, in transformers 5.24."""
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gate_functions_of_their_own(name: str) -> None:
+    """Recognized by what they compute, and computed so: against transformers' own forward, in MXFP8's noise."""
+    folder, class_name = name.split(".")
+    module = pytest.importorskip(
+        f"transformers.models.{folder}.modeling_{folder}", reason="a newer transformers has it"
+    )
+    config = types.SimpleNamespace(
+        **{"num_local_experts": 4, "hidden_size": 64, "hidden_act": "silu"},
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 96),
+        **{"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "_experts_implementation": "eager"},
+    )
+    experts = getattr(module, class_name)(config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=4.0 * parameter.shape[2] ** -0.5)
+    experts = experts.bfloat16()
+    assert integration.why_not(experts) is None
+    with torch.no_grad(), mx.use_backend("reference"):
+        quantized = integration._quantize(experts)
+        assert quantized.activation == GATES[name]
+        assert mx.signal_to_noise_db(experts(*arguments()), quantized(*arguments())) > 20.0
 
 
 def test_model_that_can_not_be_quantized_stays_as_it_was() -> None:
     model = models.make("Mixtral")
     last = models.experts_modules(model)[-1]
     last.act_fn = torch.nn.GELU()
-    with pytest.raises(ValueError, match=r"model: must have plain SwiGLU experts, got model\.layers\.1.*GELU"):
+    with pytest.raises(ValueError, match=r"model: must have SwiGLU experts, got model\.layers\.1.*GELU"):
         integration.quantize_model_(model, progress=False)
     assert not [name for name, _ in model.named_modules() if name.endswith("mxfp8")]
     assert all(isinstance(p, torch.nn.Parameter) for p in models.expert_weights(model))

@@ -11,20 +11,24 @@ whenever a parameter has been replaced or written to in place. Writes through ``
 not count them: write ``parameter.copy_(new)`` under ``torch.no_grad()``, or replace the parameter. Attention, routers and shared
 experts stay as they are.
 
-Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its gate is plain SwiGLU,
-``silu(gate) * up``, with gate and up concatenated, and H and I multiples of 32. Others raise a ValueError that says what
-differs.
+Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its gate is SwiGLU, plain or as
+in MiniMax-M3 and DeepSeek-V4, with gate and up concatenated, and H and I multiples of 32. Others raise a ValueError that says
+what differs.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.activation import SwiGLU
 from hybrid_mxfp8.checks import fail
 from hybrid_mxfp8.formats import BLOCK_SIZE
 from hybrid_mxfp8.hardware import existing_device
@@ -150,6 +154,28 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     return cached.experts
 
 
+def _activation(module: torch.nn.Module) -> SwiGLU | None:
+    """The activation of an experts module; None if its gate function is no SwiGLU.
+
+    Which one is not read from the class's name but found by trying: the numbers are the module's, and where they are right, its
+    function and ours agree on values on both sides of the limit.
+    """
+    given = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
+    found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in given]
+    alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}
+    numbers = itertools.product(alphas, (0.0, 1.0), {*found[2:], None})
+    gate_up = torch.cartesian_prod(*[torch.linspace(-30, 30, 121)] * 2)  # limits are 7 to 10
+    try:
+        theirs = module._apply_gate(gate_up)  # type: ignore[operator]
+        for activation in itertools.starmap(SwiGLU, numbers):
+            ours = reference.swiglu(gate_up, activation)
+            if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5):
+                return activation
+    except Exception:  # whatever a function that is no such gate makes of two columns
+        logger.debug("%s._apply_gate", type(module).__name__, exc_info=True)
+    return None
+
+
 def why_not(module: torch.nn.Module) -> str | None:
     """What keeps an experts module of transformers from being computed here; None if nothing does."""
     from transformers.activations import SiLUActivation
@@ -159,10 +185,11 @@ def why_not(module: torch.nn.Module) -> str | None:
         return "it has no gate"
     if not getattr(module, "is_concatenated", False):
         return "its gate and up rows are interleaved"
-    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        return "it has a gate function of its own"
-    if not isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
-        return f"its activation is {type(module.act_fn).__name__}, not SiLU"
+    if getattr(type(module), "_apply_gate", None) is _default_apply_gate:
+        if not isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
+            return f"its activation is {type(module.act_fn).__name__}, not SiLU"
+    elif _activation(module) is None:
+        return "its gate function is no SwiGLU"
     down = module.down_proj
     assert isinstance(down, torch.Tensor)
     hidden, intermediate = sorted((1, 2), reverse=bool(module.is_transposed))
@@ -174,13 +201,16 @@ def why_not(module: torch.nn.Module) -> str | None:
 def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch.device | None = None) -> MXFP8Experts:
     reason = why_not(module)
     if reason is not None:
-        fail("experts", "must be plain SwiGLU experts", f"{type(module).__name__}: {reason}")
+        fail("experts", "must be SwiGLU experts", f"{type(module).__name__}: {reason}")
     with torch.no_grad():
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         if module.is_transposed:
             w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
         w13_bias, w2_bias = biases or (None, None)
-        return MXFP8Experts.from_weights(w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, backend=backend)
+        activation = _activation(module)
+        assert activation is not None, "why_not has found one"
+        bias = {"w13_bias": w13_bias, "w2_bias": w2_bias}
+        return MXFP8Experts.from_weights(w13, w2, **bias, activation=activation, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -260,7 +290,7 @@ def quantize_model_(
     for name, module in found:
         reason = why_not(module)
         if reason is not None:
-            fail("model", "must have plain SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
+            fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
         before += _bytes(_parameters(module))
