@@ -164,7 +164,8 @@ def _activation(module: torch.nn.Module) -> SwiGLU | None:
     found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in given]
     alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}
     numbers = itertools.product(alphas, (0.0, 1.0), {*found[2:], None})
-    gate_up = torch.cartesian_prod(*[torch.linspace(-30, 30, 121)] * 2)  # limits are 7 to 10
+    line = torch.linspace(-30, 30, 121, dtype=torch.float32, device="cpu")  # limits are 7 to 10
+    gate_up = torch.cartesian_prod(line, line)
     try:
         theirs = module._apply_gate(gate_up)  # type: ignore[operator]
         for activation in itertools.starmap(SwiGLU, numbers):
