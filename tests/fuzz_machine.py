@@ -219,6 +219,8 @@ ways = st.sampled_from(["argument", "argument", "context", "environment", "auto"
 formats = st.sampled_from(POOL.formats)
 SPECIAL = ("nan", "inf", "-inf", -0.0, 1e-38, 3e-38, 1e-41, 1e27)
 """What becomes of an element of some blocks, or what others are multiplied by."""
+gates = st.sampled_from([mx.SwiGLU(), mx.SwiGLU(), mx.SwiGLU(1.702, 1.0, 7.0), mx.SwiGLU(limit=2.5)])
+activations = st.none() | gates
 styles = st.sampled_from(["packed", "wide", "shifted", "repeated"])
 sizes = st.one_of(
     st.sampled_from([0, 0, 0, 1, 1, 15, 16, 17, 31, 32, 33, 127, 128, 129]), st.integers(0, POOL.max_tokens)
@@ -256,7 +258,7 @@ class Machine(RuleBasedStateMachine):
         """One of each thing that calls need, so that few steps go by before they fit together."""
         self.experts, self.inner = experts, tuple(inner)
         self.make_layout(counts, seed % 3, "", False, False, seed)
-        self.quantize(0, 0, "packed", kind, seed, "argument", bool(seed % 2), "layout", False, False, "poisoned")
+        self.quantize(0, 0, "packed", kind, seed, "argument", bool(seed % 2), "layout", False, None, "poisoned")
         self.make_weights(seed, 0, kind, seed, "argument", "packed")
         self.make_layer(seed, seed // 7, seed)
 
@@ -353,23 +355,23 @@ class Machine(RuleBasedStateMachine):
     @rule(
         layout=index, k=index, style=styles, kind=formats, seed=seeds, way=ways,
         special=st.booleans(),
-        form=st.sampled_from(["layout", "counts"]), gather=st.booleans(), swiglu=st.booleans(),
+        form=st.sampled_from(["layout", "counts"]), gather=st.booleans(), swiglu=activations,
         out=st.sampled_from(["new", "poisoned", "unaligned", "reused"]),
     )  # fmt: skip
     def quantize(
         self, layout: int, k: int, style: str, kind: tuple[torch.dtype, str], seed: int, way: str, special: bool,
-        form: str, gather: bool, swiglu: bool, out: str,
+        form: str, gather: bool, swiglu: mx.SwiGLU | None, out: str,
     ) -> None:  # fmt: skip
         where, k = self.layouts[layout % len(self.layouts)], self.inner[k % len(self.inner)]
-        self._quantize(where, k, style, kind, seed, way, special and not swiglu, form, gather, swiglu, out)
+        self._quantize(where, k, style, kind, seed, way, special and swiglu is None, form, gather, swiglu, out)
         self.done("quantize")
 
     def _quantize(
         self, layout: Layout, k: int, style: str, kind: tuple[torch.dtype, str], seed: int, way: str, special: bool,
-        form: str, gather: bool, swiglu: bool, out: str, held: Tokens | None = None,
+        form: str, gather: bool, swiglu: mx.SwiGLU | None, out: str, held: Tokens | None = None,
     ) -> None:  # fmt: skip
         t, (dtype, rounding) = layout.groups.num_tokens, kind
-        width = 2 * k if swiglu else k
+        width = k if swiglu is None else 2 * k
         rng = torch.Generator().manual_seed(seed + 1)
         sources = [0, 1, t // 2 + 1, t + 3][seed % 4] if gather else t
         x = self.rows(sources, width, dtype, style, seed, special)
@@ -383,16 +385,14 @@ class Machine(RuleBasedStateMachine):
             rows = x.cpu()[torch.where(inside, chosen, 0)] if sources else torch.zeros(t, width, dtype=dtype)
             sorted_x = torch.where(inside[:, None], rows, 0)
         groups = layout.counts if form == "counts" and layout.counts is not None else layout.groups
-        content = None if swiglu else plain(sorted_x, rounding)
+        content = plain(sorted_x, rounding) if swiglu is None else None
         x_before = raw(x).clone()
 
         def run(name: str, into: mx.GroupedMXFP8 | None) -> tuple[mx.GroupedMXFP8, Plain]:
             before = (truth.as_bytes(into.values).copy(), truth.as_bytes(into.scales).copy()) if into else None
-            options: dict[str, Any] = {"activation": "swiglu"} if swiglu else {}
+            options: dict[str, Any] = {"row_index": row_index, "activation": swiglu, "out": into}
             with asking(way, name) as asked:
-                got = mx.quantize_grouped(
-                    x, groups, scale_rounding=rounding, row_index=row_index, out=into, **options, **asked
-                )
+                got = mx.quantize_grouped(x, groups, scale_rounding=rounding, **options, **asked)
             for tensor, plain_numbers in zip(
                 (got.groups.tokens_per_expert, got.groups.expert_offsets, got.groups.scale_offsets),
                 truth.layout(layout.tokens, t),
@@ -404,7 +404,8 @@ class Machine(RuleBasedStateMachine):
                 found = truth.as_bytes(got.values), linear_scales(got, layout.tokens)
                 if layout.used:
                     trimmed = mx.GroupedMXFP8.unchecked(got.values[: layout.used], got.scales, got.groups)
-                    swiglu_truth.check(trimmed, sorted_x[: layout.used], layout.tokens, rounding, ambiguous=1.0)
+                    assert swiglu is not None
+                    swiglu_truth.check(trimmed, sorted_x[: layout.used], layout.tokens, rounding, 1.0, swiglu)
             if before is None:  # new buffers: what no expert owns may be anything
                 before = truth.as_bytes(got.values), truth.as_bytes(got.scales)
             check_stored(got, layout.tokens, found, before)
@@ -436,8 +437,8 @@ class Machine(RuleBasedStateMachine):
         del self.tokens[:-6]
 
     @precondition(lambda self: self.tokens)
-    @rule(token=index, seed=seeds, kind=formats, way=ways, swiglu=st.booleans())
-    def reroute(self, token: int, seed: int, kind: tuple[torch.dtype, str], way: str, swiglu: bool) -> None:
+    @rule(token=index, seed=seeds, kind=formats, way=ways, swiglu=activations)
+    def reroute(self, token: int, seed: int, kind: tuple[torch.dtype, str], way: str, swiglu: mx.SwiGLU | None) -> None:
         """Other counts in the tensors of a layout that earlier calls have used, as a replayed graph has them."""
         held = self.tokens[token % len(self.tokens)]
         groups, t = held.operand.groups, held.operand.groups.num_tokens
@@ -454,7 +455,7 @@ class Machine(RuleBasedStateMachine):
         where.tokens, where.counts = tokens, None
         self.tokens = [h for h in self.tokens if h is held or h.operand.groups is not groups]
         self._quantize(
-            where, held.operand.k, "packed", kind, seed, way, not swiglu, "layout", False, swiglu, "poisoned", held
+            where, held.operand.k, "packed", kind, seed, way, swiglu is None, "layout", False, swiglu, "poisoned", held
         )
         self.done("reroute")
 
@@ -677,12 +678,12 @@ class Machine(RuleBasedStateMachine):
         layer=index, batch=st.sampled_from(POOL.batches), top_k=st.integers(1, 3), seed=seeds, way=ways,
         dtype=st.sampled_from(cases.DTYPES), weights_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         ids=st.sampled_from(["any", "sentinels", "dropped", "one"]), wide=st.booleans(), style=styles,
-        biases=st.sampled_from(["", "", "w13", "w2", "both"]), workspace=st.booleans(), nan=st.booleans(),
+        biases=st.sampled_from(["", "", "w13", "w2", "both"]), workspace=st.booleans(), nan=st.booleans(), gate=gates,
         out=st.sampled_from(["new", "poisoned", "strided", "reused", "in place"]),
     )  # fmt: skip
     def forward(
         self, layer: int, batch: int, top_k: int, seed: int, way: str, dtype: torch.dtype, weights_dtype: torch.dtype,
-        ids: str, wide: bool, style: str, biases: str, workspace: bool, nan: bool, out: str,
+        ids: str, wide: bool, style: str, biases: str, workspace: bool, nan: bool, gate: mx.SwiGLU, out: str,
     ) -> None:  # fmt: skip
         held, e = self.layers[layer % len(self.layers)], self.experts
         hidden, intermediate = held.w2.n, held.w2.k
@@ -718,11 +719,10 @@ class Machine(RuleBasedStateMachine):
                 into = self.outs.setdefault((batch, hidden, dtype, "moe"), into)
             elif out == "in place":
                 given = into = self.placed(x.contiguous())
+            options: dict[str, Any] = {"activation": gate, "workspace": memory, "out": into, **bias}
             with asking(way, name) as asked:
-                y = mx.moe_forward(
-                    given, held.w13, held.w2, topk_ids, weights, workspace=memory, out=into, **bias, **asked
-                )
-            expected = self._composed(x, held, topk_ids.contiguous(), weights, bias, name)
+                y = mx.moe_forward(given, held.w13, held.w2, topk_ids, weights, **options, **asked)
+            expected = self._composed(x, held, topk_ids.contiguous(), weights, bias, gate, name)
             assert same_bits(y, expected), name
             if into is not None:
                 assert y.data_ptr() == into.data_ptr()
@@ -731,7 +731,8 @@ class Machine(RuleBasedStateMachine):
         self.done("forward")
 
     def _composed(
-        self, x: torch.Tensor, layer: Layer, ids: torch.Tensor, weights: torch.Tensor, bias: dict[str, torch.Tensor], name: str
+        self, x: torch.Tensor, layer: Layer, ids: torch.Tensor, weights: torch.Tensor, bias: dict[str, torch.Tensor],
+        gate: mx.SwiGLU, name: str,
     ) -> torch.Tensor:  # fmt: skip
         """The layer as separate public calls, routing and sum by their twins."""
         e, rows = self.experts, ids.numel()
@@ -748,7 +749,7 @@ class Machine(RuleBasedStateMachine):
         h = mx.grouped_gemm(xq, layer.w13, **options)
         if "w13_bias" in bias:
             moe_reference.add_expert_bias(h, slot_row, ids, bias["w13_bias"])
-        hq = mx.quantize_grouped(h, groups, activation="swiglu", backend=name)
+        hq = mx.quantize_grouped(h, groups, activation=gate, backend=name)
         y = mx.grouped_gemm(hq, layer.w2, **options)
         moe_reference.combine(y, slot_row, ids, weights, bias.get("w2_bias"), out)
         return out
