@@ -276,9 +276,14 @@ class Company:
 
 
 def make_company(
-    counts: Sequence[int], n: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str, backend: str
-) -> Company:
-    """Normal data."""
+    counts: Sequence[int], n: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str, backend: str,
+    exact: bool = False,
+) -> Company:  # fmt: skip
+    """Normal data; or small integers, which e4m3 holds and whose products fp32 adds up without rounding, in any order."""
+    if exact:
+        integers = [torch.randint(-8, 9, (count, k), generator=rng).bfloat16() for count in (*counts, len(counts) * n)]
+        rows = [part.to(device) for part in integers[:-1]]
+        return Company(rows, integers[-1].view(len(counts), n, k).to(device), backend, dtype)
     rows = [cases.random_rows(count, k, torch.bfloat16, rng).to(device) for count in counts]
     weights = (torch.randn(len(counts), n, k, generator=rng) * 0.05).to(device)
     return Company(rows, weights, backend, dtype)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_mxfp8.formats import ceil_div
-from hybrid_mxfp8.triton_kernels import grouped_gemm
+from hybrid_mxfp8.triton_kernels import grouped_gemm, hopper_config
 from hybrid_mxfp8.triton_kernels.grouped_gemm import hopper_config_for, workspace_bound, workspace_size
 from hybrid_mxfp8.triton_kernels.hopper_config import (
     MAX_TOKENS,
@@ -104,7 +104,7 @@ def test_other_devices_need_no_workspace() -> None:
 def test_the_workspace_of_the_largest_batch_suffices_for_smaller_ones(data: st.DataObject) -> None:
     """Among them those where the tile changes. It is what one of them needs, no more."""
     num_experts, k = data.draw(st.integers(1, 5000)), data.draw(st.sampled_from([32, 96, 2880]))
-    edges = [average * num_experts + more for average in (64, 128) for more in (-1, 0, 1)]
+    edges = [average * num_experts + more for average in hopper_config.AVERAGES for more in (-1, 0, 1)]
     rows = st.integers(0, 200 * num_experts) | st.sampled_from(edges)
     least, most = sorted([data.draw(rows), data.draw(rows)])
     n, gpu = data.draw(st.sampled_from([8, 4096])), torch.device("cuda", 0)
@@ -119,15 +119,17 @@ def test_a_smaller_batch_may_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last batch with tiles of 64 tokens has a longer list of tiles than the first one with tiles of 128."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
-    small, large = (workspace_size(t, 1024, 8, 64, gpu) for t in (65536, 65537))
+    last = hopper_config.AVERAGES[0] * 4096
+    small, large = (workspace_size(t, 4096, 8, 64, gpu) for t in (last, last + 1))
     assert small > large
-    assert workspace_bound(65537, 1024, 8, 64, gpu) == small
+    assert workspace_bound(last + 1, 4096, 8, 64, gpu) == small
 
 
 def test_the_largest_batch_of_each_configuration() -> None:
-    assert largest_batches(640, 10) == (640,)
-    assert largest_batches(641, 10) == (640, 641)
-    assert largest_batches(5000, 10) == (640, 1280, 5000)
-    assert largest_batches(2**31 - 1, 0) == (64, 128, MAX_TOKENS)
+    few, more = (10 * average for average in hopper_config.AVERAGES)
+    assert largest_batches(few, 10) == (few,)
+    assert largest_batches(few + 1, 10) == (few, few + 1)
+    assert largest_batches(5000, 10) == (few, more, 5000)
+    assert largest_batches(2**31 - 1, 0) == (*hopper_config.AVERAGES, MAX_TOKENS)
     for end in largest_batches(5000, 10)[:2]:
         assert select_hopper_config(end, 10) != select_hopper_config(end + 1, 10)
