@@ -2,73 +2,206 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import cases
 import pytest
 import torch
+from fake_hopper import aligned_bytes, stand_in
+from fake_triton import Flat, Kernel
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import hardware
 
-
-@pytest.fixture
-def key_of(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], Any]:
-    """key_of(call): the key of the one launch that ``call`` makes; nothing runs."""
-    from hybrid_mxfp8.triton_kernels import grouped_gemm, quantize
-
-    keys: list[Any] = []
-    for module in (grouped_gemm, quantize):
-        monkeypatch.setattr(module, "launch", lambda *args: keys.append(args[-1]))
-
-    def find(call: Callable[[], object]) -> Any:
-        keys.clear()
-        call()
-        (key,) = keys
-        return key
-
-    return find
+LAUNCHERS = ("combine", "expand_tokens", "expert_bias", "group_layout", "grouped_gemm", "quantize", "route")
 
 
-def shifted(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values one byte past a 16-byte boundary."""
-    raw = torch.empty(tensor.numel() * tensor.itemsize + 16, dtype=torch.uint8)
-    offset = -raw.data_ptr() % 16 + 1
-    there = raw[offset : offset + tensor.numel() * tensor.itemsize]
-    return (
-        there.view(tensor.shape) if tensor.dtype == torch.uint8 else there.view(torch.float8_e4m3fn).view(tensor.shape)
-    )
+def specialized(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Hashable, ...]:
+    """What Triton compiles a kernel for: dtypes, pointers on a 16-byte boundary, integers that are 1 or multiples of 16."""
+    free = kernel.kwargs["do_not_specialize"] or ()
+    found: list[Hashable] = [kernel.fn.__name__]
+    for name, value in zip(kernel.arg_names, arguments, strict=False):
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value)
+        found.append((name, kind, None if value is None or name in free else (number % 16 == 0, number == 1)))
+    return tuple(found)
 
 
-def test_each_unaligned_operand_of_a_product_is_a_kernel_of_its_own(key_of: Any, rng: torch.Generator) -> None:
+def off(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element past a 16-byte boundary."""
+    raw = torch.empty(tensor.numel() * tensor.itemsize + 32, dtype=torch.uint8)
+    offset = -raw.data_ptr() % 16 + tensor.itemsize
+    there = raw[offset : offset + tensor.numel() * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
+    there.view(torch.uint8).copy_(tensor.contiguous().view(torch.uint8))
+    return there
+
+
+def quantizations() -> list[Callable[[], object]]:
+    from hybrid_mxfp8.triton_kernels.quantize import quantize_counts, quantize_grouped, quantize_weights
+
+    groups, x = cases.layout([3, 2], 5), torch.zeros(5, 64)
+    values, scales = torch.empty(5, 64, dtype=torch.float8_e4m3fn), torch.empty(groups.scale_rows, 4, dtype=torch.uint8)
+    options: dict[str, Any] = {"scale_rounding": "rceil", "row_index": None, "swiglu": None}
+
+    def weights(w: torch.Tensor) -> Callable[[], object]:
+        e, n, k = w.shape
+        into = torch.empty(e, n, k, dtype=torch.float8_e4m3fn), torch.empty(e, 128, 4, dtype=torch.uint8)
+        return lambda: quantize_weights(w, *into, scale_rounding="rceil")
+
+    rows = [x, off(x), x.bfloat16(), x.half(), torch.zeros(5, 65)[:, :64], torch.zeros(400).as_strided((5, 64), (1, 1))]
+    given = [torch.tensor([3, 2], dtype=dtype) for dtype in (torch.int32, torch.int64)]
+    matrices = [torch.zeros(2, 1, 64), torch.zeros(2, 32, 64), torch.zeros(2, 32, 64)[:, :24]]
+    matrices += [torch.zeros(2, 24 * 64 + 1)[:, : 24 * 64].unflatten(1, (24, 64)), torch.zeros(2, 24, 65)[:, :, :64]]
+    return [
+        *(lambda r=r: quantize_grouped(r, groups, values, scales, **options) for r in rows),
+        lambda: quantize_grouped(x, groups, off(values), scales, **options),
+        lambda: quantize_grouped(x, groups, values, off(scales), **options),
+        *(lambda c=c: quantize_counts(x, c, values, scales, **options) for c in given),
+        *(weights(w) for w in matrices),
+    ]
+
+
+def products() -> list[Callable[[], object]]:
     from hybrid_mxfp8.triton_kernels.grouped_gemm import grouped_gemm
 
     groups = cases.layout([3, 2], 5)
-    xq = mx.quantize_grouped(cases.random_rows(5, 64, torch.bfloat16, rng), groups, backend="reference")
-    wq = mx.quantize_weights(torch.randn(2, 16, 64, generator=rng), backend="reference")
-    out = torch.empty(5, 16)
-    operands = {"x": xq.values, "x scales": xq.scales, "w": wq.values, "w scales": wq.scales}
+    xq = mx.quantize_grouped(torch.zeros(5, 64), groups, backend="reference")
 
-    def key(unaligned: str | None) -> Any:
-        given = {name: shifted(tensor) if name == unaligned else tensor for name, tensor in operands.items()}
-        return key_of(lambda: grouped_gemm(given["x"], given["x scales"], groups, given["w"], given["w scales"], out))
+    def product(n: int, dtype: torch.dtype, shifted: int | None = None) -> Callable[[], object]:
+        wq = mx.quantize_weights(torch.zeros(2, n, 64), backend="reference")
+        operands = [xq.values, xq.scales, wq.values, wq.scales]
+        x, xs, w, ws = (off(t) if i == shifted else t for i, t in enumerate(operands))
+        return lambda: grouped_gemm(x, xs, groups, w, ws, torch.empty(5, n, dtype=dtype))
 
-    assert len({key(None), *(key(name) for name in operands)}) == 1 + len(operands)
+    calls = [product(n, dtype) for n in (8, 16) for dtype in cases.DTYPES]
+    return [*calls, *(product(16, torch.float32, shifted) for shifted in range(4))]
 
 
-def test_each_unaligned_output_of_the_quantizer_is_a_kernel_of_its_own(key_of: Any, rng: torch.Generator) -> None:
-    from hybrid_mxfp8.triton_kernels.quantize import quantize_grouped
+def steps_of_a_layer() -> list[Callable[[], object]]:
+    from hybrid_mxfp8.triton_kernels.combine import combine
+    from hybrid_mxfp8.triton_kernels.expert_bias import add_expert_bias
+
+    slot_row = torch.zeros(5, 2, dtype=torch.int32)
+    ids, long, weights, bias = slot_row.clone(), slot_row.long(), torch.ones(5, 2), torch.zeros(3, 64)
+    y, out = torch.zeros(10, 64), torch.zeros(5, 64)
+    arguments: list[tuple[Any, ...]] = [
+        (y, slot_row, ids, weights, None, out),
+        (off(y), slot_row, ids, weights, None, out),
+        (y.half(), slot_row, ids, weights, None, out),
+        (y, slot_row, ids, weights.half(), None, out),
+        (y, slot_row, ids, weights, None, off(out)),
+        (y, slot_row, ids, weights, None, out.half()),
+        (y, slot_row, ids, weights, None, torch.zeros(5, 65)[:, :64]),
+        (torch.zeros(10, 56), slot_row, ids, weights, None, torch.zeros(5, 64)[:, :56]),
+        (y, slot_row, ids, weights, bias, out),
+        (y, slot_row, long, weights, bias, out),
+        (y, slot_row, ids, weights, off(bias), out),
+        (y, slot_row, ids, weights, bias.half(), out),
+    ]
+    biased: list[tuple[Any, ...]] = [
+        (y, slot_row, ids, bias),
+        (off(y), slot_row, ids, bias),
+        (y.half(), slot_row, ids, bias),
+        (y, slot_row, long, bias),
+        (y, slot_row, ids, off(bias)),
+        (y, slot_row, ids, bias.half()),
+        (torch.zeros(10, 56), slot_row, ids, torch.zeros(3, 56)),
+    ]
+    return [*(lambda a=a: combine(*a) for a in arguments), *(lambda b=b: add_expert_bias(*b) for b in biased)]
+
+
+def routings() -> list[Callable[[], object]]:
+    from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
+    from hybrid_mxfp8.triton_kernels.route import route, scratch_elements
+
+    def routed(tokens: int, dtype: torch.dtype, shifted: bool) -> Callable[[], object]:
+        ids = torch.zeros(tokens, 2, dtype=dtype)
+        out = [torch.zeros(size, dtype=torch.int32) for size in (2 * tokens, (tokens, 2), 17)]
+        scratch = torch.zeros(scratch_elements(2 * tokens, 5), dtype=torch.int32)
+        return lambda: route(off(ids) if shifted else ids, 5, out[0], out[1], out[2], scratch)
+
+    dtypes = (torch.int32, torch.int64)
+    return [
+        *(routed(tokens, dtype, shifted) for tokens in (8, 3000) for dtype in dtypes for shifted in (False, True)),
+        *(lambda d=d: group_offsets(torch.tensor([3, 2], dtype=d), 5, False) for d in dtypes),
+    ]
+
+
+def expansions() -> list[Callable[[], object]]:
+    from hybrid_mxfp8.triton_kernels.expand_tokens import expand_tokens
+    from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout
 
     groups = cases.layout([3, 2], 5)
-    x = cases.random_rows(5, 64, torch.bfloat16, rng)
-    values = torch.empty(5, 64, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(groups.scale_rows, 4, dtype=torch.uint8)
+    xq = mx.quantize_grouped(torch.zeros(5, 64), groups, backend="reference")
+    layout = WorkspaceLayout.of(5, 2, 64, HopperGemmConfig(16, 16, 64, 2))
+    workspace = torch.zeros(layout.size + 256, dtype=torch.uint8)
+    workspace = workspace[-workspace.data_ptr() % 256 :][: layout.size]
+    return [
+        lambda: expand_tokens(xq.values, xq.scales, groups, workspace, layout, 16, 5),
+        lambda: expand_tokens(off(xq.values), xq.scales, groups, workspace, layout, 16, 5),
+        lambda: expand_tokens(xq.values, off(xq.scales), groups, workspace, layout, 16, 5),
+        lambda: expand_tokens(xq.values, xq.scales, groups, off(workspace), layout, 16, 5),
+    ]
 
-    def key(v: torch.Tensor, s: torch.Tensor) -> Any:
-        return key_of(lambda: quantize_grouped(x, groups, v, s, scale_rounding="rceil", row_index=None, swiglu=None))
 
-    assert len({key(values, scales), key(shifted(values), scales), key(values, shifted(scales))}) == 3
+@pytest.mark.parametrize(
+    "calls", [quantizations, products, steps_of_a_layer, routings, expansions], ids=lambda f: f.__name__
+)
+def test_a_key_says_all_that_triton_specializes_on(
+    calls: Callable[[], list[Callable[[], object]]], interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found by a key was compiled for other arguments: it must be what Triton would compile for these."""
+    compiled: dict[Hashable, tuple[Hashable, ...]] = {}
+
+    def record(kernel: Any, programs: int, arguments: Any, constants: Any, options: Any, key: Hashable) -> None:
+        found = specialized(kernel, arguments)
+        assert compiled.setdefault((key, constants, options), found) == found
+
+    made = calls()
+    for name in LAUNCHERS:
+        monkeypatch.setattr(importlib.import_module(f"hybrid_mxfp8.triton_kernels.{name}"), "launch", record)
+    for call in made:
+        call()
+    assert len(set(compiled.values())) > len(made) // 2
+
+
+def test_alignment_is_of_16_bytes(interpreter: None) -> None:
+    from hybrid_mxfp8.triton_kernels.launch import aligned
+
+    buffer = aligned_bytes(64)
+    assert [by for by in range(33) if aligned(buffer[by:])] == [0, 16, 32]
+    assert aligned(buffer, buffer[16:])
+    assert not aligned(buffer, buffer[8:])
+
+
+@pytest.mark.parametrize("changed", ["nothing", "device", "constants", "options", "key"])
+def test_a_kernel_is_loaded_for_each_device_constant_and_option(
+    changed: str, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And launched at once: a first launch is the one that Triton makes while it compiles."""
+    from hybrid_mxfp8.triton_kernels.launch import launch
+
+    device = stand_in(monkeypatch, "3.6")
+    kernel, x = Kernel("k", device, Flat), torch.zeros(4)
+    given: dict[str, Any] = {"constants": (64,), "options": (("num_warps", 4),), "key": "k", "device": "cpu"}
+    other: dict[str, Any] = {"constants": (32,), "options": (("num_warps", 8),), "key": "l", "device": "meta"}
+    for arguments in (given, given | {name: value for name, value in other.items() if name == changed}):
+        device.take()
+        launch(
+            kernel, 1, (x.to(arguments["device"]), 5), arguments["constants"], arguments["options"], arguments["key"]
+        )
+        assert len(device.launches) == 1
+    assert device.by_triton == ([] if changed == "nothing" else ["k"])
+
+
+def test_no_programs_are_no_launch(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid_mxfp8.triton_kernels.launch import launch
+
+    device = stand_in(monkeypatch, "3.6")
+    assert launch(Kernel("k", device, Flat), 0, (torch.zeros(1),), (), (), "k") is None
+    assert device.launches == []
 
 
 def test_the_hopper_kernel_is_switched_at_once(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,15 +216,32 @@ def test_the_hopper_kernel_is_switched_at_once(interpreter: None, monkeypatch: p
     assert seen == [True, False, True, False]
 
 
-def test_blackwell_takes_what_32_bits_reach(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "num_experts", "n", "k", "taken"),
+    [
+        ((10, 3), 256, 4096, 7168, True),
+        ((12, 0), 256, 4096, 7168, False),
+        ((10, 0), 2**20, 2**11 - 8, 32, True),
+        ((10, 0), 2**20, 2**11, 32, False),  # 2**31 rows
+        ((10, 0), 1, 2**31 - 136, 32, True),
+        ((10, 0), 1, 2**31 - 120, 32, False),  # the last tile's rows reach beyond
+        ((10, 0), 2**16, 128, 2**22 - 128, True),
+        ((10, 0), 2**16, 128, 2**22, False),  # 2**31 scale tiles
+    ],
+)
+def test_blackwell_takes_what_32_bits_reach(
+    capability: tuple[int, int],
+    num_experts: int,
+    n: int,
+    k: int,
+    taken: bool,
+    interpreter: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from hybrid_mxfp8.triton_kernels import grouped_gemm
 
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (10, 3))
-    assert grouped_gemm.blackwell_takes(256, 4096, 7168, gpu)
-    assert not grouped_gemm.blackwell_takes(2**20, 2**11, 32, gpu)
-    monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (12, 0))
-    assert not grouped_gemm.blackwell_takes(256, 4096, 7168, gpu)
+    monkeypatch.setattr(grouped_gemm, "_capability", lambda device: capability)
+    assert grouped_gemm.blackwell_takes(num_experts, n, k, torch.device("cuda", 0)) is taken
 
 
 def test_scales_to_write_into_must_be_aligned(interpreter: None, rng: torch.Generator) -> None:
@@ -99,7 +249,7 @@ def test_scales_to_write_into_must_be_aligned(interpreter: None, rng: torch.Gene
     groups = cases.layout([3, 2], 5)
     out = mx.GroupedMXFP8(
         torch.empty(5, 64, dtype=torch.float8_e4m3fn),
-        shifted(torch.empty(groups.scale_rows, 4, dtype=torch.uint8)),
+        off(torch.empty(groups.scale_rows, 4, dtype=torch.uint8)),
         groups,
     )
     with pytest.raises(ValueError, match=r"^out: must start at a 16-byte boundary, got address 0x"):
