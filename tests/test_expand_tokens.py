@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cases
 import numpy as np
@@ -12,8 +13,9 @@ import truth
 from hypothesis import given, settings
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels.expand_tokens import expand_tokens
+from hybrid_mxfp8.triton_kernels.expand_tokens import ExpandConfig, expand_tokens, select_expand_config
 from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout
+from hybrid_mxfp8.triton_kernels.launch import launch
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 BLOCKS_T = (16, 256)
@@ -93,6 +95,39 @@ def test_only_the_first_rows(rows: int, rng: torch.Generator) -> None:
     assert bool((truth.as_bytes(expanded[-(-rows // 64) * 64 :]) == cases.POISON).all())
 
 
+def test_more_tiles_of_an_expert_than_are_listed_at_once(rng: torch.Generator) -> None:
+    groups = cases.layout([3, 16 * 128 + 1, 40])
+    _, tiles = expand(mx.quantize_grouped(torch.zeros(2092, 32), groups, backend="reference"), 16, rows=0)
+    ends = [3, 2052, 2092]
+    expected = [[e, first, ends[e]] for e, start in enumerate([0, *ends[:2]]) for first in range(start, ends[e], 16)]
+    assert tiles == expected
+
+
+def test_more_experts_than_are_searched_at_once(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are 1024: here 4."""
+
+    def in_chunks(kernel: Any, programs: int, arguments: Any, constants: Any, *rest: Any) -> Any:
+        experts, _, *others = constants
+        return launch(kernel, programs, arguments, (experts, 4, *others), *rest)
+
+    monkeypatch.setattr("hybrid_mxfp8.triton_kernels.expand_tokens.launch", in_chunks)
+    check([0, 0, 0, 0, 3, 0, 0, 0, 0, 2, 0, 0, 1, 0], 9, 32, 16, rng)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "config"),
+    [
+        (0, 64, ExpandConfig(1, 128, 2)),
+        (32, 7168, ExpandConfig(1, 512, 2)),
+        (2048, 1024, ExpandConfig(1, 512, 2)),
+        (2049, 1024, ExpandConfig(4, 1024, 4)),
+        (8192, 7168, ExpandConfig(4, 1024, 4)),
+    ],
+)
+def test_select_expand_config(num_tokens: int, k: int, config: ExpandConfig) -> None:
+    assert select_expand_config(num_tokens, k) == config
+
+
 @settings(max_examples=10)
 @given(case=cases.ragged(max_experts=6, max_tokens=60))
 def test_any_layout(case: cases.Ragged) -> None:
@@ -133,3 +168,14 @@ def test_a_layout_put_together_by_hand_lists_no_row_outside(offsets: tuple[int, 
     for expert, first, end in tiles:
         assert 0 <= expert < 4
         assert 0 <= first < end <= 64
+
+
+def test_scales_far_outside_are_not_read(rng: torch.Generator) -> None:
+    """Of a layout put together by hand: rows whose scales don't exist get the scale 0, 2**-127."""
+    good = cases.layout([16, 16])
+    xq = mx.quantize_grouped(cases.random_rows(32, 64, torch.bfloat16, rng), good, backend="reference")
+    scale_offsets = torch.tensor([0, 2**31 - 128, 2**31 - 128], dtype=torch.int32)
+    bad = mx.GroupLayout.unchecked(good.tokens_per_expert, good.expert_offsets, scale_offsets, 32)
+    expanded, _ = expand(mx.GroupedMXFP8.unchecked(xq.values, xq.scales, bad), 16)
+    assert torch.equal(expanded[:16], expand(xq, 16)[0][:16])
+    assert float(expanded[16:].float().abs().max()) <= 448 * 2.0**-127

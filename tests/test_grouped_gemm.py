@@ -287,6 +287,27 @@ def test_select_gemm_config(formulation: Formulation, interpreted: bool, num_tok
     assert config.block_t in (16, 32, 64, 128)
 
 
+@pytest.mark.parametrize(
+    ("average", "formulation", "interpreted", "block_t", "num_warps", "num_stages"),
+    [
+        (1, "scaled", False, 16, 4, 4),
+        (16, "scaled", False, 16, 4, 4),
+        (17, "scaled", False, 32, 8, 4),
+        (16, "bf16", False, 16, 8, 4),
+        (32, "bf16", False, 32, 8, 4),
+        (64, "scaled", False, 64, 8, 4),
+        (65, "bf16", False, 128, 8, 3),
+        (16, "fp32", True, 16, 4, 1),
+        (17, "fp32", True, 64, 4, 1),
+    ],
+)
+def test_tile_by_the_average_number_of_tokens(
+    average: int, formulation: Formulation, interpreted: bool, block_t: int, num_warps: int, num_stages: int
+) -> None:
+    config = select_gemm_config(8 * average, 8, formulation, interpreted)
+    assert config == TritonGemmConfig(block_t, formulation, num_warps, num_stages)
+
+
 @given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=20), block_t=st.sampled_from([16, 32, 64, 128]))
 def test_token_tiles_bound_suffices(counts: list[int], block_t: int) -> None:
     assert sum(-(-count // block_t) for count in counts) <= token_tiles_bound(sum(counts), len(counts), block_t)

@@ -7,11 +7,13 @@ import pytest
 import tolerances
 import torch
 import triton
+from fake_hopper import aligned_bytes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_grouped_gemm import operands, plain_operands
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.triton_kernels import grouped_gemm as dispatch
 from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import (
     BlackwellConfig,
     grouped_gemm_blackwell,
@@ -64,3 +66,29 @@ def test_any_layout(shape: cases.Ragged, n: int, k: int, block_t: int, dtype: to
 @pytest.mark.parametrize(("average", "block_t"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (129, 256)])
 def test_select_blackwell_config(average: int, block_t: int) -> None:
     assert select_blackwell_config(average * 8, 8).block_t == block_t
+
+
+@pytest.mark.parametrize("unaligned", ["", "x values", "x scales", "w values", "w scales"])
+def test_only_aligned_operands_reach_it(unaligned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMA reads from 16-byte boundaries; others go to the portable kernel."""
+    launched: list[str] = []
+    for module in ("grouped_gemm", "grouped_gemm_blackwell"):
+        monkeypatch.setattr(
+            f"hybrid_mxfp8.triton_kernels.{module}.launch", lambda kernel, *rest: launched.append(kernel.fn.__name__)
+        )
+    monkeypatch.setattr(dispatch, "blackwell_takes", lambda *args: True)
+
+    def at(name: str, *shape: int) -> torch.Tensor:
+        by = 8 if name == unaligned else 0
+        return aligned_bytes(torch.Size(shape).numel() + by)[by:].view(shape)
+
+    groups = cases.layout([4, 0, 5], 9)
+    dispatch.grouped_gemm(
+        at("x values", 9, 64).view(torch.float8_e4m3fn),
+        at("x scales", groups.scale_rows, 4),
+        groups,
+        at("w values", 3, 16, 64).view(torch.float8_e4m3fn),
+        at("w scales", 3, 128, 4),
+        torch.empty(9, 16),
+    )
+    assert launched == ["grouped_gemm_kernel" if unaligned else "grouped_gemm_blackwell_kernel"]

@@ -7,6 +7,7 @@ import itertools
 import cases
 import pytest
 import torch
+from guards import Guards
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ ROUTES: dict[str, tuple[int, int, int]] = {
     "many experts": (5, 8, 1024),
     "several programs": (300, 4, 9),
     "three launches": (1030, 4, 40),
+    "three launches, a power of two": (1030, 4, 64),
     "three launches, more blocks than are summed at once": (16500, 4, 6),
 }
 """M, top_k, E."""
@@ -118,6 +120,50 @@ def test_scratch_grows_with_the_batch(interpreter: None) -> None:
     assert sizes[0] == 0 < sizes[-1]
 
 
+@pytest.mark.parametrize(
+    ("num_slots", "interpreted", "expected"),
+    [
+        (1, False, (8, 128, True, 4)),
+        (129, False, (8, 256, True, 4)),
+        (4096, False, (8, 1024, True, 4)),
+        (4097, False, (256, 8, False, 8)),
+        (1, True, (256, 128, True, 4)),
+        (4097, True, (1024, 1024, False, 8)),
+    ],
+)
+def test_select_route_config(
+    interpreter: None, num_slots: int, interpreted: bool, expected: tuple[int, int, bool, int]
+) -> None:
+    from hybrid_mxfp8.triton_kernels.route import RouteConfig, select_route_config
+
+    config = select_route_config(num_slots, interpreted)
+    assert config == RouteConfig(*expected)
+    assert not config.one_launch or config.chunk >= 32 * config.num_warps, "a thread has two slots of a histogram"
+
+
+@pytest.mark.parametrize("experts", [31, 32, 64, 127, 128, 1024])
+def test_bins_have_one_for_dropped_slots(interpreter: None, experts: int) -> None:
+    from hybrid_mxfp8.triton_kernels.route import _bins
+
+    assert _bins(experts) > experts
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1030, 40), (1280, 31), (1030, 300)])
+def test_routing_writes_nothing_beside_its_buffers(
+    interpreter: None, rng: torch.Generator, tokens: int, experts: int
+) -> None:
+    """Scratch memory of exactly the size that is asked for, among guard bytes."""
+    from hybrid_mxfp8.triton_kernels import route
+
+    guards = Guards()
+    ids = guards(random_ids(tokens, 4, experts, rng))
+    sizes = (tokens * 4,), (tokens, 4), (3 * experts + 2,), (route.scratch_elements(tokens * 4, experts),)
+    outputs = [guards.out(torch.zeros(size, dtype=torch.int32)) for size in sizes]
+    guards.ready()
+    route.route(ids, experts, *outputs)
+    guards.check()
+
+
 def slots_of(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     ids = random_ids(tokens, top_k, experts, rng)
     return ids, reference_route(ids, experts)["slot_row"]
@@ -191,3 +237,39 @@ def test_expert_bias_kernel_is_its_twin(interpreter: None, rng: torch.Generator,
     untouched = torch.ones(15, dtype=torch.bool)
     untouched[rows] = False
     assert torch.equal(got[untouched], y[untouched])
+
+
+@pytest.mark.parametrize("bias_dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_bias_of_another_dtype_is_added_in_fp32(
+    interpreter: None, rng: torch.Generator, dtype: torch.dtype, bias_dtype: torch.dtype
+) -> None:
+    from hybrid_mxfp8.triton_kernels.combine import combine
+    from hybrid_mxfp8.triton_kernels.expert_bias import add_expert_bias
+
+    slot_row, ids = torch.arange(32, dtype=torch.int32).view(16, 2), torch.arange(32).view(16, 2) % 4
+    y, bias = torch.randn(32, 64, generator=rng).to(dtype), torch.randn(4, 64, generator=rng).to(bias_dtype)
+    expected = (y.float() + bias[ids.reshape(-1)].float()).to(dtype)
+    for add in (add_expert_bias, moe_reference.add_expert_bias):
+        got = y.clone()
+        add(got, slot_row, ids, bias)
+        assert torch.equal(got, expected)
+    weights = torch.randn(16, 2, generator=rng).to(bias_dtype)
+    terms = weights.float()[:, :, None] * (y.float() + bias[ids.reshape(-1)].float()).view(16, 2, 64)
+    for add_up in (combine, moe_reference.combine):
+        out = torch.empty(16, 64, dtype=dtype)
+        add_up(y, slot_row, ids, weights, bias, out)
+        assert torch.equal(out, (terms[:, 0] + terms[:, 1]).to(dtype))
+
+
+@pytest.mark.parametrize("top_k", [16, 17, 20])
+def test_combine_of_many_choices(interpreter: None, rng: torch.Generator, top_k: int) -> None:
+    """More than are unrolled."""
+    from hybrid_mxfp8.triton_kernels.combine import combine
+
+    slot_row = torch.arange(3 * top_k, dtype=torch.int32).view(3, top_k)
+    y, weights = torch.randn(3 * top_k, 32, generator=rng), torch.randn(3, top_k, generator=rng)
+    got, expected = torch.empty(3, 32), torch.empty(3, 32)
+    combine(y, slot_row, slot_row.clone(), weights, None, got)
+    moe_reference.combine(y, slot_row, slot_row.clone(), weights, None, expected)
+    assert torch.equal(got, expected)

@@ -84,6 +84,15 @@ def test_the_portable_product_is_repeated(product: Arguments, device: Device, mo
     assert [name for name, *_ in warm(mx.grouped_gemm, product, device)] == ["grouped_gemm_kernel"]
 
 
+@pytest.mark.parametrize("part", ["values", "scales"])
+def test_unaligned_weights_go_to_the_portable_kernel(part: str, product: Arguments, device: Device) -> None:
+    """TMA reads from 16-byte boundaries."""
+    operand = getattr(product["w"], part)
+    there = aligned_bytes(operand.numel() + 8)[8:].view(operand.dtype).view(operand.shape)
+    unaligned = _w(product, **{part: there})
+    assert [name for name, *_ in run(mx.grouped_gemm, unaligned, device)] == ["grouped_gemm_kernel"]
+
+
 # ---------------------------------------------------------------- what is not the same call
 
 
