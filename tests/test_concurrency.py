@@ -318,7 +318,10 @@ def test_capture_uses_a_workspace_on_any_stream(on_gpu: Any, tally: Any) -> None
 
 
 def test_the_first_call_waits_where_the_memory_came_from(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
-    """What PyTorch's allocator gave out there may still be in use by what was queued before. A copy's memory is a copy's."""
+    """What PyTorch's allocator gave out there may still be in use by what was queued before. A copy's memory is a copy's.
+
+    From then on the workspace is its stream's, also where the two are one.
+    """
     streams = Streams(monkeypatch)
     monkeypatch.setattr(moe_workspace, "_current_stream", lambda device: streams.current)
     _, w13q, w2q = layer_and_weights()
@@ -333,6 +336,12 @@ def test_the_first_call_waits_where_the_memory_came_from(monkeypatch: pytest.Mon
         use(workspace)
         use(copied)
         use(copied)
+        streams.on(48)
+        for each in (workspace, copied):
+            with pytest.raises(
+                ValueError, match="workspace: must be used on one stream, and its last call was on 0x10"
+            ):
+                use(each)
         assert streams.waits == ([(16, 0)] if made_on == 0 else []) + [(16, 32)]
         streams.waits.clear()
     tally("concurrent calls", 6)

@@ -15,6 +15,8 @@ import torch
 from test_thin_host import Recorder
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import moe_reference, moe_workspace
+from hybrid_mxfp8.backends import BACKENDS
 
 MIN_SNR_DB = 22.0
 """Of a layer of normal data, which is at 23.1 to 24.2 dB in layers as small as these; ``moe_forward`` says why not more."""
@@ -149,6 +151,28 @@ def test_nothing_to_do(backend: str, rng: torch.Generator, tokens: int) -> None:
     assert not y.any()
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_layer_is_its_steps(backend: str, rng: torch.Generator, bias: bool) -> None:
+    """The public functions one after the other, with the rounding that saturates nothing: the same bits."""
+    layer = moe_truth.make_layer(rng, tokens=11, hidden=96, bias=bias, dropped=True)
+    w13q, w2q = quantized(layer)
+    slots, experts = layer.ids.numel(), layer.w2.shape[0]
+    row_token, slot_row = torch.empty(slots, dtype=torch.int32), torch.empty(layer.ids.shape, dtype=torch.int32)
+    layout = torch.empty(3 * experts + 2, dtype=torch.int32)
+    moe_reference.route(layer.ids, experts, row_token, slot_row, layout)
+    groups = mx.GroupLayout.from_counts(layout[:experts].clone(), slots)
+    with mx.use_backend(backend):
+        xq = mx.quantize_grouped(layer.x, groups, row_index=row_token, scale_rounding="rceil")
+        h = mx.grouped_gemm(xq, w13q)
+        if layer.w13_bias is not None:
+            moe_reference.add_expert_bias(h, slot_row, layer.ids, layer.w13_bias)
+        hq = mx.quantize_grouped(h, groups, activation="swiglu", scale_rounding="rceil")
+        y = mx.grouped_gemm(hq, w2q)
+    expected = torch.empty_like(layer.x)
+    moe_reference.combine(y, slot_row, layer.ids, layer.weights, layer.w2_bias, expected)
+    assert torch.equal(run(layer, backend), expected)
+
+
 def test_rows_and_weights_with_strides(backend: str, rng: torch.Generator) -> None:
     layer = moe_truth.make_layer(rng, tokens=6)
     strided = dataclasses.replace(
@@ -167,6 +191,12 @@ def test_out(backend: str, rng: torch.Generator) -> None:
     assert y.data_ptr() == whole.data_ptr()
     assert torch.equal(y, run(layer, backend))
     assert torch.equal(whole[:, 64:], torch.full((9, 32), 3.0, dtype=torch.bfloat16))
+
+
+def test_one_row_of_out_may_have_any_stride(rng: torch.Generator) -> None:
+    layer = moe_truth.make_layer(rng, tokens=1)
+    out = torch.zeros(64, dtype=torch.bfloat16).as_strided((1, 64), (1, 1))
+    assert torch.equal(run(layer, "reference", out=out), run(layer, "reference"))
 
 
 def poison(workspace: mx.MoEWorkspace) -> None:
@@ -244,8 +274,6 @@ def test_workspace_of_a_large_layer() -> None:
 
 
 def test_workspace_keeps_only_so_many_batch_sizes(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_mxfp8 import moe_workspace
-
     monkeypatch.setattr(moe_workspace, "KEPT_BATCH_SIZES", 3)
     workspace = mx.MoEWorkspace(*quantized(moe_truth.make_layer(rng)), max_tokens=9, top_k=2, backend="reference")
     shape = workspace.shape
@@ -260,8 +288,6 @@ def test_workspace_serves_a_backend_that_needs_more(
     interpreter: None, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made for one backend, used with another: what that needs beyond it comes once for all batch sizes, and stays."""
-    from hybrid_mxfp8.backends import BACKENDS
-
     given: list[torch.Tensor | None] = []
     triton = BACKENDS["triton"]
 
@@ -281,10 +307,21 @@ def test_workspace_serves_a_backend_that_needs_more(
     assert len({w.data_ptr() for w in given if w is not None}) == 1
 
 
+@pytest.mark.parametrize("needed", ["n", "k"])
+def test_workspace_holds_what_either_product_needs(
+    needed: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N and K are 64 and 96 of the first, 96 and 32 of the second."""
+    needy = dataclasses.replace(BACKENDS["reference"], workspace_size=lambda problem: getattr(problem, needed))
+    monkeypatch.setitem(BACKENDS, "reference", needy)
+    layer = moe_truth.make_layer(rng, hidden=96, intermediate=32)
+    workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=4, top_k=2, backend="reference")
+    assert workspace._largest.gemm is not None
+    assert workspace._largest.gemm.numel() == 96
+
+
 def test_workspace_keeps_what_it_outgrew(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs write it: what a batch size was given stays, however many other sizes come. Fewer rows may need more."""
-    from hybrid_mxfp8 import moe_workspace
-
     monkeypatch.setattr(moe_workspace, "KEPT_BATCH_SIZES", 1)
     monkeypatch.setattr(moe_workspace, "_gemm_bytes", lambda shape, tokens, backends: {3: 300, 4: 500}.get(tokens, 200))
     monkeypatch.setattr(moe_workspace, "_scratch_elements", lambda shape, tokens, backends: {4: 70}.get(tokens, 50))
@@ -330,6 +367,24 @@ def test_module_survives_a_state_dict_and_a_change_of_dtype(rng: torch.Generator
     assert torch.equal(second(layer.x, layer.ids, layer.weights), y)
     assert torch.equal(first.to(torch.float16)(layer.x, layer.ids, layer.weights), y)
     assert first.w13_values.dtype == torch.uint8
+
+
+def test_module_asks_its_backend_to_quantize(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = moe_truth.make_layer(rng)
+    absent = dataclasses.replace(BACKENDS["triton"], available=lambda device: (False, "not here"))
+    monkeypatch.setitem(BACKENDS, "triton", absent)
+    with pytest.raises(mx.BackendUnavailableError, match=r"^backend triton: not here$"):
+        mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend="triton")
+
+
+def test_biases_of_a_module_need_no_grad(rng: torch.Generator) -> None:
+    layer = moe_truth.make_layer(rng, bias=True)
+    assert layer.w13_bias is not None
+    assert layer.w2_bias is not None
+    biases = {"w13_bias": layer.w13_bias.requires_grad_(), "w2_bias": layer.w2_bias.requires_grad_()}
+    experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, **biases, backend="reference")
+    assert not any(buffer.requires_grad for buffer in experts.buffers())
+    experts(layer.x, layer.ids, layer.weights)
 
 
 @pytest.fixture
@@ -412,7 +467,11 @@ def test_workspace_errors(good: dict[str, Any]) -> None:
     for options, kind, message in (
         ({"max_tokens": 0, "top_k": 2}, ValueError, "max_tokens: must be at least 1, got 0"),
         ({"max_tokens": 4, "top_k": 2.0}, TypeError, "top_k: must be an int, got float"),
-        ({"max_tokens": 2**30, "top_k": 2}, ValueError, "must fit int32, got 2147483648"),
+        (  # with the experts' padding
+            {"max_tokens": 2**30 - 1, "top_k": 2},
+            ValueError,
+            "max_tokens: M * top_k, and each expert's padding, must fit int32, got 2147483646",
+        ),
         (
             {"max_tokens": 4, "top_k": 2, "dtype": torch.int8},
             TypeError,
@@ -433,6 +492,50 @@ def test_workspace_errors(good: dict[str, Any]) -> None:
     message = r"^workspace: must be made for top_k = 2, dtype = bfloat16, device = cpu, got 3, float16, meta$"
     with pytest.raises(ValueError, match=message):
         mx.moe_forward(**good, workspace=other)
+
+
+def test_memory_of_one_call_must_fit_int32(good: dict[str, Any]) -> None:
+    shape = moe_workspace.shape_of(good["w13q"], good["w2q"], 2, torch.bfloat16)
+    chosen = moe_workspace.choose_backends(shape, 1, "reference")
+    with pytest.raises(ValueError, match=r"^x: M \* top_k, and each expert's padding, must fit int32, got 2147483646$"):
+        moe_workspace.allocate(shape, 2**30 - 1, chosen)
+
+
+READ = (
+    "x",
+    "topk_ids",
+    "topk_weights",
+    "w13_bias",
+    "w2_bias",
+    "w13q.values",
+    "w13q.scales",
+    "w2q.values",
+    "w2q.scales",
+)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_out_lies_apart_from_all_that_is_read(good: dict[str, Any], name: str) -> None:
+    """It begins 16 bytes before the end of one of them."""
+    good |= {"w13_bias": torch.zeros(5, 64), "w2_bias": torch.zeros(5, 64)}
+    owner, _, part = name.partition(".")
+    tensor = getattr(good[owner], part) if part else good[owner]
+    size = tensor.numel() * tensor.itemsize
+    memory = torch.zeros(size + 9 * 64 * 2, dtype=torch.uint8)
+    there = memory[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    good[owner] = dataclasses.replace(good[owner], **{part: there}) if part else there
+    out = memory[size - 16 :][: 9 * 64 * 2].view(torch.bfloat16).view(9, 64)
+    with pytest.raises(ValueError, match=f"^out: must not overlap {name}, got"):
+        mx.moe_forward(**good, out=out)
+
+
+def test_out_over_x_has_its_rows(good: dict[str, Any]) -> None:
+    """At the same place, but a row of it over two of x."""
+    memory = torch.zeros(18, 64, dtype=torch.bfloat16)
+    good["x"] = memory[:9].copy_(good["x"])
+    mx.moe_forward(**good, out=good["x"])
+    with pytest.raises(ValueError, match=r"^out: must not overlap x, got"):
+        mx.moe_forward(**good, out=memory[::2])
 
 
 def test_inputs_that_require_grad_pass_without_grad(good: dict[str, Any]) -> None:

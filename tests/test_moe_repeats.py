@@ -181,6 +181,22 @@ def test_what_is_in_force_is_asked_at_each_call(
     assert set(device.with_tensors) == {False}
 
 
+def test_a_workspace_grows_where_the_hopper_kernel_is_switched_on(
+    layer: Arguments, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gave a batch before is not what that kernel needs."""
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")
+    workspace = mx.MoEWorkspace(layer["w13q"], layer["w2q"], max_tokens=8, top_k=TOP_K)
+    layer["workspace"] = workspace
+    run(mx.moe_forward, layer, device)
+    assert workspace._largest.gemm is None
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1")
+    launched = run(mx.moe_forward, layer, device)
+    assert workspace._largest.gemm is not None
+    given = [arguments[2] for name, _, _, arguments in launched if name == "expand_tokens_kernel"]
+    assert given == [workspace._largest.gemm.data_ptr()] * 2
+
+
 def test_what_no_longer_passes_is_refused(layer: Arguments, device: Device) -> None:
     warm(mx.moe_forward, layer, device)
     out = layer["out"]
