@@ -220,6 +220,16 @@ def test_a_fallback_is_logged_once_as_a_warning(
     assert records(caplog) == [(logging.WARNING, expected)]
 
 
+@pytest.mark.usefixtures("fresh_log")
+def test_a_missing_quantizer_is_logged_as_such(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, triton=(False, "gone"))
+    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
+        assert choose_quantizer(CPU).name == "reference"
+    assert records(caplog) == [(logging.WARNING, "quantize on cpu falls back to backend reference (triton: gone)")]
+
+
 @pytest.mark.usefixtures("fresh_log", "all_available")
 def test_a_named_backend_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "hybrid_mxfp8"):
@@ -254,7 +264,7 @@ def test_backends_says_for_each_whether_and_why() -> None:
     assert all(reason and "\n" not in reason for _, reason in answers.values())
 
 
-def capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int]) -> torch.device:
+def capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int] | None) -> torch.device:
     """A CUDA device of this compute capability, without one."""
     monkeypatch.setattr(MODULE, "_capability", lambda device: value if device.type == "cuda" else None)
     monkeypatch.setattr(MODULE, "_interpreted", lambda: False)
@@ -272,6 +282,21 @@ def test_answers_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int
         ok, reason = answers["cutlass"]
         assert not ok
         assert reason.startswith(f"needs compute capability 10.0 or 10.3, got {named}")
+
+
+@pytest.mark.parametrize(("value", "expected"), [((8, 0), False), ((8, 9), True), (None, False)])
+def test_hardware_of_triton(value: tuple[int, int] | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is too old misses nothing: no warning that it falls back."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    device = capability(monkeypatch, value)
+    assert BACKENDS["triton"].hardware(device) is expected
+
+
+def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    ok, reason = BACKENDS["triton"].available(capability(monkeypatch, (9, 4)))
+    assert not ok
+    assert "ROCm" in reason
 
 
 def test_triton_refuses_other_devices() -> None:

@@ -242,6 +242,12 @@ def test_group_layout(build: Callable[..., mx.GroupLayout], name: str, case: Cas
     raises(case, lambda given, num_tokens: build(given, num_tokens), good)
 
 
+def test_many_experts_of_few_tokens_fit_int32() -> None:
+    """At most as many are padded as there are tokens: of 2**25 experts nine can have any."""
+    counts = torch.empty(2**25, dtype=torch.int32, device=META)
+    assert mx.GroupLayout.from_counts(counts, 9).num_tokens == 9
+
+
 SCALES = groups().scale_rows
 GROUPED_MXFP8 = [
     Case({"groups": [2, 3]}, TypeError, r"^groups: must be a GroupLayout, got list$"),

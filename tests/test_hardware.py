@@ -46,5 +46,12 @@ def test_not_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hardware.compiles_kernels(GPU)
 
 
+def test_devices_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [hardware.existing_device(f"cuda:{index}").index for index in range(2)] == [0, 1]
+    with pytest.raises(ValueError, match=r"^device: there are 2 GPUs that this PyTorch can use, got 'cuda:2'"):
+        hardware.existing_device("cuda:2")
+
+
 def test_not_on_a_cpu() -> None:
     assert not hardware.compiles_kernels(torch.device("cpu"))

@@ -10,6 +10,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import ops
@@ -69,6 +70,11 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(
     assert checks == []
 
 
+def elsewhere(groups: mx.GroupLayout) -> mx.GroupLayout:
+    parts = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+    return mx.GroupLayout(*(part.to("meta") for part in parts), groups.num_tokens)
+
+
 WRONG: dict[str, tuple[str, Callable[[torch.Tensor, mx.GroupLayout], object]]] = {
     "dtype": ("x", lambda x, g: quantize(x.double(), g)),
     "K": ("x", lambda x, g: quantize(x[:, :48], g)),
@@ -81,9 +87,15 @@ WRONG: dict[str, tuple[str, Callable[[torch.Tensor, mx.GroupLayout], object]]] =
     "unhashable rounding": ("scale_rounding", lambda x, g: quantize(x, g, scale_rounding=["rceil"])),
     "activation": ("activation", lambda x, g: quantize(x, g, activation="gelu")),
     "index dtype": ("row_index", lambda x, g: quantize(x, g, row_index=torch.zeros(9, dtype=torch.int64))),
+    "index device": (
+        "row_index",
+        lambda x, g: quantize(x, g, row_index=torch.arange(9, dtype=torch.int32, device="meta")),
+    ),
     "index stride": ("row_index", lambda x, g: quantize(x, g, row_index=torch.zeros(18, dtype=torch.int32)[::2])),
     "counts dtype": ("groups", lambda x, g: quantize(x, g.tokens_per_expert.short())),
     "counts stride": ("groups", lambda x, g: quantize(x, torch.zeros(6, dtype=torch.int32)[::2])),
+    "counts device": ("x", lambda x, g: quantize(x, g.tokens_per_expert.to("meta"))),
+    "groups device": ("x", lambda x, g: quantize(x, elsewhere(g))),
     "groups": ("groups", lambda x, g: quantize(x, [4, 0, 5])),
     "out": ("out", lambda x, g: quantize(x, g, out=(x, x))),
     "out of fewer rows": ("out", lambda x, g: quantize(x, g, out=quantize(x[:8], cases.layout([3, 0, 5], 8)))),
@@ -123,7 +135,10 @@ def test_products_are_found_by_all_that_was_checked(
     mx.grouped_gemm(xq, wq, out=out, backend="reference")
     other = mx.quantize_weights(torch.randn(3, 16, 96, generator=rng), backend="reference")
     fewer = mx.quantize_weights(torch.randn(2, 16, 64, generator=rng), backend="reference")
+    two = quantize(x, cases.layout([4, 5], 9))
     for argument, call in (
+        ("w", lambda: mx.grouped_gemm(xq, wq.to("meta"), backend="reference")),
+        ("w", lambda: mx.grouped_gemm(two, wq, backend="reference")),
         ("w", lambda: mx.grouped_gemm(xq, other, backend="reference")),
         ("w", lambda: mx.grouped_gemm(xq, fewer, backend="reference")),
         ("w", lambda: mx.grouped_gemm(xq, xq, backend="reference")),
@@ -149,3 +164,14 @@ def test_a_copy_has_seen_nothing() -> None:
         copied.add("b", 2)
         assert copied.get("b") == 2
         assert seen.get("b") is None
+
+
+def test_fake_tensors_are_traced_after_real_ones_of_their_looks(
+    backend: str, x: torch.Tensor, groups: mx.GroupLayout
+) -> None:
+    out = mx.quantize_grouped(x, groups, backend=backend)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        pytest.raises(ValueError, match=r"^out: must be None under"),
+    ):
+        mx.quantize_grouped(mode.from_tensor(x), groups, out=out, backend=backend)
