@@ -211,6 +211,29 @@ def test_writes_that_pytorch_counts_are_seen(experts: torch.nn.Module) -> None:
         assert torch.equal(experts(*arguments()), 2 * first)
 
 
+def test_other_memory_of_a_parameter_is_seen(experts: torch.nn.Module) -> None:
+    """As ``Module.to`` gives it: the parameter and its count of writes stay, and only the address tells."""
+    with torch.no_grad(), mx.use_backend("reference"):
+        first = experts(*arguments())
+        version = experts.down_proj._version
+        experts.down_proj.data = 2 * experts.down_proj.data
+        assert experts.down_proj._version == version
+        assert torch.equal(experts(*arguments()), 2 * first)
+
+
+def test_inference_tensors_are_quantized_once(experts: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count no writes."""
+    quantized: list[object] = []
+    quantize = integration._quantize
+    monkeypatch.setattr(integration, "_quantize", lambda module: (quantized.append(module), quantize(module))[1])
+    with torch.inference_mode(), mx.use_backend("reference"):
+        for name in integration.WEIGHTS:
+            setattr(experts, name, torch.nn.Parameter(getattr(experts, name).clone(), requires_grad=False))
+        assert experts.down_proj.is_inference()
+        assert torch.equal(experts(*arguments()), experts(*arguments()))
+    assert len(quantized) == 1
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_after_a_forward_quantizes_its_own(
     experts: torch.nn.Module, make_copy: Callable[[torch.nn.Module], torch.nn.Module]
@@ -237,13 +260,18 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, torch.tensor([[0, 1], [2, 3], [1, 4], [0, 0], [3, 2]]), torch.full((5, 2), 0.5)
 
 
+def add_bias(experts: torch.nn.Module) -> None:
+    """Of zeros."""
+    experts.has_bias = True
+    experts.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(4, 192, dtype=torch.bfloat16))
+    experts.down_proj_bias = torch.nn.Parameter(torch.zeros(4, 64, dtype=torch.bfloat16))
+
+
 def test_experts_with_bias_and_transposed(experts: torch.nn.Module) -> None:
     """As other models of transformers have them; expert id 4 of 4 is a sentinel of expert parallelism."""
     with torch.no_grad(), mx.use_backend("reference"):
         plain = experts(*arguments())
-        experts.has_bias = True
-        experts.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(4, 192, dtype=torch.bfloat16))
-        experts.down_proj_bias = torch.nn.Parameter(torch.zeros(4, 64, dtype=torch.bfloat16))
+        add_bias(experts)
         assert torch.equal(experts(*arguments()), plain)
         experts.down_proj_bias.fill_(1.0)
         shifted = experts(*arguments()).float() - plain.float()
@@ -256,6 +284,34 @@ def test_experts_with_bias_and_transposed(experts: torch.nn.Module) -> None:
             setattr(experts, name, torch.nn.Parameter(getattr(experts, name).transpose(1, 2).contiguous()))
         experts.is_transposed = True
         assert torch.equal(experts(*arguments()), plain)
+
+
+def test_quantizing_in_place_keeps_no_bias_and_no_lazy_copy() -> None:
+    model = models.make("Mixtral")
+    model.set_experts_implementation("hybrid_mxfp8")
+    modules = models.experts_modules(model)
+    add_bias(modules[0])
+    with torch.no_grad(), mx.use_backend("reference"):
+        expected = modules[0](*arguments())
+        integration.quantize_model_(model, progress=False)
+        assert torch.equal(modules[0](*arguments()), expected)
+    for module in modules:
+        assert getattr(module, integration._CACHE, None) is None
+        assert not list(module.parameters())
+
+
+def test_backend_of_a_quantized_model_is_that_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.make("Mixtral")
+    integration.quantize_model_(model, progress=False, backend="reference")
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "cutlass")  # which can't run here
+    modules = models.experts_modules(model)
+    assert [module.mxfp8.backend for module in modules] == ["reference"] * len(modules)
+    modules[0](*arguments())
+
+
+def lie_the_other_way(module: torch.nn.Module) -> None:
+    module.is_transposed = True
+    module.down_proj = torch.nn.Parameter(torch.zeros(4, 40, 64))
 
 
 def cut_after_silu(module: torch.nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
@@ -282,6 +338,7 @@ def cut_after_silu(module: torch.nn.Module, gate_up: torch.Tensor) -> torch.Tens
             lambda e: setattr(e, "down_proj", torch.nn.Parameter(torch.zeros(4, 64, 40))),
             "H = 64 and I = 40 are not both",
         ),
+        (lie_the_other_way, "H = 64 and I = 40 are not both"),
     ],
 )
 def test_experts_it_can_not_compute(experts: torch.nn.Module, change: object, reason: str) -> None:
