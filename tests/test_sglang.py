@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import random
 from typing import Any
 
@@ -9,10 +11,12 @@ import cases
 import pytest
 import sglang_case
 import torch
+from fake_hopper import aligned_bytes, moved
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.backends import BACKENDS
 from hybrid_mxfp8.compat import sglang
 from hybrid_mxfp8.formats import padded_scale_rows
 
@@ -204,6 +208,15 @@ def test_kernel_and_reference_make_the_same_layout(
             assert torch.equal(mine, theirs)
 
 
+def test_scales_near_the_end_of_int32(interpreter: None) -> None:
+    """Their expert's rows end beyond it."""
+    from hybrid_mxfp8.triton_kernels.caller_layout import caller_layout
+
+    tokens, starts = torch.tensor([3, 1], dtype=torch.int32), torch.tensor([2**31 - 1, 0], dtype=torch.int32)
+    for function in (caller_layout, sglang.reference_layout):
+        assert function(tokens, starts, 4, 2**31 - 128)[2].tolist() == [2**31 - 128, 0, 2**31 - 128]
+
+
 def test_layout_by_hand() -> None:
     tokens, starts = torch.tensor([3, 200, 0], dtype=torch.int32), torch.tensor([256, 512, 900], dtype=torch.int32)
     parts = sglang.reference_layout(tokens, starts, 203, 1024)
@@ -228,6 +241,33 @@ def test_workspace_that_is_too_small_says_what_is_needed() -> None:
     with pytest.raises(ValueError, match=r"workspace: must have at least 746 bytes .*, got 745"):
         sglang._aligned_part(shifted, 746)
     assert sglang._aligned_part(shifted, 745).numel() == 745
+
+
+def test_where_nothing_is_needed_any_workspace_will_do() -> None:
+    shifted = aligned_bytes(512)[1:]
+    for size in (0, 1):
+        assert sglang._aligned_part(shifted[:size], 0).numel() == 0
+
+
+ARGUMENTS = {
+    **{"w_values": "a", "w_scales": "sfa", "x_values": "b", "x_scales": "sfb"},
+    **{"tokens": "tokens_per_expert", "scale_starts": "blockscale_offsets"},
+}
+
+
+@pytest.mark.parametrize("field", ARGUMENTS)
+def test_a_workspace_inside_an_operand_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much of it as the backend takes."""
+    needy = dataclasses.replace(BACKENDS["reference"], workspace_size=lambda problem: 8)
+    monkeypatch.setitem(BACKENDS, "reference", needy)
+    case = sglang_case.random_case([3, 1], 128, 128, torch.bfloat16, seed=8)
+    with mx.use_backend("reference"):
+        case.quantize()
+        case.multiply(WORKSPACE, torch.bfloat16)
+        operand = moved(getattr(case, field))
+        setattr(case, field, operand)
+        with pytest.raises(ValueError, match=f"^workspace: must not overlap {ARGUMENTS[field]}, got"):
+            case.multiply(operand.view(torch.uint8).view(-1), torch.bfloat16)
 
 
 # ---------------------------------------------------------------- errors
@@ -303,3 +343,18 @@ def test_product_refuses_another_number_of_experts() -> None:
     one = {"tokens_per_expert": int32(4), "expert_offsets": int32(0), "blockscale_offsets": int32(0)}
     with pytest.raises(ValueError, match=r"tokens_per_expert: must have shape \(E,\) = \(2,\), got \(1,\)"):
         sglang.es_sm100_mxfp8_blockscaled_moe_grouped_gemm(**{**GEMM, **one})
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(2**31 - 1, True), (2**31, False)])
+def test_scales_of_2_to_the_31_rows_are_refused(rows: int, fits: bool) -> None:
+    on_meta = {name: tensor.to("meta") for name, tensor in QUANT.items()}
+    on_meta["scale_factor"] = torch.empty(rows, 4, dtype=torch.uint8, device="meta")
+    message = r"^scale_factor: must have fewer than 2\*\*31 rows, got 2147483648$"
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=message):
+        sglang.es_sm100_mxfp8_blockscaled_grouped_quant(**on_meta)
+
+
+def test_unaligned_scales_of_a_product_are_refused() -> None:
+    unaligned = aligned_bytes(256 * 4 + 8)[8:].view(256, 4)
+    with pytest.raises(ValueError, match=r"^sfb: must start at a 16-byte boundary, got address 0x"):
+        sglang.es_sm100_mxfp8_blockscaled_moe_grouped_gemm(**{**GEMM, "sfb": unaligned})
