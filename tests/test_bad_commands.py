@@ -182,6 +182,7 @@ LOADED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("scales as weights", {"names": "w_scale_inv"}, ValueError, "w_scale_inv: dtype must be F8_E4M3, got U8$"),
     ("no such device", {"device": "tpu0"}, ValueError, "^device: must be a torch.device or the name of one, got 'tpu0'$"),
     ("no such GPU", {"device": "cuda:63"}, ValueError, "^device: there are .* got 'cuda:63'$"),
+    ("no such GPU, nor a file", {"device": "cuda:63", "path": "/nowhere"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ("a device a number", {"device": 1.5}, ValueError, "^device: must be a torch.device"),
     ("no such file", {"path": "/nowhere/at/all"}, FileNotFoundError, "no such file or folder"),
 ]  # fmt: skip

@@ -147,6 +147,23 @@ def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None
     assert same(checkpoint.load_experts(tmp_path, NAME), experts)
 
 
+def test_only_experts_are_found(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Among other matrices that are MXFP8, too."""
+    values, scales = linear(experts)
+    tensors = {}
+    for name in ("layers.0.experts.0.w", "layers.0.shared_experts.0.w", "layers.0.self_attn.w"):
+        tensors |= {name: values[0].clone(), name + "_scale_inv": scales[0].clone()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert checkpoint.find_experts(tmp_path) == {"layers.0.experts.*.w": (1, 40, 96)}
+
+
+def test_metadata_are_those_of_all_files(tmp_path: Path) -> None:
+    for name in "ab":
+        save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors", metadata={name: "said"})
+    with checkpoint.Checkpoint(tmp_path) as found:
+        assert found.metadata == {"a": "said", "b": "said"}
+
+
 def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_text("precious")
@@ -307,6 +324,35 @@ def test_two_files_with_one_tensor_are_refused(experts: mx.ExpertWeights, tmp_pa
         save_file(broken(experts), tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"b.safetensors: tensor 'w\w*' is in another file"):
         checkpoint.load_experts(tmp_path, "w")
+
+
+def test_files_of_a_refused_checkpoint_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    class Handle:
+        """Of a file with one tensor, ``w``."""
+
+        def __init__(self, file: Path) -> None:
+            self.file = file
+
+        def __enter__(self) -> Handle:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            closed.append(self.file.stem)
+
+        def keys(self) -> list[str]:
+            return ["w"]
+
+        def metadata(self) -> None:
+            return None
+
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").touch()
+    monkeypatch.setattr(checkpoint, "_open", Handle)
+    with pytest.raises(ValueError, match=r"b\.safetensors: tensor 'w' is in another file"):
+        checkpoint.Checkpoint(tmp_path)
+    assert closed == ["b", "a"]
 
 
 def test_what_is_absent_is_an_error_of_its_own(tmp_path: Path) -> None:

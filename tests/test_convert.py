@@ -19,6 +19,7 @@ OTHERS = {
     "model.embed_tokens.weight": torch.arange(60, dtype=torch.float32).reshape(12, 5).bfloat16(),
     "model.layers.0.mlp.experts.gate_up_proj_bias": torch.ones(3, 40),
     "model.layers.0.mlp.experts.scale": torch.tensor([1.5, 2.5]),
+    "model.layers.0.input_layernorm.weight": torch.ones(96),
     "model.layers.0.mlp.gate.weight": torch.linspace(-1, 1, 96).reshape(3, 32).half(),
     "steps": torch.tensor(7, dtype=torch.int64),
     "mask": torch.tensor([True, False, True]),
@@ -91,6 +92,20 @@ def test_blocks_of_rows_do_not_show(
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "blocks.safetensors").read_bytes()
 
 
+def test_progress_is_told_in_bytes_of_the_source(
+    source: Path, tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each block of rows, at least one, and of each tensor that is copied: together those of the file."""
+    told: list[tuple[str, int]] = []
+    monkeypatch.setattr(convert, "BLOCK_ELEMENTS", 32)
+    options, target = convert.Options((MATRICES[0],)), tmp_path / "out.safetensors"
+    with mx.use_backend("reference"):
+        convert.convert_file(source, target, options, convert.Summary(), lambda *said: told.append(said))
+    assert [said for said in told if said[0] == MATRICES[0]] == [(MATRICES[0], 64 * 2)] * 24
+    assert sum(size for _, size in told) == sum(tensor.nbytes for tensor in tensors.values())
+    assert same_bytes(load_file(target)[MATRICES[0]], reference.quantize(tensors[MATRICES[0]])[0])
+
+
 def test_summary_counts_bytes_and_finds_the_worst(
     tensors: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +172,7 @@ def test_a_pattern_without_a_match_lists_some_names(
         ("w", torch.zeros(4, 32, dtype=torch.float64), "w: dtype must be BF16, F16 or F32, got F64: only those"),
         ("w", torch.full((4, 32), float("inf")), "w: holds NaN or Inf"),
         ("w", torch.full((2, 4, 32), float("nan")), "w[0]: holds NaN or Inf"),
+        ("w", torch.full((2, 32), torch.finfo(torch.float32).max), "w: holds NaN or Inf"),  # rounded, 2**128
     ],
 )
 def test_what_cannot_be_quantized_leaves_nothing_behind(

@@ -180,6 +180,16 @@ def test_out_of_a_compiled_layer(rng: torch.Generator) -> None:
     assert torch.equal(out, returned)
 
 
+def test_a_wrong_out_of_a_traced_layer_is_refused(rng: torch.Generator) -> None:
+    """And not converted by the copy that fills it."""
+    layer = moe_truth.to(moe_truth.make_layer(rng), "meta")
+    w13q, w2q = mx.quantize_weights(layer.w13), mx.quantize_weights(layer.w2)
+    call = (layer.x, w13q, w2q, layer.ids, layer.weights)
+    assert mx.moe_forward(*call, out=torch.empty_like(layer.x)).shape == layer.x.shape
+    with pytest.raises(TypeError, match=r"^out: dtype must be bfloat16, got float32"):
+        mx.moe_forward(*call, out=torch.empty(layer.x.shape, device="meta"))
+
+
 def test_buffers_are_refused_under_compile(rng: torch.Generator) -> None:
     """Rows that no expert owns keep what they hold in an eager call's ``out``; a traced one could only copy over them."""
     x, groups = cases.random_rows(9, K, torch.bfloat16, rng), cases.layout([9])

@@ -98,6 +98,12 @@ def test_grouped_operand_has_the_defined_bytes(rounding: str, rng: torch.Generat
     assert np.array_equal(truth.as_bytes(out.scales).reshape(-1), stored)
 
 
+def test_operands_dequantize_to_fp32(rng: torch.Generator) -> None:
+    xq = mx.quantize_grouped(torch.randn(7, 96, generator=rng), cases.layout([3, 0, 4]), backend="reference")
+    wq = mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
+    assert xq.dequantize().dtype == wq.dequantize().dtype == torch.float32
+
+
 def test_grouped_dequantize_is_the_dequantized_rows_and_zero_beyond(rng: torch.Generator) -> None:
     counts, num_tokens = cases.RAGGED["rows beyond the groups"]
     x = cases.random_rows(num_tokens, 96, torch.float32, rng)
