@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,14 +97,20 @@ def test_a_chosen_folder_is_told_from_others_by_its_contents(
     carriers(site, deep_gemm="4.8.1")
     assert headers.find_cutlass().identity == "4.8.1"
     identities = []
-    for name, text in (("a", "// 1"), ("b", "// 2"), ("c", "// 1")):
+    for name, header, text in (
+        ("a", "layout.hpp", "// 1"),
+        ("b", "layout.hpp", "// 2"),
+        ("c", "layout.hpp", "// 1"),
+        ("d", "shape.hpp", "// 1"),
+    ):
         make_cutlass(tmp_path / name / "include", "4.8.1")
         (tmp_path / name / "include" / "cute").mkdir()
-        (tmp_path / name / "include" / "cute" / "layout.hpp").write_text(text)
+        (tmp_path / name / "include" / "cute" / header).write_text(text)
         monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / name))
         identities.append(headers.find_cutlass().identity)
     assert all(re.fullmatch(r"4\.8\.1\+[0-9a-f]{8}", identity) for identity in identities)
-    assert identities[0] == identities[2] != identities[1]
+    assert identities[0] == identities[2]
+    assert len(set(identities)) == 3
 
 
 def test_variable_that_names_nothing_is_an_error(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +119,22 @@ def test_variable_that_names_nothing_is_an_error(site: Path, tmp_path: Path, mon
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
     with pytest.raises(BackendUnavailableError, match=r"HYBRID_MXFP8_CUTLASS_DIR: expected a folder"):
         headers.find_cutlass()
+
+
+def test_variable_that_names_old_headers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cutlass(tmp_path / "include", "4.1.9")
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
+    with pytest.raises(BackendUnavailableError, match=r"HYBRID_MXFP8_CUTLASS_DIR: CUTLASS 4\.2 or later .* 4\.1\.9"):
+        headers.find_cutlass()
+
+
+def test_tools_of_a_checkout_are_its_own(tmp_path: Path) -> None:
+    """Not those of a package of another version."""
+    make_cutlass(tmp_path / "include", "4.8.1")
+    tools = tmp_path / "tools" / "util" / "include"
+    (tools / "cutlass" / "util" / "reference" / "host").mkdir(parents=True)
+    (tools / "cutlass" / "util" / "reference" / "host" / "gett.hpp").touch()
+    assert headers.find_cutlass_tools(headers.CutlassHeaders(tmp_path / "include", (4, 8, 1), "a test")) == tools
 
 
 def test_toolkit_is_found_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +174,29 @@ def test_wheels_come_after_path(site: Path, tmp_path: Path, monkeypatch: pytest.
     found = headers.find_cuda()
     assert (found.home, found.origin) == (site / "nvidia" / "cu13", "nvidia-cuda-nvcc")
     assert "too old" in str(headers.cuda_candidates()[0])
+
+
+def test_newest_wheel_and_first_of_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several compilers on PATH a shell calls the first; the others are not looked at."""
+    wheels = tmp_path / "site" / "nvidia"
+    for name, version in (("cu12", "12.9.41"), ("cu13", "13.0.88")):
+        make_nvcc(wheels / name, version)
+    for name, version in (("old", "12.4.10"), ("new", "13.2.20")):
+        make_nvcc(tmp_path / name, version)
+    monkeypatch.setattr(headers, "sys", SimpleNamespace(path=[str(tmp_path / "site")]))
+    for path in ("/nowhere", f"{tmp_path / 'old' / 'bin'}:{tmp_path / 'new' / 'bin'}"):
+        monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
+        assert headers.find_cuda().home == wheels / "cu13"
+
+
+def test_a_compiler_that_was_replaced_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its place, also by a file of an older date."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    make_nvcc(tmp_path / "toolkit", "12.9.41")
+    assert headers.find_cuda().version == (12, 9, 41)
+    shutil.rmtree(tmp_path / "toolkit")
+    os.utime(make_nvcc(tmp_path / "toolkit", "13.0.88"), (1, 1))
+    assert headers.find_cuda().version == (13, 0, 88)
 
 
 def test_no_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

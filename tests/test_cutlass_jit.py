@@ -5,6 +5,7 @@ Hostile file systems and users are in test_cutlass_cache.py.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cutlass_workshop import MODULE, Workshop, open_workshop
@@ -220,3 +222,27 @@ def test_target_needs_a_compiler_that_knows_it(workshop: Workshop) -> None:
     nvcc.write_text(nvcc.read_text().replace("release 13.0, V13.0.88", "release 12.8, V12.8.61"))
     with pytest.raises(BackendUnavailableError, match=r"target 10.3a needs CUDA 12.9 or later.*12\.8\.61"):
         jit.build(jit.Source("toy", workshop.folder / "toy.cu", "10.3a", include=()))
+
+
+def test_a_key_covers_all_that_the_compiler_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler: each setting, and each file of its own, gives another key."""
+    (tmp_path / "own.cuh").write_text("1")
+    (tmp_path / "toy.cu").write_text("2")
+    source = jit.Source("toy", tmp_path / "toy.cu", "9.0", (("A", "1"),), ("-G",), False, (tmp_path,))
+    changed: dict[str, Any] = {"name": "t", "arch": "9.1", "definitions": (("A", "2"),), "flags": (), "tools": True}
+    keys = [source.key(), *(dataclasses.replace(source, **{name: value}).key() for name, value in changed.items())]
+    for owner, name, value in (
+        (jit, "CUDA_FLAGS", ()),
+        (jit, "_tvm_ffi_version", lambda: "0"),
+        (jit.platform, "machine", lambda: "another"),
+        (jit.platform, "system", lambda: "another"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            keys.append(source.key())
+    for file in ("own.cuh", "toy.cu"):
+        (tmp_path / file).write_text("3")
+        keys.append(source.key())
+    (tmp_path / "own.cuh").rename(tmp_path / "renamed.cuh")
+    keys.append(source.key())
+    assert len(set(keys)) == len(keys)

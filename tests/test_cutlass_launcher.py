@@ -263,6 +263,22 @@ def test_failed_build_is_tried_again_in_another_environment(
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("HYBRID_MXFP8_CUTLASS_DIR", "HYBRID_MXFP8_CACHE_DIR", "HYBRID_MXFP8_TRUST_CACHE"),
+        *("CUDA_HOME", "CUDA_PATH", "PATH"),
+    ],
+)
+def test_each_variable_makes_another_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which what failed is tried again."""
+    for variable in ("CUDA_HOME", "HYBRID_MXFP8_TRUST_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    before = launcher._environment()
+    monkeypatch.setenv(name, "1")
+    assert launcher._environment() != before
+
+
+@pytest.mark.parametrize(
     ("n", "k", "out_dtype", "ok"),
     [
         (136, 96, torch.bfloat16, True),
@@ -317,6 +333,9 @@ def test_call_hands_over_the_operands(module: Module, monkeypatch: pytest.Monkey
         (8, 96), (x.groups.scale_rows, 4), (3, 136, 96), (3, 256, 4), (3,), (4,), (4,), (8, 136), (3148,),
     ]  # fmt: skip
     assert call[0].dtype == call[2].dtype == torch.uint8
+    groups = x.groups
+    offsets = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+    assert [t.data_ptr() for t in call[4:7]] == [t.data_ptr() for t in offsets]
     assert call[7] is out
     assert call[8] is workspace
     assert call[9:] == (4, 1, 148, False)
@@ -327,6 +346,19 @@ def test_nothing_to_compute_launches_nothing(module: Module) -> None:
     launcher.grouped_gemm(x, w, torch.empty(0, 136, dtype=torch.bfloat16), None)
     assert module.calls == []
     assert launcher.workspace_size(2, 136, 96, 0, torch.bfloat16, GPU) == 0
+
+
+@pytest.mark.parametrize("nothing", [{"num_experts": 0}, {"num_tokens": 0}], ids=str)
+def test_nothing_to_compute_needs_no_module(
+    nothing: dict[str, int], builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed build of the one that would be chosen is no reason where none is."""
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    ask(monkeypatch, WORKS)
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", FAILS)
+    assert not launcher.can_run(problem(capability=(10, 0)))[0]
+    assert launcher.can_run(problem(capability=(10, 0), **nothing))[0]
 
 
 def test_workspace_size_is_the_modules(module: Module) -> None:
