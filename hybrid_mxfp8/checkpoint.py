@@ -23,7 +23,8 @@ from typing import Any, Final
 
 import torch
 
-from hybrid_mxfp8.formats import BLOCK_SIZE, ceil_div
+from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.fp8_blocks import SCALE_NAMES, block_scales
 from hybrid_mxfp8.hardware import existing_device
 from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.tensors import ExpertWeights
@@ -32,8 +33,7 @@ SCALE_SUFFIXES: Final = ("_scale_inv", "_scale")
 """Of the name of a weight; the first is written, both are read."""
 
 SCALE_DTYPES: Final = ("U8", "F8_E8M0")
-FLOAT_NAMES: Final = {"F32": "fp32", "BF16": "bf16"}
-"""Of the dtypes that FP8 in larger blocks has for its scales."""
+CONVERT_HINT: Final = ": convert it with `python -m hybrid_mxfp8 quantize`"
 
 EXPERT_DIGITS: Final = 9
 """Of an expert's number in a name; a longer one is none."""
@@ -330,7 +330,7 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """The shape of a weight, once it and its scales are known to be MXFP8."""
     weight, place = checkpoint.entry(name), checkpoint.place(name)
     if weight.dtype != "F8_E4M3":
-        hint = ": convert it with `python -m hybrid_mxfp8 quantize`" if weight.dtype in ("BF16", "F16", "F32") else ""
+        hint = CONVERT_HINT if weight.dtype in ("BF16", "F16", "F32") else ""
         raise ValueError(f"{place}: dtype must be F8_E4M3, got {weight.dtype}{hint}")
     if len(weight.shape) not in (2, 3):
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {weight.shape}")
@@ -341,29 +341,21 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     if scale_name is None:
         raise ValueError(f"{place}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
     scale = checkpoint.entry(scale_name)
+    expected = scale_entry(name, weight.shape).shape
+    if scale.shape != expected and block_scales(checkpoint, weight):
+        raise ValueError(
+            f"{place}: must be MXFP8, got FP8 with one {SCALE_NAMES[scale.dtype]} scale a 128x128 block{CONVERT_HINT}"
+        )
     if scale.dtype not in SCALE_DTYPES:
-        fp8 = fp8_of_large_blocks(checkpoint, weight)
         raise ValueError(
             f"{checkpoint.place(scale_name)}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, "
-            + (f"the weight is {fp8}" if fp8 else "but perhaps those of FP8 of whole rows or tensors")
+            "but perhaps those of FP8 of whole rows or tensors"
         )
-    expected = scale_entry(name, weight.shape).shape
     if scale.shape != expected:
         raise ValueError(
             f"{checkpoint.place(scale_name)}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}"
         )
     return weight.shape
-
-
-def fp8_of_large_blocks(checkpoint: Checkpoint, weight: Entry) -> str | None:
-    """What a weight is and what to do, if it is FP8 as DeepSeek-V3 has it: with a scale for each block of 128x128."""
-    scale_name = checkpoint.scale_of(weight.name)
-    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or scale_name is None:
-        return None
-    scale, (n, k) = checkpoint.entry(scale_name), weight.shape[-2:]
-    if scale.dtype not in FLOAT_NAMES or scale.shape != (*weight.shape[:-2], ceil_div(n, 128), ceil_div(k, 128)):
-        return None
-    return f"FP8 with one {FLOAT_NAMES[scale.dtype]} scale a 128x128 block, which has to be dequantized to bf16 first"
 
 
 def _check_not_empty(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:

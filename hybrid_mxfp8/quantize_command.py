@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="names of the tensors to quantize, with * and ? as in a shell, such as '*.experts.*'; may be given again",
     )
+    parser.add_argument(
+        "--others-to-bf16",
+        action="store_true",
+        help="write FP8 matrices (128x128 blocks) that no PATTERN matches as bf16; default: copy them",
+    )
     parser.add_argument("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument(
@@ -90,12 +95,12 @@ def convert(args: argparse.Namespace) -> str:
         raise FileNotFoundError(f"{source}: no such file or folder")
     check_target(source, target, args.force)
     device = default_device() if args.device is None else existing_device(args.device)
-    options = Options(tuple(args.experts), args.scale_rounding, device)
+    options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16)
     summary = Summary()
-    files = checkpoint_files(source)
-    check_pattern(files, options)
+    with Checkpoint(source) as checkpoint:
+        check_pattern(checkpoint, options)
     with tqdm(
-        total=total_bytes(files),
+        total=total_bytes(checkpoint_files(source)),
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
@@ -140,18 +145,14 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise FileExistsError(f"{target}: is a folder with no safetensors file, which --force does not replace")
 
 
-def check_pattern(files: list[Path], options: Options) -> None:
+def check_pattern(checkpoint: Checkpoint, options: Options) -> None:
     """Look at all headers before anything is written.
 
     Raises:
         ValueError: no tensor to quantize, or one that matches and can't be.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    found: list[str] = []
-    for file in files:
-        with Checkpoint(file) as checkpoint:
-            found += [entry.name for entry in plan(checkpoint, options)[0]]
-            shapes |= {name: checkpoint.entry(name).shape for name in checkpoint.names}
+    found = [entry.name for entry in plan(checkpoint, options).quantized]
+    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
     check_last_dimensions(shapes, found)
     if not found:
         names = list(shapes)
@@ -170,6 +171,8 @@ def describe(summary: Summary, target: Path) -> str:
         if math.isfinite(summary.worst_db)
         else "no matrix lost anything",
     ]
+    if summary.widened:
+        lines.append(f"other FP8 tensors written as bf16: {len(summary.widened)}, {summary.widened[0]} among them")
     if summary.kept:
         lines.append(f"{len(summary.kept)} matching vectors and biases stay as they were, {summary.kept[0]} among them")
     return "\n".join(lines)

@@ -221,7 +221,7 @@ def broken(experts: mx.ExpertWeights, **changes: torch.Tensor | None) -> dict[st
         ({"w": None}, "has no tensor 'w'"),
         ({"w_scale_inv": None}, "w: has no scales: neither w_scale_inv nor w_scale is there"),
         (
-            {"w_scale_inv": torch.ones(3, 1, 1)},
+            {"w_scale_inv": torch.ones(3, 40, 1)},
             "w_scale_inv: dtype must be U8 or F8_E8M0, got F32: these are not MXFP8",
         ),
         ({"w_scale_inv": torch.ones(3, 40, 2, dtype=torch.uint8)}, r"= \(3, 40, 3\), row-major, got \(3, 40, 2\)"),
@@ -236,14 +236,16 @@ def test_what_is_not_mxfp8_is_named(
         checkpoint.load_experts(tmp_path, "w")
 
 
-@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float8_e8m0fnu, "E8M0")]
+)
 def test_fp8_of_larger_blocks_is_named(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
     """As DeepSeek-V3 is published: no experts to load, and the error says what they are."""
     name = "model.layers.3.mlp.experts.0.up_proj.weight"
-    weight, scale = torch.zeros(200, 384).to(torch.float8_e4m3fn), torch.ones(2, 3, dtype=dtype)
+    weight, scale = torch.zeros(200, 384).to(torch.float8_e4m3fn), torch.ones(2, 3).to(dtype)
     save_file({name: weight, name + "_scale_inv": scale}, tmp_path / "m.safetensors")
     assert checkpoint.find_experts(tmp_path) == {}
-    message = f"the weight is FP8 with one {said} scale a 128x128 block, which has to be dequantized to bf16 first$"
+    message = f"must be MXFP8, got FP8 with one {said} scale a 128x128 block: convert it with `python -m hybrid_mxfp8 quantize`$"
     with pytest.raises(ValueError, match=message):
         checkpoint.load_experts(tmp_path, name.replace(".0.", ".*."))
 

@@ -169,7 +169,11 @@ def test_a_pattern_without_a_match_lists_some_names(
             torch.zeros(4, 32).to(torch.float8_e4m3fn),
             "w: dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized",
         ),
-        ("w", torch.zeros(4, 32, dtype=torch.float64), "w: dtype must be BF16, F16 or F32, got F64: only those"),
+        (
+            "w",
+            torch.zeros(4, 32, dtype=torch.float64),
+            "w: dtype must be BF16, F16 or F32, got F64: only those are converted, and FP8",
+        ),
         ("w", torch.full((4, 32), float("inf")), "w: holds NaN or Inf"),
         ("w", torch.full((2, 4, 32), float("nan")), "w[0]: holds NaN or Inf"),
         ("w", torch.full((2, 32), torch.finfo(torch.float32).max), "w: holds NaN or Inf"),  # rounded, 2**128
@@ -187,14 +191,6 @@ def test_a_weight_that_has_scales_is_not_quantized_twice(tmp_path: Path, capsys:
     save_file({"w": torch.ones(2, 32), "w_scale_inv": torch.ones(1, 1)}, tmp_path / "in.safetensors")
     said = refused([tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w"], capsys)
     assert "w: has scales, w_scale_inv, so it is quantized already" in said
-
-
-def test_fp8_of_larger_blocks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As DeepSeek-V3 is published: a weight, and fp32 scales of 128x128 elements each."""
-    weight, scale = torch.zeros(200, 384).to(torch.float8_e4m3fn), torch.ones(2, 3)
-    save_file({"experts.0.w": weight, "experts.0.w_scale_inv": scale}, tmp_path / "in.safetensors")
-    said = refused([tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "experts.*"], capsys)
-    assert "got F8_E4M3: it is FP8 with one fp32 scale a 128x128 block, which has to be dequantized to bf16" in said
 
 
 @pytest.mark.parametrize("pattern", ["*.experts.*", "*.down_proj", "*.gate_up_proj"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -82,6 +83,19 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert names["model"].config._experts_implementation == "hybrid_mxfp8"
 
 
+def save_small_fp8_model(folder: Path) -> str:
+    """FP8 in blocks of 128x128: two experts, and an attention matrix whose name is returned."""
+    other = "model.layers.3.self_attn.o_proj.weight"
+    names = [f"model.layers.3.mlp.experts.{e}.up_proj.weight" for e in range(2)] + [other]
+    tensors = {name: torch.ones(64, 128).to(torch.float8_e4m3fn) for name in names}
+    tensors |= {name + "_scale_inv": torch.full((1, 1), 1e-3) for name in names}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return other
+
+
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rng = torch.Generator().manual_seed(0)
@@ -92,7 +106,11 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, shape in shapes.items()
     }
     save_file(tensors, "model.safetensors")
+    fp8 = save_small_fp8_model(Path("DeepSeek-V3"))
     run_shell("checkpoints.md")
+    assert checkpoint.find_experts("DeepSeek-V3-MXFP8") == {"model.layers.3.mlp.experts.*.up_proj.weight": (2, 64, 128)}
+    with checkpoint.Checkpoint("DeepSeek-V3-MXFP8") as converted:
+        assert converted.tensor(fp8).dtype == torch.bfloat16
     names = run_python("checkpoints.md")
     assert checkpoint.find_experts("model-mxfp8.safetensors")["model.layers.0.experts.*.w1.weight"] == (4, 64, 128)
     w = torch.stack(

@@ -1,0 +1,257 @@
+"""The ``quantize`` command on FP8 with a scale for each block of 128x128, as DeepSeek-V3 and Kimi-K2 are published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import checkpoint, cli, convert, fp8_blocks, reference
+
+FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+EXPERT, OTHER = "model.layers.3.mlp.experts.0.up_proj.weight", "model.layers.3.self_attn.o_proj.weight"
+SHAPES = [(200, 384), (128, 128), (130, 96), (8, 32), (3, 136, 160), (2, 257, 288)]
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def quantize(*words: object) -> int:
+    return cli.main(["quantize", *map(str, words), "--device", "cpu"])
+
+
+def random_fp8(rng: torch.Generator, *shape: int) -> torch.Tensor:
+    """Elements of all magnitudes, zeros and the largest among them."""
+    bits = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+    bits[(bits & 0x7F) == 0x7F] = 0x7E
+    return bits.view(FP8)
+
+
+def random_scales(rng: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """One a block, of magnitudes such as 448ths of a weight have; powers of two if ``dtype`` holds nothing else."""
+    *stack, n, k = shape
+    blocks = (*stack, -(-n // 128), -(-k // 128))
+    exact = torch.rand(blocks, generator=rng) * 0.01 + 1e-4
+    return exact.log2().round().exp2().to(dtype) if dtype == E8M0 else exact.to(dtype)
+
+
+def truth(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """By the Kronecker product of the scales with a block of ones, instead of by repetition."""
+    spread = torch.stack([torch.kron(s, torch.ones(128, 128)) for s in scales.float().reshape(-1, *scales.shape[-2:])])
+    n, k = values.shape[-2:]
+    return (values.float().reshape(-1, n, k) * spread[:, :n, :k]).reshape(values.shape)
+
+
+def assert_mxfp8(found: Tensors, name: str, exact: torch.Tensor, rounding: str = "rceil") -> None:
+    values, scales = reference.quantize(exact, rounding)
+    assert found[name].dtype == FP8
+    assert found[name].view(torch.uint8).equal(values.view(torch.uint8))
+    assert found[name + "_scale_inv"].equal(scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E8M0], ids=["fp32", "bf16", "E8M0"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_weight_becomes_what_its_elements_and_scales_stand_for(
+    shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator, tmp_path: Path
+) -> None:
+    values, scales = random_fp8(rng, *shape), random_scales(rng, shape, dtype)
+    save_file({EXPERT: values, EXPERT + "_scale_inv": scales}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "*.experts.*") == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {EXPERT, EXPERT + "_scale_inv"}
+    assert_mxfp8(found, EXPERT, truth(values, scales))
+
+
+@pytest.mark.parametrize("elements", [1, 128 * 288, 200 * 288, 2**22], ids=lambda e: f"{e} elements")
+def test_blocks_of_rows_do_not_show(
+    elements: int, rng: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are read in multiples of 128, so each part begins where a scale does."""
+    monkeypatch.setattr(convert, "BLOCK_ELEMENTS", elements)
+    values, scales = random_fp8(rng, 2, 600, 288), random_scales(rng, (2, 600, 288))
+    save_file({"w": values, "w_scale": scales}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {"w", "w_scale_inv"}  # read under either name, written under one
+    assert_mxfp8(found, "w", truth(values, scales))
+
+
+def test_powers_of_two_lose_nothing(rng: torch.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in DeepSeek-V3.1: MXFP8's scales reach all that such a block holds."""
+    values, scales = random_fp8(rng, 300, 256), random_scales(rng, (300, 256)).log2().round().exp2()
+    save_file({"w": values, "w_scale_inv": scales}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 0
+    assert "no matrix lost anything" in capsys.readouterr().out
+    found = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(reference.dequantize(found["w"], found["w_scale_inv"]), truth(values, scales))
+
+
+def test_other_scales_are_told_by_what_they_lose(
+    rng: torch.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = torch.randn(256, 256, generator=rng)
+    scales = torch.full((2, 2), float(weight.abs().max()) / 448)
+    values = (weight / scales[0, 0]).to(FP8)
+    save_file({"w": values, "w_scale_inv": scales}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 0
+    exact, found = truth(values, scales), load_file(tmp_path / "out.safetensors")
+    db = mx.signal_to_noise_db(exact, reference.dequantize(found["w"], found["w_scale_inv"]))
+    assert 28 < db < 40
+    said = capsys.readouterr().out
+    assert f"worst signal-to-noise {db:.1f} dB, in w" in said
+    before, after = 256 * 256 + 4 * 4, 256 * 256 * 33 // 32
+    assert f"1 expert tensor to MXFP8, {before / 1024:.2f} KiB -> {after / 1024:.2f} KiB (1.03x)" in said
+
+
+def test_dequantize_of_rows(rng: torch.Generator) -> None:
+    values, scales = random_fp8(rng, 150, 288), random_scales(rng, (150, 288), torch.bfloat16)
+    assert torch.equal(fp8_blocks.dequantize(values, scales), truth(values, scales))
+
+
+# ---------------------------------------------------------------- what belongs together, in files and folders
+
+
+@pytest.fixture
+def tensors(rng: torch.Generator) -> Tensors:
+    found: Tensors = {
+        "model.norm.weight": torch.ones(256),
+        "lm_head.weight": torch.randn(8, 256, generator=rng).bfloat16(),
+    }
+    for name in (EXPERT, OTHER):
+        found |= {name: random_fp8(rng, 200, 256), name + "_scale_inv": random_scales(rng, (200, 256))}
+    return found
+
+
+@pytest.fixture
+def folder(tensors: Tensors, tmp_path: Path) -> Path:
+    """Two files, of which the first has a weight and the second its scales; and a configuration that says FP8."""
+    path = tmp_path / "model"
+    path.mkdir()
+    parts = {"a.safetensors": [EXPERT, OTHER + "_scale_inv"]}
+    parts["b.safetensors"] = [name for name in tensors if name not in parts["a.safetensors"]]
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, path / file)
+    where = {name: file for file, names in parts.items() for name in names}
+    (path / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (path / "config.json").write_text(json.dumps({"hidden_size": 256, "quantization_config": FP8_CONFIG}))
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, Tensors], Any]:
+    """Each file's tensors, and the configuration; the index must agree with the files."""
+    files = {file.name: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    index = json.loads((path / checkpoint.INDEX_FILE).read_text())
+    assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for found in files.values() for t in found.values())
+    return files, json.loads((path / "config.json").read_text())["quantization_config"]
+
+
+def test_scales_in_another_file_are_found_and_left_out(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--experts", "*_proj.weight") == 0
+    files, config = read(tmp_path / "out")
+    assert files["a.safetensors"].keys() == {EXPERT, EXPERT + "_scale_inv"}
+    assert files["b.safetensors"].keys() == {OTHER, OTHER + "_scale_inv", "model.norm.weight", "lm_head.weight"}
+    found = {**files["a.safetensors"], **files["b.safetensors"]}
+    for name in (EXPERT, OTHER):
+        assert_mxfp8(found, name, truth(tensors[name], tensors[name + "_scale_inv"]))
+    assert config == {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": ["lm_head"]}
+
+
+def test_a_configuration_cannot_say_two_formats(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
+    said = capsys.readouterr().err
+    assert f"config.json: says that weights are FP8, and 1 would stay so, {OTHER} first" in said
+    assert "give --others-to-bf16" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_others_become_bf16_on_request(
+    folder: Path, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--others-to-bf16") == 0
+    assert f"other FP8 tensors written as bf16: 1, {OTHER} among them" in capsys.readouterr().out
+    files, config = read(tmp_path / "out")
+    found = {**files["a.safetensors"], **files["b.safetensors"]}
+    assert found.keys() == tensors.keys() - {OTHER + "_scale_inv"}
+    assert_mxfp8(found, EXPERT, truth(tensors[EXPERT], tensors[EXPERT + "_scale_inv"]))
+    assert torch.equal(found[OTHER], truth(tensors[OTHER], tensors[OTHER + "_scale_inv"]).bfloat16())
+    assert config["modules_to_not_convert"] == ["lm_head", OTHER.removesuffix(".weight")]
+
+
+def test_a_folder_without_configuration_keeps_other_fp8(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    """Byte for byte, scales included: for a loader that knows what is what."""
+    (folder / "config.json").unlink()
+    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 0
+    found = {**load_file(tmp_path / "out" / "a.safetensors"), **load_file(tmp_path / "out" / "b.safetensors")}
+    assert found.keys() == tensors.keys()
+    for name in (OTHER, OTHER + "_scale_inv"):
+        assert found[name].view(torch.uint8).equal(tensors[name].view(torch.uint8))
+    name = EXPERT.replace(".0.", ".*.")
+    assert checkpoint.find_experts(tmp_path / "out") == {name: (1, 200, 256)}
+    loaded = checkpoint.load_experts(tmp_path / "out", name)
+    assert torch.equal(loaded.values[0].view(torch.uint8), found[EXPERT].view(torch.uint8))
+
+
+def test_progress_is_told_in_bytes_of_the_source(folder: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    options = convert.Options(("*.experts.*",), others_to_bf16=True)
+    convert.convert_folder(folder, tmp_path / "out", options, convert.Summary(), lambda _, size: told.append(size))
+    assert sum(told) == convert.total_bytes(checkpoint.checkpoint_files(folder))
+
+
+def test_a_file_alone_lacks_the_scales(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(folder / "a.safetensors", tmp_path / "out.safetensors", "--experts", EXPERT) == 2
+    assert "dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e37], ids=str)
+def test_scales_that_make_no_numbers_are_refused(
+    scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight, scales = torch.ones(2, 130, 32).to(FP8), torch.ones(2, 2, 1)
+    scales[1, 1], weight[1, 129, 31] = scale, 448
+    save_file({"w": weight, "w_scale_inv": scales}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 2
+    assert "w[1]: holds NaN or Inf" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_element_that_is_nan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = torch.full((4, 32), float("nan")).to(FP8)
+    save_file({"w": weight, "w_scale_inv": torch.ones(1, 1)}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 2
+    assert "w: holds NaN or Inf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 3), (2, 3, 1)], ids=str)
+def test_scales_of_another_shape_are_not_taken(
+    shape: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of other blocks, rows or whole tensors: 200x384 has 2x3 blocks of 128x128."""
+    save_file({"w": torch.ones(200, 384).to(FP8), "w_scale_inv": torch.ones(shape)}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 2
+    assert "w: dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized already" in capsys.readouterr().err
+
+
+def test_what_is_no_matrix_stays_with_its_scales(tmp_path: Path) -> None:
+    """Tensors of four dimensions, empty ones, and biases that match."""
+    names = {"four": (1, 2, 128, 32), "empty": (0, 32), "experts.bias": (2, 32), "w": (2, 32)}
+    tensors = {name: torch.ones(shape).to(FP8) for name, shape in names.items()}
+    tensors |= {name + "_scale_inv": torch.ones(*shape[:-2], -(-shape[-2] // 128), 1) for name, shape in names.items()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    words = ("--experts", "w", "--experts", "experts.*", "--others-to-bf16")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *words) == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in found.items() if not name.startswith(("w", "experts"))} == {
+        name: (t.dtype, t.shape) for name, t in tensors.items() if not name.startswith(("w", "experts"))
+    }
+    assert found["experts.bias"].dtype == torch.bfloat16
+    assert "experts.bias_scale_inv" not in found
+    assert found["w_scale_inv"].dtype == torch.uint8
