@@ -185,6 +185,30 @@ def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) 
     return tile * SCALE_TILE_BYTES + row % 32 * 16 + row % SCALE_TILE_ROWS // 32 * 4 + col % SCALE_TILE_COLS
 
 
+def swizzle_grouped_scales(
+    linear: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_scale_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero; and which rows are owned, (T,).
+
+    No shape depends on device data, so nothing syncs: rows that no expert owns land in one row more, which is cut off.
+    """
+    num_tokens, cols = linear.shape
+    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)
+    padded = linear.new_zeros(num_scale_rows + 1, round_up(cols, SCALE_TILE_COLS))
+    padded[torch.where(owned, scale_row, num_scale_rows), :cols] = linear
+    return swizzle_scales(padded[:num_scale_rows]), owned
+
+
+def unswizzle_grouped_scales(
+    scales: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, cols: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse: (S, C) to (T, ``cols``) uint8, which hold anything where no expert owns the row; and which are owned, (T,)."""
+    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
+    offsets = swizzled_offsets(torch.where(owned, scale_row, 0), cols, scales.shape[1])
+    # With no scale rows there is no owned row either.
+    return (scales.reshape(-1)[offsets] if scales.numel() else offsets.to(torch.uint8)), owned
+
+
 def write_grouped(
     values: torch.Tensor,
     linear_scales: torch.Tensor,
@@ -203,14 +227,11 @@ def write_grouped(
         out_values: (T, K) float8_e4m3fn; rows beyond the last expert keep what they hold.
         out_scales: (S, C) uint8; rows beyond scale_offsets[E] keep what they hold.
     """
-    num_rows, padded_cols = out_scales.shape
-    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, values.shape[0], num_rows)
-    # Rows that no expert owns land in one extra row, so that no shape depends on device data.
-    linear = linear_scales.new_zeros(num_rows + 1, padded_cols)
-    linear[torch.where(owned, scale_row, num_rows), : linear_scales.shape[1]] = linear_scales
+    num_rows = out_scales.shape[0]
+    swizzled, owned = swizzle_grouped_scales(linear_scales, expert_offsets, scale_offsets, num_rows)
     used = (torch.arange(num_rows, device=out_scales.device) < scale_offsets[-1]).unsqueeze(1)
     # Tiles are 128 whole rows, so a swizzled row is in use exactly where its linear row is.
-    out_scales.copy_(torch.where(used, swizzle_scales(linear[:num_rows]), out_scales))
+    out_scales.copy_(torch.where(used, swizzled, out_scales))
     kept = out_values.view(torch.uint8)
     kept.copy_(torch.where(owned.unsqueeze(1), values.view(torch.uint8), kept))
 
@@ -224,10 +245,7 @@ def dequantize_grouped(
 ) -> torch.Tensor:
     """values (T, K) e4m3 and swizzled scales (S, C) to (T, K) in ``dtype``; rows that no expert owns are zero."""
     num_tokens, k = values.shape
-    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
-    offsets = swizzled_offsets(torch.where(owned, scale_row, 0), k // BLOCK_SIZE, scales.shape[1])
-    # With no scale rows there is no owned row either.
-    linear = scales.reshape(-1)[offsets] if scales.numel() else offsets.to(torch.uint8)
+    linear, owned = unswizzle_grouped_scales(scales, expert_offsets, scale_offsets, num_tokens, k // BLOCK_SIZE)
     return torch.where(owned.unsqueeze(1), dequantize(values, linear, dtype), 0)
 
 

@@ -1,6 +1,6 @@
 """The two operands: GroupedMXFP8, tokens sorted by expert, and ExpertWeights.
 
-Their ``scales`` are always swizzled. A row-major scale tensor enters through :meth:`ExpertWeights.from_linear_scales`.
+Their ``scales`` are always swizzled. Row-major scale tensors enter through ``from_linear_scales`` of either.
 """
 
 from __future__ import annotations
@@ -89,6 +89,56 @@ class GroupedMXFP8(_Portable):
         return reference.dequantize_grouped(
             self.values, self.scales, self.groups.expert_offsets, self.groups.scale_offsets
         )
+
+    def linear_scales(self) -> torch.Tensor:
+        """The scales row-major, (T, K/32) uint8; 0 in rows that no expert owns."""
+        g = self.groups
+        cols = self.k // BLOCK_SIZE
+        linear, owned = reference.unswizzle_grouped_scales(
+            self.scales, g.expert_offsets, g.scale_offsets, g.num_tokens, cols
+        )
+        return torch.where(owned.unsqueeze(1), linear, 0)
+
+    @classmethod
+    def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+        """Tokens that arrive quantized, from another rank or another kernel, with row-major scales.
+
+        Some dozen launches of PyTorch's, no sync; the values are not copied.
+
+        Args:
+            values: (T, K) float8_e4m3fn, or its bytes as uint8; sorted by expert, K % 32 == 0.
+            scales: (T, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
+            groups: the layout of the T rows, on the same device.
+
+        Raises:
+            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad; no layout.
+        """
+        if not isinstance(groups, GroupLayout):
+            raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
+        check_tensor(
+            "values",
+            values,
+            dtypes=(torch.float8_e4m3fn, torch.uint8),
+            ndim=2,
+            dims="(T, K)",
+            device=groups.device,
+        )
+        check_tensor(
+            "scales",
+            scales,
+            dtypes=(torch.uint8, torch.float8_e8m0fnu),
+            ndim=2,
+            dims="(T, K/32)",
+            device=values.device,
+        )
+        check_no_grad("values", values)
+        num_tokens, k = values.shape
+        check_k("values", k)
+        check_shape("scales", scales, (num_tokens, k // BLOCK_SIZE), "(T, K/32)")
+        swizzled, _ = reference.swizzle_grouped_scales(
+            scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
+        )
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzled, groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +234,7 @@ class ExpertWeights(_Portable):
             scales: (E, N, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
 
         Raises:
-            TypeError, ValueError: a tensor of another dtype, shape or device.
+            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad.
         """
         check_tensor("values", values, dtypes=(torch.float8_e4m3fn, torch.uint8), ndim=3, dims="(E, N, K)")
         check_tensor(
@@ -195,6 +245,7 @@ class ExpertWeights(_Portable):
             dims="(E, N, K/32)",
             device=values.device,
         )
+        check_no_grad("values", values)
         num_experts, n, k = values.shape
         check_k("values", k)
         check_shape("scales", scales, (num_experts, n, k // BLOCK_SIZE), "(E, N, K/32)")

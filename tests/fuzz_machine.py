@@ -548,6 +548,19 @@ class Machine(RuleBasedStateMachine):
         assert np.array_equal(truth.doubles(again.dequantize()), truth.dequantize(*held.plain), equal_nan=True)
         self.done("from_linear_scales")
 
+    @precondition(lambda self: self.tokens and self.taken % 3 == 2)
+    @rule(tokens=index, as_e8m0=st.booleans(), as_bytes=st.booleans())
+    def tokens_from_linear_scales(self, tokens: int, as_e8m0: bool, as_bytes: bool) -> None:
+        held = self.tokens[tokens % len(self.tokens)]
+        xq, owned = held.operand, sum(held.layout.tokens)
+        linear = xq.linear_scales()
+        assert np.array_equal(truth.as_bytes(linear)[:owned], held.plain[1][:owned])
+        values = xq.values.view(torch.uint8) if as_bytes else xq.values
+        scales = linear.view(torch.float8_e8m0fnu) if as_e8m0 else linear
+        again = mx.GroupedMXFP8.from_linear_scales(values, scales, xq.groups)
+        assert np.array_equal(truth.doubles(again.dequantize()), truth.doubles(xq.dequantize()), equal_nan=True)
+        self.done("tokens_from_linear_scales")
+
     @precondition(lambda self: self.taken % 4 == 0)
     @rule(
         batch=st.sampled_from([(), (1,), (3,), (2, 0)]), rows=st.integers(0, 260), cols=st.integers(0, 11), seed=seeds

@@ -155,6 +155,27 @@ def test_functions_compile_once_for_all_counts(rng: torch.Generator, function: C
     assert counter.frame_count == 1
 
 
+def test_arrived_tokens_compile_once_for_all_counts(rng: torch.Generator) -> None:
+    def function(x: torch.Tensor, scales: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        xq = mx.GroupedMXFP8.from_linear_scales(x, scales, mx.GroupLayout.from_counts(counts, x.shape[0]))
+        return xq.scales, xq.linear_scales()
+
+    counter = CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for tokens in (9, 5, 200):
+        x, scales = (
+            torch.randint(0, 120, (tokens, cols), generator=rng, dtype=torch.int32).to(torch.uint8)
+            for cols in (K, K // 32)
+        )
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(scales, 0)
+        for first in (tokens, 2):
+            counts = torch.tensor([first, 0, tokens - first, 0])
+            for got, expected in zip(compiled(x, scales, counts), function(x, scales, counts), strict=True):
+                assert torch.equal(got, expected)
+    assert counter.frame_count == 1
+
+
 def test_backend_is_chosen_when_the_graph_runs(rng: torch.Generator) -> None:
     layer = moe_truth.make_layer(rng)
     w13q, w2q = (mx.quantize_weights(w, backend="reference") for w in (layer.w13, layer.w2))

@@ -130,6 +130,33 @@ def test_expert_weights_dequantize_and_linear_scales(rng: torch.Generator) -> No
     assert from_bytes.values.dtype == torch.float8_e4m3fn
 
 
+@pytest.mark.parametrize("k", [32, 96, 128, 160])
+@pytest.mark.parametrize("case", cases.RAGGED)
+def test_tokens_from_linear_scales_and_back(case: str, k: int, rng: torch.Generator) -> None:
+    """Of tokens that arrive quantized come the bytes that quantizing them here gives, padding included."""
+    counts, num_tokens = cases.RAGGED[case]
+    groups = cases.layout(counts, num_tokens)
+    x = cases.random_rows(num_tokens, k, torch.float32, rng)
+    codes, scales = truth.quantize(truth.doubles(x))
+    values, linear = torch.from_numpy(codes), torch.from_numpy(scales)
+    xq = mx.GroupedMXFP8.from_linear_scales(values, linear, groups)
+    expected = mx.quantize_grouped(x, groups, backend="reference")
+    used = int(groups.scale_offsets[-1])
+    assert xq.groups is groups
+    assert torch.equal(xq.scales[:used], expected.scales[:used])
+    assert not xq.scales[used:].any()
+    assert xq.values.data_ptr() == values.data_ptr()
+    assert xq.values.dtype == torch.float8_e4m3fn
+    owned = sum(counts)
+    assert torch.equal(xq.linear_scales()[:owned], linear[:owned])
+    assert not xq.linear_scales()[owned:].any()
+    assert torch.equal(xq.dequantize(), expected.dequantize())
+    typed = mx.GroupedMXFP8.from_linear_scales(
+        values.view(torch.float8_e4m3fn), linear.view(torch.float8_e8m0fnu), groups
+    )
+    assert torch.equal(typed.scales, xq.scales)
+
+
 def test_operands_say_what_they_are_and_weights_move(rng: torch.Generator) -> None:
     wq = mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
     xq = mx.quantize_grouped(torch.randn(7, 96, generator=rng), cases.layout([3, 0, 4]), backend="reference")

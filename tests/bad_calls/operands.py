@@ -26,6 +26,10 @@ def _weights() -> dict[str, Any]:
     return {"values": w.values, "scales": w.scales}
 
 
+def _linear_tokens() -> dict[str, Any]:
+    return {"values": grouped().values, "scales": grouped().linear_scales(), "groups": layout()}
+
+
 def _linear() -> dict[str, Any]:
     return {"values": weights().values, "scales": weights().linear_scales()}
 
@@ -40,6 +44,7 @@ def _grad(x: torch.Tensor) -> torch.Tensor:
 
 tokens, experts = refused(mx.GroupedMXFP8, _grouped), refused(mx.ExpertWeights, _weights)
 linear = refused(mx.ExpertWeights.from_linear_scales, _linear)
+arrived = refused(mx.GroupedMXFP8.from_linear_scales, _linear_tokens)
 swizzle = refused(mx.swizzle_scales, lambda: {"linear": zeros(5, 3)})
 unswizzle = refused(mx.unswizzle_scales, lambda: {"swizzled": zeros(128, 4), "rows": 5, "cols": 3})
 diff = refused(mx.calc_diff, lambda: {"x": normal(4, 4), "y": normal(4, 4)})
@@ -96,7 +101,19 @@ BAD: list[Bad] = [
     linear("linear: values of e5m2", TypeError, "^values: dtype must be float8_e4m3fn or uint8, got float8_e5m2$", values=zeros(E, N, K, dtype=torch.float8_e5m2)),
     linear("linear: one matrix", ValueError, r"^values: must have shape \(E, N, K\)", values=zeros(N, K)),
     linear("linear: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(E, N, 3).to(META)),
+    linear("linear: values with grad", ValueError, "^values: must not require grad", values=lambda: _grad(zeros(E, N, K, dtype=E4M3))),
     linear("linear: K = 100", ValueError, "^values: K must be", values=zeros(E, N, 100)),
+    arrived("arrived: swizzled scales", ValueError, r"^scales: must have shape \(T, K/32\) = \(40, 3\), got \(384, 4\)$", scales=zeros(384, 4)),
+    arrived("arrived: scales of float32", TypeError, "^scales: dtype must be uint8 or float8_e8m0fnu, got float32$", scales=torch.zeros(T, 3)),
+    arrived("arrived: one scale a row", ValueError, "^scales: must have shape", scales=zeros(T, 1)),
+    arrived("arrived: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(T, 3).to(META)),
+    arrived("arrived: values of bf16", TypeError, "^values: dtype must be float8_e4m3fn or uint8, got bfloat16$", values=zeros(T, K, dtype=torch.bfloat16)),
+    arrived("arrived: values on meta", ValueError, "^values: must be on cpu", values=zeros(T, K).to(META)),
+    arrived("arrived: values of rank 3", ValueError, r"^values: must have shape \(T, K\)", values=zeros(1, T, K)),
+    arrived("arrived: values with grad", ValueError, "^values: must not require grad", values=lambda: _grad(zeros(T, K, dtype=E4M3))),
+    arrived("arrived: K = 100", ValueError, "^values: K must be a positive multiple of 32, got 100$", values=zeros(T, 100)),
+    arrived("arrived: a row too few", ValueError, "^values: must have T = groups.num_tokens = 40 rows, got 39$", values=zeros(T - 1, K), scales=zeros(T - 1, 3)),
+    arrived("arrived: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)),
     swizzle("swizzle: a list", TypeError, r"^linear: must be a torch\.Tensor", linear=[[1]]),
     swizzle("swizzle: float", TypeError, "^linear: dtype must be uint8", linear=torch.zeros(5, 3)),
     swizzle("swizzle: a vector", ValueError, "^linear: must have shape", linear=zeros(5)),
@@ -144,6 +161,20 @@ def _from_linear(values: Callable[[], torch.Tensor], scales: Callable[[], torch.
     return prepare
 
 
+def _tokens_from_linear(
+    values: Callable[[], torch.Tensor], scales: Callable[[], torch.Tensor]
+) -> Callable[[Guards], Any]:
+    def prepare(g: Guards) -> Callable[[], mx.GroupedMXFP8]:
+        v, s, groups = g(values()), g(scales()), g.place(layout())
+        return lambda: mx.GroupedMXFP8.from_linear_scales(v, s, groups)
+
+    return prepare
+
+
+def _is_tokens(x: mx.GroupedMXFP8) -> bool:
+    return torch.equal(x.dequantize(), grouped().dequantize())
+
+
 def _is_weights(w: mx.ExpertWeights) -> bool:
     return torch.equal(w.scales, weights().scales) and torch.equal(w.values.view(U8), weights().values.view(U8))
 
@@ -161,6 +192,9 @@ ODD: list[Odd] = [
     _right("linear: with gaps", _from_linear(lambda: _spread(weights().values.view(U8)), lambda: _spread(weights().linear_scales())), _is_weights),
     _right("linear: E = 0", _from_linear(lambda: zeros(0, N, K), lambda: zeros(0, N, 3)), lambda w: w.scales.shape == (0, 128, 4)),
     _right("linear: N = 0", _from_linear(lambda: zeros(E, 0, K), lambda: zeros(E, 0, 3)), lambda w: w.scales.shape == (E, 0, 4)),
+    _right("arrived: bytes and bytes", _tokens_from_linear(lambda: grouped().values.view(U8), lambda: grouped().linear_scales()), _is_tokens),
+    _right("arrived: e8m0", _tokens_from_linear(lambda: grouped().values, lambda: grouped().linear_scales().view(torch.float8_e8m0fnu)), _is_tokens),
+    _right("arrived: with gaps", _tokens_from_linear(lambda: _spread(grouped().values.view(U8)), lambda: _spread(grouped().linear_scales())), _is_tokens),
     _right("swizzle: no rows", lambda g: lambda: mx.swizzle_scales(zeros(0, 3)), lambda s: s.shape == (0, 4)),
     _right("swizzle: no columns", lambda g: lambda: mx.swizzle_scales(zeros(5, 0)), lambda s: s.shape == (128, 0)),
     _right("swizzle: transposed", lambda g: (lambda x: lambda: mx.swizzle_scales(x))(g(BYTES.T.contiguous().T)),

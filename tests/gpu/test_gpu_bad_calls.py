@@ -213,6 +213,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Any]], 
         "values",
     ),
     "ExpertWeights": (mx.ExpertWeights, lambda: {"values": weights().values, "scales": weights().scales}, "scales"),
+    "from_linear_scales of tokens": (
+        mx.GroupedMXFP8.from_linear_scales,
+        lambda: {"values": grouped().values, "scales": grouped().linear_scales(), "groups": _layout()},
+        "values",
+    ),
     "from_linear_scales": (
         mx.ExpertWeights.from_linear_scales,
         lambda: {"values": weights().values, "scales": weights().linear_scales()},

@@ -52,6 +52,24 @@ def test_every_code(pattern: str, dtype: torch.dtype, rounding: str) -> None:
     same_bytes(into_poison("reference", x, groups, rounding), expected)
 
 
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("case", cases.RAGGED)
+def test_tokens_that_arrive_quantized(case: str) -> None:
+    """From row-major scales the kernel's bytes, without a sync."""
+    counts, num_tokens = cases.RAGGED[case]
+    groups = cases.layout(counts, num_tokens, device=GPU)
+    x = torch.randn(num_tokens, 160, device=GPU)
+    xq = mx.quantize_grouped(x, groups, backend="triton")
+    linear = xq.linear_scales()
+    again = mx.GroupedMXFP8.from_linear_scales(xq.values, linear, groups)
+    back = again.linear_scales()
+    torch.cuda.set_sync_debug_mode("default")
+    used, owned = int(groups.scale_offsets[-1]), sum(counts)
+    assert torch.equal(again.scales[:used], xq.scales[:used])
+    assert torch.equal(back, linear)
+    assert torch.equal(linear[:owned].cpu(), reference.quantize(x.cpu())[1][:owned])
+
+
 @pytest.mark.parametrize("rounding", truth.ROUNDINGS)
 def test_fp32_exponents_and_mantissa_edges(rounding: str) -> None:
     x = cases.fp32_edges()
