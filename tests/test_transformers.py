@@ -14,6 +14,7 @@ import torch
 import transformers_models as models
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import fp8_blocks
 from hybrid_mxfp8.integrations import transformers as integration
 
 
@@ -148,6 +149,14 @@ def test_ratio_of_a_real_layer() -> None:
     saved = integration.MemorySaved(48, 48 * 128 * 3 * 768 * 2048 * 2, 48 * 128 * 3 * 768 * 2048 * 33 // 32)
     assert str(saved) == (
         "the experts of 48 MoE layers take 29.9 GB in MXFP8 instead of 58.0 GB: 28.1 GB saved, 0.516 of the memory"
+    )
+
+
+def test_size_of_a_layer_that_was_fp8() -> None:
+    """A byte and a 32nd instead of a byte."""
+    saved = integration.MemorySaved(1, 32 * 10**6, 33 * 10**6)
+    assert str(saved) == (
+        "the experts of 1 MoE layer take 33.0 MB in MXFP8 instead of 32.0 MB: 1.0 MB more, 1.031 of the memory"
     )
 
 
@@ -377,7 +386,131 @@ def test_gate_functions_of_their_own(name: str) -> None:
     with torch.no_grad(), mx.use_backend("reference"):
         quantized = integration._quantize(experts)
         assert quantized.activation == GATES[name]
-        assert mx.signal_to_noise_db(experts(*arguments()), quantized(*arguments())) > 20.0
+        x, ids, weights = arguments()
+        call = (x, ids % 4, weights)  # some versions' own forward takes no sentinel
+        assert mx.signal_to_noise_db(experts(*call), quantized(*call)) > 20.0
+
+
+def test_an_option_that_is_not_known_is_refused(experts: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a later transformers lets experts say of themselves would otherwise be left out without a word."""
+    import transformers.integrations.moe as moe
+
+    def later(experts_class: type, *, has_bias: bool = False, has_more: bool = False) -> None: ...
+
+    monkeypatch.setattr(moe, "use_experts_implementation", later)
+    experts.has_more = False
+    assert integration.why_not(experts) is None
+    experts.has_more = True
+    assert integration.why_not(experts) == "has_more = True is not supported"
+
+
+def test_experts_that_norm_what_they_return_are_refused() -> None:
+    module = pytest.importorskip(
+        "transformers.models.muse_spark.modeling_muse_spark", reason="transformers 5.24 has it"
+    )
+    config = types.SimpleNamespace(
+        **{"num_local_experts": 4, "moe_hidden_size": 64, "moe_intermediate_size": 96, "hidden_act": "silu"},
+        **{"post_norm_eps": 1e-6, "_experts_implementation": "hybrid_mxfp8"},
+    )
+    experts = module.MuseSparkExperts(config)
+    with torch.no_grad(), pytest.raises(ValueError, match="has_post_expert_norm = True is not supported"):
+        experts(*arguments())
+
+
+def test_weights_of_another_dtype_are_refused(experts: torch.nn.Module) -> None:
+    experts.down_proj = torch.nn.Parameter(torch.zeros(4, 64, 96, dtype=torch.int8), requires_grad=False)
+    assert integration.why_not(experts) == "its weights are int8"
+
+
+def test_experts_without_gate_weights_are_named(experts: torch.nn.Module) -> None:
+    """As Nemotron's, which have up_proj alone."""
+    del experts.gate_up_proj
+    experts.has_gate = False
+    with torch.no_grad(), pytest.raises(ValueError, match=r"experts: must be SwiGLU experts, got .*: it has no gate"):
+        experts(*arguments())
+
+
+# ---------------------------------------------------------------- loaded in FP8
+
+
+@pytest.fixture
+def fp8_model() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model in bf16, and one with its experts in FP8 as transformers keeps a published FP8 checkpoint's, that stand for the same."""
+    pytest.importorskip("transformers.integrations.finegrained_fp8", reason="transformers has no FP8 in blocks")
+    model = models.make("Qwen3-MoE", scale=4)  # H = 256, I = 128
+    fp8 = models.with_fp8_experts(copy.deepcopy(model))
+    with torch.no_grad():
+        for plain, quantized in zip(models.experts_modules(model), models.experts_modules(fp8), strict=True):
+            for name in integration.WEIGHTS:
+                w, s = getattr(quantized, name), getattr(quantized, name + "_scale_inv")
+                exact = torch.stack([fp8_blocks.dequantize(w[e], s[e]) for e in range(w.shape[0])])
+                assert torch.equal(exact.bfloat16().float(), exact)  # scales are powers of two
+                getattr(plain, name).copy_(exact)
+    return model, fp8
+
+
+@pytest.mark.parametrize("how", ["lazily", "in place"])
+def test_fp8_experts_become_mxfp8(fp8_model: tuple[torch.nn.Module, torch.nn.Module], how: str) -> None:
+    """Without a bf16 copy of the model, and to the bit as from what the FP8 stands for."""
+    plain, fp8 = fp8_model
+    expected = logits(plain, "hybrid_mxfp8")
+    if how == "lazily":
+        assert torch.equal(logits(fp8, "hybrid_mxfp8"), expected)
+        return
+    before = sum(t.nbytes for module in models.experts_modules(fp8) for t in module.parameters())
+    with mx.use_backend("reference"):
+        saved = integration.quantize_model_(fp8, progress=False)
+    assert torch.equal(logits(fp8, None), expected)
+    assert (saved.bytes_before, saved.layers) == (before, 2)
+    assert not [name for name, _ in fp8.named_parameters() if "experts.gate_up_proj" in name]
+    assert not [name for name in fp8.state_dict() if "scale_inv" in name]
+
+
+def test_fp8_scales_written_in_place_are_seen(fp8_model: tuple[torch.nn.Module, torch.nn.Module]) -> None:
+    _, fp8 = fp8_model
+    module = models.experts_modules(fp8)[0]
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    call = (x, *arguments()[1:])
+    fp8.set_experts_implementation("hybrid_mxfp8")
+    with torch.no_grad(), mx.use_backend("reference"):
+        before = module(*call)
+        module.down_proj_scale_inv.mul_(2.0)
+        assert torch.equal(module(*call), before * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda e: setattr(e, "down_proj_scale_inv", None), "its down_proj is not FP8 with a scale for each block"),
+        (
+            lambda e: setattr(e, "gate_up_proj_scale_inv", torch.nn.Parameter(torch.ones(8, 2, 1))),
+            "its gate_up_proj is not FP8 with a scale for each block of 128x128",
+        ),
+        (
+            lambda e: setattr(e, "gate_up_proj", torch.nn.Parameter(torch.zeros(8, 256, 256))),
+            "its gate_up_proj is not FP8",
+        ),
+        (lambda e: setattr(e, "has_bias", True), "it is FP8 with a bias or transposed"),
+        (lambda e: setattr(e, "is_transposed", True), "it is FP8 with a bias or transposed"),
+    ],
+    ids=["no scales", "scales of rows", "one of two", "bias", "transposed"],
+)
+def test_fp8_experts_it_can_not_compute(
+    fp8_model: tuple[torch.nn.Module, torch.nn.Module], change: Callable[[torch.nn.Module], None], reason: str
+) -> None:
+    _, fp8 = fp8_model
+    module = models.experts_modules(fp8)[1]
+    change(module)
+    assert integration.why_not(module) is not None
+    with pytest.raises(ValueError, match=f"model: must have SwiGLU experts, got model.layers.1.*{reason}"):
+        integration.quantize_model_(fp8, progress=False)
+    assert not [name for name, _ in fp8.named_modules() if name.endswith("mxfp8")]
+
+
+def test_fp8_experts_whose_blocks_mix_gate_and_up() -> None:
+    pytest.importorskip("transformers.integrations.finegrained_fp8", reason="transformers has no FP8 in blocks")
+    fp8 = models.with_fp8_experts(models.make("Mixtral", scale=2))  # I = 192
+    assert integration.why_not(models.experts_modules(fp8)[0]) == "it is FP8 and its I = 192 is no multiple of 128"
 
 
 def test_model_that_can_not_be_quantized_stays_as_it_was() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -19,9 +20,14 @@ WITHOUT_EXPERTS_DB = 6.0
 
 
 def require() -> None:
-    """Skip without transformers 5."""
+    """Skip without transformers 5.7; one that is there and can't be imported is a failure."""
     reason = "needs transformers 5.7 or newer: pip install 'transformers>=5.7'"
-    pytest.importorskip("transformers.integrations.moe", reason=reason)
+    try:
+        version = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        pytest.skip(reason)
+    if tuple(map(int, version.split(".")[:2])) < (5, 7):
+        pytest.skip(f"{reason}, this is {version}")
 
 
 def make(name: str, device: str = "cpu", scale: int = 1, seed: int = 0) -> Any:
@@ -71,6 +77,31 @@ def make(name: str, device: str = "cpu", scale: int = 1, seed: int = 0) -> Any:
         for parameter in expert_weights(model):
             parameter.normal_(std=2.0 * parameter.shape[2] ** -0.5)
     return model.to(device=device, dtype=torch.bfloat16).eval()
+
+
+def with_fp8_experts(model: Any) -> Any:
+    """The same model with random experts in FP8, a power of two as the scale of each block of 128x128.
+
+    By the modules that transformers puts in place of a model's own when it loads an FP8 checkpoint.
+    """
+    from transformers.integrations import finegrained_fp8 as fp8
+    from transformers.integrations.moe import use_experts_implementation
+
+    rng = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if not hasattr(module, "is_concatenated"):
+            continue
+        wrapped = use_experts_implementation(
+            experts_class=fp8.FP8Experts, experts_interface=fp8.ALL_FP8_EXPERTS_FUNCTIONS
+        )
+        experts = wrapped(config=module.config, block_size=(128, 128))
+        with torch.no_grad():
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                weight.copy_((torch.randn(weight.shape, generator=rng) * 64).to(torch.float8_e4m3fn))
+            for scale in (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv):
+                scale.copy_(2.0 ** torch.randint(-10, -7, scale.shape, generator=rng))
+        model.set_submodule(name, experts)
+    return model.eval()
 
 
 def experts_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -12,12 +12,13 @@ not count them: write ``parameter.copy_(new)`` under ``torch.no_grad()``, or rep
 experts stay as they are.
 
 Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its gate is SwiGLU, plain or as
-in MiniMax-M3 and DeepSeek-V4, with gate and up concatenated, and H and I multiples of 32. Others raise a ValueError that says
-what differs.
+in MiniMax-M3 and DeepSeek-V4, with gate and up concatenated, and H and I multiples of 32. So can one that was loaded in FP8
+with blocks of 128x128. Others raise a ValueError that says what differs.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import math
@@ -29,8 +30,9 @@ import torch
 
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.activation import SwiGLU
-from hybrid_mxfp8.checks import fail
+from hybrid_mxfp8.checks import FLOAT_DTYPES, fail, short
 from hybrid_mxfp8.formats import BLOCK_SIZE
+from hybrid_mxfp8.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
 from hybrid_mxfp8.hardware import existing_device
 from hybrid_mxfp8.moe import MXFP8Experts
 
@@ -39,6 +41,10 @@ NAME = "hybrid_mxfp8"
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
+FP8_SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
+
+KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_transposed", "has_bias", "has_gate")
+"""Of transformers' ``use_experts_implementation``, by which a model says how its experts differ from others."""
 
 _OWNED = "mxfp8"
 """Submodule of an experts module that ``quantize_model_`` has been through."""
@@ -55,6 +61,11 @@ def register() -> None:
         ImportError: no transformers with an ExpertsInterface whose models take a registered name, as they do from 5.7 on.
     """
     _interface().register(NAME, experts_forward)
+    try:
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+    except ImportError:  # versions that don't dispatch FP8 experts
+        return
+    FP8ExpertsInterface.register(NAME, experts_forward)
 
 
 def _interface() -> Any:
@@ -129,9 +140,17 @@ class _Cached(NamedTuple):
         return all(made_of() is now for made_of, now in zip(self.parameters, parameters, strict=True))
 
 
+def _is_fp8(module: torch.nn.Module) -> bool:
+    return any(getattr(module, name).dtype == torch.float8_e4m3fn for name in WEIGHTS)
+
+
+def _parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
+    biases = BIASES if getattr(module, "has_bias", False) else ()
+    return (*WEIGHTS, *biases, *(FP8_SCALES if _is_fp8(module) else ()))
+
+
 def _parameters(module: torch.nn.Module) -> list[torch.Tensor]:
-    names = (*WEIGHTS, *(BIASES if getattr(module, "has_bias", False) else ()))
-    return [getattr(module, name) for name in names]
+    return [getattr(module, name) for name in _parameter_names(module)]
 
 
 def _quantized(module: torch.nn.Module) -> MXFP8Experts:
@@ -145,7 +164,7 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
                 type(module).__name__,
             )
         return cached.experts
-    parameters = _parameters(module)
+    parameters = _parameters(module) if _has_experts(module) else []  # then _quantize says what is wrong
     versions = tuple(_Version.of(parameter) for parameter in parameters)
     if cached is None or not cached.are_of(versions, parameters):
         cached = _Cached(versions, _quantize(module), tuple(map(weakref.ref, parameters)))
@@ -182,6 +201,8 @@ def why_not(module: torch.nn.Module) -> str | None:
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import _default_apply_gate
 
+    if (option := _unknown_option(module)) is not None:
+        return f"{option} is not supported"
     if not getattr(module, "has_gate", False):
         return "it has no gate"
     if not getattr(module, "is_concatenated", False):
@@ -196,20 +217,51 @@ def why_not(module: torch.nn.Module) -> str | None:
     hidden, intermediate = sorted((1, 2), reverse=bool(module.is_transposed))
     if down.shape[hidden] % BLOCK_SIZE or down.shape[intermediate] % BLOCK_SIZE:
         return f"its H = {down.shape[hidden]} and I = {down.shape[intermediate]} are not both multiples of {BLOCK_SIZE}"
+    if _is_fp8(module):
+        return _why_not_fp8(module, down.shape[intermediate])
+    wrong = [short(p.dtype) for p in _parameters(module) if p.dtype not in FLOAT_DTYPES]
+    return f"its weights are {wrong[0]}" if wrong else None
+
+
+def _unknown_option(module: torch.nn.Module) -> str | None:
+    """Something that a later transformers lets experts say of themselves, as ``has_post_expert_norm``, and that these do say."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    for name, option in inspect.signature(use_experts_implementation).parameters.items():
+        if name not in KNOWN_OPTIONS and getattr(module, name, option.default) != option.default:
+            return f"{name} = {getattr(module, name)!r}"
     return None
+
+
+def _why_not_fp8(module: torch.nn.Module, intermediate: int) -> str | None:
+    for name, scale_name in zip(WEIGHTS, FP8_SCALES, strict=True):
+        weight, scale = getattr(module, name), getattr(module, scale_name, None)
+        expected = scales_shape(weight.shape)
+        if weight.dtype != torch.float8_e4m3fn or not isinstance(scale, torch.Tensor) or scale.shape != expected:
+            return f"its {name} is not FP8 with a scale for each block of {BLOCK}x{BLOCK}"
+    if intermediate % BLOCK:  # a block of scales would be gate's and up's
+        return f"it is FP8 and its I = {intermediate} is no multiple of {BLOCK}"
+    return "it is FP8 with a bias or transposed" if module.is_transposed or module.has_bias else None
 
 
 def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch.device | None = None) -> MXFP8Experts:
     reason = why_not(module)
     if reason is not None:
         fail("experts", "must be SwiGLU experts", f"{type(module).__name__}: {reason}")
+    activation = _activation(module)
+    assert activation is not None, "why_not has found one"
     with torch.no_grad():
+        if _is_fp8(module):
+            pairs = zip(WEIGHTS, FP8_SCALES, strict=True)
+            w13q, w2q = (
+                quantize_fp8_blocks(getattr(module, w), getattr(module, s), device=device, backend=backend)
+                for w, s in pairs
+            )
+            return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         if module.is_transposed:
             w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
         w13_bias, w2_bias = biases or (None, None)
-        activation = _activation(module)
-        assert activation is not None, "why_not has found one"
         bias = {"w13_bias": w13_bias, "w2_bias": w2_bias}
         return MXFP8Experts.from_weights(w13, w2, **bias, activation=activation, backend=backend)
 
@@ -230,9 +282,11 @@ class MemorySaved:
     def __str__(self) -> str:
         before, after = self.bytes_before, self.bytes_after
         layers = f"{self.layers} MoE layer" + ("s" if self.layers != 1 else "")
+        # FP8 in larger blocks has fewer scales.
+        change = f"{_size(before - after)} saved" if after <= before else f"{_size(after - before)} more"
         return (
             f"the experts of {layers} take {_size(after)} in MXFP8 instead of {_size(before)}:"
-            f" {_size(before - after)} saved, {self.ratio:.3f} of the memory"
+            f" {change}, {self.ratio:.3f} of the memory"
         )
 
 
@@ -258,7 +312,8 @@ def quantize_model_(
 
     One layer at a time, so that the peak is one layer's MXFP8 experts above what the model took before. Afterwards the
     state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on) in place of the parameters, and
-    ``save_pretrained`` refuses to write them. There is no way back but loading the model again.
+    ``save_pretrained`` refuses to write them. There is no way back but loading the model again. Experts in FP8 with blocks of
+    128x128 are quantized from what they stand for, one expert at a time.
 
     Args:
         model: a PreTrainedModel.
@@ -294,11 +349,12 @@ def quantize_model_(
             fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
+        names = _parameter_names(module)
         before += _bytes(_parameters(module))
         experts = _quantize(module, backend, where)
         after += _bytes(list(experts.buffers()))
         # The names stay, as parameters that are None, for code that looks for them.
-        for parameter in (*WEIGHTS, *(BIASES if module.has_bias else ())):
+        for parameter in names:
             module.register_parameter(parameter, None)
         object.__setattr__(module, _CACHE, None)
         module.add_module(_OWNED, experts)

@@ -52,14 +52,14 @@ def test_every_code(pattern: str, dtype: torch.dtype, rounding: str) -> None:
     same_bytes(into_poison("reference", x, groups, rounding), expected)
 
 
-@pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("case", cases.RAGGED)
-def test_tokens_that_arrive_quantized(case: str) -> None:
+def test_tokens_that_arrive_quantized(case: str, request: pytest.FixtureRequest) -> None:
     """From row-major scales the kernel's bytes, without a sync."""
     counts, num_tokens = cases.RAGGED[case]
     groups = cases.layout(counts, num_tokens, device=GPU)
     x = torch.randn(num_tokens, 160, device=GPU)
     xq = mx.quantize_grouped(x, groups, backend="triton")
+    request.getfixturevalue("no_sync")
     linear = xq.linear_scales()
     again = mx.GroupedMXFP8.from_linear_scales(xq.values, linear, groups)
     back = again.linear_scales()
