@@ -62,6 +62,7 @@ struct Config;
 template <int TokenTile, class Out>
 struct Config<1, TokenTile, Out> {
   using ElementOut = Out;
+  static constexpr int kTokenTile = TokenTile;
   using TileShape = cute::Shape<cute::_128, cute::Int<TokenTile>, cute::_128>;
   using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf8f6f4Sm100;
   using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm;
@@ -70,10 +71,18 @@ struct Config<1, TokenTile, Out> {
 template <int TokenTile, class Out>
 struct Config<2, TokenTile, Out> {
   using ElementOut = Out;
+  static constexpr int kTokenTile = TokenTile;
   using TileShape = cute::Shape<cute::_256, cute::Int<TokenTile>, cute::_128>;
   using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmMxf8f6f4Sm100;
   using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;
 };
+
+// How many columns of D the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128, whose two buffers
+// in fp32 leave shared memory for one stage of operands (1SM) or two (2SM): loads and MMA would take turns.
+template <int TokenTile, class Out>
+using EpilogueTile = cute::conditional_t<TokenTile == 256 && sizeof(Out) == 4,  //
+                                         cute::Shape<cute::_128, cute::_64>,    //
+                                         cutlass::epilogue::collective::EpilogueTileAuto>;
 
 // How a call is launched: the cluster that the hardware should prefer, the one it may fall back to where
 // the preferred one does not fit, and the SMs that the persistent grid fills.
@@ -107,7 +116,7 @@ struct GroupedGemm {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp,  //
       typename Config::TileShape, ClusterShape,                         //
-      cutlass::epilogue::collective::EpilogueTileAuto,                  //
+      EpilogueTile<Config::kTokenTile, ElementOut>,                     //
       float, float,                                                     // accumulator, compute
       void, LayoutOut*, kAlignmentOut,                                  // C: none
       ElementOut, LayoutOut*, kAlignmentOut,                            // D
