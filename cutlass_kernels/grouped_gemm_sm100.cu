@@ -21,6 +21,10 @@ namespace {
 
 using Selected = GroupedGemm<Config<HYBRID_MXFP8_CTA_GROUP, HYBRID_MXFP8_TOKEN_TILE, HYBRID_MXFP8_OUT>>;
 
+#ifdef __CUDA_ARCH__
+static_assert(Selected::tensor_memory_columns() <= 512, "tensor memory has 512 columns");
+#endif
+
 constexpr int kMaxDevices = 64;
 
 // Runs once per device: refuses other architectures and raises the kernel's shared memory limit.

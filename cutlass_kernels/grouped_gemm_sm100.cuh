@@ -142,6 +142,23 @@ struct GroupedGemm {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Arguments = typename Gemm::Arguments;
 
+#ifdef __CUDA_ARCH__  // CUTLASS lays tensor memory out in functions that the host's compiler does not see
+  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which overlap by one part of
+  // the epilogue where both don't fit, then the scales of the weights and of the tokens. CUTLASS does not check.
+  using EpilogueTileShape = typename CollectiveEpilogue::EpilogueTile;
+  using TensorMemory = decltype(CollectiveMainloop::template init_tmem_tensors<
+                                EpilogueTileShape, Kernel::IsOverlappingAccum>(EpilogueTileShape{}));
+  template <class Tensor>
+  static constexpr int columns_of() {
+    using Layout = decltype(cute::recast<uint32_t>(cute::declval<Tensor&>()).layout());
+    return static_cast<int>(cute::cosize(Layout{}) & cutlass::detail::TmemColMask);
+  }
+  static constexpr int tensor_memory_columns() {
+    return columns_of<decltype(TensorMemory::accumulators)>() + columns_of<decltype(TensorMemory::tCtSFA)>() +
+           columns_of<decltype(TensorMemory::tCtSFB)>();
+  }
+#endif
+
   using WeightStride = typename Kernel::InternalStrideA;
   using TokenStride = typename Kernel::InternalStrideB;
   using OutStride = typename Kernel::InternalStrideD;
