@@ -143,19 +143,19 @@ struct GroupedGemm {
   using Arguments = typename Gemm::Arguments;
 
 #ifdef __CUDA_ARCH__  // CUTLASS lays tensor memory out in functions that the host's compiler does not see
-  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which overlap by one part of
-  // the epilogue where both don't fit, then the scales of the weights and of the tokens. CUTLASS does not check.
-  using EpilogueTileShape = typename CollectiveEpilogue::EpilogueTile;
-  using TensorMemory = decltype(CollectiveMainloop::template init_tmem_tensors<
-                                EpilogueTileShape, Kernel::IsOverlappingAccum>(EpilogueTileShape{}));
   template <class Tensor>
   static constexpr int columns_of() {
     using Layout = decltype(cute::recast<uint32_t>(cute::declval<Tensor&>()).layout());
     return static_cast<int>(cute::cosize(Layout{}) & cutlass::detail::TmemColMask);
   }
+  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which overlap by one part of
+  // the epilogue where both don't fit, then the scales of the weights and of the tokens. CUTLASS does not check.
   static constexpr int tensor_memory_columns() {
-    return columns_of<decltype(TensorMemory::accumulators)>() + columns_of<decltype(TensorMemory::tCtSFA)>() +
-           columns_of<decltype(TensorMemory::tCtSFB)>();
+    using Part = typename CollectiveEpilogue::EpilogueTile;
+    using Memory =
+        decltype(CollectiveMainloop::template init_tmem_tensors<Part, Kernel::IsOverlappingAccum>(Part{}));
+    return columns_of<decltype(Memory::accumulators)>() + columns_of<decltype(Memory::tCtSFA)>() +
+           columns_of<decltype(Memory::tCtSFB)>();
   }
 #endif
 
