@@ -1,8 +1,9 @@
 """Turn the experts of a checkpoint into MXFP8, a few rows at a time: from bf16, fp16, fp32, or FP8 in blocks of 128x128.
 
 Enters: a safetensors file, or a folder with a checkpoint of several. Leaves: the same with each expert matrix replaced by
-its e4m3 elements and ``NAME_scale_inv``, everything else byte for byte. Memory stays bounded whatever the size of a
-tensor: expert matrices are read and quantized in blocks of rows, and other tensors are copied one at a time.
+its e4m3 elements and ``NAME_scale_inv``, on request with the other FP8 matrices as bf16, everything else byte for byte.
+Memory stays bounded whatever the size of a tensor: matrices are read and converted in blocks of rows, and tensors that
+stay are copied one at a time.
 """
 
 from __future__ import annotations

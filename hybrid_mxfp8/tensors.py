@@ -27,6 +27,18 @@ class _Portable:
         vars(self).update(state, values=state["values"].view(torch.float8_e4m3fn))
 
 
+def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device: torch.device | None = None) -> None:
+    """Elements (``rows``, K) and row-major scales (``rows``, K/32), each as such or as bytes."""
+    dims, ndim = f"({rows}, K/{BLOCK_SIZE})", rows.count(",") + 2
+    dtypes = (torch.float8_e4m3fn, torch.uint8)
+    check_tensor("values", values, dtypes=dtypes, ndim=ndim, dims=f"({rows}, K)", device=device)
+    dtypes = (torch.uint8, torch.float8_e8m0fnu)
+    check_tensor("scales", scales, dtypes=dtypes, ndim=ndim, dims=dims, device=values.device)
+    check_no_grad("values", values)
+    check_k("values", values.shape[-1])
+    check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
+
+
 @dataclass(frozen=True, eq=False)
 class GroupedMXFP8(_Portable):
     """Token rows in MXFP8, sorted by expert.
@@ -115,26 +127,7 @@ class GroupedMXFP8(_Portable):
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
-        check_tensor(
-            "values",
-            values,
-            dtypes=(torch.float8_e4m3fn, torch.uint8),
-            ndim=2,
-            dims="(T, K)",
-            device=groups.device,
-        )
-        check_tensor(
-            "scales",
-            scales,
-            dtypes=(torch.uint8, torch.float8_e8m0fnu),
-            ndim=2,
-            dims="(T, K/32)",
-            device=values.device,
-        )
-        check_no_grad("values", values)
-        num_tokens, k = values.shape
-        check_k("values", k)
-        check_shape("scales", scales, (num_tokens, k // BLOCK_SIZE), "(T, K/32)")
+        _check_linear(values, scales, "T", groups.device)
         swizzled, _ = reference.swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
         )
@@ -236,17 +229,5 @@ class ExpertWeights(_Portable):
         Raises:
             TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad.
         """
-        check_tensor("values", values, dtypes=(torch.float8_e4m3fn, torch.uint8), ndim=3, dims="(E, N, K)")
-        check_tensor(
-            "scales",
-            scales,
-            dtypes=(torch.uint8, torch.float8_e8m0fnu),
-            ndim=3,
-            dims="(E, N, K/32)",
-            device=values.device,
-        )
-        check_no_grad("values", values)
-        num_experts, n, k = values.shape
-        check_k("values", k)
-        check_shape("scales", scales, (num_experts, n, k // BLOCK_SIZE), "(E, N, K/32)")
+        _check_linear(values, scales, "E, N")
         return cls(values.contiguous().view(torch.float8_e4m3fn), reference.swizzle_scales(scales))

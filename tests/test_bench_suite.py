@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers_models
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import bench_command
@@ -481,7 +482,7 @@ def test_the_command_says_how_to_get_the_suite(monkeypatch, capsys):
 
 def test_moe(suite, monkeypatch):
     """The layer beside transformers', both right; our experts take half the memory and the note says so."""
-    pytest.importorskip("transformers.integrations.moe", reason="needs transformers 5.0 or newer")
+    transformers_models.require()
     moe = bench_command.import_suite("bench_moe", BENCH)
     monkeypatch.setattr(moe, "BACKENDS", ("cutlass", "reference"))
     record = empty_record()

@@ -436,7 +436,6 @@ def test_experts_without_gate_weights_are_named(experts: torch.nn.Module) -> Non
 @pytest.fixture
 def fp8_model() -> tuple[torch.nn.Module, torch.nn.Module]:
     """A model in bf16, and one with its experts in FP8 as transformers keeps a published FP8 checkpoint's, that stand for the same."""
-    pytest.importorskip("transformers.integrations.finegrained_fp8", reason="transformers has no FP8 in blocks")
     model = models.make("Qwen3-MoE", scale=4)  # H = 256, I = 128
     fp8 = models.with_fp8_experts(copy.deepcopy(model))
     with torch.no_grad():
@@ -508,7 +507,6 @@ def test_fp8_experts_it_can_not_compute(
 
 
 def test_fp8_experts_whose_blocks_mix_gate_and_up() -> None:
-    pytest.importorskip("transformers.integrations.finegrained_fp8", reason="transformers has no FP8 in blocks")
     fp8 = models.with_fp8_experts(models.make("Mixtral", scale=2))  # I = 192
     assert integration.why_not(models.experts_modules(fp8)[0]) == "it is FP8 and its I = 192 is no multiple of 128"
 

@@ -349,12 +349,11 @@ def quantize_model_(
             fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
-        names = _parameter_names(module)
         before += _bytes(_parameters(module))
         experts = _quantize(module, backend, where)
         after += _bytes(list(experts.buffers()))
         # The names stay, as parameters that are None, for code that looks for them.
-        for parameter in names:
+        for parameter in _parameter_names(module):
             module.register_parameter(parameter, None)
         object.__setattr__(module, _CACHE, None)
         module.add_module(_OWNED, experts)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers_models
 
 from hybrid_mxfp8 import bench_command
 
@@ -43,7 +44,7 @@ def capability() -> tuple[int, int]:
 def test_a_case_runs_and_is_right(case, capability):
     record = {"rows": [], "absent": [], "not_run": []}
     if case.kind == "moe":
-        pytest.importorskip("transformers.integrations.moe", reason="the baseline is transformers 5's layer")
+        transformers_models.require()
     suite = run.Suite(timing.CudaDevice(), 2**20, limits.Limits(3.0, 3.0, 700.0, capability), quick=True)
     suite.add(case, record)
     suite.close()
