@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.formats import grouped_scale_rows, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, scale_cols
 
 from . import work
 from .bench_quantize import Prepared, counts_of_set, layouts

@@ -17,7 +17,7 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.formats import BLOCK_SIZE, grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, scale_cols
 
 from . import work
 from .peers import Contender, Field, QuantizeInputs, bf16_copy, quantize_peers

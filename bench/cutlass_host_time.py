@@ -17,7 +17,7 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
-from hybrid_mxfp8.cutlass_kernels import jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

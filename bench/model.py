@@ -10,7 +10,7 @@ For exact group sizes, one tile configuration and one card::
     time    = max(compute, memory) + launch
 
 The constants come from datasheets and from published figures other than those that the model is then compared
-with, so the comparison can fail. It explains :func:`hybrid_mxfp8.config.select_config`, whose own model knows only
+with, so the comparison can fail. It explains :func:`hybrid_mxfp8.cutlass_kernels.config.select_config`, whose own model knows only
 the average group: the choice is shown with this model's time for it, beside the best that this model finds.
 """
 
@@ -35,7 +35,7 @@ EXPLAINED_TOKENS = (1, 128, 1024, 8192)
 
 
 class TileConfig(Protocol):
-    """What the model needs of a configuration; ``hybrid_mxfp8.config.GemmConfig`` is one."""
+    """What the model needs of a configuration; ``hybrid_mxfp8.cutlass_kernels.config.GemmConfig`` is one."""
 
     @property
     def cta_group(self) -> int:
@@ -226,9 +226,9 @@ def random_counts(tokens: int, experts: int, seed: int = 0) -> tuple[int, ...]:
 
 def _selector() -> Any | None:
     """The module that chooses the CUTLASS backend's configuration; None in a version without it."""
-    if importlib.util.find_spec("hybrid_mxfp8.config") is None:
+    if importlib.util.find_spec("hybrid_mxfp8.cutlass_kernels.config") is None:
         return None
-    return importlib.import_module("hybrid_mxfp8.config")
+    return importlib.import_module("hybrid_mxfp8.cutlass_kernels.config")
 
 
 def best(
@@ -316,7 +316,9 @@ def report(card: Card = B200) -> str:
     ]
     explanations = explain(card)
     if not explanations:
-        return "\n".join([*lines, "This version has no hybrid_mxfp8.config: nothing chooses a configuration yet."])
+        return "\n".join(
+            [*lines, "This version has no hybrid_mxfp8.cutlass_kernels.config: nothing chooses a configuration yet."]
+        )
     lines += _table(
         (
             "shape",

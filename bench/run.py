@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_mxfp8.bench_command import add_arguments
+from hybrid_mxfp8.commands.bench import add_arguments
 
 from . import bench_grouped_gemm, bench_moe, bench_pipeline, bench_quantize, model, plots, report, targets
 from .bench_grouped_gemm import WeightStore

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hybrid_mxfp8.formats import padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import padded_scale_rows, scale_cols
 
 BF16 = 2
 INT32 = 4

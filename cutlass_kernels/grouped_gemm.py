@@ -21,14 +21,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.config import CUTLASS_CAPABILITIES, MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
-from hybrid_mxfp8.cutlass_kernels import jit
+from hybrid_mxfp8.core.formats import MAX_INT32, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.cutlass_kernels.config import (
+    CUTLASS_CAPABILITIES,
+    MODULES,
+    SM_COUNT,
+    Estimate,
+    GemmConfig,
+    estimate,
+    select_estimate,
+)
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.errors import BackendUnavailableError
-from hybrid_mxfp8.formats import MAX_INT32, padded_scale_rows, scale_cols
-from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
 
 if TYPE_CHECKING:
-    from hybrid_mxfp8.backends import Problem
+    from hybrid_mxfp8.dispatch.registry import Problem
 
 OUT_TYPES = {
     torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),
@@ -182,7 +190,7 @@ def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
     short, element = OUT_TYPES[out_dtype]
     return jit.Source(
         name=f"grouped_gemm_{module}_{short}_sm{arch.replace('.', '')}",
-        file=jit.ROOM / "grouped_gemm_sm100.cu",
+        file=jit.CSRC / "grouped_gemm_sm100.cu",
         arch=arch,
         definitions=(
             ("HYBRID_MXFP8_CTA_GROUP", str(config.cta_group)),

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from hybrid_mxfp8.formats import SCALE_TILE_BYTES, padded_scale_rows, scale_cols, scale_offset
+from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, padded_scale_rows, scale_cols, scale_offset
 
 COUNTS, K = (5, 0, 130), 320
 """Two experts with tokens and one without; 10 scale columns, stored as 12."""

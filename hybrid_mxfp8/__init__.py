@@ -8,18 +8,31 @@
 Importing this package touches no GPU, no Triton and no compiler.
 """
 
-from hybrid_mxfp8 import library as _library  # noqa: F401  # its import registers torch.ops.hybrid_mxfp8
-from hybrid_mxfp8._version import __version__
-from hybrid_mxfp8.activation import SwiGLU
-from hybrid_mxfp8.backends import backends, use_backend
-from hybrid_mxfp8.errors import BackendUnavailableError
-from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.metrics import calc_diff, signal_to_noise_db
-from hybrid_mxfp8.moe import MXFP8Experts, moe_forward
-from hybrid_mxfp8.moe_workspace import MoEWorkspace
-from hybrid_mxfp8.ops import explain, grouped_gemm, grouped_gemm_workspace_size, quantize_grouped, quantize_weights
-from hybrid_mxfp8.reference import swizzle_scales, unswizzle_scales
-from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+from pathlib import Path as _Path
+
+_root = _Path(__file__).parent.parent
+if not (_Path(__file__).parent / "triton_kernels").is_dir() and (_root / "triton_kernels" / "backend.py").is_file():
+    # A checkout, where the kernel packages stand beside this one; installed, they lie inside it.
+    __path__.append(str(_root))
+
+from hybrid_mxfp8._version import __version__  # noqa: E402
+from hybrid_mxfp8.core.activation import SwiGLU  # noqa: E402
+from hybrid_mxfp8.core.layout import GroupLayout  # noqa: E402
+from hybrid_mxfp8.core.metrics import calc_diff, signal_to_noise_db  # noqa: E402
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8  # noqa: E402
+from hybrid_mxfp8.core.scale_layout import swizzle_scales, unswizzle_scales  # noqa: E402
+from hybrid_mxfp8.dispatch.registry import backends, use_backend  # noqa: E402
+from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
+from hybrid_mxfp8.ops import torch_library as _torch_library  # noqa: E402, F401  # registers torch.ops.hybrid_mxfp8
+from hybrid_mxfp8.ops.grouped_gemm import (  # noqa: E402
+    explain,
+    grouped_gemm,
+    grouped_gemm_workspace_size,
+    quantize_grouped,
+    quantize_weights,
+)
+from hybrid_mxfp8.ops.moe import MXFP8Experts, moe_forward  # noqa: E402
+from hybrid_mxfp8.ops.workspace import MoEWorkspace  # noqa: E402
 
 __all__ = [
     "BackendUnavailableError",

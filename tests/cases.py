@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import moe_checks, ops
-from hybrid_mxfp8.formats import round_up
+from hybrid_mxfp8.core.formats import round_up
+from hybrid_mxfp8.ops import grouped_gemm as ops
+from hybrid_mxfp8.ops import moe_checks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF_DTYPES = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.backends import AUTO, _settled, requested
+from hybrid_mxfp8.dispatch.registry import AUTO, _settled, requested
 
 pytest_plugins = ["tally"]
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8 import warmup
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.commands import warmup
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES
-from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 
 GPU_ARCH = "9.0"
 """PTX is not kept, so the tests of tests/gpu run on Hopper."""
@@ -68,7 +69,7 @@ FAULTS: dict[str, Edits] = {
 
 def host_reference() -> jit.Source:
     """CUTLASS's CPU reference over our arguments."""
-    return jit.Source("host_reference", jit.ROOM / "host_reference.cu", "8.0", tools=True)
+    return jit.Source("host_reference", CUDA / "host_reference.cu", "8.0", tools=True)
 
 
 def host_side(out: str) -> jit.Source:
@@ -91,7 +92,7 @@ def mutants(judge: jit.Source, folder: Path, faults: Iterable[str] = tuple(FAULT
     """The judge's functions once for each fault, named ``<function>_<number of the fault>``; written to ``folder``."""
     parts = []
     for number, edits in ((i, edits) for i, (fault, edits) in enumerate(FAULTS.items()) if fault in faults):
-        text = "\n".join([*((jit.ROOM / name).read_text() for name in SHARED), judge.file.read_text()])
+        text = "\n".join([*((jit.CSRC / name).read_text() for name in SHARED), judge.file.read_text()])
         for right, wrong in edits:
             assert text.count(right) == 1, f"the fault no longer applies to: {right}"
             text = text.replace(right, wrong)

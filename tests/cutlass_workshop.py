@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import tvm_ffi  # now: an unprivileged user may not be able to import it later
 
-from hybrid_mxfp8.cutlass_kernels import jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 
 NVCC = """#!{python}
 import os, pathlib, subprocess, sys, time
@@ -64,7 +64,7 @@ extern "C" int __tvm_ffi_answer(void*, const TVMFFIAny*, int32_t, TVMFFIAny* res
 PROGRAM = """
 import sys
 from pathlib import Path
-from hybrid_mxfp8.cutlass_kernels import jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 source = jit.Source("toy", Path(sys.argv[1]), "9.0", definitions=(("ANSWER", "42"),), include=())
 print(jit.load(source).answer(), flush=True)
 """

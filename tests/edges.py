@@ -16,7 +16,7 @@ import torch
 import truth
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.formats import scale_offset
+from hybrid_mxfp8.core.formats import scale_offset
 
 
 def to_device(xq: mx.GroupedMXFP8, device: str) -> mx.GroupedMXFP8:

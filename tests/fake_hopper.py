@@ -23,7 +23,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, version: str) -> Device:
     """Have every kernel launched on the returned device, with launchers as in a version of Triton."""
     from hybrid_mxfp8.triton_kernels import (
         combine,
-        expand_tokens,
+        dequantize_tokens,
         expert_bias,
         grouped_gemm,
         grouped_gemm_hopper,
@@ -33,7 +33,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, version: str) -> Device:
     )
 
     device = Device()
-    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.backends"), "_interpreted", lambda: True)
+    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.dispatch.registry"), "_interpreted", lambda: True)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
@@ -47,7 +47,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, version: str) -> Device:
         (route, "sum_kernel"),
         (route, "scatter_kernel"),
         (quantize, "quantize_kernel"),
-        (expand_tokens, "expand_tokens_kernel"),
+        (dequantize_tokens, "dequantize_tokens_kernel"),
         (grouped_gemm, "grouped_gemm_kernel"),
         (grouped_gemm_hopper, "hopper_gemm_kernel"),
         (expert_bias, "expert_bias_kernel"),

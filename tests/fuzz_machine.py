@@ -34,8 +34,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, env, moe_reference, reference
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8 import env, reference
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.reference import routing as moe_reference
 
 GPU = torch.cuda.is_available() and not env.triton_interpret()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -752,19 +754,19 @@ class Machine(RuleBasedStateMachine):
         out = torch.zeros(x.shape, dtype=x.dtype, device=DEVICE)
         if not rows:
             return out
-        row_token = torch.empty(rows, dtype=torch.int32, device=DEVICE)
-        slot_row = torch.empty(ids.shape, dtype=torch.int32, device=DEVICE)
+        sorted_token_ids = torch.empty(rows, dtype=torch.int32, device=DEVICE)
+        inverse_permutation = torch.empty(ids.shape, dtype=torch.int32, device=DEVICE)
         layout = torch.empty(3 * e + 2, dtype=torch.int32, device=DEVICE)
-        moe_reference.route(ids, e, row_token, slot_row, layout)
+        moe_reference.route(ids, e, sorted_token_ids, inverse_permutation, layout)
         groups = mx.GroupLayout(*layout.split((e, e + 1, e + 1)), rows)
         options: dict[str, Any] = {"out_dtype": x.dtype, "backend": name}
-        xq = mx.quantize_grouped(x, groups, row_index=row_token, backend=name)
+        xq = mx.quantize_grouped(x, groups, row_index=sorted_token_ids, backend=name)
         h = mx.grouped_gemm(xq, layer.w13, **options)
         if "w13_bias" in bias:
-            moe_reference.add_expert_bias(h, slot_row, ids, bias["w13_bias"])
+            moe_reference.add_expert_bias(h, inverse_permutation, ids, bias["w13_bias"])
         hq = mx.quantize_grouped(h, groups, activation=gate, backend=name)
         y = mx.grouped_gemm(hq, layer.w2, **options)
-        moe_reference.combine(y, slot_row, ids, weights, bias.get("w2_bias"), out)
+        moe_reference.combine(y, inverse_permutation, ids, weights, bias.get("w2_bias"), out)
         return out
 
     # ------------------------------------------------------------ always

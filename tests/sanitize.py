@@ -52,7 +52,7 @@ ERROR_EXIT = 86
 
 ONLY_ON: dict[str, tuple[tuple[int, int], ...]] = {
     "hopper_gemm_kernel": ((9, 0),),
-    "expand_tokens_kernel": ((9, 0),),
+    "dequantize_tokens_kernel": ((9, 0),),
     "grouped_gemm_blackwell_kernel": ((10, 0), (10, 3)),
 }
 """Kernels that some compute capabilities alone run."""

@@ -13,7 +13,7 @@ from hybrid_mxfp8.compat.sglang import (
 from hybrid_mxfp8.compat.sglang import (
     es_sm100_mxfp8_blockscaled_moe_grouped_gemm as moe_grouped_gemm,
 )
-from hybrid_mxfp8.formats import padded_scale_rows
+from hybrid_mxfp8.core.formats import padded_scale_rows
 
 
 def exclusive(counts: Sequence[int]) -> list[int]:

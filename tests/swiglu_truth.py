@@ -16,8 +16,8 @@ import torch
 import truth
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.activation import PLAIN_SWIGLU
-from hybrid_mxfp8.formats import scale_cols
+from hybrid_mxfp8.core.activation import PLAIN_SWIGLU
+from hybrid_mxfp8.core.formats import scale_cols
 from hybrid_mxfp8.reference import unswizzle_scales
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_mxfp8 import calc_diff, cli, signal_to_noise_db
-from hybrid_mxfp8.accuracy import command, formats, measure, transformers_model
-from hybrid_mxfp8.demo import workload
-from hybrid_mxfp8.demo.measure import per_tensor_fp8
+from hybrid_mxfp8 import calc_diff, signal_to_noise_db
+from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.commands.accuracy import command, formats, measure, transformers_model
+from hybrid_mxfp8.commands.demo import workload
+from hybrid_mxfp8.commands.demo.measure import per_tensor_fp8
 
 NAMES = ["bf16", "MXFP8 rceil", "MXFP8 floor", "MXFP8 even", "FP8 per row", "FP8 per tensor"]
 BY_NAME = {form.name: form for form in formats.FORMATS}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.activation import NAMED, swiglu_of
+from hybrid_mxfp8.core.activation import NAMED, swiglu_of
 
 
 def test_names_and_specs() -> None:

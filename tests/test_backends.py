@@ -16,10 +16,10 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.backends import BACKENDS, Answer, Problem, _log_choice, choose, choose_quantizer, requested
+from hybrid_mxfp8.dispatch.registry import BACKENDS, Problem, Support, _log_choice, choose, choose_quantizer, requested
 
 # The package's function of that name hides the module from an ordinary import.
-MODULE = importlib.import_module("hybrid_mxfp8.backends")
+MODULE = importlib.import_module("hybrid_mxfp8.dispatch.registry")
 CPU = torch.device("cpu")
 PROBLEM = Problem(4, 64, 96, 100, torch.bfloat16, CPU)
 
@@ -274,7 +274,7 @@ def capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int] | None) -
 @pytest.mark.parametrize("value", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
 def test_answers_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int]) -> None:
     device = capability(monkeypatch, value)
-    answers: dict[str, Answer] = {name: backend.available(device) for name, backend in BACKENDS.items()}
+    answers: dict[str, Support] = {name: backend.available(device) for name, backend in BACKENDS.items()}
     assert answers["triton"][0] == (value >= (8, 9))
     named = f"{value[0]}.{value[1]}"
     assert named in answers["triton"][1]

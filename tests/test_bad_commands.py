@@ -13,7 +13,9 @@ import torch
 from tally import Tally
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, cli, env
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.commands import cli
 
 COMMANDS: list[tuple[str, str]] = [
     ("", r"the following arguments are required: COMMAND$"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_mxfp8 import bench_command
+from hybrid_mxfp8.commands import bench as bench_command
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 model = bench_command.import_suite("model", BENCH)
@@ -96,7 +96,7 @@ def test_every_part_of_the_report_says_modelled():
 
 
 class _Selector:
-    """Stands for hybrid_mxfp8.config: always one configuration."""
+    """Stands for hybrid_mxfp8.cutlass_kernels.config: always one configuration."""
 
     CONFIGS = (Tile(1, 64, (1, 1)), Tile(2, 128, (2, 1)))
 

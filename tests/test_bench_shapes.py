@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_mxfp8 import bench_command
+from hybrid_mxfp8.commands import bench as bench_command
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 shapes = bench_command.import_suite("shapes", BENCH)

@@ -17,7 +17,7 @@ import torch
 import transformers_models
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import bench_command
+from hybrid_mxfp8.commands import bench as bench_command
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"

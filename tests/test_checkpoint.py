@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, reference
-from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 
 NAME = "model.layers.0.mlp.experts.down_proj"
 

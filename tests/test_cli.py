@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_mxfp8 import BackendUnavailableError, __version__, cli
+from hybrid_mxfp8 import BackendUnavailableError, __version__
+from hybrid_mxfp8.commands import cli
 
 
 def use_command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:

@@ -25,8 +25,8 @@ import torch
 from launched import kernels_in_source
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import moe_workspace
-from hybrid_mxfp8.backends import BACKENDS
+from hybrid_mxfp8.dispatch.registry import BACKENDS
+from hybrid_mxfp8.ops import workspace as moe_workspace
 
 THREADS, ROUNDS = 3, 2
 
@@ -81,8 +81,9 @@ def test_threads_get_what_one_thread_gets(backend: str, tally: Any) -> None:
 
 def test_threads_that_come_first_together(interpreter: None, monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
     """Nothing is cached yet: modules are imported, configurations chosen and backends probed by all at once."""
-    from hybrid_mxfp8.backends import _interpreted
-    from hybrid_mxfp8.triton_kernels import grouped_gemm, quantize
+    from hybrid_mxfp8.dispatch.registry import _interpreted
+    from hybrid_mxfp8.triton_kernels import quantize
+    from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
 
     expected = [job(seed, "triton") for seed in range(THREADS)]
     for cached in (
@@ -136,7 +137,7 @@ def test_threads_compile_a_kernel_once(interpreter: None, monkeypatch: pytest.Mo
 
 def test_a_backend_in_force_is_its_threads_own(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
     """use_backend() reaches no other thread; the environment reaches all, and is read at each call."""
-    from hybrid_mxfp8.backends import requested
+    from hybrid_mxfp8.dispatch.registry import requested
 
     names = ["reference", "triton", "cutlass", "auto"]
 
@@ -430,7 +431,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": 
 
 def memory_of(workspace: mx.MoEWorkspace) -> list[torch.Tensor]:
     b = workspace._largest
-    tensors = [b.row_token, b.slot_row, b.layout, b.scratch, b.h, b.y]
+    tensors = [b.sorted_token_ids, b.inverse_permutation, b.layout, b.scratch, b.h, b.y]
     tensors += [t for operand in (b.xq, b.hq) for t in (operand.values, operand.scales)]
     return [t.view(torch.uint8) for t in tensors]
 
@@ -505,7 +506,7 @@ def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: p
     from hybrid_mxfp8.triton_kernels import (
         caller_layout,
         combine,
-        expand_tokens,
+        dequantize_tokens,
         expert_bias,
         group_layout,
         grouped_gemm,
@@ -514,7 +515,7 @@ def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: p
         quantize,
         route,
     )
-    from hybrid_mxfp8.triton_kernels.hopper_config import select_hopper_config
+    from hybrid_mxfp8.triton_kernels.gemm.hopper_config import select_hopper_config
 
     current: list[torch.device] = []
     launched: list[str] = []
@@ -533,7 +534,7 @@ def test_every_launch_is_on_its_tensors_device(interpreter: None, monkeypatch: p
     guarded = (caller_layout, combine, expert_bias, group_layout, grouped_gemm, grouped_gemm_blackwell, quantize, route)
     for module in guarded:
         monkeypatch.setattr(module, "on_device_of", on_device_of)
-    for module in (*guarded, expand_tokens, grouped_gemm_hopper):
+    for module in (*guarded, dequantize_tokens, grouped_gemm_hopper):
         monkeypatch.setattr(module, "launch", launch)
     x = torch.zeros(9, 64)
     groups = cases.layout([4, 0, 5])

@@ -11,7 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, cli, convert, reference
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.checkpoint import convert
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.commands import cli
 
 STACKED = "model.layers.0.mlp.experts.gate_up_proj"
 MATRICES = [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(3)]

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, cli, convert, fp8_blocks, reference
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.checkpoint import convert, fp8_blocks
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.commands import cli
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 EXPERT, OTHER = "model.layers.3.mlp.experts.0.up_proj.weight", "model.layers.3.self_attn.o_proj.weight"

@@ -29,10 +29,13 @@ import pytest
 from cutlass_workshop import MODULE, Child, Workshop, open_workshop
 from tally import Tally
 
-from hybrid_mxfp8 import doctor, env
-from hybrid_mxfp8.cutlass_kernels import grouped_gemm, jit, trust
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.checkpoint.atomic import alive
+from hybrid_mxfp8.commands import doctor
+from hybrid_mxfp8.cutlass_kernels import grouped_gemm
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import trust
 from hybrid_mxfp8.errors import BackendUnavailableError
-from hybrid_mxfp8.partial import alive
 
 STRANGER = 12345
 """A user who is neither this one nor root."""

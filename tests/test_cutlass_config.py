@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_mxfp8.config import (
+from hybrid_mxfp8.cutlass_kernels.config import (
     CONFIGS,
     MODULES,
     TOKEN_TILES,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hybrid_mxfp8.cutlass_kernels import headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 

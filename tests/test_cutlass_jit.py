@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from cutlass_workshop import MODULE, Workshop, open_workshop
 
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 

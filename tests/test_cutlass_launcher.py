@@ -17,10 +17,11 @@ import torch
 from cases import layout
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.backends import Problem, _log_choice, choose
-from hybrid_mxfp8.config import MODULES
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels.config import MODULES
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.dispatch.registry import Problem, _log_choice, choose
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 GPU = torch.device("cuda", 0)
@@ -229,7 +230,9 @@ def test_choice_passes_over_a_failed_build(
 ) -> None:
     """Auto goes on with a warning; a backend asked for by name raises the reason."""
     # The package's function of that name hides the module from an ordinary import.
-    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.backends"), "_capability", lambda device: (10, 0))
+    monkeypatch.setattr(
+        importlib.import_module("hybrid_mxfp8.dispatch.registry"), "_capability", lambda device: (10, 0)
+    )
     shape = Problem(3, 136, 96, 8, torch.bfloat16, GPU)
     assert choose(shape, "auto").name == "cutlass"
     with pytest.raises(BackendUnavailableError):
@@ -312,7 +315,9 @@ def test_an_expert_that_32_bits_do_not_count_is_left_to_the_others(
     ok, said = launcher.takes(n, k, torch.float32)
     assert (ok, said) == (not reason, reason or launcher.NOT_RUN)
     # The package's function of that name hides the module from an ordinary import.
-    monkeypatch.setattr(importlib.import_module("hybrid_mxfp8.backends"), "_capability", lambda device: (10, 0))
+    monkeypatch.setattr(
+        importlib.import_module("hybrid_mxfp8.dispatch.registry"), "_capability", lambda device: (10, 0)
+    )
     shape = Problem(2, n, k, 8, torch.float32, GPU)
     assert (choose(shape, "auto").name == "cutlass") == ok
     if reason:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.slow

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_mxfp8 import warmup
-from hybrid_mxfp8.config import MODULES
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.commands import warmup
+from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_mxfp8 import GroupLayout, cli
-from hybrid_mxfp8.demo import command, measure, workload
-from hybrid_mxfp8.demo.encoder import EncoderConfig, encode
-from hybrid_mxfp8.demo.text import PARAGRAPHS
-from hybrid_mxfp8.tables import format_table
+from hybrid_mxfp8 import GroupLayout
+from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.commands.demo import command, measure, workload
+from hybrid_mxfp8.commands.demo.encoder import EncoderConfig, encode
+from hybrid_mxfp8.commands.demo.text import PARAGRAPHS
+from hybrid_mxfp8.commands.tables import format_table
 
 REAL = not workload.missing_packages()
 

@@ -19,7 +19,8 @@ from pages import DOCS, blocks, run_python
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, cli
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.commands import cli
 
 PAGES = (
     "accuracy.md",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_mxfp8 import cli, doctor
+from hybrid_mxfp8.commands import cli, doctor
 
 WITHOUT_TRITON = """
 import importlib.util, sys
@@ -26,7 +26,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
-from hybrid_mxfp8.cli import main
+from hybrid_mxfp8.commands.cli import main
 sys.exit(main(["doctor"]))
 """
 

@@ -14,7 +14,7 @@ import truth
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.triton_kernels import grouped_gemm as kernel_module
+from hybrid_mxfp8.triton_kernels.gemm import portable as kernel_module
 
 COUNTS = [3, 0, 17, 1]
 

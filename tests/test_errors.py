@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.backends import BACKENDS
+from hybrid_mxfp8.dispatch.registry import BACKENDS
 
 T, E, N, K = 40, 3, 24, 96
 E4M3 = torch.float8_e4m3fn

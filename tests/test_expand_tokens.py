@@ -13,8 +13,12 @@ import truth
 from hypothesis import given, settings
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels.expand_tokens import ExpandConfig, expand_tokens, select_expand_config
-from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout
+from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import (
+    DequantizeConfig,
+    dequantize_tokens,
+    select_dequantize_config,
+)
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout
 from hybrid_mxfp8.triton_kernels.launch import launch
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -42,7 +46,7 @@ def expand(xq: mx.GroupedMXFP8, block_t: int, rows: int | None = None) -> tuple[
     layout = WorkspaceLayout.of(xq.groups.num_tokens, xq.groups.num_experts, xq.k, HopperGemmConfig(block_t, 16, 64, 2))
     workspace = torch.full((layout.size,), cases.POISON, dtype=torch.uint8)
     wanted = layout.num_tokens if rows is None else rows
-    expand_tokens(xq.values, xq.scales, xq.groups, workspace, layout, block_t, wanted)
+    dequantize_tokens(xq.values, xq.scales, xq.groups, workspace, layout, block_t, wanted)
     listed = layout.tiles(workspace).tolist()
     assert listed[0][1] == 0, "slices taken"
     assert all(row[3] == 0 for row in listed[1 : 1 + listed[0][0]]), "slices done"
@@ -83,7 +87,7 @@ def test_columns_beyond_k_are_zero(k: int, rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("rows", [0, 16, 64])
 def test_only_the_first_rows(rows: int, rng: torch.Generator) -> None:
-    """The product expands the others itself, and needs the whole list."""
+    """The product fused_dequantize the others itself, and needs the whole list."""
     counts, k = [30, 0, 41, 50], 96
     groups = cases.layout(counts)
     xq = mx.quantize_grouped(cases.random_rows(121, k, torch.bfloat16, rng), groups, backend="reference")
@@ -110,22 +114,22 @@ def test_more_experts_than_are_searched_at_once(rng: torch.Generator, monkeypatc
         experts, _, *others = constants
         return launch(kernel, programs, arguments, (experts, 4, *others), *rest)
 
-    monkeypatch.setattr("hybrid_mxfp8.triton_kernels.expand_tokens.launch", in_chunks)
+    monkeypatch.setattr("hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens.launch", in_chunks)
     check([0, 0, 0, 0, 3, 0, 0, 0, 0, 2, 0, 0, 1, 0], 9, 32, 16, rng)
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "k", "config"),
     [
-        (0, 64, ExpandConfig(1, 128, 2)),
-        (32, 7168, ExpandConfig(1, 512, 2)),
-        (2048, 1024, ExpandConfig(1, 512, 2)),
-        (2049, 1024, ExpandConfig(4, 1024, 4)),
-        (8192, 7168, ExpandConfig(4, 1024, 4)),
+        (0, 64, DequantizeConfig(1, 128, 2)),
+        (32, 7168, DequantizeConfig(1, 512, 2)),
+        (2048, 1024, DequantizeConfig(1, 512, 2)),
+        (2049, 1024, DequantizeConfig(4, 1024, 4)),
+        (8192, 7168, DequantizeConfig(4, 1024, 4)),
     ],
 )
-def test_select_expand_config(num_tokens: int, k: int, config: ExpandConfig) -> None:
-    assert select_expand_config(num_tokens, k) == config
+def test_select_expand_config(num_tokens: int, k: int, config: DequantizeConfig) -> None:
+    assert select_dequantize_config(num_tokens, k) == config
 
 
 @settings(max_examples=10)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import formats
+from hybrid_mxfp8.core import formats
 
 
 def numbered(rows: int, cols: int) -> torch.Tensor:

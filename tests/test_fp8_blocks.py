@@ -9,7 +9,7 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.fp8_blocks import quantize_fp8_blocks
+from hybrid_mxfp8.checkpoint.fp8_blocks import quantize_fp8_blocks
 
 FP8 = torch.float8_e4m3fn
 

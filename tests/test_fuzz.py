@@ -103,14 +103,16 @@ def _write_past_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _row_of_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_mxfp8 import moe_reference
+    from hybrid_mxfp8.reference import routing as moe_reference
 
     right = moe_reference.route
 
-    def wrong(ids: Any, experts: int, row_token: Any, slot_row: Any, layout: Any, scratch: Any = None) -> None:
-        right(ids, experts, row_token, slot_row, layout, scratch)
+    def wrong(
+        ids: Any, experts: int, sorted_token_ids: Any, inverse_permutation: Any, layout: Any, scratch: Any = None
+    ) -> None:
+        right(ids, experts, sorted_token_ids, inverse_permutation, layout, scratch)
         if scratch is not None:  # as moe_forward calls it, not as the judge does
-            row_token.copy_(row_token.roll(1))
+            sorted_token_ids.copy_(sorted_token_ids.roll(1))
 
     monkeypatch.setattr(moe_reference, "route", wrong)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.reference import unswizzle_scales
-from hybrid_mxfp8.triton_kernels import grouped_gemm as kernel_module
-from hybrid_mxfp8.triton_kernels.grouped_gemm import (
+from hybrid_mxfp8.triton_kernels.gemm import portable as kernel_module
+from hybrid_mxfp8.triton_kernels.gemm.portable import (
     Formulation,
     TritonGemmConfig,
     select_formulation,

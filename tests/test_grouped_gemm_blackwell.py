@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_grouped_gemm import operands, plain_operands
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels import grouped_gemm as dispatch
-from hybrid_mxfp8.triton_kernels.grouped_gemm_blackwell import (
+from hybrid_mxfp8.triton_kernels.gemm import portable as dispatch
+from hybrid_mxfp8.triton_kernels.gemm.blackwell import (
     BlackwellConfig,
     grouped_gemm_blackwell,
     select_blackwell_config,

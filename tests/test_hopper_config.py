@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_mxfp8.formats import ceil_div
-from hybrid_mxfp8.triton_kernels import grouped_gemm, hopper_config
-from hybrid_mxfp8.triton_kernels.grouped_gemm import hopper_config_for, workspace_bound, workspace_size
-from hybrid_mxfp8.triton_kernels.hopper_config import (
+from hybrid_mxfp8.core.formats import ceil_div
+from hybrid_mxfp8.triton_kernels.gemm import hopper_config
+from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import (
     MAX_TOKENS,
     SHARED_MEMORY,
     HopperGemmConfig,
@@ -22,6 +22,7 @@ from hybrid_mxfp8.triton_kernels.hopper_config import (
     select_hopper_config,
     tiles_at_once,
 )
+from hybrid_mxfp8.triton_kernels.gemm.portable import hopper_config_for, workspace_bound, workspace_size
 
 AVERAGES = (0.1, 1, 16, 17, 32, 33, 56, 57, 128, 129, 4096)
 

@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from tally import Tally
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, cli, convert, partial
-from hybrid_mxfp8.safetensors_writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.checkpoint import atomic as partial
+from hybrid_mxfp8.checkpoint import convert
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.commands import cli
 
 VALUES, SCALES = 2 * 8 * 32, 2 * 8
 """Bytes of (2, 8, 32) experts."""
@@ -456,7 +459,7 @@ def test_names_that_the_format_cannot_hold(name: str, tmp_path: Path, tally: Tal
 def test_a_header_that_the_library_would_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
-    monkeypatch.setattr("hybrid_mxfp8.safetensors_writer.MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr("hybrid_mxfp8.checkpoint.writer.MAX_HEADER_BYTES", 100)
     with pytest.raises(
         ValueError, match=r"m.safetensors: its header would have 112 bytes, of which the format allows 100"
     ):

@@ -16,7 +16,7 @@ import truth
 from test_grouped_gemm import operands, plain_operands
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import formats
+from hybrid_mxfp8.core import formats
 
 FAR = 2**31
 
@@ -66,8 +66,8 @@ def test_weights_beyond_int32(backend: str, rng: torch.Generator, tally: Any) ->
 
 def test_sums_of_rows_beyond_int32(interpreter: None, rng: torch.Generator, tally: Any) -> None:
     """The layer's last step, and the bias before it, at rows whose offset is beyond."""
-    from hybrid_mxfp8 import moe_reference
-    from hybrid_mxfp8.triton_kernels import combine, expert_bias
+    from hybrid_mxfp8.reference import routing as moe_reference
+    from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias
 
     h = 1024
     y = torch.empty(FAR // h + 9, h, dtype=torch.bfloat16)

@@ -13,9 +13,9 @@ from fake_hopper import aligned_bytes, stand_in
 from fake_triton import Flat, Kernel
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import hardware
+from hybrid_mxfp8.dispatch import device as hardware
 
-LAUNCHERS = ("combine", "expand_tokens", "expert_bias", "group_layout", "grouped_gemm", "quantize", "route")
+LAUNCHERS = ("combine", "dequantize_tokens", "expert_bias", "group_layout", "grouped_gemm", "quantize", "route")
 
 
 def specialized(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Hashable, ...]:
@@ -64,7 +64,7 @@ def quantizations() -> list[Callable[[], object]]:
 
 
 def products() -> list[Callable[[], object]]:
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import grouped_gemm
+    from hybrid_mxfp8.triton_kernels.gemm.portable import grouped_gemm
 
     groups = cases.layout([3, 2], 5)
     xq = mx.quantize_grouped(torch.zeros(5, 64), groups, backend="reference")
@@ -80,41 +80,46 @@ def products() -> list[Callable[[], object]]:
 
 
 def steps_of_a_layer() -> list[Callable[[], object]]:
-    from hybrid_mxfp8.triton_kernels.combine import combine
-    from hybrid_mxfp8.triton_kernels.expert_bias import add_expert_bias
+    from hybrid_mxfp8.triton_kernels.moe.combine import combine
+    from hybrid_mxfp8.triton_kernels.moe.expert_bias import add_expert_bias
 
-    slot_row = torch.zeros(5, 2, dtype=torch.int32)
-    ids, long, weights, bias = slot_row.clone(), slot_row.long(), torch.ones(5, 2), torch.zeros(3, 64)
+    inverse_permutation = torch.zeros(5, 2, dtype=torch.int32)
+    ids, long, weights, bias = (
+        inverse_permutation.clone(),
+        inverse_permutation.long(),
+        torch.ones(5, 2),
+        torch.zeros(3, 64),
+    )
     y, out = torch.zeros(10, 64), torch.zeros(5, 64)
     arguments: list[tuple[Any, ...]] = [
-        (y, slot_row, ids, weights, None, out),
-        (off(y), slot_row, ids, weights, None, out),
-        (y.half(), slot_row, ids, weights, None, out),
-        (y, slot_row, ids, weights.half(), None, out),
-        (y, slot_row, ids, weights, None, off(out)),
-        (y, slot_row, ids, weights, None, out.half()),
-        (y, slot_row, ids, weights, None, torch.zeros(5, 65)[:, :64]),
-        (torch.zeros(10, 56), slot_row, ids, weights, None, torch.zeros(5, 64)[:, :56]),
-        (y, slot_row, ids, weights, bias, out),
-        (y, slot_row, long, weights, bias, out),
-        (y, slot_row, ids, weights, off(bias), out),
-        (y, slot_row, ids, weights, bias.half(), out),
+        (y, inverse_permutation, ids, weights, None, out),
+        (off(y), inverse_permutation, ids, weights, None, out),
+        (y.half(), inverse_permutation, ids, weights, None, out),
+        (y, inverse_permutation, ids, weights.half(), None, out),
+        (y, inverse_permutation, ids, weights, None, off(out)),
+        (y, inverse_permutation, ids, weights, None, out.half()),
+        (y, inverse_permutation, ids, weights, None, torch.zeros(5, 65)[:, :64]),
+        (torch.zeros(10, 56), inverse_permutation, ids, weights, None, torch.zeros(5, 64)[:, :56]),
+        (y, inverse_permutation, ids, weights, bias, out),
+        (y, inverse_permutation, long, weights, bias, out),
+        (y, inverse_permutation, ids, weights, off(bias), out),
+        (y, inverse_permutation, ids, weights, bias.half(), out),
     ]
     biased: list[tuple[Any, ...]] = [
-        (y, slot_row, ids, bias),
-        (off(y), slot_row, ids, bias),
-        (y.half(), slot_row, ids, bias),
-        (y, slot_row, long, bias),
-        (y, slot_row, ids, off(bias)),
-        (y, slot_row, ids, bias.half()),
-        (torch.zeros(10, 56), slot_row, ids, torch.zeros(3, 56)),
+        (y, inverse_permutation, ids, bias),
+        (off(y), inverse_permutation, ids, bias),
+        (y.half(), inverse_permutation, ids, bias),
+        (y, inverse_permutation, long, bias),
+        (y, inverse_permutation, ids, off(bias)),
+        (y, inverse_permutation, ids, bias.half()),
+        (torch.zeros(10, 56), inverse_permutation, ids, torch.zeros(3, 56)),
     ]
     return [*(lambda a=a: combine(*a) for a in arguments), *(lambda b=b: add_expert_bias(*b) for b in biased)]
 
 
 def routings() -> list[Callable[[], object]]:
     from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
-    from hybrid_mxfp8.triton_kernels.route import route, scratch_elements
+    from hybrid_mxfp8.triton_kernels.moe.route import route, scratch_elements
 
     def routed(tokens: int, dtype: torch.dtype, shifted: bool) -> Callable[[], object]:
         ids = torch.zeros(tokens, 2, dtype=dtype)
@@ -130,8 +135,8 @@ def routings() -> list[Callable[[], object]]:
 
 
 def expansions() -> list[Callable[[], object]]:
-    from hybrid_mxfp8.triton_kernels.expand_tokens import expand_tokens
-    from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout
+    from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import dequantize_tokens
+    from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout
 
     groups = cases.layout([3, 2], 5)
     xq = mx.quantize_grouped(torch.zeros(5, 64), groups, backend="reference")
@@ -139,10 +144,10 @@ def expansions() -> list[Callable[[], object]]:
     workspace = torch.zeros(layout.size + 256, dtype=torch.uint8)
     workspace = workspace[-workspace.data_ptr() % 256 :][: layout.size]
     return [
-        lambda: expand_tokens(xq.values, xq.scales, groups, workspace, layout, 16, 5),
-        lambda: expand_tokens(off(xq.values), xq.scales, groups, workspace, layout, 16, 5),
-        lambda: expand_tokens(xq.values, off(xq.scales), groups, workspace, layout, 16, 5),
-        lambda: expand_tokens(xq.values, xq.scales, groups, off(workspace), layout, 16, 5),
+        lambda: dequantize_tokens(xq.values, xq.scales, groups, workspace, layout, 16, 5),
+        lambda: dequantize_tokens(off(xq.values), xq.scales, groups, workspace, layout, 16, 5),
+        lambda: dequantize_tokens(xq.values, off(xq.scales), groups, workspace, layout, 16, 5),
+        lambda: dequantize_tokens(xq.values, xq.scales, groups, off(workspace), layout, 16, 5),
     ]
 
 
@@ -205,7 +210,7 @@ def test_no_programs_are_no_launch(interpreter: None, monkeypatch: pytest.Monkey
 
 
 def test_the_hopper_kernel_is_switched_at_once(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_mxfp8.triton_kernels import grouped_gemm
+    from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
 
     monkeypatch.setattr(grouped_gemm, "_capability", lambda device: (9, 0))
     gpu = torch.device("cuda", 0)
@@ -238,7 +243,7 @@ def test_blackwell_takes_what_32_bits_reach(
     interpreter: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hybrid_mxfp8.triton_kernels import grouped_gemm
+    from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
 
     monkeypatch.setattr(grouped_gemm, "_capability", lambda device: capability)
     assert grouped_gemm.blackwell_takes(num_experts, n, k, torch.device("cuda", 0)) is taken
@@ -258,7 +263,7 @@ def test_scales_to_write_into_must_be_aligned(interpreter: None, rng: torch.Gene
 
 def test_a_layout_on_a_gpu_without_triton_comes_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("hybrid_mxfp8.groups.compiles_kernels", lambda device: asked.append(device) or False)
+    monkeypatch.setattr("hybrid_mxfp8.core.layout.compiles_kernels", lambda device: asked.append(device) or False)
     groups = mx.GroupLayout.from_counts(torch.tensor([1, 2]), 3)
     assert asked == [torch.device("cpu")]
     assert groups.expert_offsets.tolist() == [0, 1, 3]

@@ -15,8 +15,9 @@ import torch
 from test_thin_host import Recorder
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import moe_reference, moe_workspace
-from hybrid_mxfp8.backends import BACKENDS
+from hybrid_mxfp8.dispatch.registry import BACKENDS
+from hybrid_mxfp8.ops import workspace as moe_workspace
+from hybrid_mxfp8.reference import routing as moe_reference
 
 MIN_SNR_DB = 22.0
 """Of a layer of normal data, which is at 23.1 to 24.2 dB in layers as small as these; ``moe_forward`` says why not more."""
@@ -157,19 +158,22 @@ def test_a_layer_is_its_steps(backend: str, rng: torch.Generator, bias: bool) ->
     layer = moe_truth.make_layer(rng, tokens=11, hidden=96, bias=bias, dropped=True)
     w13q, w2q = quantized(layer)
     slots, experts = layer.ids.numel(), layer.w2.shape[0]
-    row_token, slot_row = torch.empty(slots, dtype=torch.int32), torch.empty(layer.ids.shape, dtype=torch.int32)
+    sorted_token_ids, inverse_permutation = (
+        torch.empty(slots, dtype=torch.int32),
+        torch.empty(layer.ids.shape, dtype=torch.int32),
+    )
     layout = torch.empty(3 * experts + 2, dtype=torch.int32)
-    moe_reference.route(layer.ids, experts, row_token, slot_row, layout)
+    moe_reference.route(layer.ids, experts, sorted_token_ids, inverse_permutation, layout)
     groups = mx.GroupLayout.from_counts(layout[:experts].clone(), slots)
     with mx.use_backend(backend):
-        xq = mx.quantize_grouped(layer.x, groups, row_index=row_token, scale_rounding="rceil")
+        xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, scale_rounding="rceil")
         h = mx.grouped_gemm(xq, w13q)
         if layer.w13_bias is not None:
-            moe_reference.add_expert_bias(h, slot_row, layer.ids, layer.w13_bias)
+            moe_reference.add_expert_bias(h, inverse_permutation, layer.ids, layer.w13_bias)
         hq = mx.quantize_grouped(h, groups, activation="swiglu", scale_rounding="rceil")
         y = mx.grouped_gemm(hq, w2q)
     expected = torch.empty_like(layer.x)
-    moe_reference.combine(y, slot_row, layer.ids, layer.weights, layer.w2_bias, expected)
+    moe_reference.combine(y, inverse_permutation, layer.ids, layer.weights, layer.w2_bias, expected)
     assert torch.equal(run(layer, backend), expected)
 
 
@@ -206,7 +210,7 @@ def poison(workspace: mx.MoEWorkspace) -> None:
         tensor.view(torch.uint8).fill_(cases.POISON)
     for tensor in (b.h, b.y):
         tensor.fill_(float("nan"))
-    for tensor in (b.row_token, b.slot_row, b.layout, b.scratch):
+    for tensor in (b.sorted_token_ids, b.inverse_permutation, b.layout, b.scratch):
         tensor.fill_(-9)
 
 
@@ -222,7 +226,9 @@ def test_workspace_gives_the_same_bits_for_every_batch_it_holds(backend: str, rn
 def test_warm_call_with_workspace_allocates_only_its_output(
     interpreter: None, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybrid_mxfp8.triton_kernels import combine, expert_bias, grouped_gemm, quantize, route
+    from hybrid_mxfp8.triton_kernels import quantize
+    from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
+    from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, route
 
     launches: list[Any] = []
     layer = moe_truth.make_layer(rng, tokens=4, bias=True)
@@ -256,7 +262,7 @@ def test_workspace_says_its_size(rng: torch.Generator) -> None:
 
 def test_workspace_of_a_large_layer() -> None:
     """The numbers of docs/moe.md, from DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's product adds."""
-    from hybrid_mxfp8.triton_kernels.hopper_config import WorkspaceLayout, select_hopper_config
+    from hybrid_mxfp8.triton_kernels.gemm.hopper_config import WorkspaceLayout, select_hopper_config
 
     experts, hidden, intermediate, rows = 256, 7168, 2048, 8192 * 8
 

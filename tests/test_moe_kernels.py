@@ -11,7 +11,7 @@ from guards import Guards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_mxfp8 import moe_reference
+from hybrid_mxfp8.reference import routing as moe_reference
 
 ROUTES: dict[str, tuple[int, int, int]] = {
     "one slot": (1, 1, 1),
@@ -28,7 +28,11 @@ ROUTES: dict[str, tuple[int, int, int]] = {
 
 def new_route(tokens: int, top_k: int, experts: int) -> dict[str, torch.Tensor]:
     """Outputs of a routing, poisoned."""
-    sizes = {"row_token": (tokens * top_k,), "slot_row": (tokens, top_k), "layout": (3 * experts + 2,)}
+    sizes = {
+        "sorted_token_ids": (tokens * top_k,),
+        "inverse_permutation": (tokens, top_k),
+        "layout": (3 * experts + 2,),
+    }
     return {name: torch.full(size, -77, dtype=torch.int32) for name, size in sizes.items()}
 
 
@@ -39,7 +43,7 @@ def reference_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
 
 
 def kernel_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
-    from hybrid_mxfp8.triton_kernels import route
+    from hybrid_mxfp8.triton_kernels.moe import route
 
     out = new_route(*ids.shape, experts)
     scratch = torch.full((route.scratch_elements(ids.numel(), experts),), -5, dtype=torch.int32)
@@ -55,9 +59,9 @@ def random_ids(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> t
 def test_route_of_a_batch_by_hand() -> None:
     """Rows of expert 0, then 1, then 2, each in the order of the batch; -1 and 3 are nobody's."""
     got = reference_route(torch.tensor([[1, 0], [-1, 1], [2, 3]]), 3)
-    assert got["row_token"].tolist()[:4] == [0, 0, 1, 2]
-    assert sorted(got["row_token"].tolist()[4:]) == [1, 2]
-    assert got["slot_row"].tolist() == [[1, 0], [-1, 2], [3, -1]]
+    assert got["sorted_token_ids"].tolist()[:4] == [0, 0, 1, 2]
+    assert sorted(got["sorted_token_ids"].tolist()[4:]) == [1, 2]
+    assert got["inverse_permutation"].tolist() == [[1, 0], [-1, 2], [3, -1]]
     assert got["layout"].tolist() == [1, 2, 1, 0, 1, 3, 4, 0, 128, 256, 384]
 
 
@@ -70,9 +74,9 @@ def test_reference_route_is_a_stable_sort(ids: list[int], top_k: int, experts: i
     ids = ids + [0] * (-len(ids) % top_k)
     got = reference_route(torch.tensor(ids).reshape(-1, top_k), experts)
     kept = [s for e in range(experts) for s, i in enumerate(ids) if i == e]
-    assert got["row_token"].tolist()[: len(kept)] == [s // top_k for s in kept]
+    assert got["sorted_token_ids"].tolist()[: len(kept)] == [s // top_k for s in kept]
     rows = {s: row for row, s in enumerate(kept)}
-    assert got["slot_row"].reshape(-1).tolist() == [rows.get(s, -1) for s in range(len(ids))]
+    assert got["inverse_permutation"].reshape(-1).tolist() == [rows.get(s, -1) for s in range(len(ids))]
     counts = [ids.count(e) for e in range(experts)]
     padded = [-(-c // 128) * 128 for c in counts]
     sums = [list(itertools.accumulate(c, initial=0)) for c in (counts, padded)]
@@ -101,7 +105,7 @@ def test_route_kernel_of_one_value(interpreter: None, value: int, slots: int) ->
 
 
 def test_route_is_one_launch_while_it_may_be(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_mxfp8.triton_kernels import route
+    from hybrid_mxfp8.triton_kernels.moe import route
 
     launches: list[object] = []
     monkeypatch.setattr(route, "launch", lambda kernel, *rest: launches.append(kernel))
@@ -113,7 +117,7 @@ def test_route_is_one_launch_while_it_may_be(interpreter: None, monkeypatch: pyt
 
 def test_scratch_grows_with_the_batch(interpreter: None) -> None:
     """So that a workspace made for the largest batch serves all smaller ones."""
-    from hybrid_mxfp8.triton_kernels import route
+    from hybrid_mxfp8.triton_kernels.moe import route
 
     sizes = [route.scratch_elements(slots, 300) for slots in range(1, 20000, 7)]
     assert sizes == sorted(sizes)
@@ -134,7 +138,7 @@ def test_scratch_grows_with_the_batch(interpreter: None) -> None:
 def test_select_route_config(
     interpreter: None, num_slots: int, interpreted: bool, expected: tuple[int, int, bool, int]
 ) -> None:
-    from hybrid_mxfp8.triton_kernels.route import RouteConfig, select_route_config
+    from hybrid_mxfp8.triton_kernels.moe.route import RouteConfig, select_route_config
 
     config = select_route_config(num_slots, interpreted)
     assert config == RouteConfig(*expected)
@@ -143,7 +147,7 @@ def test_select_route_config(
 
 @pytest.mark.parametrize("experts", [31, 32, 64, 127, 128, 1024])
 def test_bins_have_one_for_dropped_slots(interpreter: None, experts: int) -> None:
-    from hybrid_mxfp8.triton_kernels.route import _bins
+    from hybrid_mxfp8.triton_kernels.moe.route import _bins
 
     assert _bins(experts) > experts
 
@@ -153,7 +157,7 @@ def test_routing_writes_nothing_beside_its_buffers(
     interpreter: None, rng: torch.Generator, tokens: int, experts: int
 ) -> None:
     """Scratch memory of exactly the size that is asked for, among guard bytes."""
-    from hybrid_mxfp8.triton_kernels import route
+    from hybrid_mxfp8.triton_kernels.moe import route
 
     guards = Guards()
     ids = guards(random_ids(tokens, 4, experts, rng))
@@ -166,7 +170,7 @@ def test_routing_writes_nothing_beside_its_buffers(
 
 def slots_of(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     ids = random_ids(tokens, top_k, experts, rng)
-    return ids, reference_route(ids, experts)["slot_row"]
+    return ids, reference_route(ids, experts)["inverse_permutation"]
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -175,36 +179,36 @@ def slots_of(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> tup
 def test_combine_kernel_is_its_twin(
     interpreter: None, rng: torch.Generator, tokens: int, top_k: int, hidden: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    from hybrid_mxfp8.triton_kernels.combine import combine
+    from hybrid_mxfp8.triton_kernels.moe.combine import combine
 
-    ids, slot_row = slots_of(tokens, top_k, 5, rng)
+    ids, inverse_permutation = slots_of(tokens, top_k, 5, rng)
     y = cases.random_rows(tokens * top_k, hidden, dtype, rng)
     owned = torch.zeros(tokens * top_k, dtype=torch.bool)
-    owned[slot_row[slot_row >= 0].long()] = True
+    owned[inverse_permutation[inverse_permutation >= 0].long()] = True
     y[~owned] = float("nan")  # nobody's: must not be read
     weights = torch.randn(tokens, top_k, generator=rng)
     expert_bias = torch.randn(5, hidden, generator=rng).to(dtype) if bias else None
     # A view with a longer row stride, whose rest must stay.
     got, expected = (torch.full((tokens, hidden + 32), 7.0, dtype=dtype) for _ in range(2))
-    combine(y, slot_row, ids, weights, expert_bias, got[:, :hidden])
-    moe_reference.combine(y, slot_row, ids, weights, expert_bias, expected[:, :hidden])
+    combine(y, inverse_permutation, ids, weights, expert_bias, got[:, :hidden])
+    moe_reference.combine(y, inverse_permutation, ids, weights, expert_bias, expected[:, :hidden])
     assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_combine_is_the_weighted_sum(rng: torch.Generator, bias: bool) -> None:
     tokens, top_k, experts, hidden = 11, 4, 6, 64
-    ids, slot_row = slots_of(tokens, top_k, experts, rng)
+    ids, inverse_permutation = slots_of(tokens, top_k, experts, rng)
     y = torch.randn(tokens * top_k, hidden, generator=rng)
     weights = torch.rand(tokens, top_k, generator=rng)
     expert_bias = torch.randn(experts, hidden, generator=rng) if bias else None
     out = torch.empty(tokens, hidden)
-    moe_reference.combine(y, slot_row, ids, weights, expert_bias, out)
+    moe_reference.combine(y, inverse_permutation, ids, weights, expert_bias, out)
     expected = torch.zeros(tokens, hidden, dtype=torch.float64)
     for m in range(tokens):
         for k in range(top_k):
-            if slot_row[m, k] >= 0:
-                term = y[slot_row[m, k]].double()
+            if inverse_permutation[m, k] >= 0:
+                term = y[inverse_permutation[m, k]].double()
                 term = term + (expert_bias[ids[m, k]].double() if expert_bias is not None else 0)
                 expected[m] += weights[m, k].double() * term
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
@@ -222,17 +226,17 @@ def test_a_dropped_choice_contributes_nothing_not_even_nan(rng: torch.Generator)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("n", [32, 2080])
 def test_expert_bias_kernel_is_its_twin(interpreter: None, rng: torch.Generator, n: int, dtype: torch.dtype) -> None:
-    from hybrid_mxfp8.triton_kernels.expert_bias import add_expert_bias
+    from hybrid_mxfp8.triton_kernels.moe.expert_bias import add_expert_bias
 
-    ids, slot_row = slots_of(5, 3, 4, rng)
+    ids, inverse_permutation = slots_of(5, 3, 4, rng)
     y = cases.random_rows(15, n, dtype, rng)
     bias = torch.randn(4, n, generator=rng).to(dtype)
     got, expected = y.clone(), y.clone()
-    add_expert_bias(got, slot_row, ids, bias)
-    moe_reference.add_expert_bias(expected, slot_row, ids, bias)
+    add_expert_bias(got, inverse_permutation, ids, bias)
+    moe_reference.add_expert_bias(expected, inverse_permutation, ids, bias)
     assert torch.equal(got, expected)
-    live = slot_row.reshape(-1) >= 0
-    rows, experts = slot_row.reshape(-1)[live].long(), ids.reshape(-1)[live]
+    live = inverse_permutation.reshape(-1) >= 0
+    rows, experts = inverse_permutation.reshape(-1)[live].long(), ids.reshape(-1)[live]
     assert torch.equal(got[rows], (y[rows].float() + bias[experts].float()).to(dtype))
     untouched = torch.ones(15, dtype=torch.bool)
     untouched[rows] = False
@@ -244,32 +248,32 @@ def test_expert_bias_kernel_is_its_twin(interpreter: None, rng: torch.Generator,
 def test_a_bias_of_another_dtype_is_added_in_fp32(
     interpreter: None, rng: torch.Generator, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> None:
-    from hybrid_mxfp8.triton_kernels.combine import combine
-    from hybrid_mxfp8.triton_kernels.expert_bias import add_expert_bias
+    from hybrid_mxfp8.triton_kernels.moe.combine import combine
+    from hybrid_mxfp8.triton_kernels.moe.expert_bias import add_expert_bias
 
-    slot_row, ids = torch.arange(32, dtype=torch.int32).view(16, 2), torch.arange(32).view(16, 2) % 4
+    inverse_permutation, ids = torch.arange(32, dtype=torch.int32).view(16, 2), torch.arange(32).view(16, 2) % 4
     y, bias = torch.randn(32, 64, generator=rng).to(dtype), torch.randn(4, 64, generator=rng).to(bias_dtype)
     expected = (y.float() + bias[ids.reshape(-1)].float()).to(dtype)
     for add in (add_expert_bias, moe_reference.add_expert_bias):
         got = y.clone()
-        add(got, slot_row, ids, bias)
+        add(got, inverse_permutation, ids, bias)
         assert torch.equal(got, expected)
     weights = torch.randn(16, 2, generator=rng).to(bias_dtype)
     terms = weights.float()[:, :, None] * (y.float() + bias[ids.reshape(-1)].float()).view(16, 2, 64)
     for add_up in (combine, moe_reference.combine):
         out = torch.empty(16, 64, dtype=dtype)
-        add_up(y, slot_row, ids, weights, bias, out)
+        add_up(y, inverse_permutation, ids, weights, bias, out)
         assert torch.equal(out, (terms[:, 0] + terms[:, 1]).to(dtype))
 
 
 @pytest.mark.parametrize("top_k", [16, 17, 20])
 def test_combine_of_many_choices(interpreter: None, rng: torch.Generator, top_k: int) -> None:
     """More than are unrolled."""
-    from hybrid_mxfp8.triton_kernels.combine import combine
+    from hybrid_mxfp8.triton_kernels.moe.combine import combine
 
-    slot_row = torch.arange(3 * top_k, dtype=torch.int32).view(3, top_k)
+    inverse_permutation = torch.arange(3 * top_k, dtype=torch.int32).view(3, top_k)
     y, weights = torch.randn(3 * top_k, 32, generator=rng), torch.randn(3, top_k, generator=rng)
     got, expected = torch.empty(3, 32), torch.empty(3, 32)
-    combine(y, slot_row, slot_row.clone(), weights, None, got)
-    moe_reference.combine(y, slot_row, slot_row.clone(), weights, None, expected)
+    combine(y, inverse_permutation, inverse_permutation.clone(), weights, None, got)
+    moe_reference.combine(y, inverse_permutation, inverse_permutation.clone(), weights, None, expected)
     assert torch.equal(got, expected)

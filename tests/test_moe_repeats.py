@@ -17,11 +17,11 @@ from fake_triton import STREAM, Device
 from test_thin_host import Recorder
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import moe_workspace
+from hybrid_mxfp8.ops import workspace as moe_workspace
 
 M, TOP_K, E, H, I = 5, 2, 3, 64, 32  # noqa: E741
 
-PRODUCT = ["expand_tokens_kernel", "hopper_gemm_kernel"]
+PRODUCT = ["dequantize_tokens_kernel", "hopper_gemm_kernel"]
 LAYER = ["rank_kernel", "quantize_kernel", *PRODUCT, "quantize_kernel", *PRODUCT, "combine_kernel"]
 BIASED = [*LAYER[:4], "expert_bias_kernel", *LAYER[4:]]
 
@@ -78,7 +78,7 @@ def test_a_layer_is_repeated(layer: Arguments, device: Device) -> None:
 
 
 def test_long_routing_is_repeated(layer: Arguments, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_mxfp8.triton_kernels import route
+    from hybrid_mxfp8.triton_kernels.moe import route
 
     monkeypatch.setattr(route, "ONE_LAUNCH_MAX_SLOTS", 0)
     layer["workspace"] = mx.MoEWorkspace(layer["w13q"], layer["w2q"], max_tokens=8, top_k=TOP_K)
@@ -170,7 +170,7 @@ def test_what_is_in_force_is_asked_at_each_call(
     hopper = warm(mx.moe_forward, layer, device)
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")
     portable = names(warm(mx.moe_forward, layer, device))
-    assert portable == [name.replace("hopper", "grouped") for name in BIASED if name != "expand_tokens_kernel"]
+    assert portable == [name.replace("hopper", "grouped") for name in BIASED if name != "dequantize_tokens_kernel"]
     monkeypatch.delenv("HYBRID_MXFP8_HOPPER_GEMM")
     assert run(mx.moe_forward, layer, device) == hopper
     with mx.use_backend("reference"):
@@ -193,7 +193,7 @@ def test_a_workspace_grows_where_the_hopper_kernel_is_switched_on(
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1")
     launched = run(mx.moe_forward, layer, device)
     assert workspace._largest.gemm is not None
-    given = [arguments[2] for name, _, _, arguments in launched if name == "expand_tokens_kernel"]
+    given = [arguments[2] for name, _, _, arguments in launched if name == "dequantize_tokens_kernel"]
     assert given == [workspace._largest.gemm.data_ptr()] * 2
 
 

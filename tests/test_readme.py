@@ -11,7 +11,7 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.backends import BACKENDS
+from hybrid_mxfp8.dispatch.registry import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -23,10 +23,10 @@ from fake_triton import STREAM, CFunction, Device
 from test_thin_host import Recorder
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import ops
-from hybrid_mxfp8.backends import BACKENDS, _settled
-from hybrid_mxfp8.repeats import Places
-from hybrid_mxfp8.seen import Seen
+from hybrid_mxfp8.dispatch.registry import BACKENDS, _settled
+from hybrid_mxfp8.dispatch.repeats import Places
+from hybrid_mxfp8.dispatch.seen import Seen
+from hybrid_mxfp8.ops import grouped_gemm as ops
 
 T, E, N, K = 9, 3, 16, 64
 
@@ -73,7 +73,7 @@ def test_a_quantization_is_repeated(quantization: Arguments, device: Device) -> 
 def test_a_product_is_repeated(product: Arguments, device: Device) -> None:
     launched = warm(mx.grouped_gemm, product, device)
     assert [(name, stream) for name, _, stream, _ in launched] == [
-        ("expand_tokens_kernel", STREAM),
+        ("dequantize_tokens_kernel", STREAM),
         ("hopper_gemm_kernel", STREAM),
     ]
     assert mx.grouped_gemm(**product) is product["out"]
@@ -324,7 +324,7 @@ def test_a_forked_child_does_not_repeat(product: Arguments, quantization: Argume
     results = context.Queue()
     process = context.Process(target=child, daemon=True)
     process.start()
-    assert results.get(timeout=60) == [["expand_tokens_kernel", "hopper_gemm_kernel"], ["quantize_kernel"]]
+    assert results.get(timeout=60) == [["dequantize_tokens_kernel", "hopper_gemm_kernel"], ["quantize_kernel"]]
     process.join(60)
     for function, arguments in calls:
         run(function, arguments, device)
@@ -338,7 +338,7 @@ def test_an_unknown_triton_launches_itself(product: Arguments, device: Device, m
     monkeypatch.setattr(launch, "_launcher_is_known", lambda: False)
     launched = [run(mx.grouped_gemm, product, device) for _ in range(4)]
     assert all(each == launched[0] for each in launched)
-    assert device.by_triton == ["expand_tokens_kernel", "hopper_gemm_kernel"]
+    assert device.by_triton == ["dequantize_tokens_kernel", "hopper_gemm_kernel"]
 
 
 def test_a_backend_that_is_not_settled_is_asked_at_each_call(
@@ -365,7 +365,7 @@ def test_a_backend_that_is_not_settled_is_asked_at_each_call(
 
 def test_a_workspace_of_its_own_is_not_repeated(product: Arguments, device: Device) -> None:
     """Allocated below the public function, it is somebody else's memory after the call."""
-    from hybrid_mxfp8.triton_kernels.grouped_gemm import grouped_gemm
+    from hybrid_mxfp8.triton_kernels.gemm.portable import grouped_gemm
 
     x, w = product["x"], product["w"]
     operands = (x.values, x.scales, x.groups, w.values, w.scales, product["out"])
@@ -495,7 +495,7 @@ def test_the_device_is_made_current(
 
 
 def test_calls_together_are_repeated_or_none() -> None:
-    from hybrid_mxfp8.repeats import Together, together
+    from hybrid_mxfp8.dispatch.repeats import Together, together
 
     ran: list[str] = []
 

@@ -13,8 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import ops
-from hybrid_mxfp8.seen import Seen
+from hybrid_mxfp8.dispatch.seen import Seen
+from hybrid_mxfp8.ops import grouped_gemm as ops
 
 
 def test_full_it_forgets() -> None:
@@ -30,7 +30,7 @@ def test_full_it_forgets() -> None:
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the long checks that ran."""
     ran: list[str] = []
-    for name in ("_check_rows", "_problem", "check_apart", "_check_apart"):
+    for name in ("_check_rows", "_problem", "check_no_overlap", "_check_no_overlap"):
         check = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, _c=check, _n=name, **k: (ran.append(_n), _c(*a, **k))[1])
     monkeypatch.setattr(ops, "_rows_seen", Seen(16))
@@ -64,7 +64,7 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(
         mx.grouped_gemm(xq, wq, out=out, out_dtype=torch.float32, backend="reference")
 
     call()
-    assert {"_check_rows", "_problem", "check_apart", "_check_apart"} == set(checks)
+    assert {"_check_rows", "_problem", "check_no_overlap", "_check_no_overlap"} == set(checks)
     checks.clear()
     call()
     assert checks == []

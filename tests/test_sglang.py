@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.backends import BACKENDS
 from hybrid_mxfp8.compat import sglang
-from hybrid_mxfp8.formats import padded_scale_rows
+from hybrid_mxfp8.core.formats import padded_scale_rows
+from hybrid_mxfp8.dispatch.registry import BACKENDS
 
 WORKSPACE = torch.empty(1024, dtype=torch.uint8)
 COUNTS = [5, 0, 130, 1, 0]

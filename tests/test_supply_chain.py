@@ -120,7 +120,7 @@ IMPORTS = "import torch, numpy, safetensors.torch, tqdm, triton, filelock, tvm_f
 
 MAIN_JOB = """
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import cli
+from hybrid_mxfp8.commands import cli
 
 g = torch.Generator().manual_seed(1)
 x, w = torch.randn(12, 64, generator=g).bfloat16(), torch.randn(3, 16, 64, generator=g).bfloat16()
@@ -137,7 +137,7 @@ assert cli.main(["doctor", "--json"]) == 0
 """
 
 CHECKPOINTS = """
-from hybrid_mxfp8 import checkpoint
+from hybrid_mxfp8.checkpoint import reader as checkpoint
 checkpoint.save_experts("named/saved.safetensors", {"w": wq})
 checkpoint.load_experts("named/saved.safetensors", "w")
 assert cli.main(["quantize", "in.safetensors", "named/out.safetensors", "--experts", "*", "--device", "cpu"]) == 0
@@ -244,7 +244,7 @@ subprocess.run(["true"]); pickle.loads(b"cos\\nsystem\\n."); socket.socket().clo
 # ---------------------------------------------------------------- a build
 
 BUILD = """
-from hybrid_mxfp8.cutlass_kernels import jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from pathlib import Path
 source = jit.Source("toy", Path(os.environ["TOY"]), "9.0", definitions=(("ANSWER", "42"),), include=())
 assert jit.load(source).answer() == 42

@@ -14,7 +14,7 @@ import torch
 import transformers_models as models
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import fp8_blocks
+from hybrid_mxfp8.checkpoint import fp8_blocks
 from hybrid_mxfp8.integrations import transformers as integration
 
 

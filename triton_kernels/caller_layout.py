@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8.formats import next_power_of_2
+from hybrid_mxfp8.core.formats import next_power_of_2
 from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout
 from hybrid_mxfp8.triton_kernels.launch import launch, on_device_of
 

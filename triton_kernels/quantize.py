@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8.activation import SwiGLU
-from hybrid_mxfp8.formats import (
+from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.core.formats import (
     BLOCK_SIZE,
     SCALE_ROUNDING_BIAS,
     SCALE_TILE_COLS,
@@ -31,7 +31,7 @@ from hybrid_mxfp8.formats import (
     next_power_of_2,
     scale_cols,
 )
-from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout, store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of, raw
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32

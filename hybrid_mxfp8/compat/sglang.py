@@ -24,26 +24,26 @@ from __future__ import annotations
 import torch
 
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.backends import Problem, choose, choose_quantizer
-from hybrid_mxfp8.checks import (
+from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_aligned,
-    check_apart,
     check_contiguous,
     check_k,
     check_n,
     check_no_grad,
+    check_no_overlap,
     check_shape,
     check_tensor,
     fail,
+    is_tracing,
     short,
-    traced,
 )
-from hybrid_mxfp8.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
-from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.hardware import compiles_kernels
-from hybrid_mxfp8.ops import WORKSPACE_ALIGNMENT
-from hybrid_mxfp8.tensors import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.dispatch.device import compiles_kernels
+from hybrid_mxfp8.dispatch.registry import Problem, choose, choose_quantizer
+from hybrid_mxfp8.ops.grouped_gemm import WORKSPACE_ALIGNMENT
 
 
 def es_sm100_mxfp8_blockscaled_grouped_quant(
@@ -94,12 +94,12 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
     check_contiguous("quant_output", quant_output)
     scales = _scale_tiles("scale_factor", scale_factor, num_tokens, k, device)
     _check_layout(tokens_per_expert, expert_offsets, blockscale_offsets, device)
-    if traced(input):  # meta or fake: nothing to compute
+    if is_tracing(input):  # meta or fake: nothing to compute
         return
     check_aligned("scale_factor", scale_factor)
     inputs = {"input": input, "tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
-    check_apart("quant_output", quant_output, **inputs, scale_factor=scale_factor)
-    check_apart("scale_factor", scale_factor, **inputs)
+    check_no_overlap("quant_output", quant_output, **inputs, scale_factor=scale_factor)
+    check_no_overlap("scale_factor", scale_factor, **inputs)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
     choose_quantizer(device).quantize_grouped(input, groups, quant_output, scales, "rceil", None, None)
 
@@ -181,7 +181,7 @@ def _multiply(
         raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
     if workspace is not None and workspace.device != device:
         fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
-    if traced(b):  # meta or fake: nothing to compute
+    if is_tracing(b):  # meta or fake: nothing to compute
         return b.new_empty(num_tokens, n, dtype=dtype)
     check_aligned("sfb", sfb)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0], device)
@@ -190,7 +190,7 @@ def _multiply(
     d = torch.empty(num_tokens, n, dtype=dtype, device=device)
     if workspace is not None:
         workspace = _aligned_part(workspace, backend.workspace_size(problem))
-        check_apart(
+        check_no_overlap(
             "workspace",
             workspace,
             a=a,
@@ -346,7 +346,7 @@ def _moe_grouped_gemm_fake(
 
 
 def _register() -> torch.library.Library:
-    """Define the operators, as :mod:`hybrid_mxfp8.library` does: e4m3 goes in as such or as bytes, into buffers as bytes."""
+    """Define the operators, as :mod:`hybrid_mxfp8.ops.torch_library` does: e4m3 goes in as such or as bytes, into buffers as bytes."""
     library = torch.library.Library("hybrid_mxfp8", "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(

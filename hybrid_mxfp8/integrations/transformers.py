@@ -29,12 +29,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.activation import SwiGLU
-from hybrid_mxfp8.checks import FLOAT_DTYPES, fail, short
-from hybrid_mxfp8.formats import BLOCK_SIZE
-from hybrid_mxfp8.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
-from hybrid_mxfp8.hardware import existing_device
-from hybrid_mxfp8.moe import MXFP8Experts
+from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
+from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, fail, short
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.dispatch.device import resolve_device
+from hybrid_mxfp8.ops.moe import MXFP8Experts
 
 NAME = "hybrid_mxfp8"
 """The value of ``experts_implementation``."""
@@ -333,7 +333,7 @@ def quantize_model_(
     from tqdm import tqdm
 
     register()
-    where = None if device is None else existing_device(device)
+    where = None if device is None else resolve_device(device)
     found = [(name, m) for name, m in model.named_modules() if _has_experts(m)]
     if not found:
         if any(hasattr(m, _OWNED) for m in model.modules()):

@@ -11,7 +11,7 @@ import torch
 from guards import Guards
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 
 T, E, N, K = 40, 3, 24, 96
 COUNTS = [20, 0, 15]

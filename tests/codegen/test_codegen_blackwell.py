@@ -10,9 +10,9 @@ import torch
 import triton
 from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
 
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels import grouped_gemm_blackwell as kernel
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.triton_kernels.gemm import blackwell as kernel
 
 E, N, K = 8, 4096, 7168
 CASES = [(100, 16), (100, 32), (100, 64), (100, 128), (100, 256), (103, 16), (103, 64), (103, 256)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
 
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels import grouped_gemm
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
 
 E, N, K = 8, 4096, 7168
 

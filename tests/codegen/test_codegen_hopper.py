@@ -16,9 +16,9 @@ from compiling import SHARED_LIMIT, Compiled, CompileFor
 from sanitize import dispatch_lines
 from triton.backends.nvidia.compiler import get_ptxas
 
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.groups import GroupLayout
-from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, WorkspaceLayout, select_hopper_config
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, select_hopper_config
 
 E, MULTIPROCESSORS = 8, 132
 AVERAGES = (1, 128, 1000)
@@ -33,14 +33,14 @@ fp32 160; with 3.6 nothing is. :func:`local_accesses_among_products` says that t
 @pytest.fixture
 def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
     """compile_product(config, dtype, n, k): the launch of the product, without that of the expansion before it."""
-    hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.grouped_gemm_hopper")
+    hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")
 
     def compile_one(
         config: HopperGemmConfig, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 7168, t: int = 8192
     ) -> Compiled:
         meta = torch.device("meta")
         offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
-        monkeypatch.setattr(hopper, "expand_tokens", lambda *args: None)
+        monkeypatch.setattr(hopper, "dequantize_tokens", lambda *args: None)
 
         def product() -> None:
             hopper.hopper_grouped_gemm(
@@ -140,7 +140,7 @@ def test_spare_warps_expand_without_shared_memory(compile_product: Callable[...,
 def test_the_feeding_warp_waits_for_tokens(compile_product: Callable[..., Compiled]) -> None:
     for average in AVERAGES:
         config = select_hopper_config(average * E, E)
-        assert (compile_product(config).count(r"ld\.acquire\.gpu") > 0) == config.expands
+        assert (compile_product(config).count(r"ld\.acquire\.gpu") > 0) == config.fused_dequantize
 
 
 def test_outputs_of_neighbouring_rows_are_stored_together(compile_product: Callable[..., Compiled]) -> None:
@@ -183,7 +183,7 @@ def test_the_loop_over_k_frees_the_stages_it_passes(compile_product: Callable[..
 @pytest.fixture
 def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
     """compile_expansion(t, k, e): the launch of the expansion of t tokens."""
-    module = importlib.import_module("hybrid_mxfp8.triton_kernels.expand_tokens")
+    module = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens")
 
     def compile_one(t: int, k: int, e: int) -> Compiled:
         meta, config = torch.device("meta"), select_hopper_config(t, e)
@@ -193,8 +193,8 @@ def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
         return compile_for(
             90,
             module,
-            "expand_tokens_kernel",
-            lambda: module.expand_tokens(
+            "dequantize_tokens_kernel",
+            lambda: module.dequantize_tokens(
                 torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
                 torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
                 GroupLayout(offsets[1:], offsets, offsets, t),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compiling import Compiled, CompileFor
 
-from hybrid_mxfp8.triton_kernels import combine, expert_bias, route
+from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, route
 
 META = torch.device("meta")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from compiling import Compiled, CompileFor
 
-from hybrid_mxfp8.activation import NAMED, SwiGLU
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.groups import GroupLayout
+from hybrid_mxfp8.core.activation import NAMED, SwiGLU
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.triton_kernels import quantize
 
 E = 32

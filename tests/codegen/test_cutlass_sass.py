@@ -17,9 +17,10 @@ import cutlass_modules
 import pytest
 import torch
 
-from hybrid_mxfp8.config import MODULES, GemmConfig
-from hybrid_mxfp8.cutlass_kernels import headers, jit
+from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source, workspace_bound
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.slow

@@ -56,11 +56,14 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture
 def long_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that launchers launched; repeated launches are not among them."""
-    from hybrid_mxfp8.triton_kernels import combine, expand_tokens, expert_bias, grouped_gemm, launch, quantize, route
+    from hybrid_mxfp8.triton_kernels import launch, quantize
+    from hybrid_mxfp8.triton_kernels.gemm import dequantize_tokens as dequantize_tokens
+    from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
+    from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, route
 
-    modules = [combine, expand_tokens, expert_bias, grouped_gemm, quantize, route]
+    modules = [combine, dequantize_tokens, expert_bias, grouped_gemm, quantize, route]
     if torch.cuda.get_device_capability() == (9, 0):
-        from hybrid_mxfp8.triton_kernels import grouped_gemm_hopper
+        from hybrid_mxfp8.triton_kernels.gemm import hopper as grouped_gemm_hopper
 
         modules.append(grouped_gemm_hopper)
     launched: list[str] = []

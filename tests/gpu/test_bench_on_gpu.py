@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers_models
 
-from hybrid_mxfp8 import bench_command
+from hybrid_mxfp8.commands import bench as bench_command
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 limits = bench_command.import_suite("limits", BENCH)

@@ -19,9 +19,10 @@ import torch
 from cases import RAGGED, layout, poisoned_product
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.config import CONFIGS, TOKEN_TILES
-from hybrid_mxfp8.cutlass_kernels import headers, jit
-from hybrid_mxfp8.formats import round_up
+from hybrid_mxfp8.core.formats import round_up
+from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, TOKEN_TILES
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -12,8 +12,8 @@ import torch
 from gpu_truth import GPU, check_product
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.backends import BACKENDS, Problem
-from hybrid_mxfp8.config import CONFIGS, CUTLASS_CAPABILITIES, MODULES
+from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, CUTLASS_CAPABILITIES, MODULES
+from hybrid_mxfp8.dispatch.registry import BACKENDS, Problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

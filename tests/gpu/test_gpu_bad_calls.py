@@ -19,7 +19,7 @@ from guards import Guards
 from tally import Tally
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.backends import Problem, choose
+from hybrid_mxfp8.dispatch.registry import Problem, choose
 
 GPU = "cuda"
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import checkpoint, cli
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.commands import cli
 
 pytestmark = pytest.mark.gpu
 

@@ -17,8 +17,8 @@ from test_codes import PATTERNS
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.triton_kernels import grouped_gemm as launcher
-from hybrid_mxfp8.triton_kernels.hopper_config import select_hopper_config
+from hybrid_mxfp8.triton_kernels.gemm import portable as launcher
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import select_hopper_config
 
 pytestmark = pytest.mark.gpu
 

@@ -15,8 +15,8 @@ from edges import to_device
 from test_grouped_gemm import operands, plain_operands
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels import grouped_gemm as launcher
-from hybrid_mxfp8.triton_kernels.hopper_config import HopperGemmConfig, select_hopper_config
+from hybrid_mxfp8.triton_kernels.gemm import portable as launcher
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, select_hopper_config
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.few_t} to {config.block_t} tokens")
+@pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.small_block_t} to {config.block_t} tokens")
 def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HopperGemmConfig:
     """Each configuration, for any problem."""
     monkeypatch.setattr(launcher, "hopper_config_for", lambda *args: request.param)
@@ -51,8 +51,8 @@ def expanding(
 ) -> Iterator[int]:
     """Each configuration expanding its tokens beside the product, which at these sizes it would do before: all but the
     first tiles."""
-    hopper_module = importlib.import_module("hybrid_mxfp8.triton_kernels.grouped_gemm_hopper")
-    monkeypatch.setattr(launcher, "hopper_config_for", lambda *args: replace(forced, expands=True))
+    hopper_module = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")
+    monkeypatch.setattr(launcher, "hopper_config_for", lambda *args: replace(forced, fused_dequantize=True))
     monkeypatch.setattr(hopper_module, "tiles_at_once", lambda *args: request.param)
     hopper_module._plan.cache_clear()
     yield request.param
@@ -166,10 +166,10 @@ def test_expanding_beside_or_before_gives_the_same_bytes(
         x = torch.randn(t, k, generator=rng).bfloat16().to(hopper)
         xq = mx.quantize_grouped(x, groups, backend="triton")
         y = {}
-        for expands in (False, True):
-            chosen = replace(config, expands=expands)
+        for fused_dequantize in (False, True):
+            chosen = replace(config, fused_dequantize=fused_dequantize)
             monkeypatch.setattr(launcher, "hopper_config_for", lambda *args, chosen=chosen: chosen)
-            y[expands] = product(xq, w)
+            y[fused_dequantize] = product(xq, w)
         assert torch.equal(y[True][: sum(counts)], y[False][: sum(counts)])
 
 

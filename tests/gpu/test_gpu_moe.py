@@ -12,8 +12,9 @@ import torch
 import transformers_models as models
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import fp8_blocks, moe_reference
+from hybrid_mxfp8.checkpoint import fp8_blocks
 from hybrid_mxfp8.integrations import transformers as integration
+from hybrid_mxfp8.reference import routing as moe_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -64,10 +65,10 @@ def test_route_of_a_million_slots(rng: torch.Generator, experts: int) -> None:
 
 
 def check_route(ids: torch.Tensor, experts: int) -> None:
-    from hybrid_mxfp8.triton_kernels import route
+    from hybrid_mxfp8.triton_kernels.moe import route
 
     def outputs() -> dict[str, torch.Tensor]:
-        sizes = {"row_token": (ids.numel(),), "slot_row": ids.shape, "layout": (3 * experts + 2,)}
+        sizes = {"sorted_token_ids": (ids.numel(),), "inverse_permutation": ids.shape, "layout": (3 * experts + 2,)}
         return {name: torch.full(size, -77, dtype=torch.int32, device=GPU) for name, size in sizes.items()}
 
     got, expected = outputs(), outputs()
@@ -84,24 +85,26 @@ def check_route(ids: torch.Tensor, experts: int) -> None:
 @pytest.mark.parametrize("hidden", [32, 2880, 7168])
 def test_combine_and_bias_are_their_twins(rng: torch.Generator, hidden: int, dtype: torch.dtype, bias: bool) -> None:
     """Bit for bit: the kernel multiplies and adds without fusing, as PyTorch does."""
-    from hybrid_mxfp8.triton_kernels import combine, expert_bias
+    from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias
 
     tokens, top_k, experts = 19, 8, 12
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=rng).to(GPU)
-    slot_row = torch.empty(tokens, top_k, dtype=torch.int32, device=GPU)
+    inverse_permutation = torch.empty(tokens, top_k, dtype=torch.int32, device=GPU)
     rows = torch.empty(tokens * top_k, dtype=torch.int32, device=GPU)
-    moe_reference.route(ids, experts, rows, slot_row, torch.empty(3 * experts + 2, dtype=torch.int32, device=GPU))
+    moe_reference.route(
+        ids, experts, rows, inverse_permutation, torch.empty(3 * experts + 2, dtype=torch.int32, device=GPU)
+    )
     y = torch.randn(tokens * top_k, hidden, generator=rng).to(GPU, dtype)
     weights = torch.randn(tokens, top_k, generator=rng).to(GPU)
     expert_biases = torch.randn(experts, hidden, generator=rng).to(GPU, dtype)
     got, expected = (torch.empty(tokens, hidden, dtype=dtype, device=GPU) for _ in range(2))
-    combine.combine(y, slot_row, ids, weights, expert_biases if bias else None, got)
-    moe_reference.combine(y, slot_row, ids, weights, expert_biases if bias else None, expected)
+    combine.combine(y, inverse_permutation, ids, weights, expert_biases if bias else None, got)
+    moe_reference.combine(y, inverse_permutation, ids, weights, expert_biases if bias else None, expected)
     assert torch.equal(got, expected)
     if bias:
         added = y.clone()
-        expert_bias.add_expert_bias(added, slot_row, ids, expert_biases)
-        moe_reference.add_expert_bias(y, slot_row, ids, expert_biases)
+        expert_bias.add_expert_bias(added, inverse_permutation, ids, expert_biases)
+        moe_reference.add_expert_bias(y, inverse_permutation, ids, expert_biases)
         assert torch.equal(added, y)
 
 

@@ -93,7 +93,7 @@ def check(y: torch.Tensor, buffers: Buffers) -> None:
 
 def kernels(kernel: str, tokens: int) -> list[str]:
     route = ["rank_kernel"] if tokens * TOP_K <= 4096 else ["count_kernel", "sum_kernel", "scatter_kernel"]
-    product = ["expand_tokens_kernel", "hopper_gemm_kernel"] if kernel == "hopper" else ["grouped_gemm_kernel"]
+    product = ["dequantize_tokens_kernel", "hopper_gemm_kernel"] if kernel == "hopper" else ["grouped_gemm_kernel"]
     products = [*product, "expert_bias_kernel", "quantize_kernel", *product]
     return [*route, "quantize_kernel", *products, "combine_kernel"]
 

@@ -108,7 +108,7 @@ def test_what_is_repeated_is_the_same(kernel: str, long_way: list[str], rng: tor
 
 
 def _kernels(kernel: str) -> list[str]:
-    return ["expand_tokens_kernel", "hopper_gemm_kernel"] if kernel == "hopper" else ["grouped_gemm_kernel"]
+    return ["dequantize_tokens_kernel", "hopper_gemm_kernel"] if kernel == "hopper" else ["grouped_gemm_kernel"]
 
 
 def test_in_a_graph(kernel: str, long_way: list[str], rng: torch.Generator) -> None:

@@ -17,7 +17,7 @@ import sglang_case
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.cutlass_kernels import jit
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 
 pytestmark = pytest.mark.gpu
 

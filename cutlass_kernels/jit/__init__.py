@@ -1,0 +1,1 @@
+"""Compile a CUDA source once, keep it, load it."""

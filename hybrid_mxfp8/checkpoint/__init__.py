@@ -1,0 +1,3 @@
+"""MXFP8 experts in files: read, write, convert. May import all packages but ``commands``."""
+
+from hybrid_mxfp8.checkpoint.reader import Checkpoint, checkpoint_files, load_experts, save_experts

@@ -1,0 +1,474 @@
+"""Quantized experts on disk: safetensors files that follow the convention of published MXFP8 checkpoints.
+
+A weight ``NAME`` (..., N, K) is stored as F8_E4M3, its scales as U8 (..., N, K/32), E8M0 bytes that multiply the
+elements by 2^(b-127), row-major. The scales are called
+
+- ``NAME_scale_inv``, as in MiniMax-M3-MXFP8 and in what SGLang loads as ``quant_method: mxfp8``; this is what is written
+- ``NAME_scale``, as ModelOpt exports them; read as well, F8_E8M0 as well as U8
+
+Both multiply, in spite of ``_inv``. Scales on disk are always row-major, those of an :class:`ExpertWeights` always
+swizzled: no function here takes or returns a bare scale tensor, so the two can't be taken for one another. That matters,
+because where N % 128 == 0 and K % 128 == 0 both layouts have the same shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+
+from hybrid_mxfp8.checkpoint.fp8_blocks import SCALE_NAMES, block_scales
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.dispatch.device import resolve_device
+
+SCALE_SUFFIXES: Final = ("_scale_inv", "_scale")
+"""Of the name of a weight; the first is written, both are read."""
+
+SCALE_DTYPES: Final = ("U8", "F8_E8M0")
+CONVERT_HINT: Final = ": convert it with `python -m hybrid_mxfp8 quantize`"
+
+EXPERT_DIGITS: Final = 9
+"""Of an expert's number in a name; a longer one is none."""
+
+INDEX_FILE: Final = "model.safetensors.index.json"
+
+METADATA: Final = {
+    "mxfp8.version": "1",
+    "mxfp8.element": "e4m3",
+    "mxfp8.scale": "e8m0",
+    "mxfp8.block": "1x32",
+    "mxfp8.scale_layout": "linear",
+}
+"""What a file's header says beside ``format: pt``. A file without these is read by the convention; one with others is not."""
+
+
+class Checkpoint:
+    """The tensors of a safetensors file, or of a folder of them, opened for reading; a context manager.
+
+    Attributes:
+        path: the file or folder.
+        names: all tensors, in alphabetical order.
+        metadata: the strings of the headers, those of all files together.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Find the files and read their headers.
+
+        Args:
+            path: a safetensors file; or a folder with ``model.safetensors.index.json``, or with files that have no
+                tensor in common.
+
+        Raises:
+            ValueError: a file that is no safetensors file, or is cut short; an index that names what is not there.
+            FileNotFoundError: no such file or folder.
+        """
+        self.path = Path(path)
+        self._stack = contextlib.ExitStack()
+        self._owner: dict[str, Any] = {}
+        self._file: dict[str, Path] = {}
+        self.metadata: dict[str, str] = {}
+        try:
+            for file, expected in _files(self.path):
+                handle = self._stack.enter_context(_open(file))
+                found = list(handle.keys())
+                metadata: dict[str, str] = handle.metadata() or {}
+                _check_metadata(file, metadata)
+                self.metadata |= metadata
+                if expected is not None and (absent := sorted(expected - set(found))):
+                    raise ValueError(f"{file}: has no tensor {absent[0]!r}, which the index says it has")
+                for name in found:
+                    if expected is not None and name not in expected:
+                        continue
+                    if name in self._owner:
+                        raise ValueError(f"{file}: tensor {name!r} is in another file of this folder, too")
+                    self._owner[name], self._file[name] = handle, file
+        except BaseException:
+            self._stack.close()
+            raise
+        self.names = sorted(self._owner)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def place(self, name: str) -> str:
+        """The file that holds a tensor, and the tensor, for messages."""
+        return f"{self._file.get(name, self.path)}: {name}"
+
+    def entry(self, name: str) -> Entry:
+        """Dtype and shape of a tensor, from the header.
+
+        Raises:
+            ValueError: no such tensor.
+        """
+        part = self.part(name)
+        return Entry(name, str(part.get_dtype()), tuple(part.get_shape()))
+
+    def part(self, name: str) -> Any:
+        """The safetensors slice of a tensor: indexing it reads from the file what is asked for.
+
+        Raises:
+            ValueError: no such tensor.
+        """
+        if name not in self._owner:
+            raise ValueError(f"{self.path}: has no tensor {name!r}")
+        return self._owner[name].get_slice(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, on the CPU.
+
+        Raises:
+            ValueError: no such tensor.
+        """
+        if name not in self._owner:
+            raise ValueError(f"{self.path}: has no tensor {name!r}")
+        tensor: torch.Tensor = self._owner[name].get_tensor(name)
+        return tensor
+
+    def scale_of(self, name: str) -> str | None:
+        """The name of a weight's scales, None if it has none.
+
+        Raises:
+            ValueError: it has scales under both names.
+        """
+        found = [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in self._owner]
+        if len(found) > 1:
+            raise ValueError(f"{self.path}: {name!r} has two sets of scales, {found[0]!r} and {found[1]!r}")
+        return found[0] if found else None
+
+
+def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
+    """The MXFP8 experts of a checkpoint: names that :func:`load_experts` takes, with (E, N, K).
+
+    Stacked (E, N, K) tensors are listed by name; (N, K) matrices whose names differ in one number, which follows
+    ``experts.``, under a name with ``*`` in its place. Other quantized weights are not listed: attention's, or those whose
+    scales are not MXFP8's.
+
+    Raises:
+        ValueError, FileNotFoundError: as :class:`Checkpoint`.
+    """
+    stacks: dict[str, tuple[int, int, int]] = {}
+    with Checkpoint(path) as checkpoint:
+        for name in checkpoint.names:
+            entry = checkpoint.entry(name)
+            if entry.dtype != "F8_E4M3" or not _has_mxfp8_scales(checkpoint, entry):
+                continue
+            if len(entry.shape) == 3:
+                stacks[name] = (entry.shape[0], entry.shape[1], entry.shape[2])
+            elif len(entry.shape) == 2 and (match := re.fullmatch(r"(.*\bexperts\.)\d+(\..*)", name)):
+                pattern = f"{match[1]}*{match[2]}"
+                count = stacks[pattern][0] if pattern in stacks else 0
+                stacks[pattern] = (count + 1, entry.shape[0], entry.shape[1])
+    return stacks
+
+
+def _has_mxfp8_scales(checkpoint: Checkpoint, weight: Entry) -> bool:
+    scale_name = checkpoint.scale_of(weight.name)
+    if scale_name is None or not weight.shape:
+        return False
+    scale = checkpoint.entry(scale_name)
+    return scale.dtype in SCALE_DTYPES and scale.shape == scale_entry(weight.name, weight.shape).shape
+
+
+def load_experts(
+    path: str | Path,
+    names: str | Sequence[str],
+    *,
+    experts: range | None = None,
+    device: torch.device | str | None = None,
+) -> ExpertWeights:
+    """Experts of a checkpoint, ready for ``grouped_gemm``.
+
+    Args:
+        path: a safetensors file, or a folder of a checkpoint.
+        names: a stacked tensor (E, N, K); or a name with ``*`` in place of the expert's number, whose (N, K) matrices are
+            stacked; or several of either, joined along N in this order: ``[gate, up]`` makes w13 for ``moe_forward``.
+        experts: the numbers of those to load, such as a rank's ``range(first, end)``; default all. Of the others only the
+            files' headers are read.
+        device: where the result goes; default the CPU. Only one matrix at a time is on the CPU.
+
+    Raises:
+        TypeError: ``names`` is neither a string nor a sequence of strings, or ``experts`` no range.
+        ValueError: no such device, tensor or expert, an expert's number missing, dtypes or shapes that are not MXFP8 or
+            don't fit together, or a file that can't be read.
+        FileNotFoundError: no such file or folder.
+    """
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names: must be a string or a sequence of strings, got {names!r}")
+    if experts is not None and not isinstance(experts, range):
+        raise TypeError(f"experts: must be a range of experts' numbers, got {type(experts).__name__}")
+    if device is not None:
+        device = resolve_device(device)
+    if not names:
+        raise ValueError("names: must name at least one tensor, got none")
+    with Checkpoint(path) as checkpoint:
+        columns = [_members(checkpoint, name) for name in names]
+        shapes = [_stack_shape(checkpoint, name, members) for name, members in zip(names, columns, strict=True)]
+        num_experts, _, k = shapes[0]
+        for name, shape in zip(names, shapes, strict=True):
+            if (shape[0], shape[2]) != (num_experts, k):
+                raise ValueError(
+                    f"{name}: must have E = {num_experts} and K = {k} as {names[0]}, got (E, N, K) {shape}"
+                )
+        if experts is None:
+            experts = range(num_experts)
+        elif not experts or min(experts) < 0 or max(experts) >= num_experts:
+            raise ValueError(f"experts: must be numbers of 0 .. {num_experts - 1}, at least one, got {experts}")
+        n = sum(shape[1] for shape in shapes)
+        values = torch.empty(len(experts), n, k, dtype=torch.uint8, device=device)
+        scales = torch.empty(len(experts), n, k // BLOCK_SIZE, dtype=torch.uint8, device=device)
+        start = 0
+        for members, shape in zip(columns, shapes, strict=True):
+            rows = slice(start, start + shape[1])
+            for e, (name, index) in enumerate(members[number] for number in experts):
+                scale_name = checkpoint.scale_of(name)
+                assert scale_name is not None
+                values[e, rows].copy_(_matrix(checkpoint, name, index))
+                scales[e, rows].copy_(_matrix(checkpoint, scale_name, index))
+            start += shape[1]
+    return ExpertWeights.from_linear_scales(values, scales)
+
+
+def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, force: bool = False) -> None:
+    """Write experts to a safetensors file: each as a stacked (E, N, K) tensor and its row-major scales.
+
+    Args:
+        path: the file; it appears when it is complete.
+        experts: weights by the name that the tensor gets.
+        force: replace a file that exists.
+
+    Raises:
+        FileExistsError: the file exists and ``force`` is not set.
+        TypeError: ``experts`` maps something else than names to ExpertWeights.
+        ValueError: two tensors of one name, a name that safetensors has no room for, or weights on the meta device.
+    """
+    _check_experts(experts)
+    path = Path(path)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: exists; force=True replaces it")
+    entries = []
+    for name, w in experts.items():
+        shape = (w.num_experts, w.n, w.k)
+        entries += [Entry(name, "F8_E4M3", shape), scale_entry(name, shape)]
+    with SafetensorsWriter(path, entries, {"format": "pt", **METADATA}) as writer:
+        for name, w in experts.items():
+            writer.append(name, w.values)
+            writer.append(name + SCALE_SUFFIXES[0], w.linear_scales())
+
+
+def _check_experts(experts: Any) -> None:
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
+    for name, w in experts.items():
+        if not isinstance(name, str) or not isinstance(w, ExpertWeights):
+            raise TypeError(f"experts: must map names to ExpertWeights, got {name!r}: {type(w).__name__}")
+        if name in ("", "__metadata__"):
+            raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
+        if w.values.is_meta:
+            raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
+
+
+def scale_entry(name: str, shape: tuple[int, ...]) -> Entry:
+    """The scales that go with a weight of this name and shape."""
+    return Entry(name + SCALE_SUFFIXES[0], "U8", (*shape[:-1], shape[-1] // BLOCK_SIZE))
+
+
+Member = tuple[str, int | None]
+"""One expert's matrix: a tensor, and its place in it if that tensor is a stack."""
+
+
+def _members(checkpoint: Checkpoint, name: str) -> list[Member]:
+    """Where each expert's matrix is, in order of their numbers."""
+    if "*" not in name:
+        shape = checkpoint.entry(name).shape
+        if len(shape) != 3:
+            raise ValueError(
+                f"{checkpoint.place(name)}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}"
+            )
+        _check_not_empty(checkpoint, name, shape)  # before a list of E is made: a file of no bytes may claim any E
+        return [(name, e) for e in range(shape[0])]
+    before, star, after = name.partition("*")
+    if "*" in after:
+        raise ValueError(f"names: {name!r} must have one * at most")
+    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,{EXPERT_DIGITS - 1}}}){re.escape(after)}")
+    numbers = sorted(int(match[1]) for found in checkpoint.names if (match := pattern.fullmatch(found)))
+    if not numbers:
+        raise ValueError(f"{checkpoint.path}: has no tensor {name!r} with a number for the {star}")
+    if numbers != list(range(len(numbers))):
+        absent = next(e for e, number in enumerate(numbers) if e != number)
+        raise ValueError(f"{name}: experts must be numbered 0 .. {numbers[-1]}, number {absent} is missing")
+    return [(f"{before}{e}{after}", None) for e in numbers]
+
+
+def _stack_shape(checkpoint: Checkpoint, name: str, members: list[Member]) -> tuple[int, int, int]:
+    """(E, N, K) of matrices that are all MXFP8 and of one shape."""
+    shapes = {_check_pair(checkpoint, member)[-2:] for member in dict.fromkeys(member for member, _ in members)}
+    if len(shapes) != 1:
+        raise ValueError(f"{name}: experts must have one shape, got {sorted(shapes) or 'no experts'}")
+    ((n, k),) = shapes
+    return len(members), n, k
+
+
+def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """The shape of a weight, once it and its scales are known to be MXFP8."""
+    weight, place = checkpoint.entry(name), checkpoint.place(name)
+    if weight.dtype != "F8_E4M3":
+        hint = CONVERT_HINT if weight.dtype in ("BF16", "F16", "F32") else ""
+        raise ValueError(f"{place}: dtype must be F8_E4M3, got {weight.dtype}{hint}")
+    if len(weight.shape) not in (2, 3):
+        raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {weight.shape}")
+    if weight.shape[-1] % BLOCK_SIZE or not weight.shape[-1]:
+        raise ValueError(f"{place}: K must be a positive multiple of {BLOCK_SIZE}, got {weight.shape[-1]}")
+    _check_not_empty(checkpoint, name, weight.shape)
+    scale_name = checkpoint.scale_of(name)
+    if scale_name is None:
+        raise ValueError(f"{place}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
+    scale = checkpoint.entry(scale_name)
+    expected = scale_entry(name, weight.shape).shape
+    if scale.shape != expected and block_scales(checkpoint, weight):
+        raise ValueError(
+            f"{place}: must be MXFP8, got FP8 with one {SCALE_NAMES[scale.dtype]} scale a 128x128 block{CONVERT_HINT}"
+        )
+    if scale.dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"{checkpoint.place(scale_name)}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, "
+            "but perhaps those of FP8 of whole rows or tensors"
+        )
+    if scale.shape != expected:
+        raise ValueError(
+            f"{checkpoint.place(scale_name)}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}"
+        )
+    return weight.shape
+
+
+def _check_not_empty(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if 0 in shape:
+        raise ValueError(f"{checkpoint.place(name)}: must have no empty dimension, got {shape}")
+
+
+def _matrix(checkpoint: Checkpoint, name: str, index: int | None) -> torch.Tensor:
+    """The bytes of one expert's matrix."""
+    tensor = checkpoint.tensor(name) if index is None else checkpoint.part(name)[index : index + 1][0]
+    return tensor.view(torch.uint8)
+
+
+def _check_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    for key, expected in METADATA.items():
+        if key in metadata and metadata[key] != expected:
+            raise ValueError(f"{file}: {key} must be {expected!r} for this version to read it, got {metadata[key]!r}")
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: a file itself; of a folder those that its index names, or all if it has none.
+
+    Raises:
+        ValueError: an index that can't be read, or names a file that is not there.
+        FileNotFoundError: no such file or folder, or a folder with no safetensors file.
+    """
+    return [file for file, _ in _files(path)]
+
+
+def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """The files of a checkpoint, each with the tensors that an index expects of it."""
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        yield path, None
+        return
+    index = path / INDEX_FILE
+    if not index.exists():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{path}: has no safetensors file")
+        yield from ((file, None) for file in files)
+        return
+    by_file: dict[str, set[str]] = {}
+    for name, file_name in read_index(index).items():
+        by_file.setdefault(file_name, set()).add(name)
+    for file_name, expected in sorted(by_file.items()):
+        if not (path / file_name).is_file():
+            raise ValueError(f"{index}: names the file {file_name!r}, which is not there")
+        yield path / file_name, expected
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The files of a folder's tensors, by name.
+
+    Links among those files are followed: the caches of model hubs consist of them.
+
+    Raises:
+        ValueError: no JSON with a ``weight_map`` of names to names of files in the same folder.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index}: must have a weight_map of tensors to files")
+    for file_name in weight_map.values():
+        if Path(file_name).name != file_name:
+            raise ValueError(f"{index}: must name files of its own folder, got {file_name!r}")
+    return weight_map
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        ValueError: it is no JSON, or says one thing twice, which readers would understand differently.
+        OSError: it can't be read.
+    """
+    return _parse_json(file, file.read_bytes())
+
+
+def _parse_json(file: Path, content: bytes) -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return found
+
+    try:
+        return json.loads(content, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is no JSON: {error}") from error
+
+
+def _open(file: Path) -> Any:
+    """An open safetensors file."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ModuleNotFoundError("safetensors is needed for checkpoints: pip install safetensors") from error
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{file}: is no regular file" + (", but a link to nothing" if not file.exists() else ""))
+    try:
+        handle = safe_open(file, framework="pt", device="cpu")
+        _check_header(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: is no complete safetensors file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file}: can't be read: {error.strerror or error}") from error
+    return handle
+
+
+def _check_header(file: Path) -> None:
+    """What the library lets pass: of two tensors of one name it takes the last, where other readers take the first."""
+    with file.open("rb") as opened:
+        _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))

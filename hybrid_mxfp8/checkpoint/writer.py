@@ -1,0 +1,152 @@
+"""Write a safetensors file piece by piece, and have it appear at once and whole.
+
+The safetensors library writes a file from tensors that are all in memory. Converting a checkpoint must hold no more than
+a part of one tensor, so this writes the format itself, which is simple: eight bytes with the length of a JSON header, the
+header, the data. The names, dtypes and shapes come first; data then arrive in any order. Reading is left to the library.
+
+The data go to a temporary file in the same folder. It takes its final name when all bytes of all tensors have been
+written, and is deleted if they have not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from hybrid_mxfp8.checkpoint.atomic import partial
+
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+"""Bytes of one element, by the format's name of a dtype."""
+
+CHUNK_BYTES = 2**26
+MAX_HEADER_BYTES = 100_000_000
+"""What the library reads."""
+
+
+class Entry(NamedTuple):
+    """A tensor of a file: its name, its dtype as safetensors names it, and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its data.
+
+        Raises:
+            ValueError: a dtype that is not in :data:`ITEM_BYTES`.
+        """
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"{self.name}: dtype {self.dtype} is not known here")
+        count = ITEM_BYTES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class SafetensorsWriter:
+    """A file being written, as a context manager: ``append`` within the block, a complete file after it."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+        """Lay the file out.
+
+        Args:
+            path: what the file will be called; replaced if it exists.
+            entries: all its tensors, with distinct names.
+            metadata: strings for the header.
+
+        Raises:
+            ValueError: two tensors of one name, a name that the format can't hold, a dtype that is not known, or so many
+                tensors that the library would not read the header.
+        """
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        self._at: dict[str, int] = {}
+        self._end: dict[str, int] = {}
+        start = 0
+        # Wide elements first, as the library does: every tensor then starts at a multiple of its element.
+        for entry in sorted(entries, key=lambda e: (-ITEM_BYTES.get(e.dtype, 0), e.name)):
+            if entry.name in self._at:
+                raise ValueError(f"entries: {entry.name!r} is there twice")
+            if entry.name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in entry.name):
+                raise ValueError(f"entries: a safetensors file can't hold a tensor of the name {entry.name!r}")
+            end = start + entry.num_bytes
+            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+            self._at[entry.name], self._end[entry.name] = start, end
+            start = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self._header = text + b" " * (-len(text) % 8)
+        if len(self._header) > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{path}: its header would have {len(self._header)} bytes, of which the format allows {MAX_HEADER_BYTES}"
+            )
+        self._data = 8 + len(self._header)
+        self._path = path
+        self._stack = contextlib.ExitStack()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> SafetensorsWriter:
+        with contextlib.ExitStack() as stack, self._naming():
+            self._temporary = stack.enter_context(partial(self._path))
+            self._file = self._temporary.open("wb")
+            stack.callback(self._close)
+            self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+            self._stack = stack.pop_all()
+        return self
+
+    def append(self, name: str, data: torch.Tensor) -> None:
+        """Write the next bytes of a tensor: all of ``data``, row-major, of whatever dtype, on whatever device.
+
+        Raises:
+            ValueError: more than the tensor has left.
+            OSError: the file can't be written, as on a full disk; names the file.
+        """
+        assert self._file is not None
+        data = data.detach().contiguous().reshape(-1).view(torch.uint8)
+        if data.numel() > self._end[name] - self._at[name]:
+            raise ValueError(f"{name}: {data.numel()} bytes where {self._end[name] - self._at[name]} are left")
+        with self._naming():
+            self._file.seek(self._data + self._at[name])
+            for part in data.split(CHUNK_BYTES):
+                self._file.write(memoryview(part.cpu().numpy()))
+        self._at[name] += data.numel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        with self._stack, self._naming():
+            if kind is None:
+                short = [name for name, at in self._at.items() if at != self._end[name]]
+                if short:
+                    raise ValueError(f"{short[0]}: not all of its bytes were written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._temporary.replace(self._path)
+
+    def _close(self) -> None:
+        """Also where the disk is full, and closing fails to write what is to be thrown away."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Writing to an open file fails without the file's name; opening it, with the temporary one."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"can't be written: {error.strerror}", str(self._path)) from error

@@ -1,0 +1,220 @@
+"""The ``accuracy`` command: a table, and on request JSON and a picture, of what each format keeps."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hybrid_mxfp8._version import __version__
+from hybrid_mxfp8.commands.accuracy import transformers_model
+from hybrid_mxfp8.commands.accuracy.measure import ChannelEffect, Score, channel_effect, score
+from hybrid_mxfp8.commands.demo.command import load
+from hybrid_mxfp8.commands.demo.workload import Operands, Workload
+from hybrid_mxfp8.commands.tables import format_table
+
+WIDTH = 100
+PICTURES = (".png", ".svg", ".pdf")
+RATIOS = tuple(2.0**i for i in range(17))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model's grouped GEMMs with the scores of each format, and what its logits keep, where that is known."""
+
+    short: str
+    workload: Workload
+    scores: list[tuple[Operands, list[Score]]]
+    logits_db: dict[str, float] | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--synthetic", action="store_true", help="random numbers even where the real weights are there")
+    parser.add_argument("--no-transformers", action="store_true", help="leave the transformers model out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every expert's figures as JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a picture, .png, .svg or .pdf (needs matplotlib)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables; 0, or 2 where a file can't be written or matplotlib is missing for the picture."""
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():
+            print(f"{path}: there is no folder {path.parent}", file=sys.stderr)
+            return 2
+    if args.plot is not None and args.plot.suffix not in PICTURES:
+        print(f"--plot: must end in {', '.join(PICTURES)}, got {args.plot}", file=sys.stderr)
+        return 2
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        print("--plot: needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    workload = load(args.synthetic, 6, None)
+    with_model = not args.no_transformers and transformers_model.installed()
+    with tqdm(total=2 + 2 * with_model, leave=False, file=sys.stderr, disable=None) as bar:
+        parts = [Part("MiniLM" if workload.real else "synthetic", workload, scored(workload, bar))]
+        if with_model:
+            found = transformers_model.report()
+            parts.append(Part("random Qwen3-MoE", found.workload, scored(found.workload, bar), found.logits_db))
+    effects = channel_effect(workload.gemms[0].x, RATIOS)
+    print(describe(parts, effects))
+    if not with_model and not args.no_transformers:
+        print("\nA transformers model would be measured too if it were installed: pip install transformers")
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(parts, effects), indent=1) + "\n")
+        print(f"\nWritten: {args.json}")
+    if args.plot is not None:
+        from hybrid_mxfp8.commands.accuracy.plot import draw
+
+        panels = [(f"{part.short}: {operands.name}", scores) for part in parts for operands, scores in part.scores]
+        source = "; ".join(part.workload.source.partition(":")[0] for part in parts)
+        draw(panels, effects, f"{source}; hybrid_mxfp8 {__version__}", args.plot)
+        print(f"\nWritten: {args.plot}")
+    return 0
+
+
+def scored(workload: Workload, bar: Any) -> list[tuple[Operands, list[Score]]]:
+    """The scores of each of a workload's grouped GEMMs."""
+    scores = []
+    for operands in workload.gemms:
+        bar.set_description_str(operands.name)
+        scores.append((operands, score(operands)))
+        bar.update()
+    return scores
+
+
+def describe(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
+    """The report in words and tables."""
+    texts = [
+        textwrap.fill(
+            "Each format against fp32: signal-to-noise in dB of tokens x, weights w and product y, means over experts; the "
+            "worst expert's product; its calc_diff. Products are accumulated in float64, so the differences are the "
+            "formats' alone. FP8 is e4m3 with fp32 scales amax/448.",
+            WIDTH,
+        )
+    ]
+    for part in parts:
+        texts.append(textwrap.fill(f"Numbers: {part.workload.source}.", WIDTH, subsequent_indent="  "))
+        texts += [score_table(operands, scores) for operands, scores in part.scores]
+        if part.logits_db:
+            rows = [(name, f"{db:.1f}") for name, db in part.logits_db.items()]
+            title = "Logits of the whole model, the experts' operands of all layers in each format"
+            texts.append(f"{title}\n\n{format_table(('format', 'logits dB'), rows)}")
+    texts.append(effect_table(effects))
+    texts.append(conclusion(parts, effects))
+    return "\n\n".join(texts)
+
+
+def score_table(operands: Operands, scores: Sequence[Score]) -> str:
+    """One grouped GEMM."""
+    num_experts, n, k = operands.w.shape
+    title = f"{operands.name}: {num_experts} experts, {sum(operands.rows)} tokens, N {n}, K {k}"
+    header = ("format", "bits", "x dB", "w dB", "y dB", "worst y dB", "worst calc_diff")
+    rows = [
+        (
+            s.format.name,
+            f"{s.format.bits(k):.2f}",
+            *(f"{s.mean(figure):.1f}" for figure in ("x_db", "w_db", "product_db")),
+            f"{s.worst_db:.1f}",
+            f"{s.worst_diff:.1e}",
+        )
+        for s in scores
+    ]
+    return f"{title}\n\n{format_table(header, rows)}"
+
+
+def effect_table(effects: Sequence[ChannelEffect]) -> str:
+    """A growing channel, at every fourth power of two."""
+    title = textwrap.fill(
+        "One channel of the first product's tokens grows in all tokens, up to a multiple of the others' rms, as channels "
+        "of large models do: what is left of the blocks without it, in dB",
+        WIDTH,
+    )
+    shown = effects[::4]
+    header = ("format", *(f"{effect.ratio:,.0f}x" for effect in shown))
+    rows = [(name, *(f"{effect.db[name]:.1f}" for effect in shown)) for name in shown[0].db]
+    return f"{title}\n\n{format_table(header, rows)}"
+
+
+def conclusion(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
+    """The comparison in one sentence, of the first part's products."""
+    of_kind: dict[str, list[Score]] = {}
+    for _, scores in parts[0].scores:
+        for s in scores:
+            of_kind.setdefault(s.format.name, []).append(s)
+
+    def mean(name: str) -> float:
+        return sum(s.mean("product_db") for s in of_kind[name]) / len(of_kind[name])
+
+    ours = {name: mean(name) for name in of_kind if name.startswith("MXFP8")}
+    best = max(ours, key=lambda name: ours[name])
+    last = effects[-1]
+    return textwrap.fill(
+        f"On {'a real model' if parts[0].workload.real else 'synthetic numbers'}, products keep "
+        + ", ".join(f"{db:.1f} dB with {name}" for name, db in ours.items())
+        + f", {mean('FP8 per row'):.1f} with FP8 per row and {mean('FP8 per tensor'):.1f} per tensor; {best} is the best "
+        f"rounding of MXFP8 here. With a channel {last.ratio:,.0f} times the others, {best} leaves those at "
+        f"{last.db[best]:.1f} dB, FP8 per row at {last.db['FP8 per row']:.1f} and per tensor at "
+        f"{last.db['FP8 per tensor']:.1f}.",
+        WIDTH,
+    )
+
+
+def as_json(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> dict[str, Any]:
+    """Every figure, with what it was measured on; null where it is infinite."""
+    return {
+        "versions": {name: _version(name) for name in ("hybrid-mxfp8", "torch", "transformers")},
+        "workloads": [
+            {
+                "source": part.workload.source,
+                "real": part.workload.real,
+                "logits_db": part.logits_db and {name: _finite(db) for name, db in part.logits_db.items()},
+                "gemms": [
+                    {
+                        "name": operands.name,
+                        "tokens": list(operands.rows),
+                        "n": operands.w.shape[1],
+                        "k": operands.w.shape[2],
+                        "formats": {
+                            s.format.name: [
+                                {figure: _finite(value) for figure, value in asdict(q).items()} for q in s.experts
+                            ]
+                            for s in scores
+                        },
+                    }
+                    for operands, scores in part.scores
+                ],
+            }
+            for part in parts
+        ],
+        "channel": [
+            {"ratio": effect.ratio, "db": {name: _finite(db) for name, db in effect.db.items()}} for effect in effects
+        ],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _version(name: str) -> str | None:
+    if name == "hybrid-mxfp8":
+        return __version__
+    if name == "torch":
+        return torch.__version__
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

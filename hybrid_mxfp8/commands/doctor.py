@@ -1,0 +1,213 @@
+"""``python -m hybrid_mxfp8 doctor``: what is installed here, and which backends can run.
+
+Two halves: :func:`examine` collects facts as plain data, which ``--json`` prints, and :func:`render` makes them
+readable. Nothing here needs Triton, a GPU or a compiler, and nothing is created.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8._version import __version__
+from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.dispatch.registry import AUTO, backends, default_device, requested
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+MISSING = "not installed"
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts; 0, whatever they are."""
+    facts = examine()
+    print(json.dumps(facts, indent=2) if args.json else render(facts))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """All facts, as JSON can hold them."""
+    return {
+        "versions": versions(),
+        "gpus": gpus(),
+        **toolchain(),
+        "device": str(default_device()),
+        "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
+        "default_backend": default_backend(),
+        "cache": cache(env.cache_dir()),
+        **modules(),
+        "environment": env.in_force(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, and what it builds on."""
+    return {
+        "hybrid_mxfp8": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {_torch_build()}",
+        "Triton": _distribution("triton"),
+        "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
+        "safetensors": _distribution("safetensors"),
+        "transformers": _distribution("transformers"),
+        **driver(DRIVER_FILE),
+    }
+
+
+def driver(file: Path) -> dict[str, str]:
+    """NVIDIA's driver, from what its kernel module says of itself; nothing where that is not there."""
+    try:
+        match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
+    except OSError:
+        return {}
+    return {"NVIDIA driver": match[1]} if match else {}
+
+
+def _torch_build() -> str:
+    if torch.version.hip is not None:
+        return f"built for ROCm {torch.version.hip}"
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda is not None else "built for CPUs alone"
+
+
+def _distribution(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name and compute capability of each GPU that PyTorch sees."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append({"name": torch.cuda.get_device_name(index), "compute_capability": f"{major}.{minor}"})
+    return found
+
+
+def toolchain() -> dict[str, Any]:
+    """Each CUDA compiler and each copy of the CUTLASS headers that was found, and where those are from that are taken."""
+    room = "hybrid_mxfp8.cutlass_kernels.jit.toolchain"
+    if importlib.util.find_spec(room) is None:
+        return {"compilers": [], "cutlass_headers": [], "cutlass_taken": ""}
+    headers = importlib.import_module(room)
+    return {
+        "compilers": [_candidate(found) for found in headers.cuda_candidates()],
+        "cutlass_headers": [_candidate(found) for found in headers.cutlass_candidates()],
+        "cutlass_taken": _taken(headers),
+    }
+
+
+def _taken(headers: Any) -> str:
+    try:
+        return str(headers.find_cutlass().origin)
+    except BackendUnavailableError:
+        return ""
+
+
+def _candidate(found: Any) -> dict[str, str]:
+    return {name: str(getattr(found, name)) for name in ("origin", "path", "version", "problem")}
+
+
+def default_backend() -> str:
+    """What a call that names no backend asks for, or what is wrong with HYBRID_MXFP8_BACKEND."""
+    try:
+        return requested(None)
+    except ValueError as error:
+        return f"invalid: {error}"
+
+
+def cache(folder: Path) -> dict[str, Any]:
+    """Whether the cache folder exists, whether this user can write there (or create it), and its size in bytes."""
+    # os.path's own tests answer False for a path that cannot be, such as one too long, where Path's raise.
+    nearest = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
+    exists = os.path.isdir(folder)
+    return {
+        "path": str(folder),
+        "exists": exists,
+        "writable": os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK),
+        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if exists else 0,
+    }
+
+
+def modules() -> dict[str, Any]:
+    """Each compiled module of the CUTLASS backend in the cache, with the versions it was built by, or why none is loaded."""
+    room = "hybrid_mxfp8.cutlass_kernels.jit.build"
+    if importlib.util.find_spec(room) is None:
+        return {"modules": [], "modules_problem": ""}
+    try:
+        built = [module.manifest() for module in importlib.import_module(room).built()]
+    except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1
+        return {"modules": [], "modules_problem": str(error)}
+    named = [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
+    return {"modules": named, "modules_problem": ""}
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as a page of plain text."""
+    folder = facts["cache"]
+    state = f"{folder['bytes'] / 2**20:.1f} MiB" if folder["exists"] else "not there yet"
+    lines = [
+        *facts["versions"].items(),
+        *(("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}") for gpu in facts["gpus"]),
+        *([] if facts["gpus"] else [("GPU", "none that PyTorch sees")]),
+        *_found("nvcc", facts["compilers"]),
+        *_found("CUTLASS headers", facts["cutlass_headers"], facts["cutlass_taken"]),
+        ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
+        *(("compiled", module) for module in facts["modules"]),
+        *([("compiled", facts["modules_problem"])] if facts["modules_problem"] else []),
+        *facts["environment"].items(),
+    ]
+    width = max(len(name) for name, _ in lines)
+    answers = [
+        (name, "yes" if answer["available"] else "no", answer["reason"]) for name, answer in facts["backends"].items()
+    ]
+    return "\n".join(
+        [
+            *(f"{name:<{width}}  {value}" for name, value in lines),
+            "",
+            format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2)),
+            "",
+            f"Calls that name no backend use: {facts['default_backend']}{_meaning(facts)}",
+        ]
+    )
+
+
+def _meaning(facts: dict[str, Any]) -> str:
+    """What the default comes to here."""
+    name, answers = facts["default_backend"], facts["backends"]
+    if name == AUTO:
+        return f", which is {next(name for name, answer in answers.items() if answer['available'])} here"
+    if name in answers and not answers[name]["available"]:
+        return f", which can't run here: {answers[name]['reason']}"
+    return ""
+
+
+def _found(what: str, candidates: list[dict[str, str]], taken: str = "") -> list[tuple[str, str]]:
+    if not candidates:
+        return [(what, "not found (only the cutlass backend needs them)")]
+    return [
+        (
+            what,
+            f"{c['version'] or '?'} from {c['origin']}, {c['path']}"
+            + (f" ({c['problem']})" if c["problem"] else "")
+            + (" (taken)" if c["origin"] == taken else ""),
+        )
+        for c in candidates
+    ]

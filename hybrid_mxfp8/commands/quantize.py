@@ -1,0 +1,188 @@
+"""The ``quantize`` command: convert a checkpoint's experts to MXFP8."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from hybrid_mxfp8.checkpoint.convert import (
+    Options,
+    Summary,
+    check_last_dimensions,
+    convert_file,
+    convert_folder,
+    plan,
+    total_bytes,
+)
+from hybrid_mxfp8.checkpoint.reader import Checkpoint, checkpoint_files
+from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
+from hybrid_mxfp8.dispatch.device import resolve_device
+from hybrid_mxfp8.dispatch.registry import default_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("source", type=Path, metavar="IN", help="a safetensors file, or the folder of a checkpoint")
+    parser.add_argument("target", type=Path, metavar="OUT", help="a file, or a folder if IN is one")
+    parser.add_argument(
+        "--experts",
+        action="append",
+        required=True,
+        metavar="PATTERN",
+        help="names of the tensors to quantize, with * and ? as in a shell, such as '*.experts.*'; may be given again",
+    )
+    parser.add_argument(
+        "--others-to-bf16",
+        action="store_true",
+        help="write FP8 matrices (128x128 blocks) that no PATTERN matches as bf16; default: copy them",
+    )
+    parser.add_argument("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="where to quantize (default: the GPU if there is one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print a summary; 0, or 2 with a line on stderr if it could not be done, 130 if it was interrupted."""
+    try:
+        with _terminated_like_interrupted():
+            print(convert(args))
+    except KeyboardInterrupt:
+        print(f"quantize: interrupted, {args.target} was not written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"quantize: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, removes what was half written, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def convert(args: argparse.Namespace) -> str:
+    """Convert, with a progress bar on stderr if that is a terminal.
+
+    Raises:
+        ValueError: a checkpoint that can't be read or quantized, a pattern that matches nothing.
+        OSError: a file that can't be read or written, or an OUT that exists.
+    """
+    source, target = args.source, args.target
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    check_target(source, target, args.force)
+    device = default_device() if args.device is None else resolve_device(args.device)
+    options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16)
+    summary = Summary()
+    with Checkpoint(source) as checkpoint:
+        check_pattern(checkpoint, options)
+    with tqdm(
+        total=total_bytes(checkpoint_files(source)),
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
+        file=sys.stderr,
+        disable=None,
+    ) as bar:
+
+        def progress(name: str, num_bytes: int) -> None:
+            bar.set_description_str(name[-40:], refresh=False)
+            bar.update(num_bytes)
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            convert_folder(source, target, options, summary, progress)
+        else:
+            convert_file(source, target, options, summary, progress)
+    return describe(summary, target)
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Whether OUT may be written, and whether what it replaces is no more than an earlier OUT.
+
+    Raises:
+        ValueError: IN and OUT are the same, or one is inside the other.
+        FileExistsError: OUT exists, without ``force`` or as something else than a checkpoint of IN's kind.
+    """
+    a, b = source.resolve(), target.resolve()
+    if a == b or (target.exists() and target.samefile(source)):
+        raise ValueError(f"{target}: IN and OUT must not be the same")
+    if (a in b.parents and source.is_dir()) or b in a.parents:
+        raise ValueError(f"{target}: IN and OUT must not lie in one another")
+    if not target.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{target}: exists; --force replaces it")
+    if target.is_dir() != source.is_dir():
+        raise FileExistsError(f"{target}: is a {'folder' if target.is_dir() else 'file'}, unlike {source}")
+    if target.is_dir() and target.is_symlink():
+        raise FileExistsError(f"{target}: is a link to a folder, which --force does not replace")
+    if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
+        raise FileExistsError(f"{target}: is a folder with no safetensors file, which --force does not replace")
+
+
+def check_pattern(checkpoint: Checkpoint, options: Options) -> None:
+    """Look at all headers before anything is written.
+
+    Raises:
+        ValueError: no tensor to quantize, or one that matches and can't be.
+    """
+    found = [entry.name for entry in plan(checkpoint, options).quantized]
+    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
+    check_last_dimensions(shapes, found)
+    if not found:
+        names = list(shapes)
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
+
+
+def describe(summary: Summary, target: Path) -> str:
+    """What was done, in a few lines."""
+    ratio = summary.expert_bytes_after / summary.expert_bytes_before
+    lines = [
+        f"{target}: {len(summary.experts)} expert tensor{'s' if len(summary.experts) > 1 else ''} to MXFP8, "
+        f"{size(summary.expert_bytes_before)} -> {size(summary.expert_bytes_after)} ({ratio:.2f}x); "
+        f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}",
+        f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
+        if math.isfinite(summary.worst_db)
+        else "no matrix lost anything",
+    ]
+    if summary.widened:
+        lines.append(f"other FP8 tensors written as bf16: {len(summary.widened)}, {summary.widened[0]} among them")
+    if summary.kept:
+        lines.append(f"{len(summary.kept)} matching vectors and biases stay as they were, {summary.kept[0]} among them")
+    return "\n".join(lines)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

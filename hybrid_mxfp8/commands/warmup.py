@@ -1,0 +1,150 @@
+"""``python -m hybrid_mxfp8 warmup``: compile the CUTLASS backend ahead of time.
+
+No GPU is needed, so an image can be built anywhere; copying the cache folder carries the result to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+BYTES_A_JOB = 6 * 2**30
+"""nvcc peaks at 5 GB for one module."""
+
+ARCHS = ("10.0a", "10.3a", "10.0f")
+SHORT_TYPES = {short: dtype for dtype, (short, _) in OUT_TYPES.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--arch",
+        choices=ARCHS,
+        action="append",
+        help="target, more than one if repeated: 10.0a for B200, 10.3a for B300, 10.0f for both; default: this machine's GPU, "
+        "else 10.0a",
+    )
+    parser.add_argument(
+        "--configs",
+        type=_configs,
+        default=MODULES,
+        metavar="NAME,NAME",
+        help=f"tile configurations; default: all of {', '.join(MODULES)}",
+    )
+    parser.add_argument(
+        "--out-dtypes",
+        type=_out_dtypes,
+        default=(torch.bfloat16,),
+        metavar="NAME,NAME",
+        help=f"output types, of {', '.join(SHORT_TYPES)}; default: bf16",
+    )
+    parser.add_argument(
+        "--jobs", type=_positive, help="compilations at a time; default: as many as CPUs and memory allow"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile what is missing; 0 if all of it is there in the end.
+
+    Raises:
+        BackendUnavailableError: no headers or no compiler.
+    """
+    cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
+    print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
+    archs = args.arch or [default_arch()]
+    wanted = [source(m, out, arch) for arch in archs for m in args.configs for out in args.out_dtypes]
+    missing = [s for s in wanted if jit.find(s) is None]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} modules are in {jit.cache()}")
+    failures = build_all(missing, args.jobs or default_jobs()) if missing else []
+    for failure in failures:
+        print(failure)
+    return 1 if failures else 0
+
+
+def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:
+    """Build, ``jobs`` at a time, with a progress bar; returns what failed, a line each."""
+    from tqdm import tqdm
+
+    failures = []
+    pending = list(sources)
+    # Threads, as each build is a process of its own.
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(pending), unit="module", desc=f"{jobs} at a time") as bar:
+        building = {pool.submit(jit.build, s): s for s in pending}
+        for done in as_completed(building):
+            try:
+                done.result()
+            except BackendUnavailableError as error:
+                failures.append(f"{building[done].name}: {error}")
+            bar.set_postfix_str(building[done].name)
+            bar.update()
+    return failures
+
+
+def default_arch() -> str:
+    """The target of this machine's GPU if the backend runs on it, else B200's."""
+    if torch.cuda.is_available():
+        targets = jit.FAMILY.get("{}.{}".format(*torch.cuda.get_device_capability()))
+        if targets:
+            return targets[0]
+    return ARCHS[0]
+
+
+def default_jobs() -> int:
+    """As many compilers as there are CPUs, and memory for."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, available_memory() // BYTES_A_JOB))
+
+
+def available_memory() -> int:
+    """Bytes that this process can have: of the machine, or of its control group where that is less."""
+    memory = _read_int(Path("/proc/meminfo"), "MemAvailable:")
+    limits = [memory * 1024] if memory is not None else [BYTES_A_JOB]
+    group = Path("/sys/fs/cgroup")
+    limit, used = _read_int(group / "memory.max"), _read_int(group / "memory.current")
+    if limit is not None and used is not None:
+        limits.append(limit - used)
+    return min(limits)
+
+
+def _read_int(file: Path, label: str = "") -> int | None:
+    """The number after ``label``; None if there is none."""
+    try:
+        words = file.read_text().partition(label)[2].split() if label else file.read_text().split()
+    except OSError:
+        return None
+    return int(words[0]) if words and words[0].isdecimal() else None
+
+
+def _configs(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_parse_config(name) for name in text.split(",")))
+
+
+def _parse_config(name: str) -> str:
+    try:
+        return GemmConfig.parse(name).module
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _out_dtypes(text: str) -> tuple[torch.dtype, ...]:
+    unknown = [name for name in text.split(",") if name not in SHORT_TYPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(SHORT_TYPES)}, got {', '.join(unknown)}")
+    return tuple(SHORT_TYPES[name] for name in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return int(text)

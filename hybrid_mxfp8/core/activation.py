@@ -1,0 +1,84 @@
+"""The gated activation between the two products of an expert."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid_mxfp8.core.checks import fail
+
+_PREFIX = "swiglu:"
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """``g * sigmoid(alpha * g) * (u + beta)`` of gate g and up u; with a limit, of min(g, limit) and u cut on both sides.
+
+    Without arguments it is SwiGLU itself, silu(g) * u (Shazeer, arXiv:2002.05202), which vLLM and SGLang call ``silu``. The
+    experts of gpt-oss and MiniMax-M3 have alpha 1.702, beta 1 and limit 7, those of DeepSeek-V4 a limit alone; a model's
+    configuration has them as ``swiglu_alpha`` and ``swiglu_limit``.
+
+    Attributes:
+        alpha: factor of the gate in the sigmoid, above 0.
+        beta: added to up.
+        limit: above 0, or None. A gate of +Inf and an infinite up become the limit; NaN stays NaN.
+        spec: the same as a string, which all functions that take a SwiGLU take, too: operators take strings alone.
+
+    Raises:
+        TypeError, ValueError: a number that is no float, not finite, or not above 0.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+    spec: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, value, positive in (
+            ("alpha", self.alpha, True),
+            ("beta", self.beta, False),
+            ("limit", self.limit, True),
+        ):
+            if value is None and name == "limit":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: must be a float, got {type(value).__name__}")
+            if not math.isfinite(value) or (positive and value <= 0):
+                fail(name, "must be finite and above 0" if positive else "must be finite", value)
+            object.__setattr__(self, name, float(value))
+        limit = "" if self.limit is None else repr(self.limit)
+        # A string made here, since torch.compile can't make one of floats.
+        object.__setattr__(self, "spec", f"{_PREFIX}{self.alpha!r}:{self.beta!r}:{limit}")
+
+
+PLAIN_SWIGLU = SwiGLU()
+NAMED = {"swiglu": PLAIN_SWIGLU, "swigluoai": SwiGLU(1.702, 1.0, 7.0)}
+"""The activations that have names; ``swigluoai`` is what vLLM and SGLang call that of gpt-oss."""
+
+
+def swiglu_of(activation: Any, also: str = "") -> SwiGLU:
+    """The SwiGLU that the argument ``activation`` stands for; ``also`` names what else it may be, in the error.
+
+    Raises:
+        ValueError: neither a name, nor a SwiGLU or its ``spec``.
+    """
+    if isinstance(activation, SwiGLU):
+        return activation
+    if isinstance(activation, str):
+        known = NAMED.get(activation) or _parsed(activation)
+        if known is not None:
+            return known
+    expected = f"must be {also}'swiglu' (silu(gate) * up, elsewhere called 'silu'), 'swigluoai' or a SwiGLU"
+    fail("activation", expected, repr(activation))
+
+
+def _parsed(spec: str) -> SwiGLU | None:
+    numbers = spec.removeprefix(_PREFIX).split(":")
+    if not spec.startswith(_PREFIX) or len(numbers) != 3:
+        return None
+    try:
+        alpha, beta = float(numbers[0]), float(numbers[1])
+        return SwiGLU(alpha, beta, float(numbers[2]) if numbers[2] else None)
+    except ValueError:
+        return None

@@ -1,0 +1,165 @@
+"""Argument checks. Each raises an error that names the argument, what was expected and what came.
+
+A wrong type or dtype is a TypeError, everything else a ValueError. All look at metadata only, never at
+device data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_ROUNDINGS, SCALE_TILE_ROWS
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that can be quantized, and that a product can be written in."""
+
+
+def fail(name: str, expected: str, got: Any) -> NoReturn:
+    """Raise the ValueError that every check here raises."""
+    raise ValueError(f"{name}: {expected}, got {got}")
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    dtypes: Sequence[torch.dtype],
+    ndim: int,
+    dims: str,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """A tensor of one of ``dtypes``, of rank ``ndim`` (described by ``dims``), on ``device`` if given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: dtype must be {' or '.join(map(short, dtypes))}, got {short(value.dtype)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got layout {short(value.layout)}")
+    if value.ndim != ndim:
+        fail(name, f"must have shape {dims}", tuple(value.shape))
+    if device is not None and value.device != device:
+        fail(name, f"must be on {device}, as the other arguments", value.device)
+    return value
+
+
+def check_int(name: str, value: Any, least: int) -> int:
+    """An int, not a bool, of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
+    if value < least:
+        fail(name, f"must be at least {least}", value)
+    return value
+
+
+def check_num_tokens(value: Any, num_experts: int) -> None:
+    """T: 32-bit offsets reach every row, and every scale row of ``num_experts`` experts."""
+    if isinstance(value, torch.SymInt):  # left open by torch.export: a comparison would put a bound on it
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"num_tokens: must be an int, got {type(value).__name__}")
+    if value < 0 or value + (SCALE_TILE_ROWS - 1) * min(num_experts, value) > MAX_INT32:
+        fail("num_tokens", "must be at least 0, and with each expert's padding fit int32", value)
+
+
+def check_shape(name: str, value: torch.Tensor, shape: tuple[int, ...], dims: str) -> None:
+    """Exactly this shape; ``dims`` says in letters what it is."""
+    if value.shape != shape:
+        fail(name, f"must have shape {dims} = {shape}", tuple(value.shape))
+
+
+def check_contiguous(name: str, value: torch.Tensor) -> None:
+    """Row-major without gaps."""
+    if not value.is_contiguous():
+        fail(name, "must be contiguous", f"shape {tuple(value.shape)} with strides {value.stride()}")
+
+
+def check_aligned(name: str, value: torch.Tensor) -> None:
+    """Starts at a 16-byte boundary, as every tensor does that PyTorch allocates."""
+    if value.numel() and value.data_ptr() % 16:
+        fail(name, "must start at a 16-byte boundary", f"address {value.data_ptr():#x}")
+
+
+def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Shares no memory with the others, which are read, or written too, while it is written.
+
+    From its first to its last byte: columns of one wider buffer count as overlapping.
+    """
+    start, end = _span(written)
+    for other, tensor in others.items():
+        if tensor is None or tensor.data_ptr() >= end:
+            continue
+        other_start, other_end = _span(tensor)
+        if start < other_end and other_start < end:
+            fail(
+                name,
+                f"must not overlap {other}",
+                f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}",
+            )
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last; equal if there is none."""
+    start, elements = x.data_ptr(), x.numel()
+    if elements and not x.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + elements * x.element_size()
+
+
+def check_k(name: str, k: int) -> None:
+    """K is a positive multiple of the block size."""
+    if k <= 0 or k % BLOCK_SIZE:
+        fail(name, f"K must be a positive multiple of {BLOCK_SIZE}", k)
+
+
+def check_n(name: str, n: int) -> None:
+    """N % 8 == 0: rows of a 16-bit output start at 16-byte boundaries."""
+    if n <= 0 or n % 8:
+        fail(name, "N must be a positive multiple of 8", n)
+
+
+def check_scale_rounding(value: Any) -> str:
+    """One of the three roundings."""
+    if not isinstance(value, str) or value not in SCALE_ROUNDINGS:
+        fail("scale_rounding", f"must be one of {', '.join(SCALE_ROUNDINGS)}", repr(value))
+    return value
+
+
+def check_out_dtype(value: Any) -> torch.dtype:
+    """A dtype that a product can be written in."""
+    if value not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
+    assert isinstance(value, torch.dtype)
+    return value
+
+
+def check_no_grad(name: str, value: torch.Tensor) -> None:
+    """Quantization has no derivative; a silent loss of gradients would be worse than an error."""
+    if value.requires_grad and torch.is_grad_enabled():
+        fail(
+            name,
+            "must not require grad (MXFP8 quantization has no backward; use torch.no_grad() or .detach())",
+            "requires_grad=True",
+        )
+
+
+def is_tracing(x: torch.Tensor) -> bool:
+    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake or on the meta device.
+
+    Then the public functions go through :mod:`hybrid_mxfp8.ops.torch_library`'s operators, which know shapes without data.
+    """
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+
+
+def check_no_buffer(name: str, value: object) -> None:
+    """No buffer to write to, where an operator allocates."""
+    if value is not None:
+        fail(name, "must be None under torch.compile, and for fake and meta tensors", type(value).__name__)
+
+
+def short(value: Any) -> str:
+    """A dtype without its ``torch.`` prefix."""
+    return str(value).removeprefix("torch.")

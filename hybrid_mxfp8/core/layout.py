@@ -1,0 +1,159 @@
+"""GroupLayout: which rows belong to which expert, and where each expert's scales start.
+
+Built on the device from the router's counts, with no host sync: one small launch on a GPU. Only
+``num_tokens`` and the number of experts are known to the host; they size every buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8.core.checks import check_contiguous, check_num_tokens, check_shape, check_tensor, fail, is_tracing
+from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
+from hybrid_mxfp8.dispatch.device import compiles_kernels
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """Rows sorted by expert: rows expert_offsets[e] .. expert_offsets[e+1] belong to expert e.
+
+    Attributes:
+        tokens_per_expert: (E,) int32.
+        expert_offsets: (E+1,) int32, exclusive prefix sum; the last entry is the number of rows in use.
+        scale_offsets: (E+1,) int32, exclusive prefix sum of roundup(tokens, 128), in rows.
+        num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
+
+    :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data. One put
+    together by hand must obey the same sums. On CPU tensors, where looking is free, that is checked; on a GPU a layout
+    that does not gives wrong numbers, but leads no kernel outside its buffers.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous; ``num_tokens`` no int, negative
+            or too large for int32 offsets; on a CPU, numbers that are no layout of ``num_tokens`` rows.
+    """
+
+    tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor
+    scale_offsets: torch.Tensor
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        tokens = check_tensor("tokens_per_expert", self.tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)")
+        check_contiguous("tokens_per_expert", tokens)
+        num_experts = tokens.shape[0]
+        for name, offsets in (("expert_offsets", self.expert_offsets), ("scale_offsets", self.scale_offsets)):
+            check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E+1,)", device=tokens.device)
+            check_shape(name, offsets, (num_experts + 1,), "(E+1,)")
+            check_contiguous(name, offsets)
+        check_num_tokens(self.num_tokens, num_experts)
+        if tokens.device.type == "cpu" and not is_tracing(tokens):
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        tokens = self.tokens_per_expert
+        if tokens.numel() and int(tokens.min()) < 0:
+            fail("tokens_per_expert", "must be at least 0", tokens.tolist())
+        valid = group_offsets(tokens, self.num_tokens, from_ends=False)
+        if not torch.equal(valid[0], tokens):
+            fail("tokens_per_expert", f"must have a sum of at most num_tokens = {self.num_tokens}", tokens.tolist())
+        for name, given, expected, of in (
+            ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
+            ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
+        ):
+            if not torch.equal(given, expected):
+                fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
+
+    @classmethod
+    def unchecked(
+        cls,
+        tokens_per_expert: torch.Tensor,
+        expert_offsets: torch.Tensor,
+        scale_offsets: torch.Tensor,
+        num_tokens: int,
+    ) -> GroupLayout:
+        """Without the checks, for tensors that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "tokens_per_expert", tokens_per_expert)
+        object.__setattr__(self, "expert_offsets", expert_offsets)
+        object.__setattr__(self, "scale_offsets", scale_offsets)
+        object.__setattr__(self, "num_tokens", num_tokens)
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.tokens_per_expert.shape[0]
+
+    @property
+    def scale_rows(self) -> int:
+        """S: rows of the scale tensor, the tightest bound known without a sync."""
+        return grouped_scale_rows(self.num_tokens, self.num_experts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the three tensors are."""
+        return self.tokens_per_expert.device
+
+    @classmethod
+    def from_counts(cls, tokens_per_expert: torch.Tensor, num_tokens: int) -> GroupLayout:
+        """The layout of ``tokens_per_expert`` (E,) int32 or int64 rows per expert, in a matrix of ``num_tokens`` rows.
+
+        Counts are device data and are not checked: negative ones act as 0, and rows beyond ``num_tokens``
+        are cut off, so that no later call can leave its buffers.
+
+        Raises:
+            TypeError: ``tokens_per_expert`` is no int32 or int64 tensor, or ``num_tokens`` no int.
+            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets.
+        """
+        return cls._build("tokens_per_expert", tokens_per_expert, num_tokens, from_ends=False)
+
+    @classmethod
+    def from_ends(cls, offs: torch.Tensor, num_tokens: int) -> GroupLayout:
+        """The layout of ``offs`` (E,) int32 or int64: the end of each expert's rows, as ``torch._grouped_mm`` takes them.
+
+        Ends are device data and are not checked: one below its predecessor means an empty expert, one above
+        ``num_tokens`` is cut off.
+
+        Raises:
+            TypeError: ``offs`` is no int32 or int64 tensor, or ``num_tokens`` no int.
+            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets.
+        """
+        return cls._build("offs", offs, num_tokens, from_ends=True)
+
+    @classmethod
+    def _build(cls, name: str, given: Any, num_tokens: Any, *, from_ends: bool) -> GroupLayout:
+        given = check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        check_num_tokens(num_tokens, given.shape[0])
+        if is_tracing(given):
+            e = given.shape[0]
+            layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
+            tokens, offsets, scale_offsets = layout.split((e, e + 1, e + 1))
+            return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
+        if compiles_kernels(given.device):
+            from hybrid_mxfp8.triton_kernels.group_layout import group_offsets as launch_group_offsets
+
+            return cls.unchecked(*launch_group_offsets(given, num_tokens, from_ends), num_tokens)
+        return cls.unchecked(*group_offsets(given, num_tokens, from_ends), num_tokens)
+
+
+def group_offsets(
+    counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), all int32, of (E,) counts or inclusive ends.
+
+    Whatever the data, the result is a valid layout of ``num_tokens`` rows: negative counts act as 0, ends that
+    fall act as the largest before them, and no expert reaches beyond ``num_tokens``. So no kernel that trusts
+    the layout can leave its buffers.
+    """
+    # Clamped before it is summed: the sum of E counts of at most T fits int64, that of any E counts does not.
+    given = counts_or_ends.to(torch.int64).clamp(0, num_tokens)
+    ends = given.cumsum(0).clamp_max(num_tokens)
+    if from_ends and given.numel():
+        ends = given.cummax(0).values
+    offsets = torch.nn.functional.pad(ends, (1, 0))
+    tokens = offsets.diff()
+    scale_offsets = torch.nn.functional.pad((-(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS).cumsum(0), (1, 0))
+    return tokens.to(torch.int32), offsets.to(torch.int32), scale_offsets.to(torch.int32)

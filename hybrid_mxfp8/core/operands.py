@@ -1,0 +1,235 @@
+"""The two operands: GroupedMXFP8, tokens sorted by expert, and ExpertWeights.
+
+Their ``scales`` are always swizzled. Row-major scale tensors enter through ``from_linear_scales`` of either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8.core.checks import check_contiguous, check_k, check_no_grad, check_shape, check_tensor, fail
+from hybrid_mxfp8.core.dequantize import dequantize_experts, dequantize_grouped
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.scale_layout import (
+    swizzle_grouped_scales,
+    swizzle_scales,
+    unswizzle_grouped_scales,
+    unswizzle_scales,
+)
+from hybrid_mxfp8.dispatch.device import resolve_device
+
+
+class _Portable:
+    """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13 and older)."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "values": vars(self)["values"].view(torch.uint8)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, values=state["values"].view(torch.float8_e4m3fn))
+
+
+def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device: torch.device | None = None) -> None:
+    """Elements (``rows``, K) and row-major scales (``rows``, K/32), each as such or as bytes."""
+    dims, ndim = f"({rows}, K/{BLOCK_SIZE})", rows.count(",") + 2
+    dtypes = (torch.float8_e4m3fn, torch.uint8)
+    check_tensor("values", values, dtypes=dtypes, ndim=ndim, dims=f"({rows}, K)", device=device)
+    dtypes = (torch.uint8, torch.float8_e8m0fnu)
+    check_tensor("scales", scales, dtypes=dtypes, ndim=ndim, dims=dims, device=values.device)
+    check_no_grad("values", values)
+    check_k("values", values.shape[-1])
+    check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedMXFP8(_Portable):
+    """Token rows in MXFP8, sorted by expert.
+
+    Attributes:
+        values: (T, K) float8_e4m3fn, contiguous, K % 32 == 0.
+        scales: (S, C) uint8, E8M0 in 128x4 tiles, each expert from a new tile row; S = groups.scale_rows,
+            C = roundup(K/32, 4). Columns from K/32 on must hold zeros; padding rows may hold anything.
+        groups: the layout; rows beyond its last expert hold nothing.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    groups: GroupLayout
+
+    def __repr__(self) -> str:
+        shape = f"num_tokens={self.groups.num_tokens}, k={self.k}, num_experts={self.groups.num_experts}"
+        return f"GroupedMXFP8({shape}, device={str(self.device)!r})"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.groups, GroupLayout):
+            raise TypeError(f"groups: must be a GroupLayout, got {type(self.groups).__name__}")
+        check_tensor(
+            "values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=self.groups.device
+        )
+        num_tokens, k = self.values.shape
+        if num_tokens != self.groups.num_tokens:
+            fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
+        check_k("values", k)
+        check_contiguous("values", self.values)
+        check_no_grad("values", self.values)
+        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device)
+        check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
+        check_contiguous("scales", self.scales)
+
+    @classmethod
+    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+        """Without the checks, for buffers that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "groups", groups)
+        return self
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return self.values.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def dequantize(self) -> torch.Tensor:
+        """(T, K) fp32, exact; rows that no expert owns are zero."""
+        return dequantize_grouped(self.values, self.scales, self.groups.expert_offsets, self.groups.scale_offsets)
+
+    def linear_scales(self) -> torch.Tensor:
+        """The scales row-major, (T, K/32) uint8; 0 in rows that no expert owns."""
+        g = self.groups
+        cols = self.k // BLOCK_SIZE
+        linear, owned = unswizzle_grouped_scales(self.scales, g.expert_offsets, g.scale_offsets, g.num_tokens, cols)
+        return torch.where(owned.unsqueeze(1), linear, 0)
+
+    @classmethod
+    def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+        """Tokens that arrive quantized, from another rank or another kernel, with row-major scales.
+
+        Some dozen launches of PyTorch's, no sync; the values are not copied.
+
+        Args:
+            values: (T, K) float8_e4m3fn, or its bytes as uint8; sorted by expert, K % 32 == 0.
+            scales: (T, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
+            groups: the layout of the T rows, on the same device.
+
+        Raises:
+            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad; no layout.
+        """
+        if not isinstance(groups, GroupLayout):
+            raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
+        _check_linear(values, scales, "T", groups.device)
+        swizzled, _ = swizzle_grouped_scales(
+            scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
+        )
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzled, groups)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights(_Portable):
+    """The experts' weight matrices in MXFP8.
+
+    Attributes:
+        values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
+        scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns from K/32 on must hold
+            zeros; padding rows may hold anything.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def __repr__(self) -> str:
+        shape = f"num_experts={self.num_experts}, n={self.n}, k={self.k}"
+        return f"ExpertWeights({shape}, device={str(self.device)!r})"
+
+    def __post_init__(self) -> None:
+        check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+        num_experts, n, k = self.values.shape
+        check_k("values", k)
+        check_contiguous("values", self.values)
+        check_no_grad("values", self.values)
+        check_tensor(
+            "scales",
+            self.scales,
+            dtypes=(torch.uint8,),
+            ndim=3,
+            dims="(E, roundup(N, 128), C)",
+            device=self.values.device,
+        )
+        check_shape(
+            "scales", self.scales, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), C)"
+        )
+        check_contiguous("scales", self.scales)
+
+    @classmethod
+    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+        """Without the checks, for buffers that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.values.shape[0]
+
+    @property
+    def n(self) -> int:
+        """N."""
+        return self.values.shape[1]
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return self.values.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same weights on a device; these tensors where they are there already.
+
+        Raises:
+            ValueError: no such device; a dtype is none, and would turn bytes into numbers.
+        """
+        device = resolve_device(device)
+        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device))
+
+    def dequantize(self) -> torch.Tensor:
+        """(E, N, K) fp32, exact."""
+        return dequantize_experts(self.values, self.scales)
+
+    def linear_scales(self) -> torch.Tensor:
+        """The scales row-major, (E, N, K/32) uint8: what a checkpoint holds."""
+        return unswizzle_scales(self.scales, self.n, self.k // BLOCK_SIZE)
+
+    @classmethod
+    def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+        """Weights from a checkpoint's row-major scales.
+
+        Args:
+            values: (E, N, K) float8_e4m3fn, or its bytes as uint8.
+            scales: (E, N, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
+
+        Raises:
+            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad.
+        """
+        _check_linear(values, scales, "E, N")
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales))

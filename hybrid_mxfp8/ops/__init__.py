@@ -1,0 +1,1 @@
+"""The public functions, a file each. May import all packages but the user-facing ones above it."""

@@ -1,0 +1,217 @@
+"""``torch.ops.hybrid_mxfp8``: the public functions as PyTorch operators, which torch.compile and torch.export can trace.
+
+Each takes plain tensors, returns new ones, and has a fake implementation that knows their shapes. The public functions
+call them only while something is being is_tracing: an eager call through the dispatcher would cost the host several
+microseconds more. No operator has a derivative; the public functions refuse inputs that require grad.
+
+| operator | of | returns |
+| --- | --- | --- |
+| ``group_offsets`` | ``GroupLayout.from_counts``, ``from_ends`` | (3E+2,) int32: a layout's three tensors |
+| ``quantize_grouped`` | the function of this name | values (T, K), scales (S, C), both uint8 |
+| ``quantize_weights`` | the function of this name | values (E, N, K), scales (E, roundup(N, 128), C), both uint8 |
+| ``grouped_gemm`` | the function of this name | (T, N) |
+| ``moe_forward`` | the function of this name: one operator, so a compiled layer is dispatched once | (M, H) |
+
+Values of e4m3 come out as their bytes (uint8) and go in as bytes or as float8_e4m3fn: PyTorch lacks the arithmetic on float8
+with which opcheck compares. ``backend`` None means what is in force when the operator runs: ``use_backend()``, else the
+environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
+from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.ops import grouped_gemm as ops
+from hybrid_mxfp8.ops import moe
+
+NAMESPACE = "hybrid_mxfp8"
+
+SCHEMAS = {
+    "group_offsets": "(Tensor counts_or_ends, SymInt num_tokens, bool from_ends) -> Tensor",
+    "quantize_grouped": "(Tensor x, Tensor tokens_per_expert, Tensor expert_offsets, Tensor scale_offsets,"
+    " str scale_rounding, Tensor? row_index, str? activation, str? backend) -> (Tensor, Tensor)",
+    "quantize_weights": "(Tensor w, str scale_rounding, str? backend) -> (Tensor, Tensor)",
+    "grouped_gemm": "(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
+    " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend) -> Tensor",
+    "moe_forward": "(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
+    " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation, str? backend) -> Tensor",
+}
+
+
+def _group_offsets(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
+    build = GroupLayout.from_ends if from_ends else GroupLayout.from_counts
+    layout = build(counts_or_ends, num_tokens)
+    # A copy of what is already one buffer on a GPU: an operator must not return views of one another.
+    return torch.cat([layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets])
+
+
+def _group_offsets_fake(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
+    return counts_or_ends.new_empty(3 * counts_or_ends.shape[0] + 2, dtype=torch.int32)
+
+
+def _quantize_grouped(
+    x: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if row_index is None:
+        num_tokens = check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)").shape[0]
+    else:
+        num_tokens = check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)").shape[0]
+    groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, num_tokens)
+    xq = ops.quantize_grouped(
+        x, groups, scale_rounding=scale_rounding, row_index=row_index, activation=activation, backend=backend
+    )
+    return xq.values.view(torch.uint8), xq.scales
+
+
+def _quantize_grouped_fake(
+    x: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens = x.shape[0] if row_index is None else row_index.shape[0]
+    k = x.shape[1] if activation is None else x.shape[1] // 2
+    # formats.grouped_scale_rows with a symbolic minimum: a plain one would tie the graph to T < E or T >= E.
+    groups = torch.sym_min(tokens_per_expert.shape[0], num_tokens)
+    scale_rows = (num_tokens + (SCALE_TILE_ROWS - 1) * groups) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
+    return (
+        x.new_empty(num_tokens, k, dtype=torch.uint8),
+        x.new_empty(scale_rows, scale_cols(k), dtype=torch.uint8),
+    )
+
+
+def _quantize_weights(w: torch.Tensor, scale_rounding: str, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    wq = ops.quantize_weights(w, scale_rounding=scale_rounding, backend=backend)
+    return wq.values.view(torch.uint8), wq.scales
+
+
+def _quantize_weights_fake(
+    w: torch.Tensor, scale_rounding: str, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_experts, n, k = w.shape
+    return (
+        w.new_empty(num_experts, n, k, dtype=torch.uint8),
+        w.new_empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8),
+    )
+
+
+def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
+    """As float8_e4m3fn. Checked first: viewing another dtype's bytes would only change the shape."""
+    check_tensor(name, values, dtypes=(torch.uint8, torch.float8_e4m3fn), ndim=ndim, dims=dims)
+    return values.view(torch.float8_e4m3fn)
+
+
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales)
+
+
+def _grouped_gemm(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    w_values: torch.Tensor,
+    w_scales: torch.Tensor,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> torch.Tensor:
+    x_values = _e4m3("x_values", x_values, 2, "(T, K)")
+    groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, x_values.shape[0])
+    x = GroupedMXFP8(x_values, x_scales, groups)
+    return ops.grouped_gemm(x, _weights("w_values", w_values, w_scales), out_dtype=out_dtype, backend=backend)
+
+
+def _grouped_gemm_fake(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    w_values: torch.Tensor,
+    w_scales: torch.Tensor,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> torch.Tensor:
+    return x_values.new_empty(x_values.shape[0], w_values.shape[1], dtype=out_dtype)
+
+
+def _moe_forward(
+    x: torch.Tensor,
+    w13_values: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w2_values: torch.Tensor,
+    w2_scales: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    activation: str,
+    backend: str | None,
+) -> torch.Tensor:
+    return moe.moe_forward(
+        x,
+        _weights("w13_values", w13_values, w13_scales),
+        _weights("w2_values", w2_values, w2_scales),
+        topk_ids,
+        topk_weights,
+        activation=activation,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        backend=backend,
+    )
+
+
+def _moe_forward_fake(
+    x: torch.Tensor,
+    w13_values: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w2_values: torch.Tensor,
+    w2_scales: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    activation: str,
+    backend: str | None,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _register() -> torch.library.Library:
+    """Define the operators. They live as long as the Library object does."""
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "group_offsets": (_group_offsets, _group_offsets_fake),
+        "quantize_grouped": (_quantize_grouped, _quantize_grouped_fake),
+        "quantize_weights": (_quantize_weights, _quantize_weights_fake),
+        "grouped_gemm": (_grouped_gemm, _grouped_gemm_fake),
+        "moe_forward": (_moe_forward, _moe_forward_fake),
+    }
+    for name, schema in SCHEMAS.items():
+        real, fake = implementations[name]
+        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return library
+
+
+LIBRARY = _register()

@@ -1,0 +1,36 @@
+"""The PyTorch counterpart of every kernel: the truth that kernels are compared with.
+
+Every function works on CPU and CUDA tensors and gives the same bytes on both. Clarity over speed: nothing here is meant
+for a hot path, and ``grouped_matmul`` syncs with the device. May import: ``core``.
+"""
+
+from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped, scale_values
+from hybrid_mxfp8.core.layout import group_offsets
+from hybrid_mxfp8.core.scale_layout import (
+    scale_rows_of_tokens,
+    swizzle_grouped_scales,
+    swizzle_scales,
+    swizzled_offsets,
+    unswizzle_grouped_scales,
+    unswizzle_scales,
+)
+from hybrid_mxfp8.reference.product import grouped_matmul
+from hybrid_mxfp8.reference.quantization import quantize, swiglu, write_grouped
+
+__all__ = [
+    "dequantize",
+    "dequantize_experts",
+    "dequantize_grouped",
+    "group_offsets",
+    "grouped_matmul",
+    "quantize",
+    "scale_rows_of_tokens",
+    "scale_values",
+    "swiglu",
+    "swizzle_grouped_scales",
+    "swizzle_scales",
+    "swizzled_offsets",
+    "unswizzle_grouped_scales",
+    "unswizzle_scales",
+    "write_grouped",
+]

@@ -1,0 +1,165 @@
+"""The ``scaled`` grouped GEMM for compute capability 10, with tensor descriptors: compiled and checked, not yet run.
+
+The tile product is that of ``grouped_gemm``, 128 weight rows by BLOCK_T tokens, but operands and weight scales come by
+TMA, so no thread computes addresses in the loop:
+
+- weights (E*N, K) and tokens (T, K) as 2-D tiles. A tile that reaches past its expert loads its neighbour's rows; what
+  they compute lands in rows or columns of the tile that are not stored. Past the tensor or past K, TMA loads zeros.
+- scales in whole 128x4 tiles, as 2 x 256 bytes of a 5-D descriptor (a box of TMA is at most 256 wide), which go to tensor
+  memory as they lie. Tokens' scales do so from 128 tokens a tile on; narrower tiles start amid a 128x4 tile and load each
+  row's 4 bytes from its place.
+
+Large tiles split the loop between a loading warp and an issuing warp (``warp_specialize``).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hybrid_mxfp8.core.formats import SCALE_TILE_COLS, SCALE_TILE_ROWS, ceil_div, next_power_of_2, token_tiles_bound
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.triton_kernels.gemm.portable import _find_tile, _load_row_scales
+from hybrid_mxfp8.triton_kernels.launch import Launched, launch, on_device_of, raw
+from hybrid_mxfp8.triton_kernels.numerics import from_fp32
+
+
+@triton.jit
+def _scale_tiles(desc, row_tile, column_tile, ROW_TILES: tl.constexpr):
+    """(128 * ROW_TILES, 4) scales of neighbouring 128x4 tiles."""
+    tiles = desc.load([0, row_tile, column_tile, 0, 0]).reshape(ROW_TILES, 1, 32, 4, 4)
+    return tiles.trans(0, 3, 2, 1, 4).reshape(ROW_TILES * 128, 4)
+
+
+@triton.jit(
+    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_scale_rows", "num_experts"]
+)
+def grouped_gemm_blackwell_kernel(
+    y_ptr,  # (T, N) bf16, fp16 or fp32
+    x_desc,  # (T, K) e4m3, blocks (BLOCK_T, 128)
+    x_scales_desc,  # (1, S/128, C/4, 2, 256) uint8, blocks (1, max(BLOCK_T/128, 1), 1, 2, 256)
+    x_scales_ptr,  # the same bytes
+    w_desc,  # (E*N, K) e4m3, blocks (128, 128)
+    w_scales_desc,  # (1, E*cdiv(N, 128), C/4, 2, 256) uint8, blocks (1, 1, 1, 2, 256)
+    expert_offsets_ptr,  # (E+1,) int32
+    scale_offsets_ptr,  # (E+1,) int32
+    num_tokens,  # T
+    num_scale_rows,  # S
+    num_experts,
+    N,
+    K,
+    EXPERTS: tl.constexpr,  # power of two >= E
+    BLOCK_T: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (bound on token tiles * cdiv(N, 128),); programs of one token tile are neighbours."""
+    BLOCK_N: tl.constexpr = 128
+    BLOCK_K: tl.constexpr = 128
+    num_column_tiles = (K + 127) // 128
+    num_n_tiles = (N + 127) // 128
+    pid = tl.program_id(0)
+    n_tile = pid % num_n_tiles
+    expert, t_tile, num_tiles = _find_tile(pid // num_n_tiles, expert_offsets_ptr, num_experts, EXPERTS, BLOCK_T)
+    if pid // num_n_tiles >= num_tiles:
+        return
+
+    first_t = tl.load(expert_offsets_ptr + expert) + t_tile * BLOCK_T
+    end = tl.minimum(tl.load(expert_offsets_ptr + expert + 1), num_tokens)
+    first_scale_row = tl.load(scale_offsets_ptr + expert) + t_tile * BLOCK_T
+    scale_row = first_scale_row + tl.arange(0, BLOCK_T)
+    scale_valid = (scale_row >= 0) & (scale_row < num_scale_rows)
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for column_tile in tl.range(0, num_column_tiles, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
+        w = w_desc.load([expert * N + n_tile * BLOCK_N, column_tile * BLOCK_K])
+        x = x_desc.load([first_t, column_tile * BLOCK_K])
+        w_scales = _scale_tiles(w_scales_desc, expert * num_n_tiles + n_tile, column_tile, 1)
+        if BLOCK_T >= 128:
+            x_scales = _scale_tiles(x_scales_desc, first_scale_row // 128, column_tile, BLOCK_T // 128)
+        else:
+            x_scales = _load_row_scales(x_scales_ptr, scale_row, scale_valid, column_tile, num_column_tiles)
+        acc = tl.dot_scaled(w, w_scales, "e4m3", tl.trans(x), x_scales, "e4m3", acc)
+    t = first_t + tl.arange(0, BLOCK_T)
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(y_ptrs, from_fp32(acc, y_ptr.dtype.element_ty), mask=(n < N)[:, None] & ((t >= 0) & (t < end))[None, :])
+
+
+@dataclass(frozen=True)
+class BlackwellConfig:
+    """Token rows of one tile (weight rows and K steps are 128), and how its loop is compiled."""
+
+    block_t: int
+    warp_specialize: bool
+    num_warps: int
+    num_stages: int
+
+
+@functools.lru_cache(maxsize=4096)
+def select_blackwell_config(num_tokens: int, num_experts: int) -> BlackwellConfig:
+    """Tile by the average number of tokens of an expert; pure, and modelled: nothing here has run.
+
+    The token tile is the smallest that holds an average expert, since columns beyond it are computed in vain. Stages fill
+    the shared memory that a tile leaves, for weight streaming is a matter of bytes in flight: 95 KB at 16 tokens lets two
+    programs share an SM of 228 KB; 203 KB at 256 leaves it one. Warp specialization needs scales by TMA, or 64 tokens:
+    below, Triton's per-row loads of scales don't compile in a partition. 128x256 fills the 512 columns of tensor memory.
+    """
+    average = num_tokens / max(num_experts, 1)
+    if average <= 16:
+        return BlackwellConfig(16, False, 4, 6)
+    if average <= 32:
+        return BlackwellConfig(32, False, 4, 6)
+    if average <= 64:
+        return BlackwellConfig(64, True, 8, 6)
+    return BlackwellConfig(128, True, 8, 4) if average <= 128 else BlackwellConfig(256, True, 8, 4)
+
+
+def _tiles_descriptor(scales: torch.Tensor, row_tiles: int) -> TensorDescriptor:
+    """Swizzled scales of any shape (..., C), as 128x4 tiles, ``row_tiles`` of them a load."""
+    cols = scales.shape[-1]
+    shape = [1, scales.numel() // (SCALE_TILE_ROWS * cols), cols // SCALE_TILE_COLS, 2, 256]
+    return TensorDescriptor.from_tensor(scales.view(shape), [1, row_tiles, 1, 2, 256])
+
+
+def grouped_gemm_blackwell(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    groups: GroupLayout,
+    w_values: torch.Tensor,
+    w_scales: torch.Tensor,
+    out: torch.Tensor,
+    config: BlackwellConfig,
+) -> Launched | None:
+    """Write the product into ``out``; arguments as for ``grouped_gemm.grouped_gemm``, all 16-byte aligned, T and E > 0.
+
+    Returns:
+        The launch, to be repeated, or None.
+    """
+    num_experts, n, k = w_values.shape
+    num_tokens = groups.num_tokens
+    arguments = (
+        out,
+        TensorDescriptor.from_tensor(raw(x_values), [config.block_t, 128]),
+        _tiles_descriptor(x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)),
+        x_scales,
+        TensorDescriptor.from_tensor(raw(w_values).view(num_experts * n, k), [128, 128]),
+        _tiles_descriptor(w_scales, 1),
+        groups.expert_offsets,
+        groups.scale_offsets,
+        num_tokens,
+        x_scales.shape[0],
+        num_experts,
+        n,
+        k,
+    )
+    constants = (next_power_of_2(num_experts), config.block_t, config.warp_specialize, config.num_stages)
+    options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
+    programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
+    with on_device_of(out):
+        key = ("grouped_gemm_blackwell", out.dtype, n, k)
+        return launch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, key)

@@ -1,0 +1,691 @@
+"""Grouped GEMM for Hopper: e4m3 weights become bf16 in registers, on their way into wgmma.
+
+Hopper's matrix units know no block scales. Decoding is bound by the bytes of the weights, so these must stay 8 bits
+wide all the way to the registers; prefill is bound by wgmma, so the conversion must hide behind it. Hence:
+
+- Tokens, few bytes, are expanded to bf16 by a kernel before (``dequantize_tokens``), which also lists the token tiles. Where
+  tiles are widest it fused_dequantize those of the first tiles alone, and three spare warps the others, just ahead of their use.
+- One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16 tokens.
+- Two warpgroups multiply. Each turns its 64 weight rows into wgmma's register operand: 16 bytes a load, 5
+  instructions for 2 elements, the scale included; while one half of a stage is converted, the other is multiplied.
+- The grid is persistent, so the feeding warp runs ahead into the next tile while this one is stored. Tiles of few tokens
+  load and multiply less; those of the last turn are cut, so that no program waits for another's whole tile.
+
+Rows of the weights and columns of K are dealt to threads so that no element ever changes threads: a thread loads 16
+neighbouring bytes of rows 2g and 2g+1, and holds neighbouring outputs in the end. ``dequantize_tokens`` says how the
+tokens follow that order of K.
+
+The product of code and scale is exact in bf16 from 2**-133 up; blocks with scale bytes 0 to 2 can hold smaller
+elements, which are then off by at most 2**-134. Scale 255 and NaN codes give NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, ceil_div
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.dispatch.repeats import Together, together
+from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import dequantize_tokens
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
+from hybrid_mxfp8.triton_kernels.launch import aligned, launch
+
+SLICE = gl.constexpr(4)
+"""Rows that a warp fused_dequantize at a time."""
+
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+"""Its second name is that before 3.7."""
+_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before 3.7
+
+# ---------------------------------------------------------------- who holds what
+#
+# 8 warps w of lanes 4g + c, 128 weight rows. Fragment row 64i + 16w + 8b + g of wgmma is weight row 16w' + 2g + b,
+# with w' = 4i + w; fragment column 16s + 8h + 2c + j of 64 is the weights' column 16c + 4s + 2h + j.
+
+
+@gluon.constexpr_function
+def _codes_layout(columns):
+    """(128, 64 or 128) weight bytes as loaded: 16 neighbours a thread and row."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8]] + ([[0, 64]] if columns == 128 else []) + [[1, 0]],
+        lane_bases=[[0, 16], [0, 32], [2, 0], [4, 0], [8, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        block_bases=[],
+        shape=[128, columns],
+    )
+
+
+@gluon.constexpr_function
+def _blocks_layout():
+    """(128, 2, 32): the same 64 columns as two blocks of one scale each."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [1, 0, 0]],
+        lane_bases=[[0, 0, 16], [0, 1, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0], [64, 0, 0]],
+        block_bases=[],
+        shape=[128, 2, 32],
+    )
+
+
+@gluon.constexpr_function
+def _words_layout():
+    """(1, 128) words of a scale tile: word 4r + q holds the 4 scales of row 32q + r."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 4]],
+        lane_bases=[[0, 0], [0, 0], [0, 8], [0, 16], [0, 32]],
+        warp_bases=[[0, 64], [0, 1], [0, 2]],
+        block_bases=[],
+        shape=[1, 128],
+    )
+
+
+@gluon.constexpr_function
+def _store_layout(tokens):
+    """(128, tokens) of y transposed: wgmma's accumulator by weight rows, neighbouring rows in one register pair."""
+    columns = [1] + [8 << i for i in range((tokens // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1, 0]] + [[0, c] for c in columns],
+        lane_bases=[[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        block_bases=[],
+        shape=[128, tokens],
+    )
+
+
+@gluon.constexpr_function
+def _token_blocks_layout():
+    """(32, 32): 1024 columns of a token as 32 blocks, by one warp. A lane holds 4 neighbours of each 16 columns, which
+    lie side by side in the order that ``dequantize_tokens`` writes."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 16], [1, 0], [16, 0]],
+        lane_bases=[[0, 4], [0, 8], [2, 0], [4, 0], [8, 0]],
+        warp_bases=[],
+        block_bases=[],
+        shape=[32, 32],
+    )
+
+
+@gluon.constexpr_function
+def _expanded_layout():
+    """(1024,): the same elements where they are written, 16 side by side a lane."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], [8], [512]],
+        lane_bases=[[16], [32], [64], [128], [256]],
+        warp_bases=[],
+        block_bases=[],
+        shape=[1024],
+    )
+
+
+# ---------------------------------------------------------------- device functions
+
+
+@gluon.jit
+def _times_scale(codes, b):
+    """e4m3 bytes times 2**(b - 127), as bf16; b int32 of the same shape, or one that broadcasts to it, along the last axis."""
+    # The factor as bf16, twice in a word: b << 7, but 0x40, a subnormal, for 0 and NaN for 255.
+    bits = gl.where(b == 255, 0x7FC0, gl.maximum(b << 7, 0x40))
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 lo, hi;
+        .reg .b32 p, q;
+        .reg .f16 h0, h1, h2, h3;
+        .reg .f32 f0, f1, f2, f3;
+        mov.b32 {lo, hi}, $2;
+        cvt.rn.f16x2.e4m3x2 p, lo;
+        cvt.rn.f16x2.e4m3x2 q, hi;
+        mov.b32 {h0, h1}, p;
+        mov.b32 {h2, h3}, q;
+        cvt.f32.f16 f0, h0;
+        cvt.f32.f16 f1, h1;
+        cvt.f32.f16 f2, h2;
+        cvt.f32.f16 f3, h3;
+        cvt.rn.bf16x2.f32 p, f1, f0;
+        cvt.rn.bf16x2.f32 q, f3, f2;
+        mul.rn.bf16x2 $0, p, $3;
+        mul.rn.bf16x2 $1, q, $3;
+        }""",
+        "=r,=r,r,r,r,r,r",  # 4 bytes of codes; their factor comes 4 times, always the same
+        [codes, bits | (bits << 16)],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
+    """(128, 64) e4m3 bytes times their scales, bytes 2 HALF and 2 HALF + 1 of ``words`` (128,), as wgmma's A."""
+    blocks_layout: gl.constexpr = _blocks_layout()
+    blocks = gl.convert_layout(codes.reshape([128, 2, 32]), blocks_layout, assert_trivial=True)
+    words = gl.convert_layout(words, gl.SliceLayout(1, gl.SliceLayout(2, blocks_layout)), assert_trivial=True)
+    shift = 8 * (2 * HALF + gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks_layout))))
+    b = (words[:, None] >> shift[None, :]) & 0xFF
+    elements = _times_scale(blocks, b[:, :, None])
+    fragment = elements.reshape([2, 4, 8, 2, 4, 4, 2, 2]).permute(0, 1, 3, 2, 5, 6, 4, 7).reshape([128, 64])
+    return gl.convert_layout(fragment, A_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _before(stage, STAGES: gl.constexpr):
+    """The stage that came before. Computed, not kept in a variable: one that starts as an alias of ``stage`` is not
+    carried through the loop (Triton 3.6 to 3.9 take it for unchanged), and every stage but the first is never freed."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
+    """(tiles dealt whole, parts that each of the rest is cut into, how many there are of both).
+
+    Programs take turns; the last turn may be of few tiles. These are cut by tokens if then each program still gets at most one.
+    """
+    programs = gl.num_programs(0)
+    tiles = num_t_tiles * num_n_tiles
+    whole = tiles // programs * programs
+    rest = tiles - whole
+    parts = 1
+    if BLOCK_T >= 128:
+        parts = gl.where(rest * 2 <= programs, 2, 1)
+    if BLOCK_T >= 256:
+        parts = gl.where(rest * 4 <= programs, 4, parts)
+    return whole, parts, whole + rest * parts
+
+
+@gluon.jit
+def _tile_coordinates(index, whole, parts, num_n_tiles):
+    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of the next token tile."""
+    cut = gl.maximum(index - whole, 0)
+    tile = gl.minimum(index, whole) + cut // parts
+    t_tile = tile // num_n_tiles
+    return t_tile, tile - t_tile * num_n_tiles, cut % parts
+
+
+@gluon.jit
+def _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T: gl.constexpr):
+    """(first row, end) of a tile or of its part; the end may be far beyond the tile, or before the first row."""
+    start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
+    end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
+    rows = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
+    start += part * rows
+    return start, gl.minimum(end, start + rows)
+
+
+@gluon.jit
+def _tokens_of(x_ring, stage, TOKENS: gl.constexpr, BLOCK_K: gl.constexpr):
+    """A stage's tokens, as a box of so many rows lies there."""
+    return _reinterpret(x_ring.index(stage), gl.bfloat16, [TOKENS, BLOCK_K], x_ring.layout)
+
+
+@gluon.jit
+def _lanes():
+    """(32,), one a lane."""
+    return gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+
+
+@gluon.jit
+def _take_slice(counter_ptr):
+    """The number of the next slice of rows that no warp of the grid has taken, to every lane."""
+    lane = _lanes()
+    taken = gl.atomic_add(counter_ptr + lane * 0, lane * 0 + 1, mask=lane == 0, sem="relaxed", scope="gpu")
+    return gl.sum(gl.where(lane == 0, taken, 0), 0)
+
+
+@gluon.jit
+def _report_slice(done_ptr):
+    """Count a slice as written, after every lane's writes, for TMA units on other multiprocessors to read."""
+    lane = _lanes()
+    one = gl.inline_asm_elementwise(
+        "fence.proxy.async; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+        "=r,r,~{memory}",
+        [lane * 0 + 1],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gl.atomic_add(done_ptr + lane * 0, one, mask=lane == 0, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _wait_for_slices(done_ptr, wanted):
+    """Until that many slices of a tile are written; then this warp's TMA loads see them."""
+    address = done_ptr.to(gl.int64, bitcast=True) + _lanes().to(gl.int64) * 0
+    done = 0
+    while done < wanted:
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async;",
+            "=r,l,~{memory}",
+            [address],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        done = gl.min(seen, 0)
+
+
+@gluon.jit
+def _dequantize_slices(
+    values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr, num_scale_rows, K, first_tile,
+    BLOCK_T: gl.constexpr,
+):  # fmt: skip
+    """One warp: tokens to bf16, as ``dequantize_tokens`` writes them, a slice of a tile after the other, until none is left.
+
+    It waits for nobody, and takes only what it then does, so that those who wait for it do get what they wait for,
+    however many programs of the grid are running. Rows past a tile's end are not waited for: they are multiplied as they
+    are, and give columns that are not stored.
+    """
+    num_t_tiles = gl.load(tiles_ptr)
+    K = K // 32 * 32  # K % 32 == 0, said so that the compiler reads words
+    padded_k = (K + 63) // 64 * 64
+    row_tiles = (K + 127) // 128
+    codes_ptr = values_ptr.to(gl.pointer_type(gl.uint8), bitcast=True)
+    blocks_layout: gl.constexpr = _token_blocks_layout()
+    out_layout: gl.constexpr = _expanded_layout()
+    block = gl.arange(0, 32, layout=gl.SliceLayout(1, blocks_layout))
+    within = gl.arange(0, 32, layout=gl.SliceLayout(0, blocks_layout))
+    place = gl.arange(0, 1024, layout=out_layout)
+
+    taken = _take_slice(tiles_ptr + 1)
+    while taken < (num_t_tiles - first_tile) * (BLOCK_T // SLICE):
+        tile = first_tile + taken // (BLOCK_T // SLICE)
+        entry = tiles_ptr + 4 + tile * 4
+        expert = gl.load(entry)
+        row = gl.load(entry + 1) + taken % (BLOCK_T // SLICE) * SLICE
+        end = gl.minimum(gl.load(entry + 2), row + SLICE)
+        first_scale_row = gl.load(scale_offsets_ptr + expert).to(gl.int64) - gl.load(expert_offsets_ptr + expert)
+        while row < end:
+            scale_row = first_scale_row + row
+            owned = (scale_row >= 0) & (scale_row < num_scale_rows)
+            row_scales = scales_ptr + (
+                scale_row // 128 * row_tiles * 512 + scale_row % 32 * 16 + scale_row % 128 // 32 * 4
+            )
+            codes_row = codes_ptr + row.to(gl.int64) * K
+            dequantized_row = dequantized_ptr + row.to(gl.int64) * padded_k
+            for k in range(0, padded_k, 1024):
+                b = block + k // 32
+                col = (b * 32)[:, None] + within[None, :]
+                codes = gl.load(codes_row + col, mask=col < K, other=0)
+                scales = gl.load(row_scales + (b // 4 * 512 + b % 4), mask=(b < K // 32) & owned, other=0)
+                elements = _times_scale(codes, scales.to(gl.int32)[:, None])
+                elements = elements.reshape([16, 2, 2, 4, 2, 2]).permute(0, 3, 4, 1, 2, 5).reshape([1024])
+                elements = gl.convert_layout(elements, out_layout)
+                gl.store(dequantized_row + (k + place), elements, mask=k + place < padded_k)
+            row += 1
+        _report_slice(entry + 3)
+        taken = _take_slice(tiles_ptr + 1)
+
+
+@gluon.jit
+def _produce_tile(
+    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row, scale_tile, start,
+    num_k_tiles, TOKENS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """All stages of one tile; returns the ring's next stage and phase."""
+    for k_tile in range(num_k_tiles):
+        # One scale tile spans 128 columns, and comes with their first stage.
+        for part in gl.static_range(128 // BLOCK_K):
+            bar = full.index(stage)
+            k = k_tile * 128 + part * BLOCK_K
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, 128 * BLOCK_K + TOKENS * BLOCK_K * 2 + (512 if part == 0 else 0))
+            _tma_load(w_desc, [w_row, k], bar, w_ring.index(stage))
+            _tma_load(x_desc, [start, k], bar, _tokens_of(x_ring, stage, TOKENS, BLOCK_K))
+            if part == 0:
+                scales = scale_ring.index(stage)
+                _tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, scales)
+            stage, phase = _advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _producer(
+    w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
+    BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    FUSED_DEQUANTIZE: gl.constexpr,
+):  # fmt: skip
+    """One warp: keep the ring full, tile after tile."""
+    num_t_tiles = gl.load(tiles_ptr)
+    num_n_tiles = (N + 127) // 128
+    stage = 0
+    phase = 1
+    whole, parts, count = _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        t_tile, n_tile, part = _tile_coordinates(index, whole, parts, num_n_tiles)
+        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        if start < end:
+            expert = gl.load(tiles_ptr + 4 + t_tile * 4)
+            w_row = expert * N + n_tile * 128
+            scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
+            if FUSED_DEQUANTIZE and t_tile >= first_tile:
+                _wait_for_slices(tiles_ptr + 4 + t_tile * 4 + 3, BLOCK_T // SLICE)
+            if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
+                stage, phase = _produce_tile(
+                    w_desc, w_scales_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
+                    scale_tile, start, num_k_tiles, SMALL_BLOCK_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+            else:
+                stage, phase = _produce_tile(
+                    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
+                    scale_tile, start, num_k_tiles, BLOCK_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+
+
+@gluon.jit
+def _consume_tile(
+    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
+    TOKENS: gl.constexpr, BOX: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One tile of 128 weight rows by at most TOKENS of the BOX tokens of a stage, stored; returns the ring's next stage
+    and phase."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    store_layout: gl.constexpr = _store_layout(TOKENS)
+
+    # wgmma reads a0 and a1 while it runs, so each is kept alive, and its stage held, until the next wait.
+    acc = gl.zeros([128, TOKENS], gl.float32, mma)
+    a1 = gl.zeros([128, 64], gl.bfloat16, a_layout)
+    for k_tile in range(num_k_tiles):
+        mbarrier.wait(full.index(stage), phase)
+        words = scale_ring.index(stage).load(_words_layout()).reshape([32, 4]).permute(1, 0).reshape([128])
+        codes = w_ring.index(stage).load(_codes_layout(BLOCK_K))
+        x = _tokens_of(x_ring, stage, BOX, BLOCK_K).slice(0, TOKENS, dim=0)
+        if BLOCK_K == 128:
+            codes, codes1 = codes.reshape([128, 2, 64]).permute(0, 2, 1).split()
+            x1 = x.slice(64, 64, dim=1)
+            x = x.slice(0, 64, dim=1)
+        a0 = _dequantize(codes, words, 0, a_layout)
+        acc = warpgroup_mma(a0, x.permute((1, 0)), acc, is_async=True)
+        acc, a1 = warpgroup_mma_wait(1, deps=(acc, a1))
+        mbarrier.arrive(empty.index(_before(stage, STAGES)), pred=k_tile > 0)
+        if BLOCK_K == 64:
+            stage, phase = _advance(stage, phase, STAGES)
+            mbarrier.wait(full.index(stage), phase)
+            codes1 = w_ring.index(stage).load(_codes_layout(BLOCK_K))
+            x1 = _tokens_of(x_ring, stage, BOX, BLOCK_K).slice(0, TOKENS, dim=0)
+        a1 = _dequantize(codes1, words, 1, a_layout)
+        acc = warpgroup_mma(a1, x1.permute((1, 0)), acc, is_async=True)
+        acc, a0 = warpgroup_mma_wait(1, deps=(acc, a0))
+        if BLOCK_K == 64:
+            mbarrier.arrive(empty.index(_before(stage, STAGES)))
+        stage, phase = _advance(stage, phase, STAGES)
+    acc, a1 = warpgroup_mma_wait(0, deps=(acc, a1))
+    mbarrier.arrive(empty.index(_before(stage, STAGES)))
+
+    y = acc.to(y_ptr.dtype.element_ty).reshape([2, 4, 2, 8, TOKENS]).permute(0, 1, 3, 2, 4).reshape([128, TOKENS])
+    y = gl.convert_layout(y, store_layout, assert_trivial=True)
+    # Offsets in 32 bits from the tile's first row: in 64 bits they spill. They are the same for every tile, so the stride
+    # is hidden from the compiler, which would keep all products t N, and spill more.
+    stride = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [N], dtype=gl.int32, is_pure=False, pack=1) // 8 * 8
+    n = n_tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, store_layout))
+    t = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, store_layout))
+    y_rows = y_ptr + start.to(gl.int64) * N
+    gl.store(y_rows + (t[None, :] * stride + n[:, None]), y, mask=(n < N)[:, None] & (t < end - start)[None, :])
+    return stage, phase
+
+
+@gluon.jit
+def _consumer(
+    y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+    BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Two warpgroups: empty the ring, tile after tile; an expert's last tile may be short and then takes less."""
+    num_t_tiles = gl.load(tiles_ptr)
+    num_n_tiles = (N + 127) // 128
+    stage = 0
+    phase = 0
+    whole, parts, count = _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        t_tile, n_tile, part = _tile_coordinates(index, whole, parts, num_n_tiles)
+        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        if start < end:
+            if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
+                stage, phase = _consume_tile(
+                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
+                    SMALL_BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+            elif BLOCK_T > 128 and end - start <= 128:
+                stage, phase = _consume_tile(
+                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
+                    128, BLOCK_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+            else:
+                stage, phase = _consume_tile(
+                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
+                    BLOCK_T, BLOCK_T, BLOCK_K, STAGES,
+                )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "expert_offsets_ptr", "scale_offsets_ptr", "num_scale_rows", "tokens_at", "first_tile", "K", "N", "num_k_tiles"
+    ]
+)  # fmt: skip
+def hopper_gemm_kernel(
+    y_ptr,  # (T, N) bf16, fp16 or fp32
+    workspace_ptr,  # bytes, as dequantize_tokens writes them: the list of token tiles, then expanded tokens
+    w_desc,  # (E*N, K) bytes of e4m3, blocks of (128, BLOCK_K)
+    w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
+    x_desc,  # (T, roundup(K, 64)) bf16 as dequantize_tokens writes it, blocks of (BLOCK_T, BLOCK_K)
+    small_x_desc,  # the same in blocks of (SMALL_BLOCK_T, BLOCK_K), for tiles of few tokens
+    values_ptr,  # (T, K) bytes of e4m3, FUSED_DEQUANTIZE only, as all to tokens_at
+    scales_ptr,  # (S, C) uint8, swizzled
+    expert_offsets_ptr,  # (E+1,) int32
+    scale_offsets_ptr,  # (E+1,) int32
+    num_scale_rows,  # S
+    tokens_at,  # where the expanded tokens start in the workspace, in units of 256 bytes
+    first_tile,  # token tiles from this one on are expanded here
+    K,
+    N,
+    num_k_tiles,  # cdiv(K, 128)
+    BLOCK_T: gl.constexpr,
+    SMALL_BLOCK_T: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    FUSED_DEQUANTIZE: gl.constexpr,
+):
+    """Grid (multiprocessors,), 8 warps that multiply; one more feeds them, and with FUSED_DEQUANTIZE three more expand tokens."""
+    # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and not stored.
+    N = N // 8 * 8  # N % 8 == 0, said so that the compiler pairs the stores
+    tiles_ptr = workspace_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, BLOCK_K], w_desc.layout)
+    scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], w_scales_desc.layout)
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its message C7512).
+    # Tuples of arguments are written where they are used: kept in a variable, their constants become tensors.
+    if FUSED_DEQUANTIZE:
+        dequantized_ptr = (workspace_ptr + tokens_at.to(gl.int64) * 256).to(gl.pointer_type(gl.bfloat16), bitcast=True)
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES),
+                ),
+                (
+                    _producer,
+                    (w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
+                     num_k_tiles, first_tile, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, True),
+                ),
+                (
+                    _dequantize_slices,
+                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
+                     num_scale_rows, K, first_tile, BLOCK_T),
+                ),
+                (
+                    _dequantize_slices,
+                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
+                     num_scale_rows, K, first_tile, BLOCK_T),
+                ),
+                (
+                    _dequantize_slices,
+                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
+                     num_scale_rows, K, first_tile, BLOCK_T),
+                ),
+            ],
+            [1, 1, 1, 1],
+            [48, 48, 48, 48],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES),
+                ),
+                (
+                    _producer,
+                    (w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
+                     num_k_tiles, 0, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, False),
+                ),
+            ],
+            [1],
+            [40],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- launcher
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Memory as a descriptor's base. A descriptor is made of numbers alone, so it can be kept without its tensor."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptor(
+    address: int, rows: int, columns: int, dtype: torch.dtype, block_rows: int, block_columns: int
+) -> TensorDescriptor:
+    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in swizzled lines."""
+    swizzle = 0 if dtype == torch.int32 else min(block_columns * dtype.itemsize, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=2)
+    return TensorDescriptor(
+        _Address(address, dtype), [rows, columns], [columns, 1], [block_rows, block_columns], layout
+    )
+
+
+SCALE_WORDS = SCALE_TILE_BYTES // 4
+
+
+class _Plan(NamedTuple):
+    """All of the launches that their shapes decide."""
+
+    layout: WorkspaceLayout
+    tokens_at: int
+    scale_tiles: int
+    num_k_tiles: int
+    programs: int
+    first_tile: int
+    rows_before: int
+    constants: tuple[int | bool, ...]
+    key: tuple[Hashable, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    num_tokens: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    config: HopperGemmConfig,
+    num_multiprocessors: int,
+    out_dtype: torch.dtype,
+) -> _Plan:
+    assert config.is_valid(), config
+    layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
+    row_tiles, num_k_tiles = ceil_div(n, 128), ceil_div(k, 128)
+    programs = min(num_multiprocessors, layout.max_tiles * row_tiles)
+    first_tile = tiles_at_once(programs, row_tiles)
+    rows_before = min(first_tile * config.block_t, num_tokens) if config.fused_dequantize else num_tokens
+    return _Plan(
+        layout,
+        layout.tokens_at,
+        num_experts * row_tiles * num_k_tiles,
+        num_k_tiles,
+        programs,
+        first_tile,
+        rows_before,
+        (config.block_t, config.small_block_t, config.block_k, config.num_stages, config.fused_dequantize),
+        ("hopper_gemm", out_dtype),
+    )
+
+
+def hopper_grouped_gemm(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    groups: GroupLayout,
+    w_values: torch.Tensor,
+    w_scales: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+    config: HopperGemmConfig,
+    num_multiprocessors: int,
+) -> Together | None:
+    """Write the product into ``out``: two launches on the current device, which is that of ``out``.
+
+    Args:
+        x_values: (T, K) float8_e4m3fn, contiguous.
+        x_scales: (S, C) uint8, swizzled.
+        groups: layout of the T rows.
+        w_values: (E, N, K) float8_e4m3fn, contiguous, 16-byte aligned.
+        w_scales: (E, roundup(N, 128), C) uint8, swizzled, 16-byte aligned.
+        out: (T, N) bf16, fp16 or fp32, contiguous, 16-byte aligned.
+        workspace: uint8, at least ``WorkspaceLayout.of(...).size`` bytes, 256-byte aligned.
+        config: tile.
+        num_multiprocessors: programs of the grid.
+
+    Returns:
+        The two launches, to be repeated, or None.
+    """
+    num_experts, n, k = w_values.shape
+    plan = _plan(groups.num_tokens, num_experts, n, k, config, num_multiprocessors, out.dtype)
+    layout = plan.layout
+    expansion = dequantize_tokens(x_values, x_scales, groups, workspace, layout, config.block_t, plan.rows_before)
+    block_k = config.block_k
+    tokens = workspace.data_ptr() + plan.tokens_at
+    arguments = (
+        out,
+        workspace,
+        _descriptor(w_values.data_ptr(), num_experts * n, k, torch.uint8, 128, block_k),
+        _descriptor(w_scales.data_ptr(), plan.scale_tiles, SCALE_WORDS, torch.int32, 1, SCALE_WORDS),
+        _descriptor(tokens, layout.num_tokens, layout.padded_k, torch.bfloat16, config.block_t, block_k),
+        _descriptor(tokens, layout.num_tokens, layout.padded_k, torch.bfloat16, config.small_block_t, block_k),
+        x_values,
+        x_scales,
+        groups.expert_offsets,
+        groups.scale_offsets,
+        x_scales.shape[0],
+        plan.tokens_at // 256,
+        plan.first_tile,
+        k,
+        n,
+        plan.num_k_tiles,
+    )
+    key = (plan.key, aligned(x_values), aligned(x_scales))
+    product = launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), key)
+    return together(expansion, product)

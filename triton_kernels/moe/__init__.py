@@ -1,0 +1,1 @@
+"""Kernels of the MoE layer around its products: routing, bias, combine."""

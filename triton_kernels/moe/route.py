@@ -1,0 +1,253 @@
+"""Routing: the (token, k) slots of a batch sorted by expert, stably, with the sorted rows' layout. No atomics decide an order.
+
+A slot is one of a token's top-k choices: slot s belongs to token s // top_k. Its row is the number of slots that go
+before it, those of smaller experts and earlier ones of its own; slots to drop sort behind the last expert.
+
+- few slots: one launch. Every program counts, over all slots, what goes before each of a few of its own, and one
+  program more counts the experts' slots. That is S*S comparisons, spread over the whole GPU.
+- many: three launches. Blocks of slots are counted by expert, the counts are summed over the blocks, and each slot's
+  row is the start of its expert, plus those of it in earlier blocks, plus those before it in its own block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
+from hybrid_mxfp8.dispatch.repeats import Together, together
+from hybrid_mxfp8.triton_kernels.group_layout import store_layout
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, launch, on_device_of
+from hybrid_mxfp8.triton_kernels.numerics import loop_bound
+
+
+@triton.jit
+def _experts_of(ids_ptr, slot, num_slots, num_experts):
+    """Each slot's expert; E for one to drop, and for slots that don't exist."""
+    ids = tl.load(ids_ptr + slot, mask=slot < num_slots, other=-1)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+
+
+@triton.jit
+def _store_counts_as_layout(layout_ptr, counts, num_experts, BINS: tl.constexpr):
+    """The layout of (BINS,) counts, of which those from E on are not experts'."""
+    counts = tl.where(tl.arange(0, BINS) < num_experts, counts, 0)
+    scale_ends = tl.cumsum((counts + 127) // 128 * 128, 0)
+    store_layout(layout_ptr, tl.cumsum(counts, 0), counts, scale_ends, num_experts, BINS)
+
+
+@triton.jit
+def _store_rows(row_token_ptr, slot_row_ptr, slot, expert, row, num_slots, top_k, num_experts):
+    """Write both directions: a row's token, and a slot's row, -1 for one that is dropped."""
+    mask = slot < num_slots
+    tl.store(row_token_ptr + row, slot // top_k, mask=mask)
+    tl.store(slot_row_ptr + slot, tl.where(expert < num_experts, row, -1), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "ids_ptr",
+        "row_token_ptr",
+        "slot_row_ptr",
+        "layout_ptr",
+        "num_slots",
+        "top_k",
+        "num_experts",
+    ]
+)
+def rank_kernel(
+    ids_ptr,  # (S,) int32 or int64
+    row_token_ptr,  # (S,) int32
+    slot_row_ptr,  # (S,) int32
+    layout_ptr,  # (3E+2,) int32
+    num_slots,  # S
+    top_k,
+    num_experts,
+    BINS: tl.constexpr,  # power of two > E
+    BLOCK: tl.constexpr,  # slots of a program
+    CHUNK: tl.constexpr,  # slots that they are compared with at once
+):
+    """Grid (1 + cdiv(S, BLOCK),); the first program writes the layout."""
+    pid = tl.program_id(0)
+    if pid == 0:
+        counts = tl.zeros([BINS], tl.int32)
+        for first in range(0, loop_bound(num_slots), CHUNK):
+            expert = _experts_of(ids_ptr, first + tl.arange(0, CHUNK), num_slots, num_experts)
+            counts += tl.histogram(expert, BINS)
+        _store_counts_as_layout(layout_ptr, counts, num_experts, BINS)
+        return
+    slot = (pid - 1) * BLOCK + tl.arange(0, BLOCK)
+    expert = _experts_of(ids_ptr, slot, num_slots, num_experts)
+    before = tl.zeros([BLOCK, CHUNK], tl.int32)
+    for first in range(0, loop_bound(num_slots), CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        other_expert = _experts_of(ids_ptr, other, num_slots, num_experts)
+        earlier = other[None, :] < slot[:, None]
+        smaller = other_expert[None, :] < expert[:, None]
+        before += (smaller | ((other_expert[None, :] == expert[:, None]) & earlier)).to(tl.int32)
+    _store_rows(row_token_ptr, slot_row_ptr, slot, expert, tl.sum(before, 1), num_slots, top_k, num_experts)
+
+
+@triton.jit(do_not_specialize=["ids_ptr", "counts_ptr", "num_slots", "num_experts"])
+def count_kernel(
+    ids_ptr,  # (S,) int32 or int64
+    counts_ptr,  # (1 + blocks, BINS) int32; the first row is left for the totals
+    num_slots,
+    num_experts,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks,): how many of a block's slots go to each expert."""
+    block = tl.program_id(0)
+    expert = _experts_of(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), num_slots, num_experts)
+    row = counts_ptr + (1 + block).to(tl.int64) * BINS
+    tl.store(row + tl.arange(0, BINS), tl.histogram(expert, BINS))
+
+
+@triton.jit(do_not_specialize=["counts_ptr", "num_blocks"])
+def sum_kernel(
+    counts_ptr,  # (1 + blocks, BINS) int32
+    num_blocks,
+    BINS: tl.constexpr,
+    EXPERTS: tl.constexpr,  # of a program
+    BLOCKS: tl.constexpr,  # summed at once
+):
+    """Grid (BINS / EXPERTS,): a block's counts become those of all blocks before it; the first row, the totals."""
+    e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, loop_bound(num_blocks), BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        mask = (block < num_blocks)[:, None]
+        ptrs = counts_ptr + (1 + block).to(tl.int64)[:, None] * BINS + e[None, :]
+        counts = tl.load(ptrs, mask=mask, other=0)
+        tl.store(ptrs, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + e, total)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "ids_ptr",
+        "counts_ptr",
+        "row_token_ptr",
+        "slot_row_ptr",
+        "layout_ptr",
+        "num_slots",
+        "top_k",
+        "num_experts",
+    ]
+)
+def scatter_kernel(
+    ids_ptr,  # (S,) int32 or int64
+    counts_ptr,  # (1 + blocks, BINS) int32, summed
+    row_token_ptr,  # (S,) int32
+    slot_row_ptr,  # (S,) int32
+    layout_ptr,  # (3E+2,) int32
+    num_slots,
+    top_k,
+    num_experts,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid (1 + blocks,); the first program writes the layout."""
+    pid = tl.program_id(0)
+    totals = tl.load(counts_ptr + tl.arange(0, BINS))
+    if pid == 0:
+        _store_counts_as_layout(layout_ptr, totals, num_experts, BINS)
+        return
+    first_slot = (pid - 1) * BLOCK
+    slot = first_slot + tl.arange(0, BLOCK)
+    expert = _experts_of(ids_ptr, slot, num_slots, num_experts)
+    starts = tl.cumsum(totals, 0) - totals + tl.load(counts_ptr + pid.to(tl.int64) * BINS + tl.arange(0, BINS))
+    before = tl.zeros([BLOCK, CHUNK], tl.int32)
+    for first in range(0, BLOCK, CHUNK):
+        other = first_slot + first + tl.arange(0, CHUNK)
+        other_expert = _experts_of(ids_ptr, other, num_slots, num_experts)
+        before += ((other_expert[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])).to(tl.int32)
+    row = tl.gather(starts, expert, 0) + tl.sum(before, 1)
+    _store_rows(row_token_ptr, slot_row_ptr, slot, expert, row, num_slots, top_k, num_experts)
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """Slots of a program, slots they are compared with at once, whether all of it is one launch, and its warps."""
+
+    block: int
+    chunk: int
+    one_launch: bool
+    num_warps: int
+
+
+ONE_LAUNCH_MAX_SLOTS = 4096
+"""S*S comparisons take an H100 about 4 us there (modelled: 4 instructions each), three launches as long."""
+
+
+def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
+    """Tiles of the routing kernels; pure.
+
+    The rank kernel compares with at least as many slots at once as it has threads, so that its histogram holds none
+    twice. Its programs are small, so that few slots still spread over many SMs. 256x8 over 8 warps is what the
+    scatter kernel can hold in 53 registers at 256 experts; with 256x32 over 4 it takes 234, and at 1024 experts it spills. In
+    the interpreter a program costs milliseconds: few, large ones.
+    """
+    if num_slots <= ONE_LAUNCH_MAX_SLOTS:
+        return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 128), 1024), True, 4)
+    return RouteConfig(1024, 1024, False, 8) if interpreted else RouteConfig(256, 8, False, 8)
+
+
+def _bins(num_experts: int) -> int:
+    """The experts and one more for slots to drop, in a power of two, at least a warp of them."""
+    return max(next_power_of_2(num_experts + 1), 32)
+
+
+def scratch_elements(num_slots: int, num_experts: int) -> int:
+    """int32 elements of ``scratch`` that :func:`route` needs; never more for fewer slots."""
+    config = select_route_config(num_slots, INTERPRETED)
+    return 0 if config.one_launch else (1 + ceil_div(num_slots, config.block)) * _bins(num_experts)
+
+
+def route(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    sorted_token_ids: torch.Tensor,
+    inverse_permutation: torch.Tensor,
+    layout: torch.Tensor,
+    scratch: torch.Tensor,
+) -> Launched | Together | None:
+    """Sort the slots of ``topk_ids`` by expert; what ``moe_reference.route`` computes.
+
+    Args:
+        topk_ids: (M, top_k) int32 or int64, contiguous, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1: dropped.
+        num_experts: E >= 1.
+        sorted_token_ids: (S,) int32, written: the token of each row.
+        inverse_permutation: (M, top_k) int32, contiguous, written: the row of each slot, -1 for a dropped one.
+        layout: (3E+2,) int32, written: tokens (E,), expert offsets (E+1,), scale offsets (E+1,) of the rows.
+        scratch: (:func:`scratch_elements`,) int32 or more.
+
+    Returns:
+        The launches, to be repeated, or None.
+    """
+    num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
+    config = select_route_config(num_slots, INTERPRETED)
+    bins = _bins(num_experts)
+    blocks = ceil_div(num_slots, config.block)
+    outputs = (sorted_token_ids, inverse_permutation, layout, num_slots, top_k, num_experts)
+    warps = (("num_warps", config.num_warps),)
+    with on_device_of(topk_ids):
+        if config.one_launch:
+            key = ("rank", topk_ids.dtype)
+            constants = (bins, config.block, config.chunk)
+            return launch(rank_kernel, 1 + blocks, (topk_ids, *outputs), constants, warps, key)
+        key = ("count", topk_ids.dtype)
+        counted = (topk_ids, scratch, num_slots, num_experts)
+        counting = launch(count_kernel, blocks, counted, (bins, config.block), warps, key)
+        experts = 32
+        summing = launch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps, "sum")
+        key = ("scatter", topk_ids.dtype)
+        constants = (bins, config.block, config.chunk)
+        scattering = launch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), constants, warps, key)
+    return together(counting, summing, scattering)
