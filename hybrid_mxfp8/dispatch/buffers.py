@@ -1,0 +1,58 @@
+"""What a plan knows of a tensor: everything but its address.
+
+A plan is made once for a signature and then run with other tensors of the same metadata. So what its launches read and
+write is said by places: the tensor of the call (by its index among those handed to ``run``), and the first byte in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Buffer(NamedTuple):
+    """Memory that a launch reads or writes.
+
+    Attributes:
+        index: of the tensor, among those that the plan is run with.
+        offset: bytes from that tensor's first.
+        dtype: of the elements there.
+        shape: of the contiguous tensor there; of one that is handed in whole, its own, whatever its strides.
+        aligned: whether the first byte is at a 16-byte boundary.
+        whole: whether it is the tensor as handed in, and no part of it.
+    """
+
+    index: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    aligned: bool = True
+    whole: bool = False
+
+    def view(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor that lies there."""
+        tensor = tensors[self.index]
+        if self.whole:
+            return tensor
+        size = math.prod(self.shape) * self.dtype.itemsize
+        memory = tensor.view(-1).view(torch.uint8)[self.offset : self.offset + size]
+        return memory.view(self.dtype).view(self.shape)
+
+
+class TensorMap(NamedTuple):
+    """A contiguous matrix as TMA reads it, box by box.
+
+    Attributes:
+        buffer: its first element.
+        shape: of the matrix, the contiguous dimension last.
+        box: elements of one load, as ``shape``.
+        layout: Gluon's layout of a box in shared memory; None for a kernel in plain Triton.
+    """
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    box: tuple[int, ...]
+    layout: Any = None
