@@ -34,7 +34,7 @@ from hybrid_mxfp8.checkpoint.reader import (
 )
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
-from hybrid_mxfp8.ops.grouped_gemm import quantize_weights
+from hybrid_mxfp8.ops.quantize import quantize_weights
 
 CONFIG_FILE: Final = "config.json"
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")

@@ -25,9 +25,9 @@ import torch
 
 from hybrid_mxfp8.checkpoint.fp8_blocks import SCALE_NAMES, block_scales
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import ExpertWeights
-from hybrid_mxfp8.dispatch.device import resolve_device
 
 SCALE_SUFFIXES: Final = ("_scale_inv", "_scale")
 """Of the name of a weight; the first is written, both are read."""

@@ -24,8 +24,8 @@ from hybrid_mxfp8.checkpoint.convert import (
     total_bytes,
 )
 from hybrid_mxfp8.checkpoint.reader import Checkpoint, checkpoint_files
+from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
-from hybrid_mxfp8.dispatch.device import resolve_device
 from hybrid_mxfp8.dispatch.registry import default_device
 
 

@@ -31,7 +31,7 @@ from hybrid_mxfp8.commands.demo.measure import (
 )
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
 from hybrid_mxfp8.commands.tables import format_table
-from hybrid_mxfp8.dispatch.device import resolve_device
+from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch.registry import AUTO, Problem, backends, choose, default_device, requested
 
 WIDTH = 100
