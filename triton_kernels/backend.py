@@ -102,7 +102,8 @@ class TritonBackend:
             return launches
         tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
         if not INTERPRETED and blackwell.takes(problem) and weights_aligned and tokens_aligned:
-            return blackwell.plan(problem, buffers)
+            config_100 = blackwell.select_blackwell_config(problem.num_tokens, problem.num_experts)
+            return blackwell.plan(problem, buffers, config_100)
         return portable.plan(problem, buffers)
 
     def explain(self, problem: Problem) -> str:

@@ -8,7 +8,6 @@ the kernel is specialized on, constants and compile options. A new number of tok
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Hashable, Sequence
@@ -83,8 +82,8 @@ class KernelLaunch(NamedTuple):
 
     def compile(self) -> Compiled:
         """Compile, or find what was compiled for these types before."""
-        specialization = tuple(map(_specialization, self.arguments, _specialized_parameters(self.kernel)))
-        key = (self.kernel, specialization, self.constants, self.options, self.device)
+        # By the kernel's identity: Triton hashes a kernel by its source.
+        key = (id(self.kernel), self.constants, self.options, self.device, self._specialization())
         found = _compiled.get(key)
         if found is None:
             with _one_thread():
@@ -92,6 +91,23 @@ class KernelLaunch(NamedTuple):
                 if found is None:
                     found = _compiled[key] = self._compile()
         return found
+
+    def _specialization(self) -> Hashable:
+        """What Triton distinguishes of the arguments, or finer."""
+        key: list[Hashable] = []
+        argument: Any
+        for argument, specialized in zip(self.arguments, _specialized_parameters(self.kernel), strict=True):
+            kind = type(argument)
+            if kind is Buffer:
+                key.append(argument.dtype)
+                key.append(argument.aligned or not specialized)
+            elif kind is TensorMap:
+                key.append((argument.buffer.dtype, argument.box, argument.layout))
+            elif specialized or argument is None:
+                key.append(argument)
+            else:
+                key.append(-(2**31) <= argument < 2**31)
+        return tuple(key)
 
     def _compile(self) -> Compiled:
         options = dict(self.options)
@@ -109,21 +125,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compiled.clear)
 
 
-@functools.cache
+_parameters: dict[int, tuple[bool, ...]] = {}
+
+
 def _specialized_parameters(kernel: Any) -> tuple[bool, ...]:
-    """For each parameter, whether Triton specializes the kernel on its value."""
-    return tuple(not parameter.do_not_specialize for parameter in kernel.params)
-
-
-def _specialization(argument: Argument, specialized: bool) -> Hashable:
-    """What Triton distinguishes of an argument, or finer."""
-    if isinstance(argument, Buffer):
-        return argument.dtype, argument.aligned and specialized
-    if isinstance(argument, TensorMap):
-        return argument.buffer.dtype, len(argument.shape), argument.box, argument.layout
-    if argument is None or specialized:
-        return argument
-    return -(2**31) <= argument < 2**31
+    """For each parameter that is no constexpr, whether Triton specializes the kernel on its value."""
+    found = _parameters.get(id(kernel))
+    if found is None:
+        flags = [not parameter.do_not_specialize for parameter in kernel.params if not parameter.is_constexpr]
+        found = _parameters[id(kernel)] = tuple(flags)
+    return found
 
 
 def _interpreted(tensor: torch.Tensor) -> torch.Tensor:

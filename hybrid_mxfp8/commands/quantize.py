@@ -26,7 +26,7 @@ from hybrid_mxfp8.checkpoint.convert import (
 from hybrid_mxfp8.checkpoint.reader import Checkpoint, checkpoint_files
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
-from hybrid_mxfp8.dispatch.registry import default_device
+from hybrid_mxfp8.dispatch.device import default_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

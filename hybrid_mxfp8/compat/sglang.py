@@ -215,7 +215,7 @@ def _multiply(
 ) -> torch.Tensor:
     """The product; without a workspace one is allocated."""
     operands = (a, b, sfa, sfb, tokens_per_expert, expert_offsets, blockscale_offsets)
-    signature = _signature((_MULTIPLY, dtype), *operands, workspace)  # type: ignore[arg-type]
+    signature = _signature((_MULTIPLY, dtype), *operands, workspace)
     plan = None if signature is None else PLANS.get(signature)
     if plan is None:
         _check_multiply(*operands, workspace, dtype)

@@ -139,8 +139,9 @@ class GroupLayout:
     def from_buffer(cls, layout: torch.Tensor, num_experts: int, num_tokens: int) -> GroupLayout:
         """Views of the buffer (3E+2,) int32 that kernels write: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
         # Tensor.split comes here by way of Python.
-        parts = torch.split_with_sizes(layout, (num_experts, num_experts + 1, num_experts + 1))
-        return cls.unchecked(*parts, num_tokens)
+        sizes = (num_experts, num_experts + 1, num_experts + 1)
+        tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
+        return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
 
 
 _launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None

@@ -33,7 +33,7 @@ from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scale
 from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, fail, resolve_device, short
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
-from hybrid_mxfp8.ops.moe import MXFP8Experts
+from hybrid_mxfp8.ops.experts import MXFP8Experts
 
 NAME = "hybrid_mxfp8"
 """The value of ``experts_implementation``."""

@@ -24,6 +24,7 @@ from hybrid_mxfp8.core.checks import (
     is_tracing,
 )
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, requested, settings
@@ -170,7 +171,7 @@ def plan_product(
         memory = operands.add("workspace", workspace, written=True)
     elif needed:
         memory = operands.buffer("workspace", torch.uint8, (needed,))
-    steps = ()
+    steps: Steps = ()
     if problem.num_tokens and problem.num_experts:
         steps = chosen.plan(problem, GemmBuffers(*read, y, memory))
     result = _Product(shape, problem.out_dtype, problem.device, needed)

@@ -97,17 +97,25 @@ def moe_forward(
         if not (x.shape[0] and shape.top_k):
             requested(backend)
             return torch.zeros_like(x) if out is None else out.zero_()
-        inputs = inputs._replace(topk_ids=topk_ids.contiguous(), topk_weights=topk_weights.contiguous())
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
         if workspace is not None:
             workspace.check(shape, x.shape[0])
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+        inputs = _contiguous(inputs)
         plan = plan_layer(inputs, shape, swiglu, y, backend)
-        if signature is not None and inputs.topk_ids is topk_ids and inputs.topk_weights is topk_weights:
+        if signature is not None:
             PLANS.add(signature, plan)
     else:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+        inputs = _contiguous(inputs)
     _run(plan, inputs, y, workspace)
     return y
+
+
+def _contiguous(inputs: LayerInputs) -> LayerInputs:
+    """With the router's choices as kernels read them."""
+    if inputs.topk_ids.is_contiguous() and inputs.topk_weights.is_contiguous():
+        return inputs
+    return inputs._replace(topk_ids=inputs.topk_ids.contiguous(), topk_weights=inputs.topk_weights.contiguous())
 
 
 def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorkspace | None) -> None:

@@ -28,6 +28,7 @@ from hybrid_mxfp8.core.checks import (
 from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
 from hybrid_mxfp8.dispatch.problem import QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
@@ -238,7 +239,7 @@ def plan_rows(
         0,
         rows.device,
     )
-    steps = ()
+    steps: Steps = ()
     if rows.num_tokens and rows.num_experts:
         buffers = QuantizeBuffers(source, index, target, scale_target, counts, layout, expert_offsets, scale_offsets)
         steps = quantizer.quantize(problem, buffers)

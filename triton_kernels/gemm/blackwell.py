@@ -142,10 +142,9 @@ def _scale_tile_map(scales: Buffer, row_tiles: int) -> TensorMap:
     return TensorMap(scales, shape, (1, row_tiles, 1, 2, 256))
 
 
-def plan(problem: Problem, buffers: GemmBuffers) -> tuple[KernelLaunch, ...]:
+def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tuple[KernelLaunch, ...]:
     """The launch of one product; operands are 16-byte aligned."""
     p, b = problem, buffers
-    config = select_blackwell_config(p.num_tokens, p.num_experts)
     arguments = (
         b.out,
         TensorMap(b.x_values, (p.num_tokens, p.k), (config.block_t, 128)),

@@ -21,6 +21,8 @@ elements, which are then off by at most 2**-134. Scale 255 and NaN codes give Na
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -564,12 +566,16 @@ def hopper_gemm_kernel(
 SCALE_WORDS = SCALE_TILE_BYTES // 4
 
 
+@functools.cache
+def _box_layout(swizzle: int, element_bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=2)
+
+
 def _tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
     """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in swizzled lines."""
     size = buffer.dtype.itemsize
     swizzle = 0 if buffer.dtype == torch.int32 else min(box_columns * size, 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * size, rank=2)
-    return TensorMap(buffer, (rows, columns), (box_rows, box_columns), layout)
+    return TensorMap(buffer, (rows, columns), (box_rows, box_columns), _box_layout(swizzle, 8 * size))
 
 
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:
