@@ -94,9 +94,7 @@ class GroupedMXFP8(_Portable):
     def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "groups", groups)
+        vars(self).update(values=values, scales=scales, groups=groups)
         return self
 
     @property
@@ -186,8 +184,7 @@ class ExpertWeights(_Portable):
     def unchecked(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
+        vars(self).update(values=values, scales=scales)
         return self
 
     @property

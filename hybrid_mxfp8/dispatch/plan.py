@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.core.checks import fail
+from hybrid_mxfp8.core.checks import extent, fail
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
@@ -74,16 +74,6 @@ class Operands:
         return Buffer(len(self.list) - 1, 0, dtype, shape)
 
 
-def extent(x: torch.Tensor) -> int:
-    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one range."""
-    if not x.numel():
-        return 0
-    if x.is_contiguous():
-        return x.numel() * x.element_size()
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (1 + last) * x.element_size()
-
-
 class Plan:
     """The launches of one signature.
 
@@ -103,7 +93,7 @@ class Plan:
         self.result = result
         self._device = device
         self._index = -1 if device.index is None else device.index
-        self._parts = _programs(self._index, self.operands, steps)
+        self._parts = _programs(device, self.operands, steps)
         # A program checks for overlaps before it launches, so one must come first.
         first, first_steps = self._parts[0] if self._parts else (None, ())
         self._hooked = first_steps[0].hooked if first is not None else _always
@@ -134,7 +124,7 @@ class Plan:
         for program, steps in self._parts:
             if program is None:
                 for step in steps:
-                    step.run(tensors)
+                    step.run(tensors, self._device)
             elif launcher.load().run(program.address, stream, *addresses):
                 self._check_overlap(tensors)
                 raise AssertionError("the launcher saw an overlap that is none")
@@ -142,7 +132,7 @@ class Plan:
     def _run_steps(self, tensors: tuple[torch.Tensor, ...]) -> None:
         for _, steps in self._parts:
             for step in steps:
-                step.run(tensors)
+                step.run(tensors, self._device)
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
         """As the launcher does it."""
@@ -171,7 +161,7 @@ def _always() -> bool:
 
 
 def _programs(
-    device_index: int, operands: tuple[Operand, ...], steps: Steps
+    device: torch.device, operands: tuple[Operand, ...], steps: Steps
 ) -> list[tuple[launcher.Program | None, Steps]]:
     """Steps in runs: those that the C launcher makes together, and those that must be called."""
     parts: list[tuple[launcher.Program | None, Steps]] = []
@@ -182,13 +172,13 @@ def _programs(
 
     def close() -> None:
         if launches:
-            program = launcher.program(device_index, extents, written, launches)
+            program = launcher.program(device.index or 0, extents, written, launches)
             parts.append((program, tuple(together)))
             launches.clear()
             together.clear()
 
     for step in steps:
-        words = step.encode()
+        words = step.encode(device)
         if words is None:
             close()
             parts.append((None, (step,)))

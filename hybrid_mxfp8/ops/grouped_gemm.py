@@ -74,10 +74,21 @@ def grouped_gemm(
             check_no_buffer("out", out)
             check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, out_dtype, backend)
-        plan = plan_product(problem, x, w, out, workspace, backend)
+        plan = _plan(problem, x, w, out, workspace, backend)
         if signature is not None:
             PLANS.add(signature, plan)
-    return run_product(plan, x, w, out, workspace)
+    shape, dtype, device, workspace_bytes = plan.result
+    y = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+    groups = x.groups
+    layout = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+    tensors = (x.values, x.scales, *layout, w.values, w.scales, y)
+    if workspace_bytes and workspace is None:
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+    if workspace is None:
+        plan.run(*tensors)
+    else:
+        plan.run(*tensors, workspace)
+    return y
 
 
 class _Product(NamedTuple):
@@ -87,32 +98,6 @@ class _Product(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     workspace_bytes: int
-
-
-def run_product(
-    plan: Plan, x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor | None, workspace: torch.Tensor | None
-) -> torch.Tensor:
-    """Allocate what is not given, and run."""
-    shape, dtype, device, workspace_bytes = plan.result
-    groups = x.groups
-    y = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-    tensors = (
-        x.values,
-        x.scales,
-        groups.tokens_per_expert,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        w.values,
-        w.scales,
-        y,
-    )
-    if workspace_bytes and workspace is None:
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-    if workspace is None:
-        plan.run(*tensors)
-    else:
-        plan.run(*tensors, workspace)
-    return y
 
 
 def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any) -> tuple[Hashable, ...] | None:
@@ -140,7 +125,7 @@ def describe_operand(values: torch.Tensor, scales: torch.Tensor) -> tuple[Hashab
     return values.shape, values.device, values.data_ptr() & 15, scales.shape, scales.data_ptr() & 15
 
 
-def plan_product(
+def _plan(
     problem: Problem,
     x: GroupedMXFP8,
     w: ExpertWeights,
@@ -148,7 +133,7 @@ def plan_product(
     workspace: torch.Tensor | None,
     backend: str | None,
 ) -> Plan:
-    """The launches of one product, of the tensors that :func:`run_product` hands over."""
+    """The launches of one product, of (x, its scales, three of the layout, w, its scales, out, workspace or nothing)."""
     chosen = choose(problem, backend)
     needed = chosen.workspace_size(problem) if problem.num_tokens else 0
     _check_buffers(problem, needed, out, workspace)
@@ -213,6 +198,12 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
         backend,
     )
     return product
+
+
+def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> int:
+    """Bytes of ``workspace`` that :func:`grouped_gemm` of just these operands needs."""
+    problem = _problem(x, w, out_dtype)
+    return choose(problem).workspace_size(problem)
 
 
 def grouped_gemm_workspace_size(

@@ -163,4 +163,4 @@ def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tup
     constants = (next_power_of_2(p.num_experts), config.block_t, config.warp_specialize, config.num_stages)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, p.device),)
+    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options),)
