@@ -1,1 +1,1 @@
-"""Other libraries with MXFP8 experts inside; each module imports its library only when it is asked to do something."""
+"""Plug-ins for other libraries. May import: all below it, up to ``ops``, and ``checkpoint``."""
