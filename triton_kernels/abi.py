@@ -14,7 +14,9 @@ What is outside of this raises LauncherUnavailableError, and Triton's launcher t
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,7 +143,7 @@ class _Step(NamedTuple):
         kind: of the argument.
         slot: of the first word that depends on it.
         detail: _POINTER: whether it must be aligned; _INTEGER: (least, greatest, divisor); _FLOAT:
-            its ``struct`` format; _MAP: (rank, bytes of an element); _CONSTANT: what it must be.
+            its ``struct`` format; _MAP: (box, bytes of an element); _CONSTANT: what it must be.
         name: of the parameter.
     """
 
@@ -161,10 +163,10 @@ class Abi(NamedTuple):
     """
 
     compiled: Any
-    template: list[int]
+    template: array[int]
     steps: tuple[_Step, ...]
 
-    def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
+    def words(self, grid: int, arguments: Sequence[Argument]) -> array[int]:
         """The words of a launch, for ``launcher.program``.
 
         Args:
@@ -175,7 +177,7 @@ class Abi(NamedTuple):
             ValueError: the kernel was compiled for other arguments: a pointer is less aligned, an
                 integer is wider, no multiple of 16, or not the constant that it was.
         """
-        words = self.template.copy()
+        words = self.template[:]
         words[1] = grid
         for (kind, slot, detail, name), argument in zip(self.steps, arguments, strict=True):
             if kind == _POINTER:
@@ -191,7 +193,12 @@ class Abi(NamedTuple):
                     )
                 words[slot] = argument
             elif kind == _MAP:
-                _put_map(words, slot, detail, argument)
+                if not argument.buffer.aligned:
+                    raise ValueError(f"{name}: compiled for memory that is aligned to 16 bytes, got {argument}")
+                words[slot] = argument.buffer.index
+                words[slot + 1] = argument.buffer.offset
+                geometry = _geometry(argument.shape, *detail)
+                words[slot + 6 : slot + 6 + len(geometry)] = geometry
             elif kind == _CONSTANT:
                 if argument != detail:
                     raise ValueError(f"{name}: compiled for {detail}, got {argument}")
@@ -200,22 +207,16 @@ class Abi(NamedTuple):
         return words
 
 
-def _put_map(words: list[int], slot: int, detail: tuple[int, int], argument: TensorMap) -> None:
-    """A tensor map and the scalars that follow it; ``slot`` is that of the buffer's index."""
-    rank, element_bytes = detail
-    buffer, shape = argument.buffer, argument.shape
-    if not buffer.aligned or len(shape) != rank or max(shape) >= 2**31:
-        raise ValueError(f"tensor map: expected aligned memory and {rank} dimensions below 2**31, got {argument}")
+@functools.lru_cache(maxsize=4096)
+def _geometry(shape: tuple[int, ...], box: tuple[int, ...], element_bytes: int) -> array[int]:
+    """The words of a tensor map from its dims on, and of the scalars that follow it."""
+    if len(shape) != len(box) or max(shape) >= 2**31:
+        raise ValueError(f"tensor map: expected {len(box)} dimensions below 2**31, got {shape}")
     strides = _strides(shape)
-    words[slot] = buffer.index
-    words[slot + 1] = buffer.offset
-    dims = slot + 6
-    words[dims : dims + rank] = shape[::-1]
-    byte_strides = dims + 2 * rank
-    words[byte_strides : byte_strides + rank - 1] = [stride * element_bytes for stride in strides[-2::-1]]
-    sizes = byte_strides + rank  # of the first scalar; each has two words
-    words[sizes : sizes + 2 * rank : 2] = shape
-    words[sizes + 2 * rank : sizes + 4 * rank : 2] = strides
+    words = array("q", [*shape[::-1], *box[::-1], *(stride * element_bytes for stride in strides[-2::-1])])
+    for scalar in (*shape, *strides):
+        words.extend((SCALAR, scalar))
+    return words
 
 
 class _Params:
@@ -267,7 +268,7 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     template = launch_words(
         compiled.function, 0, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, params.params
     )
-    return Abi(compiled, template, tuple(params.steps))
+    return Abi(compiled, array("q", template), tuple(params.steps))
 
 
 def _check_version(version: str = triton.__version__) -> None:
@@ -313,9 +314,9 @@ def _params(compiled: Any, arguments: Sequence[Argument]) -> _Params:
         elif type_.startswith("tensordesc"):
             _add_map(params, next(maps, None), argument, f"{name}: {param.name}")
         elif type_ in _INTEGER_BYTES:
-            bits = 8 * _INTEGER_BYTES[type_]
-            low, high = (0, 2 ** min(bits, 63) - 1) if type_[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            detail = (low, high, 16 if divisible else 1)
+            bits, signed = int(type_[1:]), type_[0] == "i" and type_ != "i1"
+            least, greatest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2 ** min(bits, 63) - 1)
+            detail = (least, greatest, 16 if divisible else 1)
             params.add_argument(_INTEGER, _INTEGER_BYTES[type_], [SCALAR, 0], detail, param.name)
         elif type_ in _FLOAT_FORMATS:
             size = 8 if type_ == "fp64" else 4
@@ -343,8 +344,7 @@ def _add_map(params: _Params, described: Any, argument: Any, name: str) -> None:
     if not isinstance(argument, TensorMap) or len(argument.shape) != rank:
         raise LauncherUnavailableError(f"{name}: expected a TensorMap of {rank} dimensions, got {argument}")
     data_type = _TMA_DATA_TYPES[described["elem_type"]]
-    words = [TENSOR_MAP, 0, 0, data_type, element_bytes, described["swizzle"], rank, *[0] * rank, *box[::-1]]
-    words += [0] * (rank - 1)
-    params.add_argument(_MAP, TENSOR_MAP_BYTES, words, (rank, element_bytes), name)
+    words = [TENSOR_MAP, 0, 0, data_type, element_bytes, described["swizzle"], rank, *[0] * (3 * rank - 1)]
+    params.add_argument(_MAP, TENSOR_MAP_BYTES, words, (tuple(box), element_bytes), name)
     for size in [4] * rank + [8] * rank:
         params.add(size, [SCALAR, 0])

@@ -77,7 +77,10 @@ def _call(module: str, name: str, parameters: dict[str, Any]) -> None:
     fake().fake_forget()
     fake().fake_fail(b"", 0)
     fake().fake_set_current(0)
-    getattr(importlib.import_module(module), name).__wrapped__(**parameters)
+    try:
+        getattr(importlib.import_module(module), name).__wrapped__(**parameters)
+    except pytest.fail.Exception as error:  # which can't be pickled
+        raise AssertionError(str(error)) from None
 
 
 @functools.cache
