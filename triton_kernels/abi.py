@@ -179,6 +179,7 @@ class Abi(NamedTuple):
         """
         words = self.template[:]
         words[1] = grid
+        argument: Any  # each kind of step knows its own
         for (kind, slot, detail, name), argument in zip(self.steps, arguments, strict=True):
             if kind == _POINTER:
                 if detail and not argument.aligned:
