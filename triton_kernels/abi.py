@@ -46,7 +46,7 @@ MAX_SHARED_BYTES = 228 * 1024
 """More than this takes an attribute of the launch that Triton sets and launcher.c does not."""
 
 _INTEGER_BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
-_FLOAT_FORMATS = {"fp32": "<f4x", "f32": "<f4x", "fp64": "<d"}
+_FLOAT_FORMATS = {"fp32": "<f4x", "fp64": "<d"}
 _TMA_DATA_TYPES = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 """The driver's number of an element type, from the one that the compiler gives."""
 
@@ -55,7 +55,7 @@ _HookChain = triton.knobs.HookChain
 
 
 def hooks_installed() -> bool:
-    """Whether someone, such as a profiler, wants to be called at launches: then Triton must make them."""
+    """Whether Triton must launch, because a profiler, say, wants to be called at each launch."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     return not (
         (enter is None or (type(enter) is _HookChain and not enter.calls))
@@ -110,7 +110,7 @@ def compile_kernel(
     options: Mapping[str, Any],
     device: torch.device,
 ) -> Any:
-    """Compile ``kernel``, or find it in Triton's cache, exactly as a launch with such tensors would.
+    """Compile ``kernel``, or find it in Triton's cache, just as a launch with such tensors would.
 
     Args:
         kernel: a jitted function whose constexpr parameters come last.
@@ -258,7 +258,8 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     run = compiled.run  # loads it
     if reason := _unsupported(metadata, run):
         raise LauncherUnavailableError(f"{metadata.name}: {reason}")
-    if metadata.launch_pdl and "griddepcontrol.wait" not in compiled.asm["ptx"]:
+    ptx = compiled.asm.get("ptx")  # absent where Triton stores binaries only
+    if metadata.launch_pdl and ptx is not None and "griddepcontrol.wait" not in ptx:
         raise ValueError(f"{metadata.name}: launch_pdl is set, and no griddepcontrol.wait is in the kernel")
 
     params = _params(compiled, arguments)
@@ -286,7 +287,7 @@ def _unsupported(metadata: Any, run: Any) -> str:
             return f"needs {size} bytes of {kind} scratch memory"
     if metadata.launch_cooperative_grid:
         return "is launched as a cooperative grid"
-    if metadata.num_ctas != 1 or any(size != 1 for size in getattr(metadata, "cluster_dims", None) or ()):
+    if metadata.num_ctas != 1:
         return f"is launched in clusters of {metadata.num_ctas}"
     if metadata.shared > MAX_SHARED_BYTES:
         return f"needs {metadata.shared} bytes of shared memory, more than {MAX_SHARED_BYTES}"

@@ -48,7 +48,7 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     build(folder)
     with mock.patch.dict(os.environ):
         os.environ.update(
-            LD_LIBRARY_PATH=str(folder),
+            LD_LIBRARY_PATH=os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")]),
             TRITON_LIBCUDA_PATH=str(folder),
             TRITON_CACHE_DIR=str(folder / "triton"),
             HYBRID_MXFP8_CACHE_DIR=str(folder / "cache"),

@@ -430,6 +430,16 @@ def test_without_a_package(cache: Path, monkeypatch: pytest.MonkeyPatch, module:
         launcher._load()
 
 
+@pytest.mark.parametrize(("package", "header"), [("triton", "cuda.h"), ("tvm_ffi", "c_api.h")])
+def test_without_headers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, header: str
+) -> None:
+    folder = launcher._package
+    monkeypatch.setattr(launcher, "_package", lambda name: tmp_path if name == package else folder(name))
+    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{header} is missing: pip install --force-reinstall"):
+        launcher._load()
+
+
 def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_load_once", launcher.functools.cache(launcher._load_once.__wrapped__))
     monkeypatch.setenv("CC", "/no/such/compiler")
