@@ -207,12 +207,17 @@ def _kept(folder: Path, key: str) -> list[Path]:
     """The modules in the cache that are whole and nobody else's.
 
     Raises:
-        LauncherUnavailableError: someone else could have written what is there.
+        LauncherUnavailableError: someone else could have written what is there, or it can't be read.
     """
-    paths = sorted(folder.glob(f"{key}-*.so"))
-    if paths:
-        _check_owner(folder, *paths)
-    return [path for path in paths if path.stem == f"{key}-{_digest(path.read_bytes())}"]
+    try:
+        paths = sorted(folder.glob(f"{key}-*.so"))
+        if paths:
+            _check_owner(folder, *paths)
+        return [path for path in paths if path.stem == f"{key}-{_digest(path.read_bytes())}"]
+    except OSError as error:
+        raise LauncherUnavailableError(
+            f"{error.filename} can't be read ({error.strerror}): set HYBRID_MXFP8_CACHE_DIR to a folder that can"
+        ) from error
 
 
 def _check_owner(folder: Path, *files: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -323,6 +324,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "launcher"
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A module, built once for all tests that only need one."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder))
+        launcher._load()
+    return modules(folder / "launcher")[0]
+
+
+@pytest.fixture
+def filled(cache: Path, built: Path) -> Path:
+    """The folder for modules, with the one that this machine builds."""
+    cache.mkdir(0o755, parents=True)
+    cache.parent.chmod(0o755)
+    shutil.copy2(built, cache)
+    return cache
+
+
 def modules(cache: Path) -> list[Path]:
     return sorted(path for path in cache.iterdir())
 
@@ -337,46 +357,48 @@ def test_built_once_and_kept_in_one_file(cache: Path, monkeypatch: pytest.Monkey
     assert module.stat().st_mtime_ns == before
 
 
-def test_kept_module_needs_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher._load()
+def test_kept_module_needs_no_compiler(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/no/such/compiler")
     launcher._load()
 
 
-def test_source_is_part_of_the_key(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    launcher._load()
+def test_source_is_part_of_the_key(filled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     changed = tmp_path / "launcher.c"
     changed.write_text(launcher.SOURCE.read_text() + "\n")
     monkeypatch.setattr(launcher, "SOURCE", changed)
     launcher._load()
-    assert len(modules(cache)) == 2
+    assert len(modules(filled)) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda library: library[:4096], lambda library: library[:-1] + b"!", lambda _: b""])
-def test_damaged_module_is_built_again(cache: Path, damage: object) -> None:
-    launcher._load()
-    [module] = modules(cache)
+def test_damaged_module_is_built_again(filled: Path, damage: object) -> None:
+    [module] = modules(filled)
     library = module.read_bytes()
-    module.unlink()  # this process has it loaded
     module.write_bytes(damage(library))  # type: ignore[operator]
     launcher._load()
-    assert [path.read_bytes() for path in modules(cache)] == [library]
+    assert [path.read_bytes() for path in modules(filled)] == [library]
+
+
+def test_module_that_cannot_be_read(filled: Path) -> None:
+    [module] = modules(filled)
+    module.unlink()
+    module.mkdir(0o755)
+    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{module} can't be read \(Is a directory\)"):
+        launcher._load()
 
 
 @pytest.mark.parametrize("which", ["cache", "folder", "module"])
 @pytest.mark.parametrize("mode", [0o775, 0o757])
-def test_module_that_others_can_write_is_refused(cache: Path, which: str, mode: int) -> None:
-    launcher._load()
-    path = {"cache": cache.parent, "folder": cache, "module": modules(cache)[0]}[which]
+def test_module_that_others_can_write_is_refused(filled: Path, which: str, mode: int) -> None:
+    path = {"cache": filled.parent, "folder": filled, "module": modules(filled)[0]}[which]
     path.chmod(mode)
     with pytest.raises(launcher.LauncherUnavailableError, match=rf"{path} can be written by others \(mode 0{mode:o}\)"):
         launcher._load()
 
 
 @pytest.mark.parametrize("which", ["cache", "folder", "module"])
-def test_module_of_another_user_is_refused(cache: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher._load()
-    path = {"cache": cache.parent, "folder": cache, "module": modules(cache)[0]}[which]
+def test_module_of_another_user_is_refused(filled: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = {"cache": filled.parent, "folder": filled, "module": modules(filled)[0]}[which]
     if os.geteuid() == 0:
         os.chown(path, 4321, -1)
     else:
