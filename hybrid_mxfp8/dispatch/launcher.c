@@ -1,8 +1,8 @@
 /* Makes all launches of a plan in one call.
 
-   Launching from Python costs microseconds a kernel, most of them spent on taking arguments apart. A
-   plan knows everything about its launches beforehand, except the stream and where its buffers are.
-   It says so once, in a program: an array of 64-bit words that Python owns. Then
+   Launching from Python costs microseconds a kernel, most of them spent on taking arguments apart.
+   A plan knows everything about its launches beforehand, but for the stream and where its buffers
+   are. It says so once, in a program: an array of 64-bit words that Python owns. Then
 
        run(program, stream, *addresses)
 
@@ -21,7 +21,8 @@
        SCALAR,     value                    its low bytes are passed, as many as the kernel takes
        ADDRESS,    index, offset in bytes   into a buffer
        TENSOR_MAP, index, offset, data type, bytes of an element, swizzle, rank,
-                   dims and then box (rank words each, innermost first), strides of dims 1.. in bytes
+                   dims and then box (rank words each, innermost first),
+                   strides of dims 1.. in bytes
 
    launcher.py writes programs. verify() checks one; run() trusts it. */
 

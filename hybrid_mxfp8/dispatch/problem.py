@@ -91,9 +91,9 @@ class QuantizeBuffers(NamedTuple):
 def split_layout(layout: Buffer, num_experts: int) -> tuple[Buffer, Buffer, Buffer]:
     """tokens_per_expert, expert_offsets and scale_offsets in a layout's memory, (3E+2,) int32."""
     e = num_experts
-    index, offset = layout.index, layout.offset
+    operand, offset = layout.operand, layout.offset
     return (
-        Buffer(index, offset, torch.int32, (e,)),
-        Buffer(index, offset + 4 * e, torch.int32, (e + 1,)),
-        Buffer(index, offset + 4 * (2 * e + 1), torch.int32, (e + 1,)),
+        Buffer(operand, offset, torch.int32, (e,)),
+        Buffer(operand, offset + 4 * e, torch.int32, (e + 1,)),
+        Buffer(operand, offset + 4 * (2 * e + 1), torch.int32, (e + 1,)),
     )

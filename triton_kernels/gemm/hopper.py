@@ -595,7 +595,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
     w_bytes = b.w_values._replace(dtype=torch.uint8)
     w_scale_words = b.w_scales._replace(dtype=torch.int32)
     tokens = Buffer(
-        workspace.index, workspace.offset + layout.tokens_at, torch.bfloat16, (p.num_tokens, layout.padded_k)
+        workspace.operand, workspace.offset + layout.tokens_at, torch.bfloat16, (p.num_tokens, layout.padded_k)
     )
     arguments = (
         b.out,
