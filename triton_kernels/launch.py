@@ -56,7 +56,7 @@ class KernelLaunch(NamedTuple):
     constants: tuple[Hashable, ...]
     options: tuple[tuple[str, int], ...]
 
-    def encode(self, device: torch.device) -> list[int] | None:
+    def encode(self, device: torch.device) -> Sequence[int] | None:
         """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be called."""
         if INTERPRETED:
             return None

@@ -21,7 +21,7 @@ class Step(Protocol):
         """Do it, on the device's current stream, with the tensors that the plan is run with."""
         ...
 
-    def encode(self, device: torch.device) -> list[int] | None:
+    def encode(self, device: torch.device) -> Sequence[int] | None:
         """The words of this launch for ``dispatch.launcher``; None where ``run`` must be called."""
         ...
 

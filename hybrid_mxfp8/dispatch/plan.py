@@ -167,7 +167,7 @@ def _programs(
     parts: list[tuple[launcher.Program | None, Steps]] = []
     extents = [operand.extent for operand in operands]
     written = [(i, operand.may_equal) for i, operand in enumerate(operands) if operand.written]
-    launches: list[list[int]] = []
+    launches: list[Sequence[int]] = []
     together: list[Any] = []
 
     def close() -> None:
