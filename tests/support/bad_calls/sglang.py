@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from guards import Guards
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.dispatch.registry import BACKENDS
 
-from .row import E4M3, META, Bad, Call, Odd, ints, normal, refused
+from .row import E4M3, META, Bad, Odd, ints, normal, overlapping, refused, shapes, shifted
 
 COUNTS = [3, 0, 130]
 T, E, N, K = 133, 3, 128, 128
@@ -128,40 +131,21 @@ BAD: list[Bad] = [
 ]  # fmt: skip
 
 
-def _overlapping(what: str, message: str, build: Callable[[Guards, dict[str, Any]], None]) -> Bad:
-    def prepare(g: Guards) -> Call:
-        arguments = {key: g.place(value) for key, value in _tokens().items()}
-        build(g, arguments)
-        return lambda: sglang_case.grouped_quant(**arguments)
-
-    return Bad(what, prepare, ValueError, message)
-
-
-def _output_in_input(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(T * K * 2)
-    a["input"], a["quant_output"] = memory.view(torch.bfloat16).view(T, K), memory[: T * K].view(E4M3).view(T, K)
-
-
-def _scales_in_output(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(T * K)
-    a["quant_output"], a["scale_factor"] = memory.view(E4M3).view(T, K), memory[: S * 4].view(S, 4)
-
-
-def _scales_in_counts(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(S * 4)
-    a["scale_factor"], a["blockscale_offsets"] = memory.view(S, 4), memory[-12:].view(torch.int32)
-
-
-def _scales_off(g: Guards, a: dict[str, Any]) -> None:
-    a["scale_factor"] = g.raw(S * 4, shift=8).view(S, 4)
+def _needing(**arguments: Any) -> object:
+    """The product on a backend that takes the first 8 bytes of its workspace."""
+    needy = dataclasses.replace(BACKENDS["reference"], workspace_size=lambda problem: 8)
+    with unittest.mock.patch.dict(BACKENDS, reference=needy), mx.use_backend("reference"):
+        return sglang_case.moe_grouped_gemm(**arguments)
 
 
 BAD += [
-    _overlapping("output in input", "^quant_output: must not overlap input, got", _output_in_input),
-    _overlapping("scales in output", "^quant_output: must not overlap scale_factor, got", _scales_in_output),
-    _overlapping("scales in the offsets", "^scale_factor: must not overlap blockscale_offsets, got", _scales_in_counts),
-    _overlapping("scales off a 16-byte boundary", "^scale_factor: must start at a 16-byte boundary", _scales_off),
-]
+    *(overlapping(sglang_case.grouped_quant, _tokens, f"{written} in {read}", f"^{written}: must not overlap {read}, got", read, written, by)
+      for written, read, by in (("quant_output", "input", 0), ("quant_output", "scale_factor", 0), ("scale_factor", "blockscale_offsets", 12 - S * 4))),
+    *(overlapping(_needing, _product, f"workspace in {read}", f"^workspace: must not overlap {read}, got", read, "workspace", 0)
+      for read in ("a", "sfa", "b", "sfb", "tokens_per_expert", "blockscale_offsets")),
+    shifted(sglang_case.grouped_quant, _tokens, "scales off a 16-byte boundary", "^scale_factor: must start at a 16-byte boundary", "scale_factor", 8),
+    shifted(sglang_case.moe_grouped_gemm, _product, "a product's scales off a 16-byte boundary", "^sfb: must start at a 16-byte boundary", "sfb", 8),
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------- odd ones
@@ -200,31 +184,20 @@ def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_ST
     return Odd(what, prepare)
 
 
-def _shapes(what: str) -> Odd:
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
-        def call() -> torch.Tensor:
-            given = {name: value.to(META) for name, value in _tokens().items()}
-            sglang_case.grouped_quant(**given)
-            result: torch.Tensor = sglang_case.moe_grouped_gemm(
-                torch.empty(E, N, K, dtype=E4M3, device=META),
-                given["quant_output"],
-                torch.empty(E, N, 4, dtype=torch.uint8, device=META),
-                given["scale_factor"],
-                given["expert_offsets"],
-                given["blockscale_offsets"],
-                given["tokens_per_expert"],
-                torch.empty(9, dtype=torch.uint8, device=META),
-                torch.float16,
-            )
-            return result
+def _on_meta(device: Any) -> torch.Tensor:
+    given = {name: value.to(META) for name, value in _tokens().items()}
+    sglang_case.grouped_quant(**given)
+    product = {"a": e4m3(E, N, K), "sfa": u8(E, N, 4), "workspace": u8(9)}
+    product |= {"b": given["quant_output"], "sfb": given["scale_factor"]}
+    metadata = {name: given[name] for name in ("tokens_per_expert", "expert_offsets", "blockscale_offsets")}
+    result: torch.Tensor = sglang_case.moe_grouped_gemm(
+        **{name: value.to(META) for name, value in {**product, **metadata}.items()}, dtype=torch.float16
+    )
+    return result
 
-        def check(d: torch.Tensor) -> None:
-            assert d.shape == (T, N)
-            assert d.dtype == torch.float16
 
-        return call, check
-
-    return Odd(what, prepare)
+def _is_product(d: torch.Tensor) -> None:
+    assert (d.shape, d.dtype) == ((T, N), torch.float16)
 
 
 ODD: list[Odd] = [
@@ -233,5 +206,5 @@ ODD: list[Odd] = [
     _right("scale rows that are no whole tile", rows=S + 77),
     _right("input 2 bytes off", shift=2),
     _right("a workspace of three dimensions", workspace=(3, 5)),
-    _shapes("meta tensors"),
+    shapes("tensors", _on_meta, _is_product)[0],
 ]

@@ -8,11 +8,10 @@ from typing import Any
 import moe_truth
 import torch
 from guards import Guards
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 
-from .row import META, Bad, Call, Odd, normal, refused
+from .row import META, Bad, Odd, grad, normal, overlapping, refused, shapes
 
 M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
 
@@ -37,10 +36,6 @@ def _good() -> dict[str, Any]:
         "topk_ids": ids(),
         "topk_weights": torch.rand(M, TOP_K, generator=torch.Generator().manual_seed(3)),
     }
-
-
-def _grad(x: torch.Tensor) -> torch.Tensor:
-    return x.requires_grad_()
 
 
 def _workspace(**changes: Any) -> Callable[[], mx.MoEWorkspace]:
@@ -75,7 +70,7 @@ BAD: list[Bad] = [
     *(forward(f"x of shape {s}", ValueError, r"^x: must have shape \(M, H\)", x=torch.zeros(s)) for s in ((H,), (1, M, H), (M + 1, H), (M - 1, H), (M, H + 32), (M, 0))),
     forward("x transposed", ValueError, "^x: must have unit stride along its columns", x=normal(H, M).T),
     forward("x one column for all", ValueError, "^x: must have unit stride", x=normal(M, 1).expand(M, H)),
-    forward("x with grad", ValueError, "^x: must not require grad", x=lambda: _grad(normal(M, H))),
+    forward("x with grad", ValueError, "^x: must not require grad", x=lambda: grad(normal(M, H))),
     forward("x on meta", ValueError, "^topk_ids: must be on meta", x=normal(M, H).to(META)),
     forward("ids None", TypeError, r"^topk_ids: must be a torch\.Tensor", topk_ids=None),
     *(forward(f"ids of {d}", TypeError, "^topk_ids: dtype must be int32 or int64", topk_ids=ids(dtype=d)) for d in (torch.int16, torch.uint8, torch.float32, torch.bool)),
@@ -87,7 +82,7 @@ BAD: list[Bad] = [
     *(forward(f"weights of {d}", TypeError, "^topk_weights: dtype must be", topk_weights=torch.ones(M, TOP_K).to(d)) for d in (torch.float64, torch.int32)),
     forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),
     forward("weights flat", ValueError, r"^topk_weights: must have shape \(M, top_k\)", topk_weights=torch.ones(M * TOP_K)),
-    forward("weights with grad", ValueError, "^topk_weights: must not require grad", topk_weights=lambda: _grad(torch.ones(M, TOP_K))),
+    forward("weights with grad", ValueError, "^topk_weights: must not require grad", topk_weights=lambda: grad(torch.ones(M, TOP_K))),
     forward("weights on meta", ValueError, "^topk_weights: must be on cpu", topk_weights=torch.ones(M, TOP_K).to(META)),
     *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
     *(forward(f"backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("vllm", "", 1)),
@@ -104,7 +99,7 @@ BAD: list[Bad] = [
           ("one for all", ValueError, "must be contiguous", torch.zeros(1, n).expand(E, n)),
           ("on meta", ValueError, "must be on cpu", torch.zeros(E, n).to(META)),
       )),
-    forward("w2_bias with grad", ValueError, "^w2_bias: must not require grad", w2_bias=lambda: _grad(torch.zeros(E, H))),
+    forward("w2_bias with grad", ValueError, "^w2_bias: must not require grad", w2_bias=lambda: grad(torch.zeros(E, H))),
     forward("out a list", TypeError, r"^out: must be a torch\.Tensor", out=[]),
     forward("out of another dtype", TypeError, "^out: dtype must be bfloat16, got float32$", out=torch.ones(M, H)),
     forward("out of fewer rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M - 1, H)),
@@ -113,7 +108,7 @@ BAD: list[Bad] = [
     forward("out transposed", ValueError, "^out: must have unit stride along its columns", out=normal(H, M).T),
     forward("out one row for all", ValueError, "^out: must have a row stride of at least H = 64, got 0$", out=normal(1, H).expand(M, H)),
     forward("out with rows that overlap", ValueError, "^out: must have a row stride of at least H = 64, got 32$", out=lambda: normal(M * H).as_strided((M, H), (32, 1))),
-    forward("out with grad", ValueError, "^out: must not require grad", out=lambda: _grad(normal(M, H))),
+    forward("out with grad", ValueError, "^out: must not require grad", out=lambda: grad(normal(M, H))),
     forward("out on meta", ValueError, "^out: must be on cpu", out=normal(M, H).to(META)),
     *(row(f"{word}: {what}", TypeError, "^workspace: must be a MoEWorkspace, got", workspace=value)
       for word, row in (("forward", forward), ("module", module))
@@ -142,57 +137,17 @@ BAD: list[Bad] = [
 ]  # fmt: skip
 
 
-def _overlapping(what: str, name: str, build: Callable[[Guards, dict[str, Any]], None]) -> Bad:
-    def prepare(g: Guards) -> Call:
-        arguments = {key: g.place(value) for key, value in _good().items()}
-        build(g, arguments)
-        return lambda: mx.moe_forward(**arguments)
-
-    return Bad(what, prepare, ValueError, rf"^out: must not overlap {name}, got addresses 0x")
+def _all() -> dict[str, Any]:
+    return {**_good(), "w13_bias": torch.zeros(E, 2 * I), "w2_bias": torch.zeros(E, H), "out": normal(M, H)}
 
 
-BYTES = M * H * 2
-
-
-def _out_shifted_in_x(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(BYTES + 2 * H).view(torch.bfloat16)
-    a["x"], a["out"] = memory[: M * H].view(M, H), memory[H:].view(M, H)
-
-
-def _out_in_ids(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(BYTES)
-    a["out"], a["topk_ids"] = memory.view(torch.bfloat16).view(M, H), memory[: M * TOP_K * 8].view(torch.int64).view(M, TOP_K)  # fmt: skip
-
-
-def _out_in_weights(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(BYTES)
-    a["out"], a["topk_weights"] = memory.view(torch.bfloat16).view(M, H), memory[-M * TOP_K * 4 :].view(torch.float32).view(M, TOP_K)  # fmt: skip
-
-
-def _out_in_bias(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(max(BYTES, E * H * 4))
-    a["out"], a["w2_bias"] = memory[:BYTES].view(torch.bfloat16).view(M, H), memory[: E * H * 4].view(torch.float32).view(E, H)  # fmt: skip
-
-
-def _x_itself_in_bias(g: Guards, a: dict[str, Any]) -> None:
-    _out_in_bias(g, a)
-    a["x"] = a["out"]
-
-
-def _out_in_w2(g: Guards, a: dict[str, Any]) -> None:
-    memory = g.raw(E * H * I)
-    a["w2q"] = mx.ExpertWeights(memory.view(torch.float8_e4m3fn).view(E, H, I), a["w2q"].scales)
-    a["out"] = memory[2048 : 2048 + BYTES].view(torch.bfloat16).view(M, H)
-
+READ = ("x", "topk_ids", "topk_weights", "w13_bias", "w2_bias", "w13q.values", "w13q.scales", "w2q.values", "w2q.scales")  # fmt: skip
 
 BAD += [
-    _overlapping("out a row off x", "x", _out_shifted_in_x),
-    _overlapping("out in the ids", "topk_ids", _out_in_ids),
-    _overlapping("out in the weights of choices", "topk_weights", _out_in_weights),
-    _overlapping("out in a bias", "w2_bias", _out_in_bias),
-    _overlapping("out that is x, in a bias", "w2_bias", _x_itself_in_bias),
-    _overlapping("out in w2's values", r"w2q\.values", _out_in_w2),
-]
+    *(overlapping(mx.moe_forward, _all, f"out in {read}", rf"^out: must not overlap {read}, got addresses 0x", "out", read, M * H * 2 - 16) for read in READ),
+    overlapping(mx.moe_forward, _all, "out a row off x", "^out: must not overlap x, got addresses 0x", "x", "out", 2 * H),
+    overlapping(lambda w2_bias, out, x, **rest: mx.moe_forward(out, w2_bias=w2_bias, out=out, **rest), _all, "out that is x, in a bias", "^out: must not overlap w2_bias, got", "w2_bias", "out", 0),
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------- odd ones
@@ -232,28 +187,16 @@ def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any)
     return Odd(what, prepare)
 
 
-def _shapes(what: str, fake: bool) -> Odd:
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
-        def run(device: Any) -> torch.Tensor:
-            experts = mx.MXFP8Experts.from_weights(
-                torch.ones(E, 2 * I, H, device=device), torch.ones(E, H, I, device=device)
-            )
-            chosen = torch.zeros(M, TOP_K, dtype=torch.int64, device=device)
-            result: torch.Tensor = experts(torch.ones(M, H, device=device), chosen, torch.ones(M, TOP_K, device=device))
-            return result
+def _layer(device: Any) -> torch.Tensor:
+    w13, w2 = torch.ones(E, 2 * I, H, device=device), torch.ones(E, H, I, device=device)
+    chosen = torch.zeros(M, TOP_K, dtype=torch.int64, device=device)
+    given = torch.ones(M, H, device=device), chosen, torch.ones(M, TOP_K, device=device)
+    result: torch.Tensor = mx.MXFP8Experts.from_weights(w13, w2)(*given)
+    return result
 
-        def call() -> torch.Tensor:
-            if not fake:
-                return run(META)
-            with FakeTensorMode():
-                return run("cpu")
 
-        def check(y: torch.Tensor) -> None:
-            assert y.shape == (M, H)
-
-        return call, check
-
-    return Odd(what, prepare)
+def _is_layer(y: torch.Tensor) -> None:
+    assert y.shape == (M, H)
 
 
 DROPPED = torch.tensor([[0, -1], [E, 1], [2**31, 3], [-(2**63), 2], [2**63 - 1, 0], [2**32, 1], [-1, -1]])
@@ -276,6 +219,5 @@ ODD: list[Odd] = [
     _right("no tokens", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K)),
     _right("no choices", topk_ids=ids(M, 0), topk_weights=torch.ones(M, 0)),
     _right("one token, one expert", x=normal(1, H), w13q=w13(1), w2q=w2(1), topk_ids=ids(1, 1), topk_weights=torch.ones(1, 1)),
-    _shapes("meta tensors", False),
-    _shapes("fake tensors", True),
+    *shapes("tensors", _layer, _is_layer),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from guards import Guards
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
@@ -19,6 +20,7 @@ E4M3 = torch.float8_e4m3fn
 META = torch.device("meta")
 
 Call = Callable[[], object]
+Prepared = tuple[Call, Callable[[Any], None]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Odd:
     """
 
     what: str
-    prepare: Callable[[Guards], tuple[Callable[[], object], Callable[[object], None]]]
+    prepare: Callable[[Guards], Prepared]
 
 
 def refused(call: Callable[..., object], good: Callable[[], dict[str, Any]]) -> Callable[..., Bad]:
@@ -63,6 +65,72 @@ def refused(call: Callable[..., object], good: Callable[[], dict[str, Any]]) -> 
         return Bad(what, prepare, error, message)
 
     return row
+
+
+def _part(arguments: dict[str, Any], path: str) -> torch.Tensor:
+    """``out``, or ``out.values``."""
+    name, _, part = path.partition(".")
+    found: torch.Tensor = getattr(arguments[name], part) if part else arguments[name]
+    return found
+
+
+def overlapping(
+    call: Callable[..., object], good: Callable[[], dict[str, Any]], what: str, message: str,
+    first: str, second: str, by: int,
+) -> Bad:  # fmt: skip
+    """Two arguments, or parts of them, in one memory: ``second`` starts ``by`` bytes behind ``first``."""
+
+    def prepare(g: Guards) -> Call:
+        arguments = {name: g.place(value) for name, value in good().items()}
+        plain = {path: _part(arguments, path).contiguous() for path in (first, second)}
+        starts = {first: max(-by, 0), second: max(by, 0)}
+        memory = g.raw(max(starts[path] + x.numel() * x.itemsize for path, x in plain.items()))
+        for path, x in plain.items():
+            there = memory[starts[path] :][: x.numel() * x.itemsize].view(x.dtype).view(x.shape)
+            if path == first:
+                there.view(torch.uint8).copy_(x.view(torch.uint8))
+            name, _, part = path.partition(".")
+            arguments[name] = _with(arguments[name], part, there) if part else there
+        return lambda: call(**arguments)
+
+    return Bad(what, prepare, ValueError, message)
+
+
+def _with(operand: Any, part: str, there: torch.Tensor) -> Any:
+    """An operand or a layout with another part, unchecked."""
+    return type(operand).unchecked(**{**vars(operand), part: there})
+
+
+def shifted(
+    call: Callable[..., object], good: Callable[[], dict[str, Any]], what: str, message: str, path: str, by: int
+) -> Bad:
+    """A buffer that starts ``by`` bytes behind a 256-byte boundary."""
+
+    def prepare(g: Guards) -> Call:
+        arguments = {name: g.place(value) for name, value in good().items()}
+        there = g.out(_part(arguments, path), by)
+        name, _, part = path.partition(".")
+        arguments[name] = _with(arguments[name], part, there) if part else there
+        return lambda: call(**arguments)
+
+    return Bad(what, prepare, ValueError, message)
+
+
+def shapes(what: str, run: Callable[[Any], object], check: Callable[[Any], None]) -> list[Odd]:
+    """A call of meta tensors, and one of fake ones: ``run`` is told the device to make them on."""
+
+    def fake() -> object:
+        with FakeTensorMode():
+            return run("cpu")
+
+    def odd(kind: str, call: Call) -> Odd:
+        return Odd(f"{kind} {what}", lambda g: (call, check))
+
+    return [odd("meta", lambda: run(META)), odd("fake", fake)]
+
+
+def grad(x: torch.Tensor) -> torch.Tensor:
+    return x.requires_grad_()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:

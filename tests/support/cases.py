@@ -9,9 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.formats import round_up
-from hybrid_mxfp8.ops import grouped_gemm as ops
-from hybrid_mxfp8.ops import moe_checks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -149,7 +148,45 @@ def random_rows(
     return x.reshape(rows, k).to(dtype)
 
 
+def device() -> str:
+    """Where kernels run: on the GPU unless they are interpreted, or there is none."""
+    return "cuda" if torch.cuda.is_available() and not env.triton_interpret() else "cpu"
+
+
+def to_device(xq: mx.GroupedMXFP8, device: str | torch.device) -> mx.GroupedMXFP8:
+    """The same operand elsewhere."""
+    groups = xq.groups
+    parts = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+    there = mx.GroupLayout.unchecked(*(part.to(device) for part in parts), groups.num_tokens)
+    return mx.GroupedMXFP8.unchecked(xq.values.to(device), xq.scales.to(device), there)
+
+
+def aligned_bytes(size: int) -> torch.Tensor:
+    """Zeros from a boundary of 256 bytes on, as PyTorch allocates on a GPU."""
+    buffer = torch.zeros(size + 256, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 256
+    return buffer[start : start + size]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes: two NaN are equal if they are the same NaN."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def same_bytes(a: mx.GroupedMXFP8 | mx.ExpertWeights, b: mx.GroupedMXFP8 | mx.ExpertWeights) -> None:
+    """Both operands' buffers, wherever they are."""
+    for name in ("values", "scales"):
+        x, y = bits(getattr(a, name)), bits(getattr(b, name))
+        y = y.to(x.device)
+        assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} bytes differ"
+
+
 def forget_calls() -> None:
-    """Have the next call choose its backend and kernel anew: for tests that put something else in their place."""
+    """Have the next call choose its backend and kernel anew: some tests put others in their place."""
+    from hybrid_mxfp8.dispatch.registry import _settled
+    from hybrid_mxfp8.ops import grouped_gemm as ops
+    from hybrid_mxfp8.ops import moe_checks
+
+    _settled.cache_clear()
     for seen in (ops._rows_seen, ops._products_seen, ops._places, moe_checks.layers_seen):
         seen.forget()

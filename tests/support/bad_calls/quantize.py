@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +9,33 @@ import cases
 import torch
 import truth
 from guards import Guards
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 
-from .row import COUNTS, E4M3, META, Bad, Call, E, K, N, Odd, T, ints, layout, normal, poison, refused
+from .row import (
+    COUNTS,
+    E4M3,
+    META,
+    Bad,
+    E,
+    K,
+    N,
+    Odd,
+    T,
+    grad,
+    ints,
+    layout,
+    normal,
+    overlapping,
+    poison,
+    refused,
+    shapes,
+    shifted,
+)
 
 
 def _tokens() -> dict[str, Any]:
     return {"x": normal(T, K), "groups": layout()}
-
-
-def _grad(x: torch.Tensor) -> torch.Tensor:
-    return x.requires_grad_()
 
 
 def _with_out(**changes: Any) -> dict[str, Any]:
@@ -57,7 +70,7 @@ BAD: list[Bad] = [
     tokens("x one column for all", ValueError, "^x: must have unit stride", x=normal(T, 1).expand(T, K)),
     tokens("x a row too many", ValueError, "^x: must have T = groups.num_tokens = 40 rows, got 41$", x=normal(T + 1, K)),
     tokens("x without rows", ValueError, "^x: must have T = groups.num_tokens = 40 rows, got 0$", x=normal(0, K)),
-    tokens("x with grad", ValueError, "^x: must not require grad", x=lambda: _grad(normal(T, K))),
+    tokens("x with grad", ValueError, "^x: must not require grad", x=lambda: grad(normal(T, K))),
     tokens("groups None", TypeError, "^groups: must be a GroupLayout or a tensor of counts", groups=None),
     tokens("groups a list", TypeError, "^groups: must be a GroupLayout or a tensor of counts", groups=[1, 2]),
     tokens("groups a string", TypeError, "^groups: must be a GroupLayout or a tensor of counts", groups="3"),
@@ -92,67 +105,31 @@ BAD: list[Bad] = [
     experts("w sparse", TypeError, "^w: must be a dense tensor", w=lambda: torch.ones(E, N, K).to_sparse()),
     experts("w transposed", ValueError, "^w: must have unit stride along K", w=normal(E, K, N).mT),
     experts("w experts last", ValueError, "^w: must have unit stride along K", w=normal(N, K, E).permute(2, 0, 1)),
-    experts("w with grad", ValueError, "^w: must not require grad", w=lambda: _grad(normal(E, N, K))),
+    experts("w with grad", ValueError, "^w: must not require grad", w=lambda: grad(normal(E, N, K))),
     experts("w: rounding down", ValueError, "^scale_rounding: must be one of", scale_rounding="down"),
     experts("w: backend None at all", ValueError, "^backend: must be one of", backend="none"),
 ]  # fmt: skip
 
 
-def _overlapping(what: str, message: str, build: Callable[[Guards], tuple[dict[str, Any], mx.GroupedMXFP8]]) -> Bad:
-    def prepare(g: Guards) -> Call:
-        arguments, out = build(g)
-        return lambda: mx.quantize_grouped(**arguments, out=out)
-
-    return Bad(what, prepare, ValueError, message)
+def _of_counts() -> dict[str, Any]:
+    return {**_with_out(), "groups": ints(*COUNTS), "row_index": index()}
 
 
-S = layout().scale_rows * 4
-
-
-def _values_in_x(g: Guards) -> Any:
-    memory = g.raw(2 * T * K)
-    x = memory.view(torch.bfloat16).view(T, K)
-    scales = g.raw(S).view(-1, 4)
-    return {"x": x, "groups": layout()}, mx.GroupedMXFP8(memory[T * K :].view(E4M3).view(T, K), scales, layout())
-
-
-def _scales_in_x(g: Guards) -> Any:
-    memory = g.raw(max(2 * T * K, S))
-    x = memory[: 2 * T * K].view(torch.bfloat16).view(T, K)
-    return {"x": x, "groups": layout()}, mx.GroupedMXFP8(g.raw(T * K).view(E4M3).view(T, K), memory[:S].view(-1, 4), layout())  # fmt: skip
-
-
-def _scales_in_values(g: Guards) -> Any:
-    memory = g.raw(T * K + S)
-    out = mx.GroupedMXFP8(memory[: T * K].view(E4M3).view(T, K), memory[T * K - 16 : T * K - 16 + S].view(-1, 4), layout())  # fmt: skip
-    return {"x": g(normal(T, K)), "groups": layout()}, out
-
-
-def _values_in_index(g: Guards) -> Any:
-    memory = g.raw(T * K)
-    out = mx.GroupedMXFP8(memory.view(E4M3).view(T, K), g.raw(S).view(-1, 4), layout())
-    return {"x": g(normal(T, K)), "groups": layout(), "row_index": memory[64 : 64 + 4 * T].view(torch.int32)}, out
-
-
-def _scales_in_counts(g: Guards) -> Any:
-    memory = g.raw(S)
-    out = mx.GroupedMXFP8(g.raw(T * K).view(E4M3).view(T, K), memory.view(-1, 4), layout())
-    return {"x": g(normal(T, K)), "groups": memory[S - 4 * E :].view(torch.int32)}, out
-
-
-def _scales_unaligned(g: Guards) -> Any:
-    out = mx.GroupedMXFP8(g.raw(T * K).view(E4M3).view(T, K), g.raw(S, shift=4).view(-1, 4), layout())
-    return {"x": g(normal(T, K)), "groups": layout()}, out
-
+VALUES, SCALES = T * K, layout().scale_rows * 4
 
 BAD += [
-    _overlapping("out's values in x", "^out: must not overlap x, got addresses", _values_in_x),
-    _overlapping("out's scales in x", "^out: must not overlap x, got addresses", _scales_in_x),
-    _overlapping("out's scales in its values", "^out: must not overlap its own scales, got addresses", _scales_in_values),
-    _overlapping("out's values in row_index", "^out: must not overlap row_index, got addresses", _values_in_index),
-    _overlapping("out's scales in the counts", "^out: must not overlap groups, got addresses", _scales_in_counts),
-    _overlapping("out's scales off a 16-byte boundary", "^out: must start at a 16-byte boundary, got address 0x", _scales_unaligned),
+    overlapping(mx.quantize_grouped, _of_counts, f"{written} in {read}", f"^out: must not overlap {read.replace('out.', 'its own ')}, got addresses", first, second, by)
+    for written, read, first, second, by in (
+        ("out's values", "x", "x", "out.values", VALUES), ("out's scales", "x", "x", "out.scales", 0),
+        ("out's scales", "out.scales", "out.values", "out.scales", VALUES - 16),
+        ("out's values", "row_index", "out.values", "row_index", 64), ("out's scales", "groups", "out.scales", "groups", SCALES - 4 * E),
+    )
 ]  # fmt: skip
+BAD += [
+    overlapping(mx.quantize_grouped, _with_out, f"out in {part}", f"^out: must not overlap {part}, got", "out.scales", f"groups.{part}", 0)
+    for part in ("expert_offsets", "scale_offsets")
+]  # fmt: skip
+BAD.append(shifted(mx.quantize_grouped, _with_out, "out's scales off a 16-byte boundary", "^out: must start at a 16-byte boundary, got address 0x", "out.scales", 4))  # fmt: skip
 
 
 # ---------------------------------------------------------------- odd ones, by truth
@@ -211,31 +188,20 @@ def _weights(what: str, w: torch.Tensor, shift: int = 0) -> Odd:
     return Odd(what, prepare)
 
 
-def _shapes(what: str, fake: bool, as_counts: bool) -> Odd:
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
-        def quantize(device: Any) -> Any:
-            counts = torch.ones(E, dtype=torch.int32, device=device)
-            groups = counts if as_counts else mx.GroupLayout.from_counts(counts, T)
-            x = torch.ones(T, 2 * K, dtype=torch.float16, device=device)
-            w = torch.ones(E, N, K, device=device)
-            return mx.quantize_grouped(x, groups, activation="swiglu"), mx.quantize_weights(w)
+def _quantized(as_counts: bool) -> Callable[[Any], Any]:
+    def run(device: Any) -> Any:
+        counts = torch.ones(E, dtype=torch.int32, device=device)
+        groups = counts if as_counts else mx.GroupLayout.from_counts(counts, T)
+        x = torch.ones(T, 2 * K, dtype=torch.float16, device=device)
+        w = mx.quantize_weights(torch.ones(E, N, K, device=device))
+        return mx.quantize_grouped(x, groups, activation="swiglu"), w
 
-        def call() -> Any:
-            if not fake:
-                return quantize(META)
-            with FakeTensorMode():
-                return quantize("cpu")
+    return run
 
-        def check(result: Any) -> None:
-            xq, wq = result
-            assert xq.values.shape == (T, K)
-            assert xq.scales.shape == (384, 4)
-            assert wq.values.shape == (E, N, K)
-            assert wq.scales.shape == (E, 128, 4)
 
-        return call, check
-
-    return Odd(what, prepare)
+def _are_operands(result: Any) -> None:
+    shapes = [(q.values.shape, q.scales.shape) for q in result]
+    assert shapes == [((T, K), (384, 4)), ((E, N, K), (E, 128, 4))]
 
 
 HOSTILE = {name: counts for name, counts in cases.HOSTILE.items() if counts[1]}
@@ -269,5 +235,6 @@ ODD: list[Odd] = [
     _weights("N = 0", normal(2, 0, K)),
     _weights("no experts", normal(0, 9, K)),
     _weights("300 experts of one row", normal(300, 1, 32)),
-    *(_shapes(f"{'fake' if fake else 'meta'} tensors, {'counts' if counts else 'layout'}", fake, counts) for fake, counts in itertools.product((False, True), repeat=2)),
+    *shapes("tensors, layout", _quantized(False), _are_operands),
+    *shapes("tensors, counts", _quantized(True), _are_operands),
 ]  # fmt: skip

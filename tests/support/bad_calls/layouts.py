@@ -9,11 +9,10 @@ import cases
 import torch
 import truth
 from guards import Guards
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 
-from .row import META, Bad, Odd, ints, refused
+from .row import META, Bad, Odd, ints, refused, shapes
 
 ARGUMENT = {mx.GroupLayout.from_counts: "tokens_per_expert", mx.GroupLayout.from_ends: "offs"}
 DTYPES = (torch.bool, torch.int8, torch.int16, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -115,21 +114,23 @@ def _hostile(ends: bool) -> list[Odd]:
     ]
 
 
-def _shapes(what: str, fake: bool) -> Odd:
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
-        def call() -> mx.GroupLayout:
-            if not fake:
-                return mx.GroupLayout.from_counts(torch.ones(6, dtype=torch.int64, device=META), 9)
-            with FakeTensorMode():
-                return mx.GroupLayout.from_ends(torch.ones(6, dtype=torch.int32), 9)
-
-        def check(result: mx.GroupLayout) -> None:
-            assert result.expert_offsets.shape == result.scale_offsets.shape == (7,)
-            assert result.scale_rows == 768
-
-        return call, check
-
-    return Odd(what, prepare)
+def _six(device: Any) -> mx.GroupLayout:
+    build = mx.GroupLayout.from_counts if device is META else mx.GroupLayout.from_ends
+    return build(torch.ones(6, dtype=torch.int64, device=device), 9)
 
 
-ODD = [*_hostile(False), *_hostile(True), _shapes("meta counts", False), _shapes("fake ends", True)]
+def _is_layout(groups: mx.GroupLayout) -> None:
+    assert groups.expert_offsets.shape == groups.scale_offsets.shape == (7,)
+    assert groups.scale_rows == 768
+
+
+def _many(device: Any) -> mx.GroupLayout:
+    """At most as many experts are padded as there are tokens: of 2**25 nine can have any."""
+    return mx.GroupLayout.from_counts(torch.empty(2**25, dtype=torch.int32, device=META), 9)
+
+
+def _has_nine(groups: mx.GroupLayout) -> None:
+    assert groups.num_tokens == 9
+
+
+ODD = [*_hostile(False), *_hostile(True), *shapes("counts and ends", _six, _is_layout), shapes("2**25 experts", _many, _has_nine)[0]]  # fmt: skip
