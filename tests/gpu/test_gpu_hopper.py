@@ -47,9 +47,7 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
 
 
 @pytest.fixture(params=[0, 1, 3], ids=lambda tiles: f"all but {tiles} tiles")
-def beside(
-    request: pytest.FixtureRequest, forced: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[int]:
+def beside(request: pytest.FixtureRequest, forced: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Tokens dequantized beside the product, which at these sizes it would do before: all but the
     first tiles."""
     hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")

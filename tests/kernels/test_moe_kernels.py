@@ -1,17 +1,18 @@
-"""Routing, expert bias and combine: kernels against their twins bit for bit, and the twins against loops in Python."""
+"""Routing, expert bias and combine: kernels against their references bit for bit, those against loops."""
 
 from __future__ import annotations
 
 import itertools
 
 import cases
+import kernels
 import pytest
 import torch
 from guards import Guards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_mxfp8.reference import routing as moe_reference
+from hybrid_mxfp8.reference import routing
 
 ROUTES: dict[str, tuple[int, int, int]] = {
     "one slot": (1, 1, 1),
@@ -23,42 +24,38 @@ ROUTES: dict[str, tuple[int, int, int]] = {
     "three launches, a power of two": (1030, 4, 64),
     "three launches, more blocks than are summed at once": (16500, 4, 6),
 }
+if cases.device() == "cuda":
+    ROUTES |= {"a million slots": (131072, 8, 8), "a million slots, many experts": (131072, 8, 1024)}
 """M, top_k, E."""
 
 
-def new_route(tokens: int, top_k: int, experts: int) -> dict[str, torch.Tensor]:
-    """Outputs of a routing, poisoned."""
-    sizes = {
-        "sorted_token_ids": (tokens * top_k,),
-        "inverse_permutation": (tokens, top_k),
-        "layout": (3 * experts + 2,),
-    }
-    return {name: torch.full(size, -77, dtype=torch.int32) for name, size in sizes.items()}
-
-
-def reference_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
-    out = new_route(*ids.shape, experts)
-    moe_reference.route(ids, experts, **out)
+def route(ids: torch.Tensor, experts: int, by_kernel: bool) -> dict[str, torch.Tensor]:
+    """Into poison."""
+    sizes = {"sorted_token_ids": (ids.numel(),), "inverse_permutation": ids.shape, "layout": (3 * experts + 2,)}
+    out = {name: torch.full(size, -77, dtype=torch.int32, device=ids.device) for name, size in sizes.items()}
+    if by_kernel:
+        elements = kernels.scratch_elements(ids.numel(), experts)
+        kernels.route(ids, experts, **out, scratch=torch.full((elements,), -5, dtype=torch.int32, device=ids.device))
+    else:
+        routing.route(ids, experts, **out)
     return out
 
 
-def kernel_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
-    from hybrid_mxfp8.triton_kernels.moe import route
-
-    out = new_route(*ids.shape, experts)
-    scratch = torch.full((route.scratch_elements(ids.numel(), experts),), -5, dtype=torch.int32)
-    route.route(ids, experts, **out, scratch=scratch)
-    return out
+def check_route(ids: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
+    got, expected = route(ids, experts, True), route(ids, experts, False)
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+    return got
 
 
-def random_ids(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> torch.Tensor:
+def random_ids(tokens: int, top_k: int, experts: int, rng: torch.Generator, device: str = "cpu") -> torch.Tensor:
     """Some below 0, some beyond the experts."""
-    return torch.randint(-2, experts + 2, (tokens, top_k), generator=rng)
+    return torch.randint(-2, experts + 2, (tokens, top_k), generator=rng).to(device)
 
 
 def test_route_of_a_batch_by_hand() -> None:
     """Rows of expert 0, then 1, then 2, each in the order of the batch; -1 and 3 are nobody's."""
-    got = reference_route(torch.tensor([[1, 0], [-1, 1], [2, 3]]), 3)
+    got = route(torch.tensor([[1, 0], [-1, 1], [2, 3]]), 3, False)
     assert got["sorted_token_ids"].tolist()[:4] == [0, 0, 1, 2]
     assert sorted(got["sorted_token_ids"].tolist()[4:]) == [1, 2]
     assert got["inverse_permutation"].tolist() == [[1, 0], [-1, 2], [3, -1]]
@@ -72,56 +69,37 @@ def test_route_of_a_batch_by_hand() -> None:
 )
 def test_reference_route_is_a_stable_sort(ids: list[int], top_k: int, experts: int) -> None:
     ids = ids + [0] * (-len(ids) % top_k)
-    got = reference_route(torch.tensor(ids).reshape(-1, top_k), experts)
+    got = route(torch.tensor(ids).reshape(-1, top_k), experts, False)
     kept = [s for e in range(experts) for s, i in enumerate(ids) if i == e]
     assert got["sorted_token_ids"].tolist()[: len(kept)] == [s // top_k for s in kept]
     rows = {s: row for row, s in enumerate(kept)}
     assert got["inverse_permutation"].reshape(-1).tolist() == [rows.get(s, -1) for s in range(len(ids))]
     counts = [ids.count(e) for e in range(experts)]
-    padded = [-(-c // 128) * 128 for c in counts]
-    sums = [list(itertools.accumulate(c, initial=0)) for c in (counts, padded)]
+    sums = [list(itertools.accumulate(c, initial=0)) for c in (counts, [-(-c // 128) * 128 for c in counts])]
     assert got["layout"].tolist() == [*counts, *sums[0], *sums[1]]
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("name", ROUTES)
-def test_route_kernel_is_its_twin(interpreter: None, rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
+def test_route(kernels_run: None, device: str, rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
     tokens, top_k, experts = ROUTES[name]
-    ids = random_ids(tokens, top_k, experts, rng).to(dtype)
-    got, expected = kernel_route(ids, experts), reference_route(ids, experts)
-    for key in expected:
-        assert torch.equal(got[key], expected[key]), key
+    check_route(random_ids(tokens, top_k, experts, rng, device).to(dtype), experts)
 
 
 @pytest.mark.parametrize("slots", [5, 5000])
 @pytest.mark.parametrize("value", [0, 2, -1, 3, 2**40, -(2**62)])
-def test_route_kernel_of_one_value(interpreter: None, value: int, slots: int) -> None:
+def test_route_of_one_value(kernels_run: None, device: str, value: int, slots: int) -> None:
     """All to one expert, or nothing to any, whatever nonsense an id holds."""
-    ids = torch.full((slots, 1), value)
-    got, expected = kernel_route(ids, 3), reference_route(ids, 3)
-    for key in expected:
-        assert torch.equal(got[key], expected[key]), key
+    got = check_route(torch.full((slots, 1), value, device=device), 3)
     assert got["layout"][:3].sum() == (slots if 0 <= value < 3 else 0)
 
 
-def test_route_is_one_launch_while_it_may_be(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_mxfp8.triton_kernels.moe import route
-
-    launches: list[object] = []
-    monkeypatch.setattr(route, "launch", lambda kernel, *rest: launches.append(kernel))
-    for slots, expected in ((1, 1), (4096, 1), (4097, 3)):
-        launches.clear()
-        kernel_route(torch.zeros(slots, 1, dtype=torch.int32), 8)
-        assert len(launches) == expected
-
-
-def test_scratch_grows_with_the_batch(interpreter: None) -> None:
+def test_scratch_grows_with_the_batch(kernels_run: None) -> None:
     """So that a workspace made for the largest batch serves all smaller ones."""
-    from hybrid_mxfp8.triton_kernels.moe import route
-
-    sizes = [route.scratch_elements(slots, 300) for slots in range(1, 20000, 7)]
+    sizes = [kernels.scratch_elements(slots, 300) for slots in range(1, 20000, 7)]
     assert sizes == sorted(sizes)
-    assert sizes[0] == 0 < sizes[-1]
+    assert sizes[0] == kernels.scratch_elements(4096, 300) == 0 < kernels.scratch_elements(4097, 300)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +113,7 @@ def test_scratch_grows_with_the_batch(interpreter: None) -> None:
         (4097, True, (1024, 1024, False, 8)),
     ],
 )
-def test_select_route_config(
-    interpreter: None, num_slots: int, interpreted: bool, expected: tuple[int, int, bool, int]
-) -> None:
+def test_select_route_config(num_slots: int, interpreted: bool, expected: tuple[int, int, bool, int]) -> None:
     from hybrid_mxfp8.triton_kernels.moe.route import RouteConfig, select_route_config
 
     config = select_route_config(num_slots, interpreted)
@@ -146,7 +122,7 @@ def test_select_route_config(
 
 
 @pytest.mark.parametrize("experts", [31, 32, 64, 127, 128, 1024])
-def test_bins_have_one_for_dropped_slots(interpreter: None, experts: int) -> None:
+def test_bins_have_one_for_dropped_slots(experts: int) -> None:
     from hybrid_mxfp8.triton_kernels.moe.route import _bins
 
     assert _bins(experts) > experts
@@ -154,126 +130,105 @@ def test_bins_have_one_for_dropped_slots(interpreter: None, experts: int) -> Non
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1030, 40), (1280, 31), (1030, 300)])
 def test_routing_writes_nothing_beside_its_buffers(
-    interpreter: None, rng: torch.Generator, tokens: int, experts: int
+    kernels_run: None, device: str, rng: torch.Generator, tokens: int, experts: int
 ) -> None:
     """Scratch memory of exactly the size that is asked for, among guard bytes."""
-    from hybrid_mxfp8.triton_kernels.moe import route
-
-    guards = Guards()
+    guards = Guards(device)
     ids = guards(random_ids(tokens, 4, experts, rng))
-    sizes = (tokens * 4,), (tokens, 4), (3 * experts + 2,), (route.scratch_elements(tokens * 4, experts),)
+    sizes = (tokens * 4,), (tokens, 4), (3 * experts + 2,), (kernels.scratch_elements(tokens * 4, experts),)
     outputs = [guards.out(torch.zeros(size, dtype=torch.int32)) for size in sizes]
     guards.ready()
-    route.route(ids, experts, *outputs)
+    kernels.route(ids, experts, *outputs)
     guards.check()
 
 
-def slots_of(tokens: int, top_k: int, experts: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = random_ids(tokens, top_k, experts, rng)
-    return ids, reference_route(ids, experts)["inverse_permutation"]
+LARGE = [(19, 8, 7168)] if cases.device() == "cuda" else []
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(1, 1, 32), (7, 3, 96), (4, 8, 2080)])
-def test_combine_kernel_is_its_twin(
-    interpreter: None, rng: torch.Generator, tokens: int, top_k: int, hidden: int, bias: bool, dtype: torch.dtype
-) -> None:
-    from hybrid_mxfp8.triton_kernels.moe.combine import combine
-
-    ids, inverse_permutation = slots_of(tokens, top_k, 5, rng)
-    y = cases.random_rows(tokens * top_k, hidden, dtype, rng)
-    owned = torch.zeros(tokens * top_k, dtype=torch.bool)
-    owned[inverse_permutation[inverse_permutation >= 0].long()] = True
-    y[~owned] = float("nan")  # nobody's: must not be read
-    weights = torch.randn(tokens, top_k, generator=rng)
-    expert_bias = torch.randn(5, hidden, generator=rng).to(dtype) if bias else None
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(1, 1, 32), (7, 3, 96), (4, 8, 2080), *LARGE])
+def test_combine_and_bias(
+    kernels_run: None, device: str, rng: torch.Generator, tokens: int, top_k: int, hidden: int, bias: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Bit for bit: the kernels multiply and add without fusing, as PyTorch does. Other rows stay."""
+    ids = random_ids(tokens, top_k, 5, rng, device)
+    inverse_permutation = route(ids, 5, False)["inverse_permutation"]
+    live = inverse_permutation.reshape(-1) >= 0
+    rows, experts = inverse_permutation.reshape(-1)[live].long(), ids.reshape(-1)[live]
+    y = torch.full((tokens * top_k, hidden), float("nan"), dtype=dtype, device=device)  # nobody's: not read
+    y[rows] = cases.random_rows(int(live.sum()), hidden, dtype, rng, device)
+    weights = torch.randn(tokens, top_k, generator=rng).to(device)
+    expert_bias = torch.randn(5, hidden, generator=rng).to(device, dtype) if bias else None
     # A view with a longer row stride, whose rest must stay.
-    got, expected = (torch.full((tokens, hidden + 32), 7.0, dtype=dtype) for _ in range(2))
-    combine(y, inverse_permutation, ids, weights, expert_bias, got[:, :hidden])
-    moe_reference.combine(y, inverse_permutation, ids, weights, expert_bias, expected[:, :hidden])
-    assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    got, expected = (torch.full((tokens, hidden + 32), 7.0, dtype=dtype, device=device) for _ in range(2))
+    kernels.combine(y, inverse_permutation, ids, weights, expert_bias, got[:, :hidden])
+    routing.combine(y, inverse_permutation, ids, weights, expert_bias, expected[:, :hidden])
+    assert torch.equal(cases.bits(got), cases.bits(expected))
+    if expert_bias is not None:
+        added, twin = y.clone(), y.clone()
+        kernels.add_expert_bias(added, inverse_permutation, ids, expert_bias)
+        routing.add_expert_bias(twin, inverse_permutation, ids, expert_bias)
+        assert torch.equal(cases.bits(added), cases.bits(twin))
+        assert torch.equal(added[rows], (y[rows].float() + expert_bias[experts].float()).to(dtype))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_combine_is_the_weighted_sum(rng: torch.Generator, bias: bool) -> None:
     tokens, top_k, experts, hidden = 11, 4, 6, 64
-    ids, inverse_permutation = slots_of(tokens, top_k, experts, rng)
+    ids = random_ids(tokens, top_k, experts, rng)
+    inverse_permutation = route(ids, experts, False)["inverse_permutation"]
     y = torch.randn(tokens * top_k, hidden, generator=rng)
     weights = torch.rand(tokens, top_k, generator=rng)
     expert_bias = torch.randn(experts, hidden, generator=rng) if bias else None
     out = torch.empty(tokens, hidden)
-    moe_reference.combine(y, inverse_permutation, ids, weights, expert_bias, out)
+    routing.combine(y, inverse_permutation, ids, weights, expert_bias, out)
     expected = torch.zeros(tokens, hidden, dtype=torch.float64)
-    for m in range(tokens):
-        for k in range(top_k):
-            if inverse_permutation[m, k] >= 0:
-                term = y[inverse_permutation[m, k]].double()
-                term = term + (expert_bias[ids[m, k]].double() if expert_bias is not None else 0)
-                expected[m] += weights[m, k].double() * term
+    for m, k in itertools.product(range(tokens), range(top_k)):
+        if inverse_permutation[m, k] >= 0:
+            term = y[inverse_permutation[m, k]].double()
+            term = term + (expert_bias[ids[m, k]].double() if expert_bias is not None else 0)
+            expected[m] += weights[m, k].double() * term
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_dropped_choice_contributes_nothing_not_even_nan(rng: torch.Generator) -> None:
-    y = torch.full((2, 32), float("nan"))
+def test_a_dropped_choice_contributes_nothing_not_even_nan(backend: str, device: str) -> None:
+    y = torch.full((2, 32), float("nan"), device=device)
     y[0] = 1.0
-    out = torch.empty(1, 32)
-    weights = torch.tensor([[2.0, float("nan")]])
-    moe_reference.combine(y, torch.tensor([[0, -1]]), torch.tensor([[0, -1]]), weights, None, out)
-    assert torch.equal(out, torch.full((1, 32), 2.0))
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("n", [32, 2080])
-def test_expert_bias_kernel_is_its_twin(interpreter: None, rng: torch.Generator, n: int, dtype: torch.dtype) -> None:
-    from hybrid_mxfp8.triton_kernels.moe.expert_bias import add_expert_bias
-
-    ids, inverse_permutation = slots_of(5, 3, 4, rng)
-    y = cases.random_rows(15, n, dtype, rng)
-    bias = torch.randn(4, n, generator=rng).to(dtype)
-    got, expected = y.clone(), y.clone()
-    add_expert_bias(got, inverse_permutation, ids, bias)
-    moe_reference.add_expert_bias(expected, inverse_permutation, ids, bias)
-    assert torch.equal(got, expected)
-    live = inverse_permutation.reshape(-1) >= 0
-    rows, experts = inverse_permutation.reshape(-1)[live].long(), ids.reshape(-1)[live]
-    assert torch.equal(got[rows], (y[rows].float() + bias[experts].float()).to(dtype))
-    untouched = torch.ones(15, dtype=torch.bool)
-    untouched[rows] = False
-    assert torch.equal(got[untouched], y[untouched])
+    out, weights = torch.empty(1, 32, device=device), torch.tensor([[2.0, float("nan")]], device=device)
+    given_rows = torch.tensor([[0, -1]], dtype=torch.int32, device=device)
+    combine = kernels.combine if backend == "triton" else routing.combine
+    combine(y, given_rows, given_rows.clone(), weights, None, out)
+    assert torch.equal(out, torch.full((1, 32), 2.0, device=device))
 
 
 @pytest.mark.parametrize("bias_dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_a_bias_of_another_dtype_is_added_in_fp32(
-    interpreter: None, rng: torch.Generator, dtype: torch.dtype, bias_dtype: torch.dtype
+    backend: str, device: str, rng: torch.Generator, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> None:
-    from hybrid_mxfp8.triton_kernels.moe.combine import combine
-    from hybrid_mxfp8.triton_kernels.moe.expert_bias import add_expert_bias
-
-    inverse_permutation, ids = torch.arange(32, dtype=torch.int32).view(16, 2), torch.arange(32).view(16, 2) % 4
-    y, bias = torch.randn(32, 64, generator=rng).to(dtype), torch.randn(4, 64, generator=rng).to(bias_dtype)
-    expected = (y.float() + bias[ids.reshape(-1)].float()).to(dtype)
-    for add in (add_expert_bias, moe_reference.add_expert_bias):
-        got = y.clone()
-        add(got, inverse_permutation, ids, bias)
-        assert torch.equal(got, expected)
-    weights = torch.randn(16, 2, generator=rng).to(bias_dtype)
-    terms = weights.float()[:, :, None] * (y.float() + bias[ids.reshape(-1)].float()).view(16, 2, 64)
-    for add_up in (combine, moe_reference.combine):
-        out = torch.empty(16, 64, dtype=dtype)
-        add_up(y, inverse_permutation, ids, weights, bias, out)
-        assert torch.equal(out, (terms[:, 0] + terms[:, 1]).to(dtype))
+    rows = torch.arange(32, dtype=torch.int32, device=device).view(16, 2)
+    ids = torch.arange(32, device=device).view(16, 2) % 4
+    y = torch.randn(32, 64, generator=rng).to(device, dtype)
+    bias, weights = (torch.randn(*size, generator=rng).to(device, bias_dtype) for size in ((4, 64), (16, 2)))
+    biased = y.float() + bias[ids.reshape(-1)].float()
+    terms = weights.float()[:, :, None] * biased.view(16, 2, 64)
+    out = torch.empty(16, 64, dtype=dtype, device=device)
+    steps = kernels if backend == "triton" else routing
+    steps.combine(y, rows, ids, weights, bias, out)
+    assert torch.equal(out, (terms[:, 0] + terms[:, 1]).to(dtype))
+    steps.add_expert_bias(y, rows, ids, bias)
+    assert torch.equal(y, biased.to(dtype))
 
 
 @pytest.mark.parametrize("top_k", [16, 17, 20])
-def test_combine_of_many_choices(interpreter: None, rng: torch.Generator, top_k: int) -> None:
+def test_combine_of_many_choices(kernels_run: None, device: str, rng: torch.Generator, top_k: int) -> None:
     """More than are unrolled."""
-    from hybrid_mxfp8.triton_kernels.moe.combine import combine
-
-    inverse_permutation = torch.arange(3 * top_k, dtype=torch.int32).view(3, top_k)
-    y, weights = torch.randn(3 * top_k, 32, generator=rng), torch.randn(3, top_k, generator=rng)
-    got, expected = torch.empty(3, 32), torch.empty(3, 32)
-    combine(y, inverse_permutation, inverse_permutation.clone(), weights, None, got)
-    moe_reference.combine(y, inverse_permutation, inverse_permutation.clone(), weights, None, expected)
+    rows = torch.arange(3 * top_k, dtype=torch.int32, device=device).view(3, top_k)
+    y, weights = (torch.randn(*size, generator=rng).to(device) for size in ((3 * top_k, 32), (3, top_k)))
+    got, expected = torch.empty(3, 32, device=device), torch.empty(3, 32, device=device)
+    kernels.combine(y, rows, rows.clone(), weights, None, got)
+    routing.combine(y, rows, rows.clone(), weights, None, expected)
     assert torch.equal(got, expected)

@@ -56,7 +56,9 @@ def check_alive(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
         xq = mx.quantize_grouped(torch.ones(4, 32, device=device), cases.layout([4], device=device))
-        assert mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(1, 8, 32, device=device))).tolist() == [[32.0] * 8] * 4
+        assert (
+            mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(1, 8, 32, device=device))).tolist() == [[32.0] * 8] * 4
+        )
 
 
 @pytest.mark.parametrize("row", ODD)

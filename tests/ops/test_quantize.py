@@ -65,9 +65,7 @@ def test_ragged(device: str, name: str, k: int, rng: torch.Generator) -> None:
     x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
     groups = cases.layout(counts, num_tokens, device)
     got = check(x, groups)
-    values, stored = truth.grouped_bytes(
-        *truth.quantize(truth.doubles(x)), counts, groups.scale_rows, cases.POISON
-    )
+    values, stored = truth.grouped_bytes(*truth.quantize(truth.doubles(x)), counts, groups.scale_rows, cases.POISON)
     assert np.array_equal(truth.as_bytes(got.values), values)
     assert np.array_equal(truth.as_bytes(got.scales).reshape(-1), stored)
 
@@ -76,9 +74,7 @@ def test_ragged(device: str, name: str, k: int, rng: torch.Generator) -> None:
     shape=cases.ragged(), k=st.sampled_from([32, 64, 96, 128, 288, 1056]), dtype=st.sampled_from(cases.DTYPES),
     rounding=st.sampled_from(truth.ROUNDINGS), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_layout(
-    device: str, shape: cases.Ragged, k: int, dtype: torch.dtype, rounding: str, seed: int
-) -> None:
+def test_any_layout(device: str, shape: cases.Ragged, k: int, dtype: torch.dtype, rounding: str, seed: int) -> None:
     x = cases.random_rows(shape.num_tokens, k, dtype, torch.Generator().manual_seed(seed), device)
     check(x, cases.layout(shape.counts, shape.num_tokens, device), rounding)
 

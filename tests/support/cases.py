@@ -181,6 +181,11 @@ def same_bytes(a: mx.GroupedMXFP8 | mx.ExpertWeights, b: mx.GroupedMXFP8 | mx.Ex
         assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} bytes differ"
 
 
+def memory_of(workspace: mx.MoEWorkspace) -> list[torch.Tensor]:
+    """All the bytes of a workspace."""
+    return [bits(tensor) for tensor in workspace._memory()]
+
+
 def forget_calls() -> None:
     """Have the next call choose its backend and kernel anew: some tests put others in their place."""
     from hybrid_mxfp8.dispatch.registry import _settled

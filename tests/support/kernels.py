@@ -89,9 +89,7 @@ def route(
     module.route(ids, experts, sorted_token_ids, inverse_permutation, layout, scratch)
 
 
-def add_expert_bias(
-    y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor
-) -> None:
+def add_expert_bias(y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor) -> None:
     from hybrid_mxfp8.triton_kernels.moe import expert_bias as module
 
     module.add_expert_bias(y, inverse_permutation, ids, bias)

@@ -9,7 +9,7 @@ import cases
 import tolerances
 import torch
 from guards import Guards
-from test_grouped_gemm import plain_operands
+from products import plain_operands
 
 import hybrid_mxfp8 as mx
 
