@@ -42,13 +42,15 @@ def _import(name: str) -> Any:
         return f"{name} can't be imported: {error}" if has_triton() else "Triton is not installed: pip install triton"
 
 
-@functools.cache
+_backends = {"reference": reference_backend.BACKEND}
+
+
 def backend_of(name: str) -> Backend:
     """The backend of this name; one that runs nothing and says why where its package can't be imported."""
-    if name == "reference":
-        return reference_backend.BACKEND
-    package = _import(name)
-    return _unavailable(name, package) if isinstance(package, str) else cast(Backend, package.BACKEND)
+    if name not in _backends:
+        package = _import(name)
+        _backends[name] = _unavailable(name, package) if isinstance(package, str) else package.BACKEND
+    return _backends[name]
 
 
 def _unavailable(name: str, reason: str) -> Backend:
