@@ -271,6 +271,8 @@ def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
     """The first ``needed`` bytes of a workspace that start at an aligned address; None where there are too few."""
     flat = workspace.view(-1)
     skipped = -flat.data_ptr() % ALIGNMENT
+    if not needed:
+        return flat[:0]
     return flat[skipped : skipped + needed] if skipped + needed <= flat.numel() else None
 
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.compat import sglang
-from hybrid_mxfp8.core.layout import caller_offsets
 from hybrid_mxfp8.core.formats import padded_scale_rows
+from hybrid_mxfp8.core.layout import caller_offsets
 
 ON_GPU = cases.device() == "cuda"
 COUNTS = [5, 0, 130, 1, 0]

@@ -12,6 +12,7 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
@@ -113,6 +114,20 @@ def product_steps(
     return lambda *buffers: plan(problem, GemmBuffers(*buffers), *options), *tensors
 
 
+def meta_operands(
+    t: int, n: int, k: int, e: int, dtype: torch.dtype
+) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights, torch.Tensor]:
+    """Operands and output of a product, without memory: for compiling."""
+    meta = torch.device("meta")
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
+    x_values = torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta)
+    x_scales = torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta)
+    x = mx.GroupedMXFP8(x_values, x_scales, mx.GroupLayout(offsets[1:], offsets, offsets, t))
+    w_values = torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta)
+    w_scales = torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta)
+    return x, mx.ExpertWeights(w_values, w_scales), torch.empty(t, n, dtype=dtype, device=meta)
+
+
 def portable(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor) -> None:
     from hybrid_mxfp8.triton_kernels.gemm import portable as module
 
@@ -169,9 +184,7 @@ def route(
     launch(lambda *buffers: module.route(*buffers, experts), ids, *outputs)
 
 
-def add_expert_bias(
-    y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor
-) -> None:
+def add_expert_bias(y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor) -> None:
     from hybrid_mxfp8.triton_kernels.moe import expert_bias as module
 
     launch(module.add_expert_bias, y, inverse_permutation, ids, bias)
