@@ -45,7 +45,8 @@ TENSOR_MAP_BYTES = 128
 MAX_SHARED_BYTES = 228 * 1024
 """More than this takes an attribute of the launch that Triton sets and launcher.c does not."""
 
-_INTEGER_BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
+_INTEGER_BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8}
+"""Less u64, which Triton takes for integers from 2**63 on: no word of a program holds them."""
 _FLOAT_FORMATS = {"fp32": "<f4x", "fp64": "<d"}
 _TMA_DATA_TYPES = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 """The driver's number of an element type, from the one that the compiler gives."""
@@ -330,7 +331,7 @@ def _params(compiled: Any, arguments: Sequence[Argument]) -> _Params:
             _add_map(params, next(maps, None), argument, f"{name}: {param.name}")
         elif type_ in _INTEGER_BYTES:
             bits, signed = int(type_[1:]), type_[0] == "i" and type_ != "i1"
-            least, greatest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2 ** min(bits, 63) - 1)
+            least, greatest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
             detail = (least, greatest, 16 if divisible else 1)
             params.add_argument(_INTEGER, _INTEGER_BYTES[type_], [SCALAR, 0], detail, param.name)
         elif type_ in _FLOAT_FORMATS:

@@ -134,16 +134,16 @@ static int encode(CUtensorMap *map, const int64_t *word, const TVMFFIAny *addres
   uint64_t base = addresses[word[0]].v_uint64 + word[1];
   int64_t element_bytes = word[3], rank = word[5];
   const int64_t *dims = word + 6, *strides = dims + 2 * rank;
-  int64_t last_byte = dims[0] * element_bytes - 1;
+  int64_t last_element = (dims[0] - 1) * element_bytes; /* its byte */
   cuuint32_t box[MAX_RANK];
   for (int64_t i = 0; i < rank; i++) box[i] = dims[rank + i];
-  for (int64_t i = 1; i < rank; i++) last_byte += (dims[i] - 1) * strides[i - 1];
+  for (int64_t i = 1; i < rank; i++) last_element += (dims[i] - 1) * strides[i - 1];
   CHECK(cuTensorMapEncodeTiled, map, word[2], rank, (void *)base, (const cuuint64_t *)dims,
         (const cuuint64_t *)strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, word[4],
         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   /* Drivers wrongly set this bit for some tensors under 128 KiB: sporadic illegal addresses on
-     Blackwell. NVIDIA's workaround, as in CUTLASS and Triton 3.7. */
-  if (last_byte < 128 * 1024) map->opaque[1] &= ~(1ull << 21);
+     Blackwell. NVIDIA's workaround, for the same sizes as in CUTLASS and Triton 3.7. */
+  if (last_element + 1 < 128 * 1024) map->opaque[1] &= ~(1ull << 21);
   *next = strides + rank - 1;
   return 0;
 }

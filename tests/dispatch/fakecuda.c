@@ -5,6 +5,7 @@
 
 #include <cuda.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -63,6 +64,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   (void)extra;
   MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+  sched_yield(); /* let another thread spoil what is shared */
   pthread_mutex_lock(&lock);
   if (!records) records = malloc(MAX_RECORDS * sizeof *records);
   Record *record = &records[num_records++ % MAX_RECORDS];

@@ -88,12 +88,15 @@ def test_tensor_map_of_any_rank(rank: int) -> None:
     assert words[15] == int.from_bytes(b"\1" * rank, "big")
 
 
-@pytest.mark.parametrize(("rows", "kept"), [(1, False), (1023, False), (1024, False), (1025, True)])
+@pytest.mark.parametrize(
+    ("element_bytes", "rows", "kept"),
+    [(2, 1, False), (2, 1024, False), (2, 1025, True), (1, 1023, False), (1, 1024, True)],
+)
 @in_child
-def test_bit_21_is_cleared_where_the_tensor_has_less_than_128_kib(rows: int, kept: bool) -> None:
-    """As CUTLASS and Triton 3.7 do: its last byte is below 128 KiB."""
-    shape = (64, rows)  # 128 bytes a row
-    assert run(launcher.program(0, [0], [], [launch(new_function(128), tensor_map(0, shape))]), 0x10000) == 0
+def test_bit_21_is_cleared_where_the_tensor_has_less_than_128_kib(element_bytes: int, rows: int, kept: bool) -> None:
+    """As in CUTLASS and Triton 3.7: its last element starts a byte before that, at least."""
+    words = tensor_map(0, (128 // element_bytes, rows), element_bytes)
+    assert run(launcher.program(0, [0], [], [launch(new_function(128), words)]), 0x10000) == 0
     [made] = launches()
     assert struct.unpack_from("<Q", made.params, 8)[0] == (1 << 21 if kept else 0)
 

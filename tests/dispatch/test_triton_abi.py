@@ -179,6 +179,15 @@ def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------- what is refused
 
 
+@in_child
+def test_integers_of_unsigned_64_bits_are_left_to_triton() -> None:
+    use_gpu(90)
+    given = everything(torch.bfloat16, count=2**63)
+    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1}, CPU)
+    with pytest.raises(launcher.LauncherUnavailableError, match="takes_everything: count is of type u64"):
+        abi.abi_of(compiled, given)
+
+
 def changed(arguments: tuple[abi.Argument, ...], i: int, argument: abi.Argument) -> tuple[abi.Argument, ...]:
     return (*arguments[:i], argument, *arguments[i + 1 :])
 
