@@ -9,14 +9,14 @@ import torch
 
 import hybrid_mxfp8 as mx
 
-M, H, I, E, TOP_K = 4, 256, 128, 8, 2
+M, H, INTER, E, TOP_K = 4, 256, 128, 8, 2
 
 
 def main() -> None:
     """Capture one step, and replay it with other tokens and other experts."""
     torch.manual_seed(0)
-    w13q = mx.quantize_weights(torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16) / H**0.5)
-    w2q = mx.quantize_weights(torch.randn(E, H, I, device="cuda", dtype=torch.bfloat16) / I**0.5)
+    w13q = mx.quantize_weights(torch.randn(E, 2 * INTER, H, device="cuda", dtype=torch.bfloat16) / H**0.5)
+    w2q = mx.quantize_weights(torch.randn(E, H, INTER, device="cuda", dtype=torch.bfloat16) / INTER**0.5)
     x = torch.randn(M, H, device="cuda", dtype=torch.bfloat16)  # the graph's inputs: their memory is fixed
     weights, ids = torch.rand(M, E, device="cuda").softmax(-1).topk(TOP_K)
     out = torch.empty_like(x)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import hybrid_mxfp8 as mx
 
-E, H, I, TOP_K, M = 8, 256, 128, 2, 16  # M tokens on each rank
+E, H, INTER, TOP_K, M = 8, 256, 128, 2, 16  # M tokens on each rank
 
 
 def gather(mine: torch.Tensor) -> torch.Tensor:
@@ -32,8 +32,8 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(0)  # the same weights everywhere
-    w13 = torch.randn(E, 2 * I, H, dtype=torch.bfloat16) / H**0.5
-    w2 = torch.randn(E, H, I, dtype=torch.bfloat16) / I**0.5
+    w13 = torch.randn(E, 2 * INTER, H, dtype=torch.bfloat16) / H**0.5
+    w2 = torch.randn(E, H, INTER, dtype=torch.bfloat16) / INTER**0.5
     first, end = rank * E // ranks, (rank + 1) * E // ranks
     experts = mx.MXFP8Experts.from_weights(w13[first:end].to(device), w2[first:end].to(device))
 

@@ -9,13 +9,13 @@ import torch
 
 import hybrid_mxfp8 as mx
 
-M, H, I, E, TOP_K = 32, 256, 128, 8, 2
+M, H, INTER, E, TOP_K = 32, 256, 128, 8, 2
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 
 router = torch.nn.Linear(H, E, bias=False, device=device, dtype=torch.bfloat16)
-w13 = torch.randn(E, 2 * I, H, device=device, dtype=torch.bfloat16) / H**0.5  # gate rows, then up
-w2 = torch.randn(E, H, I, device=device, dtype=torch.bfloat16) / I**0.5
+w13 = torch.randn(E, 2 * INTER, H, device=device, dtype=torch.bfloat16) / H**0.5  # gate rows, then up
+w2 = torch.randn(E, H, INTER, device=device, dtype=torch.bfloat16) / INTER**0.5
 experts = mx.MXFP8Experts.from_weights(w13, w2)  # quantizes once
 
 
