@@ -5,6 +5,7 @@ Tests go through the public functions where these reach what is tested.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -72,6 +73,14 @@ def dequantize_tokens(x: mx.GroupedMXFP8, workspace: torch.Tensor, layout: Any, 
     from hybrid_mxfp8.triton_kernels.gemm import dequantize_tokens as module
 
     module.dequantize_tokens(x.values, x.scales, x.groups, workspace, layout, block_t, rows)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """What holds the interpreter's launches, one at a time, in this process."""
+    from hybrid_mxfp8.triton_kernels import launch
+
+    lock: AbstractContextManager[object] = launch._one_thread()
+    return lock
 
 
 def scratch_elements(slots: int, experts: int) -> int:
