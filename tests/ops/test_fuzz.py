@@ -26,8 +26,8 @@ from hybrid_mxfp8.reference import routing
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's exp(large)
 
 BOUNDED = settings(
-    max_examples=3 if fuzz_machine.GPU else 6,
-    stateful_step_count=14,
+    max_examples=3 if fuzz_machine.GPU else 7,
+    stateful_step_count=12,
     derandomize=True,
     deadline=None,
     report_multiple_bugs=False,
@@ -43,7 +43,7 @@ def test_random_calls(kernels_run: None, device: str, tally: Callable[..., None]
     run_state_machine_as_test(Machine, settings=BOUNDED)
     done = fuzz_machine.COUNTS - before
     assert done["steps"] >= BOUNDED.max_examples * BOUNDED.stateful_step_count
-    assert {"quantize", "multiply", "forward"} <= set(done)
+    assert len(done) >= 10, "few kinds of calls"
     tally("fuzz steps", done["steps"])
 
 
