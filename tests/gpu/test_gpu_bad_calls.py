@@ -10,9 +10,8 @@ import sglang_case
 import torch
 from bad_calls import gemm, moe, operands, quantize, sglang
 from bad_calls.row import COUNTS, N, T, grouped, layout, weights
-from guards import Guards
+from guards import Guards, check_alive
 from tally import Tally
-from test_bad_calls import check_alive
 
 import hybrid_mxfp8 as mx
 

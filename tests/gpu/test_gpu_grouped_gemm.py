@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import cases
 import pytest
 import torch
 from products import check, operands
+from recorder import Recorder
 
 import hybrid_mxfp8 as mx
 
@@ -106,3 +110,13 @@ def test_cutlass_runs_or_says_why_not(rng: torch.Generator) -> None:
         mx.grouped_gemm(xq, wq, backend="cutlass")
     assert reason in str(caught.value)
     assert mx.explain(xq, wq).startswith("triton, chosen automatically")
+
+
+@pytest.mark.parametrize("build", [mx.GroupLayout.from_counts, mx.GroupLayout.from_ends])
+def test_a_layout_is_one_allocation_and_no_sync(build: Any, no_sync: None) -> None:
+    """The other PyTorch operators make views."""
+    given = torch.empty(32, dtype=torch.int32, device="cuda")
+    with Recorder() as recorder:
+        build(given, 40)
+    assert len(recorder.allocations) == 1
+    assert all(re.search("empty|split|slice|view|narrow", name) for name in recorder.names)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from bad_calls import gemm, layouts, moe, operands, operators, quantize, sglang
 from bad_calls.row import E4M3, Bad, E, K, N, Odd, T, weights
-from guards import Guards
+from guards import Guards, check_alive
 from tally import Tally
 
 import hybrid_mxfp8 as mx
@@ -49,16 +49,6 @@ def test_bad(row: Bad, tally: Tally) -> None:
         assert re.search(row.message, str(caught.value)), str(caught.value)
     tally("guarded buffers", guards.check(refused=True))
     tally("bad calls")
-
-
-def check_alive(device: str) -> None:
-    """A small call with a known result, which fails where an earlier one left a GPU in an error."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        xq = mx.quantize_grouped(torch.ones(4, 32, device=device), cases.layout([4], device=device))
-        assert (
-            mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(1, 8, 32, device=device))).tolist() == [[32.0] * 8] * 4
-        )
 
 
 @pytest.mark.parametrize("row", ODD)

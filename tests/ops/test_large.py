@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import cases
+import kernels
 import pytest
 import tolerances
 import torch
 import truth
-from test_grouped_gemm import operands, plain_operands
+from products import operands, plain_operands
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core import formats
+from hybrid_mxfp8.reference import routing
 
 FAR = 2**31
 
@@ -66,9 +68,6 @@ def test_weights_beyond_int32(backend: str, rng: torch.Generator, tally: Any) ->
 
 def test_sums_of_rows_beyond_int32(interpreter: None, rng: torch.Generator, tally: Any) -> None:
     """The layer's last step, and the bias before it, at rows whose offset is beyond."""
-    from hybrid_mxfp8.reference import routing as moe_reference
-    from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias
-
     h = 1024
     y = torch.empty(FAR // h + 9, h, dtype=torch.bfloat16)
     used = torch.tensor([[y.shape[0] - 1, 3], [FAR // h, -1]], dtype=torch.int32)
@@ -77,12 +76,12 @@ def test_sums_of_rows_beyond_int32(interpreter: None, rng: torch.Generator, tall
     y[used[used >= 0].long()] = rows
     ids = torch.tensor([[1, 0], [1, 9]])
     weights, bias = torch.rand(2, 2, generator=rng), torch.randn(2, h, generator=rng)
-    expert_bias.add_expert_bias(y, used, ids, bias)
-    moe_reference.add_expert_bias(rows, near, ids, bias)
+    kernels.add_expert_bias(y, used, ids, bias)
+    routing.add_expert_bias(rows, near, ids, bias)
     assert torch.equal(y[used[used >= 0].long()], rows)
     got, expected = torch.empty(2, h), torch.empty(2, h)
-    combine.combine(y, used, ids, weights, bias, got)
-    moe_reference.combine(rows, near, ids, weights, bias, expected)
+    kernels.combine(y, used, ids, weights, bias, got)
+    routing.combine(rows, near, ids, weights, bias, expected)
     assert torch.equal(got, expected)
     tally("sizes", 2)
 

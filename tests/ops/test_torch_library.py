@@ -10,6 +10,7 @@ import moe_truth
 import pytest
 import torch
 import torch._dynamo
+from recorder import Recorder
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -297,8 +298,6 @@ def test_symbolic_shapes_are_no_key(rng: torch.Generator) -> None:
 
 
 def test_eager_calls_do_not_pass_the_dispatcher(rng: torch.Generator) -> None:
-    from test_thin_host import Recorder
-
     layer = moe_truth.make_layer(rng)
     experts, arguments = moe(layer, "reference")
     with Recorder() as recorder:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import kernels
 import numpy as np
 import swiglu_truth
 import tolerances
@@ -340,9 +341,7 @@ class Machine(RuleBasedStateMachine):
         expected = (truth.layout_from_ends if ends else truth.layout)(given, num_tokens)
         made = [build(tensor, num_tokens)]
         if "triton" in BACKENDS and not GPU:  # an interpreter's kernel is not what a CPU's layouts are made by
-            from hybrid_mxfp8.triton_kernels.group_layout import group_offsets
-
-            made.append(mx.GroupLayout(*group_offsets(tensor, num_tokens, ends), num_tokens))
+            made.append(mx.GroupLayout(*kernels.group_offsets(tensor, num_tokens, ends), num_tokens))
         for groups in made:
             got = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
             assert [t.tolist() for t in got] == list(expected)

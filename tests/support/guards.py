@@ -114,3 +114,13 @@ class Guards:
         where = changed.nonzero().flatten()[:4].tolist()
         assert not where, f"bytes changed that must not, the first at {where} of the buffer"
         return self.count
+
+
+def check_alive(device: str) -> None:
+    """A small call with a known result, which fails where an earlier one left a GPU in an error."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        xq = mx.quantize_grouped(torch.ones(4, 32, device=device), torch.tensor([4], device=device))
+        assert (
+            mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(1, 8, 32, device=device))).tolist() == [[32.0] * 8] * 4
+        )

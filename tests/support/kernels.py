@@ -6,6 +6,7 @@ Tests go through the public functions where these reach what is tested.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -166,6 +167,14 @@ def dequantize_tokens(x: mx.GroupedMXFP8, workspace: torch.Tensor, layout: Any, 
         return (module.dequantize_tokens(buffers, memory, layout, g.num_experts, block_t, rows),)
 
     launch(steps, x.values, x.scales, g.expert_offsets, g.scale_offsets, workspace)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """What holds the interpreter's launches, one at a time, in this process."""
+    from hybrid_mxfp8.triton_kernels import launch
+
+    lock: AbstractContextManager[object] = launch._one_thread()
+    return lock
 
 
 def scratch_elements(slots: int, experts: int) -> int:
