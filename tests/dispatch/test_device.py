@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch import device as hardware
 
 GPU = torch.device("cuda", 0)
@@ -48,9 +49,9 @@ def test_not_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [hardware.resolve_device(f"cuda:{index}").index for index in range(2)] == [0, 1]
+    assert [resolve_device(f"cuda:{index}").index for index in range(2)] == [0, 1]
     with pytest.raises(ValueError, match=r"^device: there are 2 GPUs that this PyTorch can use, got 'cuda:2'"):
-        hardware.resolve_device("cuda:2")
+        resolve_device("cuda:2")
 
 
 def test_not_on_a_cpu() -> None:
