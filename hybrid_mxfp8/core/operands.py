@@ -94,7 +94,9 @@ class GroupedMXFP8(_Portable):
     def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        vars(self).update(values=values, scales=scales, groups=groups)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "groups", groups)
         return self
 
     @property
@@ -184,7 +186,8 @@ class ExpertWeights(_Portable):
     def unchecked(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        vars(self).update(values=values, scales=scales)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
         return self
 
     @property

@@ -12,6 +12,7 @@ with the same result.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Hashable, Sequence
@@ -202,10 +203,22 @@ def _several_gpus() -> bool:
 
 
 def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """All of a tensor that a plan depends on: everything but its address, of which the alignment counts."""
+    """All of a tensor that a plan depends on: everything but its address, of which the alignment counts.
+
+    Raises:
+        TypeError: a fake tensor or another subclass that has no memory of its own.
+    """
     if x is None:
         return None
+    if not has_memory(type(x)):
+        raise TypeError(f"{type(x).__name__} is described by no signature")
     return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+
+
+@functools.cache
+def has_memory(kind: type) -> bool:
+    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or nothing."""
+    return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
 class PlanCache:

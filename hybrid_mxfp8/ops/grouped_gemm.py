@@ -25,7 +25,7 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe, has_memory
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, requested, settings
 
@@ -122,6 +122,8 @@ def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend
 
 def describe_operand(values: torch.Tensor, scales: torch.Tensor) -> tuple[Hashable, ...]:
     """As ``plan.describe``, of tensors known to be contiguous and of their dtypes."""
+    if not (has_memory(type(values)) and has_memory(type(scales))):
+        raise TypeError("tensors without memory are described by no signature")
     return values.shape, values.device, values.data_ptr() & 15, scales.shape, scales.data_ptr() & 15
 
 

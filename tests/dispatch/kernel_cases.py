@@ -109,7 +109,7 @@ def hopper_gemm(fused: bool = False) -> Case:
     b = _numbering()
     block_t, small = (256, 64) if fused else (16, 16)
     y, workspace = b(BF16, T, N), b(U8, 2**20)
-    tokens = Buffer(workspace.index, 512, BF16, (T, K))
+    tokens = Buffer(workspace.operand, 512, BF16, (T, K))
     arguments = (
         *(y, workspace),
         tensor_map(b(U8, E, N, K), (E * N, K), (128, 64), 64),

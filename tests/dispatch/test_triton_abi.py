@@ -48,7 +48,7 @@ def compiled_of(case: Case) -> Any:
 
 def buffers_of(case: Case) -> dict[int, Buffer]:
     found = [a.buffer if isinstance(a, TensorMap) else a for a in case.arguments]
-    return {buffer.index: buffer for buffer in found if isinstance(buffer, Buffer)}
+    return {buffer.operand: buffer for buffer in found if isinstance(buffer, Buffer)}
 
 
 class Memory:
@@ -63,11 +63,11 @@ class Memory:
 
 def as_triton_takes_it(argument: abi.Argument, addresses: list[int]) -> Any:
     if isinstance(argument, Buffer):
-        return addresses[argument.index] + argument.offset
+        return addresses[argument.operand] + argument.offset
     if isinstance(argument, TensorMap):
         buffer = argument.buffer
         descriptor = abi._stand_in(argument)
-        descriptor.base = Memory(addresses[buffer.index] + buffer.offset, buffer.dtype)
+        descriptor.base = Memory(addresses[buffer.operand] + buffer.offset, buffer.dtype)
         return descriptor
     return argument
 
@@ -118,7 +118,7 @@ def as_tensor(argument: abi.Argument, memory: dict[int, torch.Tensor]) -> Any:
     if not isinstance(argument, Buffer):
         return argument
     size = 2**22 + 64
-    bytes_ = memory.setdefault(argument.index, torch.empty(size, dtype=torch.uint8))
+    bytes_ = memory.setdefault(argument.operand, torch.empty(size, dtype=torch.uint8))
     start = -bytes_.data_ptr() % 64 + (0 if argument.aligned else argument.dtype.itemsize)
     tensor = bytes_[start : start + size // 64 * 32].view(argument.dtype)
     assert (tensor.data_ptr() % 16 == 0) == argument.aligned

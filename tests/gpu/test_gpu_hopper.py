@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
 import cases
-import kernels
 import pytest
 import torch
 from products import check, check_product, operands
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels.gemm import portable
+from hybrid_mxfp8.triton_kernels import backend
+from hybrid_mxfp8.triton_kernels.gemm import hopper
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, select_hopper_config
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +34,7 @@ def _hopper() -> None:
 
 def force(config: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """This configuration for any problem."""
-    monkeypatch.setattr(portable, "hopper_config_for", lambda *args: config)
+    monkeypatch.setattr(backend, "_hopper_config", lambda problem: config)
     cases.forget_calls()
 
 
@@ -50,12 +49,9 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
 def beside(request: pytest.FixtureRequest, forced: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Tokens dequantized beside the product, which at these sizes it would do before: all but the
     first tiles."""
-    hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")
     monkeypatch.setattr(hopper, "tiles_at_once", lambda *args: request.param)
     force(replace(forced, fused_dequantize=True), monkeypatch)
-    hopper._plan.cache_clear()
     yield request.param
-    hopper._plan.cache_clear()
 
 
 def made(counts: list[int], t: int, n: int, k: int, rng: torch.Generator) -> Operands:
@@ -124,7 +120,7 @@ def test_a_layout_by_hand_ends_when_it_dequantizes(
 def product(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights) -> torch.Tensor:
     """fp32, into poison; by the launcher alone, which looks at what a test put in place at each call."""
     out = cases.poisoned_product(xq.groups.num_tokens, wq.n, torch.float32, "cuda")
-    kernels.portable(xq, wq, out)
+    mx.grouped_gemm(xq, wq, out_dtype=torch.float32, out=out, backend="triton")
     return out
 
 
@@ -136,7 +132,7 @@ def test_a_split_last_wave_gives_the_same_bytes(
     x, w = made(counts, 3000, 1024, 160, rng)
     ys = []
     for programs in (1, 5, 7, 24, 47, 96, 132):
-        monkeypatch.setattr(portable, "_multiprocessors", lambda device, programs=programs: programs)
+        monkeypatch.setattr(hopper, "multiprocessors", lambda device, programs=programs: programs)
         cases.forget_calls()
         ys.append(product(x, w))
     for y in ys:

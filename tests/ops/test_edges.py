@@ -21,6 +21,7 @@ from products import from_bytes, operands, through_bf16
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.core.formats import scale_offset
+from hybrid_mxfp8.triton_kernels import backend
 from hybrid_mxfp8.triton_kernels.gemm import portable
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import select_hopper_config
 
@@ -410,7 +411,8 @@ def configurations(kernel: str, device: str) -> list[Any]:
     """All that a kernel is ever run with."""
     if kernel == "hopper":
         return [select_hopper_config(8 * average, 8) for average in (1, 32, 64, 128, 1000)]
-    formulation = portable.formulation_for(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    formulation = portable.select_formulation(capability, portable.triton_version())
     if device == "cpu":
         return [portable.TritonGemmConfig(block_t, formulation, 4, 1) for block_t in (16, 64)]
     return [portable.select_gemm_config(8 * average, 8, formulation) for average in (1, 32, 64, 1000)]
@@ -418,8 +420,8 @@ def configurations(kernel: str, device: str) -> list[Any]:
 
 def pin(kernel: str, configuration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every problem with this configuration."""
-    name = "hopper_config_for" if kernel == "hopper" else "select_gemm_config"
-    monkeypatch.setattr(portable, name, lambda *args: configuration)
+    module, name = (backend, "_hopper_config") if kernel == "hopper" else (portable, "select_gemm_config")
+    monkeypatch.setattr(module, name, lambda *args: configuration)
     cases.forget_calls()
 
 
