@@ -1,8 +1,10 @@
-// One call, from its tensors to Gemm::Arguments and the launch of prepare_kernel: all that there is before the GEMM.
+// One call, from its tensors to the kernel's parameters: all that there is before the GEMM's launch.
 //
-// The entry of the SM100 kernel and the judges of its arguments share this, so what the judges see is what the
-// kernel will be given.
+// The entry of the SM100 kernel and the references of the tests share this, so what the references
+// multiply is what the kernel is given.
 #pragma once
+
+#include <tuple>
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -24,6 +26,17 @@ struct Tensors {
   ffi::TensorView scale_offsets;      // (E + 1,) int32
   ffi::TensorView out;                // (T, N)
 };
+
+// Clears bit 21 of a TMA descriptor's second word. For tensors that are not dense and lie in less
+// than 128 KB the driver's encoder may set it wrongly, and loads then fail with an illegal address;
+// the release notes of NVIDIA's driver 595.71.05 say to clear it. The kernel re-describes tensors by
+// patching addresses and extents, and the bit stays, so it is cleared in every descriptor. CUTLASS
+// before 4.3.4 never does, later versions not for all tensors.
+template <class Tma>
+void clear_small_tensor_bit(Tma const& tma) {
+  auto words = reinterpret_cast<uint64_t*>(const_cast<cute::TmaDescriptor*>(tma.get_tma_descriptor()));
+  words[1] &= ~(uint64_t{1} << 21);
+}
 
 template <class Gemm>
 struct Call {
@@ -63,7 +76,13 @@ struct Call {
 
   // The kernel's parameters; encodes the TMA descriptors that the host knows.
   typename Gemm::Kernel::Params params(void* workspace) const {
-    return Gemm::Kernel::to_underlying_arguments(args, static_cast<char*>(workspace) + arrays.bytes);
+    auto params = Gemm::Kernel::to_underlying_arguments(args, static_cast<char*>(workspace) + arrays.bytes);
+    auto const& loads = params.mainloop;
+    std::apply([](auto const&... tma) { (clear_small_tensor_bit(tma), ...); },
+               std::tie(loads.tma_load_a, loads.tma_load_b, loads.tma_load_sfa, loads.tma_load_sfb,
+                        loads.tma_load_a_fallback, loads.tma_load_b_fallback, loads.tma_load_sfa_fallback,
+                        loads.tma_load_sfb_fallback, params.epilogue.tma_store_d));
+    return params;
   }
 };
 

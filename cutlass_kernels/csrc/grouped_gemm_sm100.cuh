@@ -33,9 +33,10 @@
 
 namespace hybrid_mxfp8 {
 
-// Before 4.4 the kernel's tile scheduler reads the token counts ahead of griddepcontrol.wait: launched
-// programmatically, it would race the kernel that writes them.
-constexpr bool kPdlIsSafe = CUTLASS_VERSION >= 440;
+// Whether the kernel may be launched while prepare_kernel runs. Before 4.4 its tile scheduler reads
+// the token counts ahead of griddepcontrol.wait; until 4.5.3 the wait is an asm without a memory
+// clobber, so the compiler may move that read ahead of it.
+constexpr bool kPdlIsSafe = CUTLASS_VERSION >= 460;
 
 // The shapes of all experts, for the pointer-array mainloop: N and K are common, the tokens an array.
 struct ExpertProblemShape {
@@ -77,11 +78,11 @@ struct Config<2, TokenTile, Out> {
   using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;
 };
 
-// How many columns of D the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128, whose two buffers
-// in fp32 leave shared memory for one stage of operands (1SM) or two (2SM): loads and MMA would take turns.
-template <int TokenTile, class Out>
-using EpilogueTile = cute::conditional_t<TokenTile == 256 && sizeof(Out) == 4,  //
-                                         cute::Shape<cute::_128, cute::_64>,    //
+// The part of D that the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128 columns:
+// their two buffers leave shared memory for one stage of operands less than 64 do (in fp32 for one
+// or two stages in all), and the next tile's MMA waits for half of the epilogue, not a quarter.
+template <int TokenTile>
+using EpilogueTile = cute::conditional_t<TokenTile == 256, cute::Shape<cute::_128, cute::_64>,
                                          cutlass::epilogue::collective::EpilogueTileAuto>;
 
 // How a call is launched: the cluster that the hardware should prefer, the one it may fall back to where
@@ -116,7 +117,7 @@ struct GroupedGemm {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp,  //
       typename Config::TileShape, ClusterShape,                         //
-      EpilogueTile<Config::kTokenTile, ElementOut>,                     //
+      EpilogueTile<Config::kTokenTile>,                                 //
       float, float,                                                     // accumulator, compute
       void, LayoutOut*, kAlignmentOut,                                  // C: none
       ElementOut, LayoutOut*, kAlignmentOut,                            // D
@@ -137,6 +138,12 @@ struct GroupedGemm {
 #else
   using ProblemShape = ExpertProblemShape;
 #endif
+
+  // Stages: with fewer loads and MMA take turns. D: its two buffers of 64 columns, as above.
+  static constexpr int kStages = CollectiveMainloop::DispatchPolicy::Stages;
+  static constexpr int kEpilogueColumns = cute::size<1>(typename CollectiveEpilogue::EpilogueTile{});
+  static_assert(kStages >= (Config::kTokenTile == 256 ? 3 : 4), "too few stages of operands");
+  static_assert(kEpilogueColumns <= 64, "the epilogue takes too many columns at a time");
 
   using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, CollectiveMainloop, CollectiveEpilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;

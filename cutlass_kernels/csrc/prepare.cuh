@@ -3,7 +3,7 @@
 // A grouped GEMM takes, for each expert, a token count, a few pointers and a few strides. All of them
 // follow from three int32 arrays that already lie on the device, so they are computed there, by one
 // kernel with one thread an expert, and the host never waits. The arithmetic is in functors that also
-// run on the host: host_reference.cu feeds CUTLASS's CPU reference with the very same code.
+// run on the host: tests/cuda/host_reference.cu feeds CUTLASS's CPU reference with them.
 //
 // Nothing here depends on an architecture.
 #pragma once

@@ -1,6 +1,7 @@
 """``python -m hybrid_mxfp8 warmup``: compile the CUTLASS backend ahead of time.
 
-No GPU is needed, so an image can be built anywhere; copying the cache folder carries the result to another machine.
+No GPU is needed, so an image can be built anywhere; the cache folder can be copied to another
+machine.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 import torch
 
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
-from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 BYTES_A_JOB = 6 * 2**30
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BackendUnavailableError: no headers or no compiler.
     """
-    cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
+    cutlass, cuda = toolchain.find_cutlass(), toolchain.find_cuda()
     print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
     archs = args.arch or [default_arch()]
     wanted = [source(m, out, arch) for arch in archs for m in args.configs for out in args.out_dtypes]
@@ -94,7 +95,7 @@ def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:
 def default_arch() -> str:
     """The target of this machine's GPU if the backend runs on it, else B200's."""
     if torch.cuda.is_available():
-        targets = jit.FAMILY.get("{}.{}".format(*torch.cuda.get_device_capability()))
+        targets = TARGETS.get(torch.cuda.get_device_capability())
         if targets:
             return targets[0]
     return ARCHS[0]

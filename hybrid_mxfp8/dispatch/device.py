@@ -20,6 +20,14 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int | None:
+    """Streaming multiprocessors; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

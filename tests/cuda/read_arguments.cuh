@@ -1,6 +1,6 @@
 // Reads Gemm::Arguments back, the way the kernel does: one expert's operands as CuTe tensors.
 //
-// The judges of this backend, host_reference.cu on the CPU and the plain CUDA kernel of the tests, multiply
+// The references of the tests, host_reference.cu on the CPU and argument_walker.cu on a GPU, multiply
 // what these tensors show. They therefore see the pointers, strides, layouts and token counts that the
 // SM100 kernel will see, and none of the tensors that those were made from.
 #pragma once

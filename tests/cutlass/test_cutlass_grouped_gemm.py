@@ -1,9 +1,8 @@
-"""The launcher without a GPU: what is refused and why, how a call is planned, and what it hands to the module."""
+"""Plans and launches without a GPU: what is refused and why, and what the module is handed."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,10 +16,11 @@ import torch
 from cases import layout
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
+from hybrid_mxfp8.cutlass_kernels import grouped_gemm as cutlass
 from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
+from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.dispatch.registry import Problem, _log_choice, choose
 from hybrid_mxfp8.errors import BackendUnavailableError
 
@@ -29,12 +29,10 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
-    caches = (_log_choice, launcher._plan, launcher._module, launcher._capability, launcher._sm_count)
-
     def clear() -> None:
-        for remembered in (launcher._tools, launcher._missing, launcher._loaded, launcher._failures):
+        for remembered in (cutlass._modules, cutlass._failures):
             remembered.clear()
-        for cache in caches:
+        for cache in (_log_choice, cutlass._find_tools, devices.capability, devices.multiprocessors):
             cache.cache_clear()
 
     clear()
@@ -66,7 +64,7 @@ class Module:
 @pytest.fixture
 def module(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Module:
     stand_in = Module()
-    monkeypatch.setattr(launcher, "_module", lambda module, out_dtype, capability: stand_in)
+    monkeypatch.setattr(cutlass, "_module", lambda module, out_dtype, capability: stand_in)
     return stand_in
 
 
@@ -82,25 +80,22 @@ def operands(counts: list[int], n: int = 136, k: int = 96) -> tuple[mx.GroupedMX
         ((12, 0), "got 12.0, whose tensor cores take other instructions: use the triton backend"),
         ((11, 0), "got 11.0"),
         ((8, 0), "got 8.0"),
+        (None, "needs a GPU of compute capability 10.0 or 10.3"),
     ],
 )
-def test_other_gpus_are_refused_in_a_line(capability: tuple[int, int], reason: str) -> None:
-    ok, said = launcher.availability(capability)
+def test_other_gpus_are_refused_in_a_line(capability: tuple[int, int] | None, reason: str) -> None:
+    ok, said = cutlass.availability(capability)
     assert not ok
     assert reason in said
     assert "\n" not in said
 
 
-def test_needs_a_gpu() -> None:
-    assert launcher.availability(None) == (False, "needs a GPU of compute capability 10.0 or 10.3")
-
-
 def test_available_names_its_tools() -> None:
     try:
-        headers.find_cuda()
+        toolchain.find_cuda()
     except BackendUnavailableError as reason:
         pytest.skip(str(reason))
-    ok, said = launcher.availability((10, 0))
+    ok, said = cutlass.availability((10, 0))
     assert ok
     assert "CUTLASS" in said
     assert "not yet run" in said
@@ -118,7 +113,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[None]:
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(headers, "_nvcc_candidates", candidates)
+    monkeypatch.setattr(toolchain, "_nvcc_candidates", candidates)
     return looked
 
 
@@ -126,11 +121,11 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[None]:
 def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Headers and a compiler of CUDA 12.8, as far as finding goes, and an empty cache."""
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(headers, "find_cutlass", lambda: headers.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
-    monkeypatch.setattr(headers, "find_cuda", lambda: headers.CudaCompiler(Path("/n"), (12, 8, 93), "a test"))
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: toolchain.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
+    monkeypatch.setattr(toolchain, "find_cuda", lambda: toolchain.CudaCompiler(Path("/n"), (12, 8, 93), "a test"))
 
 
-def carry(source: jit.Source) -> None:
+def copy_from_elsewhere(source: jit.Source) -> None:
     """Put a module that other versions built into the cache."""
     folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
     folder.mkdir(parents=True)
@@ -140,51 +135,51 @@ def carry(source: jit.Source) -> None:
 
 
 def test_without_compiler_the_reason_says_what_to_install(no_compiler: list[None]) -> None:
-    ok, said = launcher.availability((10, 0))
+    ok, said = cutlass.availability((10, 0))
     assert not ok
     assert "pip install 'hybrid-mxfp8[nvcc]'" in said
 
 
 def test_without_compiler_built_modules_suffice(no_compiler: list[None]) -> None:
-    carry(launcher.source("2sm_256x64x128", torch.bfloat16, "10.0f"))
+    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0f"))
     for capability in ((10, 0), (10, 3)):
-        ok, said = launcher.availability(capability)
+        ok, said = cutlass.availability(capability)
         assert ok
         assert "built elsewhere" in said
 
 
 def test_modules_of_another_target_or_source_do_not_suffice(no_compiler: list[None]) -> None:
-    carry(launcher.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
-    carry(replace(launcher.source("2sm_256x64x128", torch.bfloat16, "10.3a"), flags=("-G",)))
-    assert not launcher.availability((10, 3))[0]
+    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
+    copy_from_elsewhere(replace(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.3a"), flags=("-G",)))
+    assert not cutlass.availability((10, 3))[0]
 
 
 def test_missing_tools_are_looked_for_once_in_an_environment(
     no_compiler: list[None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An answer of no is a look-up from then on; a variable that says where to look asks again."""
-    first = launcher.availability((10, 0))
+    first = cutlass.availability((10, 0))
     assert not first[0]
-    assert launcher.availability((10, 0)) == first
+    assert cutlass.availability((10, 0)) == first
     assert len(no_compiler) == 1
     monkeypatch.setenv("PATH", str(tmp_path))
-    launcher.availability((10, 0))
+    cutlass.availability((10, 0))
     assert len(no_compiler) == 2
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "carried"))
-    carry(launcher.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
-    assert launcher.availability((10, 0))[0]
+    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
+    assert cutlass.availability((10, 0))[0]
 
 
 def test_compiler_too_old_for_the_capability(tools: None) -> None:
     """CUDA 12.8 compiles for 10.0 and not for 10.3, where only a module that was built elsewhere helps."""
-    assert launcher.availability((10, 0))[0]
-    ok, said = launcher.availability((10, 3))
+    assert cutlass.availability((10, 0))[0]
+    ok, said = cutlass.availability((10, 3))
     assert not ok
     assert "target 10.3a needs CUDA 12.9 or later" in said
-    launcher._missing.clear()
-    there = launcher.source("2sm_256x128x128", torch.bfloat16, "10.3a")
-    carry(there)
-    assert "built elsewhere" in launcher.availability((10, 3))[1]
+    cutlass._find_tools.cache_clear()
+    there = cutlass.source("2sm_256x128x128", torch.bfloat16, "10.3a")
+    copy_from_elsewhere(there)
+    assert "built elsewhere" in cutlass.availability((10, 3))[1]
     assert jit.find(there) is not None
 
 
@@ -209,17 +204,17 @@ WORKS, FAILS = "2sm_256x256x128", "2sm_256x128x128"
 def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
     """What a call begins with: the plan."""
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", config)
-    return launcher.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
+    return cutlass.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
 
 
 def test_failed_build_is_not_tried_again(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The call that finds out raises and says what comes next; from then on it is a reason."""
-    assert launcher.can_run(problem(capability=(10, 0)))[0]
+    assert cutlass.can_run(problem(capability=(10, 0)))[0]
     with pytest.raises(BackendUnavailableError, match=r"out of memory; .*the next call without a named backend"):
         ask(monkeypatch, FAILS)
     reason = (False, f"compiling grouped_gemm_{FAILS}_bf16_sm100a failed: out of memory")
-    assert launcher.availability((10, 0)) == reason
-    assert launcher.can_run(problem(capability=(10, 0))) == reason
+    assert cutlass.availability((10, 0)) == reason
+    assert cutlass.can_run(problem(capability=(10, 0))) == reason
     with pytest.raises(BackendUnavailableError, match=r"out of memory$"):
         ask(monkeypatch, FAILS)
     assert len(builds) == 1
@@ -229,10 +224,6 @@ def test_choice_passes_over_a_failed_build(
     builds: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Auto goes on with a warning; a backend asked for by name raises the reason."""
-    # The package's function of that name hides the module from an ordinary import.
-    monkeypatch.setattr(
-        importlib.import_module("hybrid_mxfp8.dispatch.registry"), "_capability", lambda device: (10, 0)
-    )
     shape = Problem(3, 136, 96, 8, torch.bfloat16, GPU)
     assert choose(shape, "auto").name == "cutlass"
     with pytest.raises(BackendUnavailableError):
@@ -247,10 +238,10 @@ def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatc
     assert ask(monkeypatch, WORKS) == 3148
     with pytest.raises(BackendUnavailableError):
         ask(monkeypatch, FAILS)
-    assert launcher.availability((10, 0))[0]
-    assert not launcher.can_run(problem(capability=(10, 0)))[0]
+    assert cutlass.availability((10, 0))[0]
+    assert not cutlass.can_run(problem(capability=(10, 0)))[0]
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", WORKS)
-    assert launcher.can_run(problem(capability=(10, 0)))[0]
+    assert cutlass.can_run(problem(capability=(10, 0)))[0]
 
 
 def test_failed_build_is_tried_again_in_another_environment(
@@ -259,7 +250,7 @@ def test_failed_build_is_tried_again_in_another_environment(
     with pytest.raises(BackendUnavailableError):
         ask(monkeypatch, FAILS)
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "other"))
-    assert launcher.availability((10, 0))[0]
+    assert cutlass.availability((10, 0))[0]
     with pytest.raises(BackendUnavailableError):
         ask(monkeypatch, FAILS)
     assert len(builds) == 2
@@ -276,9 +267,9 @@ def test_each_variable_makes_another_environment(name: str, monkeypatch: pytest.
     """In which what failed is tried again."""
     for variable in ("CUDA_HOME", "HYBRID_MXFP8_TRUST_CACHE"):
         monkeypatch.delenv(variable, raising=False)
-    before = launcher._environment()
+    before = cutlass._environment()
     monkeypatch.setenv(name, "1")
-    assert launcher._environment() != before
+    assert cutlass._environment() != before
 
 
 @pytest.mark.parametrize(
@@ -295,7 +286,7 @@ def test_each_variable_makes_another_environment(name: str, monkeypatch: pytest.
     ],
 )
 def test_shapes_that_descriptors_take(n: int, k: int, out_dtype: torch.dtype, ok: bool) -> None:
-    assert launcher.takes(n, k, out_dtype)[0] is ok
+    assert cutlass.takes(n, k, out_dtype)[0] is ok
 
 
 @pytest.mark.parametrize(
@@ -309,15 +300,11 @@ def test_shapes_that_descriptors_take(n: int, k: int, out_dtype: torch.dtype, ok
     ],
 )
 def test_an_expert_that_32_bits_do_not_count_is_left_to_the_others(
-    gpu: None, tools: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, reason: str
+    gpu: None, tools: None, n: int, k: int, reason: str
 ) -> None:
     """CUTLASS computes the stride between experts as an int: N * K = 2^31 would be negative, 2^32 zero."""
-    ok, said = launcher.takes(n, k, torch.float32)
-    assert (ok, said) == (not reason, reason or launcher.NOT_RUN)
-    # The package's function of that name hides the module from an ordinary import.
-    monkeypatch.setattr(
-        importlib.import_module("hybrid_mxfp8.dispatch.registry"), "_capability", lambda device: (10, 0)
-    )
+    ok, said = cutlass.takes(n, k, torch.float32)
+    assert (ok, said) == (not reason, reason or cutlass.NOT_RUN)
     shape = Problem(2, n, k, 8, torch.float32, GPU)
     assert (choose(shape, "auto").name == "cutlass") == ok
     if reason:
@@ -332,7 +319,7 @@ def test_call_hands_over_the_operands(module: Module, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "2sm_256x128x128_4x1")
     monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
     workspace = torch.empty(3148, dtype=torch.uint8)
-    launcher.grouped_gemm(x, w, out, workspace)
+    cutlass.grouped_gemm(x, w, out, workspace)
     (call,) = module.calls
     assert [tuple(t.shape) for t in call[:9]] == [
         (8, 96), (x.groups.scale_rows, 4), (3, 136, 96), (3, 256, 4), (3,), (4,), (4,), (8, 136), (3148,),
@@ -348,9 +335,9 @@ def test_call_hands_over_the_operands(module: Module, monkeypatch: pytest.Monkey
 
 def test_nothing_to_compute_launches_nothing(module: Module) -> None:
     x, w = operands([0, 0])
-    launcher.grouped_gemm(x, w, torch.empty(0, 136, dtype=torch.bfloat16), None)
+    cutlass.grouped_gemm(x, w, torch.empty(0, 136, dtype=torch.bfloat16), None)
     assert module.calls == []
-    assert launcher.workspace_size(2, 136, 96, 0, torch.bfloat16, GPU) == 0
+    assert cutlass.workspace_size(2, 136, 96, 0, torch.bfloat16, GPU) == 0
 
 
 @pytest.mark.parametrize("nothing", [{"num_experts": 0}, {"num_tokens": 0}], ids=str)
@@ -362,20 +349,20 @@ def test_nothing_to_compute_needs_no_module(
         ask(monkeypatch, FAILS)
     ask(monkeypatch, WORKS)
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", FAILS)
-    assert not launcher.can_run(problem(capability=(10, 0)))[0]
-    assert launcher.can_run(problem(capability=(10, 0), **nothing))[0]
+    assert not cutlass.can_run(problem(capability=(10, 0)))[0]
+    assert cutlass.can_run(problem(capability=(10, 0), **nothing))[0]
 
 
 def test_workspace_size_is_the_modules(module: Module) -> None:
-    assert launcher.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU) == 3148
+    assert cutlass.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU) == 3148
 
 
 def test_workspace_bound_asks_no_module(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are compiled, and which one a smaller batch takes is not asked: 148 SMs, and the experts."""
-    monkeypatch.delattr(launcher, "_module")
-    assert launcher.workspace_bound(3, 8, GPU) == 148 * 8192 + 3 * 512
-    assert launcher.workspace_bound(3, 8, GPU) == launcher.workspace_bound(3, 1 << 20, GPU)
-    assert launcher.workspace_bound(3, 0, GPU) == launcher.workspace_bound(0, 8, GPU) == 0
+    monkeypatch.delattr(cutlass, "_module")
+    assert cutlass.workspace_bound(3, 8, GPU) == 148 * 8192 + 3 * 512
+    assert cutlass.workspace_bound(3, 8, GPU) == cutlass.workspace_bound(3, 1 << 20, GPU)
+    assert cutlass.workspace_bound(3, 0, GPU) == cutlass.workspace_bound(0, 8, GPU) == 0
 
 
 def problem(**changes: Any) -> Any:
@@ -384,34 +371,33 @@ def problem(**changes: Any) -> Any:
 
 
 def test_explain_says_which_and_why(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = launcher.explain(problem())
+    said = cutlass.explain(problem())
     assert any(module in said for module in MODULES)
     assert "waves" in said
     assert "modelled" in said
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "1sm_128x256x128")
-    assert launcher.explain(problem()).startswith("1sm_128x256x128_1x1")
-    assert "forced by HYBRID_MXFP8_CONFIG" in launcher.explain(problem())
-    assert "nothing" in launcher.explain(problem(num_tokens=0))
+    assert cutlass.explain(problem()).startswith("1sm_128x256x128_1x1")
+    assert "forced by HYBRID_MXFP8_CONFIG" in cutlass.explain(problem())
+    assert "nothing" in cutlass.explain(problem(num_tokens=0))
 
 
 def test_wrong_forced_configuration_lists_the_valid_ones(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "fastest")
     with pytest.raises(ValueError, match=r"HYBRID_MXFP8_CONFIG: .*expected one of 1sm_128x64x128"):
-        launcher.explain(problem())
+        cutlass.explain(problem())
 
 
-def test_plans_are_remembered(module: Module) -> None:
-    """A call after the first is a look-up: no choice, no module is asked for again."""
-    launcher.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
-    launcher.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
-    assert launcher._plan.cache_info().hits == 1
+def test_a_module_is_loaded_once(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
+    assert len(builds) == 1
 
 
 def test_family_build_serves_both_capabilities(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is built for the family is taken before anything is compiled."""
     monkeypatch.setattr(jit, "find", lambda source: source if source.arch == "10.0f" else None)
     monkeypatch.setattr(jit, "load", lambda source: source.arch)
-    assert launcher._module("2sm_256x128x128", torch.bfloat16, (10, 0)) == "10.0f"
-    assert launcher._module("2sm_256x128x128", torch.bfloat16, (10, 3)) == "10.0f"
+    assert cutlass._module("2sm_256x128x128", torch.bfloat16, (10, 0)) == "10.0f"
+    assert cutlass._module("2sm_256x128x128", torch.bfloat16, (10, 3)) == "10.0f"
+    cutlass._modules.clear()
     monkeypatch.setattr(jit, "find", lambda source: None)
-    assert launcher._module("1sm_128x64x128", torch.bfloat16, (10, 3)) == "10.3a"
+    assert cutlass._module("1sm_128x64x128", torch.bfloat16, (10, 3)) == "10.3a"

@@ -13,7 +13,7 @@ from hybrid_mxfp8.commands import warmup
 from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 
@@ -26,8 +26,8 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers and a compiler, as far as finding goes."""
-    monkeypatch.setattr(headers, "find_cutlass", lambda: headers.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
-    monkeypatch.setattr(headers, "find_cuda", lambda: headers.CudaCompiler(Path("/n"), (13, 0, 88), "a test"))
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: toolchain.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
+    monkeypatch.setattr(toolchain, "find_cuda", lambda: toolchain.CudaCompiler(Path("/n"), (13, 0, 88), "a test"))
 
 
 @pytest.fixture
