@@ -1,8 +1,8 @@
 """Grouped GEMM by CUTLASS on the SM100 family: which kernel a problem gets, and its launch.
 
-A problem's plan is the function of a compiled module, a cluster shape and the workspace's size. The
-first plan that needs a module compiles it; from then on making a plan costs a few look-ups. A launch
-is one call into C++, which starts two kernels on torch's current stream.
+A problem's plan is a compiled module, a cluster shape and the workspace's size. The first plan that
+needs a module compiles it; later ones cost a few look-ups. A launch is one call into C++, which
+starts two kernels on torch's current stream.
 
 Whether a build works is known only once it was tried. So the call whose build fails raises, even
 where auto chose the backend; the failure is remembered, and :func:`can_run` says it from then on.
@@ -90,43 +90,49 @@ def make_plan(
     return Plan(module, config.cluster, sm_count, module.workspace_size(num_experts, n, k, num_tokens, sm_count))
 
 
-def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+def launch(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    w_values: torch.Tensor,
+    w_scales: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None,
+) -> None:
     """Write the product of each expert's rows with its weights to ``out``.
 
     Args:
-        xq: T tokens of K elements, sorted by expert.
-        wq: E experts of (N, K).
-        out: (T, N) bf16, fp16 or fp32, contiguous, on a 16-byte boundary; rows that no expert owns
-            are not written.
-        workspace: uint8, at least :func:`workspace_size` bytes, on a 128-byte boundary; None
-            allocates it.
+        x_values, x_scales: T rows of K elements sorted by expert, (T, K) e4m3; (S, C) swizzled.
+        tokens_per_expert, expert_offsets, scale_offsets: as :class:`GroupLayout` has them.
+        w_values, w_scales: (E, N, K) e4m3; (E, roundup(N, 128), C) swizzled.
+        out: (T, N) bf16, fp16 or fp32, on a 16-byte boundary; rows no expert owns are not written.
+        workspace: :func:`workspace_size` bytes on a 128-byte boundary; None allocates it.
 
     Raises:
         BackendUnavailableError: as :func:`make_plan`.
-        ValueError, TypeError: operands that do not fit; the launch checks them again in C++.
+        ValueError, TypeError: operands that do not fit; C++ checks them.
     """
-    groups = xq.groups
-    num_experts, n, k = wq.values.shape
-    if num_experts == 0 or groups.num_tokens == 0:
+    num_experts, n, k = w_values.shape
+    num_tokens = x_values.shape[0]
+    if num_experts == 0 or num_tokens == 0:
         return
-    plan = make_plan(num_experts, n, k, groups.num_tokens, out.dtype, out.device)
+    plan = make_plan(num_experts, n, k, num_tokens, out.dtype, out.device)
     if workspace is None:
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=out.device)
     # e4m3 travels as bytes: not every torch exports it through DLPack.
-    plan.module.grouped_gemm(
-        xq.values.view(torch.uint8),
-        xq.scales,
-        wq.values.view(torch.uint8),
-        wq.scales,
-        groups.tokens_per_expert,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        out,
-        workspace,
-        *plan.cluster,
-        plan.sm_count,
-        env.pdl(),
-    )
+    x_bytes, w_bytes = x_values.view(torch.uint8), w_values.view(torch.uint8)
+    offsets = tokens_per_expert, expert_offsets, scale_offsets
+    how = *plan.cluster, plan.sm_count, env.pdl()
+    plan.module.grouped_gemm(x_bytes, x_scales, w_bytes, w_scales, *offsets, out, workspace, *how)
+
+
+def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    """As :func:`launch`, of quantized operands."""
+    groups = xq.groups
+    offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
+    launch(xq.values, xq.scales, *offsets, wq.values, wq.scales, out, workspace)
 
 
 def workspace_size(

@@ -9,11 +9,12 @@ nearly all of the time goes into CUTLASS's headers. The first has no fault: it i
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ SHARED = ("prepare.cuh", "grouped_gemm_sm100.cuh", "read_arguments.cuh", "tensor
 Edits = tuple[tuple[str, str], ...]
 """Lines of the shared code, and what a plausible mistake would have made of them."""
 
-CONTROL = "none"
+CONTROL, BIT_21 = "none", "bit 21 left in descriptors"
 
 FAULTS: dict[str, Edits] = {
     CONTROL: (),
@@ -64,7 +65,11 @@ FAULTS: dict[str, Edits] = {
     "scales of experts from a common base": (
         ("rows.scale_begin * problem.scale_cols();", "rows.begin * problem.scale_cols();"),
     ),
+    BIT_21: (("words[1] &= ~(uint64_t{1} << 21);", ""),),
 }  # fmt: skip
+
+OPERAND_FAULTS = tuple(fault for fault in FAULTS if fault != BIT_21)
+"""What a product shows of the faults."""
 
 SCHEDULER_FAULTS = (CONTROL, "padding rows counted")
 """What a scheduler can see of the faults."""
@@ -73,8 +78,9 @@ SCHEDULER_FAULTS = (CONTROL, "padding rows counted")
 def host_reference() -> jit.Source:
     """CUTLASS's CPU reference over our arguments, with a driver that only encodes descriptors."""
     own_driver = (("CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "1"),)
+    on_host = ("-include", "device_code_on_host.cuh", "-diag-suppress=20011,20014", "-Xcompiler=-O0")
     include = (jit.CSRC, CUDA, cutlass_tools(toolchain.find_cutlass()))
-    return jit.Source("host_reference", CUDA / "host_reference.cu", "8.0", own_driver, include=include)
+    return jit.Source("host_reference", CUDA / "host_reference.cu", "8.0", own_driver, on_host, include)
 
 
 def host_side(out: str) -> jit.Source:
@@ -97,13 +103,19 @@ def _for_gpu(name: str, file: str, definitions: tuple[tuple[str, str], ...] = ()
     return jit.Source(name, CUDA / file, GPU_ARCH, definitions, include=(jit.CSRC, CUDA))
 
 
-def mutants(reference: jit.Source, folder: Path, faults: Iterable[str] = tuple(FAULTS)) -> jit.Source:
-    """The reference's functions once for each fault, named ``<function>_<number of the fault>``."""
+def mutants(reference: jit.Source, folder: Path, faults: Sequence[str] = OPERAND_FAULTS) -> jit.Source:
+    """The reference's functions once for each fault, named ``<function>_<number of the fault>``.
+
+    With CUTLASS's CPU reference come the functions of host_loads.cu, without a fault and with its own.
+    """
     parts = []
-    for number, edits in ((i, edits) for i, (fault, edits) in enumerate(FAULTS.items()) if fault in faults):
-        files = [CUDA / name if (CUDA / name).exists() else jit.CSRC / name for name in SHARED]
-        text = "\n".join(file.read_text() for file in (*files, reference.file))
-        for right, wrong in edits:
+    for number, (fault, edits) in enumerate(FAULTS.items()):
+        own = [reference.file] if fault in faults else []
+        if reference.name == "host_reference" and fault in (CONTROL, BIT_21):
+            own.append(CUDA / "host_loads.cu")
+        shared = [CUDA / name if (CUDA / name).exists() else jit.CSRC / name for name in SHARED] if own else []
+        text = "\n".join(file.read_text() for file in (*shared, *own))
+        for right, wrong in edits if own else ():
             assert text.count(right) == 1, f"the fault no longer applies to: {right}"
             text = text.replace(right, wrong)
         text = re.sub(r"#pragma once\n|#include \"(?!cutlass/|cute/)[^\"]+\"\n", "", text)
@@ -112,9 +124,7 @@ def mutants(reference: jit.Source, folder: Path, faults: Iterable[str] = tuple(F
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{reference.name}_mutants.cu"
     file.write_text("\n".join(parts))
-    return jit.Source(
-        f"{reference.name}_mutants", file, reference.arch, reference.definitions, include=reference.include
-    )
+    return dataclasses.replace(reference, name=f"{reference.name}_mutants", file=file)
 
 
 def call(function: Callable[..., Any], x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, *more: Any) -> Any:

@@ -86,32 +86,6 @@ def test_source_runs_no_data_and_calls_nobody() -> None:
     assert {offence: files for offence, files in places.items() if files - ALLOWED.get(offence, set())} == {}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *(
-            "import pickle",
-            "from pickle import loads",
-            "import urllib.request",
-            "from http import client",
-            "import ctypes",
-        ),
-        *(
-            "eval('1')",
-            "exec(text)",
-            "compile(text, '', 'exec')",
-            "__import__('os')",
-            "torch.load(path)",
-            "os.system('ls')",
-        ),
-        *("from torch import load", "import subprocess", "from importlib import import_module", "np.load(path)"),
-        *("importlib.import_module(name)", "run(words, shell=True)", "load(path, allow_pickle=False)"),
-    ],
-)
-def test_the_search_finds(line: str) -> None:
-    assert offences(f"def f():\n    {line}\n")
-
-
 # ---------------------------------------------------------------- what happens
 
 # The dependencies' own imports are theirs; all from here on is this package's.
@@ -203,11 +177,6 @@ def test_the_main_job_runs_where_no_file_grows(places: Path, interpreter: None) 
     run(IMPORTS + NO_FILE_GROWS + MAIN_JOB, places)
 
 
-def test_the_limit_is_one(places: Path) -> None:
-    with pytest.raises(AssertionError):
-        run(NO_FILE_GROWS + "open('file', 'wb', buffering=0).write(b'1')", places)
-
-
 def test_checkpoints_write_what_was_named(places: Path, interpreter: None) -> None:
     import torch
     from safetensors.torch import save_file
@@ -221,22 +190,6 @@ def test_checkpoints_write_what_was_named(places: Path, interpreter: None) -> No
     assert {name for name in below(places) if "/named/" in name or name.startswith(("home/", "tmp/"))} == {
         "work/named/saved.safetensors",
         "work/named/out.safetensors",
-    }
-
-
-def test_what_is_written_and_called_is_seen(places: Path) -> None:
-    """The audit itself: each of these is an event."""
-    code = """
-import pickle, shutil, socket, subprocess
-from pathlib import Path
-Path("a").mkdir(); Path("a/b").write_text("1"); Path("a/b").chmod(0o600); shutil.move("a/b", "c"); os.remove("c")
-os.close(os.open("d", os.O_CREAT | os.O_WRONLY)); os.symlink("d", "e"); os.truncate("d", 0)
-subprocess.run(["true"]); pickle.loads(b"cos\\nsystem\\n."); socket.socket().close()
-"""
-    seen = {event for event, _ in audited(code, places)}
-    assert seen == {
-        *("open", "os.mkdir", "os.chmod", "os.rename", "os.remove", "os.symlink", "os.truncate"),
-        *("subprocess.Popen", "pickle.find_class", "socket.__new__"),
     }
 
 

@@ -58,24 +58,16 @@ struct ExpertProblemShape {
 
 // A tile configuration. CtaGroup is the number of SMs that one MMA spans.
 template <int CtaGroup, int TokenTile, class Out>
-struct Config;
-
-template <int TokenTile, class Out>
-struct Config<1, TokenTile, Out> {
-  using ElementOut = Out;
+struct Config {
+  static_assert(CtaGroup == 1 || CtaGroup == 2, "an MMA spans one SM or two");
   static constexpr int kTokenTile = TokenTile;
-  using TileShape = cute::Shape<cute::_128, cute::Int<TokenTile>, cute::_128>;
-  using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf8f6f4Sm100;
-  using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm;
-};
-
-template <int TokenTile, class Out>
-struct Config<2, TokenTile, Out> {
   using ElementOut = Out;
-  static constexpr int kTokenTile = TokenTile;
-  using TileShape = cute::Shape<cute::_256, cute::Int<TokenTile>, cute::_128>;
-  using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmMxf8f6f4Sm100;
-  using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;
+  using TileShape = cute::Shape<cute::Int<128 * CtaGroup>, cute::Int<TokenTile>, cute::_128>;
+  using MainloopSchedule =
+      cute::conditional_t<CtaGroup == 1, cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf8f6f4Sm100,
+                          cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmMxf8f6f4Sm100>;
+  using EpilogueSchedule = cute::conditional_t<CtaGroup == 1, cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm,
+                                               cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm>;
 };
 
 // The part of D that the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128 columns:
@@ -238,7 +230,7 @@ struct GroupedGemm {
 
   // Bytes of one call's workspace: the arrays that prepare fills, then CUTLASS's own.
   static size_t workspace_size(Problem const& problem, Launch const& launch) {
-    auto arrays = OperandArrays<GroupedGemm>::carve(nullptr, problem.num_experts);
+    auto arrays = OperandArrays<GroupedGemm>::in_arena(nullptr, problem.num_experts);
     return arrays.bytes + Gemm::get_workspace_size(make_arguments(problem, {}, arrays, launch));
   }
 };

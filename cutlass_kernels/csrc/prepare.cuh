@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -81,27 +82,6 @@ struct Operands {
   ElementOut* out;                    // (T, N)
 };
 
-// Hands out aligned arrays from one buffer. Run over a null pointer it measures the buffer instead.
-class Carver {
- public:
-  static constexpr size_t kAlignment = 128;
-
-  explicit Carver(void* buffer) : base_(reinterpret_cast<uintptr_t>(buffer)) {}
-
-  template <class T>
-  T* take(int count) {
-    T* array = reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += round_up(sizeof(T) * static_cast<size_t>(count), kAlignment);
-    return array;
-  }
-
-  size_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  size_t bytes_ = 0;
-};
-
 // The arrays of one call, an entry an expert. `Gemm` is a GroupedGemm of grouped_gemm_sm100.cuh. The
 // ragged mainloop describes the weights once, from the host, and leaves their arrays unused.
 template <class Gemm>
@@ -119,23 +99,20 @@ struct OperandArrays {
   typename Gemm::ScaleLayout* token_scale_layout;
   size_t bytes;
 
-  static OperandArrays carve(void* buffer, int num_experts) {
-    Carver carver(buffer);
+  // Lays the arrays out in a buffer, an arena; over a null pointer it measures the buffer instead.
+  static OperandArrays in_arena(void* buffer, int num_experts) {
+    constexpr size_t kAlignment = 128;
     OperandArrays arrays{};
-    arrays.tokens = carver.take<int32_t>(num_experts);
-    arrays.token_rows = carver.take<typename Gemm::Element const*>(num_experts);
-    arrays.token_scales = carver.take<typename Gemm::ElementScale const*>(num_experts);
-    arrays.out = carver.take<typename Gemm::ElementOut*>(num_experts);
-    arrays.out_stride = carver.take<typename Gemm::OutStride>(num_experts);
+    auto place = [&](auto*& array) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<uintptr_t>(buffer) + arrays.bytes);
+      arrays.bytes += round_up(sizeof(*array) * static_cast<size_t>(num_experts), kAlignment);
+    };
+    place(arrays.tokens), place(arrays.token_rows), place(arrays.token_scales);
+    place(arrays.out), place(arrays.out_stride);
     if constexpr (!Gemm::kRagged) {
-      arrays.weights = carver.take<typename Gemm::Element const*>(num_experts);
-      arrays.weight_scales = carver.take<typename Gemm::ElementScale const*>(num_experts);
-      arrays.weight_stride = carver.take<typename Gemm::WeightStride>(num_experts);
-      arrays.token_stride = carver.take<typename Gemm::TokenStride>(num_experts);
-      arrays.weight_scale_layout = carver.take<typename Gemm::ScaleLayout>(num_experts);
-      arrays.token_scale_layout = carver.take<typename Gemm::ScaleLayout>(num_experts);
+      place(arrays.weights), place(arrays.weight_scales), place(arrays.weight_stride);
+      place(arrays.token_stride), place(arrays.weight_scale_layout), place(arrays.token_scale_layout);
     }
-    arrays.bytes = carver.bytes();
     return arrays;
   }
 };

@@ -20,7 +20,7 @@ int64_t check(Problem const& problem, Launch const& launch, char* buffer, int64_
   using Element = typename Gemm::Element;
   using ElementScale = typename Gemm::ElementScale;
   using ElementOut = typename Gemm::ElementOut;
-  auto arrays = OperandArrays<Gemm>::carve(buffer, problem.num_experts);
+  auto arrays = OperandArrays<Gemm>::in_arena(buffer, problem.num_experts);
   typename Gemm::Operands operands{
       reinterpret_cast<Element const*>(buffer), reinterpret_cast<ElementScale const*>(buffer),
       reinterpret_cast<Element const*>(buffer), reinterpret_cast<ElementScale const*>(buffer),

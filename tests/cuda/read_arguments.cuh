@@ -5,6 +5,8 @@
 // SM100 kernel will see, and none of the tensors that those were made from.
 #pragma once
 
+#include <vector>
+
 #include "grouped_gemm_sm100.cuh"
 
 namespace hybrid_mxfp8 {
@@ -71,6 +73,15 @@ struct ExpertOperands {
   }
   CUTLASS_HOST_DEVICE auto tensor_sfa() const { return cute::make_tensor(sfa, layout_sfa); }
   CUTLASS_HOST_DEVICE auto tensor_sfb() const { return cute::make_tensor(sfb, layout_sfb); }
+};
+
+// A call's workspace on the CPU, aligned as the launch demands it.
+struct HostWorkspace {
+  explicit HostWorkspace(size_t bytes) : memory(bytes + kAlignment) {}
+  void* data() { return reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(memory.data()), kAlignment)); }
+
+  static constexpr int64_t kAlignment = 128;
+  std::vector<char> memory;
 };
 
 }  // namespace hybrid_mxfp8

@@ -54,7 +54,7 @@ void count(ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets, ff
            ffi::TensorView outside) {
   using Kernel = typename Gemm::Kernel;
   cudaStream_t stream = current_stream(tokens_per_expert.device());
-  auto arrays = OperandArrays<Gemm>::carve(workspace.data_ptr(), problem.num_experts);
+  auto arrays = OperandArrays<Gemm>::in_arena(workspace.data_ptr(), problem.num_experts);
   HYBRID_MXFP8_EXPECT(workspace.numel() >= static_cast<int64_t>(arrays.bytes), ValueError)
       << "workspace: expected " << arrays.bytes << " bytes, got " << workspace.numel();
   ExpertOffsets offsets{static_cast<int32_t const*>(tokens_per_expert.data_ptr()),

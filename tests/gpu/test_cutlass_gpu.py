@@ -219,7 +219,7 @@ def test_walker_catches_seeded_faults(load, tmp_path: Path) -> None:
     module = load(cutlass_modules.mutants(cutlass_modules.argument_walker(), tmp_path))
     x, w = operands([5, 0, 130, 34], 136, 96, 640)
     expected = triton_product(x, w)
-    for number, fault in enumerate(cutlass_modules.FAULTS):
+    for number, fault in enumerate(cutlass_modules.OPERAND_FAULTS):
         actual = walk(module, x, w, torch.full_like(expected, torch.nan), f"_{number}")
         assert agree(actual, expected) == (fault == cutlass_modules.CONTROL), fault
 
