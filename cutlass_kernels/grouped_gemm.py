@@ -75,9 +75,7 @@ class Plan:
     workspace_bytes: int
 
 
-def make_plan(
-    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device
-) -> Plan:
+def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device) -> Plan:
     """The plan of a problem with at least one expert and token; compiles its module if need be.
 
     Raises:
@@ -222,7 +220,7 @@ def explain(problem: Problem) -> str:
 
 
 def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
-    """What is compiled for a :attr:`GemmConfig.module`, an output type and a target like ``10.0a``."""
+    """What is compiled for a :attr:`GemmConfig.module`, an output type and a target (``10.0a``)."""
     config = GemmConfig.parse(module)
     short, element = OUT_TYPES[out_dtype]
     return jit.Source(
@@ -285,7 +283,7 @@ def _failed_builds(capability: Capability | None) -> dict[tuple[str, torch.dtype
 
 
 def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) -> Any:
-    """The module, built now unless the capability's or its family's is there, or that failed before."""
+    """The module, the capability's or its family's; built now if neither is there."""
     key = module, out_dtype, capability
     if key in _modules:
         return _modules[key]

@@ -1,4 +1,5 @@
-// One call, from its tensors to the kernel's parameters: all that there is before the GEMM's launch.
+// One call, from its tensors to the kernel's parameters: all that there is before the GEMM's
+// launch.
 //
 // The entry of the SM100 kernel and the references of the tests share this, so what the references
 // multiply is what the kernel is given.
@@ -17,9 +18,9 @@ namespace hybrid_mxfp8 {
 
 // Clears bit 21 of a TMA descriptor's second word. For tensors that are not dense and lie in less
 // than 128 KB the driver's encoder may set it wrongly, and loads then fail with an illegal address;
-// the release notes of NVIDIA's driver 595.71.05 say to clear it. The kernel re-describes tensors by
-// patching addresses and extents, and the bit stays, so it is cleared in every descriptor. CUTLASS
-// before 4.3.4 never does, later versions not for all tensors.
+// the release notes of NVIDIA's driver 595.71.05 say to clear it. The kernel re-describes tensors
+// by patching addresses and extents, and the bit stays, so it is cleared in every descriptor.
+// CUTLASS before 4.3.4 never does, later versions not for all tensors.
 template <class Tma>
 void clear_small_tensor_bit(Tma const& tma) {
   auto words = reinterpret_cast<uint64_t*>(const_cast<cute::TmaDescriptor*>(tma.get_tma_descriptor()));

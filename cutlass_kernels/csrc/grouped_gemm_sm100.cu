@@ -6,9 +6,10 @@
 //     HYBRID_MXFP8_OUT          cutlass::bfloat16_t, cutlass::half_t or float
 // and with the mainloop that the CUTLASS headers have.
 //
-// A call is two launches on the caller's stream: prepare_kernel writes the per-expert arrays into the
-// workspace, the GEMM follows, programmatically where that is allowed, so that its prologue overlaps.
-// Python has checked shapes and chosen the configuration; what would corrupt memory is checked again here.
+// A call is two launches on the caller's stream: prepare_kernel writes the per-expert arrays into
+// the workspace, the GEMM follows, programmatically where that is allowed, so that its prologue
+// overlaps. Python has checked shapes and chosen the configuration; what would corrupt memory is
+// checked again here.
 
 #include <atomic>
 

@@ -5,12 +5,13 @@
 //
 //     D_e (N x tokens_e, column-major) = W_e (N x K, row-major) * X_e (K x tokens_e, column-major)
 //
-// which in memory is out (T, N) = x (T, K) * w^T, row-major as PyTorch has it. The swap lets the token
-// side take tiles of 64 to 256 while the weights fill the 128 (1SM) or 256 (2SM) rows of the tensor core.
+// which in memory is out (T, N) = x (T, K) * w^T, row-major as PyTorch has it. The swap lets the
+// token side take tiles of 64 to 256 while the weights fill the 128 (1SM) or 256 (2SM) rows of the
+// tensor core.
 //
-// Two mainloops share this source. The ragged-contiguous one (CUTLASS 4.4 and later) knows that only the
-// tokens are ragged: one host-built descriptor serves the weights of all experts. The pointer-array one
-// re-describes all operands per expert and also builds with CUTLASS 4.2.
+// Two mainloops share this source. The ragged-contiguous one (CUTLASS 4.4 and later) knows that
+// only the tokens are ragged: one host-built descriptor serves the weights of all experts. The
+// pointer-array one re-describes all operands per expert and also builds with CUTLASS 4.2.
 //
 // Nothing here instantiates a kernel: that is left to whoever calls Gemm::run.
 #pragma once
@@ -38,7 +39,8 @@ namespace hybrid_mxfp8 {
 // clobber, so the compiler may move that read ahead of it.
 constexpr bool kPdlIsSafe = CUTLASS_VERSION >= 460;
 
-// The shapes of all experts, for the pointer-array mainloop: N and K are common, the tokens an array.
+// The shapes of all experts, for the pointer-array mainloop: N and K are common, the tokens an
+// array.
 struct ExpertProblemShape {
   using UnderlyingProblemShape = cute::Shape<int, int, int>;
 
@@ -70,15 +72,16 @@ struct Config {
                                                cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm>;
 };
 
-// The part of D that the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128 columns:
-// their two buffers leave shared memory for one stage of operands less than 64 do (in fp32 for one
-// or two stages in all), and the next tile's MMA waits for half of the epilogue, not a quarter.
+// The part of D that the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128
+// columns. Two buffers of these leave less shared memory for operands than two of 64, in bf16 one
+// stage, in fp32 all but one or two; and the next tile's MMA waits for half of the epilogue instead
+// of a quarter.
 template <int TokenTile>
 using EpilogueTile = cute::conditional_t<TokenTile == 256, cute::Shape<cute::_128, cute::_64>,
                                          cutlass::epilogue::collective::EpilogueTileAuto>;
 
-// How a call is launched: the cluster that the hardware should prefer, the one it may fall back to where
-// the preferred one does not fit, and the SMs that the persistent grid fills.
+// How a call is launched: the cluster that the hardware should prefer, the one it may fall back to
+// where the preferred one does not fit, and the SMs that the persistent grid fills.
 struct Launch {
   int device;
   int sm_count;
@@ -115,7 +118,8 @@ struct GroupedGemm {
       ElementOut, LayoutOut*, kAlignmentOut,                            // D
       typename Config::EpilogueSchedule>::CollectiveOp;
 
-  // The builder takes the ragged mainloop when the tokens are an array of pointers and the weights are not.
+  // The builder takes the ragged mainloop when the tokens are an array of pointers and the weights
+  // are not.
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp,                             //
       MxElement, cute::conditional_t<kRagged, LayoutWeights, LayoutWeights*>, kAlignment,          // A
@@ -147,8 +151,9 @@ struct GroupedGemm {
     using Layout = decltype(cute::recast<uint32_t>(cute::declval<Tensor&>()).layout());
     return static_cast<int>(cute::cosize(Layout{}) & cutlass::detail::TmemColMask);
   }
-  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which overlap by one part of
-  // the epilogue where both don't fit, then the scales of the weights and of the tokens. CUTLASS does not check.
+  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which
+  // overlap by one part of the epilogue where both don't fit, then the scales of the weights and of
+  // the tokens. CUTLASS does not check.
   static constexpr int tensor_memory_columns() {
     using Part = typename CollectiveEpilogue::EpilogueTile;
     using Memory =

@@ -1,9 +1,9 @@
 // From router metadata to the per-expert arrays that a CUTLASS grouped GEMM reads.
 //
-// A grouped GEMM takes, for each expert, a token count, a few pointers and a few strides. All of them
-// follow from three int32 arrays that already lie on the device, so they are computed there, by one
-// kernel with one thread an expert, and the host never waits. The arithmetic is in functors that also
-// run on the host: tests/cuda/host_reference.cu feeds CUTLASS's CPU reference with them.
+// A grouped GEMM takes, for each expert, a token count, a few pointers and a few strides. All of
+// them follow from three int32 arrays that already lie on the device, so they are computed there,
+// by one kernel with one thread an expert, and the host never waits. The arithmetic is in functors
+// that also run on the host: tests/cuda/host_reference.cu feeds CUTLASS's CPU reference with them.
 //
 // Nothing here depends on an architecture.
 #pragma once
@@ -46,9 +46,9 @@ struct ExpertRows {
   int32_t tokens;
 };
 
-// Finds the rows of an expert. Offsets written by GroupLayout are always inside the buffers; anything
-// else is clamped, and an expert that still does not fit is emptied, so that no metadata, however
-// wrong, makes a kernel leave its buffers.
+// Finds the rows of an expert. Offsets written by GroupLayout are always inside the buffers;
+// anything else is clamped, and an expert that still does not fit is emptied, so that no metadata,
+// however wrong, makes a kernel leave its buffers.
 struct ExpertOffsets {
   int32_t const* tokens_per_expert;
   int32_t const* expert_offsets;
@@ -82,8 +82,8 @@ struct Operands {
   ElementOut* out;                    // (T, N)
 };
 
-// The arrays of one call, an entry an expert. `Gemm` is a GroupedGemm of grouped_gemm_sm100.cuh. The
-// ragged mainloop describes the weights once, from the host, and leaves their arrays unused.
+// The arrays of one call, an entry an expert. `Gemm` is a GroupedGemm of grouped_gemm_sm100.cuh.
+// The ragged mainloop describes the weights once, from the host, and leaves their arrays unused.
 template <class Gemm>
 struct OperandArrays {
   int32_t* tokens;
@@ -147,8 +147,8 @@ struct PrepareExpert {
   }
 };
 
-// One thread an expert. The GEMM may be launched while this runs (programmatic dependent launch): it
-// sets itself up and waits for this grid to end and its writes to be visible.
+// One thread an expert. The GEMM may be launched while this runs (programmatic dependent launch):
+// it sets itself up and waits for this grid to end and its writes to be visible.
 template <class Prepare>
 __global__ void prepare_kernel(__grid_constant__ Prepare const prepare, int num_experts) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -1,5 +1,5 @@
-// From the tensors of a call to its sizes: every constraint that, broken, would make a kernel read or
-// write outside a buffer or a TMA descriptor fail. Errors name the argument.
+// From the tensors of a call to its sizes: every constraint that, broken, would make a kernel read
+// or write outside a buffer or a TMA descriptor fail. Errors name the argument.
 #pragma once
 
 #include <cstdint>
@@ -81,8 +81,9 @@ Problem check_operands(Tensors const& t) {
       << "w: N must be a positive multiple of " << kOutAlignment << " for this out dtype, got " << n;
   HYBRID_MXFP8_EXPECT(num_tokens <= kInt && n <= kInt && k <= kInt && num_experts <= kInt, ValueError)
       << "x, w: each of T, E, N and K must fit in 32 bits";
-  // The ragged mainloop multiplies N and K as ints for the stride from one expert's weights to the next
-  // (moe_stride_utils.hpp). Its other operands are described for one expert at a time, with no such stride.
+  // The ragged mainloop multiplies N and K as ints for the stride from one expert's weights to the
+  // next (moe_stride_utils.hpp). Its other operands are described for one expert at a time, with no
+  // such stride.
   HYBRID_MXFP8_EXPECT(n * k <= kInt, ValueError)
       << "w: N * K must fit in 32 bits, got N = " << n << ", K = " << k;
   Problem problem{static_cast<int>(num_experts), static_cast<int>(n), static_cast<int>(k),

@@ -278,7 +278,9 @@ def _command(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, librar
     include = (*source.include, cutlass.include, libinfo.find_include_path(), libinfo.find_dlpack_include_path())
     for path in map(str, (*include, source.file, library, cuda.home)):
         if READ_BY_SHELL.search(path):
-            raise BackendUnavailableError(f"nvcc can't build from {path!r}: it would read $, `, \" or \\ there as a shell does")
+            raise BackendUnavailableError(
+                f"nvcc can't build from {path!r}: it would read $, `, \" or \\ there as a shell does"
+            )
     target = source.arch.replace(".", "")
     return [
         *(str(cuda.nvcc), *FLAGS, *source.flags),

@@ -201,7 +201,7 @@ def find_cuda() -> CudaCompiler:
 
 
 def cuda_candidates() -> Iterator[CudaCompiler]:
-    """Every compiler there is, usable or not, the preferred first; each is asked for its version."""
+    """Every compiler there is, usable or not, the preferred first."""
     for origin, nvcc in _nvcc_candidates():
         try:
             home, version, problem = _probe_nvcc(nvcc, nvcc.stat().st_mtime_ns)
@@ -219,7 +219,7 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
             yield "PATH", folder / "nvcc"
             break
     # The CUDA 13 wheels share one folder; those of CUDA 12 have one each and link nothing. Some of
-    # the latter make a package of `nvidia`, which hides folders of that name from the import system.
+    # the latter make a package of `nvidia`, so importlib would miss others' folders of that name.
     for entry in sys.path:
         for nvcc in sorted(Path(entry, "nvidia").glob("cu*/bin/nvcc"), reverse=True):
             yield "nvidia-cuda-nvcc", nvcc

@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def driver(file: Path) -> dict[str, str]:
-    """NVIDIA's driver, from what its kernel module says of itself; nothing where that is not there."""
+    """NVIDIA's driver, as its kernel module says; nothing where there is none."""
     try:
         match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
     except OSError:
@@ -102,7 +102,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def tools() -> dict[str, Any]:
-    """Each CUDA compiler and each copy of the CUTLASS headers that was found, and whose are used."""
+    """CUDA compilers and copies of the CUTLASS headers that were found, and whose are used."""
     try:
         used = toolchain.find_cutlass().origin
     except BackendUnavailableError:
@@ -130,7 +130,7 @@ def default_backend() -> str:
 
 def cache(folder: Path) -> dict[str, Any]:
     """Whether the cache folder exists, whether this user can write or create it, and its bytes."""
-    # os.path's own tests answer False for a path that cannot be, such as one too long, where Path's raise.
+    # os.path's tests answer False for a path that cannot be, such as one too long; Path's raise.
     nearest = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
     exists = os.path.isdir(folder)
     return {
@@ -142,7 +142,7 @@ def cache(folder: Path) -> dict[str, Any]:
 
 
 def modules() -> dict[str, Any]:
-    """Each compiled module in the cache, with the versions it was built by, or why none is loaded."""
+    """Compiled modules in the cache, with the versions they were built by, or why none is loaded."""
     try:
         built = [module.manifest() for module in jit.built()]
     except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1

@@ -1,13 +1,14 @@
-// Included before all else: makes functions of CUTLASS's block-scaled mainloops that only devices have
-// run on the host, too, as far as load_init and what it calls.
+// Included before all else: makes functions of CUTLASS's block-scaled mainloops that only devices
+// have run on the host, too, as far as load_init and what it calls.
 #pragma once
 
 #include "cute/config.hpp"
 #pragma push_macro("CUTE_DEVICE")
 #undef CUTE_DEVICE
 #define CUTE_DEVICE CUTE_HOST_DEVICE
-#include "cute/atom/copy_traits_sm90_tma.hpp"
 #include "cute/tensor.hpp"
+//
+#include "cute/atom/copy_traits_sm90_tma.hpp"
 #pragma pop_macro("CUTE_DEVICE")
 
 #include "cutlass/arch/grid_dependency_control.h"

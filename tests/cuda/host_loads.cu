@@ -1,5 +1,5 @@
-// What the kernel's loads are given, on the CPU: the TMA descriptors of a call, which the function below
-// encodes in the driver's place, and the coordinates at which the mainloop loads scales.
+// What the kernel's loads are given, on the CPU: the TMA descriptors of a call, which the function
+// below encodes in the driver's place, and the coordinates at which the mainloop loads scales.
 
 #include <cuda.h>
 #include <tvm/ffi/tvm_ffi.h>
@@ -31,8 +31,8 @@ extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMap
 namespace hybrid_mxfp8 {
 namespace {
 
-// Makes the kernel's parameters for a call and writes to `counts` (3,) int32: descriptors encoded, those
-// found in the parameters, and those of them with bit 21.
+// Makes the kernel's parameters for a call and writes to `counts` (3,) int32: descriptors encoded,
+// those found in the parameters, and those of them with bit 21.
 template <class Gemm>
 void descriptors(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w, ffi::TensorView w_scales,
                  ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets, ffi::TensorView scale_offsets,
@@ -55,8 +55,8 @@ void descriptors(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w,
   }
 }
 
-// Writes to `blocks`, an int32 for each tile of an expert's tokens, which 128-row block of their scales
-// the mainloop's load of the tile begins with; -1 for none.
+// Writes to `blocks`, an int32 for each tile of an expert's tokens, which 128-row block of their
+// scales the mainloop's load of the tile begins with; -1 for none.
 template <class Gemm>
 void scale_blocks(ffi::TensorView blocks) {
   using Mainloop = typename Gemm::CollectiveMainloop;

@@ -1,9 +1,10 @@
 // CUTLASS multiplies the operands, on the CPU.
 //
-// Takes the tensors of a grouped_gemm call in host memory, builds Gemm::Arguments from them with the
-// same functors, strides and layouts as the SM100 kernel's launch, and multiplies expert by expert with
-// CUTLASS's own block-scaled reference, which reads the swizzled scales through CuTe's layout. A wrong
-// offset, stride, operand order or swizzle therefore shows in the result, with no GPU.
+// Takes the tensors of a grouped_gemm call in host memory, builds Gemm::Arguments from them with
+// the same functors, strides and layouts as the SM100 kernel's launch, and multiplies expert by
+// expert with CUTLASS's own block-scaled reference, which reads the swizzled scales through CuTe's
+// layout. A wrong offset, stride, operand order or swizzle therefore shows in the result, with no
+// GPU.
 
 #include <tvm/ffi/tvm_ffi.h>
 

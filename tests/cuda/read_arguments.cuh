@@ -1,8 +1,8 @@
 // Reads Gemm::Arguments back, the way the kernel does: one expert's operands as CuTe tensors.
 //
-// The references of the tests, host_reference.cu on the CPU and argument_walker.cu on a GPU, multiply
-// what these tensors show. They therefore see the pointers, strides, layouts and token counts that the
-// SM100 kernel will see, and none of the tensors that those were made from.
+// The references of the tests, host_reference.cu on the CPU and argument_walker.cu on a GPU,
+// multiply what these tensors show. They therefore see the pointers, strides, layouts and token
+// counts that the SM100 kernel will see, and none of the tensors that those were made from.
 #pragma once
 
 #include <vector>

@@ -39,9 +39,7 @@ def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
             cache.cache_clear()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: B200)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=148)
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=148))
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     forget()
     yield

@@ -177,7 +177,9 @@ def test_cuda_home_without_compiler_is_an_error(
         toolchain.find_cuda()
 
 
-def test_a_compiler_that_says_no_folder_is_where_its_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_says_no_folder_is_where_its_link_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = make_nvcc(tmp_path / "toolkit", "13.0.88")
     real.write_text(real.read_text().replace("_HERE_", "_THERE_"))
     (tmp_path / "links").mkdir()
