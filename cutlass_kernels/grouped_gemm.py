@@ -22,6 +22,7 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.formats import MAX_INT32, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import (
     CUTLASS_CAPABILITIES,
     MODULES,
@@ -79,11 +80,13 @@ def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torc
     """The plan of a problem with at least one expert and token; compiles its module if need be.
 
     Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded. It is not tried again in
-            this environment: from then on :func:`can_run` says no.
+        BackendUnavailableError: the module cannot be compiled or loaded, or computes something wrong
+            on this GPU (see verify.py). It is not tried again in this environment: from then on
+            :func:`can_run` says no.
     """
     config = _choose(num_experts, n, k, num_tokens, out_dtype, device)[0].config
     module = _module(config.module, out_dtype, devices.capability(device))
+    _check_verified(config.module, out_dtype, device)
     sm_count = _sm_count(device)
     return Plan(module, config.cluster, sm_count, module.workspace_size(num_experts, n, k, num_tokens, sm_count))
 
@@ -267,8 +270,11 @@ Environment = tuple[Path | None, Path | None, Path, bool, tuple[Path, ...]]
 _modules: dict[tuple[str, torch.dtype, Capability | None], Any] = {}
 """The loaded modules, by :attr:`GemmConfig.module` and output type."""
 
+_verified: set[tuple[str, torch.dtype, torch.device]] = set()
+"""The modules that were found right on a GPU."""
+
 _failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], str]] = {}
-"""Why a module could not be built or loaded."""
+"""Why a module could not be built or loaded, or was found wrong."""
 
 
 def _environment() -> Environment:
@@ -291,16 +297,49 @@ def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) 
     failed = _failed_builds(capability)
     if (module, out_dtype) in failed:
         raise BackendUnavailableError(failed[module, out_dtype])
-    sources = [source(module, out_dtype, arch) for arch in TARGETS[capability]]
     try:
-        _modules[key] = jit.load(next((s for s in sources if jit.find(s) is not None), sources[0]))
+        _modules[key] = jit.load(_source(module, out_dtype, capability))
     except BackendUnavailableError as error:
-        _failures.setdefault((capability, _environment()), {})[module, out_dtype] = str(error)
-        raise BackendUnavailableError(
-            f"{error}; this process will not try again in this environment: the next call without a named backend "
-            "uses another"
-        ) from error
+        raise _failed(module, out_dtype, capability, str(error)) from error
     return _modules[key]
+
+
+def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -> None:
+    """Check that the module is right on this GPU; tried now, in a process of its own, if need be."""
+    if (module, out_dtype, device) in _verified:
+        return
+    capability = devices.capability(device)
+    assert capability is not None, "availability() asks for a GPU"
+    failed = _failed_builds(capability)
+    if (module, out_dtype) in failed:
+        raise BackendUnavailableError(failed[module, out_dtype])
+    built = jit.build(_source(module, out_dtype, capability))
+    record = verify.find(built, device)
+    if record is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendUnavailableError(
+                f"{module} was not verified on this GPU yet, and while a stream is captured nothing is: call once before, "
+                "or run python -m hybrid_mxfp8 warmup"
+            )
+        record = verify.verified(built, device)
+    if not record["ok"]:
+        raise _failed(
+            module, out_dtype, capability, f"{module} failed its verification on {device}: {record['reason']}"
+        )
+    _verified.add((module, out_dtype, device))
+
+
+def _source(module: str, out_dtype: torch.dtype, capability: Capability) -> jit.Source:
+    """For the target that is built, the capability's own first; for that if none is."""
+    sources = [source(module, out_dtype, arch) for arch in TARGETS[capability]]
+    return next((s for s in sources if jit.find(s) is not None), sources[0])
+
+
+def _failed(module: str, out_dtype: torch.dtype, capability: Capability, why: str) -> BackendUnavailableError:
+    _failures.setdefault((capability, _environment()), {})[module, out_dtype] = why
+    return BackendUnavailableError(
+        f"{why}; this process will not try again in this environment: the next call without a named backend uses another"
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,11 @@ Record = dict[str, Any]
 """ok, reason, error (the largest, in units of the bound), gpu, driver, torch, date."""
 
 
+def find(module: Built, device: torch.device) -> Record | None:
+    """The record of a module on a GPU and the driver of this machine; None if there is none."""
+    return read_record(_folder(module, device))
+
+
 def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> Record:
     """The record of a module on a GPU; made now, by a child process, if there is none.
 
@@ -65,16 +71,11 @@ def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> 
         device: the GPU.
         child: the command that prints a module's error in place of this file; tests have others.
     """
-    gpu, driver = _name(device), driver_version()
-    key = hashlib.sha256(f"{gpu}\0{driver}".encode()).hexdigest()[:8]
-    folder = module.folder.with_name(f"{module.folder.name}.verified-{key}")
+    folder = _folder(module, device)
     made: list[Record] = []
 
     def verify(private: Path) -> None:
-        logger.info("verifying %s on %s, once", module.folder.name, gpu)
-        outcome = _run([*(child or (sys.executable, "-m", __spec__.name)), str(module.folder), str(device)])
-        about = {"gpu": gpu, "driver": driver, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        made.append({**outcome, **about})
+        made.append(_run(module, device, tuple(child)))
         (private / RECORD).write_text(json.dumps(made[0], indent=1), encoding="utf-8")
 
     try:
@@ -82,14 +83,20 @@ def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> 
             build_once(folder, verify, lambda: read_record(folder) is not None)
     except BackendUnavailableError:  # the cache cannot be written
         if not made:
-            made.append(_in_this_process(module, device, tuple(child)))
-    return (made[0] if made else read_record(folder)) or {"ok": False, "reason": f"{folder} is damaged: delete it"}
+            made.append(_run(module, device, tuple(child)))
+    return made[0] if made else read_record(folder) or {"ok": False, "reason": f"{folder} is damaged: delete it"}
 
 
-@functools.cache
-def _in_this_process(module: Built, device: torch.device, child: tuple[str, ...]) -> Record:
-    command = [*(child or (sys.executable, "-m", __spec__.name)), str(module.folder), str(device)]
-    return {**_run(command), "gpu": _name(device), "driver": driver_version()}
+def records(folder: Path) -> dict[str, Record]:
+    """All records of a cache's modules, by the modules' folders."""
+    files = sorted(folder.glob(f"*.verified-*/{RECORD}")) if os.path.isdir(folder) else []
+    read = {file.parent.name.partition(".verified-")[0]: read_record(file.parent) for file in files}
+    return {name: record for name, record in read.items() if record is not None}
+
+
+def _folder(module: Built, device: torch.device) -> Path:
+    key = hashlib.sha256(f"{_name(device)}\0{driver_version()}".encode()).hexdigest()[:8]
+    return module.folder.with_name(f"{module.folder.name}.verified-{key}")
 
 
 def read_record(folder: Path) -> Record | None:
@@ -104,7 +111,15 @@ def read_record(folder: Path) -> Record | None:
     return record if whole else None
 
 
-def _run(command: Sequence[str]) -> Record:
+@functools.cache
+def _run(module: Built, device: torch.device, child: tuple[str, ...]) -> Record:
+    logger.info("verifying %s on %s, once", module.folder.name, _name(device))
+    outcome = _outcome([*(child or (sys.executable, "-m", __spec__.name)), str(module.folder), str(device)])
+    about = {"gpu": _name(device), "driver": driver_version(), "torch": torch.__version__}
+    return {**outcome, **about, "date": time.strftime("%Y-%m-%d")}
+
+
+def _outcome(command: Sequence[str]) -> Record:
     try:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False

@@ -46,7 +46,8 @@ FORBIDDEN_CALLS = {
     *("numpy.load", "np.load", "os.system", "os.popen", "os.startfile"),
 }
 ALLOWED = {
-    "subprocess": {"cutlass_kernels/jit/build.py", "cutlass_kernels/jit/toolchain.py"},  # nvcc: a build; its version
+    # nvcc: a build; its version. This Python: a module tried out.
+    "subprocess": {f"cutlass_kernels/{name}.py" for name in ("jit/build", "jit/toolchain", "verify")},
     # Each of a module of this package, or of the checkout's bench.
     "importlib.import_module": {"hybrid_mxfp8/commands/bench.py", "hybrid_mxfp8/commands/cli.py"},
 }

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, default_device, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 MISSING = "not installed"
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,17 +65,8 @@ def versions() -> dict[str, str]:
         "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
         "safetensors": _distribution("safetensors"),
         "transformers": _distribution("transformers"),
-        **driver(DRIVER_FILE),
+        **({"NVIDIA driver": driver} if (driver := verify.driver_version()) else {}),
     }
-
-
-def driver(file: Path) -> dict[str, str]:
-    """NVIDIA's driver, as its kernel module says; nothing where there is none."""
-    try:
-        match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
-    except OSError:
-        return {}
-    return {"NVIDIA driver": match[1]} if match else {}
 
 
 def _torch_build() -> str:
@@ -146,9 +136,13 @@ def modules() -> dict[str, Any]:
     try:
         built = [module.manifest() for module in jit.built()]
     except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1
-        return {"modules": [], "modules_problem": str(error)}
+        return {"modules": [], "verified": [], "modules_problem": str(error)}
     named = [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
-    return {"modules": named, "modules_problem": ""}
+    verified = [
+        f"{module}: {'right' if r['ok'] else 'wrong'} on {r.get('gpu')}, driver {r.get('driver')}, {r.get('date')}: {r['reason']}"
+        for module, r in verify.records(jit.cache()).items()
+    ]
+    return {"modules": named, "verified": verified, "modules_problem": ""}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -163,6 +157,7 @@ def render(facts: dict[str, Any]) -> str:
         *_found("CUTLASS headers", facts["cutlass_headers"], facts["cutlass_used"]),
         ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
         *(("compiled", module) for module in facts["modules"]),
+        *(("verified", record) for record in facts["verified"]),
         *([("compiled", facts["modules_problem"])] if facts["modules_problem"] else []),
         *facts["environment"].items(),
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile what is missing; 0 if all of it is there in the end.
+    """Compile what is missing and verify what runs here; 0 if all of it is there and right.
 
     Raises:
         BackendUnavailableError: no headers or no compiler.
@@ -68,9 +69,26 @@ def run(args: argparse.Namespace) -> int:
     missing = [s for s in wanted if jit.find(s) is None]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} modules are in {jit.cache()}")
     failures = build_all(missing, args.jobs or default_jobs()) if missing else []
+    failures += verify_all(wanted)
     for failure in failures:
         print(failure)
     return 1 if failures else 0
+
+
+def verify_all(sources: Iterable[jit.Source]) -> list[str]:
+    """Verify the modules that this machine's GPU runs; returns what is wrong, a line each."""
+    if not torch.cuda.is_available():
+        return []
+    device = torch.device("cuda", torch.cuda.current_device())
+    targets = TARGETS.get(torch.cuda.get_device_capability(device), ())
+    failures = []
+    for s in sources:
+        built = jit.find(s) if s.arch in targets else None
+        if built is not None:
+            record = verify.verified(built, device)
+            print(f"{s.name}: {'verified' if record['ok'] else 'failed'}, {record['reason']}")
+            failures += [] if record["ok"] else [f"{s.name}: {record['reason']}"]
+    return failures
 
 
 def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:

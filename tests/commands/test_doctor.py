@@ -50,6 +50,7 @@ def test_every_fact_is_in_the_page() -> None:
     ]
     facts["environment"] = {"HYBRID_MXFP8_PDL": "0"}
     facts["modules"] = ["grouped_gemm_of_a_test, CUTLASS 4.8.1, nvcc 13.0.88"]
+    facts["verified"] = ["grouped_gemm_of_a_test: right on a GPU"]
     page = doctor.render(facts)
     for expected in (
         *facts["versions"].values(),
@@ -60,6 +61,7 @@ def test_every_fact_is_in_the_page() -> None:
         "HYBRID_MXFP8_PDL",
         facts["cache"]["path"],
         *facts["modules"],
+        *facts["verified"],
         *facts["backends"],
         *(answer["reason"] for answer in facts["backends"].values()),
     ):
@@ -96,22 +98,6 @@ def test_tools_are_listed_and_those_used_are_marked(tmp_path: Path, monkeypatch:
     assert facts["compilers"][0] == {
         "origin": "CUDA_HOME", "path": nvcc, "version": "", "problem": "No such file or directory"
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 10:00:00 UTC 2025",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@somewhere)",
-    ],
-)
-def test_driver(line: str, tmp_path: Path) -> None:
-    file = tmp_path / "version"
-    assert doctor.driver(file) == {}
-    file.write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    assert doctor.driver(file) == {"NVIDIA driver": "580.159.04"}
-    file.write_text("another driver\n")
-    assert doctor.driver(file) == {}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(tools: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what gets built, instead of building."""
     names: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(jit, "build", lambda source: names.append(source.name))
     monkeypatch.setattr(jit, "find", lambda source: None)
     return names
@@ -122,3 +123,18 @@ def test_no_gpu_means_b200(monkeypatch) -> None:
     for capability, arch in (((10, 3), "10.3a"), ((10, 0), "10.0a"), ((9, 0), "10.0a")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert warmup.default_arch() == arch
+
+
+def test_what_runs_here_is_verified(built: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Modules for the GPU and its family; a wrong one fails the command."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 3))
+    monkeypatch.setattr(jit, "find", lambda source: source)
+    records = {"sm103a": {"ok": True, "reason": "fine"}, "sm100f": {"ok": False, "reason": "a crash"}}
+    monkeypatch.setattr(warmup.verify, "verified", lambda module, device: records[module.name.rpartition("_")[2]])
+    words = ["--arch", "10.0a", "--arch", "10.3a", "--arch", "10.0f", "--configs", "1sm_128x64x128"]
+    assert warmup.run(parse(*words)) == 1
+    said = capsys.readouterr().out.splitlines()[-3:]
+    name = "grouped_gemm_1sm_128x64x128_bf16"
+    assert said == [f"{name}_sm103a: verified, fine", f"{name}_sm100f: failed, a crash", f"{name}_sm100f: a crash"]

@@ -32,14 +32,18 @@ B200, B300 = (10, 0), (10, 3)
 def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A GPU, as far as asking goes, an empty cache, and nothing remembered."""
 
+    caches = _log_choice, cutlass._find_tools, devices.capability, devices.multiprocessors
+
     def forget() -> None:
-        cutlass._modules.clear()
-        cutlass._failures.clear()
-        for cache in (_log_choice, cutlass._find_tools, devices.capability, devices.multiprocessors):
+        for remembered in (cutlass._modules, cutlass._failures, cutlass._verified):
+            remembered.clear()
+        for cache in caches:
             cache.cache_clear()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: B200)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=148))
+    monkeypatch.setattr(jit, "build", lambda source: jit.Built(tmp_path / source.name))
+    monkeypatch.setattr(cutlass.verify, "find", lambda module, device: {"ok": True})
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     forget()
     yield
@@ -282,6 +286,57 @@ def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatc
     assert cutlass.can_run(problem())[0]
 
 
+# ---------------------------------------------------------------- verification
+
+
+@pytest.fixture
+def verified(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No record; what verifying gives, and how often it was done."""
+    told: dict[str, Any] = {"ok": True, "reason": "because of a test", "times": 0}
+
+    def verify(module: jit.Built, device: torch.device) -> dict[str, Any]:
+        told["times"] += 1
+        return told
+
+    monkeypatch.setattr(cutlass.verify, "find", lambda module, device: None)
+    monkeypatch.setattr(cutlass.verify, "verified", verify)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return told
+
+
+def test_first_use_verifies(verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
+    assert verified["times"] == 1
+
+
+def test_a_wrong_module_is_not_used(
+    verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that does not build: auto goes on with a warning, a named backend raises."""
+    verified["ok"] = False
+    reason = f"{WORKS} failed its verification on cuda:0: because of a test"
+    with pytest.raises(BackendUnavailableError, match=rf"^{reason}; this process will not try again"):
+        ask(monkeypatch, WORKS)
+    with pytest.raises(BackendUnavailableError, match=rf"^{reason}$"):
+        ask(monkeypatch, WORKS)
+    assert verified["times"] == 1
+    assert cutlass.can_run(problem()) == (False, reason)
+    assert choose(problem(), "auto").name != "cutlass"
+    assert f"(cutlass: {reason})" in caplog.text
+
+
+def test_nothing_is_verified_while_a_stream_is_captured(
+    verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that is not remembered."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(BackendUnavailableError, match="was not verified on this GPU yet, and while a stream"):
+            ask(monkeypatch, WORKS)
+    assert ask(monkeypatch, WORKS) == 3148
+    assert verified["times"] == 1
+
+
 # ---------------------------------------------------------------- calls
 
 
@@ -297,6 +352,7 @@ def test_call_hands_over_the_operands(
     """In the order of the C++ entry; where tensors are does not matter here, so they are on the CPU."""
     x, w = operands([3, 0, 5])
     out = torch.empty(8, 136, dtype=torch.bfloat16)
+    monkeypatch.setattr(devices, "capability", lambda device: B200)
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "2sm_256x128x128_4x1")
     monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
     cutlass.grouped_gemm(x, w, out, workspace)

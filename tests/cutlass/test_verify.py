@@ -15,6 +15,7 @@ import torch
 from fake_toolkit import FakeToolkit, open_fake_toolkit
 from forked import Child
 
+from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
@@ -42,7 +43,7 @@ def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
     with open_fake_toolkit(monkeypatch) as made:
         monkeypatch.chdir(made.folder)
         monkeypatch.setattr(verify, "SECONDS", 3.0)
-        verify._in_this_process.cache_clear()
+        verify._run.cache_clear()
         yield made
 
 
@@ -78,15 +79,20 @@ def test_the_outcome_is_kept(toolkit: FakeToolkit, kind: str, reason: str, caplo
     assert (first["ok"], first["reason"]) == (kind == "right", reason)
     assert first["gpu"] == "cpu"
     start = time.monotonic()
+    verify._run.cache_clear()
     assert run(toolkit, kind) == Child(run, toolkit, kind).result() == first
     assert time.monotonic() - start < 2
     assert children(toolkit) == 1
     assert jit.build(toolkit.source).intact()
-    assert len(toolkit.modules()) == 1
+    facts = doctor.modules()
+    assert len(facts["modules"]) == len(facts["verified"]) == 1
+    assert f"{'right' if kind == 'right' else 'wrong'} on cpu, driver " in facts["verified"][0]
+    assert facts["verified"][0].endswith(reason)
 
 
 def test_another_driver_asks_again(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     run(toolkit, "right")
+    verify._run.cache_clear()
     monkeypatch.setattr(verify, "driver_version", lambda: "999.1")
     assert run(toolkit, "right")["driver"] == "999.1"
     assert children(toolkit) == 2
@@ -121,8 +127,10 @@ def test_a_damaged_record_is_made_again(toolkit: FakeToolkit, content: bytes) ->
     run(toolkit, "right")
     (record,) = toolkit.cache.glob(f"*/{verify.RECORD}")
     record.write_bytes(content)
+    verify._run.cache_clear()
     assert run(toolkit, "right")["ok"]
     assert children(toolkit) == 2
+    verify._run.cache_clear()
     record.parent.chmod(0o777)  # now anybody may have written it
     assert run(toolkit, "right")["ok"]
     assert children(toolkit) == 3

@@ -467,7 +467,7 @@ def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str, tally: Tally)
     built = jit.build(toolkit.source)
     DAMAGE[how](built)
     assert not built.intact()
-    assert doctor.modules() == {"modules": [], "modules_problem": ""}
+    assert doctor.modules() == {"modules": [], "verified": [], "modules_problem": ""}
     assert answer(toolkit.source) == 42
     assert toolkit.compilations() == 2
     assert doctor.modules()["modules"] == ["toy, CUTLASS 4.2.0, nvcc 13.0.88"]
