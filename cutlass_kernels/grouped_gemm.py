@@ -219,7 +219,12 @@ def explain(problem: Problem) -> str:
     if problem.num_experts == 0 or problem.num_tokens == 0:
         return "nothing to compute, nothing is launched"
     chosen, forced = _choose_for(problem)
-    return f"{chosen}" + (", forced by HYBRID_MXFP8_CONFIG" if forced else "") + f" ({NOT_RUN})"
+    try:
+        hint = toolchain.find_cutlass().hint
+    except BackendUnavailableError:
+        hint = ""
+    said = [f"{chosen}" + (", forced by HYBRID_MXFP8_CONFIG" if forced else "") + f" ({NOT_RUN})", hint]
+    return "; ".join(filter(None, said))
 
 
 def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
@@ -357,4 +362,5 @@ def _find_tools(capability: Capability, environment: Environment) -> Support:
             return True, f"modules that were built elsewhere, {NOT_RUN}"
         return False, str(error)
     mainloop = "ragged" if cutlass.ragged else "pointer-array"
-    return True, f"CUTLASS {cutlass.version_string} ({mainloop} mainloop), nvcc {cuda.version_string}, {NOT_RUN}"
+    said = f"CUTLASS {cutlass.version_string} ({mainloop} mainloop), nvcc {cuda.version_string}, {NOT_RUN}"
+    return True, "; ".join(filter(None, (said, cutlass.hint)))

@@ -24,6 +24,9 @@ MIN_CUTLASS = (4, 2, 0)
 RAGGED_CUTLASS = (4, 4, 0)
 """The first version whose block-scaled ragged-contiguous mainloop takes MoEProblemShape."""
 
+PDL_CUTLASS = (4, 6, 0)
+"""The first whose kernels may start while the one before runs: kPdlIsSafe in csrc has the reasons."""
+
 MIN_CUDA = (12, 8)
 MIN_CUDA_103 = (12, 9)
 """The first compilers for sm_100a; for sm_103a and the family target sm_100f."""
@@ -67,6 +70,14 @@ class CutlassHeaders:
     def ragged(self) -> bool:
         """Whether the ragged-contiguous mainloop is there."""
         return self.version >= RAGGED_CUTLASS
+
+    @property
+    def hint(self) -> str:
+        """What newer headers bring, and how to get them; empty if these are new enough."""
+        if self.version >= PDL_CUTLASS:
+            return ""
+        lacks = "overlap of its two kernels" if self.ragged else "ragged mainloop and overlap of its two kernels"
+        return f"{lacks} with newer CUTLASS headers: pip install 'hybrid-mxfp8[ragged]'"
 
     @property
     def problem(self) -> str:

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     """
     cutlass, cuda = toolchain.find_cutlass(), toolchain.find_cuda()
     print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
+    if cutlass.hint:
+        print(cutlass.hint)
     archs = args.arch or [default_arch()]
     wanted = [source(m, out, arch) for arch in archs for m in args.configs for out in args.out_dtypes]
     missing = [s for s in wanted if jit.find(s) is None]

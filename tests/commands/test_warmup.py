@@ -45,6 +45,13 @@ def test_default_is_every_configuration_in_bf16(built: list[str]) -> None:
     assert built == [f"grouped_gemm_{module}_bf16_sm100a" for module in MODULES]
 
 
+def test_old_headers_are_told(built: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    old = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: old)
+    warmup.run(parse("--arch", "10.0a", "--configs", "1sm_128x64x128"))
+    assert old.hint in capsys.readouterr().out.splitlines()
+
+
 def test_options_choose(built: list[str]) -> None:
     words = "--arch 10.0a --arch 10.3a --configs 2sm_256x128x128_4x1,1sm_128x64x128 --out-dtypes fp32,fp16 --jobs 1"
     assert warmup.run(parse(*words.split())) == 0

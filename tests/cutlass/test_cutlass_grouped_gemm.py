@@ -155,6 +155,14 @@ def copy_from_elsewhere(source: jit.Source) -> None:
     (folder / jit.MANIFEST).write_text(json.dumps(manifest))
 
 
+def test_old_headers_are_told(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backend runs, in a line with what newer ones bring."""
+    old = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: old)
+    for said in (cutlass.availability(B200)[1], cutlass.explain(problem())):
+        assert said.endswith(f"; {old.hint}")
+
+
 def test_available_names_its_tools(tools: None) -> None:
     said = "CUTLASS 4.8.1 (ragged mainloop), nvcc 12.8.93, compiled and checked, not yet run on hardware"
     assert cutlass.availability(B200) == (True, said)

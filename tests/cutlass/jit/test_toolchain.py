@@ -68,10 +68,22 @@ def test_newest_package_wins(site: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("version", "ragged"), [("4.2.0", False), ("4.2.1", False), ("4.4.0", True), ("5.0.0", True)])
-def test_mainloop_follows_the_version(site: Path, version: str, ragged: bool) -> None:
+@pytest.mark.parametrize(
+    ("version", "ragged", "hint"),
+    [
+        ("4.2.0", False, "ragged mainloop and overlap of its two kernels with newer CUTLASS headers: pip install"),
+        ("4.4.0", True, "overlap of its two kernels with newer CUTLASS headers: pip install 'hybrid-mxfp8[ragged]'"),
+        ("4.5.3", True, "overlap of its two kernels"),
+        ("4.6.0", True, ""),
+        ("5.0.0", True, ""),
+    ],
+)
+def test_what_a_version_has_and_lacks(site: Path, version: str, ragged: bool, hint: str) -> None:
     packages(site, cutlass_library=version)
-    assert toolchain.find_cutlass().ragged is ragged
+    found = toolchain.find_cutlass()
+    assert found.ragged is ragged
+    assert found.hint.startswith(hint)
+    assert bool(found.hint) == bool(hint)
 
 
 @pytest.mark.parametrize(
