@@ -138,7 +138,7 @@ class Estimate:
 
     @property
     def cycles(self) -> float:
-        """All of it."""
+        """In all."""
         return max(self.compute_cycles, self.memory_cycles) + self.overhead_cycles
 
     def __str__(self) -> str:

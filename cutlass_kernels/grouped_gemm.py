@@ -61,19 +61,12 @@ NOT_RUN = "compiled and checked, not yet run on hardware"
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem is launched.
+    """How a problem is launched."""
 
-    Attributes:
-        module: the compiled module.
-        cluster: preferred CTAs of a cluster, (along N, along the tokens).
-        sm_count: SMs of the GPU.
-        workspace_bytes: what a launch needs, exactly.
-    """
-
-    module: Any
-    cluster: tuple[int, int]
+    module: Any  # tvm-ffi's; exports grouped_gemm and workspace_size
+    cluster: tuple[int, int]  # preferred CTAs, (along N, along the tokens)
     sm_count: int
-    workspace_bytes: int
+    workspace_bytes: int  # what a launch needs, exactly
 
 
 def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device) -> Plan:
@@ -150,10 +143,10 @@ def workspace_size(
 
 
 def workspace_bound(num_experts: int, num_tokens: int, device: torch.device) -> int:
-    """Bytes that suffice for every call of up to ``num_tokens`` rows, whichever modules they take.
+    """Bytes that suffice for every call of up to ``num_tokens`` rows; compiles nothing.
 
-    Compiles none. A module needs TMA descriptors for each SM, as many as its pipelines have stages,
-    and pointers, strides and layouts for each expert. The rows only decide on the module.
+    A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers,
+    strides and layouts for each expert. The rows only decide on the module.
     """
     if num_experts == 0 or num_tokens == 0:
         return 0
@@ -161,13 +154,10 @@ def workspace_bound(num_experts: int, num_tokens: int, device: torch.device) -> 
 
 
 def availability(capability: tuple[int, int] | None) -> Support:
-    """Whether the backend runs on a device: the GPU, and headers and compiler or built modules.
+    """Whether the backend runs on a compute capability (None: no GPU) with the tools there are.
 
     Tools are looked for once in an environment, the variables that say where to look. A build that
     failed before any module was loaded counts as a missing tool: the next would fail alike.
-
-    Args:
-        capability: the device's compute capability; None if it is no GPU.
     """
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
@@ -207,10 +197,9 @@ def takes(n: int, k: int, out_dtype: torch.dtype) -> Support:
         return False, f"w: N must be a positive multiple of {multiple} for {out_dtype}, got {n}"
     if k <= 0 or k % 32:
         return False, f"x: K must be a positive multiple of 32, got {k}"
-    if n * k > MAX_INT32:
-        return False, f"w: the weights of one expert must be below 2 GiB, got N = {n}, K = {k}"
-    if padded_scale_rows(n) * scale_cols(k) > MAX_INT32:
-        return False, f"w: the scales of one expert must be below 2 GiB, got N = {n}, K = {k}"
+    for what, size in (("weights", n * k), ("scales", padded_scale_rows(n) * scale_cols(k))):
+        if size > MAX_INT32:
+            return False, f"w: the {what} of one expert must be below 2 GiB, got N = {n}, K = {k}"
     return True, NOT_RUN
 
 
@@ -219,12 +208,11 @@ def explain(problem: Problem) -> str:
     if problem.num_experts == 0 or problem.num_tokens == 0:
         return "nothing to compute, nothing is launched"
     chosen, forced = _choose_for(problem)
+    said = f"{chosen}{', forced by HYBRID_MXFP8_CONFIG' if forced else ''} ({NOT_RUN})"
     try:
-        hint = toolchain.find_cutlass().hint
-    except BackendUnavailableError:
-        hint = ""
-    said = [f"{chosen}" + (", forced by HYBRID_MXFP8_CONFIG" if forced else "") + f" ({NOT_RUN})", hint]
-    return "; ".join(filter(None, said))
+        return "; ".join(filter(None, (said, toolchain.find_cutlass().hint)))
+    except BackendUnavailableError:  # the module was built elsewhere
+        return said
 
 
 def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:

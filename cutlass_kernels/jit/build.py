@@ -135,7 +135,7 @@ def cache() -> Path:
 
 
 def check_cache() -> None:
-    """Check that code in the cache, if there is one, may be loaded.
+    """Check that code in the cache may be loaded, as all functions below do.
 
     Raises:
         BackendUnavailableError: someone else owns it or can write there; says who, and what to do.
@@ -144,11 +144,7 @@ def check_cache() -> None:
 
 
 def find(source: Source) -> Built | None:
-    """The module if it is built: by this machine's tools, or where it has none, the newest by any.
-
-    Raises:
-        BackendUnavailableError: as :func:`check_cache`.
-    """
+    """The module if it is built: by this machine's tools, or where it has none, the newest by any."""
     check_cache()
     try:
         exact = Built(cache() / _folder_name(source, *toolchain.find_for(source.arch)))
@@ -158,11 +154,7 @@ def find(source: Source) -> Built | None:
 
 
 def built_elsewhere(source: Source) -> Built | None:
-    """The intact module of this source by the newest CUTLASS and nvcc, whichever those are.
-
-    Raises:
-        BackendUnavailableError: as :func:`check_cache`.
-    """
+    """The intact module of this source by the newest CUTLASS and nvcc, whichever those are."""
     check_cache()
     versions = {}
     for module in _folders(f"{source.name}-{source.key()}-cutlass*"):
@@ -174,11 +166,7 @@ def built_elsewhere(source: Source) -> Built | None:
 
 
 def built() -> list[Built]:
-    """Every intact module in the cache, by name.
-
-    Raises:
-        BackendUnavailableError: as :func:`check_cache`.
-    """
+    """Every intact module in the cache, by name."""
     check_cache()
     return sorted((m for m in _folders("*-cutlass*-nvcc*") if m.intact()), key=lambda m: m.folder.name)
 
@@ -188,7 +176,7 @@ def build(source: Source) -> Built:
 
     Raises:
         BackendUnavailableError: no headers or compiler, a compiler too old for the target, a
-            compilation that fails, a cache that cannot be written or that is someone else's.
+            compilation that fails, a cache that cannot be written.
     """
     found = find(source)
     if found is not None:
@@ -275,7 +263,8 @@ def _compile(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, folder
 def _command(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, library: Path) -> list[str]:
     from tvm_ffi import libinfo
 
-    include = (*source.include, cutlass.include, libinfo.find_include_path(), libinfo.find_dlpack_include_path())
+    tvm_ffi_include = map(Path, (libinfo.find_include_path(), libinfo.find_dlpack_include_path()))
+    include = (*source.include, cutlass.include, *tvm_ffi_include)
     for path in map(str, (*include, source.file, library, cuda.home)):
         if READ_BY_SHELL.search(path):
             raise BackendUnavailableError(
@@ -286,7 +275,7 @@ def _command(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, librar
         *(str(cuda.nvcc), *FLAGS, *source.flags),
         f"-gencode=arch=compute_{target},code=sm_{target}",
         *(f"-D{name}={value}" for name, value in source.definitions),
-        *(f"-I{Path(path).resolve()}" for path in include),
+        *(f"-I{path.resolve()}" for path in include),
         *(str(source.file), "-o", str(library)),
         f"-L{cuda.home / 'lib'}",  # of NVIDIA's wheels; nvcc itself looks into lib64
         f"-L{Path(libinfo.find_libtvm_ffi()).parent}",
