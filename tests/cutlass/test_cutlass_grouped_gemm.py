@@ -403,3 +403,9 @@ def test_explain_says_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "fastest")
     with pytest.raises(ValueError, match=r"HYBRID_MXFP8_CONFIG: .*expected one of 1sm_128x64x128"):
         cutlass.explain(problem())
+
+
+def test_explain_needs_no_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a module that was built elsewhere."""
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "absent"))
+    assert cutlass.explain(problem()).endswith(f"({cutlass.NOT_RUN})")
