@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hybrid_mxfp8.commands import warmup
@@ -125,6 +126,13 @@ def mutants(reference: jit.Source, folder: Path, faults: Sequence[str] = OPERAND
     file = folder / f"{reference.name}_mutants.cu"
     file.write_text("\n".join(parts))
     return dataclasses.replace(reference, name=f"{reference.name}_mutants", file=file)
+
+
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HYBRID_MXFP8_CACHE_DIR if it is set, else one that this test run's processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return Path(os.environ.get("HYBRID_MXFP8_CACHE_DIR") or shared / "cutlass_cache")
 
 
 def call(function: Callable[..., Any], x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, *more: Any) -> Any:

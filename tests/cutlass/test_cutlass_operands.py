@@ -53,6 +53,7 @@ def module(cutlass: toolchain.CutlassHeaders, tmp_path_factory: pytest.TempPathF
     """The reference and its mutants."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
+        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(cutlass_modules.session_cache(tmp_path_factory)))
         source = cutlass_modules.host_reference()
         return jit.load(cutlass_modules.mutants(source, tmp_path_factory.mktemp("mutants")))
 
