@@ -13,7 +13,7 @@ from hybrid_mxfp8.commands import warmup
 from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 
@@ -26,14 +26,15 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers and a compiler, as far as finding goes."""
-    monkeypatch.setattr(headers, "find_cutlass", lambda: headers.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
-    monkeypatch.setattr(headers, "find_cuda", lambda: headers.CudaCompiler(Path("/n"), (13, 0, 88), "a test"))
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: toolchain.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
+    monkeypatch.setattr(toolchain, "find_cuda", lambda: toolchain.CudaCompiler(Path("/n"), (13, 0, 88), "a test"))
 
 
 @pytest.fixture
 def built(tools: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what gets built, instead of building."""
     names: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(jit, "build", lambda source: names.append(source.name))
     monkeypatch.setattr(jit, "find", lambda source: None)
     return names
@@ -42,6 +43,13 @@ def built(tools: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_default_is_every_configuration_in_bf16(built: list[str]) -> None:
     assert warmup.run(parse("--arch", "10.0a", "--jobs", "1")) == 0
     assert built == [f"grouped_gemm_{module}_bf16_sm100a" for module in MODULES]
+
+
+def test_old_headers_are_told(built: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    old = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: old)
+    warmup.run(parse("--arch", "10.0a", "--configs", "1sm_128x64x128"))
+    assert old.hint in capsys.readouterr().out.splitlines()
 
 
 def test_options_choose(built: list[str]) -> None:
@@ -122,3 +130,18 @@ def test_no_gpu_means_b200(monkeypatch) -> None:
     for capability, arch in (((10, 3), "10.3a"), ((10, 0), "10.0a"), ((9, 0), "10.0a")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert warmup.default_arch() == arch
+
+
+def test_what_runs_here_is_verified(built: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Modules for the GPU and its family; a wrong one fails the command."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 3))
+    monkeypatch.setattr(jit, "find", lambda source: source)
+    records = {"sm103a": {"ok": True, "reason": "fine"}, "sm100f": {"ok": False, "reason": "a crash"}}
+    monkeypatch.setattr(warmup.verify, "verified", lambda module, device: records[module.name.rpartition("_")[2]])
+    words = ["--arch", "10.0a", "--arch", "10.3a", "--arch", "10.0f", "--configs", "1sm_128x64x128"]
+    assert warmup.run(parse(*words)) == 1
+    said = capsys.readouterr().out.splitlines()[-3:]
+    name = "grouped_gemm_1sm_128x64x128_bf16"
+    assert said == [f"{name}_sm103a: verified, fine", f"{name}_sm100f: failed, a crash", f"{name}_sm100f: a crash"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +50,7 @@ def test_every_fact_is_in_the_page() -> None:
     ]
     facts["environment"] = {"HYBRID_MXFP8_PDL": "0"}
     facts["modules"] = ["grouped_gemm_of_a_test, CUTLASS 4.8.1, nvcc 13.0.88"]
+    facts["verified"] = ["grouped_gemm_of_a_test: right on a GPU"]
     page = doctor.render(facts)
     for expected in (
         *facts["versions"].values(),
@@ -63,6 +61,7 @@ def test_every_fact_is_in_the_page() -> None:
         "HYBRID_MXFP8_PDL",
         facts["cache"]["path"],
         *facts["modules"],
+        *facts["verified"],
         *facts["backends"],
         *(answer["reason"] for answer in facts["backends"].values()),
     ):
@@ -82,53 +81,23 @@ def test_works_without_triton(tmp_path: Path) -> None:
     assert "Triton is not installed: pip install triton" in done.stdout
 
 
-def test_toolchain_lists_what_the_cutlass_room_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(origin="PATH", path=Path("/some/nvcc"), version="13.0", problem="")
-    room = SimpleNamespace(
-        cuda_candidates=lambda: [found],
-        cutlass_candidates=lambda: [found, found],
-        find_cutlass=lambda: SimpleNamespace(origin="carrier"),
-    )
-    spec = importlib.machinery.ModuleSpec("room", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec)
-    monkeypatch.setattr(importlib, "import_module", lambda name, package=None: room)
-    expected = {"origin": "PATH", "path": "/some/nvcc", "version": "13.0", "problem": ""}
-    assert doctor.toolchain() == {
-        "compilers": [expected],
-        "cutlass_headers": [expected, expected],
-        "cutlass_taken": "carrier",
-    }
-
-
-def test_the_headers_that_are_taken_are_marked() -> None:
-    """The chosen ones before any package's."""
-    facts = doctor.examine()
-    assert facts["cutlass_taken"] in {c["origin"] for c in facts["cutlass_headers"]}
-    assert doctor.render(facts).count(" (taken)") == 1
-    assert " (taken)" not in doctor.render({**facts, "cutlass_taken": ""})
-
-
-def test_no_headers_are_taken_where_the_chosen_ones_are_not_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tools_are_listed_and_those_used_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen headers before any package's, if they are there."""
+    (tmp_path / "cutlass").mkdir()
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
-    assert doctor.toolchain()["cutlass_taken"] == ""
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 10:00:00 UTC 2025",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@somewhere)",
-    ],
-)
-def test_driver(line: str, tmp_path: Path) -> None:
-    file = tmp_path / "version"
-    assert doctor.driver(file) == {}
-    file.write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    assert doctor.driver(file) == {"NVIDIA driver": "580.159.04"}
-    file.write_text("another driver\n")
-    assert doctor.driver(file) == {}
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
+    packages = doctor.tools()["cutlass_headers"]
+    assert doctor.tools()["cutlass_used"] == ""
+    assert " (used)" not in doctor.render(doctor.examine())
+    (tmp_path / "cutlass" / "version.h").write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 9\n")
+    facts = doctor.examine()
+    chosen = {"origin": "HYBRID_MXFP8_CUTLASS_DIR", "path": str(tmp_path), "version": "4.9.0", "problem": ""}
+    assert facts["cutlass_headers"] == [chosen, *packages]
+    assert doctor.render(facts).count(" (used)") == 1
+    nvcc = str(tmp_path / "absent" / "bin" / "nvcc")
+    assert facts["compilers"][0] == {
+        "origin": "CUDA_HOME", "path": nvcc, "version": "", "problem": "No such file or directory"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

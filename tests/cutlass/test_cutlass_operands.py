@@ -1,4 +1,6 @@
-"""CUTLASS judges the operands: its CPU reference, given the SM100 kernel's own arguments, must find our product."""
+"""The SM100 kernel's own arguments, on the CPU: CUTLASS's reference multiplies them and must find our
+product, and the TMA descriptors in them are as the kernel needs them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cutlass_modules
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.slow
@@ -35,20 +38,29 @@ CASES = {
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> None:
     try:
-        headers.find_cuda()
+        toolchain.find_cuda()
     except BackendUnavailableError as reason:
         pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module", params=cutlass_modules.header_choices(), ids=cutlass_modules.mainloop)
-def cutlass(request: pytest.FixtureRequest) -> headers.CutlassHeaders:
+def cutlass(request: pytest.FixtureRequest) -> toolchain.CutlassHeaders:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def module(cutlass: toolchain.CutlassHeaders, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The reference and its mutants."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
+        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(cutlass_modules.session_cache(tmp_path_factory)))
+        source = cutlass_modules.host_reference()
+        return jit.load(cutlass_modules.mutants(source, tmp_path_factory.mktemp("mutants")))
+
+
 @pytest.fixture
-def judge(cutlass: headers.CutlassHeaders, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
-    return jit.load(cutlass_modules.host_reference()).host_reference
+def reference(module: Any) -> Any:
+    return module["host_reference_0"]  # without a fault
 
 
 def operands(counts: list[int], n: int, k: int, num_tokens: int) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
@@ -76,17 +88,17 @@ def agree(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cutlass_reference_agrees_with_ours(judge, case: str) -> None:
+def test_cutlass_reference_agrees_with_ours(reference, case: str) -> None:
     """Every row that an expert owns is our product, every other row is untouched."""
     x, w = operands(*CASES[case])
     expected = product(x, w)
     actual = torch.full_like(expected, torch.nan)
-    cutlass_modules.call(judge, x, w, actual)
+    cutlass_modules.call(reference, x, w, actual)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert agree(actual, expected)
 
 
-def test_judge_agrees_with_triton_interpreter(judge, tmp_path: Path) -> None:
+def test_reference_agrees_with_triton_interpreter(reference, tmp_path: Path) -> None:
     """Quantized and multiplied by the Triton kernels, in a process of their own because the interpreter is chosen at import."""
     file = tmp_path / "triton.pt"
     script = """
@@ -103,12 +115,12 @@ torch.save([x.values, x.scales, groups.tokens_per_expert, w.values, w.scales, ou
     values, scales, counts, w_values, w_scales, expected = torch.load(file)
     x = mx.GroupedMXFP8(values, scales, mx.GroupLayout.from_counts(counts, 80))
     actual = torch.full_like(expected, torch.nan)
-    cutlass_modules.call(judge, x, mx.ExpertWeights(w_values, w_scales), actual)
+    cutlass_modules.call(reference, x, mx.ExpertWeights(w_values, w_scales), actual)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert agree(actual, expected)
 
 
-def test_wild_metadata_stays_inside_the_buffers(judge) -> None:
+def test_wild_metadata_stays_inside_the_buffers(reference) -> None:
     """Offsets no GroupLayout writes: an expert that does not fit is cut off or emptied, the others are unharmed."""
     counts, n, k, num_tokens = [5, 130, 1, 64], 256, 128, 200
     x, w = operands(counts, n, k, num_tokens)
@@ -124,7 +136,7 @@ def test_wild_metadata_stays_inside_the_buffers(judge) -> None:
     ):
         getattr(x.groups, name)[expert], kept = value, int(getattr(x.groups, name)[expert])
         actual = torch.full_like(expected, torch.nan)
-        cutlass_modules.call(judge, x, w, actual)
+        cutlass_modules.call(reference, x, w, actual)
         getattr(x.groups, name)[expert] = kept
         assert agree(actual[5:], expected[5:]), name
         if expert == 0:
@@ -150,7 +162,7 @@ def test_wild_metadata_stays_inside_the_buffers(judge) -> None:
         (lambda a: a | {"out": torch.empty(200 * 256 + 1)[1:].view(200, 256)}, "out: expected an address"),
     ],
 )
-def test_entry_refuses_what_does_not_fit(judge, change, message: str) -> None:
+def test_entry_refuses_what_does_not_fit(reference, change, message: str) -> None:
     x, w = operands([5, 130, 1, 64], 256, 128, 200)
     arguments = {
         "x": x.values.view(torch.uint8), "x_scales": x.scales, "w": w.values.view(torch.uint8), "w_scales": w.scales,
@@ -158,17 +170,39 @@ def test_entry_refuses_what_does_not_fit(judge, change, message: str) -> None:
         "scale_offsets": x.groups.scale_offsets, "out": torch.empty(200, 256),
     }  # fmt: skip
     with pytest.raises((ValueError, TypeError), match=message):
-        judge(*change(arguments).values())
+        reference(*change(arguments).values())
 
 
-def test_seeded_faults_are_caught(cutlass, monkeypatch, tmp_path: Path) -> None:
-    """Each plausible mistake in the shared code makes CUTLASS's product differ from ours; without one it agrees."""
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
-    module = jit.load(cutlass_modules.mutants(cutlass_modules.host_reference(), tmp_path))
+def test_seeded_faults_are_caught(module: Any) -> None:
+    """Each plausible mistake in the shared code makes CUTLASS's product differ from ours."""
     # Spare rows keep a faulty address inside the buffers; K < N keeps a faulty stride there.
     x, w = operands([5, 0, 130, 34], 136, 96, 640)
     expected = product(x, w)
-    for number, fault in enumerate(cutlass_modules.FAULTS):
+    for number, fault in enumerate(cutlass_modules.OPERAND_FAULTS):
         actual = torch.full_like(expected, torch.nan)
         cutlass_modules.call(module[f"host_reference_{number}"], x, w, actual)
         assert agree(actual, expected) == (fault == cutlass_modules.CONTROL), fault
+
+
+def test_bit_21_is_clear_in_every_descriptor(module: Any) -> None:
+    """Operands and scales for the preferred and the fallback cluster, and D. The encoder sets it in
+    all nine; where we do not clear it, it stays in some or all, whatever CUTLASS's version.
+    """
+    x, w = operands([5, 130, 1, 64], 256, 128, 200)
+    counts = torch.zeros(3, dtype=torch.int32)
+    for fault in (cutlass_modules.CONTROL, cutlass_modules.BIT_21):
+        function = module[f"descriptors_{list(cutlass_modules.FAULTS).index(fault)}"]
+        cutlass_modules.call(function, x, w, torch.empty(200, 256), counts)
+        encoded, found, with_bit = counts.tolist()
+        assert encoded >= found == 9
+        assert (with_bit > 0) == (fault == cutlass_modules.BIT_21)
+
+
+@pytest.mark.parametrize("tile", [64, 192])
+def test_scales_of_tiles_that_fill_no_block(module: Any, tile: int) -> None:
+    """Tiles of 64 and 192 tokens begin in the middle of every other block of scales: CUTLASS's own
+    loads begin with the block, and its MMA skips 64 columns of the scales of odd tiles.
+    """
+    blocks = torch.full((24,), -2, dtype=torch.int32)
+    module[f"scale_blocks_{tile}_0"](blocks)
+    assert [128 * block + 64 * (t % 2) for t, block in enumerate(blocks.tolist())] == [t * tile for t in range(24)]

@@ -1,4 +1,4 @@
-"""Finding CUTLASS and nvcc: order, versions, wrappers, and what the errors tell to do."""
+"""Finding CUTLASS and nvcc: order, versions, wrappers, and what the errors say to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 
@@ -48,54 +48,83 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def carriers(site: Path, **versions: str) -> None:
-    """Install the named carriers, and for the others modules without headers."""
-    for module, inside in headers.CUTLASS_CARRIERS.values():
+def packages(site: Path, **versions: str) -> None:
+    """Install the named packages with headers, and for the others modules without."""
+    for module, inside in toolchain.CUTLASS_PACKAGES.values():
         (site / module).mkdir()
         (site / module / "__init__.py").write_text("raise ImportError('must not be imported')")
         if module in versions:
             make_cutlass(site / module / inside, versions[module])
 
 
-def test_newest_carrier_wins(site: Path) -> None:
-    carriers(site, cutlass_library="4.2.0", deep_gemm="4.8.1", flashinfer="4.5.0")
-    found = headers.find_cutlass()
+def test_newest_package_wins(site: Path) -> None:
+    packages(site, cutlass_library="4.2.0", deep_gemm="4.8.1", flashinfer="4.5.0")
+    found = toolchain.find_cutlass()
     assert (found.origin, found.version, found.ragged) == ("sgl-deep-gemm", (4, 8, 1), True)
-    assert [str(c).partition(" at ")[0] for c in headers.cutlass_candidates()] == [
-        "nvidia-cutlass: 4.2.0",
-        "sgl-deep-gemm: 4.8.1",
-        "flashinfer-python: 4.5.0",
+    assert [(c.origin, c.version_string, c.problem) for c in toolchain.cutlass_candidates()] == [
+        ("nvidia-cutlass", "4.2.0", ""),
+        ("sgl-deep-gemm", "4.8.1", ""),
+        ("flashinfer-python", "4.5.0", ""),
     ]
 
 
-@pytest.mark.parametrize(("version", "ragged"), [("4.2.0", False), ("4.3.5", False), ("4.4.0", True), ("5.0.0", True)])
-def test_mainloop_follows_the_version(site: Path, version: str, ragged: bool) -> None:
-    carriers(site, cutlass_library=version)
-    assert headers.find_cutlass().ragged is ragged
+@pytest.mark.parametrize(
+    ("version", "ragged", "hint"),
+    [
+        ("4.2.0", False, "ragged mainloop and overlap of its two kernels with newer CUTLASS headers: pip install"),
+        ("4.4.0", True, "overlap of its two kernels with newer CUTLASS headers: pip install 'hybrid-mxfp8[ragged]'"),
+        ("4.5.3", True, "overlap of its two kernels"),
+        ("4.6.0", True, ""),
+        ("5.0.0", True, ""),
+    ],
+)
+def test_what_a_version_has_and_lacks(site: Path, version: str, ragged: bool, hint: str) -> None:
+    packages(site, cutlass_library=version)
+    found = toolchain.find_cutlass()
+    assert found.ragged is ragged
+    assert found.hint.startswith(hint)
+    assert bool(found.hint) == bool(hint)
 
 
-def test_no_usable_headers_says_what_to_install(site: Path) -> None:
-    carriers(site, deep_gemm="3.9.0")
-    with pytest.raises(BackendUnavailableError, match=r"no CUTLASS headers.*pip install nvidia-cutlass"):
-        headers.find_cutlass()
-    assert "too old" in str(headers.cutlass_candidates()[0])
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.9.0", "CUTLASS 4.2 or later is needed"),
+        ("4.1.9", "CUTLASS 4.2 or later is needed"),
+        ("4.3.0", "CUTLASS 4.3 calls cuDriverGetVersion"),
+        ("4.3.5", "CUTLASS 4.3 calls cuDriverGetVersion"),
+    ],
+)
+def test_headers_that_are_not_used(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, problem: str
+) -> None:
+    """A package of these is passed over, and named where there is no other; a chosen folder is refused."""
+    packages(site, deep_gemm=version)
+    said = rf"no CUTLASS headers.*\(sgl-deep-gemm has {version}: {problem}.*pip install nvidia-cutlass"
+    with pytest.raises(BackendUnavailableError, match=said):
+        toolchain.find_cutlass()
+    assert problem in toolchain.cutlass_candidates()[0].problem
+    make_cutlass(tmp_path / "mine", version)
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "mine"))
+    with pytest.raises(BackendUnavailableError, match=rf"HYBRID_MXFP8_CUTLASS_DIR: {problem}.* has {version}"):
+        toolchain.find_cutlass()
 
 
 @pytest.mark.parametrize("inside", ["include", "."])
 def test_variable_beats_packages(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
     """It may name a checkout or its include folder."""
-    carriers(site, deep_gemm="4.8.1")
-    make_cutlass(tmp_path / "mine" / inside, "4.3.0")
+    packages(site, deep_gemm="4.8.1")
+    make_cutlass(tmp_path / "mine" / inside, "4.4.0")
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "mine"))
-    assert headers.find_cutlass().version == (4, 3, 0)
+    assert toolchain.find_cutlass().version == (4, 4, 0)
 
 
 def test_a_chosen_folder_is_told_from_others_by_its_contents(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkouts of different commits say the same version; packages of a version are the same."""
-    carriers(site, deep_gemm="4.8.1")
-    assert headers.find_cutlass().identity == "4.8.1"
+    packages(site, deep_gemm="4.8.1")
+    assert toolchain.find_cutlass().identity == "4.8.1"
     identities = []
     for name, header, text in (
         ("a", "layout.hpp", "// 1"),
@@ -107,7 +136,7 @@ def test_a_chosen_folder_is_told_from_others_by_its_contents(
         (tmp_path / name / "include" / "cute").mkdir()
         (tmp_path / name / "include" / "cute" / header).write_text(text)
         monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / name))
-        identities.append(headers.find_cutlass().identity)
+        identities.append(toolchain.find_cutlass().identity)
     assert all(re.fullmatch(r"4\.8\.1\+[0-9a-f]{8}", identity) for identity in identities)
     assert identities[0] == identities[2]
     assert len(set(identities)) == 3
@@ -115,26 +144,10 @@ def test_a_chosen_folder_is_told_from_others_by_its_contents(
 
 def test_variable_that_names_nothing_is_an_error(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong setting is reported, not passed over."""
-    carriers(site, deep_gemm="4.8.1")
+    packages(site, deep_gemm="4.8.1")
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
     with pytest.raises(BackendUnavailableError, match=r"HYBRID_MXFP8_CUTLASS_DIR: expected a folder"):
-        headers.find_cutlass()
-
-
-def test_variable_that_names_old_headers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_cutlass(tmp_path / "include", "4.1.9")
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
-    with pytest.raises(BackendUnavailableError, match=r"HYBRID_MXFP8_CUTLASS_DIR: CUTLASS 4\.2 or later .* 4\.1\.9"):
-        headers.find_cutlass()
-
-
-def test_tools_of_a_checkout_are_its_own(tmp_path: Path) -> None:
-    """Not those of a package of another version."""
-    make_cutlass(tmp_path / "include", "4.8.1")
-    tools = tmp_path / "tools" / "util" / "include"
-    (tools / "cutlass" / "util" / "reference" / "host").mkdir(parents=True)
-    (tools / "cutlass" / "util" / "reference" / "host" / "gett.hpp").touch()
-    assert headers.find_cutlass_tools(headers.CutlassHeaders(tmp_path / "include", (4, 8, 1), "a test")) == tools
+        toolchain.find_cutlass()
 
 
 def test_toolkit_is_found_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +158,7 @@ def test_toolkit_is_found_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.
     wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
-    found = headers.find_cuda()
+    found = toolchain.find_cuda()
     assert (found.home, found.version, found.origin) == (tmp_path / "toolkit", (13, 0, 88), "PATH")
 
 
@@ -154,26 +167,50 @@ def test_cuda_home_beats_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     make_nvcc(tmp_path / "b", "13.0.88")
     monkeypatch.setenv("PATH", f"{tmp_path / 'b' / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "a"))
-    assert headers.find_cuda().home == tmp_path / "a"
+    assert toolchain.find_cuda().home == tmp_path / "a"
 
 
-def test_cuda_home_without_compiler_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        (None, "No such file"),
+        ("", "Exec format error"),
+        ("#!/bin/sh\necho gcc 12", "not nvcc: gcc 12"),
+        ("#!/bin/sh\n", "not nvcc: no --version"),
+    ],
+)
+def test_cuda_home_without_compiler_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, problem: str
+) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(BackendUnavailableError, match=r"CUDA_HOME: expected a toolkit"):
-        headers.find_cuda()
+    if script is not None:
+        make_nvcc(tmp_path, "13.0.88").write_text(script)
+    with pytest.raises(BackendUnavailableError, match=rf"CUDA_HOME: expected a toolkit .*bin/nvcc: {problem}"):
+        toolchain.find_cuda()
+
+
+def test_a_compiler_that_says_no_folder_is_where_its_link_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = make_nvcc(tmp_path / "toolkit", "13.0.88")
+    real.write_text(real.read_text().replace("_HERE_", "_THERE_"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(real)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'links'}:/usr/bin:/bin")
+    assert toolchain.find_cuda().home == tmp_path / "toolkit"
 
 
 def test_wheels_come_after_path(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nvcc on PATH that is too old is passed over for the wheels', also where another folder makes a package of ``nvidia``."""
+    """Which an nvcc on PATH that is too old is passed over for, whatever package ``nvidia`` is."""
     make_nvcc(tmp_path / "old", "12.4.10")
     make_nvcc(site / "nvidia" / "cu13", "13.2.20")
     monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
     (tmp_path / "cu12" / "nvidia").mkdir(parents=True)
     (tmp_path / "cu12" / "nvidia" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "cu12"))
-    found = headers.find_cuda()
+    found = toolchain.find_cuda()
     assert (found.home, found.origin) == (site / "nvidia" / "cu13", "nvidia-cuda-nvcc")
-    assert "too old" in str(headers.cuda_candidates()[0])
+    assert "12.4.10 is older than 12.8" in next(toolchain.cuda_candidates()).problem
 
 
 def test_newest_wheel_and_first_of_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,27 +220,27 @@ def test_newest_wheel_and_first_of_path(tmp_path: Path, monkeypatch: pytest.Monk
         make_nvcc(wheels / name, version)
     for name, version in (("old", "12.4.10"), ("new", "13.2.20")):
         make_nvcc(tmp_path / name, version)
-    monkeypatch.setattr(headers, "sys", SimpleNamespace(path=[str(tmp_path / "site")]))
+    monkeypatch.setattr(toolchain, "sys", SimpleNamespace(path=[str(tmp_path / "site")]))
     for path in ("/nowhere", f"{tmp_path / 'old' / 'bin'}:{tmp_path / 'new' / 'bin'}"):
         monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
-        assert headers.find_cuda().home == wheels / "cu13"
+        assert toolchain.find_cuda().home == wheels / "cu13"
 
 
 def test_a_compiler_that_was_replaced_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its place, also by a file of an older date."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     make_nvcc(tmp_path / "toolkit", "12.9.41")
-    assert headers.find_cuda().version == (12, 9, 41)
+    assert toolchain.find_cuda().version == (12, 9, 41)
     shutil.rmtree(tmp_path / "toolkit")
     os.utime(make_nvcc(tmp_path / "toolkit", "13.0.88"), (1, 1))
-    assert headers.find_cuda().version == (13, 0, 88)
+    assert toolchain.find_cuda().version == (13, 0, 88)
 
 
 def test_no_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_nvcc(tmp_path / "old", "12.4.10")
     monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(headers, "sys", SimpleNamespace(path=[]))
+    monkeypatch.setattr(toolchain, "sys", SimpleNamespace(path=[]))
     with pytest.raises(
         BackendUnavailableError, match=r"12\.4\.10 is older than 12\.8.*pip install 'hybrid-mxfp8\[nvcc\]'"
     ):
-        headers.find_cuda()
+        toolchain.find_cuda()
