@@ -1,1 +1,1 @@
-"""Other libraries with MXFP8 experts inside; each module imports its library only when it is asked to do something."""
+"""Other libraries with MXFP8 experts inside; each is imported only when it is used."""
