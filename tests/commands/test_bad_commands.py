@@ -13,7 +13,6 @@ import torch
 from tally import Tally
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import env
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
 
@@ -112,23 +111,6 @@ def test_a_gpu_that_is_not_there(
 
 
 # ---------------------------------------------------------------- settings
-
-
-SWITCHES: list[tuple[str, Callable[[], bool]]] = [
-    ("HYBRID_MXFP8_PDL", env.pdl),
-    ("HYBRID_MXFP8_HOPPER_GEMM", env.hopper_gemm),
-]
-
-
-@pytest.mark.parametrize("value", ["2", "true", "on", "-1", "0 1"])
-@pytest.mark.parametrize(("name", "read"), SWITCHES, ids=[name for name, _ in SWITCHES])
-def test_wrong_switch(
-    name: str, read: Callable[[], bool], value: str, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"^{name}: must be 0 or 1, got '{value}'$"):
-        read()
-    tally("bad calls")
 
 
 @pytest.mark.parametrize("value", ["bogus", "cuda", "auto,triton", "0", "none"])

@@ -128,7 +128,9 @@ def test_encoder_equals_pytorchs_transformer_layer() -> None:
         for parameter in layer.parameters():
             parameter.data.normal_(std=0.3)
         attention = layer.self_attn
-        parts = zip(("query", "key", "value"), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
+        parts = zip(
+            ("query", "key", "value"), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+        )
         linear = {f"attention.self.{name}": (w, b) for name, w, b in parts}
         modules = {"attention.output.dense": attention.out_proj, "attention.output.LayerNorm": layer.norm1}
         modules |= {"intermediate.dense": layer.linear1, "output.dense": layer.linear2, "output.LayerNorm": layer.norm2}
@@ -246,7 +248,11 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "", "the progress bar is for terminals"
     assert "Backends: triton (chosen automatically), reference." in done.stdout
-    for expected in ("GEMM1, up: 2 experts, N 1536, K 384", "GEMM2, down: 2 experts, N 384, K 1536", "triton / reference"):
+    for expected in (
+        "GEMM1, up: 2 experts, N 1536, K 384",
+        "GEMM2, down: 2 experts, N 384, K 1536",
+        "triton / reference",
+    ):
         assert expected in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= command.WIDTH
     assert done.stdout.split("\n\n")[-1].startswith("On synthetic numbers, MXFP8 products keep")
