@@ -13,7 +13,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.dispatch.registry import BACKENDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -39,15 +39,10 @@ def test_environment_table_is_that_of_env() -> None:
     assert table(section, "`") == table(env.__doc__, "``")
 
 
-def test_every_variable_in_the_table_can_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_every_variable() -> None:
     assert env.__doc__ is not None
     cells = [line.split("|")[1] for line in env.__doc__.splitlines() if line.startswith("| ``")]
     assert tuple(name for cell in cells for name in re.findall(r"``(\w+)``", cell)) == env.VARIABLES
-    for name in env.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    assert env.in_force() == {}
-    monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
-    assert env.in_force() == {"HYBRID_MXFP8_PDL": "0"}
 
 
 def test_every_backend_has_its_row() -> None:

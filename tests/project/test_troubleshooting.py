@@ -13,7 +13,7 @@ import torch
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.errors import BackendUnavailableError
 
-PAGE = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 QUOTED = [line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")]
 
 

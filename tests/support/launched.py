@@ -1,6 +1,6 @@
 """A pytest plugin that writes down what a run did: outcomes of its tests, and which kernels it launched.
 
-``PYTHONPATH=tests pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped": .., "failed": .., "kernels":
+``PYTHONPATH=tests/support pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped": .., "failed": .., "kernels":
 [..]}`` there. A process that dies leaves no file, which is how its caller tells.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOM = Path(__file__).resolve().parent.parent / "triton_kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "triton_kernels"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +51,7 @@ def kernels_in_source() -> set[str]:
     """Names of all that ``triton_kernels`` launches: what stands first in a call of ``launch``."""
     calls = [
         node
-        for path in sorted(ROOM.glob("*.py"))
+        for path in sorted(KERNELS.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launch"
     ]

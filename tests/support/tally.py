@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 RECORD = DOCS / "hostile_use.json"
 PAGE = DOCS / "hostile-use.md"
 BEGIN, END = "<!-- counts: made by tests/tally.py -->", "<!-- end of counts -->"
