@@ -36,7 +36,7 @@ from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
-    from hybrid_mxfp8.dispatch.registry import Problem
+    from hybrid_mxfp8.dispatch.problem import Problem
 
 OUT_TYPES = {
     torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),

@@ -23,15 +23,11 @@ from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8  # noqa: E402
 from hybrid_mxfp8.core.scale_layout import swizzle_scales, unswizzle_scales  # noqa: E402
 from hybrid_mxfp8.dispatch.registry import backends, use_backend  # noqa: E402
 from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
-from hybrid_mxfp8.ops import torch_library as _torch_library  # noqa: E402, F401  # registers torch.ops.hybrid_mxfp8
-from hybrid_mxfp8.ops.grouped_gemm import (  # noqa: E402
-    explain,
-    grouped_gemm,
-    grouped_gemm_workspace_size,
-    quantize_grouped,
-    quantize_weights,
-)
-from hybrid_mxfp8.ops.moe import MXFP8Experts, moe_forward  # noqa: E402
+from hybrid_mxfp8.ops import group_layout, torch_library  # noqa: E402, F401  # these register what they define
+from hybrid_mxfp8.ops.experts import MXFP8Experts  # noqa: E402
+from hybrid_mxfp8.ops.grouped_gemm import explain, grouped_gemm, grouped_gemm_workspace_size  # noqa: E402
+from hybrid_mxfp8.ops.moe import moe_forward  # noqa: E402
+from hybrid_mxfp8.ops.quantize import quantize_grouped, quantize_weights  # noqa: E402
 from hybrid_mxfp8.ops.workspace import MoEWorkspace  # noqa: E402
 
 __all__ = [

@@ -42,7 +42,8 @@ VARIABLES: Final = (
 """The table's first column."""
 
 _RAW: Final = getattr(os.environ, "_data", None)
-_RAW_KEYS: Final = {name: getattr(os.environ, "encodekey", str)(name) for name in VARIABLES}
+_RAW_KEYS: Final = {name: getattr(os.environ, "encodekey", str)(name) for name in (*VARIABLES, "PATH")}
+_SNAPSHOT_KEYS: Final = tuple(_RAW_KEYS.values())
 
 
 def _get(name: str) -> str:
@@ -54,6 +55,13 @@ def _get(name: str) -> str:
     if _RAW is not None and _RAW_KEYS[name] not in _RAW:
         return ""
     return os.environ.get(name, "")
+
+
+def snapshot() -> tuple[object, ...]:
+    """All that a choice of kernels may depend on, as it stands: to see whether anything has changed."""
+    if _RAW is not None:
+        return tuple(map(_RAW.get, _SNAPSHOT_KEYS))
+    return tuple(map(os.environ.get, (*VARIABLES, "PATH")))
 
 
 def in_force() -> dict[str, str]:
@@ -89,11 +97,6 @@ def pdl() -> bool:
 def hopper_gemm() -> bool:
     """HYBRID_MXFP8_HOPPER_GEMM: False only for 0, ValueError for neither 0 nor 1."""
     return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="1")
-
-
-def hopper_gemm_as_set() -> str:
-    """HYBRID_MXFP8_HOPPER_GEMM as it stands, to see whether it has changed; empty if unset."""
-    return _get("HYBRID_MXFP8_HOPPER_GEMM")
 
 
 def trust_cache() -> bool:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.dispatch.registry import AUTO, _settled, requested
+from hybrid_mxfp8.dispatch.registry import AUTO, requested
 
 pytest_plugins = ["tally"]
 
@@ -32,7 +32,6 @@ settings.load_profile("repeatable")
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKEND", "CONFIG", "PDL", "HOPPER_GEMM"):
         monkeypatch.delenv(f"HYBRID_MXFP8_{name}", raising=False)
-    _settled.cache_clear()  # tests pretend to have other devices and backends
     cases.forget_calls()
     assert requested(None) == AUTO, "an earlier test left a backend asked for"
 

@@ -1,0 +1,131 @@
+"""What this package offers: the triton backend, and the quantizer that every GPU uses.
+
+May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.dispatch.backend import Quantizer, Steps
+from hybrid_mxfp8.dispatch.device import TRITON_MIN_CAPABILITY, capability
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, Support
+from hybrid_mxfp8.triton_kernels import group_layout, quantize
+from hybrid_mxfp8.triton_kernels.gemm import blackwell, portable
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import (
+    HopperGemmConfig,
+    WorkspaceLayout,
+    hopper_takes,
+    largest_batches,
+    select_hopper_config,
+)
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
+from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, route
+
+
+def available(device: torch.device) -> Support:
+    """Whether this package's kernels run on a device."""
+    if device.type not in ("cuda", "cpu"):
+        return False, f"runs on CUDA GPUs and on the CPU through Triton's interpreter, not on {device.type}"
+    if torch.version.hip is not None and device.type == "cuda":
+        return False, "its e4m3 and scale layouts are NVIDIA's; this is a ROCm build of PyTorch"
+    if INTERPRETED:
+        return True, "Triton's interpreter, on the CPU"
+    found = capability(device)
+    if found is None:
+        return False, "no GPU: set TRITON_INTERPRET=1 before Triton is imported to run kernels on the CPU"
+    text = f"{found[0]}.{found[1]}"
+    if found < TRITON_MIN_CAPABILITY:
+        return False, f"needs compute capability 8.9 or newer for e4m3, got {text}"
+    return True, f"compute capability {text}"
+
+
+def _hopper_config(problem: Problem) -> HopperGemmConfig | None:
+    """The tile of the Hopper kernel for a problem; None where another kernel runs it."""
+    p = problem
+    if INTERPRETED or p.capability != (9, 0) or not env.hopper_gemm():
+        return None
+    if not hopper_takes(p.num_tokens, p.num_experts, p.n, p.k):
+        return None
+    return select_hopper_config(p.num_tokens, p.num_experts)
+
+
+@functools.cache
+def _hopper_kernels() -> ModuleType:
+    """Imported where it can run alone: Gluon's names differ from one Triton to the next."""
+    from hybrid_mxfp8.triton_kernels.gemm import hopper
+
+    return hopper
+
+
+class TritonBackend:
+    """The product in one of three kernels, by what the GPU has."""
+
+    name = "triton"
+    about = "tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter"
+
+    def made_for(self, device: torch.device) -> bool:
+        """GPUs with e4m3, and the CPU where kernels are interpreted."""
+        found = capability(device)
+        return env.triton_interpret() or (found is not None and found >= TRITON_MIN_CAPABILITY)
+
+    def available(self, device: torch.device) -> Support:
+        """Whether it can run at all on a device."""
+        return available(device)
+
+    def can_run(self, problem: Problem) -> Support:
+        """It takes every problem where it is available."""
+        return available(problem.device)
+
+    def workspace_size(self, problem: Problem) -> int:
+        """Bytes: the Hopper kernel's list of token tiles and bf16 tokens."""
+        config = _hopper_config(problem)
+        if config is None or not (problem.num_tokens and problem.num_experts):
+            return 0
+        return WorkspaceLayout.of(problem.num_tokens, problem.num_experts, problem.k, config).size
+
+    def workspace_bound(self, problem: Problem) -> int:
+        """Bytes: a smaller batch may take a tile that needs more."""
+        batches = largest_batches(problem.num_tokens, problem.num_experts)
+        return max(self.workspace_size(problem._replace(num_tokens=rows)) for rows in batches)
+
+    def plan(self, problem: Problem, buffers: GemmBuffers) -> Steps:
+        """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the portable kernel."""
+        config = _hopper_config(problem)
+        weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
+        if config is not None and weights_aligned:
+            launches: Steps = _hopper_kernels().plan(problem, buffers, config)
+            return launches
+        tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
+        if not INTERPRETED and blackwell.takes(problem) and weights_aligned and tokens_aligned:
+            config_100 = blackwell.select_blackwell_config(problem.num_tokens, problem.num_experts)
+            return blackwell.plan(problem, buffers, config_100)
+        return portable.plan(problem, buffers)
+
+    def explain(self, problem: Problem) -> str:
+        """The configuration of whichever kernel takes the problem."""
+        config: object = _hopper_config(problem)
+        if config is None and not INTERPRETED and blackwell.takes(problem):
+            config = blackwell.select_blackwell_config(problem.num_tokens, problem.num_experts)
+        if config is None:
+            config = portable.config_for(problem)
+        average = problem.num_tokens / max(problem.num_experts, 1)
+        return f"{config}, for {average:.1f} tokens an expert on average"
+
+
+BACKEND = TritonBackend()
+QUANTIZER = Quantizer(
+    name="triton",
+    available=available,
+    quantize=quantize.quantize,
+    group_offsets=group_layout.group_offsets,
+    caller_layout=group_layout.caller_layout,
+    route=route.route,
+    route_scratch=route.scratch_elements,
+    add_expert_bias=expert_bias.add_expert_bias,
+    combine=combine.combine,
+)

@@ -1,6 +1,7 @@
-"""Group offsets in one launch: counts or ends in, the three int32 tensors of a GroupLayout out.
+"""Layouts of rows grouped by expert, on the device: from counts, from ends, or around given scale positions.
 
-One program scans all experts. The outputs share one allocation.
+A layout is one buffer (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,). One program scans all
+experts. Whatever the counts hold, the layout is one of T rows: negative ones act as 0, rows beyond T are cut off.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import triton
 import triton.language as tl
 
 from hybrid_mxfp8.core.formats import next_power_of_2
-from hybrid_mxfp8.triton_kernels.launch import launch, on_device_of
+from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.problem import split_layout
+from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 
 
 @triton.jit
@@ -28,6 +31,36 @@ def store_layout(layout_ptr, ends, tokens, scale_ends, num_experts, EXPERTS: tl.
 
 
 @triton.jit
+def scan_counts(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
+    """Each expert's end, tokens and scale end, in int32: for kernels in which every program scans.
+
+    A count is cut to T first, so that the sum of E of them fits int32 where E * T does.
+    """
+    e = tl.arange(0, EXPERTS)
+    given = tl.load(counts_ptr + e, mask=e < num_experts, other=0)
+    counts = tl.minimum(tl.maximum(given, 0), num_rows).to(tl.int32)
+    sums = tl.cumsum(counts, 0)
+    ends = tl.minimum(sums, num_rows)
+    tokens = ends - tl.minimum(sums - counts, num_rows)
+    return ends, tokens, tl.cumsum((tokens + 127) // 128 * 128, 0)
+
+
+@triton.jit
+def _load_clamped(ptr, mask, limit):
+    """int64 numbers from 0 to ``limit``: clamped before they are summed, E of them can't wrap."""
+    given = tl.load(ptr, mask=mask, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(given, 0), limit)
+
+
+@triton.jit
+def _scan_clamped(counts_ptr, e, mask, limit):
+    """Each expert's first row and end, int64, from its count."""
+    given = _load_clamped(counts_ptr + e, mask, limit)
+    ends = tl.cumsum(given, 0)
+    return tl.minimum(ends - given, limit), tl.minimum(ends, limit)
+
+
+@triton.jit
 def _max(a, b):
     return tl.maximum(a, b)
 
@@ -35,64 +68,96 @@ def _max(a, b):
 @triton.jit(do_not_specialize=["given_ptr", "layout_ptr", "num_tokens", "num_experts"])
 def group_offsets_kernel(
     given_ptr,  # (E,) int32 or int64: counts, or inclusive ends
-    layout_ptr,  # (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)
+    layout_ptr,  # (3E+2,) int32
     num_tokens,
     num_experts,
     FROM_ENDS: tl.constexpr,
     BLOCK: tl.constexpr,  # power of two >= E
 ):
-    """Prefix sums, clamped so that the layout is valid whatever ``given`` holds."""
+    """Prefix sums of counts, or differences of ends."""
     e = tl.arange(0, BLOCK)
     mask = e < num_experts
     limit = num_tokens.to(tl.int64)
-    # Clamped before they are summed, in int64: the sum of E counts of at most T can't wrap.
-    given = tl.load(given_ptr + e, mask=mask, other=0).to(tl.int64)
-    given = tl.minimum(tl.maximum(given, 0), limit)
     if FROM_ENDS:
-        before = tl.load(given_ptr + e - 1, mask=mask & (e > 0), other=0).to(tl.int64)
-        before = tl.minimum(tl.maximum(before, 0), limit)
+        given = _load_clamped(given_ptr + e, mask, limit)
+        before = _load_clamped(given_ptr + e - 1, mask & (e > 0), limit)
         ends = tl.associative_scan(given, 0, _max)
         starts = tl.associative_scan(before, 0, _max)
     else:
-        ends = tl.cumsum(given, 0)
-        starts = tl.minimum(ends - given, limit)
-        ends = tl.minimum(ends, limit)
+        starts, ends = _scan_clamped(given_ptr, e, mask, limit)
     tokens = tl.where(mask, ends - starts, 0).to(tl.int32)
     scale_ends = tl.cumsum((tokens + 127) // 128 * 128, 0)
     store_layout(layout_ptr, ends.to(tl.int32), tokens, scale_ends, num_experts, BLOCK)
 
 
-def empty_layout(num_experts: int, device: torch.device) -> torch.Tensor:
-    """The buffer of a layout, (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
-    return torch.empty(3 * num_experts + 2, dtype=torch.int32, device=device)
+@triton.jit(
+    do_not_specialize=[
+        "tokens_ptr",
+        "scale_starts_ptr",
+        "out_tokens_ptr",
+        "out_offsets_ptr",
+        "out_scale_offsets_ptr",
+        "num_tokens",
+        "num_scale_rows",
+        "num_experts",
+    ]
+)
+def caller_layout_kernel(
+    tokens_ptr,  # (E,) int32
+    scale_starts_ptr,  # (E,) int32
+    out_tokens_ptr,  # (E,) int32
+    out_offsets_ptr,  # (E+1,) int32
+    out_scale_offsets_ptr,  # (E+1,) int32
+    num_tokens,
+    num_scale_rows,
+    num_experts,
+    BLOCK: tl.constexpr,  # power of two >= E
+):
+    """Expert offsets from counts, scale offsets as given, clamped to their buffers.
+
+    The last scale offset is the largest end of the padded scales of an expert that has tokens.
+    """
+    e = tl.arange(0, BLOCK)
+    mask = e < num_experts
+    starts, ends = _scan_clamped(tokens_ptr, e, mask, num_tokens.to(tl.int64))
+    tokens = tl.where(mask, ends - starts, 0).to(tl.int32)
+    scale_starts = tl.load(scale_starts_ptr + e, mask=mask, other=0)
+    scale_starts = tl.minimum(tl.maximum(scale_starts, 0), num_scale_rows)
+    # In int64: a start near 2**31 plus its rows would wrap.
+    scale_ends = scale_starts.to(tl.int64) + (tokens + 127) // 128 * 128
+    scale_end = tl.minimum(tl.max(tl.where(tokens > 0, scale_ends, 0), 0), num_scale_rows.to(tl.int64))
+    tl.store(out_tokens_ptr + e, tokens, mask=mask)
+    tl.store(out_offsets_ptr + e, tl.zeros_like(tokens), mask=e == 0)
+    tl.store(out_offsets_ptr + 1 + e, ends.to(tl.int32), mask=mask)
+    tl.store(out_scale_offsets_ptr + e, scale_starts, mask=mask)
+    tl.store(out_scale_offsets_ptr + num_experts + e, tl.zeros_like(tokens) + scale_end.to(tl.int32), mask=e == 0)
 
 
-def split_layout(buffer: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors of a layout's buffer."""
-    # Tensor.split comes here by way of Python.
-    tokens, offsets, scale_offsets = torch.split_with_sizes(buffer, (num_experts, num_experts + 1, num_experts + 1))
-    return tokens, offsets, scale_offsets
+def _options(block: int) -> tuple[tuple[str, int], ...]:
+    return (("num_warps", 1 if block <= 128 else 4),)
 
 
 def group_offsets(
-    counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``reference.group_offsets`` computes, in one launch.
-
-    Args:
-        counts_or_ends: (E,) int32 or int64.
-        num_tokens: T.
-        from_ends: whether the first argument holds inclusive ends instead of counts.
-
-    Returns:
-        tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), int32, views of one buffer.
-    """
-    num_experts = counts_or_ends.shape[0]
-    buffer = empty_layout(num_experts, counts_or_ends.device)
+    given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool, device: torch.device
+) -> tuple[KernelLaunch, ...]:
+    """What ``core.layout.group_offsets`` computes, of counts or ends (E,) int32 or int64, contiguous."""
+    num_experts = given.shape[0]
     block = next_power_of_2(num_experts)
-    arguments = (counts_or_ends.contiguous(), buffer, num_tokens, num_experts)
-    options = (("num_warps", 1 if block <= 128 else 4),)
-    with on_device_of(buffer):
-        key = ("group_offsets", counts_or_ends.dtype)
-        launch(group_offsets_kernel, 1, arguments, (from_ends, block), options, key)
-    return split_layout(buffer, num_experts)
+    arguments = (given, layout, num_tokens, num_experts)
+    return (KernelLaunch(group_offsets_kernel, 1, arguments, (from_ends, block), _options(block), device),)
+
+
+def caller_layout(
+    counts: Buffer,
+    scale_starts: Buffer,
+    layout: Buffer,
+    num_tokens: int,
+    num_scale_rows: int,
+    device: torch.device,
+) -> tuple[KernelLaunch, ...]:
+    """A layout whose scales start where the caller says; counts and starts (E,) int32, E >= 1."""
+    num_experts = counts.shape[0]
+    block = next_power_of_2(num_experts)
+    parts = split_layout(layout, num_experts)
+    arguments = (counts, scale_starts, *parts, num_tokens, num_scale_rows, num_experts)
+    return (KernelLaunch(caller_layout_kernel, 1, arguments, (block,), _options(block), device),)

@@ -14,15 +14,12 @@ expert N rows long, which is what expert weights are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.formats import (
     BLOCK_SIZE,
     SCALE_ROUNDING_BIAS,
@@ -31,10 +28,11 @@ from hybrid_mxfp8.core.formats import (
     next_power_of_2,
     scale_cols,
 )
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.triton_kernels.group_layout import empty_layout, split_layout, store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of, raw
+from hybrid_mxfp8.dispatch.problem import QuantizeBuffers, QuantizeProblem, split_layout
+from hybrid_mxfp8.triton_kernels.group_layout import group_offsets, scan_counts, store_layout
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
+from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
 
 
 @triton.jit
@@ -50,21 +48,6 @@ def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_pt
         expert += tl.sum(before.to(tl.int32), 1)
     start = tl.load(expert_offsets_ptr + expert, mask=valid, other=0)
     return valid, tl.load(scale_offsets_ptr + expert, mask=valid, other=0) + row - start
-
-
-@triton.jit
-def _scan_counts(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
-    """Each expert's end, tokens and scale end from the counts, clamped as ``group_layout`` does.
-
-    A count is cut to T first, so that the sum of E of them fits int32 where E * T does.
-    """
-    e = tl.arange(0, EXPERTS)
-    given = tl.load(counts_ptr + e, mask=e < num_experts, other=0)
-    counts = tl.minimum(tl.maximum(given, 0), num_rows).to(tl.int32)
-    sums = tl.cumsum(counts, 0)
-    ends = tl.minimum(sums, num_rows)
-    tokens = ends - tl.minimum(sums - counts, num_rows)
-    return ends, tokens, tl.cumsum((tokens + 127) // 128 * 128, 0)
 
 
 @triton.jit
@@ -161,7 +144,7 @@ def quantize_kernel(
     num_column_tiles = (K + 127) // 128
 
     if LAYOUT == "counts":
-        ends, all_tokens, scale_ends = _scan_counts(counts_ptr, num_rows, num_experts, EXPERTS)
+        ends, all_tokens, scale_ends = scan_counts(counts_ptr, num_rows, num_experts, EXPERTS)
 
     if pid >= row_programs:
         programs_per_expert = (num_column_tiles + PADDING_TILES - 1) // PADDING_TILES
@@ -236,14 +219,9 @@ def quantize_kernel(
 
     # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants.
     c = column_program * SCALE_COLS + tl.arange(0, SCALE_COLS)
-    tile = (scale_row.to(tl.int64) // 128 * num_column_tiles)[:, None] + (c // 4)[None, :]
-    within = (scale_row % 32 * 16 + scale_row % 128 // 32 * 4)[:, None] + (c % 4)[None, :]
+    offset = row_offset(scale_row, num_column_tiles)[:, None] + column_offset(c)[None, :]
     in_scales = valid & (scale_row >= 0) & (scale_row < num_scale_rows)
-    tl.store(scales_ptr + tile * 512 + within, scale, mask=in_scales[:, None] & (c < num_column_tiles * 4)[None, :])
-
-
-Layout = Literal["counts", "offsets", "uniform"]
-"""Where rows of experts start: from counts that the kernel sums up, from a layout, or every expert has as many."""
+    tl.store(scales_ptr + offset, scale, mask=in_scales[:, None] & (c < num_column_tiles * 4)[None, :])
 
 
 @dataclass(frozen=True)
@@ -301,209 +279,60 @@ def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
 
     Each program repeats the scan, which beats a second launch only while there are few programs.
     """
-    return 0 < num_experts <= FUSED_COUNTS_MAX_EXPERTS and 0 < num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
+    return num_experts <= FUSED_COUNTS_MAX_EXPERTS and num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
 
 
-class _Plan(NamedTuple):
-    """All of a launch that its shapes decide."""
+def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[KernelLaunch, ...]:
+    """The launches of one quantization: one, and one before it where counts are better scanned alone."""
+    p, b = problem, buffers
+    if p.grouping == "counts" and not can_fuse_counts(p.num_rows, p.k, p.num_experts):
+        assert b.counts is not None
+        assert b.layout is not None
+        _, expert_offsets, scale_offsets = split_layout(b.layout, p.num_experts)
+        scanned = b._replace(counts=None, layout=None, expert_offsets=expert_offsets, scale_offsets=scale_offsets)
+        first = group_offsets(b.counts, b.layout, p.num_rows, False, p.device)
+        return *first, *quantize(p._replace(grouping="offsets"), scanned)
 
-    programs: int
-    row_programs: int
-    column_programs: int
-    rows_per_expert: int
-    constants: tuple[Hashable, ...]
-    options: tuple[tuple[str, int], ...]
-    key: tuple[Hashable, ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    num_rows: int,
-    num_experts: int,
-    k: int,
-    row_stride: int,
-    expert_stride: int,
-    scale_rounding: str,
-    layout: Layout,
-    gather: bool,
-    swiglu: SwiGLU | None,
-    dtypes: tuple[torch.dtype, torch.dtype | None],
-) -> _Plan:
-    config = select_quantize_config(num_rows, k, num_experts, INTERPRETED)
-    cols = scale_cols(k)
+    config = select_quantize_config(p.num_rows, p.k, p.num_experts, INTERPRETED)
+    cols = scale_cols(p.k)
     column_programs = ceil_div(BLOCK_SIZE * cols, config.block_cols)
-    row_programs = ceil_div(num_rows, config.block_rows) * column_programs
-    padding_programs = num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
-    # 1 where it is not used: Triton specializes the kernel on it.
-    rows_per_expert = num_rows // num_experts if layout == "uniform" else 1
+    row_programs = ceil_div(p.num_rows, config.block_rows) * column_programs
+    padding_programs = p.num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
+    programs = row_programs + padding_programs + (p.grouping == "counts")  # one more writes the layout
+    scale_rows = math.prod(b.scales.shape) // cols
+    arguments = (
+        b.x,
+        p.row_stride,
+        p.expert_stride,
+        b.row_index,
+        p.num_source_rows,
+        b.values,
+        b.scales,
+        scale_rows,
+        b.counts,
+        b.layout,
+        b.expert_offsets,
+        b.scale_offsets,
+        p.num_rows,
+        p.num_experts,
+        # 1 where it is not used: Triton specializes the kernel on it.
+        p.num_rows // p.num_experts if p.grouping == "uniform" else 1,
+        p.k,
+        row_programs,
+        column_programs,
+    )
+    swiglu = p.activation
     constants = (
-        SCALE_ROUNDING_BIAS[scale_rounding],
-        layout,
-        gather,
+        SCALE_ROUNDING_BIAS[p.scale_rounding],
+        p.grouping,
+        b.row_index is not None,
         swiglu is not None,
         *((1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)),
-        next_power_of_2(num_experts),
+        next_power_of_2(p.num_experts),
         config.block_rows,
         config.block_cols,
         config.padding_tiles,
-        config.skip_unowned and layout == "offsets",
+        config.skip_unowned and p.grouping == "offsets",
     )
-    return _Plan(
-        row_programs + padding_programs + (layout == "counts"),  # one program more writes the layout
-        row_programs,
-        column_programs,
-        rows_per_expert,
-        constants,
-        (("num_warps", config.num_warps),),
-        ("quantize", *dtypes, row_stride, expert_stride, rows_per_expert, k),
-    )
-
-
-def _launch(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    *,
-    num_rows: int,
-    num_experts: int,
-    k: int,
-    row_stride: int,
-    scale_rounding: str,
-    layout: Layout,
-    expert_stride: int = 0,
-    row_index: torch.Tensor | None = None,
-    swiglu: SwiGLU | None = None,
-    counts: torch.Tensor | None = None,
-    layout_buffer: torch.Tensor | None = None,
-    groups: GroupLayout | None = None,
-) -> Launched | None:
-    gather = row_index is not None
-    dtypes = (x.dtype, None if counts is None else counts.dtype)
-    plan = _plan(num_rows, num_experts, k, row_stride, expert_stride, scale_rounding, layout, gather, swiglu, dtypes)
-    arguments = (
-        x,
-        row_stride,
-        expert_stride,
-        row_index,
-        x.shape[0],
-        raw(values),
-        scales,
-        scales.numel() // scale_cols(k),
-        counts,
-        layout_buffer,
-        groups.expert_offsets if groups else None,
-        groups.scale_offsets if groups else None,
-        num_rows,
-        num_experts,
-        plan.rows_per_expert,
-        k,
-        plan.row_programs,
-        plan.column_programs,
-    )
-    key = (plan.key, aligned(x), aligned(values), aligned(scales))
-    with on_device_of(x):
-        return launch(quantize_kernel, plan.programs, arguments, plan.constants, plan.options, key)
-
-
-def quantize_grouped(
-    x: torch.Tensor,
-    groups: GroupLayout,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    *,
-    scale_rounding: str,
-    row_index: torch.Tensor | None,
-    swiglu: SwiGLU | None,
-) -> Launched | None:
-    """Quantize token rows into ``values`` and ``scales``; arguments as checked by ``ops.quantize_grouped``.
-
-    Args:
-        x: (R, K) or, with ``swiglu``, (R, 2K); bf16, fp16 or fp32; unit stride along columns.
-        groups: layout of the T output rows.
-        values: (T, K) float8_e4m3fn, contiguous.
-        scales: (S, C) uint8, contiguous.
-        scale_rounding: ``rceil``, ``floor`` or ``even``.
-        row_index: (T,) int32, the source row of each output row; one outside 0 .. R-1 reads as zeros.
-        swiglu: quantize this of gate ``x[:, :K]`` and up ``x[:, K:]``.
-
-    Returns:
-        The launch, to be repeated, or None.
-    """
-    if not (groups.num_tokens and groups.num_experts):
-        return None
-    return _launch(
-        x,
-        values,
-        scales,
-        num_rows=groups.num_tokens,
-        num_experts=groups.num_experts,
-        k=values.shape[1],
-        row_stride=x.stride(0),
-        scale_rounding=scale_rounding,
-        layout="offsets",
-        row_index=row_index,
-        swiglu=swiglu,
-        groups=groups,
-    )
-
-
-def quantize_counts(
-    x: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    *,
-    scale_rounding: str,
-    row_index: torch.Tensor | None,
-    swiglu: SwiGLU | None,
-) -> GroupLayout:
-    """:func:`quantize_grouped` and ``GroupLayout.from_counts`` in one launch, where :func:`can_fuse_counts` says so.
-
-    Args:
-        x: as for :func:`quantize_grouped`.
-        tokens_per_expert: (E,) int32 or int64, contiguous; 1 <= E <= FUSED_COUNTS_MAX_EXPERTS.
-        values: (T, K) float8_e4m3fn, contiguous, T >= 1.
-        scales: (S, C) uint8, contiguous.
-        scale_rounding: ``rceil``, ``floor`` or ``even``.
-        row_index: (T,) int32 or None.
-        swiglu: as for :func:`quantize_grouped`.
-
-    Returns:
-        The layout, its three tensors views of one new buffer.
-    """
-    num_rows, num_experts = values.shape[0], tokens_per_expert.shape[0]
-    buffer = empty_layout(num_experts, x.device)
-    _launch(
-        x,
-        values,
-        scales,
-        num_rows=num_rows,
-        num_experts=num_experts,
-        k=values.shape[1],
-        row_stride=x.stride(0),
-        scale_rounding=scale_rounding,
-        layout="counts",
-        row_index=row_index,
-        swiglu=swiglu,
-        counts=tokens_per_expert,
-        layout_buffer=buffer,
-    )
-    return GroupLayout.unchecked(*split_layout(buffer, num_experts), num_rows)
-
-
-def quantize_weights(w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *, scale_rounding: str) -> None:
-    """Quantize w (E, N, K), unit stride along K, into ``values`` (E, N, K) and ``scales`` (E, roundup(N, 128), C)."""
-    num_experts, n, k = w.shape
-    if num_experts and n:
-        _launch(
-            w,
-            values,
-            scales,
-            num_rows=num_experts * n,
-            num_experts=num_experts,
-            k=k,
-            row_stride=w.stride(1),
-            scale_rounding=scale_rounding,
-            layout="uniform",
-            expert_stride=w.stride(0),
-        )
+    options = (("num_warps", config.num_warps),)
+    return (KernelLaunch(quantize_kernel, programs, arguments, constants, options, p.device),)

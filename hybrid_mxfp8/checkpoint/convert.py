@@ -26,7 +26,7 @@ from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, Checkpoint, is_mxfp8, read_json, scale_entry
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
-from hybrid_mxfp8.ops.grouped_gemm import quantize_weights
+from hybrid_mxfp8.ops.quantize import quantize_weights
 
 CONFIG_FILE: Final = "config.json"
 QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json", "quantize_config.json")

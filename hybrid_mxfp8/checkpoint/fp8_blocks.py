@@ -16,7 +16,7 @@ from hybrid_mxfp8.checkpoint.writer import Entry
 from hybrid_mxfp8.core.checks import check_k, check_shape, check_tensor
 from hybrid_mxfp8.core.formats import ceil_div, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights
-from hybrid_mxfp8.ops.grouped_gemm import quantize_weights
+from hybrid_mxfp8.ops.quantize import quantize_weights
 
 if TYPE_CHECKING:
     from hybrid_mxfp8.checkpoint.reader import Checkpoint

@@ -28,9 +28,9 @@ import torch
 
 from hybrid_mxfp8.checkpoint.fp8_blocks import SCALE_NAMES, block_scales
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import ExpertWeights
-from hybrid_mxfp8.dispatch.device import resolve_device
 
 SCALE_DTYPES: Final = ("U8", "F8_E8M0")
 CONVERT_HINT: Final = ": convert it with `python -m hybrid_mxfp8 quantize`"

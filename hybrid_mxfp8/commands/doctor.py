@@ -22,7 +22,8 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands.tables import format_table
-from hybrid_mxfp8.dispatch.registry import AUTO, backends, default_device, requested
+from hybrid_mxfp8.dispatch.device import default_device
+from hybrid_mxfp8.dispatch.registry import AUTO, backends, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 MISSING = "not installed"

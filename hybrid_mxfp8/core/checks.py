@@ -147,11 +147,16 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
 
 
 def is_tracing(x: torch.Tensor) -> bool:
-    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake or on the meta device.
+    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake, meta, or inside vmap and the like.
 
-    Then the public functions go through :mod:`hybrid_mxfp8.ops.torch_library`'s operators, which know shapes without data.
+    Then the public functions go through the operators of ``ops.torch_library``, which PyTorch knows how to handle there.
     """
-    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def check_no_buffer(name: str, value: object) -> None:
@@ -163,3 +168,19 @@ def check_no_buffer(name: str, value: object) -> None:
 def short(value: Any) -> str:
     """A dtype without its ``torch.`` prefix."""
     return str(value).removeprefix("torch.")
+
+
+def resolve_device(given: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: must be a torch.device or the name of one, got {given!r}") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device: there are {count} GPUs that this PyTorch can use, got {str(device)!r}")
+    return device

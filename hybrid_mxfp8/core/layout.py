@@ -6,6 +6,7 @@ Built on the device from the router's counts, with no host sync: one small launc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 
 from hybrid_mxfp8.core.checks import check_contiguous, check_num_tokens, check_shape, check_tensor, fail, is_tracing
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
-from hybrid_mxfp8.dispatch.device import compiles_kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +128,32 @@ class GroupLayout:
         given = check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
         check_num_tokens(num_tokens, given.shape[0])
         if is_tracing(given):
-            e = given.shape[0]
             layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
-            tokens, offsets, scale_offsets = layout.split((e, e + 1, e + 1))
-            return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
-        if compiles_kernels(given.device):
-            from hybrid_mxfp8.triton_kernels.group_layout import group_offsets as launch_group_offsets
+        elif given.device.type == "cpu" or _launch is None:
+            return cls.unchecked(*group_offsets(given, num_tokens, from_ends), num_tokens)
+        else:
+            layout = _launch(given, num_tokens, from_ends)
+        return cls.from_buffer(layout, given.shape[0], num_tokens)
 
-            return cls.unchecked(*launch_group_offsets(given, num_tokens, from_ends), num_tokens)
-        return cls.unchecked(*group_offsets(given, num_tokens, from_ends), num_tokens)
+    @classmethod
+    def from_buffer(cls, layout: torch.Tensor, num_experts: int, num_tokens: int) -> GroupLayout:
+        """Views of the buffer (3E+2,) int32 that kernels write: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
+        # Tensor.split comes here by way of Python.
+        sizes = (num_experts, num_experts + 1, num_experts + 1)
+        tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
+        return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
+
+
+_launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
+
+
+def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> None:
+    """Have ``function`` build layouts on GPUs: (counts or ends (E,), T, whether ends) -> (3E+2,) int32.
+
+    No kernel is known to this package; the public functions say how one is launched.
+    """
+    global _launch
+    _launch = function
 
 
 def group_offsets(
@@ -157,3 +174,17 @@ def group_offsets(
     tokens = offsets.diff()
     scale_offsets = torch.nn.functional.pad((-(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS).cumsum(0), (1, 0))
     return tokens.to(torch.int32), offsets.to(torch.int32), scale_offsets.to(torch.int32)
+
+
+def caller_offsets(
+    tokens_per_expert: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three tensors of a layout whose scales start where the caller says, (E,) int32, cut to 0 .. S.
+
+    The last scale offset is the largest end of the padded scales of an expert that has tokens.
+    """
+    tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
+    starts = scale_starts.to(torch.int64).clamp(0, num_scale_rows)
+    ends = torch.where(tokens > 0, starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS, 0)
+    last = torch.cat([ends.new_zeros(1), ends]).amax(0, keepdim=True).clamp_max(num_scale_rows)
+    return tokens, offsets, torch.cat([starts, last]).to(torch.int32)

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import check_contiguous, check_k, check_no_grad, check_shape, check_tensor, fail
+from hybrid_mxfp8.core.checks import (
+    check_contiguous,
+    check_k,
+    check_no_grad,
+    check_shape,
+    check_tensor,
+    fail,
+    resolve_device,
+)
 from hybrid_mxfp8.core.dequantize import dequantize_experts, dequantize_grouped
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
@@ -20,7 +28,6 @@ from hybrid_mxfp8.core.scale_layout import (
     unswizzle_grouped_scales,
     unswizzle_scales,
 )
-from hybrid_mxfp8.dispatch.device import resolve_device
 
 
 class _Portable:

@@ -1,4 +1,7 @@
-"""What a device is, whether there is one of a name, and whether Triton kernels run on it. No kernel is imported here."""
+"""What a device is: its capability, its size, its current stream, and whether kernels run there.
+
+No kernel is imported here, so all of it can be asked where Triton, a compiler or a GPU is missing.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,22 @@ from hybrid_mxfp8 import env
 TRITON_MIN_CAPABILITY = (8, 9)
 """The first with instructions for e4m3."""
 
+CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
+"""Those whose tensor cores take the SM100 block-scaled MMA."""
+
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability; None on a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int | None:
+    """Streaming multiprocessors; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
@@ -27,7 +41,7 @@ def has_triton() -> bool:
 
 @functools.cache
 def compiles_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels of this package run on ``device`` compiled; False for a CPU."""
+    """Whether this package's Triton kernels run compiled on ``device``; False for a CPU."""
     found = capability(device)
     return (
         found is not None
@@ -38,17 +52,14 @@ def compiles_kernels(device: torch.device) -> bool:
     )
 
 
-def resolve_device(given: torch.device | str) -> torch.device:
-    """The device of this name.
+def default_device() -> torch.device:
+    """The current GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
-    Raises:
-        ValueError: no such device here.
-    """
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: must be a torch.device or the name of one, got {given!r}") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device: there are {count} GPUs that this PyTorch can use, got {str(device)!r}")
-    return device
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a CUDA graph."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -35,10 +35,9 @@ import torch
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
 from hybrid_mxfp8.core.activation import SwiGLU
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, fail, short
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, fail, resolve_device, short
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
-from hybrid_mxfp8.dispatch.device import resolve_device
-from hybrid_mxfp8.ops.moe import MXFP8Experts
+from hybrid_mxfp8.ops.experts import MXFP8Experts
 
 NAME = "hybrid_mxfp8"
 """The value of ``experts_implementation``."""

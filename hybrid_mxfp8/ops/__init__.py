@@ -1,1 +1,4 @@
-"""The public functions, a file each. May import all packages but the user-facing ones above it."""
+"""The public functions, a file each: check, plan, allocate, run.
+
+May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
+"""

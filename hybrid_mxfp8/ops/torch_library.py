@@ -28,8 +28,7 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
-from hybrid_mxfp8.ops import grouped_gemm as ops
-from hybrid_mxfp8.ops import moe
+from hybrid_mxfp8.ops import grouped_gemm, moe, quantize
 
 NAMESPACE = "hybrid_mxfp8"
 
@@ -71,7 +70,7 @@ def _quantize_grouped(
     else:
         num_tokens = check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)").shape[0]
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, num_tokens)
-    xq = ops.quantize_grouped(
+    xq = quantize.quantize_grouped(
         x, groups, scale_rounding=scale_rounding, row_index=row_index, activation=activation, backend=backend
     )
     return xq.values.view(torch.uint8), xq.scales
@@ -99,7 +98,7 @@ def _quantize_grouped_fake(
 
 
 def _quantize_weights(w: torch.Tensor, scale_rounding: str, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    wq = ops.quantize_weights(w, scale_rounding=scale_rounding, backend=backend)
+    wq = quantize.quantize_weights(w, scale_rounding=scale_rounding, backend=backend)
     return wq.values.view(torch.uint8), wq.scales
 
 
@@ -137,7 +136,7 @@ def _grouped_gemm(
     x_values = _e4m3("x_values", x_values, 2, "(T, K)")
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, x_values.shape[0])
     x = GroupedMXFP8(x_values, x_scales, groups)
-    return ops.grouped_gemm(x, _weights("w_values", w_values, w_scales), out_dtype=out_dtype, backend=backend)
+    return grouped_gemm.grouped_gemm(x, _weights("w_values", w_values, w_scales), out_dtype=out_dtype, backend=backend)
 
 
 def _grouped_gemm_fake(

@@ -42,17 +42,17 @@ class _Recorder:
 
 
 def compiled_kernels() -> set[str]:
-    """Names of the kernels that this process has launched, all of which go through ``triton_kernels.launch``."""
+    """Names of the kernels that this process has compiled, which it does to launch them."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
-    return {loaded.kernel.metadata.name for loaded in launch._loaded.values()} if launch else set()
+    return {compiled.kernel.metadata.name for compiled in launch._compiled.values()} if launch else set()
 
 
 def kernels_in_source() -> set[str]:
-    """Names of all that ``triton_kernels`` launches: what stands first in a call of ``launch``."""
+    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
     calls = [
         node
         for path in sorted(KERNELS.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launch"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KernelLaunch"
     ]
     return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}

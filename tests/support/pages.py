@@ -38,6 +38,6 @@ def check_expert_parallel(parts: list[str], folder: Path) -> None:
     done = subprocess.run([*launcher, program], env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # Ranks that print at once may share a line.
-    found = dict(re.findall(r"(rank \d, [a-z ]+): calc_diff (\d\.\de-\d+)", done.stdout))
+    found = dict(re.findall(r"(rank \d, [a-z ]+): calc_diff (-?\d\.\de[+-]\d+)", done.stdout))
     assert found.keys() == {f"rank {rank}, {part}" for rank in range(2) for part in parts}
     assert max(map(float, found.values())) < 3e-5, found

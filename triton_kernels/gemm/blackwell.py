@@ -15,18 +15,27 @@ Large tiles split the loop between a loading warp and an issuing warp (``warp_sp
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hybrid_mxfp8.core.formats import SCALE_TILE_COLS, SCALE_TILE_ROWS, ceil_div, next_power_of_2, token_tiles_bound
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.triton_kernels.gemm.portable import _find_tile, _load_row_scales
-from hybrid_mxfp8.triton_kernels.launch import Launched, launch, on_device_of, raw
+from hybrid_mxfp8.core.formats import (
+    MAX_INT32,
+    SCALE_TILE_COLS,
+    SCALE_TILE_ROWS,
+    ceil_div,
+    next_power_of_2,
+    token_tiles_bound,
+)
+from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
+from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.gemm.portable import find_tile
+from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
+from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales
 
 
 @triton.jit
@@ -65,7 +74,7 @@ def grouped_gemm_blackwell_kernel(
     num_n_tiles = (N + 127) // 128
     pid = tl.program_id(0)
     n_tile = pid % num_n_tiles
-    expert, t_tile, num_tiles = _find_tile(pid // num_n_tiles, expert_offsets_ptr, num_experts, EXPERTS, BLOCK_T)
+    expert, t_tile, num_tiles = find_tile(pid // num_n_tiles, expert_offsets_ptr, num_experts, EXPERTS, BLOCK_T)
     if pid // num_n_tiles >= num_tiles:
         return
 
@@ -82,7 +91,7 @@ def grouped_gemm_blackwell_kernel(
         if BLOCK_T >= 128:
             x_scales = _scale_tiles(x_scales_desc, first_scale_row // 128, column_tile, BLOCK_T // 128)
         else:
-            x_scales = _load_row_scales(x_scales_ptr, scale_row, scale_valid, column_tile, num_column_tiles)
+            x_scales = load_row_scales(x_scales_ptr, scale_row, scale_valid, column_tile, num_column_tiles)
         acc = tl.dot_scaled(w, w_scales, "e4m3", tl.trans(x), x_scales, "e4m3", acc)
     t = first_t + tl.arange(0, BLOCK_T)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,47 +128,39 @@ def select_blackwell_config(num_tokens: int, num_experts: int) -> BlackwellConfi
     return BlackwellConfig(128, True, 8, 4) if average <= 128 else BlackwellConfig(256, True, 8, 4)
 
 
-def _tiles_descriptor(scales: torch.Tensor, row_tiles: int) -> TensorDescriptor:
-    """Swizzled scales of any shape (..., C), as 128x4 tiles, ``row_tiles`` of them a load."""
-    cols = scales.shape[-1]
-    shape = [1, scales.numel() // (SCALE_TILE_ROWS * cols), cols // SCALE_TILE_COLS, 2, 256]
-    return TensorDescriptor.from_tensor(scales.view(shape), [1, row_tiles, 1, 2, 256])
+def takes(problem: Problem) -> bool:
+    """Whether the kernel runs a problem: TMA counts rows and scale tiles in 32 bits."""
+    p = problem
+    scale_tiles = p.num_experts * ceil_div(p.n, 128) * ceil_div(p.k, 128)
+    return p.capability in CUTLASS_CAPABILITIES and max(p.num_experts * p.n + 128, scale_tiles) <= MAX_INT32
 
 
-def grouped_gemm_blackwell(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    groups: GroupLayout,
-    w_values: torch.Tensor,
-    w_scales: torch.Tensor,
-    out: torch.Tensor,
-    config: BlackwellConfig,
-) -> Launched | None:
-    """Write the product into ``out``; arguments as for ``grouped_gemm.grouped_gemm``, all 16-byte aligned, T and E > 0.
+def _scale_tile_map(scales: Buffer, row_tiles: int) -> TensorMap:
+    """Swizzled scales of any shape (..., C) as 128x4 tiles, ``row_tiles`` of them a load."""
+    *rows, cols = scales.shape
+    shape = (1, math.prod(rows) // SCALE_TILE_ROWS, cols // SCALE_TILE_COLS, 2, 256)
+    return TensorMap(scales, shape, (1, row_tiles, 1, 2, 256))
 
-    Returns:
-        The launch, to be repeated, or None.
-    """
-    num_experts, n, k = w_values.shape
-    num_tokens = groups.num_tokens
+
+def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tuple[KernelLaunch, ...]:
+    """The launch of one product; operands are 16-byte aligned."""
+    p, b = problem, buffers
     arguments = (
-        out,
-        TensorDescriptor.from_tensor(raw(x_values), [config.block_t, 128]),
-        _tiles_descriptor(x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)),
-        x_scales,
-        TensorDescriptor.from_tensor(raw(w_values).view(num_experts * n, k), [128, 128]),
-        _tiles_descriptor(w_scales, 1),
-        groups.expert_offsets,
-        groups.scale_offsets,
-        num_tokens,
-        x_scales.shape[0],
-        num_experts,
-        n,
-        k,
+        b.out,
+        TensorMap(b.x_values, (p.num_tokens, p.k), (config.block_t, 128)),
+        _scale_tile_map(b.x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)),
+        b.x_scales,
+        TensorMap(b.w_values, (p.num_experts * p.n, p.k), (128, 128)),
+        _scale_tile_map(b.w_scales, 1),
+        b.expert_offsets,
+        b.scale_offsets,
+        p.num_tokens,
+        b.x_scales.shape[0],
+        p.num_experts,
+        p.n,
+        p.k,
     )
-    constants = (next_power_of_2(num_experts), config.block_t, config.warp_specialize, config.num_stages)
+    constants = (next_power_of_2(p.num_experts), config.block_t, config.warp_specialize, config.num_stages)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
-    with on_device_of(out):
-        key = ("grouped_gemm_blackwell", out.dtype, n, k)
-        return launch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, key)
+    programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
+    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, p.device),)

@@ -12,19 +12,19 @@ tokens follow the weights: column 16c + 4s + 2h + j of each 64 goes to place 16s
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2, round_up
-from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.problem import GemmBuffers
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import COLUMN_GROUP, WorkspaceLayout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, raw
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
+from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
 
 
 @triton.jit
@@ -139,9 +139,8 @@ def dequantize_tokens_kernel(
         values_ptr + row.to(tl.int64)[:, None] * K + col[None, :], mask=valid[:, None] & (col < K)[None, :], other=0.0
     )
     c = column_program * (BLOCK_COLS // 32) + tl.arange(0, BLOCK_COLS // 32)
-    tile = (scale_row.to(tl.int64) // 128 * ((K + 127) // 128))[:, None] + (c // 4)[None, :]
-    within = (scale_row % 32 * 16 + scale_row % 128 // 32 * 4)[:, None] + (c % 4)[None, :]
-    scales = tl.load(scales_ptr + tile * 512 + within, mask=scale_valid[:, None] & (c < K // 32)[None, :], other=0)
+    offset = row_offset(scale_row, (K + 127) // 128)[:, None] + column_offset(c)[None, :]
+    scales = tl.load(scales_ptr + offset, mask=scale_valid[:, None] & (c < K // 32)[None, :], other=0)
 
     elements = e4m3_codes_to_fp32(codes) if INTERPRET else codes.to(tl.float32)
     product = tl.reshape(elements, [BLOCK_ROWS, BLOCK_COLS // 32, 32]) * e8m0_to_fp32(scales)[:, :, None]
@@ -176,71 +175,45 @@ def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False)
     return DequantizeConfig(4, min(columns, 1024), 4)
 
 
-class _Plan(NamedTuple):
-    """All of a launch that its shapes decide; ``tokens_at`` in units of 256 bytes."""
+def dequantize_tokens(
+    buffers: GemmBuffers,
+    workspace: Buffer,
+    layout: WorkspaceLayout,
+    num_experts: int,
+    block_t: int,
+    rows: int,
+    device: torch.device,
+) -> KernelLaunch:
+    """The launch that writes the list of token tiles and the dequantized tokens.
 
-    programs: int
-    row_programs: int
-    tokens_at: int
-    constants: tuple[Hashable, ...]
-    options: tuple[tuple[str, int], ...]
-    key: tuple[Hashable, ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(rows: int, num_experts: int, k: int, layout: WorkspaceLayout, block_t: int) -> _Plan:
+    Args:
+        buffers: of the product whose tokens are read.
+        workspace: ``layout.size`` bytes, 256-byte aligned.
+        layout: where the list of tiles and the dequantized tokens go.
+        num_experts: E.
+        block_t: rows of a token tile; a tile belongs to one expert.
+        rows: how many of the first rows are dequantized.
+        device: where all of it is.
+    """
+    num_tokens, k = buffers.x_values.shape
     config = select_dequantize_config(rows, k, INTERPRETED)
     row_programs = ceil_div(rows, config.block_rows)
     experts = next_power_of_2(num_experts)
-    return _Plan(
-        (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols),
-        row_programs,
-        layout.tokens_at // 256,
-        (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols),
-        (("num_warps", config.num_warps),),
-        ("dequantize_tokens", k),
-    )
-
-
-def dequantize_tokens(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    groups: GroupLayout,
-    workspace: torch.Tensor,
-    layout: WorkspaceLayout,
-    block_t: int,
-    rows: int,
-) -> Launched | None:
-    """Write both parts of ``workspace``; the device of ``values`` is current.
-
-    Args:
-        values: (T, K) float8_e4m3fn, contiguous.
-        scales: (S, C) uint8, swizzled.
-        groups: layout of the T rows.
-        workspace: ``layout.size`` bytes, 256-byte aligned.
-        layout: where the list of tiles and the expanded tokens go.
-        block_t: rows of a token tile; a tile belongs to one expert.
-        rows: how many of the first rows are expanded.
-
-    Returns:
-        The launch, to be repeated, or None.
-    """
-    num_tokens, k = values.shape
-    num_experts = groups.num_experts
-    plan = _plan(rows, num_experts, k, layout, block_t)
     arguments = (
-        raw(values),
-        scales,
+        buffers.x_values,
+        buffers.x_scales,
         workspace,
-        groups.expert_offsets,
-        groups.scale_offsets,
+        buffers.expert_offsets,
+        buffers.scale_offsets,
         num_tokens,
-        scales.shape[0],
+        buffers.x_scales.shape[0],
         num_experts,
         k,
-        plan.row_programs,
+        row_programs,
         layout.max_tiles,
-        plan.tokens_at,
+        layout.tokens_at // 256,
     )
-    key = (plan.key, aligned(values), aligned(scales), aligned(workspace))
-    return launch(dequantize_tokens_kernel, plan.programs, arguments, plan.constants, plan.options, key)
+    programs = (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols)
+    constants = (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols)
+    options = (("num_warps", config.num_warps),)
+    return KernelLaunch(dequantize_tokens_kernel, programs, arguments, constants, options, device)

@@ -22,22 +22,19 @@ elements, which are then off by at most 2**-134. Scale 255 and NaN codes give Na
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, ceil_div
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.dispatch.repeats import Together, together
+from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
+from hybrid_mxfp8.dispatch.device import multiprocessors
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import dequantize_tokens
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
-from hybrid_mxfp8.triton_kernels.launch import aligned, launch
+from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 
 SLICE = gl.constexpr(4)
 """Rows that a warp fused_dequantize at a time."""
@@ -563,129 +560,61 @@ def hopper_gemm_kernel(
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------- launcher
-
-
-@dataclass(frozen=True)
-class _Address:
-    """Memory as a descriptor's base. A descriptor is made of numbers alone, so it can be kept without its tensor."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-@functools.lru_cache(maxsize=1024)
-def _descriptor(
-    address: int, rows: int, columns: int, dtype: torch.dtype, block_rows: int, block_columns: int
-) -> TensorDescriptor:
-    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in swizzled lines."""
-    swizzle = 0 if dtype == torch.int32 else min(block_columns * dtype.itemsize, 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=2)
-    return TensorDescriptor(
-        _Address(address, dtype), [rows, columns], [columns, 1], [block_rows, block_columns], layout
-    )
+# ---------------------------------------------------------------- launches
 
 
 SCALE_WORDS = SCALE_TILE_BYTES // 4
 
 
-class _Plan(NamedTuple):
-    """All of the launches that their shapes decide."""
-
-    layout: WorkspaceLayout
-    tokens_at: int
-    scale_tiles: int
-    num_k_tiles: int
-    programs: int
-    first_tile: int
-    rows_before: int
-    constants: tuple[int | bool, ...]
-    key: tuple[Hashable, ...]
+@functools.cache
+def _box_layout(swizzle: int, element_bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=2)
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    num_tokens: int,
-    num_experts: int,
-    n: int,
-    k: int,
-    config: HopperGemmConfig,
-    num_multiprocessors: int,
-    out_dtype: torch.dtype,
-) -> _Plan:
-    assert config.is_valid(), config
-    layout = WorkspaceLayout.of(num_tokens, num_experts, k, config)
-    row_tiles, num_k_tiles = ceil_div(n, 128), ceil_div(k, 128)
-    programs = min(num_multiprocessors, layout.max_tiles * row_tiles)
-    first_tile = tiles_at_once(programs, row_tiles)
-    rows_before = min(first_tile * config.block_t, num_tokens) if config.fused_dequantize else num_tokens
-    return _Plan(
-        layout,
-        layout.tokens_at,
-        num_experts * row_tiles * num_k_tiles,
-        num_k_tiles,
-        programs,
-        first_tile,
-        rows_before,
-        (config.block_t, config.small_block_t, config.block_k, config.num_stages, config.fused_dequantize),
-        ("hopper_gemm", out_dtype),
-    )
+def _tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
+    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in swizzled lines."""
+    size = buffer.dtype.itemsize
+    swizzle = 0 if buffer.dtype == torch.int32 else min(box_columns * size, 128)
+    return TensorMap(buffer, (rows, columns), (box_rows, box_columns), _box_layout(swizzle, 8 * size))
 
 
-def hopper_grouped_gemm(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    groups: GroupLayout,
-    w_values: torch.Tensor,
-    w_scales: torch.Tensor,
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-    config: HopperGemmConfig,
-    num_multiprocessors: int,
-) -> Together | None:
-    """Write the product into ``out``: two launches on the current device, which is that of ``out``.
+def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:
+    """The two launches of one product: tokens to bf16, then the product.
 
-    Args:
-        x_values: (T, K) float8_e4m3fn, contiguous.
-        x_scales: (S, C) uint8, swizzled.
-        groups: layout of the T rows.
-        w_values: (E, N, K) float8_e4m3fn, contiguous, 16-byte aligned.
-        w_scales: (E, roundup(N, 128), C) uint8, swizzled, 16-byte aligned.
-        out: (T, N) bf16, fp16 or fp32, contiguous, 16-byte aligned.
-        workspace: uint8, at least ``WorkspaceLayout.of(...).size`` bytes, 256-byte aligned.
-        config: tile.
-        num_multiprocessors: programs of the grid.
-
-    Returns:
-        The two launches, to be repeated, or None.
+    Weights and their scales are 16-byte aligned, and ``buffers.workspace`` has the bytes of the WorkspaceLayout.
     """
-    num_experts, n, k = w_values.shape
-    plan = _plan(groups.num_tokens, num_experts, n, k, config, num_multiprocessors, out.dtype)
-    layout = plan.layout
-    expansion = dequantize_tokens(x_values, x_scales, groups, workspace, layout, config.block_t, plan.rows_before)
-    block_k = config.block_k
-    tokens = workspace.data_ptr() + plan.tokens_at
-    arguments = (
-        out,
-        workspace,
-        _descriptor(w_values.data_ptr(), num_experts * n, k, torch.uint8, 128, block_k),
-        _descriptor(w_scales.data_ptr(), plan.scale_tiles, SCALE_WORDS, torch.int32, 1, SCALE_WORDS),
-        _descriptor(tokens, layout.num_tokens, layout.padded_k, torch.bfloat16, config.block_t, block_k),
-        _descriptor(tokens, layout.num_tokens, layout.padded_k, torch.bfloat16, config.small_block_t, block_k),
-        x_values,
-        x_scales,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        x_scales.shape[0],
-        plan.tokens_at // 256,
-        plan.first_tile,
-        k,
-        n,
-        plan.num_k_tiles,
+    assert config.is_valid(), config
+    assert buffers.workspace is not None
+    p, b, workspace, block_k = problem, buffers, buffers.workspace, config.block_k
+    layout = WorkspaceLayout.of(p.num_tokens, p.num_experts, p.k, config)
+    row_tiles, num_k_tiles = ceil_div(p.n, 128), ceil_div(p.k, 128)
+    programs = min(multiprocessors(p.device) or 1, layout.max_tiles * row_tiles)
+    first_tile = tiles_at_once(programs, row_tiles)
+    rows_before = min(first_tile * config.block_t, p.num_tokens) if config.fused_dequantize else p.num_tokens
+    dequantization = dequantize_tokens(b, workspace, layout, p.num_experts, config.block_t, rows_before, p.device)
+    w_bytes = b.w_values._replace(dtype=torch.uint8)
+    w_scale_words = b.w_scales._replace(dtype=torch.int32)
+    tokens = Buffer(
+        workspace.index, workspace.offset + layout.tokens_at, torch.bfloat16, (p.num_tokens, layout.padded_k)
     )
-    key = (plan.key, aligned(x_values), aligned(x_scales))
-    product = launch(hopper_gemm_kernel, plan.programs, arguments, plan.constants, (("num_warps", 8),), key)
-    return together(expansion, product)
+    arguments = (
+        b.out,
+        workspace,
+        _tensor_map(w_bytes, p.num_experts * p.n, p.k, 128, block_k),
+        _tensor_map(w_scale_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        _tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
+        _tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
+        b.x_values,
+        b.x_scales,
+        b.expert_offsets,
+        b.scale_offsets,
+        b.x_scales.shape[0],
+        layout.tokens_at // 256,
+        first_tile,
+        p.k,
+        p.n,
+        num_k_tiles,
+    )
+    constants = (config.block_t, config.small_block_t, block_k, config.num_stages, config.fused_dequantize)
+    product = KernelLaunch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),), p.device)
+    return dequantization, product

@@ -21,26 +21,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
-import torch
 import triton
 import triton.language as tl
 
-from hybrid_mxfp8 import env
-from hybrid_mxfp8.core.formats import MAX_INT32, ceil_div, next_power_of_2, token_tiles_bound
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.cutlass_kernels.config import CUTLASS_CAPABILITIES
-from hybrid_mxfp8.dispatch.repeats import Together
-from hybrid_mxfp8.triton_kernels.gemm.hopper_config import (
-    HopperGemmConfig,
-    WorkspaceLayout,
-    hopper_takes,
-    largest_batches,
-    select_hopper_config,
-)
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of, raw
+from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2, token_tiles_bound
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch, triton_version
 from hybrid_mxfp8.triton_kernels.numerics import (
     INTERPRET,
     e4m3_codes_to_fp32,
@@ -49,12 +37,13 @@ from hybrid_mxfp8.triton_kernels.numerics import (
     from_fp32,
     loop_bound,
 )
+from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales, load_scale_tile
 
 Formulation = Literal["scaled", "bf16", "fp32"]
 
 
 @triton.jit
-def _find_tile(tile, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
+def find_tile(tile, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
     """The expert of token tile ``tile``, the tile's place among that expert's, and the number of all token tiles."""
     e = tl.arange(0, EXPERTS)
     mask = e < num_experts
@@ -65,20 +54,6 @@ def _find_tile(tile, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, BLO
     expert = tl.sum(before.to(tl.int32), 0)
     first = tl.max(tl.where(before, tile_ends, 0), 0)
     return expert, tile - first, tl.max(tile_ends, 0)
-
-
-@triton.jit
-def _load_scale_tile(tile_ptr):
-    """(128, 4) scales of one whole 128x4 tile."""
-    tile = tl.load(tile_ptr + tl.arange(0, 512))
-    return tl.reshape(tl.trans(tl.reshape(tile, [32, 4, 4]), 1, 0, 2), [128, 4])
-
-
-@triton.jit
-def _load_row_scales(scales_ptr, rows, valid, column_tile, num_column_tiles):
-    """(rows, 4) scales of any rows, each from its place in the 128x4 tiles."""
-    base = (rows.to(tl.int64) // 128 * num_column_tiles + column_tile) * 512 + rows % 32 * 16 + rows % 128 // 32 * 4
-    return tl.load(scales_ptr + base[:, None] + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
 
 
 @triton.jit
@@ -122,7 +97,7 @@ def grouped_gemm_kernel(
     num_n_tiles = (N + 127) // 128
     pid = tl.program_id(0)
     n_tile = pid % num_n_tiles
-    expert, t_tile, num_tiles = _find_tile(pid // num_n_tiles, expert_offsets_ptr, num_experts, EXPERTS, BLOCK_T)
+    expert, t_tile, num_tiles = find_tile(pid // num_n_tiles, expert_offsets_ptr, num_experts, EXPERTS, BLOCK_T)
     if pid // num_n_tiles >= num_tiles:
         return
 
@@ -145,8 +120,8 @@ def grouped_gemm_kernel(
         k_valid = k < K - column_tile * BLOCK_K
         w = tl.load(w_ptrs, mask=n_valid[:, None] & k_valid[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=t_valid[:, None] & k_valid[None, :], other=0.0)
-        w_scales = _load_scale_tile(w_tile)
-        x_scales = _load_row_scales(x_scales_ptr, scale_row, scale_valid, column_tile, num_column_tiles)
+        w_scales = load_scale_tile(w_tile)
+        x_scales = load_row_scales(x_scales_ptr, scale_row, scale_valid, column_tile, num_column_tiles)
         if FORMULATION == "scaled":
             acc = tl.dot_scaled(w, w_scales, "e4m3", tl.trans(x), x_scales, "e4m3", acc)
         else:
@@ -173,10 +148,10 @@ class TritonGemmConfig:
     num_stages: int
 
 
-def select_formulation(capability: tuple[int, int] | None, triton_version: tuple[int, int]) -> Formulation:
+def select_formulation(capability: tuple[int, int] | None, triton: tuple[int, int]) -> Formulation:
     """The tile product of a target; ``capability`` is None in the interpreter. Pure."""
     if capability is None:
-        return "scaled" if triton_version >= (3, 9) else "fp32"
+        return "scaled" if triton >= (3, 9) else "fp32"
     return "scaled" if capability[0] >= 10 else "bf16"
 
 
@@ -198,141 +173,32 @@ def select_gemm_config(
     return TritonGemmConfig(128, formulation, 8, 3)
 
 
-def _triton_version() -> tuple[int, int]:
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
+def config_for(problem: Problem) -> TritonGemmConfig:
+    """The configuration that runs a problem."""
+    capability = None if INTERPRETED else problem.capability
+    formulation = select_formulation(capability, triton_version())
+    return select_gemm_config(problem.num_tokens, problem.num_experts, formulation, INTERPRETED)
 
 
-@functools.cache
-def formulation_for(device: torch.device) -> Formulation:
-    """The tile product that kernels on ``device`` use."""
-    return select_formulation(_capability(device), _triton_version())
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """None where kernels are interpreted."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not INTERPRETED else None
-
-
-def hopper_config_for(
-    num_tokens: int, num_experts: int, n: int, k: int, device: torch.device
-) -> HopperGemmConfig | None:
-    """The tile of the Hopper kernel for this problem; None where the kernel above runs."""
-    if _capability(device) != (9, 0) or not env.hopper_gemm():
-        return None
-    return _hopper_config(num_tokens, num_experts, n, k)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hopper_config(num_tokens: int, num_experts: int, n: int, k: int) -> HopperGemmConfig | None:
-    return select_hopper_config(num_tokens, num_experts) if hopper_takes(num_tokens, num_experts, n, k) else None
-
-
-def blackwell_takes(num_experts: int, n: int, k: int, device: torch.device) -> bool:
-    """Whether ``grouped_gemm_blackwell`` runs this problem: TMA counts rows and scale tiles in 32 bits."""
-    scale_tiles = num_experts * ceil_div(n, 128) * ceil_div(k, 128)
-    return _capability(device) in CUTLASS_CAPABILITIES and max(num_experts * n + 128, scale_tiles) <= MAX_INT32
-
-
-def config_for(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> object:
-    """The configuration of whichever kernel takes this problem, to be printed."""
-    hopper = hopper_config_for(num_tokens, num_experts, n, k, device)
-    if hopper is not None:
-        return hopper
-    if blackwell_takes(num_experts, n, k, device):
-        from hybrid_mxfp8.triton_kernels.gemm.blackwell import select_blackwell_config
-
-        return select_blackwell_config(num_tokens, num_experts)
-    return select_gemm_config(num_tokens, num_experts, formulation_for(device), INTERPRETED)
-
-
-def workspace_size(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> int:
-    """Bytes of device memory that :func:`grouped_gemm` needs beside its output."""
-    config = hopper_config_for(num_tokens, num_experts, n, k, device)
-    return 0 if config is None else WorkspaceLayout.size_of(num_tokens, num_experts, k, config)
-
-
-def workspace_bound(num_tokens: int, num_experts: int, n: int, k: int, device: torch.device) -> int:
-    """Bytes that suffice for every call of up to ``num_tokens`` rows: a smaller batch may take a tile that needs more."""
-    return max(workspace_size(rows, num_experts, n, k, device) for rows in largest_batches(num_tokens, num_experts))
-
-
-@functools.cache
-def _hopper_kernels() -> ModuleType:
-    """Imported where it can run alone: Gluon's names differ from one Triton to the next."""
-    from hybrid_mxfp8.triton_kernels.gemm import hopper as grouped_gemm_hopper
-
-    return grouped_gemm_hopper
-
-
-def grouped_gemm(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    groups: GroupLayout,
-    w_values: torch.Tensor,
-    w_scales: torch.Tensor,
-    out: torch.Tensor,
-    workspace: torch.Tensor | None = None,
-) -> Launched | Together | None:
-    """Write the product into ``out``; arguments as checked by ``ops.grouped_gemm``.
-
-    Args:
-        x_values: (T, K) float8_e4m3fn, contiguous.
-        x_scales: (S, C) uint8, swizzled.
-        groups: layout of the T rows.
-        w_values: (E, N, K) float8_e4m3fn, contiguous.
-        w_scales: (E, roundup(N, 128), C) uint8, swizzled.
-        out: (T, N) bf16, fp16 or fp32, contiguous; rows that no expert owns keep what they hold.
-        workspace: uint8, at least :func:`workspace_size` bytes, 256-byte aligned; allocated if None and needed.
-
-    Returns:
-        The launches, to be repeated, or None.
-    """
-    num_experts, n, k = w_values.shape
-    num_tokens = groups.num_tokens
-    if not (num_tokens and num_experts):
-        return None
-    hopper = hopper_config_for(num_tokens, num_experts, n, k, out.device)
-    if hopper is not None and aligned(w_values, w_scales):  # TMA reads from 16-byte boundaries
-        given = workspace
-        if workspace is None:
-            size = WorkspaceLayout.size_of(num_tokens, num_experts, k, hopper)
-            workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
-        with on_device_of(out):
-            launched: Together | None = _hopper_kernels().hopper_grouped_gemm(
-                x_values, x_scales, groups, w_values, w_scales, out, workspace, hopper, _multiprocessors(out.device)
-            )
-        return None if given is None else launched  # memory allocated here is soon somebody else's
-    if blackwell_takes(num_experts, n, k, out.device) and aligned(x_values, x_scales, w_values, w_scales):
-        from hybrid_mxfp8.triton_kernels.gemm.blackwell import grouped_gemm_blackwell, select_blackwell_config
-
-        blackwell = select_blackwell_config(num_tokens, num_experts)
-        return grouped_gemm_blackwell(x_values, x_scales, groups, w_values, w_scales, out, blackwell)
-    config = select_gemm_config(num_tokens, num_experts, formulation_for(out.device), INTERPRETED)
-    programs = token_tiles_bound(num_tokens, num_experts, config.block_t) * ceil_div(n, 128)
+def plan(problem: Problem, buffers: GemmBuffers) -> tuple[KernelLaunch, ...]:
+    """The launch of one product; operands at any address."""
+    p, b = problem, buffers
+    config = config_for(p)
+    programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
     arguments = (
-        raw(x_values),
-        x_scales,
-        raw(w_values),
-        w_scales,
-        out,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        num_tokens,
-        x_scales.shape[0],
-        num_experts,
-        n,
-        k,
+        b.x_values,
+        b.x_scales,
+        b.w_values,
+        b.w_scales,
+        b.out,
+        b.expert_offsets,
+        b.scale_offsets,
+        p.num_tokens,
+        b.x_scales.shape[0],
+        p.num_experts,
+        p.n,
+        p.k,
     )
-    constants = (next_power_of_2(num_experts), config.block_t, config.formulation)
+    constants = (next_power_of_2(p.num_experts), config.block_t, config.formulation)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    operands = (x_values, x_scales, w_values, w_scales, out)
-    key = ("grouped_gemm", out.dtype, n, k, *(aligned(tensor) for tensor in operands))
-    with on_device_of(out):
-        return launch(grouped_gemm_kernel, programs, arguments, constants, options, key)
+    return (KernelLaunch(grouped_gemm_kernel, programs, arguments, constants, options, p.device),)

@@ -6,19 +6,22 @@ through the layout is needed.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, aligned, launch, on_device_of
+from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 
 
-@triton.jit(do_not_specialize=["slot_row_ptr", "ids_ptr", "num_rows"])
+@triton.jit(do_not_specialize=["inverse_permutation_ptr", "ids_ptr", "num_rows"])
 def expert_bias_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
-    slot_row_ptr,  # (S,) int32
+    inverse_permutation_ptr,  # (S,) int32
     ids_ptr,  # (S,) int32 or int64
     bias_ptr,  # (E, N)
     num_rows,  # T
@@ -29,7 +32,7 @@ def expert_bias_kernel(
     pid = tl.program_id(0)
     column_programs = (N + BLOCK - 1) // BLOCK
     slot = pid // column_programs
-    row = tl.load(slot_row_ptr + slot)
+    row = tl.load(inverse_permutation_ptr + slot)
     if (row < 0) | (row >= num_rows):
         return
     col = pid % column_programs * BLOCK + tl.arange(0, BLOCK)
@@ -41,23 +44,19 @@ def expert_bias_kernel(
 
 
 def add_expert_bias(
-    y: torch.Tensor, inverse_permutation: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor
-) -> Launched | None:
-    """y[inverse_permutation[m, k]] += bias[topk_ids[m, k]], summed in fp32; what ``moe_reference.add_expert_bias`` computes.
+    y: Buffer, inverse_permutation: Buffer, topk_ids: Buffer, bias: Buffer, device: torch.device
+) -> tuple[KernelLaunch, ...]:
+    """y[row of slot (m, k)] += bias[topk_ids[m, k]], summed in fp32.
 
     Args:
-        y: (T, N) bf16, fp16 or fp32, contiguous; changed.
-        inverse_permutation: (M, top_k) int32, contiguous; -1 is skipped.
-        topk_ids: (M, top_k) int32 or int64, contiguous.
-        bias: (E, N) bf16, fp16 or fp32, contiguous.
-
-    Returns:
-        The launch, to be repeated, or None.
+        y: (T, N) bf16, fp16 or fp32; changed.
+        inverse_permutation: (M, top_k) int32; -1 is skipped.
+        topk_ids: (M, top_k) int32 or int64.
+        bias: (E, N) bf16, fp16 or fp32.
+        device: where all of it is.
     """
-    n = y.shape[1]
+    num_rows, n = y.shape
     block = min(next_power_of_2(n), 2048 if INTERPRETED else 1024)
-    programs = inverse_permutation.numel() * ceil_div(n, block)
-    key = ("expert_bias", y.dtype, topk_ids.dtype, bias.dtype, n, aligned(y), aligned(bias))
-    with on_device_of(y):
-        arguments = (y, inverse_permutation, topk_ids, bias, y.shape[0], n)
-        return launch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),), key)
+    programs = math.prod(topk_ids.shape) * ceil_div(n, block)
+    arguments = (y, inverse_permutation, topk_ids, bias, num_rows, n)
+    return (KernelLaunch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),), device),)

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
-from hybrid_mxfp8.dispatch.repeats import Together, together
+from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, Launched, launch, on_device_of
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
 
 
@@ -40,18 +40,18 @@ def _store_counts_as_layout(layout_ptr, counts, num_experts, BINS: tl.constexpr)
 
 
 @triton.jit
-def _store_rows(row_token_ptr, slot_row_ptr, slot, expert, row, num_slots, top_k, num_experts):
+def _store_rows(sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, row, num_slots, top_k, num_experts):
     """Write both directions: a row's token, and a slot's row, -1 for one that is dropped."""
     mask = slot < num_slots
-    tl.store(row_token_ptr + row, slot // top_k, mask=mask)
-    tl.store(slot_row_ptr + slot, tl.where(expert < num_experts, row, -1), mask=mask)
+    tl.store(sorted_token_ids_ptr + row, slot // top_k, mask=mask)
+    tl.store(inverse_permutation_ptr + slot, tl.where(expert < num_experts, row, -1), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=[
         "ids_ptr",
-        "row_token_ptr",
-        "slot_row_ptr",
+        "sorted_token_ids_ptr",
+        "inverse_permutation_ptr",
         "layout_ptr",
         "num_slots",
         "top_k",
@@ -60,8 +60,8 @@ def _store_rows(row_token_ptr, slot_row_ptr, slot, expert, row, num_slots, top_k
 )
 def rank_kernel(
     ids_ptr,  # (S,) int32 or int64
-    row_token_ptr,  # (S,) int32
-    slot_row_ptr,  # (S,) int32
+    sorted_token_ids_ptr,  # (S,) int32
+    inverse_permutation_ptr,  # (S,) int32
     layout_ptr,  # (3E+2,) int32
     num_slots,  # S
     top_k,
@@ -88,7 +88,9 @@ def rank_kernel(
         earlier = other[None, :] < slot[:, None]
         smaller = other_expert[None, :] < expert[:, None]
         before += (smaller | ((other_expert[None, :] == expert[:, None]) & earlier)).to(tl.int32)
-    _store_rows(row_token_ptr, slot_row_ptr, slot, expert, tl.sum(before, 1), num_slots, top_k, num_experts)
+    _store_rows(
+        sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, tl.sum(before, 1), num_slots, top_k, num_experts
+    )
 
 
 @triton.jit(do_not_specialize=["ids_ptr", "counts_ptr", "num_slots", "num_experts"])
@@ -132,8 +134,8 @@ def sum_kernel(
     do_not_specialize=[
         "ids_ptr",
         "counts_ptr",
-        "row_token_ptr",
-        "slot_row_ptr",
+        "sorted_token_ids_ptr",
+        "inverse_permutation_ptr",
         "layout_ptr",
         "num_slots",
         "top_k",
@@ -143,8 +145,8 @@ def sum_kernel(
 def scatter_kernel(
     ids_ptr,  # (S,) int32 or int64
     counts_ptr,  # (1 + blocks, BINS) int32, summed
-    row_token_ptr,  # (S,) int32
-    slot_row_ptr,  # (S,) int32
+    sorted_token_ids_ptr,  # (S,) int32
+    inverse_permutation_ptr,  # (S,) int32
     layout_ptr,  # (3E+2,) int32
     num_slots,
     top_k,
@@ -169,7 +171,7 @@ def scatter_kernel(
         other_expert = _experts_of(ids_ptr, other, num_slots, num_experts)
         before += ((other_expert[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])).to(tl.int32)
     row = tl.gather(starts, expert, 0) + tl.sum(before, 1)
-    _store_rows(row_token_ptr, slot_row_ptr, slot, expert, row, num_slots, top_k, num_experts)
+    _store_rows(sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, row, num_slots, top_k, num_experts)
 
 
 @dataclass(frozen=True)
@@ -211,43 +213,39 @@ def scratch_elements(num_slots: int, num_experts: int) -> int:
 
 
 def route(
-    topk_ids: torch.Tensor,
+    topk_ids: Buffer,
+    sorted_token_ids: Buffer,
+    inverse_permutation: Buffer,
+    layout: Buffer,
+    scratch: Buffer,
     num_experts: int,
-    sorted_token_ids: torch.Tensor,
-    inverse_permutation: torch.Tensor,
-    layout: torch.Tensor,
-    scratch: torch.Tensor,
-) -> Launched | Together | None:
-    """Sort the slots of ``topk_ids`` by expert; what ``moe_reference.route`` computes.
+    device: torch.device,
+) -> tuple[KernelLaunch, ...]:
+    """Sort the slots of ``topk_ids`` by expert; what ``reference.routing.route`` computes.
 
     Args:
-        topk_ids: (M, top_k) int32 or int64, contiguous, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1: dropped.
-        num_experts: E >= 1.
+        topk_ids: (M, top_k) int32 or int64, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1: dropped.
         sorted_token_ids: (S,) int32, written: the token of each row.
-        inverse_permutation: (M, top_k) int32, contiguous, written: the row of each slot, -1 for a dropped one.
-        layout: (3E+2,) int32, written: tokens (E,), expert offsets (E+1,), scale offsets (E+1,) of the rows.
+        inverse_permutation: (M, top_k) int32, written: the row of each slot, -1 for a dropped one.
+        layout: (3E+2,) int32, written: the layout of the rows.
         scratch: (:func:`scratch_elements`,) int32 or more.
-
-    Returns:
-        The launches, to be repeated, or None.
+        num_experts: E >= 1.
+        device: where all of it is.
     """
-    num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
+    num_tokens, top_k = topk_ids.shape
+    num_slots = num_tokens * top_k
     config = select_route_config(num_slots, INTERPRETED)
     bins = _bins(num_experts)
     blocks = ceil_div(num_slots, config.block)
     outputs = (sorted_token_ids, inverse_permutation, layout, num_slots, top_k, num_experts)
     warps = (("num_warps", config.num_warps),)
-    with on_device_of(topk_ids):
-        if config.one_launch:
-            key = ("rank", topk_ids.dtype)
-            constants = (bins, config.block, config.chunk)
-            return launch(rank_kernel, 1 + blocks, (topk_ids, *outputs), constants, warps, key)
-        key = ("count", topk_ids.dtype)
-        counted = (topk_ids, scratch, num_slots, num_experts)
-        counting = launch(count_kernel, blocks, counted, (bins, config.block), warps, key)
-        experts = 32
-        summing = launch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps, "sum")
-        key = ("scatter", topk_ids.dtype)
-        constants = (bins, config.block, config.chunk)
-        scattering = launch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), constants, warps, key)
-    return together(counting, summing, scattering)
+    tile = (bins, config.block, config.chunk)
+    if config.one_launch:
+        return (KernelLaunch(rank_kernel, 1 + blocks, (topk_ids, *outputs), tile, warps, device),)
+    experts = 32
+    counted = (topk_ids, scratch, num_slots, num_experts)
+    return (
+        KernelLaunch(count_kernel, blocks, counted, (bins, config.block), warps, device),
+        KernelLaunch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps, device),
+        KernelLaunch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), tile, warps, device),
+    )

@@ -30,8 +30,10 @@ from hybrid_mxfp8.commands.demo.measure import (
 )
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
 from hybrid_mxfp8.commands.tables import format_table
-from hybrid_mxfp8.dispatch.device import resolve_device
-from hybrid_mxfp8.dispatch.registry import AUTO, Problem, backends, choose, default_device, requested
+from hybrid_mxfp8.core.checks import resolve_device
+from hybrid_mxfp8.dispatch.device import default_device
+from hybrid_mxfp8.dispatch.problem import Problem
+from hybrid_mxfp8.dispatch.registry import AUTO, backends, choose, requested
 
 WIDTH = 100
 OUTLIER_FACTORS = (1.0, 2.0**5, 2.0**8, 2.0**10, 2.0**12)

@@ -16,7 +16,8 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import calc_diff, signal_to_noise_db
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
-from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm, quantize_grouped, quantize_weights
+from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm
+from hybrid_mxfp8.ops.quantize import quantize_grouped, quantize_weights
 
 OPERAND_FLOOR_DB: Final = 24.0
 """With ``rceil`` nothing saturates and e4m3 rounds by at most 2**-4 of an element: 24.08 dB,

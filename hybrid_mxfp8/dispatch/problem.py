@@ -1,0 +1,101 @@
+"""What the host knows of a job: shapes, dtypes, options and the device. A choice may depend on nothing else."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.device import capability
+
+Support = tuple[bool, str]
+"""Whether a backend can, and why or why not: one line that says what to do."""
+
+
+class Problem(NamedTuple):
+    """A grouped GEMM: (T, K) rows of E experts times their (N, K) weights."""
+
+    num_experts: int
+    n: int
+    k: int
+    num_tokens: int
+    out_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability; None on a CPU."""
+        return capability(self.device)
+
+
+class GemmBuffers(NamedTuple):
+    """What a grouped GEMM reads and writes."""
+
+    x_values: Buffer  # (T, K) e4m3
+    x_scales: Buffer  # (S, C) uint8, swizzled
+    tokens_per_expert: Buffer  # (E,) int32
+    expert_offsets: Buffer  # (E+1,) int32
+    scale_offsets: Buffer  # (E+1,) int32
+    w_values: Buffer  # (E, N, K) e4m3
+    w_scales: Buffer  # (E, roundup(N, 128), C) uint8, swizzled
+    out: Buffer  # (T, N); rows that no expert owns keep what they hold
+    workspace: Buffer | None  # (bytes,) uint8, 256-byte aligned
+
+
+Grouping = Literal["offsets", "counts", "uniform"]
+"""Where rows of experts start: at the offsets of a layout; behind counts, which the quantizer sums up and writes down as a
+layout; or every expert has as many rows, as weights have."""
+
+
+class QuantizeProblem(NamedTuple):
+    """Quantization of rows grouped by expert.
+
+    Attributes:
+        num_rows: T, or E*N of weights.
+        num_experts: E.
+        k: K.
+        grouping: how rows belong to experts.
+        scale_rounding: ``rceil``, ``floor`` or ``even``.
+        activation: rows are [gate | up] of 2K columns, and this is quantized; or None.
+        num_source_rows: rows of x: T, but for a gather.
+        row_stride: elements from one row of x to the next.
+        expert_stride: elements from one expert of x to the next, of weights.
+        device: where all of it is.
+    """
+
+    num_rows: int
+    num_experts: int
+    k: int
+    grouping: Grouping
+    scale_rounding: str
+    activation: SwiGLU | None
+    num_source_rows: int
+    row_stride: int
+    expert_stride: int
+    device: torch.device
+
+
+class QuantizeBuffers(NamedTuple):
+    """What a quantization reads and writes."""
+
+    x: Buffer  # (R, K), or (R, 2K) with an activation, or (E, N, K); any row stride
+    row_index: Buffer | None  # (T,) int32, the source row of each output row
+    values: Buffer  # (T, K) e4m3, written
+    scales: Buffer  # (S, C) uint8, swizzled, written
+    counts: Buffer | None  # (E,) int32 or int64, read with grouping "counts"
+    layout: Buffer | None  # (3E+2,) int32, written with grouping "counts"
+    expert_offsets: Buffer | None  # (E+1,) int32, read with grouping "offsets"
+    scale_offsets: Buffer | None  # (E+1,) int32, read with grouping "offsets"
+
+
+def split_layout(layout: Buffer, num_experts: int) -> tuple[Buffer, Buffer, Buffer]:
+    """tokens_per_expert, expert_offsets and scale_offsets in a layout's memory, (3E+2,) int32."""
+    e = num_experts
+    index, offset = layout.index, layout.offset
+    return (
+        Buffer(index, offset, torch.int32, (e,)),
+        Buffer(index, offset + 4 * e, torch.int32, (e + 1,)),
+        Buffer(index, offset + 4 * (2 * e + 1), torch.int32, (e + 1,)),
+    )

@@ -1,0 +1,235 @@
+"""The plan of an MoE layer: its steps one after another, with all intermediates in one arena.
+
+    topk_ids ──route──► sorted_token_ids, inverse_permutation, the rows' layout
+    x ──quantize (gather)──► xq ──grouped GEMM, w13──► h = [gate | up]   (+ w13_bias)
+    h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
+    y, topk_weights, w2_bias ──combine──► out
+
+Intermediates are offsets in the arena, never tensors: making a view costs the host more than an allocation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.core.checks import check_n, fail
+from hybrid_mxfp8.core.formats import MAX_INT32, grouped_scale_rows, round_up, scale_cols
+from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
+from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
+from hybrid_mxfp8.dispatch.problem import (
+    GemmBuffers,
+    Problem,
+    QuantizeBuffers,
+    QuantizeProblem,
+    split_layout,
+)
+from hybrid_mxfp8.dispatch.registry import choose, choose_quantizer
+
+
+class MoEShape(NamedTuple):
+    """All of an MoE layer that sizes its intermediates, but for the number of tokens.
+
+    H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
+        """The two products for M = ``num_tokens``."""
+        rows = num_tokens * self.top_k
+        up = Problem(self.experts, 2 * self.intermediate, self.hidden, rows, self.dtype, self.device)
+        return up, Problem(self.experts, self.hidden, self.intermediate, rows, self.dtype, self.device)
+
+
+def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
+    """The shape of a layer.
+
+    Raises:
+        TypeError: not ExpertWeights.
+        ValueError: weights that are not (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of 32, on one device.
+    """
+    for name, w in (("w13q", w13q), ("w2q", w2q)):
+        if not isinstance(w, ExpertWeights):
+            raise TypeError(f"{name}: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
+    experts, hidden, intermediate = w2q.values.shape
+    if not experts:
+        fail("w13q", "must have at least 1 expert", 0)
+    if w13q.values.shape != (experts, 2 * intermediate, hidden):
+        expected = (experts, 2 * intermediate, hidden)
+        fail("w13q", f"must be (E, 2I, H) = {expected}, as w2q is (E, H, I)", tuple(w13q.values.shape))
+    check_n("w13q", 2 * intermediate)
+    check_n("w2q", hidden)
+    if w2q.values.device != w13q.values.device:
+        fail("w2q", f"must be on {w13q.values.device}, as w13q", w2q.values.device)
+    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device)
+
+
+def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
+    """That int32 counts the rows of M = ``num_tokens``, padded to scale tiles."""
+    rows = num_tokens * shape.top_k
+    if rows + 127 * min(shape.experts, rows) > MAX_INT32:
+        fail(name, "M * top_k, and each expert's padding, must fit int32", rows)
+
+
+class Backends(NamedTuple):
+    """What runs a layer: the quantizer, which also routes and combines, and the two products."""
+
+    quantizer: Quantizer
+    up: Backend
+    down: Backend
+
+
+def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
+    """Raises as ``registry.choose`` does."""
+    up, down = (choose(problem, backend) for problem in shape.problems(num_tokens))
+    return Backends(choose_quantizer(shape.device, backend), up, down)
+
+
+class Arena(NamedTuple):
+    """Where the intermediates of M tokens lie; T = M * top_k rows, sorted by expert.
+
+    Attributes:
+        sorted_token_ids: (T,) int32, the token of each row.
+        inverse_permutation: (M, top_k) int32, the row of each choice of each token.
+        layout: (3E+2,) int32, the rows' layout.
+        scratch: int32, of the routing kernels.
+        xq: tokens in MXFP8: values (T, H), scales (S, H/32).
+        h: (T, 2I), gate and up.
+        hq: the activation in MXFP8: values (T, I), scales (S, I/32).
+        y: (T, H), the experts' outputs.
+        workspace: uint8, of both products, or None.
+        size: bytes.
+    """
+
+    sorted_token_ids: Buffer
+    inverse_permutation: Buffer
+    layout: Buffer
+    scratch: Buffer
+    xq: tuple[Buffer, Buffer]
+    h: Buffer
+    hq: tuple[Buffer, Buffer]
+    y: Buffer
+    workspace: Buffer | None
+    size: int
+
+
+def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) -> Arena:
+    """The intermediates of M = ``num_tokens`` >= 1, in operand ``index`` of a plan."""
+    rows = num_tokens * shape.top_k
+    scale_rows = grouped_scale_rows(rows, shape.experts)
+    size = 0
+
+    def place(dtype: torch.dtype, *extents: int) -> Buffer:
+        nonlocal size
+        buffer = Buffer(index, size, dtype, extents)
+        size = round_up(size + math.prod(extents) * dtype.itemsize, ALIGNMENT)
+        return buffer
+
+    def operand(k: int) -> tuple[Buffer, Buffer]:
+        return place(torch.float8_e4m3fn, rows, k), place(torch.uint8, scale_rows, scale_cols(k))
+
+    int32 = torch.int32
+    up, down = shape.problems(num_tokens)
+    gemm_bytes = max(backends.up.workspace_size(up), backends.down.workspace_size(down))
+    return Arena(
+        sorted_token_ids=place(int32, rows),
+        inverse_permutation=place(int32, num_tokens, shape.top_k),
+        layout=place(int32, 3 * shape.experts + 2),
+        scratch=place(int32, backends.quantizer.route_scratch(rows, shape.experts)),
+        xq=operand(shape.hidden),
+        h=place(shape.dtype, rows, 2 * shape.intermediate),
+        hq=operand(shape.intermediate),
+        y=place(shape.dtype, rows, shape.hidden),
+        workspace=place(torch.uint8, gemm_bytes) if gemm_bytes else None,
+        size=size,
+    )
+
+
+class LayerInputs(NamedTuple):
+    """What a layer reads, by the names that users know."""
+
+    x: torch.Tensor
+    w13q: ExpertWeights
+    w2q: ExpertWeights
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+
+
+def plan_layer(
+    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
+) -> Plan:
+    """The launches of one layer, of (arena, out, x, w13 and w2 with their scales, ids, weights, the biases that are given).
+
+    Raises:
+        ValueError: more rows, padded to scale tiles, than int32 counts.
+        BackendUnavailableError: as ``registry.choose``.
+    """
+    num_tokens, device = inputs.x.shape[0], shape.device
+    check_rows("x", shape, num_tokens)
+    backends = choose_backends(shape, num_tokens, backend)
+    a = arena(shape, num_tokens, backends)
+    operands = Operands()
+    operands.buffer("workspace", torch.uint8, (a.size,))
+    same_rows = inputs.x.stride() == out.stride()
+    y = operands.add("out", out, written=True, may_equal=2 if same_rows else -1)
+    x = operands.add("x", inputs.x)
+    w13 = operands.add("w13q.values", inputs.w13q.values), operands.add("w13q.scales", inputs.w13q.scales)
+    w2 = operands.add("w2q.values", inputs.w2q.values), operands.add("w2q.scales", inputs.w2q.scales)
+    ids = operands.add("topk_ids", inputs.topk_ids)
+    weights = operands.add("topk_weights", inputs.topk_weights)
+    w13_bias, w2_bias = inputs.w13_bias, inputs.w2_bias
+    up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
+    down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
+
+    quantizer, up, down = backends
+    up_problem, down_problem = shape.problems(num_tokens)
+    tokens, expert_offsets, scale_offsets = split_layout(a.layout, shape.experts)
+
+    def quantize(
+        source: Buffer, target: tuple[Buffer, Buffer], gather: Buffer | None, swiglu: SwiGLU | None, stride: int
+    ) -> Steps:
+        k = target[0].shape[1]
+        problem = QuantizeProblem(
+            up_problem.num_tokens,
+            shape.experts,
+            k,
+            "offsets",
+            "rceil",
+            swiglu,
+            source.shape[0],
+            stride,
+            0,
+            device,
+        )
+        buffers = QuantizeBuffers(source, gather, *target, None, None, expert_offsets, scale_offsets)
+        return quantizer.quantize(problem, buffers)
+
+    def product(
+        chosen: Backend, problem: Problem, xq: tuple[Buffer, Buffer], w: tuple[Buffer, Buffer], result: Buffer
+    ) -> Steps:
+        buffers = GemmBuffers(*xq, tokens, expert_offsets, scale_offsets, *w, result, a.workspace)
+        return chosen.plan(problem, buffers)
+
+    steps = (
+        *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts, device),
+        *quantize(x, a.xq, a.sorted_token_ids, None, inputs.x.stride(0)),
+        *product(up, up_problem, a.xq, w13, a.h),
+        *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias, device) if up_bias else ()),
+        *quantize(a.h, a.hq, None, activation, 2 * shape.intermediate),
+        *product(down, down_problem, a.hq, w2, a.y),
+        *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0), device),
+    )
+    return Plan(device, operands, steps, arena_bytes=a.size)

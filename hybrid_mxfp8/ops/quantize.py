@@ -1,0 +1,338 @@
+"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. No device data is looked at, so nothing syncs.
+
+Under ``torch.compile``, and for fake and meta tensors, each is one operator of :mod:`hybrid_mxfp8.ops.torch_library`; eager
+calls don't pay for PyTorch's dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
+from hybrid_mxfp8.core.checks import (
+    FLOAT_DTYPES,
+    check_aligned,
+    check_contiguous,
+    check_k,
+    check_no_buffer,
+    check_no_grad,
+    check_scale_rounding,
+    check_shape,
+    check_tensor,
+    fail,
+    is_tracing,
+)
+from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.dispatch.backend import Steps
+from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.problem import QuantizeBuffers, QuantizeProblem
+from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
+
+_ROWS, _WEIGHTS = object(), object()
+E4M3 = torch.float8_e4m3fn
+
+
+def quantize_grouped(
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    *,
+    scale_rounding: str = "rceil",
+    row_index: torch.Tensor | None = None,
+    activation: str | SwiGLU | None = None,
+    out: GroupedMXFP8 | None = None,
+    backend: str | None = None,
+) -> GroupedMXFP8:
+    """Quantize token rows, sorted by expert, to MXFP8.
+
+    Args:
+        x: (R, K) bf16, fp16 or fp32, K % 32 == 0, any row stride, unit column stride. R = T unless ``row_index``
+            is given. With an activation: (R, 2K), gate in the first K columns.
+        groups: layout of the T output rows, on x's device; or the counts it would be built from, (E,) int32 or int64:
+            then T is the number of rows of x or of ``row_index``, and for a decode batch no launch is spent on the
+            layout, which the result holds.
+        scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
+        row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 .. R-1 reads as zeros.
+        activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32; ``"swigluoai"``,
+            gpt-oss's, or another :class:`SwiGLU`.
+        out: an earlier result of the same shapes whose buffers are written instead of new ones; ``out.groups`` is not
+            used. They must not overlap the inputs.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with the Triton kernel.
+
+    Returns:
+        GroupedMXFP8 of values (T, K) and scales (S, C). Rows that no expert owns, and scale rows beyond
+        ``groups.scale_offsets[E]``, are not written; all other padding is zero.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, stride, device or option.
+        BackendUnavailableError: the named backend can't run here.
+    """
+    signature = plan = None
+    if not torch.compiler.is_compiling():
+        signature = _signature(x, groups, scale_rounding, row_index, activation, out, backend)
+        plan = None if signature is None else PLANS.get(signature)
+    if plan is None:
+        job = _check(x, groups, scale_rounding, row_index, activation)
+        if is_tracing(x):
+            check_no_buffer("out", out)
+            return _quantize_traced(x, groups, job, row_index, backend)
+        if out is not None:
+            _check_out(out, job)
+        values, scales = _buffers(job, out)
+        plan = plan_rows(x, groups, job, row_index, values, scales, backend)
+        if signature is not None:
+            PLANS.add(signature, plan)
+    else:
+        values, scales = _buffers(plan.result, out)
+    return _run(plan, x, groups, row_index, values, scales)
+
+
+def _run(
+    plan: Plan,
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    row_index: torch.Tensor | None,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+) -> GroupedMXFP8:
+    if isinstance(groups, GroupLayout):
+        layout = groups
+        inputs = (x, scales, values, groups.expert_offsets, groups.scale_offsets)
+    else:
+        buffer = torch.empty(3 * groups.shape[0] + 2, dtype=torch.int32, device=groups.device)
+        layout = GroupLayout.from_buffer(buffer, groups.shape[0], values.shape[0])
+        inputs = (x, scales, values, groups, buffer)
+    if row_index is None:
+        plan.run(*inputs)
+    else:
+        plan.run(*inputs, row_index)
+    return GroupedMXFP8.unchecked(values, scales, layout)
+
+
+def _signature(
+    x: Any, groups: Any, scale_rounding: Any, row_index: Any, activation: Any, out: Any, backend: Any
+) -> tuple[Hashable, ...] | None:
+    """All that checks and launches depend on; None for what has none, such as fake tensors."""
+    try:
+        return (
+            _ROWS,
+            settings(backend),
+            torch.is_grad_enabled(),
+            scale_rounding,
+            activation,
+            describe(x),
+            (groups.num_tokens, groups.tokens_per_expert.shape[0], groups.device)
+            if type(groups) is GroupLayout
+            else describe(groups),
+            describe(row_index),
+            None if out is None else (describe(out.values), describe(out.scales), type(out)),
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
+class Rows(NamedTuple):
+    """What the checks of :func:`quantize_grouped` find out."""
+
+    num_tokens: int
+    num_experts: int
+    k: int
+    scale_rounding: str
+    activation: SwiGLU | None
+    device: torch.device
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """(S, C)."""
+        return grouped_scale_rows(self.num_tokens, self.num_experts), scale_cols(self.k)
+
+
+def _check(
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    scale_rounding: str,
+    row_index: torch.Tensor | None,
+    activation: str | SwiGLU | None,
+) -> Rows:
+    if isinstance(groups, GroupLayout):
+        device, num_experts = groups.device, groups.num_experts
+    elif isinstance(groups, torch.Tensor):
+        check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        check_contiguous("groups", groups)
+        device, num_experts = groups.device, groups.shape[0]
+    else:
+        raise TypeError(f"groups: must be a GroupLayout or a tensor of counts (E,), got {type(groups).__name__}")
+    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=device)
+    check_no_grad("x", x)
+    check_scale_rounding(scale_rounding)
+    swiglu = None if activation is None else swiglu_of(activation, "None, ")
+    num_tokens, width = x.shape
+    if swiglu is not None and width % 2:
+        fail("x", "must have an even number of columns, gate and up, for swiglu", width)
+    k = width if swiglu is None else width // 2
+    check_k("x", k)
+    if x.stride(1) != 1 and x.numel():
+        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    if row_index is not None:
+        check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=device)
+        check_contiguous("row_index", row_index)
+        num_tokens = row_index.shape[0]
+    if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
+        name = "x" if row_index is None else "row_index"
+        fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
+    return Rows(num_tokens, num_experts, k, scale_rounding, swiglu, device)
+
+
+def _check_out(out: GroupedMXFP8, rows: Rows) -> None:
+    if not isinstance(out, GroupedMXFP8):
+        raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
+    check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=rows.device)
+    check_shape("out", out.values, (rows.num_tokens, rows.k), "(T, K)")
+    check_shape("out", out.scales, rows.scales_shape, "(S, C)")
+    check_aligned("out", out.scales)
+
+
+def _buffers(rows: Rows, out: GroupedMXFP8 | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if out is not None:
+        return out.values, out.scales
+    values = torch.empty((rows.num_tokens, rows.k), dtype=E4M3, device=rows.device)
+    return values, torch.empty(rows.scales_shape, dtype=torch.uint8, device=rows.device)
+
+
+def plan_rows(
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    rows: Rows,
+    row_index: torch.Tensor | None,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    backend: str | None,
+) -> Plan:
+    """The launches of one quantization, of (x, scales, values, two offsets or counts and layout, row_index or nothing)."""
+    quantizer = choose_quantizer(rows.device, backend)
+    operands = Operands()
+    counts = layout = expert_offsets = scale_offsets = None
+    source = operands.add("x", x)
+    scale_target = operands.add("out", scales, written=True, label="its own scales")
+    target = operands.add("out", values, written=True)
+    if isinstance(groups, GroupLayout):
+        expert_offsets = operands.add("expert_offsets", groups.expert_offsets)
+        scale_offsets = operands.add("scale_offsets", groups.scale_offsets)
+    else:
+        counts = operands.add("groups", groups)
+        layout = operands.buffer("layout", torch.int32, (3 * rows.num_experts + 2,))
+    index = None if row_index is None else operands.add("row_index", row_index)
+    problem = QuantizeProblem(
+        rows.num_tokens,
+        rows.num_experts,
+        rows.k,
+        "counts" if counts else "offsets",
+        rows.scale_rounding,
+        rows.activation,
+        x.shape[0],
+        x.stride(0),
+        0,
+        rows.device,
+    )
+    steps: Steps = ()
+    if rows.num_tokens and rows.num_experts:
+        buffers = QuantizeBuffers(source, index, target, scale_target, counts, layout, expert_offsets, scale_offsets)
+        steps = quantizer.quantize(problem, buffers)
+    elif counts is not None and layout is not None:
+        steps = quantizer.group_offsets(counts, layout, rows.num_tokens, False, rows.device)
+    return Plan(rows.device, operands, steps, result=rows)
+
+
+def _quantize_traced(
+    x: torch.Tensor,
+    groups: GroupLayout | torch.Tensor,
+    rows: Rows,
+    row_index: torch.Tensor | None,
+    backend: str | None,
+) -> GroupedMXFP8:
+    layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, rows.num_tokens)
+    values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
+        x,
+        layout.tokens_per_expert,
+        layout.expert_offsets,
+        layout.scale_offsets,
+        rows.scale_rounding,
+        row_index,
+        None if rows.activation is None else rows.activation.spec,
+        backend,
+    )
+    return GroupedMXFP8.unchecked(values.view(E4M3), scales, layout)
+
+
+def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:
+    """Quantize expert weights to MXFP8, with the kernel that quantizes tokens.
+
+    Args:
+        w: (E, N, K) bf16, fp16 or fp32, K % 32 == 0, unit stride along K.
+        scale_rounding: ``rceil``, ``floor`` or ``even``.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
+
+    Returns:
+        ExpertWeights of values (E, N, K) and scales (E, roundup(N, 128), C), padding zero.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, stride or option.
+        BackendUnavailableError: the named backend can't run here.
+    """
+    check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
+    check_no_grad("w", w)
+    check_scale_rounding(scale_rounding)
+    num_experts, n, k = w.shape
+    check_k("w", k)
+    if w.stride(2) != 1 and w.numel():
+        fail("w", "must have unit stride along K", f"strides {w.stride()}")
+    if is_tracing(w):
+        values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend)
+        return ExpertWeights.unchecked(values.view(E4M3), scales)
+    values = torch.empty(num_experts, n, k, dtype=E4M3, device=w.device)
+    scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=w.device)
+    signature = (_WEIGHTS, settings(backend), scale_rounding, describe(w))
+    plan = PLANS.get(signature)
+    if plan is None:
+        plan = _plan_weights(w, values, scales, scale_rounding, backend)
+        PLANS.add(signature, plan)
+    plan.run(w, values, scales)
+    return ExpertWeights(values, scales)
+
+
+def _plan_weights(
+    w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str, backend: str | None
+) -> Plan:
+    quantizer = choose_quantizer(w.device, backend)
+    operands = Operands()
+    num_experts, n, k = w.shape
+    buffers = QuantizeBuffers(
+        operands.add("w", w),
+        None,
+        operands.add("values", values, written=True),
+        operands.add("scales", scales, written=True),
+        None,
+        None,
+        None,
+        None,
+    )
+    problem = QuantizeProblem(
+        num_experts * n,
+        num_experts,
+        k,
+        "uniform",
+        scale_rounding,
+        None,
+        num_experts * n,
+        w.stride(1),
+        w.stride(0),
+        w.device,
+    )
+    steps = quantizer.quantize(problem, buffers) if num_experts and n else ()
+    return Plan(w.device, operands, steps)
