@@ -19,8 +19,6 @@ from hybrid_mxfp8.checkpoint.reader import Checkpoint
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.dispatch.device import default_device
-from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
-from hybrid_mxfp8.dispatch.device import default_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

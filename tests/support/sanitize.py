@@ -33,7 +33,7 @@ from typing import Any
 
 from launched import kernels_in_source
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "no tool"
 
 TOOLS: dict[str, str] = {
@@ -75,7 +75,7 @@ def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
     shared memory is on other lines.
     """
     lines: dict[str, set[tuple[str, int]]] = {}
-    for path in (*sorted((ROOT / "triton_kernels").glob("*.py")), CONTROL):
+    for path in (*sorted((ROOT / "triton_kernels").rglob("*.py")), CONTROL):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef):
                 continue
@@ -201,7 +201,7 @@ def command(sanitizer: str, help_text: str, job: Job, pytest: str, record: Path)
 
 def environment(threads: int) -> dict[str, str]:
     """Of a job: PyTorch must give each tensor an allocation of its own, or its neighbours hide a fault."""
-    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))))
     changes = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(threads)}
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
 
@@ -261,7 +261,7 @@ class Result:
         return not (self.fault or self.failed or self.errors)
 
 
-def judge(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
+def result_of(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
     """The result of a job's output, exit status (None: stopped at its time limit) and record of its tests (None: it left none)."""
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
     errors = found.reported - sum(found.dispatch.values())
@@ -302,7 +302,7 @@ def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path,
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     outcomes = json.loads(record.read_text()) if record.exists() else None
-    return judge(job, output, status, outcomes, time.monotonic() - started)
+    return result_of(job, output, status, outcomes, time.monotonic() - started)
 
 
 def run_jobs(
@@ -353,90 +353,53 @@ def not_reached(results: Sequence[Result], tools: Iterable[str], expected: set[s
 def describe_machine(sanitizer: str) -> dict[str, str]:
     """GPU, compute capability, driver and versions, as text."""
 
-    def first_line(argv: Sequence[str]) -> str:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        return (done.stdout.strip() or "unknown").splitlines()[0]
+    def said(*argv: str) -> str:
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
 
     fields = {"GPU": "name", "compute capability": "compute_cap", "driver": "driver_version"}
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
-    values = [value.strip() for value in first_line(query).split(",")]
-    asked = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"[Vv]ersion ([\d.]+)", asked)
+    line, *_ = said("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader").splitlines()
+    version = re.search(r"[Vv]ersion ([\d.]+)", said(sanitizer, "--version"))
     return {
-        **dict(zip(fields, [*values, "unknown", "unknown"], strict=False)),
-        "torch": metadata.version("torch"),
-        "triton": metadata.version("triton"),
+        **dict(zip(fields, line.split(", "), strict=True)),
+        **{name: metadata.version(name) for name in ("torch", "triton")},
         "compute-sanitizer": version[1] if version else "unknown",
     }
 
 
-def earlier_results(path: Path, machine: Mapping[str, str], tools: Sequence[str]) -> list[Result]:
-    """An earlier report's results of tools that are not among these; none if it is of another machine or not there."""
-    record = json.loads(path.read_text()) if path.exists() else {"machine": None}
-    if record["machine"] != machine:
-        return []
-    return [Result(**result) for result in record["results"] if result["tool"] not in (PLAIN, *tools)]
-
-
-def slug(gpu: str) -> str:
-    """``h100`` of ``NVIDIA H100 80GB HBM3``."""
-    found = re.search(r"\b[A-Z]+\d+\w*", gpu)
-    return (found[0] if found else re.sub(r"\W+", "_", gpu)).lower()
-
-
-def summary_rows(results: Sequence[Result]) -> list[list[str]]:
-    """The table's rows: tool, file, tests, skipped, failed, errors, processes, seconds, and what else went wrong."""
-    rows = [["tool", "file", "tests", "skipped", "failed", "errors", "processes", "seconds", ""]]
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.tool, result.file), []).append(result)
-    for (tool, file), parts in groups.items():
+def markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The report as a page."""
+    machine = record["machine"]
+    lines = [f"# compute-sanitizer on {machine['GPU']}", "", f"Made by `make sanitize` on {record['date']}."]
+    lines += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
+    lines += [f"- {tool}: {TOOLS[tool]}" for tool in record["tools"]]
+    lines += ["", "| tool | file | tests | skipped | failed | errors | processes | seconds | |"]
+    lines += ["| --- | --- |" + " ---: |" * 6 + " --- |"]
+    for (tool, file), group in itertools.groupby(results, key=lambda result: (result.tool, result.file)):
+        parts = list(group)
         sums = [sum(getattr(part, name) for part in parts) for name in ("tests", "skipped", "failed", "errors")]
         faults = Counter(part.fault for part in parts if part.fault)
         what = "; ".join(f"{fault} ({n} of {len(parts)})" for fault, n in faults.items())
-        seconds = f"{sum(part.seconds for part in parts):.0f}"
-        rows.append([tool, Path(file).name, *map(str, sums), str(len(parts)), seconds, what])
-    return rows
-
-
-def markdown(record: Mapping[str, Any], results: Sequence[Result], missing: Mapping[str, Sequence[str]]) -> str:
-    """The report as a page."""
-    rows = summary_rows(results)
-    lines = [f"# compute-sanitizer on {record['machine']['GPU']}", "", f"Made by `make sanitize` on {record['date']}."]
-    lines += [", ".join(f"{name} {value}" for name, value in record["machine"].items()) + ".", ""]
-    lines += [f"- {tool}: {TOOLS[tool]}" for tool in record["tools"]]
-    lines += ["", f"| {' | '.join(rows[0])} |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
-    totals = {tool: [r for r in results if r.tool == tool] for tool in record["tools"]}
+        seconds = sum(part.seconds for part in parts)
+        cells = [tool, Path(file).name, *map(str, sums), str(len(parts)), f"{seconds:.0f}", what]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Totals: "]
-    for tool, parts in totals.items():
+    for tool in record["tools"]:
+        parts = [result for result in results if result.tool == tool]
         passed, errors = sum(p.passed for p in parts), sum(p.errors for p in parts)
         bad = sum(bool(p.fault or p.failed) for p in parts)
         lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {len(parts)} processes failed or cut")
     lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in record["kernels"]) + "."]
-    dispatch: Counter[str] = Counter()
-    for result in results:
-        dispatch.update(result.dispatch)
-    if dispatch:
-        counts = ", ".join(f"`{kernel}` {n} times" for kernel, n in sorted(dispatch.items()))
+    if dispatch := sum((Counter(result.dispatch) for result in results), Counter()):
+        lines += ["", "Counted apart: " + ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items())) + "."]
         lines += [
-            "",
-            f"Counted apart: {counts}. That is the code with which Triton hands warps their work, where racecheck",
+            "That is the code with which Triton hands warps their work, where racecheck misses that a barrier of the"
         ]
-        lines += [
-            "misses that a barrier of the whole block stands between write and read: a kernel that does nothing else is"
-        ]
-        lines += [
-            "reported too, and `tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.",
-            "",
-        ]
-    lines += [f"**Not launched under {tool}**: {', '.join(kernels)}." for tool, kernels in missing.items()]
-    for title, name in (
-        ("Found", "kinds"),
-        ("In kernels", "kernels_at_fault"),
-        ("Races", "races"),
-        ("Warnings of the tools", "warnings"),
-    ):
+        lines += ["whole block stands between write and read: a kernel that does nothing else is reported too, and"]
+        lines += ["`tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.", ""]
+    for tool, kernels in record["not_launched"].items():
+        lines.append(f"**Not launched under {tool}**: {', '.join(kernels)}.")
+    titles = {"kinds": "Found", "kernels_at_fault": "In kernels", "races": "Races", "warnings": "Warnings of the tools"}
+    for name, title in titles.items():
         found: Counter[str] = Counter()
         for result in results:
             found.update({f"{result.tool}: {what}": n for what, n in getattr(result, name).items()})
@@ -453,7 +416,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds that all may take; the rest is cut")
-    parser.add_argument("--add", action="store_true", help="keep what the report there says of the other tools")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
     parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
     options = parser.parse_args(arguments)
@@ -476,11 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit, deadline)
     results = without_control(results)
 
-    report = options.out / f"sanitizers_{slug(machine['GPU'])}"
-    if options.add:
-        earlier = earlier_results(report.with_suffix(".json"), machine, tools)
-        results = [*earlier, *results]
-        tools = [tool for tool in TOOLS if tool in {result.tool for result in results}]
+    name = re.search(r"\b[A-Z]+\d+\w*", machine["GPU"])  # H100 of NVIDIA H100 80GB HBM3
+    report = options.out / f"sanitizers_{(name[0] if name else 'gpu').lower()}"
     major, _, minor = machine["compute capability"].partition(".")
     expected = expected_kernels((int(major), int(minor))) if major.isdigit() and not wanted else set()
     missing = not_reached(results, tools, expected)
@@ -495,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     report.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    report.with_suffix(".md").write_text(markdown(record, results, missing))
+    report.with_suffix(".md").write_text(markdown(record, results))
     print(report.with_suffix(".md").read_text())
     for result in results:
         if not result.clean:
