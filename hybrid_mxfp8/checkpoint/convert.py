@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -102,9 +102,8 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     found = Plan()
     entries = [checkpoint.entry(name) for name in checkpoint.names]
     for entry in entries:
-        if (scales := block_scales(checkpoint, entry)) and (
-            _is_quantized(entry, options) or _is_widened(entry, options)
-        ):
+        scales = block_scales(checkpoint, entry)
+        if scales and (_is_quantized(entry, options) or _is_widened(entry, options)):
             found.scales[entry.name] = scales
     dropped = {scales.name for scales in found.scales.values()}
     for entry in entries:
@@ -122,7 +121,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     if not found.quantized:
         shown = ", ".join(checkpoint.names[:3]) + (", ..." if len(checkpoint.names) > 3 else "")
         raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
-    _check_last_dimensions({entry.name: entry.shape for entry in entries}, [entry.name for entry in found.quantized])
+    _check_last_dimensions({entry.name: entry.shape for entry in entries}, found.quantized)
     return found
 
 
@@ -149,13 +148,13 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, fp8: bool) -> None:
         raise ValueError(f"{place}: has scales, {scale_name}, so it is quantized already")
 
 
-def _check_last_dimensions(shapes: Mapping[str, tuple[int, ...]], quantized: Sequence[str]) -> None:
+def _check_last_dimensions(shapes: dict[str, tuple[int, ...]], quantized: Sequence[Entry]) -> None:
     """That fused experts are (E, N, K): gate_up_proj (E, 2I, H) beside down_proj (E, H, I).
 
     By their own shapes alone (E, K, N) look like any others, and would be quantized along N.
     """
-    for name in quantized:
-        up, down = (name.replace(*names) for names in (("down_proj", "gate_up_proj"), ("gate_up_proj", "down_proj")))
+    for entry in quantized:
+        up, down = entry.name.replace("down_proj", "gate_up_proj"), entry.name.replace("gate_up_proj", "down_proj")
         if up == down or len(shapes.get(up, ())) != 3 or len(shapes.get(down, ())) != 3:
             continue
         (_, a, b), (_, c, d) = shapes[up], shapes[down]
@@ -178,8 +177,7 @@ def convert(
     Args:
         checkpoint: what to read.
         planned: what to do with it.
-        target: the file or folder to write, which appears when it is complete; replaced if it
-            exists.
+        target: the file or folder to write, which appears when it is whole; replaced if it exists.
         options: those of the plan.
         progress: told of each block that is done.
 
@@ -188,102 +186,116 @@ def convert(
             none, or that can't say what the result is; a file that is a link to nothing.
         OSError: a file that can't be read or written.
     """
-    summary = Summary(planned)
+    conversion = _Conversion(checkpoint, planned, options, progress, Summary(planned))
     target.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.path.is_dir():
-        _convert_folder(checkpoint, target, options, summary, progress)
+        conversion.folder(target)
     else:
-        _convert_file(checkpoint, checkpoint.path, target, options, summary, progress)
-    return summary
+        conversion.file(checkpoint.path, target)
+    return conversion.summary
 
 
-def _convert_file(
-    checkpoint: Checkpoint, file: Path, target: Path, options: Options, summary: Summary, progress: Progress
-) -> list[str]:
-    """Convert the tensors of one file; returns the names of all tensors in ``target``."""
+@dataclass(frozen=True)
+class _Conversion:
+    checkpoint: Checkpoint
+    planned: Plan
+    options: Options
+    progress: Progress
+    summary: Summary
 
-    def here(entries: list[Entry]) -> list[Entry]:
-        return [entry for entry in entries if checkpoint.file(entry.name) == file]
+    def folder(self, target: Path) -> None:
+        source, config_file = self.checkpoint.path, self.checkpoint.path / CONFIG_FILE
+        others = _other_files(source)  # before anything is converted, which may take hours
+        config = read_json(config_file) if config_file.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"{config_file}: must hold an object, got a {type(config).__name__}")
+        if config_file.exists():
+            _check_one_format(self.checkpoint, _take_quantizations(config), self.planned)
+        with atomic_write(target) as folder:
+            folder.mkdir()
+            weight_map: dict[str, str] = {}
+            for file in self.checkpoint.files:
+                weight_map |= dict.fromkeys(self.file(file, folder / file.name), file.name)
+            for path in others:
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, folder / path.name)
+            if (source / INDEX_FILE).exists():
+                metadata = {"total_size": self.summary.bytes_after}
+                _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+            if config_file.exists():
+                untouched = _modules_not_converted(self.planned)
+                config["quantization_config"] = {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
+                _write_json(folder / CONFIG_FILE, config)
+            replace_folder(folder, target)
 
-    planned = summary.plan
-    quantized, widened, copied, dropped = map(
-        here, (planned.quantized, planned.widened, planned.copied, planned.dropped)
-    )
-    after = [e for q in quantized for e in (Entry(q.name, "F8_E4M3", q.shape), scale_entry(q.name, q.shape))]
-    entries = [*copied, *(Entry(entry.name, "BF16", entry.shape) for entry in widened), *after]
-    scales = [planned.scales[entry.name] for entry in quantized if entry.name in planned.scales]
-    summary.expert_bytes_before += sum(e.num_bytes for e in [*quantized, *scales])
-    summary.expert_bytes_after += sum(e.num_bytes for e in after)
-    summary.bytes_before += sum(e.num_bytes for e in [*quantized, *widened, *copied, *dropped])
-    summary.bytes_after += sum(e.num_bytes for e in entries)
-    metadata = checkpoint.files[file]
-    if quantized:
-        metadata = {**metadata, **METADATA, "mxfp8.scale_rounding": options.scale_rounding}
-    with SafetensorsWriter(target, entries, metadata) as writer:
-        for entry in quantized:
-            _quantize(checkpoint, entry, options, writer, summary, progress)
-        for entry in widened:
-            for _, w, num_bytes in _blocks(checkpoint, entry, planned, options):
-                writer.append(entry.name, w.bfloat16())
-                progress(entry.name, num_bytes)
-        for entry in copied:
-            writer.append(entry.name, checkpoint.tensor(entry.name))
-            progress(entry.name, entry.num_bytes)
-        for entry in dropped:
-            progress(entry.name, entry.num_bytes)
-    return [e.name for e in entries]
+    def file(self, file: Path, target: Path) -> list[str]:
+        """Convert the tensors of one file; returns the names of all tensors in ``target``."""
+        p, summary = self.planned, self.summary
+        quantized, widened, copied, dropped = (
+            [entry for entry in part if self.checkpoint.file(entry.name) == file]
+            for part in (p.quantized, p.widened, p.copied, p.dropped)
+        )
+        after = [e for q in quantized for e in (Entry(q.name, "F8_E4M3", q.shape), scale_entry(q.name, q.shape))]
+        entries = [*copied, *(Entry(entry.name, "BF16", entry.shape) for entry in widened), *after]
+        scales = [p.scales[entry.name] for entry in quantized if entry.name in p.scales]
+        summary.expert_bytes_before += sum(e.num_bytes for e in [*quantized, *scales])
+        summary.expert_bytes_after += sum(e.num_bytes for e in after)
+        summary.bytes_before += sum(e.num_bytes for e in [*quantized, *widened, *copied, *dropped])
+        summary.bytes_after += sum(e.num_bytes for e in entries)
+        said = {**METADATA, "mxfp8.scale_rounding": self.options.scale_rounding} if quantized else {}
+        with SafetensorsWriter(target, entries, self.checkpoint.files[file] | said) as writer:
+            for entry in quantized:
+                self.quantize(entry, writer)
+            for entry in widened:
+                for _, w, num_bytes in self.blocks(entry):
+                    writer.append(entry.name, w.bfloat16())
+                    self.progress(entry.name, num_bytes)
+            for entry in copied:
+                writer.append(entry.name, self.checkpoint.tensor(entry.name))
+                self.progress(entry.name, entry.num_bytes)
+            for entry in dropped:
+                self.progress(entry.name, entry.num_bytes)
+        return [e.name for e in entries]
 
+    def quantize(self, entry: Entry, writer: SafetensorsWriter) -> None:
+        name, summary = entry.name, self.summary
+        for number, blocks in itertools.groupby(self.blocks(entry), key=itemgetter(0)):
+            signal = noise = 0.0
+            for _, w, num_bytes in blocks:
+                wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
+                signal += _energy(w)
+                noise += _energy(wq.dequantize()[0].sub_(w))
+                if not math.isfinite(signal) or not math.isfinite(noise):
+                    place = self.checkpoint.place(name) + number
+                    raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
+                writer.append(name, wq.values)
+                writer.append(f"{name}_scale_inv", wq.linear_scales())
+                self.progress(name, num_bytes)
+            db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+            if db < summary.worst_db or not summary.worst_name:
+                summary.worst_db, summary.worst_name = db, name + number
 
-def _blocks(
-    checkpoint: Checkpoint, entry: Entry, planned: Plan, options: Options
-) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """A tensor's matrices in blocks: which matrix, its rows (R, K), their bytes in the source."""
+    def blocks(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """A tensor's matrices in blocks: which one, its rows (R, K), their bytes in the source."""
+        shape, scales = entry.shape, self.planned.scales.get(entry.name)
+        n, k = shape[-2:]
+        rows = max(1, BLOCK_ELEMENTS // k)
+        if scales:
+            rows = max(1, rows // BLOCK) * BLOCK  # a block begins where one of the source's does
+        item = entry.num_bytes // math.prod(shape)
+        for e in range(shape[0]) if len(shape) == 3 else (None,):
+            for start in range(0, n, rows):
+                end = min(start + rows, n)
+                w = self.rows(entry.name, e, start, end)
+                if scales:
+                    w = dequantize(w, self.rows(scales.name, e, start // BLOCK, ceil_div(end, BLOCK)))
+                yield "" if e is None else f"[{e}]", w, (end - start) * k * item
 
-    def rows_of(name: str, e: int | None, start: int, end: int) -> torch.Tensor:
-        part = checkpoint.part(name)
+    def rows(self, name: str, e: int | None, start: int, end: int) -> torch.Tensor:
+        """Rows of a matrix, or of one of a stack."""
+        part = self.checkpoint.part(name)
         tensor: torch.Tensor = part[start:end] if e is None else part[e : e + 1, start:end][0]
-        return tensor.to(options.device or "cpu")
-
-    shape, scales = entry.shape, planned.scales.get(entry.name)
-    n, k = shape[-2:]
-    rows = max(1, BLOCK_ELEMENTS // k)
-    if scales:
-        rows = max(1, rows // BLOCK) * BLOCK  # a block begins where one of the source's does
-    item = entry.num_bytes // math.prod(shape)
-    for e in range(shape[0]) if len(shape) == 3 else (None,):
-        for start in range(0, n, rows):
-            end = min(start + rows, n)
-            w = rows_of(entry.name, e, start, end)
-            if scales:
-                w = dequantize(w, rows_of(scales.name, e, start // BLOCK, ceil_div(end, BLOCK)))
-            yield "" if e is None else f"[{e}]", w, (end - start) * k * item
-
-
-def _quantize(
-    checkpoint: Checkpoint,
-    entry: Entry,
-    options: Options,
-    writer: SafetensorsWriter,
-    summary: Summary,
-    progress: Progress,
-) -> None:
-    name = entry.name
-    blocks_of_all = _blocks(checkpoint, entry, summary.plan, options)
-    for number, blocks in itertools.groupby(blocks_of_all, key=itemgetter(0)):
-        signal = noise = 0.0
-        for _, w, num_bytes in blocks:
-            wq = quantize_weights(w.unsqueeze(0), scale_rounding=options.scale_rounding)
-            signal += _energy(w)
-            noise += _energy(wq.dequantize()[0].sub_(w))
-            if not math.isfinite(signal) or not math.isfinite(noise):
-                place = checkpoint.place(name) + number
-                raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
-            writer.append(name, wq.values)
-            writer.append(f"{name}_scale_inv", wq.linear_scales())
-            progress(name, num_bytes)
-        db = 10 * math.log10(signal / noise) if noise and signal else math.inf
-        if db < summary.worst_db or not summary.worst_name:
-            summary.worst_db, summary.worst_name = db, name + number
+        return tensor.to(self.options.device or "cpu")
 
 
 def _energy(x: torch.Tensor) -> float:
@@ -291,37 +303,6 @@ def _energy(x: torch.Tensor) -> float:
     x = x.float()
     energy = float(x.square().sum())
     return energy if 1e-20 < energy < 1e30 else float(x.double().square().sum())
-
-
-def _convert_folder(
-    checkpoint: Checkpoint, target: Path, options: Options, summary: Summary, progress: Progress
-) -> None:
-    source = checkpoint.path
-    others = _other_files(source)  # before anything is converted, which may take hours
-    config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else None
-    if (source / CONFIG_FILE).exists():
-        if not isinstance(config, dict):
-            raise ValueError(f"{source / CONFIG_FILE}: must hold an object, got a {type(config).__name__}")
-        _check_one_format(checkpoint, _take_quantizations(config), summary.plan)
-    with atomic_write(target) as folder:
-        folder.mkdir()
-        weight_map: dict[str, str] = {}
-        for file in checkpoint.files:
-            names = _convert_file(checkpoint, file, folder / file.name, options, summary, progress)
-            weight_map |= dict.fromkeys(names, file.name)
-        for path in others:
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copy2(path, folder / path.name)
-        if (source / INDEX_FILE).exists():
-            index = {"metadata": {"total_size": summary.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(folder / INDEX_FILE, index)
-        if config is not None:
-            untouched = _modules_not_converted(summary.plan)
-            config["quantization_config"] = {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
-            _write_json(folder / CONFIG_FILE, config)
-        replace_folder(folder, target)
 
 
 def _take_quantizations(config: dict[str, Any]) -> list[Any]:

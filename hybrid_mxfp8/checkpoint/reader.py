@@ -145,19 +145,19 @@ def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
             entry = checkpoint.entry(name)
             if not is_mxfp8(checkpoint, entry):
                 continue
-            if len(entry.shape) == 3:
-                stacks[name] = (entry.shape[0], entry.shape[1], entry.shape[2])
-            elif len(entry.shape) == 2 and (match := re.fullmatch(r"(.*\bexperts\.)\d+(\..*)", name)):
+            *stack, n, k = entry.shape
+            if len(stack) == 1:
+                stacks[name] = (stack[0], n, k)
+            elif not stack and (match := re.fullmatch(r"(.*\bexperts\.)\d+(\..*)", name)):
                 pattern = f"{match[1]}*{match[2]}"
-                count = stacks[pattern][0] if pattern in stacks else 0
-                stacks[pattern] = (count + 1, entry.shape[0], entry.shape[1])
+                stacks[pattern] = (stacks.get(pattern, (0,))[0] + 1, n, k)
     return stacks
 
 
 def is_mxfp8(checkpoint: Checkpoint, weight: Entry) -> bool:
     """Whether a tensor is e4m3 with MXFP8's scales."""
-    scale_name = checkpoint.scale_of(weight.name) if weight.dtype == "F8_E4M3" and weight.shape else None
-    if scale_name is None:
+    scale_name = checkpoint.scale_of(weight.name)
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or scale_name is None:
         return False
     scale = checkpoint.entry(scale_name)
     return scale.dtype in SCALE_DTYPES and scale.shape == scale_entry(weight.name, weight.shape).shape
@@ -203,9 +203,8 @@ def load_experts(
         num_experts, _, k = shapes[0]
         for name, shape in zip(names, shapes, strict=True):
             if (shape[0], shape[2]) != (num_experts, k):
-                raise ValueError(
-                    f"{name}: must have E = {num_experts} and K = {k} as {names[0]}, got (E, N, K) {shape}"
-                )
+                wanted = f"E = {num_experts} and K = {k} as {names[0]}"
+                raise ValueError(f"{name}: must have {wanted}, got (E, N, K) {shape}")
         if experts is None:
             experts = range(num_experts)
         elif not experts or min(experts) < 0 or max(experts) >= num_experts:
@@ -276,12 +275,11 @@ Member = tuple[str, int | None]
 def _members(checkpoint: Checkpoint, name: str) -> list[Member]:
     """Where each expert's matrix is, in order of their numbers."""
     if "*" not in name:
-        shape = checkpoint.entry(name).shape
+        shape, place = checkpoint.entry(name).shape, checkpoint.place(name)
         if len(shape) != 3:
-            raise ValueError(
-                f"{checkpoint.place(name)}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}"
-            )
-        _check_not_empty(checkpoint, name, shape)  # a file of no bytes may claim any E
+            raise ValueError(f"{place}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}")
+        if 0 in shape:  # a file of no bytes may claim any E
+            raise ValueError(f"{place}: must have no empty dimension, got {shape}")
         return [(name, e) for e in range(shape[0])]
     before, _, after = name.partition("*")
     if "*" in after:
@@ -315,31 +313,23 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {weight.shape}")
     if weight.shape[-1] % BLOCK_SIZE or not weight.shape[-1]:
         raise ValueError(f"{place}: K must be a positive multiple of {BLOCK_SIZE}, got {weight.shape[-1]}")
-    _check_not_empty(checkpoint, name, weight.shape)
+    if 0 in weight.shape:
+        raise ValueError(f"{place}: must have no empty dimension, got {weight.shape}")
     scale_name = checkpoint.scale_of(name)
     if scale_name is None:
         raise ValueError(f"{place}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
     scale = checkpoint.entry(scale_name)
     expected = scale_entry(name, weight.shape).shape
     if scale.shape != expected and block_scales(checkpoint, weight):
-        raise ValueError(
-            f"{place}: must be MXFP8, got FP8 with one {SCALE_NAMES[scale.dtype]} scale a 128x128 block{CONVERT_HINT}"
-        )
+        got = f"FP8 with one {SCALE_NAMES[scale.dtype]} scale a 128x128 block"
+        raise ValueError(f"{place}: must be MXFP8, got {got}{CONVERT_HINT}")
+    place = checkpoint.place(scale_name)
     if scale.dtype not in SCALE_DTYPES:
-        raise ValueError(
-            f"{checkpoint.place(scale_name)}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, "
-            "but perhaps those of FP8 of whole rows or tensors"
-        )
+        other = "these are not MXFP8's scales, but perhaps those of FP8 of whole rows or tensors"
+        raise ValueError(f"{place}: dtype must be U8 or F8_E8M0, got {scale.dtype}: {other}")
     if scale.shape != expected:
-        raise ValueError(
-            f"{checkpoint.place(scale_name)}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}"
-        )
+        raise ValueError(f"{place}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}")
     return weight.shape
-
-
-def _check_not_empty(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    if 0 in shape:
-        raise ValueError(f"{checkpoint.place(name)}: must have no empty dimension, got {shape}")
 
 
 def _matrix(checkpoint: Checkpoint, name: str, index: int | None) -> torch.Tensor:
@@ -355,8 +345,7 @@ def _check_metadata(file: Path, metadata: Mapping[str, str]) -> None:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """A checkpoint's safetensors files: those that the index of a folder names, or all if it has
-    none.
+    """A checkpoint's safetensors files: those of a folder's index, or all if it has none.
 
     Raises:
         ValueError: an index that can't be read, or names a file that is not there.
@@ -374,8 +363,7 @@ def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
         return
     index = path / INDEX_FILE
     if not index.exists():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
+        if not (files := sorted(path.glob("*.safetensors"))):
             raise FileNotFoundError(f"{path}: has no safetensors file")
         yield from ((file, None) for file in files)
         return
