@@ -174,12 +174,7 @@ def convert(
     those that describe a quantization are left out. ``config.json`` gets a ``quantization_config``
     whose ``modules_to_not_convert`` lists the modules whose weight matrices stay as they are.
 
-    Args:
-        checkpoint: what to read.
-        planned: what to do with it.
-        target: the file or folder to write, which appears when it is whole; replaced if it exists.
-        options: those of the plan.
-        progress: told of each block that is done.
+    ``target`` appears when it is whole, and replaces what is there.
 
     Raises:
         ValueError: a tensor to be quantized that holds NaN or Inf; a ``config.json`` that is

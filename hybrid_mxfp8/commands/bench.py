@@ -8,10 +8,9 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
-SUITE = "hybrid_mxfp8_bench"
-"""What the folder is imported as: ``bench`` is a name that another package may have."""
+SUITE = "hybrid_mxfp8.bench"
+"""What the folder is in a checkout, whose root is on this package's path."""
 
 KINDS = ("quantize", "gemm", "pipeline", "moe")
 """What ``--only`` takes."""
@@ -20,26 +19,6 @@ HOW_TO_GET_IT = (
     "the benchmark suite is not part of the installed package: clone the repository, then in it"
     " `pip install -e '.[bench]'` and `python -m hybrid_mxfp8 bench`"
 )
-
-
-def suite_folder() -> Path | None:
-    """The bench folder beside the package, as in a checkout; None if there is none."""
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    return folder if (folder / "run.py").is_file() else None
-
-
-def import_suite(module: str, folder: Path) -> ModuleType:
-    """``module`` of the suite in ``folder``, without its parent on the import path."""
-    if SUITE not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            SUITE, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules[SUITE] = package
-        spec.loader.exec_module(package)
-    return importlib.import_module(f"{SUITE}.{module}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +49,8 @@ def _seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Run the suite; its exit code, or 2 where there is no suite."""
-    folder = suite_folder()
-    if folder is None:
+    if importlib.util.find_spec(SUITE) is None:
         print(HOW_TO_GET_IT, file=sys.stderr)
         return 2
-    code: int = import_suite("run", folder).run(args)
+    code: int = importlib.import_module(f"{SUITE}.run").run(args)
     return code

@@ -22,6 +22,7 @@ that says what differs.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
@@ -63,24 +64,18 @@ def register() -> None:
     Raises:
         ImportError: no transformers whose models take a registered name, as they do from 5.7 on.
     """
-    _interface().register(NAME, experts_forward)
-    try:
-        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
-    except ImportError:  # versions that don't dispatch FP8 experts
-        return
-    FP8ExpertsInterface.register(NAME, experts_forward)
-
-
-def _interface() -> Any:
     try:
         from transformers import __version__
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
         raise ImportError(f"needs transformers 5.7 or newer, with its ExpertsInterface: {error}") from error
-    major, minor = map(int, __version__.split(".")[:2])
-    if (major, minor) < (5, 7):  # whose models refuse every name but transformers' own
+    if tuple(map(int, __version__.split(".")[:2])) < (5, 7):  # which refuses every name but its own
         raise ImportError(f"needs transformers 5.7 or newer, whose models take a registered name, got {__version__}")
-    return ExpertsInterface
+    ExpertsInterface.register(NAME, experts_forward)
+    with contextlib.suppress(ImportError):  # versions that don't dispatch FP8 experts
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+
+        FP8ExpertsInterface.register(NAME, experts_forward)
 
 
 def experts_forward(

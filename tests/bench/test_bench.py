@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from hybrid_mxfp8.commands import bench as bench_command
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = "bench_grouped_gemm bench_moe bench_quantize limits model report run shapes targets timing work".split()
 gemm, moe, quantize, limits, model, report, run, shapes, targets, timing, work = (
-    bench_command.import_suite(name, ROOT / "bench") for name in NAMES
+    importlib.import_module(f"hybrid_mxfp8.bench.{name}") for name in NAMES
 )
 Case = shapes.Case
 HOPPER = limits.Limits(3.0, 2.5, 700.0, (9, 0), 3.35, 989.4)
@@ -283,7 +284,7 @@ def test_the_command_runs_the_suite_beside_the_package(monkeypatch, capsys):
     assert "Nothing was measured: no CUDA GPU here" in said
     assert "gemm 32x4096x7168 E32 uniform  [target]" in said
     assert bench_command.run(parser.parse_args(["--model"])) == 0
-    monkeypatch.setattr(bench_command, "suite_folder", lambda: None)
+    monkeypatch.setattr(bench_command, "SUITE", "hybrid_mxfp8.not_there")
     assert bench_command.run(argparse.Namespace()) == 2
     assert "clone the repository" in capsys.readouterr().err
 

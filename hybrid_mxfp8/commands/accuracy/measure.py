@@ -60,7 +60,7 @@ def score(operands: Operands, formats: Sequence[Format] = FORMATS) -> list[Score
 
 @dataclass(frozen=True)
 class ChannelEffect:
-    """What is left of other blocks, in dB by format, for a channel of rms ``ratio`` times theirs."""
+    """What is left of other blocks, in dB, for a channel of rms ``ratio`` times theirs."""
 
     ratio: float
     db: dict[str, float]

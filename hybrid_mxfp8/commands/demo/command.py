@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +94,17 @@ def run(args: argparse.Namespace) -> int:
     names = runnable_backends(workload.gemms[0], device)
 
     print(_introduction(workload, names, device))
-    with _progress(len(workload.gemms) * len(names) * len(STAGES) + 1) as stage:
+    # It counts and gives no estimate: in the interpreter the products take most of the time.
+    form, stages = (
+        "{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}",
+        len(workload.gemms) * len(names) * len(STAGES) + 1,
+    )
+    with tqdm(total=stages, bar_format=form, leave=False, disable=None, mininterval=0) as bar:
+
+        def stage(what: str) -> None:
+            bar.set_description_str(what, refresh=False)
+            bar.update()
+
         findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
         stage("outliers")
         effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
@@ -108,22 +117,6 @@ def run(args: argparse.Namespace) -> int:
     for text in (*tables, conclusion):
         print(f"\n{text}")
     return 1 if faults else 0
-
-
-@contextlib.contextmanager
-def _progress(stages: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr if that is a terminal, removed at the end; told each stage as it begins.
-
-    It counts and gives no estimate: in the interpreter the products take most of the time.
-    """
-    form = "{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}"
-    with tqdm(total=stages, bar_format=form, leave=False, disable=None, mininterval=0) as bar:
-
-        def stage(what: str) -> None:
-            bar.set_description_str(what, refresh=False)
-            bar.update()
-
-        yield stage
 
 
 def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
