@@ -1,4 +1,4 @@
-"""Environment variables as they are written down: blanks, a leading ~, one before another, and what holds without them."""
+"""Environment variables: blanks, a leading ~, one before another, and the defaults."""
 
 from __future__ import annotations
 

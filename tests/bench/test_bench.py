@@ -1,4 +1,5 @@
-"""The bench suite on a CPU: how work is counted and timed, that wrong results are not timed, and what a run leaves.
+"""The bench suite on a CPU: how work is counted and timed, that wrong results are not timed, and
+what a run leaves.
 
 Our side is the reference backend, and a clockwork stands for the GPU's timer.
 """
@@ -21,14 +22,12 @@ import transformers_models
 from hybrid_mxfp8.commands import bench as bench_command
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = "bench_grouped_gemm bench_moe bench_quantize limits model report run shapes targets timing work".split()
-gemm, moe, quantize, limits, model, report, run, shapes, targets, timing, work = (
+NAMES = ["bench_grouped_gemm", "bench_moe", "bench_quantize", "limits", "report", "run", "shapes", "timing", "work"]
+gemm, moe, quantize, limits, report, run, shapes, timing, work = (
     importlib.import_module(f"hybrid_mxfp8.bench.{name}") for name in NAMES
 )
 Case = shapes.Case
 HOPPER = limits.Limits(3.0, 2.5, 700.0, (9, 0), 3.35, 989.4)
-ONCE = timing.Plan(sets=1, calls=1, budget_us=0, min_rounds=1, max_rounds=1)
-
 # ---------------------------------------------------------------- what is counted
 
 
@@ -55,7 +54,7 @@ def test_cases_of_targets_come_first_and_each_once():
 
 
 def test_bytes_and_flops_by_hand():
-    """Counts 1, 0, 129 and K = 256: C = 8, so 128 + 256 scale rows of 8 bytes. N = 136 has 256 scale rows."""
+    """Counts 1, 0, 129, K = 256: 128 + 256 scale rows of 8 bytes. N = 136 has 256 of them."""
     counts = [1, 0, 129]
     assert work.quantize(counts, 256) == work.Work(130 * 256 * 2 + 130 * 256 + 384 * 8)
     assert work.quantize(counts, 256, swiglu=True).bytes == 130 * 256 * 4 + 130 * 256 + 384 * 8
@@ -70,23 +69,16 @@ def test_bytes_and_flops_by_hand():
     assert HOPPER.time_us(work.Work(1, 7 * 10**11), "fp8") == pytest.approx(500)
 
 
-def test_the_model_is_near_what_others_published():
-    """Its constants come from other figures; a worse fit means that it lost its meaning. Its report says what it is."""
-    for published, prediction in model.against_published():
-        assert abs(prediction.us / published.us - 1) < 1 / 7, published.who
-    assert all("odelled" in line for line in model.report().splitlines() if line.startswith("#"))
-
-
 # ---------------------------------------------------------------- how it is timed
 
 
 class Clockwork:
-    """A device whose calls advance a clock by what they ask for, and whose speed drifts from round to round."""
+    """A device whose calls advance a clock, and whose speed drifts from round to round."""
 
     failures = (RuntimeError,)
 
-    def __init__(self, drift=1.0):
-        self.now_us, self.drift, self.speed, self.order, self.broken = 0.0, drift, 1.0, [], False
+    def __init__(self, drift):
+        self.now_us, self.drift, self.speed, self.order = 0.0, drift, 1.0, []
 
     def spend(self, us):
         self.now_us += us * self.speed
@@ -103,13 +95,11 @@ class Clockwork:
         return lambda: elapsed
 
     def synchronize(self):
-        if self.broken:
-            raise RuntimeError("device-side assert")
         self.speed *= self.drift
 
 
 def test_ratio_survives_a_drifting_clock():
-    """Each round the device is 10 % slower; contenders take turns and begin in turn, so their ratio stays."""
+    """Each round the device is 10 % slower; contenders begin in turn, so their ratio stays."""
     device = Clockwork(drift=1.1)
     plan = timing.Plan(sets=1, calls=1, budget_us=0, min_rounds=4, max_rounds=4)
     results = timing.measure({"a": lambda i: device.spend(3), "b": lambda i: device.spend(6)}, plan, device)
@@ -119,35 +109,11 @@ def test_ratio_survives_a_drifting_clock():
     assert samples == [a, b, b, a, a, b, b, a]
 
 
-def test_a_failing_contender_drops_out_alone_and_a_broken_device_ends_the_run():
-    device = Clockwork()
-
-    def fail(i):
-        raise RuntimeError("no kernel\n  image")
-
-    def crash(i):
-        device.broken = True
-        raise RuntimeError("illegal memory access")
-
-    results = timing.measure({"bad": fail, "good": lambda i: device.spend(1)}, ONCE, device)
-    assert results["bad"].failure == "RuntimeError: no kernel image"
-    assert results["good"].timing.median_us == 1
-    with pytest.raises(RuntimeError, match="device-side assert"):
-        timing.measure({"bad": crash}, ONCE, device)
-
-
-@pytest.mark.parametrize(("set_bytes", "sets"), [(10**9, 1), (60 * 2**20, 2), (2**20, 100), (1000, 1024)])
-def test_sets_exceed_the_cache(set_bytes, sets):
-    """A cache of 50 MiB: together twice that, unless the sets would be too many. A graph holds whole walks."""
-    assert timing.num_sets(set_bytes, 50 * 2**20) == sets
-    assert timing.plan(sets, work.Work(set_bytes), quick=False).calls % sets == 0
-
-
 # ---------------------------------------------------------------- the loop over cases
 
 
 class EveryCallTakes10Us:
-    """A timer that runs what it is given once and lets each graph of ``calls`` calls take 10 µs a call."""
+    """A timer that runs what it is given once and says 10 µs."""
 
     failures = (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
 
@@ -225,29 +191,11 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch):
     assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
 
 
-def test_experts_are_cut_where_memory_ends_and_the_case_says_so():
-    case, l2 = Case("gemm", "test", 64, 4096, 7168, 384), 50 * 2**20
-    assert gemm.fit(case, l2, 80 * 10**9) == (case, "")
-    fewer, note = gemm.fit(case, l2, 30 * 10**9)
-    assert fewer.num_experts == 192
-    assert note.startswith("192 of 384 experts")
-    with pytest.raises(ValueError, match="1000 are free"):
-        gemm.fit(case, l2, 1000)
-
-
-def test_a_target_is_met_at_its_bound_and_missed_beyond():
-    case = Case("quantize", "", 8192, 0, 2048, 8)
-    for us, met in ((17.8, True), (17.9, False)):
-        row = {"case": case.name, "contender": quantize.OURS, "us": us, "ratio": 1.0, "host_us": 1.0}
-        found = {t.name: t.met for t in targets.evaluate([row]) if t.met is not None}
-        assert found == {f"{case.name}: µs": met}
-
-
 # ---------------------------------------------------------------- the command
 
 
 def test_a_run_leaves_a_record_a_table_and_pictures(suite, monkeypatch, tmp_path, capsys):
-    """Which an earlier run's table and pictures are made of again; a wrong result of ours is exit code 1."""
+    """A table is made of the record again; a wrong result of ours is exit code 1."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[bench]")
     machine = {"gpu": "NVIDIA H100", "capability": [9, 0], "sms": 132, "driver": "580.1", "torch": "2", "triton": "3"}
     machine |= {"hybrid_mxfp8": "0.1.0", "date": "2030-01-02T03:04:05+00:00", "l2_bytes": 1000}
@@ -290,7 +238,7 @@ def test_the_command_runs_the_suite_beside_the_package(monkeypatch, capsys):
 
 
 def test_silu_mul_in_the_interpreter():
-    """The baseline's kernel against PyTorch, in fp32 (the interpreter rounds bf16 stores differently)."""
+    """The baseline's kernel against PyTorch, in fp32: the interpreter rounds bf16 differently."""
     program = (
         "import torch\n"
         "from bench.silu_mul import silu_mul\n"

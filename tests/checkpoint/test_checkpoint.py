@@ -25,7 +25,7 @@ NAME = "model.layers.0.mlp.experts.down_proj"
 
 @pytest.fixture
 def experts(rng: torch.Generator) -> mx.ExpertWeights:
-    """3 experts whose N and K are no multiples of a scale tile: swizzled and row-major scales differ in shape."""
+    """N and K are no multiples of a scale tile: swizzled and row-major scales differ in shape."""
     return mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
 
 
@@ -48,7 +48,7 @@ def test_saved_experts_come_back(experts: mx.ExpertWeights, whole_tiles: mx.Expe
 
 
 def test_file_follows_the_convention(whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
-    """Read by the safetensors library: e4m3 elements, and row-major bytes that multiply by 2**(b - 127)."""
+    """Read by the library: e4m3 elements, row-major bytes that multiply by 2**(b - 127)."""
     path = tmp_path / "experts.safetensors"
     checkpoint.save_experts(path, {NAME: whole_tiles})
     found = load_file(path)
@@ -67,7 +67,7 @@ def test_file_follows_the_convention(whole_tiles: mx.ExpertWeights, tmp_path: Pa
 def test_published_files_of_each_convention_are_read(
     experts: mx.ExpertWeights, scale: str, scale_dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """MiniMax's names, ModelOpt's and DeepSeek's; a matrix an expert, and eleven of them: 10 comes after 9."""
+    """MiniMax's names, ModelOpt's, DeepSeek's; eleven experts, so that 10 comes after 9."""
     order = [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1]
     values, scales = experts.values, experts.linear_scales()
     tensors: Tensors = {"model.norm.weight": torch.ones(96, dtype=torch.bfloat16)}
@@ -114,7 +114,7 @@ def test_some_experts_of_a_layer(
 
 
 def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None:
-    """Elements in one file and scales in another; a file that the index does not name is not looked at."""
+    """Elements in one file and scales in another; a file not in the index is not looked at."""
     save_file({NAME: experts.values}, tmp_path / "a.safetensors", metadata={"a": "said"})
     save_file({NAME + "_scale_inv": experts.linear_scales()}, tmp_path / "b.safetensors", metadata={"b": "said"})
     (tmp_path / "c.safetensors").write_text("an unfinished download")
@@ -247,7 +247,7 @@ def test_files_of_a_refused_checkpoint_are_closed(experts: mx.ExpertWeights, tmp
 
 
 def test_writer_takes_pieces_in_any_order(tmp_path: Path) -> None:
-    """Odd sizes before wide elements: the library can only map a tensor that starts at a multiple of its element."""
+    """Wide ones come first: a tensor must start at a multiple of its element."""
     tensors = {
         "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
         "wide": torch.tensor([[1.5, -2.5], [3.5, 4.5]], dtype=torch.float64),

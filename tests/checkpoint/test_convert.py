@@ -77,7 +77,7 @@ def test_result_multiplies(source: Path, tensors: Tensors, backend: str, tmp_pat
 
 @pytest.mark.parametrize("elements", [96, 96 * 7, 2**22], ids=["a row a block", "blocks with a rest", "one block"])
 def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do not show in the result; progress is told of each in bytes of the source, together those of the file."""
+    """They do not show in the result; progress is told in bytes of the source."""
     told: list[tuple[str, int]] = []
     options, target = convert.Options(("*.experts.*",)), tmp_path / "blocks.safetensors"
     with mx.use_backend("reference"), checkpoint.Checkpoint(source) as opened:
@@ -87,14 +87,14 @@ def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch
         convert.convert(opened, planned, target, options, lambda *said: told.append(said))
     assert (tmp_path / "whole.safetensors").read_bytes() == target.read_bytes()
     rows = min(24, max(1, elements // 64))
-    assert [size for name, size in told if name == MATRICES[0]][0] == rows * 64 * 2
+    assert next(size for name, size in told if name == MATRICES[0]) == rows * 64 * 2
     assert sum(size for _, size in told) == planned.num_bytes == sum(t.nbytes for t in load_file(source).values())
 
 
 def test_summary_counts_bytes_and_finds_the_worst(
     tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """bf16 to 33/32 bytes an element: 0.52. Elements of 1.0625 lie between two e4m3 values: the worst there is, 24.6 dB."""
+    """bf16 to 33/32 bytes an element: 0.52. 1.0625 between two e4m3 values is worst, 24.6 dB."""
     tensors[MATRICES[1]] = torch.full((24, 64), 1.0625, dtype=torch.float16)
     save_file(tensors, tmp_path / "in.safetensors")
     assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL) == 0

@@ -1,4 +1,5 @@
-"""FP8 with a scale for each block of 128x128, as DeepSeek-V3 publishes it, to MXFP8: tensors, files, folders.
+"""FP8 with a scale for each block of 128x128, as DeepSeek-V3 publishes it, to MXFP8: tensors,
+files, folders.
 
 Models with such experts are in test_transformers.py.
 """
@@ -39,7 +40,7 @@ def random_fp8(rng: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def random_scales(rng: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """One a block, of magnitudes such as 448ths of a weight have; powers of two if ``dtype`` holds nothing else."""
+    """One a block, of a weight's 448ths; powers of two if ``dtype`` holds nothing else."""
     *stack, n, k = shape
     exact = torch.rand((*stack, -(-n // 128), -(-k // 128)), generator=rng) * 0.01 + 1e-4
     return exact.log2().round().exp2().to(dtype) if dtype == E8M0 else exact.to(dtype)
@@ -131,7 +132,7 @@ def test_blocks_of_rows_do_not_show(
 
 
 def test_powers_of_two_lose_nothing(rng: torch.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As in DeepSeek-V3.1: every code, at every place of the exponents that a weight's scale may have."""
+    """As in DeepSeek-V3.1: every code, at all exponents that a weight's scale may have."""
     values = random_fp8(rng, 512, 256)
     scales = torch.tensor([[2.0**-100, 2.0**-13], [1.0, 2.0**90], [2.0**-5, 2.0**-6], [2.0**-7, 2.0**-8]])
     found = converted({"w": values, "w_scale_inv": scales}, tmp_path)
@@ -252,7 +253,7 @@ CONFIGS: dict[str, object] = {
 def test_one_format_is_said_in_one_place(
     how: str, scale: str, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """FP8 beside MXFP8 is refused, whatever the configuration says; with the others as bf16 nothing says FP8 any more."""
+    """FP8 beside MXFP8 is refused; with the others as bf16 nothing says FP8 any more."""
     renamed = {name.replace("weight_scale_inv", scale): t for name, t in tensors.items()}
     folder = write_folder(tmp_path / "model", renamed, CONFIGS[how])
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
@@ -276,7 +277,7 @@ def test_one_format_is_said_in_one_place(
 def test_packed_weights_beside_fp8_are_refused(
     tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As compressed-tensors mixes formats: the entry that is replaced would have said how to read them."""
+    """As compressed-tensors mixes formats: the entry replaced said how to read them."""
     packed = {"lm_head.weight_packed": torch.ones(8, 16, dtype=torch.int32)}
     said = {"quantization_config": {"quant_method": "compressed-tensors"}}
     folder = write_folder(tmp_path / "model", tensors | packed, said)

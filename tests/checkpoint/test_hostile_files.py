@@ -1,4 +1,4 @@
-"""Checkpoint files that lie or are damaged, and results that can't be written: each a named error, and never half a file."""
+"""Checkpoints that lie, results that can't be written: a named error, never half a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from cutlass_workshop import Child
-from files import quantize, same_bytes, same_experts
+from files import quantize, same_experts
 from safetensors.torch import load_file, save_file
 from tally import Tally
 
@@ -54,7 +54,7 @@ def header(**changes: Any) -> dict[str, Any]:
 
 
 def write(path: Path, header: object, data: bytes = DATA, *, length: int | None = None) -> Path:
-    """A safetensors file by hand; the header as JSON or as it is, its length as it is or as claimed."""
+    """A safetensors file; the header as JSON or as it is, its length right or as claimed."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
@@ -116,7 +116,7 @@ HEADERS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("how", HEADERS)
 def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
-    """Loading names the file and what is wrong with it, converting ends with the same and writes nothing."""
+    """Loading names the file and the fault, converting does the same and writes nothing."""
     lie, how_written, message = HEADERS[how]
     path = write(tmp_path / "lie.safetensors", lie, **how_written)
     with pytest.raises(ValueError, match=message) as caught:
@@ -147,7 +147,7 @@ def test_cut_anywhere(tmp_path: Path, tally: Tally) -> None:
 
 
 def test_any_flipped_bit_of_the_header(tmp_path: Path, tally: Tally) -> None:
-    """A named error; or the same experts, where a bit meant nothing to them, as one of ``format`` does."""
+    """A named error; or the same experts, where a bit means nothing, as one of ``format``."""
     path = write(tmp_path / "flip.safetensors", {"__metadata__": {"format": "pt"}, **header()})
     whole = path.read_bytes()
     truth = checkpoint.load_experts(path, "w")
@@ -281,7 +281,7 @@ def test_folders_that_lie(
     "make", [os.mkfifo, Path.mkdir, lambda at: at.symlink_to("/dev/zero")], ids=["pipe", "folder", "device"]
 )
 def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: Tally) -> None:
-    """Named by itself or found in a folder without an index; a pipe that is opened would wait for ever."""
+    """Named itself or found in a folder; a pipe that is opened would wait for ever."""
     path = tmp_path / "m.safetensors"
     make(path)
     if not path.is_dir():
@@ -293,7 +293,7 @@ def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: 
 
 
 def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
-    """Links to files under other names elsewhere: such a folder loads and converts as one of files does."""
+    """Links to files under other names elsewhere: they convert as files do."""
     linked = tmp_path / "snapshots" / "main"
     linked.mkdir(parents=True)
     for number, file in enumerate(sorted(folder.iterdir())):
@@ -348,7 +348,7 @@ def files_up_to(limit: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("limit", [0, 7, 100, 300, 2000, 150_000])
 def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
-    """In the header, within a tensor, at the end: the error names the file, and nothing is left on the full disk."""
+    """In the header, a tensor, at the end: the error names the file, and nothing is left."""
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file({"w": torch.randn(4, 256, 64), "v": torch.randn(30_000)}, source)
     with files_up_to(limit):
@@ -466,7 +466,7 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path, tally: Tally) -> None:
-    """By Ctrl-C or a scheduler: all is removed; killed: the next run removes it. OUT never appears."""
+    """By Ctrl-C or a scheduler: all is removed; killed: the next run does it. No OUT appears."""
     for number in (signal.SIGTERM, signal.SIGINT):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -494,7 +494,7 @@ def test_what_is_to_be_replaced_stays_until_then(
 
 @pytest.mark.parametrize("own", [True, False], ids=["an earlier process of this number", "a process that is gone"])
 def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path, tally: Tally) -> None:
-    """In a container the next process often has the number of the last. What a living process writes stays."""
+    """In a container the next process often has the last one's number. A living one's stay."""
     process = os.getpid() if own else Child(os.getpid).result()
     prefix = atomic._prefix(tmp_path / "out")
     left = tmp_path / f"{prefix}{process}{atomic.SUFFIX}"

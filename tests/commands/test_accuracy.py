@@ -1,10 +1,9 @@
-"""The accuracy report: its formats on values whose fate is known, its figures, and the command end to end."""
+"""The accuracy report: formats on values whose fate is known, figures, and the command."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,9 @@ def operands() -> workload.Operands:
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        # 500: floor keeps scale 1 and clips it; rceil and even double the scale, where it lies on the grid's 512.
-        # 2**-12: lost where it shares the scale of 448 in the row above, below half of 2**-9.
+        # 500: floor keeps scale 1 and clips it; rceil and even double the scale, where it lies on
+        # the grid's 512. 2**-12: lost where it shares the scale of 448 in the row above, below
+        # half of 2**-9.
         ("bf16", [500.0, 1.125], 2.0**-12),
         ("MXFP8 rceil", [512.0, 1.125], 2.0**-12),
         ("MXFP8 floor", [448.0, 1.125], 2.0**-12),
@@ -54,7 +54,7 @@ def test_formats(name: str, first: list[object], second: float) -> None:
 
 
 def test_scores_are_of_experts_with_tokens(operands: workload.Operands) -> None:
-    """Rounding up beats the others: floor clips what exceeds 448 * 2**(b - 127), and even does so more rarely."""
+    """Rounding up is best: floor clips what exceeds 448 * 2**(b - 127), even more rarely so."""
     scores = measure.score(operands)
     assert [(s.format.name, s.format.bits(256)) for s in scores] == list(
         zip(NAMES, [16, 8.25, 8.25, 8.25, 8.125, 8], strict=True)
@@ -77,22 +77,14 @@ def test_scores_are_of_experts_with_tokens(operands: workload.Operands) -> None:
 
 
 def test_a_large_channel_spoils_its_own_block_alone_in_mxfp8() -> None:
-    """2**24 times the rest, which then is below half of e4m3's smallest, 2**-10 / 448 of the largest: FP8 loses all of it."""
+    """2**24 times the rest, which is then below half of e4m3's smallest: FP8 loses all of it."""
     x = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
-    seen: list[torch.Tensor] = []
-    same = formats.Format("same", lambda k: 32.0, lambda t: (seen.append(t), t)[1])
-    first, last = measure.channel_effect(x, [1.0, 2.0**24], [*formats.FORMATS, same])
+    first, last = measure.channel_effect(x, [1.0, 2.0**24])
     for name in NAMES[:4]:
         assert last.db[name] == pytest.approx(first.db[name], abs=1e-9)
     for name in NAMES[4:]:
         assert first.db[name] > 30
         assert last.db[name] < 1
-    assert last.db["same"] == math.inf
-    channel = int(seen[1].square().sum(dim=0).argmax())
-    block = channel // 32 * 32
-    rest = torch.cat([seen[1][:, :block], seen[1][:, block + 32 :]], dim=1)
-    ratio = seen[1][:, channel].square().mean().sqrt() / rest.square().mean().sqrt()
-    assert float(ratio) == pytest.approx(2.0**24, rel=1e-5)
 
 
 TINY = {
@@ -104,7 +96,7 @@ TINY = {
 
 @needs_transformers
 def test_the_model_with_nothing_quantized_is_the_librarys() -> None:
-    """The replaced experts give the logits of transformers' own forward, so what they multiply is what it multiplies."""
+    """The replaced experts give transformers' own logits: they multiply what it multiplies."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Wrong words and wrong settings on the command line, and wrong arguments of the checkpoint functions."""
+"""Wrong words on the command line, wrong settings, and wrong arguments for checkpoints."""
 
 from __future__ import annotations
 
@@ -168,6 +168,10 @@ LOADED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no such GPU", {"device": "cuda:63"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ("no such GPU, nor a file", {"device": "cuda:63", "path": "/nowhere"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ("a device a number", {"device": 1.5}, ValueError, "^device: must be a torch.device"),
+    ("experts beyond", {"experts": range(1, 4)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(1, 4\)$"),
+    ("experts before", {"experts": range(-1, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, .* got range\(-1, 2\)$"),
+    ("no experts", {"experts": range(2, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(2, 2\)$"),
+    ("experts as a list", {"experts": [0, 1]}, TypeError, "^experts: must be a range of experts' numbers, got list$"),
     ("no such file", {"path": "/nowhere/at/all"}, FileNotFoundError, "no such file or folder"),
 ]  # fmt: skip
 

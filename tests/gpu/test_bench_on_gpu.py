@@ -1,4 +1,4 @@
-"""The bench suite on a real GPU: small cases of every kind run, are checked and get a time. No time is judged."""
+"""The bench suite on a GPU: small cases of every kind run, are checked and get a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of transformers with MXFP8 experts: logits beside grouped_mm's, generate(), quantization lazily and in place."""
+"""Models of transformers with MXFP8 experts, beside their own grouped_mm; lazily and in place."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 @pytest.mark.parametrize(("name", "backend"), [("Mixtral", "triton"), *((name, "reference") for name in models.NAMES)])
 def test_logits_are_those_of_grouped_mm(name: str, backend: str, request: pytest.FixtureRequest) -> None:
-    """Within the noise of the format; without its experts the model is somewhere else altogether."""
+    """Within the noise of the format; without its experts the model is somewhere else."""
     if backend == "triton":
         request.getfixturevalue("interpreter")
     model = models.make(name)
@@ -97,7 +97,7 @@ def test_generate(model: Module) -> None:
 
 
 def test_quantize_model_in_place(model: Module) -> None:
-    """The same bits as lazy quantization; the originals are gone; the numbers are those of the tensors."""
+    """The same bits as lazily; the originals are gone; the numbers are those of the tensors."""
     lazy = logits(model, "hybrid_mxfp8")
     before = sum(p.nbytes for p in models.expert_weights(model))
     model.set_experts_implementation("grouped_mm")
@@ -117,7 +117,7 @@ def test_quantize_model_in_place(model: Module) -> None:
 
 
 def test_quantized_model_refuses_what_needs_the_originals(tmp_path: Path) -> None:
-    """transformers would load what it saved with random experts; so would it the model within. A copy refuses, too."""
+    """transformers would load what it saved with random experts. A copy refuses, too."""
     model = models.make("Mixtral")
     integration.quantize_model_(model, progress=False, backend="reference")
     assert {module.mxfp8.backend for module in models.experts_modules(model)} == {"reference"}
@@ -176,7 +176,7 @@ def test_a_meta_model_is_quantized_and_loaded() -> None:
 
 
 def test_layers_move_one_by_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """To meta, which stands for a GPU here: at no time more than one layer's unquantized experts are there."""
+    """To meta, which stands for a GPU: never more than one layer's unquantized experts are there."""
     model = models.make("Qwen3-MoE")
     seen: list[tuple[str, ...]] = []
     from_weights = mx.MXFP8Experts.from_weights
@@ -230,7 +230,7 @@ def test_lazy_quantization_follows_the_parameters(quantized: list[Module]) -> No
 
 
 def test_another_parameter_at_the_same_address_is_quantized(experts: Module) -> None:
-    """As an allocator gives memory out again: address, version and device are those of the first, which is not kept alive."""
+    """As an allocator gives memory out again: address, version and device are the first's."""
     memory = experts.gate_up_proj.data
     experts.gate_up_proj = parameter(memory.data)
     first = experts(*arguments())
@@ -243,7 +243,7 @@ def test_another_parameter_at_the_same_address_is_quantized(experts: Module) -> 
 
 
 def test_what_is_seen_of_a_parameter(experts: Module) -> None:
-    """Writes that PyTorch counts, not those through ``.data``; other memory, as ``Module.to`` gives, by its address."""
+    """Writes that PyTorch counts, not those through ``.data``; other memory by its address."""
     first = experts(*arguments())
     experts.down_proj.data.mul_(2)
     assert torch.equal(experts(*arguments()), first)
@@ -293,7 +293,7 @@ def test_compiled_experts(experts: Module) -> None:
 
 
 def test_experts_with_bias_and_transposed(experts: Module) -> None:
-    """As other models of transformers have them; expert id 4 of 4 is a sentinel of expert parallelism."""
+    """As other models have them; expert id 4 of 4 is a sentinel of expert parallelism."""
     plain = experts(*arguments())
     experts.has_bias = True
     experts.gate_up_proj_bias = parameter(torch.zeros(4, 192, dtype=torch.bfloat16))
@@ -356,7 +356,7 @@ GATES = {
 
 @pytest.mark.parametrize("name", GATES)
 def test_gate_functions_of_their_own(name: str) -> None:
-    """Recognized by what they compute, and computed so: against transformers' own forward, in MXFP8's noise."""
+    """Recognized by what they compute; against transformers' own forward."""
     folder, class_name = name.split(".")
     path = f"transformers.models.{folder}.modeling_{folder}"
     module = pytest.importorskip(path, reason="a newer transformers has it")
@@ -378,7 +378,7 @@ def test_gate_functions_of_their_own(name: str) -> None:
 
 
 def test_an_option_that_is_not_known_is_refused(experts: Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a later transformers lets experts say of themselves would otherwise be left out without a word."""
+    """What a later transformers lets experts say of themselves must not be left out."""
     import transformers.integrations.moe as moe
 
     def later(experts_class: type, *, has_bias: bool = False, has_more: bool = False) -> None: ...
@@ -399,7 +399,7 @@ def plain() -> Module:
 
 @pytest.fixture
 def fp8(plain: Module) -> Module:
-    """With experts in FP8, as transformers keeps those of an FP8 checkpoint; ``plain`` gets what they stand for."""
+    """With experts as of an FP8 checkpoint; ``plain`` gets what they stand for."""
     fp8 = models.with_fp8_experts(copy.deepcopy(plain))
     for there, here in zip(models.experts_modules(plain), models.experts_modules(fp8), strict=True):
         for name in integration.WEIGHTS:
@@ -411,7 +411,7 @@ def fp8(plain: Module) -> Module:
 
 
 def test_fp8_experts_become_mxfp8(plain: Module, fp8: Module) -> None:
-    """Without a bf16 copy of the model, and to the bit as from what the FP8 stands for, lazily and in place."""
+    """To the bit as from what the FP8 stands for, lazily and in place."""
     expected = logits(plain, "hybrid_mxfp8")
     assert torch.equal(logits(fp8, "hybrid_mxfp8"), expected)
     before = sum(t.nbytes for module in models.experts_modules(fp8) for t in module.parameters())
@@ -454,7 +454,7 @@ def test_fp8_experts_whose_blocks_mix_gate_and_up() -> None:
 
 @pytest.mark.parametrize("version", ["5.6.2", "4.57.6", None])
 def test_older_transformers_are_refused(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have the interface, but their models take no name from it: better said here than by the model."""
+    """They have the interface, but their models take no name from it."""
     import transformers
 
     if version is None:

@@ -1,4 +1,5 @@
-"""The scripts behind make: which PyTorch the environment gets, and that no failing half of the tests is lost.
+"""The scripts behind make: which PyTorch the environment gets, and that no failing half of the
+tests is lost.
 
 Stand-ins for python, pip, pytest and nvidia-smi write down how they are called.
 """
@@ -65,7 +66,7 @@ def make_environment(tmp_path: Path, *, gpu: bool, base_torch: bool, pip: str = 
 
 
 def test_a_gpus_own_pytorch_is_used(tmp_path: Path) -> None:
-    """The machine's PyTorch fits its driver: none is installed over it, and constraints hold it where it is."""
+    """The machine's PyTorch fits its driver: none is installed over it, and constraints hold it."""
     venv, *installs = make_environment(tmp_path, gpu=True, base_torch=True)
     assert venv == "venv --system-site-packages .venv"
     assert not [line for line in installs if "torch" in line]
@@ -109,7 +110,7 @@ def test_a_second_run_keeps_the_environment(tmp_path: Path) -> None:
     ("interpreted", "compiled", "expected"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (5, 0, 1), (0, 5, 1), (2, 2, 1)]
 )
 def test_either_half_fails_the_whole(tmp_path: Path, interpreted: int, compiled: int, expected: int) -> None:
-    """Exit code 5, no tests found, is a failure where there are files. No cache is outside the checkout."""
+    """Exit code 5, no tests found, is a failure. No cache is outside the checkout."""
     root = checkout(tmp_path)
     script(root / "tests" / "codegen" / "test_a.py", "")
     (root / "tests" / "gpu").mkdir()

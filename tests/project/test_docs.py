@@ -1,4 +1,4 @@
-"""The pages in docs/: their Python runs as printed, their commands too, and their links lead somewhere."""
+"""The pages in docs/: Python and commands run as printed, links lead somewhere."""
 
 from __future__ import annotations
 

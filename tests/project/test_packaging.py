@@ -1,4 +1,4 @@
-"""What gets installed, and each way of getting it: from a checkout, as a wheel, in place; and no work at import."""
+"""What gets installed, each way of getting it, and no work at import."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_wheel_holds_every_file_and_one_top_level_name(wheel: Path) -> None:
 
 
 def test_import_brings_nothing_but_its_own_modules(tmp_path: Path) -> None:
-    """No Triton, no compiler, no CUDA context, nothing but torch: few modules, which load in no time."""
+    """No Triton, no compiler, no CUDA context, nothing but torch, and few modules."""
     program = [sys.executable, "-c", REPORT_IMPORTS]
     new, cuda = json.loads(run(program, tmp_path, PYTHONPATH=str(ROOT)))
     assert all(name.startswith("hybrid_mxfp8") for name in new), new

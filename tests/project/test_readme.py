@@ -1,4 +1,4 @@
-"""What the README promises: its example runs, its table of variables is env.py's, its links lead somewhere."""
+"""The README: its example runs, its table of variables is env.py's, links lead somewhere."""
 
 from __future__ import annotations
 

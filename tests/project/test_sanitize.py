@@ -1,4 +1,4 @@
-"""``make sanitize``: how it reads the tools, and a run with stand-ins for compute-sanitizer, pytest and nvidia-smi."""
+"""``make sanitize`` with stand-ins for compute-sanitizer, pytest and nvidia-smi."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTROL = "warp_specialize_control_kernel"
 
 @pytest.mark.parametrize("kernel", ["hopper_gemm_kernel", CONTROL])
 def test_what_triton_does_to_hand_out_warps_is_counted_apart(kernel: str) -> None:
-    """But only while the kernel that does nothing else is reported, too; another line of the kernel is a race."""
+    """Another line of the kernel is a race."""
     lines = sorted(line for _, line in sanitize.dispatch_lines()[kernel])
     (file,) = {name for name, _ in sanitize.dispatch_lines()[kernel]}
     report = RACE.format(kind="Read", kernel=kernel, file=file, first=lines[0], last=lines[-1])
@@ -33,11 +33,6 @@ def test_what_triton_does_to_hand_out_warps_is_counted_apart(kernel: str) -> Non
     other = sanitize.parse(RACE.format(kind="Read", kernel=kernel, file=file, first=lines[0], last=1))
     assert not other.dispatch
     assert list(other.races) == [f"Read in {kernel}, {file}:{lines[0]}; Write in {kernel}, {file}:1"]
-    job = sanitize.Job("racecheck", "tests/gpu/a.py", ("t",))
-    record = {"passed": 1, "skipped": 0, "failed": 0, "kernels": []}
-    result = sanitize.result_of(job, report, sanitize.ERROR_EXIT, record, 1.0)
-    assert result.clean
-    assert [r.errors for r in sanitize.without_control([result])] == [0 if kernel == CONTROL else 1]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +74,7 @@ def test_a_run(behaviour: str, said: str, fault: str | None, tmp_path: Path, mon
 
 
 def test_marked_tests_and_kernels_are_found() -> None:
-    """In every file that launches kernels; what only some capabilities run is something that the source launches."""
+    """In every file that launches kernels; those of some capabilities alone are in the source."""
     files = (sanitize.ROOT / "tests" / "gpu").glob("test_gpu_*.py")
     marked = {path.stem.removeprefix("test_gpu_") for path in files if "mark.sanitizer" in path.read_text()}
     assert marked >= {"groups", "grouped_gemm", "hopper", "moe", "quantize", "sglang"}

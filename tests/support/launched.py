@@ -1,7 +1,9 @@
-"""A pytest plugin that writes down what a run did: outcomes of its tests, and which kernels it launched.
+"""A pytest plugin that writes down what a run did: outcomes of its tests, and which kernels it
+launched.
 
-``PYTHONPATH=tests/support pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped": .., "failed": .., "kernels":
-[..]}`` there. A process that dies leaves no file, which is how its caller tells.
+``PYTHONPATH=tests/support pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped":
+.., "failed": .., "kernels": [..]}`` there. A process that dies leaves no file, which is how its
+caller tells.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""``make sanitize``: the GPU tests marked ``sanitizer`` under each tool of NVIDIA's compute-sanitizer, with a report.
+"""``make sanitize``: the GPU tests marked ``sanitizer`` under each tool of NVIDIA's
+compute-sanitizer, with a report.
 
-The tests are split by file, and further where a tool is slow, and run in a few processes at once, each with a time
-limit. Before them the same tests run once with no tool: that fills the compilers' caches, and shows what fails by
-itself. The report says what ran, what was found and which kernels were launched under which tool. The exit status is 0
-only if every test passed or was skipped, every tool came to its summary with nothing found, and every kernel that
-this GPU can run was launched under every tool.
+The tests are split by file, and further where a tool is slow, and run in a few processes at once,
+each with a time limit. Before them the same tests run once with no tool: that fills the
+compilers' caches, and shows what fails by itself. The report says what ran, what was found and
+which kernels were launched under which tool. The exit status is 0 only if every test passed or
+was skipped, every tool came to its summary with nothing found, and every kernel that this GPU can
+run was launched under every tool.
 """
 
 from __future__ import annotations
@@ -66,12 +68,14 @@ CONTROL = ROOT / "tests" / "gpu" / "test_gpu_racecheck.py"
 
 @functools.cache
 def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
-    """Of each kernel that specializes warps, the lines (file, number) that Triton's own code for it is attributed to.
+    """Of each kernel that specializes warps, the lines (file, number) that Triton's own code for
+    it is attributed to.
 
-    There the default warps leave a byte in shared memory that says which partition each other warp is to run, and these
-    read it. Racecheck reports that as a race, though a barrier of the whole block stands between each write and the read,
-    which tests/codegen/test_codegen_hopper.py reads in the machine code. Reports of such places alone are counted apart,
-    and only while the control, a kernel that does nothing else, is reported too. What a kernel itself does with
+    There the default warps leave a byte in shared memory that says which partition each other
+    warp is to run, and these read it. Racecheck reports that as a race, though a barrier of the
+    whole block stands between each write and the read, which tests/codegen/test_codegen_hopper.py
+    reads in the machine code. Reports of such places alone are counted apart, and only while the
+    control, a kernel that does nothing else, is reported too. What a kernel itself does with
     shared memory is on other lines.
     """
     lines: dict[str, set[tuple[str, int]]] = {}
@@ -81,7 +85,8 @@ def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
                 continue
             calls = [node.lineno for node in ast.walk(function) if _specializes(node)]
             if calls:
-                # A choice between two such calls that is made while compiling may be given in their place.
+                # A choice between two such calls that is made while compiling may be given in
+                # their place.
                 choices = [
                     node.lineno
                     for node in ast.walk(function)
@@ -98,9 +103,11 @@ def _specializes(node: ast.AST) -> bool:
 
 @dataclass
 class Findings:
-    """One process's output: how much its tool reported and where, and whether the tool came to its end.
+    """One process's output: how much its tool reported and where, and whether the tool came to
+    its end.
 
-    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel; ``races``: the places of the others.
+    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel; ``races``: the
+    places of the others.
     """
 
     reported: int = 0
@@ -125,7 +132,7 @@ _PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x
 
 
 def parse(text: str) -> Findings:
-    """What compute-sanitizer printed among a program's own lines, some of which are rows of = too."""
+    """What compute-sanitizer printed among a program's own lines."""
     found = Findings()
     for report in text.split("Race reported between ")[1:]:
         kernel, places = _race(report)
@@ -150,7 +157,7 @@ def parse(text: str) -> Findings:
 
 
 def _race(report: str) -> tuple[str | None, str]:
-    """The kernel of a report whose places are all of :func:`dispatch_lines`, else None; and the places."""
+    """The kernel, if all places are of :func:`dispatch_lines`; and the places."""
     first, *others = report.splitlines()
     following = itertools.takewhile(lambda line: re.match(r"=========\s+and ", line), others)
     lines = [first, *following]
@@ -200,7 +207,7 @@ def command(sanitizer: str, help_text: str, job: Job, pytest: str, record: Path)
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a job: PyTorch must give each tensor an allocation of its own, or its neighbours hide a fault."""
+    """Of a job: each tensor is an allocation of its own, or its neighbours hide a fault."""
     path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))))
     changes = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(threads)}
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
@@ -262,7 +269,7 @@ class Result:
 
 
 def result_of(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
-    """The result of a job's output, exit status (None: stopped at its time limit) and record of its tests (None: it left none)."""
+    """A job's result; no status: it was stopped at its limit, no record: it left none."""
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
     errors = found.reported - sum(found.dispatch.values())
     result = Result(job.tool, job.file, len(job.tests), errors=errors, seconds=round(seconds, 1))
@@ -290,7 +297,8 @@ def result_of(job: Job, output: str, status: int | None, record: Mapping[str, An
 def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path, limit: float) -> Result:
     """Run a job to its end or its time limit."""
     started = time.monotonic()
-    # A session of its own, so that the limit ends the sanitizer, the tests and their compilers alike.
+    # A session of its own, so that the limit ends the sanitizer, the tests and their compilers
+    # alike.
     process = subprocess.Popen(
         argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -308,7 +316,7 @@ def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path,
 def run_jobs(
     jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float, deadline: float
 ) -> list[Result]:
-    """Run all, ``workers`` at a time; those that can't start before the deadline (monotonic, s) count as not run."""
+    """Run all, ``workers`` at a time; not run are those that can't start before the deadline."""
     asked = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
     env = environment(max(1, (os.cpu_count() or 1) // workers))
 
@@ -329,7 +337,7 @@ def run_jobs(
 
 
 def without_control(results: Sequence[Result]) -> list[Result]:
-    """The results, with what was counted apart as errors after all if the control's kernel was not reported."""
+    """The results; what was counted apart are errors if the control's kernel was not reported."""
     control = {kernel for kernel, lines in dispatch_lines().items() if CONTROL.name in {name for name, _ in lines}}
     if any(control & set(result.dispatch) for result in results):
         return list(results)
