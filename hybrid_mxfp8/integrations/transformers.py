@@ -239,19 +239,21 @@ def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch
     reason = why_not(module)
     if reason is not None:
         fail("experts", "must be SwiGLU experts", f"{type(module).__name__}: {reason}")
-    options = {"activation": _activation(module), "backend": backend}
+    activation = _activation(module)
+    assert activation is not None, "why_not has found one"
     with torch.no_grad():
         if _is_fp8(module):
             w13q, w2q = (
                 quantize_fp8_blocks(getattr(module, w), getattr(module, s), device=device, backend=backend)
                 for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
             )
-            return MXFP8Experts(w13q, w2q, **options)
+            return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         if module.is_transposed:
             w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
         w13_bias, w2_bias = biases or (None, None)
-        return MXFP8Experts.from_weights(w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, **options)
+        bias = {"w13_bias": w13_bias, "w2_bias": w2_bias}
+        return MXFP8Experts.from_weights(w13, w2, **bias, activation=activation, backend=backend)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_a_meta_model_is_quantized_and_loaded() -> None:
 
 
 def test_layers_move_one_by_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """To meta, which stands for a GPU: never more than one layer's unquantized experts are there."""
+    """To meta, which stands for a GPU: never more than one layer's unquantized experts."""
     model = models.make("Qwen3-MoE")
     seen: list[tuple[str, ...]] = []
     from_weights = mx.MXFP8Experts.from_weights

@@ -127,8 +127,8 @@ def quality(
     found = []
     for xe, we, xq, wq, y in zip(split_x, w, split_xq, w_quantized, split_y, strict=True):
         truth = xe.double() @ we.double().T
-        dbs = (signal_to_noise_db(*pair) for pair in ((xe, xq), (we, wq), (truth, y)))
-        found.append(Quality(*dbs, calc_diff(truth, y)))
+        x_db, w_db, product_db = (signal_to_noise_db(*pair) for pair in ((xe, xq), (we, wq), (truth, y)))
+        found.append(Quality(x_db, w_db, product_db, calc_diff(truth, y)))
     return found
 
 
@@ -174,6 +174,6 @@ def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> l
         spoiled = x.clone()
         spoiled[row, column] *= factor
         kept = (quantize_grouped(spoiled, groups, backend=backend).dequantize(), per_tensor_fp8(spoiled))
-        dbs = (signal_to_noise_db(x[others], left[others]) for left in kept)
-        effects.append(OutlierEffect(abs(float(spoiled[row, column])) / rms, *dbs))
+        mxfp8_db, fp8_db = (signal_to_noise_db(x[others], left[others]) for left in kept)
+        effects.append(OutlierEffect(abs(float(spoiled[row, column])) / rms, mxfp8_db, fp8_db))
     return effects
