@@ -294,10 +294,8 @@ class _Conversion:
 
 
 def _energy(x: torch.Tensor) -> float:
-    """The sum of squares, in fp32 where that neither overflows nor loses what is small."""
-    x = x.float()
-    energy = float(x.square().sum())
-    return energy if 1e-20 < energy < 1e30 else float(x.double().square().sum())
+    """The sum of squares, accumulated in float64 without a copy of x."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _take_quantizations(config: dict[str, Any]) -> list[Any]:
