@@ -36,10 +36,10 @@ FUZZ ?=
 fuzz: $(VENV)/.ready ## random sequences of calls, all backends compared, on all cores or the GPU: MINUTES=30 SEED=...
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ)
 
-# Options of tests/sanitize.py: SANITIZE="--jobs 8 --tools memcheck --out FOLDER".
+# Options of tests/support/sanitize.py: SANITIZE="--jobs 8 --tools memcheck --out FOLDER".
 SANITIZE ?=
 sanitize: $(VENV)/.ready ## on a GPU: every kernel under compute-sanitizer's four tools; report in bench/results
-	$(BIN)/python tests/sanitize.py $(SANITIZE)
+	$(BIN)/python tests/support/sanitize.py $(SANITIZE)
 
 lint: $(VENV)/.ready-lint ## ruff and mypy
 	$(BIN)/ruff check .

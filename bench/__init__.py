@@ -1,9 +1,9 @@
-"""The benchmark suite: ``python -m bench`` from the repository's root, or ``python -m hybrid_mxfp8 bench``.
+"""The benchmark suite: ``python -m bench`` from the root, or ``python -m hybrid_mxfp8 bench``.
 
-It is not part of the wheel. Modules import one another relatively, so that both ways of running it work.
+It is not part of the wheel. Modules import one another relatively, so that both ways work.
 
 - shapes: what is measured; work: its bytes and flops; timing: how; limits: what the card can do
 - bench_quantize, bench_grouped_gemm, bench_pipeline, bench_moe: inputs and contenders of one case
 - peers: the baselines and other libraries behind one interface
-- run: the loop over cases; report, plots, targets: what comes of the rows; model: what can't be run here
+- run: the loop; report, plots, targets: what comes of the rows; model: what can't be run here
 """

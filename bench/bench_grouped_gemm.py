@@ -1,7 +1,9 @@
-"""The contenders of a GEMM case: this library's backends, torch's bf16 ``_grouped_mm`` as the baseline, and peers.
+"""The contenders of a GEMM case: this library's backends, torch's bf16 ``_grouped_mm`` as the
+baseline, and peers.
 
-Inputs are random normal, the weights made on the GPU and kept while cases of the same shape follow. Where the bf16
-weights beside ours would not fit in memory, the case takes fewer experts and its note says so.
+Inputs are random normal, the weights made on the GPU and kept while cases of the same shape
+follow. Where the bf16 weights beside ours would not fit in memory, the case takes fewer experts
+and its note says so.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ CHECKED_ROWS = 8
 MAX_DIFF = 2e-3
 """calc_diff of an MXFP8 product of normal data against the unquantized one is near 7e-4."""
 MEMORY_SHARE = 0.8
-"""Of the free memory, for inputs; the rest is for outputs that contenders allocate, and for graphs."""
+"""Of the free memory, for inputs; the rest is for contenders' outputs and for graphs."""
 
 BACKENDS = ("cutlass", "triton")
 
@@ -65,7 +67,7 @@ class WeightStore:
         self._key = self._weights = None
 
     def kept_bytes(self, num_experts: int, n: int, k: int) -> int:
-        """Memory of the kept weights if they have this shape; otherwise they are freed, and it is 0."""
+        """Memory of the kept weights if they have this shape; else they are freed."""
         if self._key is None or self._key[:3] != (num_experts, n, k):
             self.clear()
             return 0
@@ -91,8 +93,8 @@ def token_bytes(case: Case) -> int:
 def plan_sets(case: Case, l2_bytes: int) -> tuple[int, int]:
     """(sets of tokens, sets of weights).
 
-    Sets differ in which experts have tokens, so even where few experts are active, few sets leave the L2 cache
-    behind; weights that fit in it entirely are rotated too.
+    Sets differ in which experts have tokens, so even where few experts are active, few sets leave
+    the L2 cache behind; weights that fit in it entirely are rotated too.
     """
     job = work.gemm(counts_of_set(case, 0), case.n, case.k)
     sets = max(num_sets(job.bytes, l2_bytes), 2)

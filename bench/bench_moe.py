@@ -1,7 +1,8 @@
 """The contenders of a moe case: one layer's experts, tokens and routing in, tokens out.
 
-The baseline is the same layer in bf16 as transformers computes it (``experts_implementation="grouped_mm"``): sort, gather,
-torch's grouped_mm, activation, grouped_mm, weighted sum, each a kernel of its own. The router is part of neither.
+The baseline is the same layer in bf16 as transformers computes it
+(``experts_implementation="grouped_mm"``): sort, gather, torch's grouped_mm, activation,
+grouped_mm, weighted sum, each a kernel of its own. The router is part of neither.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .timing import num_sets
 BASELINE = "transformers bf16 grouped_mm"
 CHECKED_TOKENS = 4
 MIN_SNR_DB = 22.0
-"""Of normal data; ``moe_forward`` documents 23.6 to 23.8 dB, over many more elements than are checked here."""
+"""Of normal data; ``moe_forward`` documents 23.6 to 23.8 dB, over many more elements."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rotating sets: x (M, H) bf16, ids (M, top_k) int64, weights (M, top_k) fp32, out (M, H); and set 0's (E,) counts."""
+    """Rotating sets: x (M, H), ids and weights (M, top_k), out (M, H); set 0's (E,) counts."""
 
     x: list[torch.Tensor]
     ids: list[torch.Tensor]
@@ -119,7 +120,7 @@ def set_bytes(case: Case) -> int:
 
 
 def plan_sets(case: Case, l2_bytes: int) -> int:
-    """Sets of tokens, routed to different experts, so that they leave the L2 cache behind together."""
+    """Sets of tokens, routed to different experts: together they leave the L2 cache behind."""
     active = min(case.num_experts, case.num_tokens * case.top_k)
     counts = [1] * active
     return max(num_sets(work.moe(counts, case.num_tokens, case.k, case.n).bytes, l2_bytes), 2)
@@ -214,7 +215,7 @@ def _ours(case: Case, layer: Layer, inputs: Inputs, backend: str) -> Contender:
 
 
 def _transformers(case: Case, layer: Layer, inputs: Inputs) -> Contender:
-    """transformers' function on an experts module of its own, which has whatever attributes its version asks for."""
+    """transformers' function on an experts module with what its version asks for."""
     from transformers import Qwen3MoeConfig
     from transformers.integrations.moe import grouped_mm_experts_forward
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

@@ -2,9 +2,9 @@
 
 | variant | ours | baseline | also |
 | --- | --- | --- | --- |
-| plain | quantize_grouped | a bf16 copy of the same bytes | other quantizers; the same with operands in L2 |
-| counts | quantize_grouped of counts | quantize_grouped alone | GroupLayout.from_counts, then quantize_grouped |
-| gather | quantize_grouped(row_index=) | index_select, then quantize_grouped | quantize_grouped of rows in place |
+| plain | quantize_grouped | a bf16 copy of the same bytes | other quantizers; operands in L2 |
+| counts | quantize_grouped of counts | quantize_grouped alone | from_counts, then the same |
+| gather | quantize_grouped(row_index=) | index_select, then the same | rows in place |
 | swiglu | quantize_grouped(activation="swiglu") | silu_mul, then quantize_grouped | |
 """
 
@@ -41,7 +41,7 @@ SWIGLU = "quantize_grouped with swiglu"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case ready to be timed: as it will run, its contenders, the baseline's name, the number of input sets and our job."""
+    """A case ready to be timed, with its contenders, the baseline's name, sets and our job."""
 
     case: Case
     field: Field
@@ -105,7 +105,7 @@ def check_rows(expected: Callable[[torch.Tensor], torch.Tensor], out: mx.Grouped
 
 
 def check_swiglu(x: torch.Tensor, out: mx.GroupedMXFP8) -> Callable[[], str]:
-    """A check by signal-to-noise: exp may differ from PyTorch's in the last bit, so bytes may differ too."""
+    """A check by signal-to-noise: exp, and so bytes, may differ from PyTorch's."""
 
     def check() -> str:
         tokens = out.values.shape[0]
@@ -204,7 +204,7 @@ def _gather(
     capability: tuple[int, int],
     l2_bytes: int,
 ) -> tuple[Field, str]:
-    """The gather reads a random permutation of the rows: every row is read once, as in the plain job."""
+    """The gather reads a random permutation: every row is read once, as in the plain job."""
     tokens = case.num_tokens
     generator = torch.Generator(device=x[0].device).manual_seed(SEED)
     order = [torch.randperm(tokens, device=x[0].device, generator=generator).to(torch.int32) for _ in x]

@@ -2,8 +2,9 @@
 
     python bench/cutlass_host_time.py
 
-The call is the real one up to the launch of the SM100 kernel, which another GPU cannot take: Python launcher, checks,
-arguments, launch of the prepare kernel and encoding of descriptors. Add about 3 µs for the launch that is missing.
+The call is the real one up to the launch of the SM100 kernel, which another GPU cannot take:
+Python launcher, checks, arguments, launch of the prepare kernel and encoding of descriptors. Add
+about 3 µs for the launch that is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CALLS, BATCHES = 200, 50
 
 
 def main() -> None:
-    """Print the median and the best time of a call, with and without a workspace of the caller's."""
+    """Print the median and best time of a call, with and without a workspace of the caller's."""
     walker = jit.load(cutlass_modules.argument_walker())
     stand_in = SimpleNamespace(
         grouped_gemm=walker.everything_but_the_gemm,

@@ -1,9 +1,10 @@
-"""What the card can do: ceilings measured in the same run by plain PyTorch calls, and datasheet numbers as labels.
+"""What the card can do: ceilings measured in the same run by plain PyTorch calls, and datasheet
+numbers as labels.
 
-The limit of a job is the larger of its bytes at the fastest streaming rate seen here and its flops at the rate of
-a large dense bf16 matmul, times what the operands' precision gains in the matrix unit; percent of limit is that
-time over the measured one. MXFP8 gains nothing on Hopper, which has no block-scaled matrix unit, and a factor of
-two from compute capability 10 on.
+The limit of a job is the larger of its bytes at the fastest streaming rate seen here and its
+flops at the rate of a large dense bf16 matmul, times what the operands' precision gains in the
+matrix unit; percent of limit is that time over the measured one. MXFP8 gains nothing on Hopper,
+which has no block-scaled matrix unit, and a factor of two from compute capability 10 on.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""A model of the grouped GEMM on a card that is not at hand: waves, bytes, MMA time. Everything it says is modelled.
+"""A model of the grouped GEMM on a card that is not at hand: waves, bytes, MMA time. Everything
+it says is modelled.
 
 For exact group sizes, one tile configuration and one card::
 
-    tiles  = sum over experts of ceil(N / 128) * ceil(tokens / token_tile), rounded up to whole clusters
-    waves  = ceil(clusters of tiles / clusters that fit on the card)
+    tiles  = sum over experts of ceil(N / 128) * ceil(tokens / token_tile), rounded up to whole
+    clusters waves  = ceil(clusters of tiles / clusters that fit on the card)
     step   = max(MMA time, time to bring the step's operands from L2)       one step is 128 of K
     compute = waves * (steps * step + what the epilogue does not hide)
     memory  = bytes of :func:`work.gemm` / streaming rate
     time    = max(compute, memory) + launch
 
-The constants come from datasheets and from published figures other than those that the model is then compared
-with, so the comparison can fail. It explains :func:`hybrid_mxfp8.cutlass_kernels.config.select_config`, whose own model knows only
-the average group: the choice is shown with this model's time for it, beside the best that this model finds.
+The constants come from datasheets and from published figures other than those that the model is
+then compared with, so the comparison can fail. It explains
+:func:`hybrid_mxfp8.cutlass_kernels.config.select_config`, whose own model knows only the average
+group: the choice is shown with this model's time for it, beside the best that this model finds.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ EXPLAINED_TOKENS = (1, 128, 1024, 8192)
 
 
 class TileConfig(Protocol):
-    """What the model needs of a configuration; ``hybrid_mxfp8.cutlass_kernels.config.GemmConfig`` is one."""
+    """What the model needs of a configuration, such as ``cutlass_kernels.config.GemmConfig``."""
 
     @property
     def cta_group(self) -> int:
@@ -92,7 +94,8 @@ B200 = Card(
     name="B200",
     sms=148,
     clock_ghz=1.85,
-    # The best published dense MXFP8 rate, 3201 TFLOP/s; the datasheet's 4500 would be 8192 at this clock.
+    # The best published dense MXFP8 rate, 3201 TFLOP/s; the datasheet's 4500 would be 8192 at
+    # this clock.
     macs_per_cycle=3201e12 / 2 / 148 / 1.85e9,
     l2_bytes_per_cycle=40,  # assumed: about 11 TB/s for the whole card
     streaming_tb_s=6.2,  # the best published rate of an MXFP8 quantizer, 131072 x 7168; the datasheet says 8
@@ -101,7 +104,7 @@ B200 = Card(
 )
 
 EXPOSED_DRAIN_AT_256 = 0.5
-"""Two accumulators of 256 columns leave no tensor memory for the scales, so half of that epilogue is not hidden."""
+"""Two accumulators of 256 columns leave no memory for scales: half the epilogue is not hidden."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: in
     steps = math.ceil(k / TILE_K)
 
     mma = WEIGHT_ROWS * config.token_tile * TILE_K / card.macs_per_cycle
-    # Weights are shared along the tokens of a cluster, tokens along its N; a pair of SMs is a cluster of 2 along N.
+    # Weights are shared along the tokens of a cluster, tokens along its N; a pair of SMs is a
+    # cluster of 2 along N.
     fetch = TILE_K * (WEIGHT_ROWS / along_tokens + config.token_tile / along_n) / card.l2_bytes_per_cycle
     drain = card.drain_cycles_per_column * config.token_tile
     exposed = drain * EXPOSED_DRAIN_AT_256 if config.token_tile >= 256 else 0.0
@@ -181,7 +185,7 @@ def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: in
 
 @dataclass(frozen=True)
 class Published:
-    """A figure that others published for a B200, and the configuration that it is compared under."""
+    """A figure that others published for a B200, and the configuration to compare it under."""
 
     who: str
     counts: tuple[int, ...]
@@ -219,7 +223,7 @@ def against_published(card: Card = B200) -> list[tuple[Published, Prediction]]:
 
 
 def random_counts(tokens: int, experts: int, seed: int = 0) -> tuple[int, ...]:
-    """(E,) counts of rows that each pick an expert at random, evenly: what select_config expects."""
+    """(E,) counts of rows that each pick an expert at random, as select_config expects."""
     draws = np.random.default_rng(seed).multinomial(tokens, np.full(experts, 1 / experts))
     return tuple(int(c) for c in draws)
 
@@ -240,7 +244,7 @@ def best(
 
 @dataclass(frozen=True)
 class Explanation:
-    """A choice of select_config, with this model's time for it and for the best that this model knows."""
+    """A choice of select_config, with this model's time for it and for the best it knows."""
 
     shape: str
     chosen: str
@@ -255,7 +259,7 @@ class Explanation:
 
 
 def explain(card: Card = B200) -> list[Explanation]:
-    """select_config's choices over the models' shapes, randomly routed; empty in a version without it."""
+    """select_config's choices over the models' shapes, randomly routed; empty without one."""
     config = _selector()
     if config is None:
         return []

@@ -1,7 +1,9 @@
-"""Baselines and other libraries behind one interface: a list of contenders, and the absent ones with the reason.
+"""Baselines and other libraries behind one interface: a list of contenders, and the absent ones
+with the reason.
 
-A peer is named absent when it is not installed or says that it can't run on this card; one that is tried and
-fails is reported by timing with its error. Nothing here is imported before it is asked for.
+A peer is named absent when it is not installed or says that it can't run on this card; one that
+is tried and fails is reported by timing with its error. Nothing here is imported before it is
+asked for.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ class Contender:
         work: bytes and flops that it needs.
         ours: whether it is this library.
         precision: of the operands that the matrix unit multiplies.
-        warm: whether its operands stay in the L2 cache; then memory is not its limit, nor the baseline its measure.
+        warm: whether its operands stay in the L2 cache; then memory is not its limit, nor the
+            baseline its measure.
         note: what a reader must know to compare it.
-        check: says how its result of set 0 compares with the truth; raises AssertionError when it is wrong.
+        check: says how its result of set 0 compares with the truth; raises AssertionError when it
+            is wrong.
     """
 
     name: str
@@ -59,7 +63,7 @@ Field = list["Contender | Absent"]
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """Rotating sets of one quantize case: x (T, K) bf16, its groups, our output buffers, and the (E,) counts."""
+    """Rotating sets of a quantize case: x (T, K) bf16, its groups, our outputs, (E,) counts."""
 
     x: Sequence[torch.Tensor]
     groups: Sequence[mx.GroupLayout]
@@ -71,8 +75,8 @@ class QuantizeInputs:
 class GemmInputs:
     """Rotating sets of one GEMM case.
 
-    x (T, K) bf16 and quantized, w (E, N, K) bf16 and quantized, ends (E,) int32 as ``_grouped_mm`` takes them,
-    y (T, N) bf16, and the (E,) counts.
+    x (T, K) bf16 and quantized, w (E, N, K) bf16 and quantized, ends (E,) int32 as
+    ``_grouped_mm`` takes them, y (T, N) bf16, and the (E,) counts.
     """
 
     x: Sequence[torch.Tensor]

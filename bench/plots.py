@@ -1,4 +1,4 @@
-"""Pictures from a record: time against tokens, and percent of the card's limit against tokens. Needs matplotlib."""
+"""Pictures from a record: time and percent of the card's limit against tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Series = dict[str, list[Row]]
 
 
 def panels(rows: Sequence[Row], kind: str) -> dict[str, Series]:
-    """Rows of one kind by shape, where an evenly spread, plain job was measured at enough numbers of tokens.
+    """Rows of one kind by shape, where an evenly spread, plain job was measured at enough numbers
+    of tokens.
 
     The shapes with most points come first.
     """
@@ -49,7 +50,8 @@ def panels(rows: Sequence[Row], kind: str) -> dict[str, Series]:
 
 
 def draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Two pictures a kind, ``STEM-KIND-time.png`` and ``STEM-KIND-limit.png``; returns what was written.
+    """Two pictures a kind, ``STEM-KIND-time.png`` and ``STEM-KIND-limit.png``; returns what was
+    written.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,7 +1,7 @@
 """Rows to JSON and markdown.
 
-The JSON is the record: what a run printed, with card, versions, date and method. Tables and plots are made from it
-alone, so they can be made again anywhere.
+The JSON is the record: what a run printed, with card, versions, date and method. Tables and plots
+are made from it alone, so they can be made again anywhere.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str | None:
-    """The repository's commit, with ``+`` if tracked files differ from it; None outside a git checkout."""
+    """The repository's commit, with ``+`` if tracked files differ; None outside of one."""
     if shutil.which("git") is None:
         return None
 

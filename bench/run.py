@@ -1,7 +1,7 @@
 """The command line and the loop over cases.
 
-Cases of the targets come first, and the record is written after every case: a run that is cut short, by its time
-budget or from outside, keeps what it has.
+Cases of the targets come first, and the record is written after every case: a run that is cut
+short, by its time budget or from outside, keeps what it has.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_args(argv))
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough; without this Python would complain once more when it exits.
+        # The reader, `head` say, has seen enough; without this Python would complain once more
+        # when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -169,7 +170,7 @@ def _conclude(record: dict[str, Any], path: Path, with_plots: bool) -> int:
 
 
 def free_gpu_bytes() -> int:
-    """Memory of the current GPU that a case can have: what no process uses, and what the allocator only keeps."""
+    """Memory that a case can have: what no process uses, and what the allocator only keeps."""
     import torch
 
     return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
@@ -202,7 +203,8 @@ class Suite:
         self._layers.clear()
 
     def add(self, case: Case, record: dict[str, Any]) -> None:
-        """Measure a case into the record: its rows, absent peers once each, or why it could not be prepared.
+        """Measure a case into the record: its rows, absent peers once each, or why it could not
+        be prepared.
 
         Raises:
             RuntimeError: the GPU no longer answers; no later case could be trusted.

@@ -21,7 +21,8 @@ ACTIVE_SHARE_WHEN_MOSTLY_EMPTY = 16
 
 
 def tokens_per_expert(distribution: Distribution, num_tokens: int, num_experts: int, seed: int) -> list[int]:
-    """(E,) counts that sum to ``num_tokens``; the seed only moves them among experts, so every seed costs the same.
+    """(E,) counts that sum to ``num_tokens``; the seed only moves them among experts, so every
+    seed costs the same.
 
     - uniform: as even as integers allow
     - zipf: the expert of rank r gets a share proportional to 1/r
@@ -51,7 +52,7 @@ def tokens_per_expert(distribution: Distribution, num_tokens: int, num_experts: 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One mixture-of-experts layer: E experts of (2I, H) and (H, I), and how many of them a token visits."""
+    """A mixture-of-experts layer: E experts of (2I, H) and (H, I), of which a token visits some."""
 
     name: str
     experts: int
@@ -85,15 +86,16 @@ class Case:
     """One comparison: contenders that do the same job on the same inputs, timed in turns.
 
     Attributes:
-        kind: quantize, gemm, pipeline (quantize then GEMM), or moe (a whole layer, routing and combine included).
+        kind: quantize, gemm, pipeline (quantize then GEMM), or moe (a whole layer, routing and
+            combine included).
         source: who set the shape: ``target``, ``SGLang``, ``torchao`` or a model.
         num_tokens: T; of moe M, before routing.
         n: N; 0 for quantize; of moe I.
         k: K; of moe H.
         num_experts: E.
         distribution: of T rows over E experts.
-        variant: of quantize: ``plain``; ``counts``: with the group offsets computed in the timed call;
-            ``gather``: rows picked by index; ``swiglu``: silu(gate) * up first.
+        variant: of quantize: ``plain``; ``counts``: with the group offsets computed in the timed
+            call; ``gather``: rows picked by index; ``swiglu``: silu(gate) * up first.
         top_k: of moe, experts of a token, drawn evenly.
     """
 
@@ -176,7 +178,7 @@ def _torchao_cases() -> list[Case]:
 
 
 def _model_cases() -> list[Case]:
-    """The GEMMs of every model, and its first GEMM with the quantization before it. Cases of one weight are neighbours."""
+    """Every model's GEMMs, its first also with quantization. Cases of one weight are neighbours."""
     cases = []
     for model in MODELS:
         for index, (n, k) in enumerate(model.gemms):

@@ -29,12 +29,12 @@ GEMM_RATIOS = (1.9, 1.9, 1.6, 1.0, 1.0)
 MAX_WARM_US = 10.0
 """Jobs this short fit in an H100's L2 cache, and are judged with their operands there too.
 
-The bounds come from a prototype whose operands were: 1024x7168 over 256 experts moves 29 MB, which memory at
-3.35 TB/s can't do in the 8 µs that are wanted.
+The bounds come from a prototype whose operands were: 1024x7168 over 256 experts moves 29 MB,
+which memory at 3.35 TB/s can't do in the 8 µs that are wanted.
 """
 COUNTS_EXTRA_US = 1.0
 GATHER_RATIO = 1.03
-"""Gather may cost this factor over rows in place: the T indices read, and what equal kernels differ by in one run."""
+"""Gather may cost this factor over rows in place: T indices, and what equal kernels differ by."""
 SWIGLU_RATIO = 1.6
 HOST_US = 12.0
 MOE_RATIOS = {1: 1.8, 16: 1.8, 128: 1.8, 8192: 1.0}

@@ -1,12 +1,14 @@
 """How time is measured.
 
-Device time: each contender's calls are captured in one CUDA graph that walks through rotating input sets, together
-larger than the L2 cache, so that a call finds its operands in memory as a layer of a model does. A sample replays that
-graph twice and times the second: the first keeps the GPU busy while the host queues the second, and leaves the
-clock and the caches as steady work does. Contenders take turns, round after round, and a ratio is the median of
-the rounds' ratios, so a drift of the clock meets all alike.
+Device time: each contender's calls are captured in one CUDA graph that walks through rotating
+input sets, together larger than the L2 cache, so that a call finds its operands in memory as a
+layer of a model does. A sample replays that graph twice and times the second: the first keeps the
+GPU busy while the host queues the second, and leaves the clock and the caches as steady work
+does. Contenders take turns, round after round, and a ratio is the median of the rounds' ratios,
+so a drift of the clock meets all alike.
 
-Host time: the wall time of eager calls with no sync in between, few enough that the launch queue never fills.
+Host time: the wall time of eager calls with no sync in between, few enough that the launch queue
+never fills.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Call = Callable[[int], object]
 """One call on input set i."""
 
 L2_MULTIPLE = 2
-"""Input sets together exceed the L2 cache by this factor, where the largest number of sets allows."""
+"""Input sets together exceed L2 by this factor, where the largest number of sets allows."""
 MAX_SETS = 1024
 WINDOW_US = 2000.0
 """A graph should run about this long, so that what surrounds it does not count."""
@@ -85,7 +87,7 @@ class Device(Protocol):
         """Record ``calls`` in a graph; returns what replays it."""
 
     def sample(self, replay: Callable[[], None]) -> Callable[[], float]:
-        """Queue one untimed and one timed replay; returns what reads the µs once the device is idle."""
+        """Queue an untimed and a timed replay; returns what reads the µs once all is idle."""
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""
@@ -128,7 +130,8 @@ class CudaDevice:
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         """See :class:`Device`."""
-        # NotImplementedError, BackendUnavailableError and torch's out-of-memory error are RuntimeErrors.
+        # NotImplementedError, BackendUnavailableError and torch's out-of-memory error are
+        # RuntimeErrors.
         return (
             RuntimeError,
             TypeError,
@@ -154,7 +157,7 @@ def _triton_errors() -> tuple[type[Exception], ...]:
 
 
 def num_sets(bytes_per_set: int, l2_bytes: int) -> int:
-    """Sets that together exceed the L2 cache by ``L2_MULTIPLE``, at least 2 unless one alone does."""
+    """Sets that together exceed L2 by ``L2_MULTIPLE``, at least 2 unless one alone does."""
     wanted = L2_MULTIPLE * l2_bytes
     if bytes_per_set >= wanted:
         return 1
@@ -187,7 +190,7 @@ def summarize(samples_us: Sequence[float]) -> Timing:
 
 
 def ratio(baseline: Timing, contender: Timing) -> float:
-    """How many times as fast the contender is: the median over rounds of baseline over contender."""
+    """How many times as fast a contender is: the median of baseline over contender."""
     return statistics.median(b / c for b, c in zip(baseline.samples_us, contender.samples_us, strict=True))
 
 
@@ -205,7 +208,7 @@ def host_us(
     synchronize: Callable[[], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Median over batches of the mean wall time of an eager call, in µs; the garbage collector waits meanwhile."""
+    """Median over batches of an eager call's mean wall time, in µs; no garbage is collected."""
     batches = []
     calls, wanted = host_calls(device_us)
     collecting = gc.isenabled()

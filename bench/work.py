@@ -1,6 +1,8 @@
-"""Bytes and flops of each job, counted from the group sizes: operands read once, results written once.
+"""Bytes and flops of each job, counted from the group sizes: operands read once, results written
+once.
 
-Scales and their padding count; the few KB of offsets do not. Every function is pure and takes the (E,) counts.
+Scales and their padding count; the few KB of offsets do not. Every function is pure and takes the
+(E,) counts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def _active(counts: Sequence[int]) -> int:
 def quantize(
     counts: Sequence[int], k: int, *, itemsize: int = BF16, gather: bool = False, swiglu: bool = False
 ) -> Work:
-    """T*K read (twice that for gate and up), T*K codes and every expert's whole scale tiles written."""
+    """T*K read (twice that for gate and up), T*K codes and whole scale tiles written."""
     tokens = sum(counts)
     read = tokens * k * itemsize * (2 if swiglu else 1) + (tokens * INT32 if gather else 0)
     scales = sum(padded_scale_rows(c) for c in counts) * scale_cols(k)
@@ -40,7 +42,7 @@ def quantize(
 
 
 def gemm(counts: Sequence[int], n: int, k: int, *, out_itemsize: int = BF16) -> Work:
-    """Codes and scales of the active experts' weights and of the tokens, and the output; 2*T*N*K flops."""
+    """Codes and scales of active experts' weights and of tokens, and the output; 2*T*N*K flops."""
     tokens = sum(counts)
     weights = _active(counts) * (n * k + padded_scale_rows(n) * scale_cols(k))
     rows = tokens * (k + scale_cols(k))
@@ -60,7 +62,7 @@ def gemm_fp8_rowwise(counts: Sequence[int], n: int, k: int) -> Work:
 
 
 def moe(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: int) -> Work:
-    """A whole layer: tokens in and out in bf16 and the active experts' MXFP8 weights; no intermediate is counted."""
+    """A whole layer: tokens in and out in bf16, active experts' weights; no intermediate."""
     up = padded_scale_rows(2 * intermediate) * scale_cols(hidden)
     down = padded_scale_rows(hidden) * scale_cols(intermediate)
     weights = _active(counts) * (3 * hidden * intermediate + up + down)

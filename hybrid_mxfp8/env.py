@@ -12,13 +12,15 @@
 | ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
 | ``TRITON_INTERPRET`` | ``1`` | Triton's own variable: kernels run on the CPU through its interpreter |
 
-All are read at each call, so a change takes effect at once, except that Triton reads ``TRITON_INTERPRET`` when a
-kernel is first imported, and that a process keeps the compiler, headers and modules of the CUTLASS backend once it
-has found them.
+All are read at each call, so a change takes effect at once, except that Triton reads
+``TRITON_INTERPRET`` when a kernel is first imported, and that a process keeps the compiler, headers
+and modules of the CUTLASS backend once it has found them.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -39,25 +41,16 @@ VARIABLES: Final = (
 )
 """The table's first column."""
 
-
 _RAW: Final = getattr(os.environ, "_data", None)
-_RAW_KEYS: Final = {name: getattr(os.environ, "encodekey", str)(name) for name in (*VARIABLES, "PATH")}
-_SNAPSHOT_KEYS: Final = tuple(_RAW_KEYS.values())
-
-
-def _get(name: str) -> str:
-    """A variable of the table, empty if unset.
-
-    Asked at every call, and mostly unset: which ``os.environ`` says by way of two exceptions, in 1.7 µs where its own
-    dictionary needs 0.05. Without that dictionary, as another Python may be, it is asked itself.
-    """
-    if _RAW is not None and _RAW_KEYS[name] not in _RAW:
-        return ""
-    return os.environ.get(name, "")
+_SNAPSHOT_KEYS: Final = tuple(getattr(os.environ, "encodekey", str)(name) for name in (*VARIABLES, "PATH"))
 
 
 def snapshot() -> tuple[object, ...]:
-    """All that a choice of kernels may depend on, as it stands: to see whether anything has changed."""
+    """All that a choice of kernels may depend on, to see whether anything has changed.
+
+    Taken at every call: ``os.environ`` needs 1.7 µs for each that is unset, its own dictionary
+    0.05.
+    """
     if _RAW is not None:
         return tuple(map(_RAW.get, _SNAPSHOT_KEYS))
     return tuple(map(os.environ.get, (*VARIABLES, "PATH")))
@@ -68,45 +61,43 @@ def in_force() -> dict[str, str]:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
+@functools.cache
+def _warn_of_unknown() -> None:
+    """Name, once, variables that begin with HYBRID_MXFP8_ and mean nothing: misspelt, it seems."""
+    known = (*VARIABLES, "HYBRID_MXFP8_LOG")
+    for name in sorted(os.environ):
+        if name.startswith("HYBRID_MXFP8_") and name not in known and not name.startswith("HYBRID_MXFP8_TEST_"):
+            logging.getLogger("hybrid_mxfp8").warning("%s: no such variable, of %s", name, ", ".join(VARIABLES[:7]))
+
+
 def backend() -> str | None:
     """HYBRID_MXFP8_BACKEND, lower case; None if unset or empty."""
-    return _get("HYBRID_MXFP8_BACKEND").strip().lower() or None
+    _warn_of_unknown()
+    return os.environ.get("HYBRID_MXFP8_BACKEND", "").strip().lower() or None
 
 
 def config() -> str | None:
     """HYBRID_MXFP8_CONFIG; None if unset or empty."""
-    return _get("HYBRID_MXFP8_CONFIG").strip() or None
+    return os.environ.get("HYBRID_MXFP8_CONFIG", "").strip() or None
 
 
 def pdl() -> bool:
-    """HYBRID_MXFP8_PDL: False only for 0.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
-    """
+    """HYBRID_MXFP8_PDL: False only for 0, ValueError for neither 0 nor 1."""
     return _switch("HYBRID_MXFP8_PDL", default="1")
 
 
 def hopper_gemm() -> bool:
-    """HYBRID_MXFP8_HOPPER_GEMM: False only for 0.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
-    """
+    """HYBRID_MXFP8_HOPPER_GEMM: False only for 0, ValueError for neither 0 nor 1."""
     return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="1")
 
 
 def trust_cache() -> bool:
-    """HYBRID_MXFP8_TRUST_CACHE: True only for 1.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
-    """
+    """HYBRID_MXFP8_TRUST_CACHE: True only for 1, ValueError for neither 0 nor 1."""
     return _switch("HYBRID_MXFP8_TRUST_CACHE", default="0")
 
 
 def _switch(name: str, default: str) -> bool:
-    value = (_get(name) or default).strip()
+    value = (os.environ.get(name) or default).strip()
     if value not in ("0", "1"):
         raise ValueError(f"{name}: must be 0 or 1, got {value!r}")
     return value == "1"
@@ -114,25 +105,28 @@ def _switch(name: str, default: str) -> bool:
 
 def cutlass_dir() -> Path | None:
     """HYBRID_MXFP8_CUTLASS_DIR; None if unset or empty."""
-    value = os.environ.get("HYBRID_MXFP8_CUTLASS_DIR")
-    return _expanded(value) if value else None
+    return _folder("HYBRID_MXFP8_CUTLASS_DIR")
 
 
 def cuda_home() -> Path | None:
     """CUDA_HOME, else CUDA_PATH; None if neither is set."""
-    value = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return _expanded(value) if value else None
+    return _folder("CUDA_HOME") or _folder("CUDA_PATH")
+
+
+def _folder(name: str) -> Path | None:
+    """A variable, ~ replaced if there is a home folder: Path.expanduser raises if not."""
+    value = os.environ.get(name)
+    return Path(os.path.expanduser(value)) if value else None
 
 
 def cache_dir() -> Path:
     """Where compiled modules are kept, as an absolute path; the folder need not exist yet.
 
-    A user without a home folder (a container run under a number that no password file knows) has a folder of that number
-    in the system's folder for temporary files.
+    A user without a home folder (a container run under a number that no password file knows) has a
+    folder of that number in the system's folder for temporary files.
     """
-    value = os.environ.get("HYBRID_MXFP8_CACHE_DIR")
-    if value:
-        return _expanded(value).absolute()
+    if folder := _folder("HYBRID_MXFP8_CACHE_DIR"):
+        return folder.absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the XDG specification: relative paths are to be ignored
         base = os.path.expanduser("~/.cache")
@@ -141,18 +135,13 @@ def cache_dir() -> Path:
     return Path(base) / "hybrid_mxfp8"
 
 
-def _expanded(value: str) -> Path:
-    """With a leading ~ replaced by a home folder, if there is one; Path.expanduser would raise RuntimeError if not."""
-    return Path(os.path.expanduser(value))
-
-
 def search_path() -> list[Path]:
     """The folders of PATH."""
     return [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
 
 
 def child_environment(*, path_first: Sequence[Path] = (), **variables: str) -> dict[str, str]:
-    """This process's environment for a child of it: ``path_first`` before PATH, ``variables`` set."""
+    """The environment for a child process: ``path_first`` before PATH, ``variables`` set."""
     path = os.pathsep.join([*map(str, path_first), os.environ.get("PATH", "")])
     return {**os.environ, "PATH": path, **variables}
 

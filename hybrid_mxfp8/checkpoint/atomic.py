@@ -1,7 +1,7 @@
-"""Results on their way: written beside the name they will have, under a hidden one, and renamed when they are whole.
+"""Atomic writes: a result is written under a hidden name beside its own and renamed when whole.
 
-A process that ends early removes what it was writing. One that is killed can't; its leftover is removed by the next that
-writes the same result on the same machine.
+A process that ends early removes what it was writing. One that is killed can't; the next write of
+the same result on the same machine does it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,12 @@ from pathlib import Path
 SUFFIX = ".partial"
 
 _writing: set[Path] = set()
-"""What this process is writing now: all else under its number was left by an earlier process of that number."""
+"""What this process writes now: another file of its number is from an earlier process."""
 
 
 @contextmanager
-def partial(target: Path) -> Iterator[Path]:
-    """The hidden path beside ``target`` to write to; gone at the end if it was not renamed.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """The hidden path beside ``target`` to write to; removed at the end unless it was renamed.
 
     Raises:
         ValueError: this process is writing ``target`` already.
@@ -30,7 +31,7 @@ def partial(target: Path) -> Iterator[Path]:
     path = target.with_name(f"{_prefix(target)}{os.getpid()}{SUFFIX}")
     if path in _writing:
         raise ValueError(f"{target}: is being written by this process already")
-    _sweep(target)
+    _remove_leftovers(target)
     _writing.add(path)
     try:
         yield path
@@ -40,7 +41,7 @@ def partial(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; a folder of that name is there until the new one is, and removed only then."""
+    """Rename ``new`` to ``target``; a folder of that name is removed only when that is done."""
     if not target.exists():
         new.rename(target)
         return
@@ -55,40 +56,32 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this number runs on this machine; one that ended and was not waited for does not."""
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # gone meanwhile, or a system without /proc: then as it looked
-        return True
-    return state != "Z"
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def _prefix(target: Path) -> str:
     return f".{target.name}.{platform.node()}-"
 
 
-def _sweep(target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove what killed processes of this machine left of the same result."""
-    prefix = _prefix(target)
+    pattern = re.compile(rf"{re.escape(_prefix(target))}(\d{{1,9}}){re.escape(SUFFIX)}")
     beside: list[Path] = []
     with contextlib.suppress(OSError):  # a folder that can be written but not listed
         beside = list(target.parent.iterdir())
     for path in beside:
-        if path.name.startswith(prefix) and path.name.endswith(SUFFIX) and path not in _writing:
-            process = path.name[len(prefix) : -len(SUFFIX)]
-            if process.isdecimal() and (int(process) == os.getpid() or not alive(int(process))):
-                _remove(path)
+        found = pattern.fullmatch(path.name)
+        if found and path not in _writing and (int(found[1]) == os.getpid() or not alive(int(found[1]))):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)

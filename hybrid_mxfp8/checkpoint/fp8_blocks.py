@@ -1,8 +1,9 @@
-"""FP8 with one scale for each block of 128x128, as DeepSeek-V3, Kimi-K2, MiniMax-M2 and Qwen3's FP8 models are published.
+"""FP8 with one scale for each block of 128x128, as DeepSeek-V3, Kimi-K2 and Qwen3 publish it.
 
-A weight ``NAME`` (..., N, K) is F8_E4M3; ``NAME_scale_inv`` (..., ceil(N/128), ceil(K/128)) multiplies, in spite of its
-name. It is no MXFP8, whose scales are powers of two for 32 elements of one row, but can be turned into it: exactly, where
-the scales happen to be powers of two, as in DeepSeek-V3.1.
+A weight ``NAME`` (..., N, K) is F8_E4M3; ``NAME_scale_inv`` (..., ceil(N/128), ceil(K/128))
+multiplies, in spite of its name. It is no MXFP8, whose scales are powers of two for 32 elements
+of a row, but can be turned into it: exactly, where its scales are powers of two, as in
+DeepSeek-V3.1.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ SCALE_NAMES: Final = {"F32": "fp32", "BF16": "bf16", "F8_E8M0": "E8M0"}
 
 def block_scales(checkpoint: Checkpoint, weight: Entry) -> Entry | None:
     """The scales of a weight that is FP8 in blocks of 128x128; None if it is anything else."""
-    scale_name = checkpoint.scale_of(weight.name)
-    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or scale_name is None:
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or (name := checkpoint.scale_of(weight.name)) is None:
         return None
-    scale = checkpoint.entry(scale_name)
+    scale = checkpoint.entry(name)
     return scale if scale.dtype in SCALE_NAMES and scale.shape == scales_shape(weight.shape) else None
 
 
@@ -43,7 +43,7 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What rows of such a weight stand for: each element times its block's scale, rounded once, to fp32.
+    """What rows of such a weight stand for: element times its block's scale, rounded once, to fp32.
 
     Args:
         values: (R, K) float8_e4m3fn, whose first row is the first of a block.
@@ -65,15 +65,16 @@ def quantize_fp8_blocks(
     device: torch.device | None = None,
     backend: str | None = None,
 ) -> ExpertWeights:
-    """Experts in FP8 with a scale for each block of 128x128, to MXFP8: what ``quantize_weights`` makes of what they stand for.
+    """FP8 experts with a scale for each block of 128x128 to MXFP8, as ``quantize_weights`` would.
 
     One expert at a time is dequantized to fp32.
 
     Args:
         values: (E, N, K) float8_e4m3fn, K % 32 == 0.
         scales: (E, ceil(N/128), ceil(K/128)) fp32, bf16 or float8_e8m0fnu, which multiply.
-        scale_rounding: ``rceil``, with which nothing is lost where the scales are powers of two; ``floor`` or ``even``.
-        device: where each expert is quantized, and the result is; default: where ``values`` are.
+        scale_rounding: ``rceil``, which loses nothing where the scales are powers of two; ``floor``
+            or ``even``.
+        device: where experts are quantized and the result is; default: where ``values`` are.
         backend: as for ``quantize_weights``.
 
     Raises:

@@ -1,14 +1,17 @@
-"""Quantized experts on disk: safetensors files that follow the convention of published MXFP8 checkpoints.
+"""Quantized experts on disk: safetensors files that follow published MXFP8 checkpoints.
 
-A weight ``NAME`` (..., N, K) is stored as F8_E4M3, its scales as U8 (..., N, K/32), E8M0 bytes that multiply the
-elements by 2^(b-127), row-major. The scales are called
+A weight ``NAME`` (..., N, K) is stored as F8_E4M3, its scales as U8 (..., N, K/32), E8M0 bytes that
+multiply the elements by 2^(b-127), row-major. The scales are called
 
-- ``NAME_scale_inv``, as in MiniMax-M3-MXFP8 and in what SGLang loads as ``quant_method: mxfp8``; this is what is written
-- ``NAME_scale``, as ModelOpt exports them; read as well, F8_E8M0 as well as U8
+- ``NAME_scale_inv``, as in MiniMax-M3-MXFP8 and in SGLang's ``quant_method: mxfp8``; this is
+  written
+- ``NAME_scale``, as ModelOpt exports them, or with ``.scale`` for ``.weight``, as in DeepSeek's own
+  files; read as well, F8_E8M0 as well as U8
 
-Both multiply, in spite of ``_inv``. Scales on disk are always row-major, those of an :class:`ExpertWeights` always
-swizzled: no function here takes or returns a bare scale tensor, so the two can't be taken for one another. That matters,
-because where N % 128 == 0 and K % 128 == 0 both layouts have the same shape.
+All multiply, in spite of ``_inv``. Scales on disk are always row-major, those of an
+:class:`ExpertWeights` always swizzled: no function here takes or returns a bare scale tensor, so
+the two can't be taken for one another. Where N % 128 == 0 and K % 128 == 0 both have the same
+shape.
 """
 
 from __future__ import annotations
@@ -29,17 +32,9 @@ from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import ExpertWeights
 
-SCALE_SUFFIXES: Final = ("_scale_inv", "_scale")
-"""Of the name of a weight; the first is written, both are read."""
-
 SCALE_DTYPES: Final = ("U8", "F8_E8M0")
 CONVERT_HINT: Final = ": convert it with `python -m hybrid_mxfp8 quantize`"
-
-EXPERT_DIGITS: Final = 9
-"""Of an expert's number in a name; a longer one is none."""
-
 INDEX_FILE: Final = "model.safetensors.index.json"
-
 METADATA: Final = {
     "mxfp8.version": "1",
     "mxfp8.element": "e4m3",
@@ -47,53 +42,44 @@ METADATA: Final = {
     "mxfp8.block": "1x32",
     "mxfp8.scale_layout": "linear",
 }
-"""What a file's header says beside ``format: pt``. A file without these is read by the convention; one with others is not."""
+"""What a file's header says beside ``format: pt``. A file without these is read by the convention;
+one with others is not."""
 
 
 class Checkpoint:
-    """The tensors of a safetensors file, or of a folder of them, opened for reading; a context manager.
+    """The tensors of a safetensors file or a folder of them, open for reading; a context manager.
 
     Attributes:
         path: the file or folder.
+        files: each file with the strings of its header.
         names: all tensors, in alphabetical order.
-        metadata: the strings of the headers, those of all files together.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Find the files and read their headers.
-
-        Args:
-            path: a safetensors file; or a folder with ``model.safetensors.index.json``, or with files that have no
-                tensor in common.
+        """Read the headers of a file, or of a folder's files: those of its index, if it has one.
 
         Raises:
-            ValueError: a file that is no safetensors file, or is cut short; an index that names what is not there.
+            ValueError: a file that is no safetensors file, or is cut short; an index that names
+                what is not there.
             FileNotFoundError: no such file or folder.
         """
         self.path = Path(path)
-        self._stack = contextlib.ExitStack()
-        self._owner: dict[str, Any] = {}
-        self._file: dict[str, Path] = {}
-        self.metadata: dict[str, str] = {}
-        try:
+        self.files: dict[Path, dict[str, str]] = {}
+        self._found: dict[str, tuple[Path, Any]] = {}
+        with contextlib.ExitStack() as stack:
             for file, expected in _files(self.path):
-                handle = self._stack.enter_context(_open(file))
-                found = list(handle.keys())
-                metadata: dict[str, str] = handle.metadata() or {}
-                _check_metadata(file, metadata)
-                self.metadata |= metadata
-                if expected is not None and (absent := sorted(expected - set(found))):
+                handle = stack.enter_context(_open(file))
+                names = set(handle.keys())
+                self.files[file] = handle.metadata() or {}
+                _check_metadata(file, self.files[file])
+                if expected is not None and (absent := sorted(expected - names)):
                     raise ValueError(f"{file}: has no tensor {absent[0]!r}, which the index says it has")
-                for name in found:
-                    if expected is not None and name not in expected:
-                        continue
-                    if name in self._owner:
+                for name in names if expected is None else expected:
+                    if name in self._found:
                         raise ValueError(f"{file}: tensor {name!r} is in another file of this folder, too")
-                    self._owner[name], self._file[name] = handle, file
-        except BaseException:
-            self._stack.close()
-            raise
-        self.names = sorted(self._owner)
+                    self._found[name] = file, handle
+            self._stack = stack.pop_all()
+        self.names = sorted(self._found)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -103,50 +89,44 @@ class Checkpoint:
     ) -> None:
         self._stack.close()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._owner
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings of all headers together."""
+        return {key: value for header in self.files.values() for key, value in header.items()}
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._found[name][0]
 
     def place(self, name: str) -> str:
         """The file that holds a tensor, and the tensor, for messages."""
-        return f"{self._file.get(name, self.path)}: {name}"
+        return f"{self._found[name][0] if name in self._found else self.path}: {name}"
 
     def entry(self, name: str) -> Entry:
-        """Dtype and shape of a tensor, from the header.
-
-        Raises:
-            ValueError: no such tensor.
-        """
+        """Dtype and shape of a tensor, from the header; ValueError if there is none."""
         part = self.part(name)
         return Entry(name, str(part.get_dtype()), tuple(part.get_shape()))
 
     def part(self, name: str) -> Any:
-        """The safetensors slice of a tensor: indexing it reads from the file what is asked for.
-
-        Raises:
-            ValueError: no such tensor.
-        """
-        if name not in self._owner:
-            raise ValueError(f"{self.path}: has no tensor {name!r}")
-        return self._owner[name].get_slice(name)
+        """The safetensors slice of a tensor: indexing it reads what is asked for."""
+        return self._handle(name).get_slice(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, on the CPU.
-
-        Raises:
-            ValueError: no such tensor.
-        """
-        if name not in self._owner:
-            raise ValueError(f"{self.path}: has no tensor {name!r}")
-        tensor: torch.Tensor = self._owner[name].get_tensor(name)
+        """A whole tensor, on the CPU; ValueError if there is none."""
+        tensor: torch.Tensor = self._handle(name).get_tensor(name)
         return tensor
 
-    def scale_of(self, name: str) -> str | None:
-        """The name of a weight's scales, None if it has none.
+    def _handle(self, name: str) -> Any:
+        if name not in self._found:
+            raise ValueError(f"{self.path}: has no tensor {name!r}")
+        return self._found[name][1]
 
-        Raises:
-            ValueError: it has scales under both names.
-        """
-        found = [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in self._owner]
+    def scale_of(self, name: str) -> str | None:
+        """The name of a weight's scales, None if it has none; ValueError for two sets of them."""
+        names = [f"{name}_scale_inv", f"{name}_scale"]
+        if name.endswith(".weight"):
+            names.append(name.removesuffix("weight") + "scale")
+        found = [scale for scale in names if scale in self._found]
         if len(found) > 1:
             raise ValueError(f"{self.path}: {name!r} has two sets of scales, {found[0]!r} and {found[1]!r}")
         return found[0] if found else None
@@ -155,31 +135,29 @@ class Checkpoint:
 def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
     """The MXFP8 experts of a checkpoint: names that :func:`load_experts` takes, with (E, N, K).
 
-    Stacked (E, N, K) tensors are listed by name; (N, K) matrices whose names differ in one number, which follows
-    ``experts.``, under a name with ``*`` in its place. Other quantized weights are not listed: attention's, or those whose
-    scales are not MXFP8's.
-
-    Raises:
-        ValueError, FileNotFoundError: as :class:`Checkpoint`.
+    Stacked (E, N, K) tensors are listed by name; (N, K) matrices whose names differ in one number
+    after ``experts.``, under a name with ``*`` in its place. Other quantized weights are not
+    listed: attention's, or those whose scales are not MXFP8's. Raises as :class:`Checkpoint` does.
     """
     stacks: dict[str, tuple[int, int, int]] = {}
     with Checkpoint(path) as checkpoint:
         for name in checkpoint.names:
             entry = checkpoint.entry(name)
-            if entry.dtype != "F8_E4M3" or not _has_mxfp8_scales(checkpoint, entry):
+            if not is_mxfp8(checkpoint, entry):
                 continue
-            if len(entry.shape) == 3:
-                stacks[name] = (entry.shape[0], entry.shape[1], entry.shape[2])
-            elif len(entry.shape) == 2 and (match := re.fullmatch(r"(.*\bexperts\.)\d+(\..*)", name)):
+            *stack, n, k = entry.shape
+            if len(stack) == 1:
+                stacks[name] = (stack[0], n, k)
+            elif not stack and (match := re.fullmatch(r"(.*\bexperts\.)\d+(\..*)", name)):
                 pattern = f"{match[1]}*{match[2]}"
-                count = stacks[pattern][0] if pattern in stacks else 0
-                stacks[pattern] = (count + 1, entry.shape[0], entry.shape[1])
+                stacks[pattern] = (stacks.get(pattern, (0,))[0] + 1, n, k)
     return stacks
 
 
-def _has_mxfp8_scales(checkpoint: Checkpoint, weight: Entry) -> bool:
+def is_mxfp8(checkpoint: Checkpoint, weight: Entry) -> bool:
+    """Whether a tensor is e4m3 with MXFP8's scales."""
     scale_name = checkpoint.scale_of(weight.name)
-    if scale_name is None or not weight.shape:
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or scale_name is None:
         return False
     scale = checkpoint.entry(scale_name)
     return scale.dtype in SCALE_DTYPES and scale.shape == scale_entry(weight.name, weight.shape).shape
@@ -196,16 +174,17 @@ def load_experts(
 
     Args:
         path: a safetensors file, or a folder of a checkpoint.
-        names: a stacked tensor (E, N, K); or a name with ``*`` in place of the expert's number, whose (N, K) matrices are
-            stacked; or several of either, joined along N in this order: ``[gate, up]`` makes w13 for ``moe_forward``.
-        experts: the numbers of those to load, such as a rank's ``range(first, end)``; default all. Of the others only the
-            files' headers are read.
-        device: where the result goes; default the CPU. Only one matrix at a time is on the CPU.
+        names: a stacked tensor (E, N, K); or a name with ``*`` for the expert's number, whose (N,
+            K) matrices are stacked; or several of either, joined along N in this order:
+            ``[gate, up]`` makes w13 for ``moe_forward``.
+        experts: numbers of those to load, such as a rank's ``range(first, end)``; default all. Of
+            the others only the files' headers are read.
+        device: where the result goes; default the CPU. One matrix at a time is on the CPU.
 
     Raises:
         TypeError: ``names`` is neither a string nor a sequence of strings, or ``experts`` no range.
-        ValueError: no such device, tensor or expert, an expert's number missing, dtypes or shapes that are not MXFP8 or
-            don't fit together, or a file that can't be read.
+        ValueError: no such device, tensor or expert, an expert's number missing, dtypes or shapes
+            that are not MXFP8 or don't fit together, or a file that can't be read.
         FileNotFoundError: no such file or folder.
     """
     if isinstance(names, str):
@@ -224,9 +203,8 @@ def load_experts(
         num_experts, _, k = shapes[0]
         for name, shape in zip(names, shapes, strict=True):
             if (shape[0], shape[2]) != (num_experts, k):
-                raise ValueError(
-                    f"{name}: must have E = {num_experts} and K = {k} as {names[0]}, got (E, N, K) {shape}"
-                )
+                wanted = f"E = {num_experts} and K = {k} as {names[0]}"
+                raise ValueError(f"{name}: must have {wanted}, got (E, N, K) {shape}")
         if experts is None:
             experts = range(num_experts)
         elif not experts or min(experts) < 0 or max(experts) >= num_experts:
@@ -247,7 +225,7 @@ def load_experts(
 
 
 def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, force: bool = False) -> None:
-    """Write experts to a safetensors file: each as a stacked (E, N, K) tensor and its row-major scales.
+    """Write experts to a safetensors file: each a stacked (E, N, K) tensor and its scales.
 
     Args:
         path: the file; it appears when it is complete.
@@ -257,7 +235,7 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
     Raises:
         FileExistsError: the file exists and ``force`` is not set.
         TypeError: ``experts`` maps something else than names to ExpertWeights.
-        ValueError: two tensors of one name, a name that safetensors has no room for, or weights on the meta device.
+        ValueError: two tensors of one name, a name that the format can't hold, or weights on meta.
     """
     _check_experts(experts)
     path = Path(path)
@@ -270,7 +248,7 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
     with SafetensorsWriter(path, entries, {"format": "pt", **METADATA}) as writer:
         for name, w in experts.items():
             writer.append(name, w.values)
-            writer.append(name + SCALE_SUFFIXES[0], w.linear_scales())
+            writer.append(f"{name}_scale_inv", w.linear_scales())
 
 
 def _check_experts(experts: Any) -> None:
@@ -287,7 +265,7 @@ def _check_experts(experts: Any) -> None:
 
 def scale_entry(name: str, shape: tuple[int, ...]) -> Entry:
     """The scales that go with a weight of this name and shape."""
-    return Entry(name + SCALE_SUFFIXES[0], "U8", (*shape[:-1], shape[-1] // BLOCK_SIZE))
+    return Entry(f"{name}_scale_inv", "U8", (*shape[:-1], shape[-1] // BLOCK_SIZE))
 
 
 Member = tuple[str, int | None]
@@ -297,20 +275,19 @@ Member = tuple[str, int | None]
 def _members(checkpoint: Checkpoint, name: str) -> list[Member]:
     """Where each expert's matrix is, in order of their numbers."""
     if "*" not in name:
-        shape = checkpoint.entry(name).shape
+        shape, place = checkpoint.entry(name).shape, checkpoint.place(name)
         if len(shape) != 3:
-            raise ValueError(
-                f"{checkpoint.place(name)}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}"
-            )
-        _check_not_empty(checkpoint, name, shape)  # before a list of E is made: a file of no bytes may claim any E
+            raise ValueError(f"{place}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}")
+        if 0 in shape:  # a file of no bytes may claim any E
+            raise ValueError(f"{place}: must have no empty dimension, got {shape}")
         return [(name, e) for e in range(shape[0])]
-    before, star, after = name.partition("*")
+    before, _, after = name.partition("*")
     if "*" in after:
         raise ValueError(f"names: {name!r} must have one * at most")
-    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,{EXPERT_DIGITS - 1}}}){re.escape(after)}")
+    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,8}}){re.escape(after)}")
     numbers = sorted(int(match[1]) for found in checkpoint.names if (match := pattern.fullmatch(found)))
     if not numbers:
-        raise ValueError(f"{checkpoint.path}: has no tensor {name!r} with a number for the {star}")
+        raise ValueError(f"{checkpoint.path}: has no tensor {name!r} with a number for the *")
     if numbers != list(range(len(numbers))):
         absent = next(e for e, number in enumerate(numbers) if e != number)
         raise ValueError(f"{name}: experts must be numbered 0 .. {numbers[-1]}, number {absent} is missing")
@@ -336,31 +313,23 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {weight.shape}")
     if weight.shape[-1] % BLOCK_SIZE or not weight.shape[-1]:
         raise ValueError(f"{place}: K must be a positive multiple of {BLOCK_SIZE}, got {weight.shape[-1]}")
-    _check_not_empty(checkpoint, name, weight.shape)
+    if 0 in weight.shape:
+        raise ValueError(f"{place}: must have no empty dimension, got {weight.shape}")
     scale_name = checkpoint.scale_of(name)
     if scale_name is None:
         raise ValueError(f"{place}: has no scales: neither {name}_scale_inv nor {name}_scale is there")
     scale = checkpoint.entry(scale_name)
     expected = scale_entry(name, weight.shape).shape
     if scale.shape != expected and block_scales(checkpoint, weight):
-        raise ValueError(
-            f"{place}: must be MXFP8, got FP8 with one {SCALE_NAMES[scale.dtype]} scale a 128x128 block{CONVERT_HINT}"
-        )
+        got = f"FP8 with one {SCALE_NAMES[scale.dtype]} scale a 128x128 block"
+        raise ValueError(f"{place}: must be MXFP8, got {got}{CONVERT_HINT}")
+    place = checkpoint.place(scale_name)
     if scale.dtype not in SCALE_DTYPES:
-        raise ValueError(
-            f"{checkpoint.place(scale_name)}: dtype must be U8 or F8_E8M0, got {scale.dtype}: these are not MXFP8's scales, "
-            "but perhaps those of FP8 of whole rows or tensors"
-        )
+        other = "these are not MXFP8's scales, but perhaps those of FP8 of whole rows or tensors"
+        raise ValueError(f"{place}: dtype must be U8 or F8_E8M0, got {scale.dtype}: {other}")
     if scale.shape != expected:
-        raise ValueError(
-            f"{checkpoint.place(scale_name)}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}"
-        )
+        raise ValueError(f"{place}: must have shape (..., N, K/32) = {expected}, row-major, got {scale.shape}")
     return weight.shape
-
-
-def _check_not_empty(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    if 0 in shape:
-        raise ValueError(f"{checkpoint.place(name)}: must have no empty dimension, got {shape}")
 
 
 def _matrix(checkpoint: Checkpoint, name: str, index: int | None) -> torch.Tensor:
@@ -376,7 +345,7 @@ def _check_metadata(file: Path, metadata: Mapping[str, str]) -> None:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: a file itself; of a folder those that its index names, or all if it has none.
+    """A checkpoint's safetensors files: those of a folder's index, or all if it has none.
 
     Raises:
         ValueError: an index that can't be read, or names a file that is not there.
@@ -394,13 +363,12 @@ def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
         return
     index = path / INDEX_FILE
     if not index.exists():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
+        if not (files := sorted(path.glob("*.safetensors"))):
             raise FileNotFoundError(f"{path}: has no safetensors file")
         yield from ((file, None) for file in files)
         return
     by_file: dict[str, set[str]] = {}
-    for name, file_name in read_index(index).items():
+    for name, file_name in _read_index(index).items():
         by_file.setdefault(file_name, set()).add(name)
     for file_name, expected in sorted(by_file.items()):
         if not (path / file_name).is_file():
@@ -408,14 +376,8 @@ def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
         yield path / file_name, expected
 
 
-def read_index(index: Path) -> dict[str, str]:
-    """The files of a folder's tensors, by name.
-
-    Links among those files are followed: the caches of model hubs consist of them.
-
-    Raises:
-        ValueError: no JSON with a ``weight_map`` of names to names of files in the same folder.
-    """
+def _read_index(index: Path) -> dict[str, str]:
+    """The names of the files of a folder's tensors. Those may be links, as in a hub's cache."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -427,12 +389,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file says.
-
-    Raises:
-        ValueError: it is no JSON, or says one thing twice, which readers would understand differently.
-        OSError: it can't be read.
-    """
+    """What a JSON file says; ValueError if it is none, or says one thing twice."""
     return _parse_json(file, file.read_bytes())
 
 
@@ -469,6 +426,6 @@ def _open(file: Path) -> Any:
 
 
 def _check_header(file: Path) -> None:
-    """What the library lets pass: of two tensors of one name it takes the last, where other readers take the first."""
+    """Refuse two tensors of one name: the library takes the last, other readers the first."""
     with file.open("rb") as opened:
         _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))

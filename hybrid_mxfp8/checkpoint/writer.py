@@ -1,17 +1,15 @@
 """Write a safetensors file piece by piece, and have it appear at once and whole.
 
-The safetensors library writes a file from tensors that are all in memory. Converting a checkpoint must hold no more than
-a part of one tensor, so this writes the format itself, which is simple: eight bytes with the length of a JSON header, the
-header, the data. The names, dtypes and shapes come first; data then arrive in any order. Reading is left to the library.
-
-The data go to a temporary file in the same folder. It takes its final name when all bytes of all tensors have been
-written, and is deleted if they have not.
+The safetensors library writes a file from tensors that are all in memory. A conversion must hold no
+more than a part of one, so this writes the format itself: eight bytes with the length of a JSON
+header, the header, the data. Names, dtypes and shapes come first; data then arrive in any order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.checkpoint.atomic import partial
+from hybrid_mxfp8.checkpoint.atomic import atomic_write
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
@@ -51,14 +49,11 @@ class Entry(NamedTuple):
         """
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"{self.name}: dtype {self.dtype} is not known here")
-        count = ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
 class SafetensorsWriter:
-    """A file being written, as a context manager: ``append`` within the block, a complete file after it."""
+    """A file being written: ``append`` within the ``with`` block, a complete file after it."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
         """Lay the file out.
@@ -69,14 +64,14 @@ class SafetensorsWriter:
             metadata: strings for the header.
 
         Raises:
-            ValueError: two tensors of one name, a name that the format can't hold, a dtype that is not known, or so many
-                tensors that the library would not read the header.
+            ValueError: two tensors of one name, a name that the format can't hold, an unknown
+                dtype, or so many tensors that the library would not read the header.
         """
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         self._at: dict[str, int] = {}
         self._end: dict[str, int] = {}
         start = 0
-        # Wide elements first, as the library does: every tensor then starts at a multiple of its element.
+        # Wide elements first, as the library does: each tensor starts at a multiple of its element.
         for entry in sorted(entries, key=lambda e: (-ITEM_BYTES.get(e.dtype, 0), e.name)):
             if entry.name in self._at:
                 raise ValueError(f"entries: {entry.name!r} is there twice")
@@ -92,14 +87,12 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{path}: its header would have {len(self._header)} bytes, of which the format allows {MAX_HEADER_BYTES}"
             )
-        self._data = 8 + len(self._header)
         self._path = path
-        self._stack = contextlib.ExitStack()
-        self._file: BinaryIO | None = None
+        self._file: BinaryIO
 
     def __enter__(self) -> SafetensorsWriter:
-        with contextlib.ExitStack() as stack, self._naming():
-            self._temporary = stack.enter_context(partial(self._path))
+        with contextlib.ExitStack() as stack, self._errors_name_the_file():
+            self._temporary = stack.enter_context(atomic_write(self._path))
             self._file = self._temporary.open("wb")
             stack.callback(self._close)
             self._file.write(len(self._header).to_bytes(8, "little") + self._header)
@@ -107,18 +100,17 @@ class SafetensorsWriter:
         return self
 
     def append(self, name: str, data: torch.Tensor) -> None:
-        """Write the next bytes of a tensor: all of ``data``, row-major, of whatever dtype, on whatever device.
+        """Write a tensor's next bytes: all of ``data``, row-major, of any dtype, on any device.
 
         Raises:
             ValueError: more than the tensor has left.
             OSError: the file can't be written, as on a full disk; names the file.
         """
-        assert self._file is not None
         data = data.detach().contiguous().reshape(-1).view(torch.uint8)
         if data.numel() > self._end[name] - self._at[name]:
             raise ValueError(f"{name}: {data.numel()} bytes where {self._end[name] - self._at[name]} are left")
-        with self._naming():
-            self._file.seek(self._data + self._at[name])
+        with self._errors_name_the_file():
+            self._file.seek(8 + len(self._header) + self._at[name])
             for part in data.split(CHUNK_BYTES):
                 self._file.write(memoryview(part.cpu().numpy()))
         self._at[name] += data.numel()
@@ -126,8 +118,7 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        with self._stack, self._naming():
+        with self._stack, self._errors_name_the_file():
             if kind is None:
                 short = [name for name, at in self._at.items() if at != self._end[name]]
                 if short:
@@ -138,14 +129,12 @@ class SafetensorsWriter:
                 self._temporary.replace(self._path)
 
     def _close(self) -> None:
-        """Also where the disk is full, and closing fails to write what is to be thrown away."""
-        assert self._file is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a full disk, of what is to be thrown away
             self._file.close()
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Writing to an open file fails without the file's name; opening it, with the temporary one."""
+    def _errors_name_the_file(self) -> Iterator[None]:
+        """An open file's errors name no file, and those of opening it the temporary one."""
         try:
             yield
         except OSError as error:

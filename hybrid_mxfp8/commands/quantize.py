@@ -14,16 +14,8 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from hybrid_mxfp8.checkpoint.convert import (
-    Options,
-    Summary,
-    check_last_dimensions,
-    convert_file,
-    convert_folder,
-    plan,
-    total_bytes,
-)
-from hybrid_mxfp8.checkpoint.reader import Checkpoint, checkpoint_files
+from hybrid_mxfp8.checkpoint.convert import Options, Summary, convert, plan
+from hybrid_mxfp8.checkpoint.reader import Checkpoint
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.dispatch.device import default_device
@@ -53,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert and print a summary; 0, or 2 with a line on stderr if it could not be done, 130 if it was interrupted."""
+    """Convert and print a summary; 0, 2 with a line on stderr if it failed, 130 if interrupted."""
     try:
         with _terminated_like_interrupted():
-            print(convert(args))
+            print(describe(_convert(args), args.target))
     except KeyboardInterrupt:
         print(f"quantize: interrupted, {args.target} was not written", file=sys.stderr)
         return 130
@@ -83,50 +75,32 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def convert(args: argparse.Namespace) -> str:
-    """Convert, with a progress bar on stderr if that is a terminal.
-
-    Raises:
-        ValueError: a checkpoint that can't be read or quantized, a pattern that matches nothing.
-        OSError: a file that can't be read or written, or an OUT that exists.
-    """
-    source, target = args.source, args.target
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    check_target(source, target, args.force)
+def _convert(args: argparse.Namespace) -> Summary:
+    """Convert, with a progress bar on stderr if that is a terminal."""
+    if not args.source.exists():
+        raise FileNotFoundError(f"{args.source}: no such file or folder")
+    check_target(args.source, args.target, args.force)
     device = default_device() if args.device is None else resolve_device(args.device)
     options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16)
-    summary = Summary()
-    with Checkpoint(source) as checkpoint:
-        check_pattern(checkpoint, options)
-    with tqdm(
-        total=total_bytes(checkpoint_files(source)),
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        leave=False,
-        file=sys.stderr,
-        disable=None,
-    ) as bar:
+    with Checkpoint(args.source) as checkpoint:
+        planned = plan(checkpoint, options)
+        with tqdm(
+            total=planned.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None
+        ) as bar:
 
-        def progress(name: str, num_bytes: int) -> None:
-            bar.set_description_str(name[-40:], refresh=False)
-            bar.update(num_bytes)
+            def progress(name: str, num_bytes: int) -> None:
+                bar.set_description_str(name[-40:], refresh=False)
+                bar.update(num_bytes)
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            convert_folder(source, target, options, summary, progress)
-        else:
-            convert_file(source, target, options, summary, progress)
-    return describe(summary, target)
+            return convert(checkpoint, planned, args.target, options, progress)
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Whether OUT may be written, and whether what it replaces is no more than an earlier OUT.
+    """Whether OUT may be written, and what it replaces is no more than an earlier OUT.
 
     Raises:
         ValueError: IN and OUT are the same, or one is inside the other.
-        FileExistsError: OUT exists, without ``force`` or as something else than a checkpoint of IN's kind.
+        FileExistsError: OUT exists, without ``force`` or as no checkpoint of IN's kind.
     """
     a, b = source.resolve(), target.resolve()
     if a == b or (target.exists() and target.samefile(source)):
@@ -145,36 +119,21 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise FileExistsError(f"{target}: is a folder with no safetensors file, which --force does not replace")
 
 
-def check_pattern(checkpoint: Checkpoint, options: Options) -> None:
-    """Look at all headers before anything is written.
-
-    Raises:
-        ValueError: no tensor to quantize, or one that matches and can't be.
-    """
-    found = [entry.name for entry in plan(checkpoint, options).quantized]
-    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
-    check_last_dimensions(shapes, found)
-    if not found:
-        names = list(shapes)
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
-
-
 def describe(summary: Summary, target: Path) -> str:
     """What was done, in a few lines."""
-    ratio = summary.expert_bytes_after / summary.expert_bytes_before
+    found, before, after = summary.plan, summary.expert_bytes_before, summary.expert_bytes_after
     lines = [
-        f"{target}: {len(summary.experts)} expert tensor{'s' if len(summary.experts) > 1 else ''} to MXFP8, "
-        f"{size(summary.expert_bytes_before)} -> {size(summary.expert_bytes_after)} ({ratio:.2f}x); "
+        f"{target}: {len(found.quantized)} expert tensor{'s' if len(found.quantized) > 1 else ''} to MXFP8, "
+        f"{size(before)} -> {size(after)} ({after / before:.2f}x); "
         f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}",
         f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
         if math.isfinite(summary.worst_db)
         else "no matrix lost anything",
     ]
-    if summary.widened:
-        lines.append(f"other FP8 tensors written as bf16: {len(summary.widened)}, {summary.widened[0]} among them")
-    if summary.kept:
-        lines.append(f"{len(summary.kept)} matching vectors and biases stay as they were, {summary.kept[0]} among them")
+    if found.widened:
+        lines.append(f"other FP8 tensors written as bf16: {len(found.widened)}, {found.widened[0].name} among them")
+    if found.kept:
+        lines.append(f"{len(found.kept)} matching vectors and biases stay as they were, {found.kept[0]} among them")
     return "\n".join(lines)
 
 

@@ -3,21 +3,26 @@
     from hybrid_mxfp8.integrations import transformers as mxfp8
 
     mxfp8.register()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", experts_implementation="hybrid_mxfp8")
-    print(mxfp8.quantize_model_(model))      # optional: quantize now, and free the unquantized experts
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype="bfloat16", experts_implementation="hybrid_mxfp8"
+    )
+    print(mxfp8.quantize_model_(model))  # optional: quantize now, and free the unquantized experts
 
-Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the originals, and again
-whenever a parameter has been replaced or written to in place. Writes through ``parameter.data`` are not seen, as PyTorch does
-not count them: write ``parameter.copy_(new)`` under ``torch.no_grad()``, or replace the parameter. Attention, routers and shared
-experts stay as they are.
+Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the
+originals, and again when a parameter has been replaced or written to in place. Writes through
+``parameter.data`` are not seen, as PyTorch does not count them: write ``parameter.copy_(new)``
+under ``torch.no_grad()``, or replace the parameter. Attention, routers and shared experts stay as
+they are.
 
-Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its gate is SwiGLU, plain or as
-in MiniMax-M3 and DeepSeek-V4, with gate and up concatenated, and H and I multiples of 32. So can one that was loaded in FP8
-with blocks of 128x128. Others raise a ValueError that says what differs.
+Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its
+gate is SwiGLU, plain or as in MiniMax-M3 and DeepSeek-V4, with gate and up concatenated, and H
+and I multiples of 32; also if loaded in FP8 with blocks of 128x128. Others raise a ValueError
+that says what differs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
@@ -43,40 +48,34 @@ BIASES = ("gate_up_proj_bias", "down_proj_bias")
 FP8_SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
 
 KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_transposed", "has_bias", "has_gate")
-"""Of transformers' ``use_experts_implementation``, by which a model says how its experts differ from others."""
+"""Of transformers' ``use_experts_implementation``: how a model says what its experts are."""
 
 _OWNED = "mxfp8"
 """Submodule of an experts module that ``quantize_model_`` has been through."""
 _CACHE = "_hybrid_mxfp8_cache"
-"""Attribute, no submodule, of one that was quantized on the way: it stays out of state_dict and parameters."""
+"""Attribute of one quantized by its forward: no submodule, so in no state_dict."""
 
 logger = logging.getLogger("hybrid_mxfp8")
 
 
 def register() -> None:
-    """Make ``experts_implementation="hybrid_mxfp8"`` known to transformers. Calling it again changes nothing.
+    """Make ``experts_implementation="hybrid_mxfp8"`` known to transformers; again is harmless.
 
     Raises:
-        ImportError: no transformers with an ExpertsInterface whose models take a registered name, as they do from 5.7 on.
+        ImportError: no transformers whose models take a registered name, as they do from 5.7 on.
     """
-    _interface().register(NAME, experts_forward)
-    try:
-        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
-    except ImportError:  # versions that don't dispatch FP8 experts
-        return
-    FP8ExpertsInterface.register(NAME, experts_forward)
-
-
-def _interface() -> Any:
     try:
         from transformers import __version__
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
         raise ImportError(f"needs transformers 5.7 or newer, with its ExpertsInterface: {error}") from error
-    major, minor = map(int, __version__.split(".")[:2])
-    if (major, minor) < (5, 7):  # there the interface exists, and models refuse every name but transformers' own
+    if tuple(map(int, __version__.split(".")[:2])) < (5, 7):  # which refuses every name but its own
         raise ImportError(f"needs transformers 5.7 or newer, whose models take a registered name, got {__version__}")
-    return ExpertsInterface
+    ExpertsInterface.register(NAME, experts_forward)
+    with contextlib.suppress(ImportError):  # versions that don't dispatch FP8 experts
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+
+        FP8ExpertsInterface.register(NAME, experts_forward)
 
 
 def experts_forward(
@@ -94,18 +93,16 @@ def experts_forward(
         (M, H) of hidden_states' dtype.
 
     Raises:
-        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or under torch.compile
-            experts that have not been quantized yet.
+        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or under
+            torch.compile experts that have not been quantized yet.
     """
-    experts = getattr(module, _OWNED, None)
-    if experts is None:
-        experts = _quantized(module)
+    experts = getattr(module, _OWNED, None) or _quantized(module)
     result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
     return result
 
 
 class _Version(NamedTuple):
-    """Changes when a parameter is replaced or written to, but for writes through ``parameter.data``."""
+    """Changes when a parameter is written to or gets other memory, but for writes to its data."""
 
     address: int
     version: int
@@ -113,16 +110,16 @@ class _Version(NamedTuple):
 
     @classmethod
     def of(cls, parameter: torch.Tensor) -> _Version:
-        # Inference tensors count no versions; they can't be written to outside inference mode either.
+        # Inference tensors count no versions; they are written to in inference mode only.
         version = 0 if parameter.is_inference() else parameter._version
         return cls(parameter.data_ptr(), version, parameter.device)
 
 
 class _Cached(NamedTuple):
-    """Experts, and what they were made of. Another parameter may come to the address of one that is gone: it is not the same.
+    """Experts, and what they were made of: another parameter at the same address is not the same.
 
-    The references are weak, so that a parameter that was moved or replaced does not keep its memory. A copy of the module
-    quantizes anew.
+    References are weak, so that a parameter that was replaced does not keep its memory. A copy of
+    the module quantizes anew.
     """
 
     versions: tuple[_Version, ...]
@@ -157,11 +154,8 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     cached: _Cached | None = getattr(module, _CACHE, None)
     if torch.compiler.is_compiling():
         if cached is None:
-            fail(
-                "experts",
-                "must be quantized before torch.compile traces them (quantize_model_(model), or one eager forward)",
-                type(module).__name__,
-            )
+            how = "quantize_model_(model), or one eager forward"
+            fail("experts", f"must be quantized before torch.compile traces them ({how})", type(module).__name__)
         return cached.experts
     parameters = _parameters(module) if _has_experts(module) else []  # then _quantize says what is wrong
     versions = tuple(_Version.of(parameter) for parameter in parameters)
@@ -175,18 +169,17 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
 def _activation(module: torch.nn.Module) -> SwiGLU | None:
     """The activation of an experts module; None if its gate function is no SwiGLU.
 
-    Which one is not read from the class's name but found by trying: the numbers are the module's, and where they are right, its
-    function and ours agree on values on both sides of the limit.
+    Found by trying, not by the class's name: with the module's numbers, its function and ours agree
+    on values on both sides of the limit.
     """
     given = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
     found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in given]
     alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}
-    numbers = itertools.product(alphas, (0.0, 1.0), {*found[2:], None})
     line = torch.linspace(-30, 30, 121, dtype=torch.float32, device="cpu")  # limits are 7 to 10
     gate_up = torch.cartesian_prod(line, line)
     try:
         theirs = module._apply_gate(gate_up)  # type: ignore[operator]
-        for activation in itertools.starmap(SwiGLU, numbers):
+        for activation in itertools.starmap(SwiGLU, itertools.product(alphas, (0.0, 1.0), {*found[2:], None})):
             ours = reference.swiglu(gate_up, activation)
             if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5):
                 return activation
@@ -196,8 +189,7 @@ def _activation(module: torch.nn.Module) -> SwiGLU | None:
 
 
 def why_not(module: torch.nn.Module) -> str | None:
-    """What keeps an experts module of transformers from being computed here; None if nothing does."""
-    from transformers.activations import SiLUActivation
+    """What keeps an experts module from being computed here; None if nothing does."""
     from transformers.integrations.moe import _default_apply_gate
 
     if (option := _unknown_option(module)) is not None:
@@ -206,11 +198,11 @@ def why_not(module: torch.nn.Module) -> str | None:
         return "it has no gate"
     if not getattr(module, "is_concatenated", False):
         return "its gate and up rows are interleaved"
-    if getattr(type(module), "_apply_gate", None) is _default_apply_gate:
-        if not isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
-            return f"its activation is {type(module.act_fn).__name__}, not SiLU"
-    elif _activation(module) is None:
-        return "its gate function is no SwiGLU"
+    if _activation(module) is None:
+        if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
+            return "its gate function is no SwiGLU"
+        name = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
+        return f"its activation is {name}, not SiLU"
     down = module.down_proj
     assert isinstance(down, torch.Tensor)
     hidden, intermediate = sorted((1, 2), reverse=bool(module.is_transposed))
@@ -223,7 +215,7 @@ def why_not(module: torch.nn.Module) -> str | None:
 
 
 def _unknown_option(module: torch.nn.Module) -> str | None:
-    """Something that a later transformers lets experts say of themselves, as ``has_post_expert_norm``, and that these do say."""
+    """What these experts say of themselves by an option of a later transformers."""
     from transformers.integrations.moe import use_experts_implementation
 
     for name, option in inspect.signature(use_experts_implementation).parameters.items():
@@ -251,10 +243,9 @@ def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch
     assert activation is not None, "why_not has found one"
     with torch.no_grad():
         if _is_fp8(module):
-            pairs = zip(WEIGHTS, FP8_SCALES, strict=True)
             w13q, w2q = (
                 quantize_fp8_blocks(getattr(module, w), getattr(module, s), device=device, backend=backend)
-                for w, s in pairs
+                for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
             )
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
@@ -267,7 +258,7 @@ def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch
 
 @dataclass(frozen=True)
 class MemorySaved:
-    """What quantizing a model's experts did to their size, in bytes; printed, it says so in words."""
+    """What quantizing did to the experts' size, in bytes; printed, it says so in words."""
 
     layers: int
     bytes_before: int
@@ -307,17 +298,19 @@ def quantize_model_(
     progress: bool = True,
     backend: str | None = None,
 ) -> MemorySaved:
-    """Quantize the experts of every MoE layer in place, free the originals, and switch the model to this implementation.
+    """Quantize the experts of every MoE layer in place, free the originals, and switch the model
+    to this implementation.
 
-    One layer at a time, so that the peak is one layer's MXFP8 experts above what the model took before. Afterwards the
-    state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on) in place of the parameters, and
-    ``save_pretrained`` refuses to write them. There is no way back but loading the model again. Experts in FP8 with blocks of
-    128x128 are quantized from what they stand for, one expert at a time.
+    One layer at a time: the peak is one layer's MXFP8 experts above what the model took.
+    Afterwards the state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on)
+    in place of the parameters, and ``save_pretrained`` and another implementation are refused;
+    the way back is to load the model again. FP8 experts are quantized from what they stand for,
+    one at a time.
 
     Args:
         model: a PreTrainedModel.
-        device: where each layer's experts go as they are quantized, and are quantized; default: where they are. From a model
-            on the CPU, a GPU thus gets one layer's unquantized experts at a time. The rest of the model stays where it is.
+        device: where each layer's experts are quantized and stay; default: where they are. From a
+            model on the CPU, a GPU thus gets one layer's unquantized experts at a time.
         progress: show a progress bar on stderr.
         backend: of the quantization and the forward; None: as everywhere.
 
@@ -325,9 +318,9 @@ def quantize_model_(
         The memory saved; ``print`` it for a sentence.
 
     Raises:
-        ImportError: no transformers with an ExpertsInterface whose models take a registered name, as they do from 5.7 on.
-        ValueError: no such device, no MoE layer, one that can't be quantized, or a model that is quantized already; then
-            nothing has been changed.
+        ImportError: no transformers whose models take a registered name, as they do from 5.7 on.
+        ValueError: no such device, no MoE layer, one that can't be quantized or is offloaded, or a
+            model that is quantized already; then nothing has been changed.
     """
     from tqdm import tqdm
 
@@ -342,10 +335,14 @@ def quantize_model_(
             "must have MoE layers that transformers dispatches through its ExpertsInterface",
             type(model).__name__,
         )
+    in_memory = any(not p.is_meta for p in model.parameters()) or not (where is None or where.type == "meta")
     for name, module in found:
         reason = why_not(module)
         if reason is not None:
             fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
+        if in_memory and any(p.is_meta for p in _parameters(module)):
+            fail("model", "must have all experts in memory, not offloaded by a device_map", f"{name} on meta")
+    model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
         before += _bytes(_parameters(module))
@@ -356,18 +353,18 @@ def quantize_model_(
             module.register_parameter(parameter, None)
         object.__setattr__(module, _CACHE, None)
         module.add_module(_OWNED, experts)
-        _forbid_saving(model)
-    model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
+        _forbid_what_needs_the_originals(model)
     saved = MemorySaved(len(found), before, after)
     logger.info("%s", saved)
     return saved
 
 
-def _forbid_saving(model: torch.nn.Module) -> None:
-    """Of the model and the models within: transformers would read the file without a word, and make up the experts."""
+def _forbid_what_needs_the_originals(model: torch.nn.Module) -> None:
+    """Of the model and the models within, which would else fail late, or save made-up experts."""
     for module in model.modules():
-        if hasattr(module, "save_pretrained"):
-            object.__setattr__(module, "save_pretrained", _refuse_to_save)
+        for name, refuse in (("save_pretrained", _refuse_to_save), ("set_experts_implementation", _refuse_another)):
+            if hasattr(module, name):
+                object.__setattr__(module, name, refuse)
 
 
 def _refuse_to_save(*args: object, **options: object) -> NoReturn:
@@ -375,6 +372,14 @@ def _refuse_to_save(*args: object, **options: object) -> NoReturn:
         "save_pretrained: must have experts as they were loaded, got a model that quantize_model_ has been through: keep the"
         " original checkpoint, and quantize at each start"
     )
+
+
+def _refuse_another(experts_implementation: object) -> None:
+    if experts_implementation != NAME:
+        raise ValueError(
+            f"experts_implementation: must be {NAME!r} for a model that quantize_model_ has been through, got"
+            f" {experts_implementation!r}: load the model again"
+        )
 
 
 def _has_experts(module: torch.nn.Module) -> bool:

@@ -1,21 +1,16 @@
-"""The bench suite on a real GPU: small cases of every kind run, are checked and get a time. No time is judged."""
+"""The bench suite on a GPU: small cases of every kind run, are checked and get a time."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
 
 import pytest
 import torch
 import transformers_models
 
-from hybrid_mxfp8.commands import bench as bench_command
-
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
-limits = bench_command.import_suite("limits", BENCH)
-report = bench_command.import_suite("report", BENCH)
-run = bench_command.import_suite("run", BENCH)
-shapes = bench_command.import_suite("shapes", BENCH)
-timing = bench_command.import_suite("timing", BENCH)
+limits, report, run, shapes, timing = (
+    importlib.import_module(f"hybrid_mxfp8.bench.{name}") for name in ("limits", "report", "run", "shapes", "timing")
+)
 Case = shapes.Case
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Checkpoints on a GPU: converted there to the bytes that the CPU writes, and loaded straight onto it."""
+"""Checkpoints on a GPU: converted to the bytes that the CPU writes, loaded straight onto it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a GPU, too, the main job opens no socket, loads no pickle, and writes nowhere but in the caches of Triton and the driver."""
+"""On a GPU, too, the main job opens no socket, loads no pickle, and writes to caches alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_the_main_job_writes_to_caches_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     events = [(event, what) for event, what in json.loads(done.stdout.splitlines()[-1])]
     assert not [event for event, _ in events if event.partition(".")[0] in ("socket", "urllib", "http", "pickle")]
-    # Triton compiles: its own ptxas, and a C compiler and what that starts for the code that launches a kernel.
+    # Triton compiles: its own ptxas, and a C compiler and what that starts for the code that
+    # launches a kernel.
     spawned = {Path(what).name for event, what in events if event in STARTS}
     assert spawned <= {"ptxas", "gcc", "cc", "clang", "ldconfig"}, spawned
     for event, what in events:

@@ -1,4 +1,4 @@
-"""The ``accuracy`` command: a table, and on request JSON and a picture, of what each format keeps."""
+"""The ``accuracy`` command: a table of what each format keeps, on request JSON and a picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RATIOS = tuple(2.0**i for i in range(17))
 
 @dataclass(frozen=True)
 class Part:
-    """A model's grouped GEMMs with the scores of each format, and what its logits keep, where that is known."""
+    """A model's grouped GEMMs with each format's scores, and the logits' where they are known."""
 
     short: str
     workload: Workload
@@ -41,16 +41,15 @@ class Part:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--synthetic", action="store_true", help="random numbers even where the real weights are there")
-    parser.add_argument("--no-transformers", action="store_true", help="leave the transformers model out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every expert's figures as JSON")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw a picture, .png, .svg or .pdf (needs matplotlib)"
-    )
+    add = parser.add_argument
+    add("--synthetic", action="store_true", help="random numbers even where the real weights are there")
+    add("--no-transformers", action="store_true", help="leave the transformers model out")
+    add("--json", type=Path, metavar="FILE", help="write every expert's figures as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw a picture, .png, .svg or .pdf (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables; 0, or 2 where a file can't be written or matplotlib is missing for the picture."""
+    """Print the tables; 0, or 2 where a file can't be written or matplotlib is missing."""
     for path in (args.json, args.plot):
         if path is not None and not path.parent.is_dir():
             print(f"{path}: there is no folder {path.parent}", file=sys.stderr)
@@ -63,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     workload = load(args.synthetic, 6, None)
     with_model = not args.no_transformers and transformers_model.installed()
-    with tqdm(total=2 + 2 * with_model, leave=False, file=sys.stderr, disable=None) as bar:
-        parts = [Part("MiniLM" if workload.real else "synthetic", workload, scored(workload, bar))]
+    with tqdm(total=2 + 2 * with_model, leave=False, disable=None) as bar:
+        parts = [Part("MiniLM" if workload.real else "synthetic", workload, _scored(workload, bar))]
         if with_model:
             found = transformers_model.report()
-            parts.append(Part("random Qwen3-MoE", found.workload, scored(found.workload, bar), found.logits_db))
+            parts.append(Part("random Qwen3-MoE", found.workload, _scored(found.workload, bar), found.logits_db))
     effects = channel_effect(workload.gemms[0].x, RATIOS)
     print(describe(parts, effects))
     if not with_model and not args.no_transformers:
@@ -85,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def scored(workload: Workload, bar: Any) -> list[tuple[Operands, list[Score]]]:
-    """The scores of each of a workload's grouped GEMMs."""
+def _scored(workload: Workload, bar: Any) -> list[tuple[Operands, list[Score]]]:
     scores = []
     for operands in workload.gemms:
         bar.set_description_str(operands.name)
@@ -107,18 +105,15 @@ def describe(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
     ]
     for part in parts:
         texts.append(textwrap.fill(f"Numbers: {part.workload.source}.", WIDTH, subsequent_indent="  "))
-        texts += [score_table(operands, scores) for operands, scores in part.scores]
+        texts += [_score_table(operands, scores) for operands, scores in part.scores]
         if part.logits_db:
             rows = [(name, f"{db:.1f}") for name, db in part.logits_db.items()]
             title = "Logits of the whole model, the experts' operands of all layers in each format"
             texts.append(f"{title}\n\n{format_table(('format', 'logits dB'), rows)}")
-    texts.append(effect_table(effects))
-    texts.append(conclusion(parts, effects))
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, _effect_table(effects), _conclusion(parts[0], effects[-1])])
 
 
-def score_table(operands: Operands, scores: Sequence[Score]) -> str:
-    """One grouped GEMM."""
+def _score_table(operands: Operands, scores: Sequence[Score]) -> str:
     num_experts, n, k = operands.w.shape
     title = f"{operands.name}: {num_experts} experts, {sum(operands.rows)} tokens, N {n}, K {k}"
     header = ("format", "bits", "x dB", "w dB", "y dB", "worst y dB", "worst calc_diff")
@@ -135,8 +130,7 @@ def score_table(operands: Operands, scores: Sequence[Score]) -> str:
     return f"{title}\n\n{format_table(header, rows)}"
 
 
-def effect_table(effects: Sequence[ChannelEffect]) -> str:
-    """A growing channel, at every fourth power of two."""
+def _effect_table(effects: Sequence[ChannelEffect]) -> str:
     title = textwrap.fill(
         "One channel of the first product's tokens grows in all tokens, up to a multiple of the others' rms, as channels "
         "of large models do: what is left of the blocks without it, in dB",
@@ -148,23 +142,19 @@ def effect_table(effects: Sequence[ChannelEffect]) -> str:
     return f"{title}\n\n{format_table(header, rows)}"
 
 
-def conclusion(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
-    """The comparison in one sentence, of the first part's products."""
-    of_kind: dict[str, list[Score]] = {}
-    for _, scores in parts[0].scores:
+def _conclusion(part: Part, last: ChannelEffect) -> str:
+    """The comparison in one sentence."""
+    of_format: dict[str, list[float]] = {}
+    for _, scores in part.scores:
         for s in scores:
-            of_kind.setdefault(s.format.name, []).append(s)
-
-    def mean(name: str) -> float:
-        return sum(s.mean("product_db") for s in of_kind[name]) / len(of_kind[name])
-
-    ours = {name: mean(name) for name in of_kind if name.startswith("MXFP8")}
+            of_format.setdefault(s.format.name, []).append(s.mean("product_db"))
+    db = {name: sum(values) / len(values) for name, values in of_format.items()}
+    ours = {name: db[name] for name in db if name.startswith("MXFP8")}
     best = max(ours, key=lambda name: ours[name])
-    last = effects[-1]
     return textwrap.fill(
-        f"On {'a real model' if parts[0].workload.real else 'synthetic numbers'}, products keep "
+        f"On {'a real model' if part.workload.real else 'synthetic numbers'}, products keep "
         + ", ".join(f"{db:.1f} dB with {name}" for name, db in ours.items())
-        + f", {mean('FP8 per row'):.1f} with FP8 per row and {mean('FP8 per tensor'):.1f} per tensor; {best} is the best "
+        + f", {db['FP8 per row']:.1f} with FP8 per row and {db['FP8 per tensor']:.1f} per tensor; {best} is the best "
         f"rounding of MXFP8 here. With a channel {last.ratio:,.0f} times the others, {best} leaves those at "
         f"{last.db[best]:.1f} dB, FP8 per row at {last.db['FP8 per row']:.1f} and per tensor at "
         f"{last.db['FP8 per tensor']:.1f}.",
@@ -174,46 +164,31 @@ def conclusion(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
 
 def as_json(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> dict[str, Any]:
     """Every figure, with what it was measured on; null where it is infinite."""
+
+    def finite(values: dict[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    def gemm(operands: Operands, scores: Sequence[Score]) -> dict[str, Any]:
+        _, n, k = operands.w.shape
+        formats = {s.format.name: [finite(asdict(q)) for q in s.experts] for s in scores}
+        return {"name": operands.name, "tokens": list(operands.rows), "n": n, "k": k, "formats": formats}
+
     return {
-        "versions": {name: _version(name) for name in ("hybrid-mxfp8", "torch", "transformers")},
+        "versions": {"hybrid-mxfp8": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
         "workloads": [
             {
                 "source": part.workload.source,
                 "real": part.workload.real,
-                "logits_db": part.logits_db and {name: _finite(db) for name, db in part.logits_db.items()},
-                "gemms": [
-                    {
-                        "name": operands.name,
-                        "tokens": list(operands.rows),
-                        "n": operands.w.shape[1],
-                        "k": operands.w.shape[2],
-                        "formats": {
-                            s.format.name: [
-                                {figure: _finite(value) for figure, value in asdict(q).items()} for q in s.experts
-                            ]
-                            for s in scores
-                        },
-                    }
-                    for operands, scores in part.scores
-                ],
+                "logits_db": part.logits_db and finite(part.logits_db),
+                "gemms": [gemm(operands, scores) for operands, scores in part.scores],
             }
             for part in parts
         ],
-        "channel": [
-            {"ratio": effect.ratio, "db": {name: _finite(db) for name, db in effect.db.items()}} for effect in effects
-        ],
+        "channel": [{"ratio": effect.ratio, "db": finite(effect.db)} for effect in effects],
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _version(name: str) -> str | None:
-    if name == "hybrid-mxfp8":
-        return __version__
-    if name == "torch":
-        return torch.__version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What each format keeps: of operands and products of a grouped GEMM, and of the rest when some channels are large.
+"""What each format keeps: of a grouped GEMM, and of all else when one channel is large.
 
-Truth is the product of the fp32 operands, accumulated in float64; so are the products of what the formats leave of the
-operands, which shows the formats alone and no kernel's accumulation.
+Truth is the product of the fp32 operands, accumulated in float64; so are the products of what the
+formats leave of them, which shows the formats alone and no kernel's accumulation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Score:
 
 
 def score(operands: Operands, formats: Sequence[Format] = FORMATS) -> list[Score]:
-    """Each format on this grouped GEMM. Scales of tokens span all experts' tokens, those of weights one expert.
+    """Each format on a grouped GEMM. Scales of tokens span all experts', those of weights one's.
 
     Raises:
         ValueError: no expert has a token.
@@ -60,7 +60,7 @@ def score(operands: Operands, formats: Sequence[Format] = FORMATS) -> list[Score
 
 @dataclass(frozen=True)
 class ChannelEffect:
-    """What is left of all other blocks, in dB by format, when one channel's rms is ``ratio`` times theirs."""
+    """What is left of other blocks, in dB, for a channel of rms ``ratio`` times theirs."""
 
     ratio: float
     db: dict[str, float]
@@ -69,9 +69,9 @@ class ChannelEffect:
 def channel_effect(
     x: torch.Tensor, ratios: Sequence[float], formats: Sequence[Format] = FORMATS
 ) -> list[ChannelEffect]:
-    """Make the largest channel of x (R, K) fp32 larger still in every token, and look at the blocks without it.
+    """Make the largest channel of x (R, K) fp32 larger in every token; look at the other blocks.
 
-    Transformers' activations have such channels, and every token has them: a scale for each token is no help.
+    Transformers' activations have such channels in every token: a scale a token is no help.
     """
     channel = int(x.square().sum(dim=0).argmax())
     others = torch.ones(x.shape[1], dtype=torch.bool)

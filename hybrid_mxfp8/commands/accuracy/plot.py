@@ -1,4 +1,4 @@
-"""A picture of the report: what each format keeps of each expert, and what a large channel leaves of the others."""
+"""The report's picture: what formats keep of each expert, and what a large channel leaves."""
 
 from __future__ import annotations
 
@@ -21,22 +21,12 @@ COLOURS: Final = {
 FIGURES: Final = (("tokens", "x_db", "o", 0.26), ("weights", "w_db", "s", 0.0), ("product", "product_db", "D", -0.26))
 """Label, figure, marker and height in its row."""
 
+Panel = tuple[str, Sequence[Score]]
+"""A title, and the scores of a grouped GEMM."""
 
-def draw(
-    panels: Sequence[tuple[str, Sequence[Score]]], effects: Sequence[ChannelEffect], source: str, path: Path
-) -> None:
-    """Write the picture, in the format that the file's ending names.
 
-    Args:
-        panels: a title and the scores of each grouped GEMM.
-        effects: of a growing channel.
-        source: where the numbers come from; printed below.
-        path: the file.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: an ending that matplotlib does not know.
-    """
+def draw(panels: Sequence[Panel], effects: Sequence[ChannelEffect], source: str, path: Path) -> None:
+    """Write the picture, ``source`` printed below, in the format that the file's ending names."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(max(3.1 * len(panels), 9.3), 8.2), layout="constrained")
@@ -44,15 +34,8 @@ def draw(
     axes = upper.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for letter, axis, (title, scores) in zip(string.ascii_lowercase, axes, panels, strict=False):
         _experts(axis, f"{letter}  {title}", scores)
-    shown = [
-        value
-        for _, scores in panels
-        for score in scores
-        if score.format.kind != "bf16"
-        for q in score.experts
-        for value in (q.x_db, q.w_db, q.product_db)
-        if math.isfinite(value)
-    ]
+    every = [getattr(q, name) for _, scores in panels for s in scores[1:] for q in s.experts for _, name, *_ in FIGURES]
+    shown = [value for value in every if math.isfinite(value)]
     axes[0].set_xlim(min(shown) - 1, max(shown) + 1)
     upper.supxlabel("signal-to-noise, dB; a small mark is an expert, a large one their mean", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -64,8 +47,22 @@ def draw(
     figure.savefig(path, dpi=150)
 
 
+def _frame(axis: Any, title: str, grid: str, rows: Sequence[str] = ()) -> None:
+    """Title, grid and, where the vertical axis is a list, its rows with lines between them."""
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis=grid, alpha=0.3)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for row in range(1, len(rows)):
+        axis.axhline(row - 0.5, color="0.9", linewidth=0.8)
+    if rows:
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+
+
 def _experts(axis: Any, title: str, scores: Sequence[Score]) -> None:
-    shown = [score for score in scores if score.format.kind != "bf16"]
+    bf16, *shown = scores
     for label, figure, marker, height in FIGURES:
         for row, score in enumerate(shown):
             colour = COLOURS[score.format.name]
@@ -73,74 +70,41 @@ def _experts(axis: Any, title: str, scores: Sequence[Score]) -> None:
             axis.plot(values, [row + height] * len(values), marker, color=colour, ms=3, alpha=0.35, mew=0)
             axis.plot(score.mean(figure), row + height, marker, color=colour, ms=7, mec="white", mew=0.8)
         axis.plot([], [], marker, color="0.4", ms=6, label=label)
-    for row in range(1, len(shown)):
-        axis.axhline(row - 0.5, color="0.9", linewidth=0.8)
-    axis.set_yticks(range(len(shown)), [score.format.name for score in shown])
-    axis.set_ylim(len(shown) - 0.5, -0.5)
-    bf16 = next((score for score in scores if score.format.kind == "bf16"), None)
-    below = f"\nbf16: product {bf16.mean('product_db'):.0f} dB" if bf16 else ""
-    axis.set_title(title + below, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(axis="x", alpha=0.3)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    below = f"\nbf16: product {bf16.mean('product_db'):.0f} dB"
+    _frame(axis, title + below, "x", [score.format.name for score in shown])
 
 
 def _channel(axis: Any, effects: Sequence[ChannelEffect]) -> None:
     ratios = [effect.ratio for effect in effects]
-    ends: list[tuple[float, str]] = []
     for name, colour in COLOURS.items():
-        values = [effect.db[name] for effect in effects]
         style = "--" if name in ("bf16", "MXFP8 floor", "MXFP8 even") else "-"
-        axis.plot(ratios, values, style, color=colour, linewidth=1.8)
-        ends.append((values[-1], name))
+        axis.plot(ratios, [effect.db[name] for effect in effects], style, color=colour, linewidth=1.8)
     axis.set_xscale("log", base=2)
     axis.set_xlim(ratios[0], ratios[-1])
     low, high = axis.get_ylim()
-    at = float("inf")
-    for value, name in sorted(ends, reverse=True):
+    at = math.inf
+    for name in sorted(COLOURS, key=lambda name: -effects[-1].db[name]):
         # Labels at the lines' ends, pushed apart where those meet.
-        at = min(value, at - (high - low) * 0.055)
+        at = min(effects[-1].db[name], at - (high - low) * 0.055)
         axis.annotate(
             name, (1.01, at), xycoords=("axes fraction", "data"), fontsize=8, color=COLOURS[name], va="center"
         )
-    axis.set_title("One channel grows in all tokens: what is left of the other blocks", fontsize=9)
     axis.set_xlabel("rms of that channel / rms of the others", fontsize=8)
     axis.set_ylabel("signal-to-noise, dB", fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    _frame(axis, "One channel grows in all tokens: what is left of the other blocks", "both")
 
 
-def _differences(axis: Any, panels: Sequence[tuple[str, Sequence[Score]]]) -> None:
-    names = [score.format.name for score in panels[0][1] if score.format.kind != "bf16"]
-    height = 0.8 / len(panels)
-    for i, (_, scores) in enumerate(panels):
-        worst = {score.format.name: score.worst_diff for score in scores}
-        for row, name in enumerate(names):
-            at = (worst[name], row - 0.4 + (i + 0.5) * height)
-            axis.plot(*at, "o", color=COLOURS[name], ms=5)
-            axis.annotate(
-                f"{string.ascii_lowercase[i]}  {worst[name]:.1e}",
-                at,
-                (6, 0),
-                textcoords="offset points",
-                fontsize=6.5,
-                color="0.35",
-                va="center",
-            )
-    for row in range(1, len(names)):
-        axis.axhline(row - 0.5, color="0.9", linewidth=0.8)
+def _differences(axis: Any, panels: Sequence[Panel]) -> None:
+    names = [score.format.name for score in panels[0][1][1:]]
+    for i, (_, (_, *scores)) in enumerate(panels):
+        for row, score in enumerate(scores):
+            at = (score.worst_diff, row - 0.4 + (i + 0.5) * 0.8 / len(panels))
+            axis.plot(*at, "o", color=COLOURS[score.format.name], ms=5)
+            text = f"{string.ascii_lowercase[i]}  {score.worst_diff:.1e}"
+            axis.annotate(text, at, (6, 0), textcoords="offset points", fontsize=6.5, color="0.35", va="center")
     axis.axvline(1e-3, color="0.4", linewidth=1, linestyle=":")
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.set_xlim(low, high * (high / low) ** 0.25)  # room for the last label
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_title("Worst calc_diff of an expert's product, by panel; dotted: 1e-3", fontsize=9)
+    axis.set_xlim(low, high * (high / low) ** 0.25)  # space for the last label
     axis.set_xlabel("calc_diff, less is better", fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(axis="x", alpha=0.3)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    _frame(axis, "Worst calc_diff of an expert's product, by panel; dotted: 1e-3", "x", names)

@@ -1,1 +1,1 @@
-"""``python -m hybrid_mxfp8 demo``: the main job on real weights, measured against fp32 and against per-tensor FP8."""
+"""The ``demo`` command: the main job on real weights, against fp32 and per-tensor FP8."""

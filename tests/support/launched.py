@@ -1,7 +1,9 @@
-"""A pytest plugin that writes down what a run did: outcomes of its tests, and which kernels it launched.
+"""A pytest plugin that writes down what a run did: outcomes of its tests, and which kernels it
+launched.
 
-``PYTHONPATH=tests pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped": .., "failed": .., "kernels":
-[..]}`` there. A process that dies leaves no file, which is how its caller tells.
+``PYTHONPATH=tests/support pytest -p launched --launched FILE`` leaves ``{"passed": .., "skipped":
+.., "failed": .., "kernels": [..]}`` there. A process that dies leaves no file, which is how its
+caller tells.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOM = Path(__file__).resolve().parent.parent / "triton_kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "triton_kernels"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,17 +44,17 @@ class _Recorder:
 
 
 def compiled_kernels() -> set[str]:
-    """Names of the kernels that this process has launched, all of which go through ``triton_kernels.launch``."""
+    """Names of the kernels that this process has compiled, which it does to launch them."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
-    return {loaded.kernel.metadata.name for loaded in launch._loaded.values()} if launch else set()
+    return {compiled.kernel.metadata.name for compiled in launch._compiled.values()} if launch else set()
 
 
 def kernels_in_source() -> set[str]:
-    """Names of all that ``triton_kernels`` launches: what stands first in a call of ``launch``."""
+    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
     calls = [
         node
-        for path in sorted(ROOM.glob("*.py"))
+        for path in sorted(KERNELS.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launch"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KernelLaunch"
     ]
     return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that transformers ships, in bf16, with experts that matter to the logits."""
+"""Tiny random models of transformers, in bf16, with experts that matter to the logits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ NAMES = ("Qwen3-MoE", "Mixtral", "DeepSeek-V3")
 PROMPT_LENGTH = 7
 
 MIN_SNR_DB = 18.0
-"""Logits in MXFP8 beside grouped_mm in bf16, both with the routing of the latter: 19.8 to 24.1 dB on a CPU, over five seeds. A layer of
-experts alone is at 23.7 dB. With routing of its own, a near tie that falls the other way makes it another model."""
+"""Logits in MXFP8 beside grouped_mm in bf16, both with the routing of the latter: 19.8 to 24.1 dB
+on a CPU, over five seeds. A layer of experts alone is at 23.7 dB. With routing of its own, a near
+tie that falls the other way makes it another model.
+"""
 WITHOUT_EXPERTS_DB = 6.0
-"""Logits with the experts' weights zeroed are no nearer than this: the experts dominate what comes out."""
+"""Logits with the experts' weights zeroed are no nearer than this: experts dominate."""
 
 
 def require() -> None:
@@ -80,7 +82,8 @@ def make(name: str, device: str = "cpu", scale: int = 1, seed: int = 0) -> Any:
 
 
 def with_fp8_experts(model: Any) -> Any:
-    """The same model with random experts in FP8, a power of two as the scale of each block of 128x128.
+    """The same model with random experts in FP8, a power of two as the scale of each block of
+    128x128.
 
     By the modules that transformers puts in place of a model's own when it loads an FP8 checkpoint.
     """
@@ -115,7 +118,7 @@ def expert_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 class Routing:
-    """Routing of a first forward, recorded, and replayed in a later one: ids and weights of every MoE layer, in order."""
+    """Routing of a first forward, replayed in a later one: ids and weights of every MoE layer."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._recorded: list[tuple[Any, ...]] = []

@@ -1,8 +1,9 @@
 """Counts of what a test run tried, for the table in docs/hostile-use.md.
 
-A test says what it did with ``tally("bad calls", 12)``. ``pytest --tally FILE --tally-label LABEL`` adds the run's
-sums to a JSON file as one column, beside those of other machines; ``python tests/tally.py`` makes the table of that
-file. Workers of pytest-xdist hand their sums to the process that started them.
+A test says what it did with ``tally("bad calls", 12)``. ``pytest --tally FILE --tally-label
+LABEL`` adds the run's sums to a JSON file as one column, beside those of other machines; ``python
+tests/tally.py`` makes the table of that file. Workers of pytest-xdist hand their sums to the
+process that started them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 RECORD = DOCS / "hostile_use.json"
 PAGE = DOCS / "hostile-use.md"
 BEGIN, END = "<!-- counts: made by tests/tally.py -->", "<!-- end of counts -->"
@@ -77,7 +78,7 @@ class _Plugin:
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
-    """Count something that this test did; called after it was checked, so that a failure is not counted."""
+    """Count something that this test did, after it was checked: a failure is not counted."""
     counts = request.config.pluginmanager.get_plugin("hybrid_mxfp8_tally").counts  # type: ignore[union-attr]
 
     def add(kind: str, n: int = 1) -> None:

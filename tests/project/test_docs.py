@@ -1,4 +1,4 @@
-"""The pages in docs/: their Python runs as printed, their commands too, and their links lead somewhere."""
+"""The pages in docs/: Python and commands run as printed, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ def test_scale_layout(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For pages whose point is no kernel: the interpreter takes its time."""
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
+
+
+@pytest.mark.usefixtures("_reference")
 def test_moe(monkeypatch: pytest.MonkeyPatch) -> None:
     # Inductor would need a C++ compiler on a CPU.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -74,6 +81,7 @@ def test_expert_parallel(tmp_path: Path) -> None:
     pages.check_expert_parallel(["own tokens", "all tokens", "tensor parallel"], tmp_path)
 
 
+@pytest.mark.usefixtures("_reference")
 def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     transformers_models.require()
     transformers_models.make("Qwen3-MoE").save_pretrained(tmp_path / "MODEL")
@@ -97,6 +105,7 @@ def save_small_fp8_model(folder: Path) -> str:
     return other
 
 
+@pytest.mark.usefixtures("_reference")
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rng = torch.Generator().manual_seed(0)

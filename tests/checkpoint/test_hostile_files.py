@@ -1,4 +1,4 @@
-"""Checkpoint files that lie or are damaged, and results that can't be written: each a named error, and never half a file."""
+"""Checkpoints that lie, results that can't be written: a named error, never half a file."""
 
 from __future__ import annotations
 
@@ -17,131 +17,108 @@ from typing import Any
 import pytest
 import torch
 from cutlass_workshop import Child
+from files import quantize, same_experts
 from safetensors.torch import load_file, save_file
 from tally import Tally
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.checkpoint import atomic as partial
-from hybrid_mxfp8.checkpoint import convert
+from hybrid_mxfp8.checkpoint import atomic, convert
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
-from hybrid_mxfp8.commands import cli
 
 VALUES, SCALES = 2 * 8 * 32, 2 * 8
 """Bytes of (2, 8, 32) experts."""
 
+DATA = bytes(range(64)) * 8 + bytes([127] * SCALES)
+ALL = ("--experts", "*.experts.*")
 
-def tensor(dtype: str, shape: list[Any], start: int, end: int) -> dict[str, Any]:
+
+@pytest.fixture(autouse=True)
+def _reference() -> Iterator[None]:
+    with mx.use_backend("reference"):
+        yield
+
+
+def tensor(dtype: str, shape: list[Any], start: int = 0, end: int = VALUES) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def good() -> dict[str, Any]:
-    scales = tensor("U8", [2, 8, 1], VALUES, VALUES + SCALES)
-    return {"w": tensor("F8_E4M3", [2, 8, 32], 0, VALUES), "w_scale_inv": scales}
+def scales(dtype: str, shape: list[Any], start: int = VALUES, end: int = VALUES + SCALES) -> dict[str, Any]:
+    return tensor(dtype, shape, start, end)
 
 
-DATA = bytes(range(64)) * 8 + bytes([127] * SCALES)
+def header(**changes: Any) -> dict[str, Any]:
+    """A right one, but for what is changed, or left out where None is given."""
+    good = {"w": tensor("F8_E4M3", [2, 8, 32]), "w_scale_inv": scales("U8", [2, 8, 1])}
+    return {name: entry for name, entry in (good | changes).items() if entry is not None}
 
 
 def write(path: Path, header: object, data: bytes = DATA, *, length: int | None = None) -> Path:
-    """A safetensors file by hand; the header as JSON or as it is, its length as it is or as claimed."""
+    """A safetensors file; the header as JSON or as it is, its length right or as claimed."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
-
-
-def quantize(*words: object) -> int:
-    return cli.main(["quantize", *map(str, words), "--device", "cpu"])
-
-
-def with_changes(**changes: Any) -> dict[str, Any]:
-    return {name: entry for name, entry in (good() | changes).items() if entry is not None}
 
 
 # ---------------------------------------------------------------- lies
 
 TWICE = b'{"w":{"dtype":"F8_E4M3","shape":[2,8,32],"data_offsets":[0,512]},"w":{"dtype":"U8","shape":[512],"data_offsets":[0,512]}}'
 
+NOT_COMPLETE = "is no complete safetensors file"
 HEADERS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "length of 2^64 - 1": (good(), {"length": 2**64 - 1}, "is no complete safetensors file"),
-    "length of 2^63": (good(), {"length": 2**63}, "is no complete safetensors file"),
-    "length beyond the format": (good(), {"length": 10**9}, "is no complete safetensors file"),
-    "length beyond the file": (good(), {"length": 5000}, "is no complete safetensors file"),
-    "length of nothing": (good(), {"length": 0}, "is no complete safetensors file"),
-    "length too short": (good(), {"length": 20}, "is no complete safetensors file"),
-    "no object": (b"[]", {}, "is no complete safetensors file"),
-    "no JSON": (b"MZ\x90\x00", {}, "is no complete safetensors file"),
-    "no UTF-8": (b'{"\xff\xfe": 1}', {}, "is no complete safetensors file"),
-    "nested without end": (b"[" * 100_000, {}, "is no complete safetensors file"),
-    "nested in a field": (b'{"w":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, {}, "is no complete safetensors file"),
-    "metadata of numbers": (with_changes(__metadata__={"a": 1}), {}, "is no complete safetensors file"),
-    "metadata as a list": (with_changes(__metadata__=["a"]), {}, "is no complete safetensors file"),
-    "shape larger than data": (with_changes(w=tensor("F8_E4M3", [2, 8, 64], 0, VALUES)), {}, "is no complete"),
-    "shape smaller than data": (with_changes(w=tensor("F8_E4M3", [1, 8, 32], 0, VALUES)), {}, "is no complete"),
-    "shape beyond 2^64": (with_changes(w=tensor("F8_E4M3", [2**62, 8, 32], 0, VALUES)), {}, "is no complete"),
-    "a negative dimension": (with_changes(w=tensor("F8_E4M3", [-2, -8, 32], 0, VALUES)), {}, "is no complete"),
-    "a fraction of a dimension": (with_changes(w=tensor("F8_E4M3", [2.0, 8, 32], 0, VALUES)), {}, "is no complete"),
-    "a dimension in words": (with_changes(w=tensor("F8_E4M3", ["2", 8, 32], 0, VALUES)), {}, "is no complete"),
-    "overlap": (with_changes(w_scale_inv=tensor("U8", [2, 8, 1], VALUES - 8, VALUES + 8)), {}, "is no complete"),
-    "one region twice": (with_changes(w_scale_inv=tensor("U8", [2, 8, 32], 0, VALUES)), {}, "is no complete"),
-    "a hole": (with_changes(w_scale_inv=tensor("U8", [8], VALUES + 8, VALUES + SCALES)), {}, "is no complete"),
-    "backwards": (with_changes(w_scale_inv=tensor("U8", [2, 8, 1], VALUES + SCALES, VALUES)), {}, "is no complete"),
-    "beyond the end": (good(), {"data": DATA[:-1]}, "is no complete safetensors file"),
-    "data that no tensor has": (good(), {"data": DATA + b"more"}, "is no complete safetensors file"),
-    "unknown dtype": (with_changes(w=tensor("F8_E9M9", [2, 8, 32], 0, VALUES)), {}, "is no complete"),
-    "no dtype": (with_changes(w={"shape": [2, 8, 32], "data_offsets": [0, VALUES]}), {}, "is no complete"),
-    "one field twice": (
-        b'{"w":{"dtype":"U8","dtype":"F32","shape":[528],"data_offsets":[0,528]}}',
-        {},
-        "is no complete",
-    ),
+    "length of 2^64 - 1": (header(), {"length": 2**64 - 1}, NOT_COMPLETE),
+    "length of 2^63": (header(), {"length": 2**63}, NOT_COMPLETE),
+    "length beyond the format": (header(), {"length": 10**9}, NOT_COMPLETE),
+    "length beyond the file": (header(), {"length": 5000}, NOT_COMPLETE),
+    "length of nothing": (header(), {"length": 0}, NOT_COMPLETE),
+    "length too short": (header(), {"length": 20}, NOT_COMPLETE),
+    "no object": (b"[]", {}, NOT_COMPLETE),
+    "no JSON": (b"MZ\x90\x00", {}, NOT_COMPLETE),
+    "no UTF-8": (b'{"\xff\xfe": 1}', {}, NOT_COMPLETE),
+    "nested without end": (b"[" * 100_000, {}, NOT_COMPLETE),
+    "nested in a field": (b'{"w":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, {}, NOT_COMPLETE),
+    "metadata of numbers": (header(__metadata__={"a": 1}), {}, NOT_COMPLETE),
+    "metadata as a list": (header(__metadata__=["a"]), {}, NOT_COMPLETE),
+    "shape larger than data": (header(w=tensor("F8_E4M3", [2, 8, 64])), {}, NOT_COMPLETE),
+    "shape smaller than data": (header(w=tensor("F8_E4M3", [1, 8, 32])), {}, NOT_COMPLETE),
+    "shape beyond 2^64": (header(w=tensor("F8_E4M3", [2**62, 8, 32])), {}, NOT_COMPLETE),
+    "a negative dimension": (header(w=tensor("F8_E4M3", [-2, -8, 32])), {}, NOT_COMPLETE),
+    "a fraction of a dimension": (header(w=tensor("F8_E4M3", [2.0, 8, 32])), {}, NOT_COMPLETE),
+    "a dimension in words": (header(w=tensor("F8_E4M3", ["2", 8, 32])), {}, NOT_COMPLETE),
+    "overlap": (header(w_scale_inv=scales("U8", [2, 8, 1], VALUES - 8, VALUES + 8)), {}, NOT_COMPLETE),
+    "one region twice": (header(w_scale_inv=tensor("U8", [2, 8, 32])), {}, NOT_COMPLETE),
+    "a hole": (header(w_scale_inv=scales("U8", [8], VALUES + 8)), {}, NOT_COMPLETE),
+    "backwards": (header(w_scale_inv=scales("U8", [2, 8, 1], VALUES + SCALES, VALUES)), {}, NOT_COMPLETE),
+    "beyond the end": (header(), {"data": DATA[:-1]}, NOT_COMPLETE),
+    "data that no tensor has": (header(), {"data": DATA + b"more"}, NOT_COMPLETE),
+    "unknown dtype": (header(w=tensor("F8_E9M9", [2, 8, 32])), {}, NOT_COMPLETE),
+    "no dtype": (header(w={"shape": [2, 8, 32], "data_offsets": [0, VALUES]}), {}, NOT_COMPLETE),
+    "one field twice": (b'{"w":{"dtype":"U8","dtype":"F32","shape":[528],"data_offsets":[0,528]}}', {}, NOT_COMPLETE),
     "one tensor twice": (TWICE, {"data": DATA[:VALUES]}, "'w' is there twice"),
-    "signed dtype": (with_changes(w=tensor("I8", [2, 8, 32], 0, VALUES)), {}, "w: dtype must be F8_E4M3, got I8"),
-    "other fp8": (
-        with_changes(w=tensor("F8_E5M2", [2, 8, 32], 0, VALUES)),
-        {},
-        "w: dtype must be F8_E4M3, got F8_E5M2",
-    ),
-    "signed scales": (
-        with_changes(w_scale_inv=tensor("I8", [2, 8, 1], VALUES, VALUES + SCALES)),
-        {},
-        "w_scale_inv: dtype must be U8 or F8_E8M0, got I8",
-    ),
-    "scales of another shape": (
-        with_changes(w_scale_inv=tensor("U8", [2, 1, 8], VALUES, VALUES + SCALES)),
-        {},
-        r"w_scale_inv: must have shape \(..., N, K/32\) = \(2, 8, 1\)",
-    ),
-    "no scales": (with_changes(w_scale_inv=None), {"data": DATA[:VALUES]}, "w: has no scales"),
-    "no weight": (
-        with_changes(w=None, w_scale_inv=tensor("U8", [16], 0, 16)),
-        {"data": b"1" * 16},
-        "has no tensor 'w'",
-    ),
-    "flat": (with_changes(w=tensor("F8_E4M3", [VALUES], 0, VALUES)), {}, r"w: must have shape \(E, N, K\)"),
-    "K of 16": (
-        with_changes(w=tensor("F8_E4M3", [2, 16, 16], 0, VALUES)),
-        {},
-        "w: K must be a positive multiple of 32",
-    ),
+    "signed dtype": (header(w=tensor("I8", [2, 8, 32])), {}, "w: dtype must be F8_E4M3, got I8"),
+    "other fp8": (header(w=tensor("F8_E5M2", [2, 8, 32])), {}, "w: dtype must be F8_E4M3, got F8_E5M2"),
+    "signed scales": (header(w_scale_inv=scales("I8", [2, 8, 1])), {}, "w_scale_inv: dtype must be U8 or F8_E8M0, got I8"),
+    "scales of another shape": (header(w_scale_inv=scales("U8", [2, 1, 8])), {}, r"w_scale_inv: must have shape .* = \(2, 8, 1\)"),
+    "no scales": (header(w_scale_inv=None), {"data": DATA[:VALUES]}, "w: has no scales"),
+    "no weight": (header(w=None, w_scale_inv=scales("U8", [16], 0, 16)), {"data": b"1" * 16}, "has no tensor 'w'"),
+    "flat": (header(w=tensor("F8_E4M3", [VALUES])), {}, r"w: must have shape \(E, N, K\)"),
+    "K of 16": (header(w=tensor("F8_E4M3", [2, 16, 16])), {}, "w: K must be a positive multiple of 32"),
     "10^12 experts of nothing": (
         {"w": tensor("F8_E4M3", [2**40, 0, 32], 0, 0), "w_scale_inv": tensor("U8", [2**40, 0, 1], 0, 0)},
-        {"data": b""},
-        "w: must have no empty dimension",
+        {"data": b""}, "w: must have no empty dimension",
     ),
     "no experts": (
         {"w": tensor("F8_E4M3", [0, 8, 32], 0, 0), "w_scale_inv": tensor("U8", [0, 8, 1], 0, 0)},
-        {"data": b""},
-        "w: must have no empty dimension",
+        {"data": b""}, "w: must have no empty dimension",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", HEADERS)
 def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
-    """Loading names the file and what is wrong with it, converting ends with the same and writes nothing."""
-    header, how_written, message = HEADERS[how]
-    path = write(tmp_path / "lie.safetensors", header, **how_written)
+    """Loading names the file and the fault, converting does the same and writes nothing."""
+    lie, how_written, message = HEADERS[how]
+    path = write(tmp_path / "lie.safetensors", lie, **how_written)
     with pytest.raises(ValueError, match=message) as caught:
         checkpoint.load_experts(path, "w")
     assert str(path) in str(caught.value)
@@ -153,13 +130,13 @@ def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_file_without_lies(tmp_path: Path) -> None:
     """What the lies are made of is right, so each of them is refused for itself."""
-    loaded = checkpoint.load_experts(write(tmp_path / "m.safetensors", good()), "w")
+    loaded = checkpoint.load_experts(write(tmp_path / "m.safetensors", header()), "w")
     assert loaded.values.view(torch.uint8).flatten().tolist() == list(DATA[:VALUES])
 
 
 def test_cut_anywhere(tmp_path: Path, tally: Tally) -> None:
     """At every one of its bytes."""
-    path = write(tmp_path / "cut.safetensors", good())
+    path = write(tmp_path / "cut.safetensors", header())
     whole = path.read_bytes()
     for kept in range(len(whole)):
         path.write_bytes(whole[:kept])
@@ -170,8 +147,8 @@ def test_cut_anywhere(tmp_path: Path, tally: Tally) -> None:
 
 
 def test_any_flipped_bit_of_the_header(tmp_path: Path, tally: Tally) -> None:
-    """A named error; or the same experts, where a bit meant nothing to them, as one of ``format`` does."""
-    path = write(tmp_path / "flip.safetensors", {"__metadata__": {"format": "pt"}, **good()})
+    """A named error; or the same experts, where a bit means nothing, as one of ``format``."""
+    path = write(tmp_path / "flip.safetensors", {"__metadata__": {"format": "pt"}, **header()})
     whole = path.read_bytes()
     truth = checkpoint.load_experts(path, "w")
     survived = 0
@@ -188,8 +165,7 @@ def test_any_flipped_bit_of_the_header(tmp_path: Path, tally: Tally) -> None:
         assert refusal is None or str(path) in refusal
         if refusal is None:
             survived += 1
-            assert loaded.values.view(torch.uint8).equal(truth.values.view(torch.uint8))
-            assert loaded.scales.equal(truth.scales)
+            assert same_experts(loaded, truth)
     assert survived < len(bits) / 10
     tally("file faults", len(bits))
 
@@ -261,23 +237,17 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "nested without end": (index(b"[" * 100_000), "index.json: is no JSON"),
     "no UTF-8": (index(b'{"weight_map": {"\xff": "1.safetensors"}}'), "index.json: is no JSON"),
     "empty": (index(b""), "index.json: is no JSON"),
-    "of another tensor": (
-        index({"c.weight": "1.safetensors"}),
-        "1.safetensors: has no tensor 'c.weight', which the index",
-    ),
-    "link to nothing": (
-        instead("2.safetensors", lambda at: at.symlink_to("absent")),
-        "names the file '2.safetensors', which is not there",
-    ),
+    "of another tensor": (index({"c.weight": "1.safetensors"}), "1.safetensors: has no tensor 'c.weight', which the index"),
+    "no file": (lambda at: (at / "2.safetensors").unlink(), "names the file '2.safetensors', which is not there"),
+    "link to nothing": (instead("2.safetensors", lambda at: at.symlink_to("absent")), "'2.safetensors', which is not there"),
     "link to itself": (instead("2.safetensors", lambda at: at.symlink_to(at)), "'2.safetensors', which is not there"),
     "a folder for a file": (instead("2.safetensors", lambda at: at.mkdir()), "'2.safetensors', which is not there"),
     "a pipe for a file": (instead("2.safetensors", os.mkfifo), "'2.safetensors', which is not there"),
     "a device for a file": (instead("2.safetensors", lambda at: at.symlink_to("/dev/zero")), "which is not there"),
     "a link to another kind of file": (
-        instead("2.safetensors", lambda at: at.symlink_to("/etc/passwd")),
-        "2.safetensors: is no complete safetensors file",
+        instead("2.safetensors", lambda at: at.symlink_to("/etc/passwd")), "2.safetensors: is no complete safetensors file"
     ),
-}
+}  # fmt: skip
 
 CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config that is none": (config(b"{"), "config.json: is no JSON"),
@@ -286,11 +256,8 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config nested without end": (config(b"[" * 100_000), "config.json: is no JSON"),
     "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
     "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
-    "tokenizer that is away": (
-        instead("tokenizer.json", lambda at: at.symlink_to("absent")),
-        "tokenizer.json: is a link to nothing",
-    ),
-}
+    "tokenizer that is away": (instead("tokenizer.json", lambda at: at.symlink_to("absent")), "tokenizer.json: is a link to nothing"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", [*FOLDERS, *CONFIGS])
@@ -302,7 +269,7 @@ def test_folders_that_lie(
     if how in FOLDERS:
         with pytest.raises(ValueError, match=message):
             checkpoint.find_experts(folder)
-    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
+    assert quantize(folder, tmp_path / "out", *ALL) == 2
     said = capsys.readouterr().err
     assert str(folder) in said
     assert message.rpartition(": ")[2].split("\\")[0].split(".*")[-1] in said
@@ -314,7 +281,7 @@ def test_folders_that_lie(
     "make", [os.mkfifo, Path.mkdir, lambda at: at.symlink_to("/dev/zero")], ids=["pipe", "folder", "device"]
 )
 def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: Tally) -> None:
-    """Named by itself or found in a folder without an index; a pipe that is opened would wait for ever."""
+    """Named itself or found in a folder; a pipe that is opened would wait for ever."""
     path = tmp_path / "m.safetensors"
     make(path)
     if not path.is_dir():
@@ -326,7 +293,7 @@ def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: 
 
 
 def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
-    """Links to files under other names elsewhere: such a folder loads and converts as one of files does."""
+    """Links to files under other names elsewhere: they convert as files do."""
     linked = tmp_path / "snapshots" / "main"
     linked.mkdir(parents=True)
     for number, file in enumerate(sorted(folder.iterdir())):
@@ -334,8 +301,8 @@ def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
         blob.parent.mkdir(exist_ok=True)
         shutil.copy2(file, blob)
         (linked / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
-    assert quantize(folder, tmp_path / "a", "--experts", "*.experts.*") == 0
-    assert quantize(linked, tmp_path / "b", "--experts", "*.experts.*") == 0
+    assert quantize(folder, tmp_path / "a", *ALL) == 0
+    assert quantize(linked, tmp_path / "b", *ALL) == 0
     for file in (tmp_path / "a").iterdir():
         assert not (tmp_path / "b" / file.name).is_symlink()
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
@@ -379,9 +346,9 @@ def files_up_to(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 7, 100, 300, 2000, 100_000, 150_000])
+@pytest.mark.parametrize("limit", [0, 7, 100, 300, 2000, 150_000])
 def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
-    """In the header, within a tensor, at the end: the error names the file, and nothing is left on the full disk."""
+    """In the header, a tensor, at the end: the error names the file, and nothing is left."""
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file({"w": torch.randn(4, 256, 64), "v": torch.randn(30_000)}, source)
     with files_up_to(limit):
@@ -401,7 +368,7 @@ def test_a_disk_that_fills_with_a_folder(
     folder: Path, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
 ) -> None:
     with files_up_to(limit):
-        assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
+        assert quantize(folder, tmp_path / "out", *ALL) == 2
     assert "can't be written: File too large: '" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     tally("file faults")
@@ -490,7 +457,7 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         end_by(number, pytest.MonkeyPatch(), call)
-        return quantize(source, target, "--experts", "*.experts.*", *(["--force"] if force else []))
+        return quantize(source, target, *ALL, *(["--force"] if force else []))
 
     result = Child(run).result()
     assert result is None or isinstance(result, int), result
@@ -499,7 +466,7 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path, tally: Tally) -> None:
-    """By Ctrl-C or a scheduler: all is removed; killed: the next run removes it. OUT never appears."""
+    """By Ctrl-C or a scheduler: all is removed; killed: the next run does it. No OUT appears."""
     for number in (signal.SIGTERM, signal.SIGINT):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -507,7 +474,7 @@ def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path, tal
     left = [path.name for path in tmp_path.iterdir() if path.name != "model"]
     assert len(left) == 1
     assert left[0].startswith(".out.")
-    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 0
+    assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     tally("file faults", 3)
@@ -518,44 +485,40 @@ def test_what_is_to_be_replaced_stays_until_then(
     folder: Path, number: signal.Signals, tmp_path: Path, tally: Tally
 ) -> None:
     for source, target in ((folder, tmp_path / "out"), (folder / "1.safetensors", tmp_path / "out.safetensors")):
-        assert quantize(source, target, "--experts", "*.experts.*") == 0
+        assert quantize(source, target, *ALL) == 0
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         converting(source, target, number=number, call=2, force=True)
         assert {path: path.read_bytes() for path in before} == before
         tally("file faults")
 
 
-@pytest.mark.parametrize(
-    "own", [True, False], ids=["of an earlier process of this number", "of a process that is gone"]
-)
+@pytest.mark.parametrize("own", [True, False], ids=["an earlier process of this number", "a process that is gone"])
 def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path, tally: Tally) -> None:
-    """In a container the next process often has the number of the last. What a living process writes stays."""
-    gone = Child(os.getpid)
-    process = gone.result()
-    process = os.getpid() if own else process
-    prefix = partial._prefix(tmp_path / "out")
-    left = tmp_path / f"{prefix}{process}{partial.SUFFIX}"
+    """In a container the next process often has the last one's number. A living one's stay."""
+    process = os.getpid() if own else Child(os.getpid).result()
+    prefix = atomic._prefix(tmp_path / "out")
+    left = tmp_path / f"{prefix}{process}{atomic.SUFFIX}"
     (left / "deep").mkdir(parents=True)
     others = [
-        tmp_path / f"{prefix}{os.getppid()}{partial.SUFFIX}",
-        tmp_path / f".out.another-host-{process}{partial.SUFFIX}",
-        tmp_path / f".other{prefix}{process}{partial.SUFFIX}",
-        tmp_path / f"{prefix}1x{partial.SUFFIX}",
+        tmp_path / f"{prefix}{os.getppid()}{atomic.SUFFIX}",
+        tmp_path / f".out.another-host-{process}{atomic.SUFFIX}",
+        tmp_path / f".other{prefix}{process}{atomic.SUFFIX}",
+        tmp_path / f"{prefix}1x{atomic.SUFFIX}",
     ]
     for other in others:
         other.mkdir()
-    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 0
+    assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert not left.exists()
     assert all(other.is_dir() for other in others)
     tally("file faults")
 
 
 def test_one_result_is_written_once_at_a_time(tmp_path: Path) -> None:
-    with partial.partial(tmp_path / "m") as path:
+    with atomic.atomic_write(tmp_path / "m") as path:
         path.touch()
         with (
             pytest.raises(ValueError, match="m: is being written by this process already"),
-            partial.partial(tmp_path / "m"),
+            atomic.atomic_write(tmp_path / "m"),
         ):
             pass
         assert path.exists()
@@ -567,17 +530,17 @@ def test_a_folder_that_cannot_take_its_place(
 ) -> None:
     """The one that was to be replaced is put back."""
     target = tmp_path / "out"
-    assert quantize(folder, target, "--experts", "*.experts.*") == 0
+    assert quantize(folder, target, *ALL) == 0
     (target / "mine").touch()
     rename = Path.rename
 
     def fail(path: Path, to: Path) -> Path:
-        if path.name.endswith(partial.SUFFIX):
+        if path.name.endswith(atomic.SUFFIX):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", fail)
-    assert quantize(folder, target, "--experts", "*.experts.*", "--force") == 2
+    assert quantize(folder, target, *ALL, "--force") == 2
     assert (target / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     tally("file faults")
@@ -587,9 +550,9 @@ def test_a_link_is_not_replaced_by_a_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
 ) -> None:
     """Said before the work, not after it."""
-    assert quantize(folder, tmp_path / "real", "--experts", "*.experts.*") == 0
+    assert quantize(folder, tmp_path / "real", *ALL) == 0
     (tmp_path / "out").symlink_to(tmp_path / "real")
-    assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--force") == 2
+    assert quantize(folder, tmp_path / "out", *ALL, "--force") == 2
     assert "is a link to a folder, which --force does not replace" in capsys.readouterr().err
     tally("file faults")
 

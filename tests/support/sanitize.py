@@ -1,10 +1,12 @@
-"""``make sanitize``: the GPU tests marked ``sanitizer`` under each tool of NVIDIA's compute-sanitizer, with a report.
+"""``make sanitize``: the GPU tests marked ``sanitizer`` under each tool of NVIDIA's
+compute-sanitizer, with a report.
 
-The tests are split by file, and further where a tool is slow, and run in a few processes at once, each with a time
-limit. Before them the same tests run once with no tool: that fills the compilers' caches, and shows what fails by
-itself. The report says what ran, what was found and which kernels were launched under which tool. The exit status is 0
-only if every test passed or was skipped, every tool came to its summary with nothing found, and every kernel that
-this GPU can run was launched under every tool.
+The tests are split by file, and further where a tool is slow, and run in a few processes at once,
+each with a time limit. Before them the same tests run once with no tool: that fills the
+compilers' caches, and shows what fails by itself. The report says what ran, what was found and
+which kernels were launched under which tool. The exit status is 0 only if every test passed or
+was skipped, every tool came to its summary with nothing found, and every kernel that this GPU can
+run was launched under every tool.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 
 from launched import kernels_in_source
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "no tool"
 
 TOOLS: dict[str, str] = {
@@ -66,22 +68,25 @@ CONTROL = ROOT / "tests" / "gpu" / "test_gpu_racecheck.py"
 
 @functools.cache
 def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
-    """Of each kernel that specializes warps, the lines (file, number) that Triton's own code for it is attributed to.
+    """Of each kernel that specializes warps, the lines (file, number) that Triton's own code for
+    it is attributed to.
 
-    There the default warps leave a byte in shared memory that says which partition each other warp is to run, and these
-    read it. Racecheck reports that as a race, though a barrier of the whole block stands between each write and the read,
-    which tests/codegen/test_codegen_hopper.py reads in the machine code. Reports of such places alone are counted apart,
-    and only while the control, a kernel that does nothing else, is reported too. What a kernel itself does with
+    There the default warps leave a byte in shared memory that says which partition each other
+    warp is to run, and these read it. Racecheck reports that as a race, though a barrier of the
+    whole block stands between each write and the read, which tests/codegen/test_codegen_hopper.py
+    reads in the machine code. Reports of such places alone are counted apart, and only while the
+    control, a kernel that does nothing else, is reported too. What a kernel itself does with
     shared memory is on other lines.
     """
     lines: dict[str, set[tuple[str, int]]] = {}
-    for path in (*sorted((ROOT / "triton_kernels").glob("*.py")), CONTROL):
+    for path in (*sorted((ROOT / "triton_kernels").rglob("*.py")), CONTROL):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef):
                 continue
             calls = [node.lineno for node in ast.walk(function) if _specializes(node)]
             if calls:
-                # A choice between two such calls that is made while compiling may be given in their place.
+                # A choice between two such calls that is made while compiling may be given in
+                # their place.
                 choices = [
                     node.lineno
                     for node in ast.walk(function)
@@ -98,9 +103,11 @@ def _specializes(node: ast.AST) -> bool:
 
 @dataclass
 class Findings:
-    """One process's output: how much its tool reported and where, and whether the tool came to its end.
+    """One process's output: how much its tool reported and where, and whether the tool came to
+    its end.
 
-    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel; ``races``: the places of the others.
+    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel; ``races``: the
+    places of the others.
     """
 
     reported: int = 0
@@ -125,7 +132,7 @@ _PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x
 
 
 def parse(text: str) -> Findings:
-    """What compute-sanitizer printed among a program's own lines, some of which are rows of = too."""
+    """What compute-sanitizer printed among a program's own lines."""
     found = Findings()
     for report in text.split("Race reported between ")[1:]:
         kernel, places = _race(report)
@@ -150,7 +157,7 @@ def parse(text: str) -> Findings:
 
 
 def _race(report: str) -> tuple[str | None, str]:
-    """The kernel of a report whose places are all of :func:`dispatch_lines`, else None; and the places."""
+    """The kernel, if all places are of :func:`dispatch_lines`; and the places."""
     first, *others = report.splitlines()
     following = itertools.takewhile(lambda line: re.match(r"=========\s+and ", line), others)
     lines = [first, *following]
@@ -200,8 +207,8 @@ def command(sanitizer: str, help_text: str, job: Job, pytest: str, record: Path)
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a job: PyTorch must give each tensor an allocation of its own, or its neighbours hide a fault."""
-    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    """Of a job: each tensor is an allocation of its own, or its neighbours hide a fault."""
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))))
     changes = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(threads)}
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
 
@@ -261,8 +268,8 @@ class Result:
         return not (self.fault or self.failed or self.errors)
 
 
-def judge(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
-    """The result of a job's output, exit status (None: stopped at its time limit) and record of its tests (None: it left none)."""
+def result_of(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
+    """A job's result; no status: it was stopped at its limit, no record: it left none."""
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
     errors = found.reported - sum(found.dispatch.values())
     result = Result(job.tool, job.file, len(job.tests), errors=errors, seconds=round(seconds, 1))
@@ -290,7 +297,8 @@ def judge(job: Job, output: str, status: int | None, record: Mapping[str, Any] |
 def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path, limit: float) -> Result:
     """Run a job to its end or its time limit."""
     started = time.monotonic()
-    # A session of its own, so that the limit ends the sanitizer, the tests and their compilers alike.
+    # A session of its own, so that the limit ends the sanitizer, the tests and their compilers
+    # alike.
     process = subprocess.Popen(
         argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -302,13 +310,13 @@ def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path,
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     outcomes = json.loads(record.read_text()) if record.exists() else None
-    return judge(job, output, status, outcomes, time.monotonic() - started)
+    return result_of(job, output, status, outcomes, time.monotonic() - started)
 
 
 def run_jobs(
     jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float, deadline: float
 ) -> list[Result]:
-    """Run all, ``workers`` at a time; those that can't start before the deadline (monotonic, s) count as not run."""
+    """Run all, ``workers`` at a time; not run are those that can't start before the deadline."""
     asked = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
     env = environment(max(1, (os.cpu_count() or 1) // workers))
 
@@ -329,7 +337,7 @@ def run_jobs(
 
 
 def without_control(results: Sequence[Result]) -> list[Result]:
-    """The results, with what was counted apart as errors after all if the control's kernel was not reported."""
+    """The results; what was counted apart are errors if the control's kernel was not reported."""
     control = {kernel for kernel, lines in dispatch_lines().items() if CONTROL.name in {name for name, _ in lines}}
     if any(control & set(result.dispatch) for result in results):
         return list(results)
@@ -353,90 +361,53 @@ def not_reached(results: Sequence[Result], tools: Iterable[str], expected: set[s
 def describe_machine(sanitizer: str) -> dict[str, str]:
     """GPU, compute capability, driver and versions, as text."""
 
-    def first_line(argv: Sequence[str]) -> str:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        return (done.stdout.strip() or "unknown").splitlines()[0]
+    def said(*argv: str) -> str:
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
 
     fields = {"GPU": "name", "compute capability": "compute_cap", "driver": "driver_version"}
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
-    values = [value.strip() for value in first_line(query).split(",")]
-    asked = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"[Vv]ersion ([\d.]+)", asked)
+    line, *_ = said("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader").splitlines()
+    version = re.search(r"[Vv]ersion ([\d.]+)", said(sanitizer, "--version"))
     return {
-        **dict(zip(fields, [*values, "unknown", "unknown"], strict=False)),
-        "torch": metadata.version("torch"),
-        "triton": metadata.version("triton"),
+        **dict(zip(fields, line.split(", "), strict=True)),
+        **{name: metadata.version(name) for name in ("torch", "triton")},
         "compute-sanitizer": version[1] if version else "unknown",
     }
 
 
-def earlier_results(path: Path, machine: Mapping[str, str], tools: Sequence[str]) -> list[Result]:
-    """An earlier report's results of tools that are not among these; none if it is of another machine or not there."""
-    record = json.loads(path.read_text()) if path.exists() else {"machine": None}
-    if record["machine"] != machine:
-        return []
-    return [Result(**result) for result in record["results"] if result["tool"] not in (PLAIN, *tools)]
-
-
-def slug(gpu: str) -> str:
-    """``h100`` of ``NVIDIA H100 80GB HBM3``."""
-    found = re.search(r"\b[A-Z]+\d+\w*", gpu)
-    return (found[0] if found else re.sub(r"\W+", "_", gpu)).lower()
-
-
-def summary_rows(results: Sequence[Result]) -> list[list[str]]:
-    """The table's rows: tool, file, tests, skipped, failed, errors, processes, seconds, and what else went wrong."""
-    rows = [["tool", "file", "tests", "skipped", "failed", "errors", "processes", "seconds", ""]]
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.tool, result.file), []).append(result)
-    for (tool, file), parts in groups.items():
+def markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The report as a page."""
+    machine = record["machine"]
+    lines = [f"# compute-sanitizer on {machine['GPU']}", "", f"Made by `make sanitize` on {record['date']}."]
+    lines += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
+    lines += [f"- {tool}: {TOOLS[tool]}" for tool in record["tools"]]
+    lines += ["", "| tool | file | tests | skipped | failed | errors | processes | seconds | |"]
+    lines += ["| --- | --- |" + " ---: |" * 6 + " --- |"]
+    for (tool, file), group in itertools.groupby(results, key=lambda result: (result.tool, result.file)):
+        parts = list(group)
         sums = [sum(getattr(part, name) for part in parts) for name in ("tests", "skipped", "failed", "errors")]
         faults = Counter(part.fault for part in parts if part.fault)
         what = "; ".join(f"{fault} ({n} of {len(parts)})" for fault, n in faults.items())
-        seconds = f"{sum(part.seconds for part in parts):.0f}"
-        rows.append([tool, Path(file).name, *map(str, sums), str(len(parts)), seconds, what])
-    return rows
-
-
-def markdown(record: Mapping[str, Any], results: Sequence[Result], missing: Mapping[str, Sequence[str]]) -> str:
-    """The report as a page."""
-    rows = summary_rows(results)
-    lines = [f"# compute-sanitizer on {record['machine']['GPU']}", "", f"Made by `make sanitize` on {record['date']}."]
-    lines += [", ".join(f"{name} {value}" for name, value in record["machine"].items()) + ".", ""]
-    lines += [f"- {tool}: {TOOLS[tool]}" for tool in record["tools"]]
-    lines += ["", f"| {' | '.join(rows[0])} |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
-    totals = {tool: [r for r in results if r.tool == tool] for tool in record["tools"]}
+        seconds = sum(part.seconds for part in parts)
+        cells = [tool, Path(file).name, *map(str, sums), str(len(parts)), f"{seconds:.0f}", what]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Totals: "]
-    for tool, parts in totals.items():
+    for tool in record["tools"]:
+        parts = [result for result in results if result.tool == tool]
         passed, errors = sum(p.passed for p in parts), sum(p.errors for p in parts)
         bad = sum(bool(p.fault or p.failed) for p in parts)
         lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {len(parts)} processes failed or cut")
     lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in record["kernels"]) + "."]
-    dispatch: Counter[str] = Counter()
-    for result in results:
-        dispatch.update(result.dispatch)
-    if dispatch:
-        counts = ", ".join(f"`{kernel}` {n} times" for kernel, n in sorted(dispatch.items()))
+    if dispatch := sum((Counter(result.dispatch) for result in results), Counter()):
+        lines += ["", "Counted apart: " + ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items())) + "."]
         lines += [
-            "",
-            f"Counted apart: {counts}. That is the code with which Triton hands warps their work, where racecheck",
+            "That is the code with which Triton hands warps their work, where racecheck misses that a barrier of the"
         ]
-        lines += [
-            "misses that a barrier of the whole block stands between write and read: a kernel that does nothing else is"
-        ]
-        lines += [
-            "reported too, and `tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.",
-            "",
-        ]
-    lines += [f"**Not launched under {tool}**: {', '.join(kernels)}." for tool, kernels in missing.items()]
-    for title, name in (
-        ("Found", "kinds"),
-        ("In kernels", "kernels_at_fault"),
-        ("Races", "races"),
-        ("Warnings of the tools", "warnings"),
-    ):
+        lines += ["whole block stands between write and read: a kernel that does nothing else is reported too, and"]
+        lines += ["`tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.", ""]
+    for tool, kernels in record["not_launched"].items():
+        lines.append(f"**Not launched under {tool}**: {', '.join(kernels)}.")
+    titles = {"kinds": "Found", "kernels_at_fault": "In kernels", "races": "Races", "warnings": "Warnings of the tools"}
+    for name, title in titles.items():
         found: Counter[str] = Counter()
         for result in results:
             found.update({f"{result.tool}: {what}": n for what, n in getattr(result, name).items()})
@@ -453,7 +424,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds that all may take; the rest is cut")
-    parser.add_argument("--add", action="store_true", help="keep what the report there says of the other tools")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
     parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
     options = parser.parse_args(arguments)
@@ -476,11 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit, deadline)
     results = without_control(results)
 
-    report = options.out / f"sanitizers_{slug(machine['GPU'])}"
-    if options.add:
-        earlier = earlier_results(report.with_suffix(".json"), machine, tools)
-        results = [*earlier, *results]
-        tools = [tool for tool in TOOLS if tool in {result.tool for result in results}]
+    name = re.search(r"\b[A-Z]+\d+\w*", machine["GPU"])  # H100 of NVIDIA H100 80GB HBM3
+    report = options.out / f"sanitizers_{(name[0] if name else 'gpu').lower()}"
     major, _, minor = machine["compute capability"].partition(".")
     expected = expected_kernels((int(major), int(minor))) if major.isdigit() and not wanted else set()
     missing = not_reached(results, tools, expected)
@@ -495,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     report.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    report.with_suffix(".md").write_text(markdown(record, results, missing))
+    report.with_suffix(".md").write_text(markdown(record, results))
     print(report.with_suffix(".md").read_text())
     for result in results:
         if not result.clean:

@@ -1,4 +1,5 @@
-"""Python for the head of a program that reports, as a list of JSON, what it wrote, started, connected to or unpickled.
+"""Python for the head of a program that reports, as a list of JSON, what it wrote, started,
+connected to or unpickled.
 
 ``sys.addaudithook(audit)`` begins, ``report()`` prints.
 """

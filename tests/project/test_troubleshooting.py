@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what the library says, word for word: each row's message is raised here."""
+"""docs/troubleshooting.md quotes the library word for word: each message is raised here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.errors import BackendUnavailableError
 
-PAGE = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 QUOTED = [line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")]
 
 
@@ -69,6 +69,6 @@ def test_the_page_quotes_the_message(case: str) -> None:
 
 
 def test_nothing_else_is_quoted_but_the_interpreters_message() -> None:
-    """That one is raised where Triton is compiled for, not interpreted: tests/test_backends.py has it."""
+    """That one is raised where Triton compiles, not interprets: the backends' tests have it."""
     assert len(QUOTED) == len(CASES) + 1
     assert any(re.search("TRITON_INTERPRET=1", message) for message in QUOTED)

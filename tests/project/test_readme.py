@@ -1,4 +1,4 @@
-"""What the README promises: its example runs, its table of variables is env.py's, its links lead somewhere."""
+"""The README: its example runs, its table of variables is env.py's, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.dispatch.registry import BACKENDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -39,20 +38,15 @@ def test_environment_table_is_that_of_env() -> None:
     assert table(section, "`") == table(env.__doc__, "``")
 
 
-def test_every_variable_in_the_table_can_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_every_variable() -> None:
     assert env.__doc__ is not None
     cells = [line.split("|")[1] for line in env.__doc__.splitlines() if line.startswith("| ``")]
     assert tuple(name for cell in cells for name in re.findall(r"``(\w+)``", cell)) == env.VARIABLES
-    for name in env.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    assert env.in_force() == {}
-    monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
-    assert env.in_force() == {"HYBRID_MXFP8_PDL": "0"}
 
 
 def test_every_backend_has_its_row() -> None:
     section = README.split("## Backends")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(BACKENDS)
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(mx.backends())
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -1,4 +1,4 @@
-"""Wrong words and wrong settings on the command line, and wrong arguments of the checkpoint functions."""
+"""Wrong words on the command line, wrong settings, and wrong arguments for checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from tally import Tally
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import env
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
 
@@ -114,23 +113,6 @@ def test_a_gpu_that_is_not_there(
 # ---------------------------------------------------------------- settings
 
 
-SWITCHES: list[tuple[str, Callable[[], bool]]] = [
-    ("HYBRID_MXFP8_PDL", env.pdl),
-    ("HYBRID_MXFP8_HOPPER_GEMM", env.hopper_gemm),
-]
-
-
-@pytest.mark.parametrize("value", ["2", "true", "on", "-1", "0 1"])
-@pytest.mark.parametrize(("name", "read"), SWITCHES, ids=[name for name, _ in SWITCHES])
-def test_wrong_switch(
-    name: str, read: Callable[[], bool], value: str, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"^{name}: must be 0 or 1, got '{value}'$"):
-        read()
-    tally("bad calls")
-
-
 @pytest.mark.parametrize("value", ["bogus", "cuda", "auto,triton", "0", "none"])
 def test_wrong_backend_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
     """Every function that chooses says so; a name given to the call is not affected."""
@@ -186,6 +168,10 @@ LOADED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no such GPU", {"device": "cuda:63"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ("no such GPU, nor a file", {"device": "cuda:63", "path": "/nowhere"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ("a device a number", {"device": 1.5}, ValueError, "^device: must be a torch.device"),
+    ("experts beyond", {"experts": range(1, 4)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(1, 4\)$"),
+    ("experts before", {"experts": range(-1, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, .* got range\(-1, 2\)$"),
+    ("no experts", {"experts": range(2, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(2, 2\)$"),
+    ("experts as a list", {"experts": [0, 1]}, TypeError, "^experts: must be a range of experts' numbers, got list$"),
     ("no such file", {"path": "/nowhere/at/all"}, FileNotFoundError, "no such file or folder"),
 ]  # fmt: skip
 

@@ -1,0 +1,252 @@
+"""The bench suite on a CPU: how work is counted and timed, that wrong results are not timed, and
+what a run leaves.
+
+Our side is the reference backend, and a clockwork stands for the GPU's timer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers_models
+
+from hybrid_mxfp8.commands import bench as bench_command
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["bench_grouped_gemm", "bench_moe", "bench_quantize", "limits", "report", "run", "shapes", "timing", "work"]
+gemm, moe, quantize, limits, report, run, shapes, timing, work = (
+    importlib.import_module(f"hybrid_mxfp8.bench.{name}") for name in NAMES
+)
+Case = shapes.Case
+HOPPER = limits.Limits(3.0, 2.5, 700.0, (9, 0), 3.35, 989.4)
+# ---------------------------------------------------------------- what is counted
+
+
+@pytest.mark.parametrize("distribution", shapes.DISTRIBUTIONS)
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 1), (8, 128), (16384, 256), (1001, 7)])
+def test_counts_sum_to_the_tokens(distribution, tokens, experts):
+    """A seed moves tokens among experts and changes nothing else."""
+    counts, others = (shapes.tokens_per_expert(distribution, tokens, experts, seed=seed) for seed in (3, 4))
+    assert counts == shapes.tokens_per_expert(distribution, tokens, experts, seed=3)
+    assert (len(counts), sum(counts), sorted(counts)) == (experts, tokens, sorted(others))
+    assert min(counts) >= 0
+
+
+def test_cases_of_targets_come_first_and_each_once():
+    full, quick = shapes.cases(), shapes.cases(quick=True)
+    for chosen in (full, quick):
+        assert max(Counter(case.name for case in chosen).values()) == 1
+        sources = [case.source for case in chosen]
+        assert sources[: sources.count("target")] == ["target"] * sources.count("target")
+    assert {c.name for c in full if c.source == "target"} == {c.name for c in quick if c.source == "target"}
+    assert {case.kind for case in full} == {case.kind for case in quick} == set(shapes.KINDS)
+    assert bench_command.KINDS == shapes.KINDS
+    assert shapes.cases(only="moe") == [case for case in full if case.kind == "moe"]
+
+
+def test_bytes_and_flops_by_hand():
+    """Counts 1, 0, 129, K = 256: 128 + 256 scale rows of 8 bytes. N = 136 has 256 of them."""
+    counts = [1, 0, 129]
+    assert work.quantize(counts, 256) == work.Work(130 * 256 * 2 + 130 * 256 + 384 * 8)
+    assert work.quantize(counts, 256, swiglu=True).bytes == 130 * 256 * 4 + 130 * 256 + 384 * 8
+    assert work.quantize(counts, 256, gather=True).bytes == work.quantize(counts, 256).bytes + 130 * 4
+    assert work.quantize([128], 160).bytes == 128 * 160 * 3 + 128 * 8  # 5 scale columns, stored as 8
+    job = work.gemm([3, 0, 2], 136, 128)
+    assert job == work.Work(2 * (136 * 128 + 256 * 4) + 5 * (128 + 4) + 5 * 136 * 2, 2 * 5 * 136 * 128)
+    assert work.gemm_bf16([3, 0, 2], 136, 128).bytes == 2 * (2 * 136 * 128 + 5 * 128 + 5 * 136)
+    assert work.copy(10) + work.silu_mul(2, 3) == work.Work(40 + 36)
+    assert HOPPER.time_us(work.Work(3 * 10**9), "bf16") == pytest.approx(1000)
+    assert HOPPER.time_us(work.Work(1, 7 * 10**11), "mxfp8") == pytest.approx(1000)
+    assert HOPPER.time_us(work.Work(1, 7 * 10**11), "fp8") == pytest.approx(500)
+
+
+# ---------------------------------------------------------------- how it is timed
+
+
+class Clockwork:
+    """A device whose calls advance a clock, and whose speed drifts from round to round."""
+
+    failures = (RuntimeError,)
+
+    def __init__(self, drift):
+        self.now_us, self.drift, self.speed, self.order = 0.0, drift, 1.0, []
+
+    def spend(self, us):
+        self.now_us += us * self.speed
+
+    def capture(self, calls):
+        calls()
+        return lambda: calls()
+
+    def sample(self, replay):
+        start = self.now_us
+        replay()
+        elapsed = self.now_us - start
+        self.order.append(replay)
+        return lambda: elapsed
+
+    def synchronize(self):
+        self.speed *= self.drift
+
+
+def test_ratio_survives_a_drifting_clock():
+    """Each round the device is 10 % slower; contenders begin in turn, so their ratio stays."""
+    device = Clockwork(drift=1.1)
+    plan = timing.Plan(sets=1, calls=1, budget_us=0, min_rounds=4, max_rounds=4)
+    results = timing.measure({"a": lambda i: device.spend(3), "b": lambda i: device.spend(6)}, plan, device)
+    assert timing.ratio(results["b"].timing, results["a"].timing) == pytest.approx(2)
+    samples = device.order[-8:]
+    a, b = samples[:2]
+    assert samples == [a, b, b, a, a, b, b, a]
+
+
+# ---------------------------------------------------------------- the loop over cases
+
+
+class EveryCallTakes10Us:
+    """A timer that runs what it is given once and says 10 µs."""
+
+    failures = (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
+
+    def capture(self, calls):
+        calls()
+        return lambda: None
+
+    def sample(self, replay):
+        return lambda: 10.0
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    torch.manual_seed(0)
+    for name, value in {"WINDOW_US": 2.0, "MAX_SETS": 3, "HOST_CALLS": 2, "HOST_BATCHES": 2}.items():
+        monkeypatch.setattr(timing, name, value)
+    for module in (gemm, moe):
+        monkeypatch.setattr(module, "BACKENDS", ("cutlass", "reference"))
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
+    return run.Suite(EveryCallTakes10Us(), 1000, HOPPER, quick=True, place="cpu", free_bytes=lambda: 10**9)
+
+
+def measured(suite, *cases):
+    record = {"rows": [], "absent": [], "not_run": []}
+    for case in cases:
+        suite.add(case, record)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "check"),
+    [
+        (Case("quantize", "test", 40, 0, 96, 5, "zipf"), quantize.OURS, "40 sampled rows equal the reference bitwise"),
+        (Case("quantize", "test", 33, 0, 64, 4, variant="counts"), quantize.FROM_COUNTS, "33 sampled rows equal"),
+        (Case("quantize", "test", 33, 0, 64, 4, variant="gather"), quantize.GATHER, "33 sampled rows equal"),
+        (Case("quantize", "test", 33, 0, 64, 4, variant="swiglu"), quantize.SWIGLU, "dB against fp32"),
+        (Case("gemm", "test", 24, 16, 64, 3), "grouped_gemm (reference)", "calc_diff "),
+        (Case("pipeline", "test", 12, 16, 64, 3), "quantize + grouped_gemm (reference)", "calc_diff "),
+        (Case("moe", "test", 6, 64, 128, 5, top_k=2), "moe_forward (reference)", "dB on 4 tokens against fp32"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_case_is_checked_and_timed(case, name, check, suite):
+    if case.kind == "moe":
+        transformers_models.require()
+    record = measured(suite, case)
+    assert record["not_run"] == []
+    (row,) = [row for row in record["rows"] if row["contender"] == name]
+    assert (row["failure"], row["us"] > 0) == (None, True)
+    assert check in row["check"]
+    assert all(absent["reason"] for absent in record["absent"])
+
+
+def test_a_wrong_result_is_not_timed(suite, monkeypatch):
+    """It fails its row, and the others go on; a case that can't be prepared is listed as failed."""
+
+    def wrong(x, groups, *, out, **options):
+        out.values.view(torch.uint8).fill_(0x38)
+        out.scales.fill_(127)
+
+    monkeypatch.setattr(gemm.mx, "grouped_gemm", lambda x, w, *, out, **options: out.zero_())
+    record = measured(suite, Case("gemm", "test", 8, 16, 64, 2))
+    monkeypatch.setattr(quantize.mx, "quantize_grouped", wrong)
+    record["rows"] += measured(suite, Case("quantize", "test", 8, 0, 64, 2))["rows"]
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert "calc_diff of 8 rows" in rows["grouped_gemm (reference)"]["failure"]
+    assert "differ from the reference" in rows[quantize.OURS]["failure"]
+    assert "us" not in rows[quantize.OURS]
+    assert rows["bf16 copy of the same bytes"]["us"] > 0
+    monkeypatch.setattr(gemm, "make_inputs", lambda *arguments: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    (left,) = measured(suite, Case("gemm", "test", 8, 16, 64, 2))["not_run"]
+    assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_a_run_leaves_a_record_a_table_and_pictures(suite, monkeypatch, tmp_path, capsys):
+    """A table is made of the record again; a wrong result of ours is exit code 1."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[bench]")
+    machine = {"gpu": "NVIDIA H100", "capability": [9, 0], "sms": 132, "driver": "580.1", "torch": "2", "triton": "3"}
+    machine |= {"hybrid_mxfp8": "0.1.0", "date": "2030-01-02T03:04:05+00:00", "l2_bytes": 1000}
+    chosen = [Case("quantize", "test", t, 0, 64, 2) for t in (4, 8, 16)] + [Case("gemm", "test", 4, 16, 64, 2)]
+    monkeypatch.setattr(run, "why_not", lambda: None)
+    monkeypatch.setattr(run, "CudaDevice", EveryCallTakes10Us)
+    monkeypatch.setattr(run, "measure_limits", lambda *arguments: HOPPER)
+    monkeypatch.setattr(run.report, "describe_machine", lambda label: machine | {"commit": label})
+    monkeypatch.setattr(run, "Suite", functools.partial(run.Suite, place="cpu", free_bytes=lambda: 10**9))
+    monkeypatch.setattr(run, "cases", lambda quick, only: chosen)
+    assert run.main(["--quick", "--out", str(tmp_path), "--commit", "abc123", "--plots"]) == 0
+    assert "commit abc123" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"h100-2030-01-02-quick.json", "h100-2030-01-02-quick.md"} < names
+    assert len(names) == 4
+    path = tmp_path / "h100-2030-01-02-quick.json"
+    text = report.markdown(report.read_json(path))
+    assert all(f"| {row['case']} | {row['contender']} |" in text for row in report.read_json(path)["rows"])
+    assert run.main(["--from-json", str(path)]) == 0
+    assert "## Targets" in capsys.readouterr().out
+    monkeypatch.setattr(gemm.mx, "grouped_gemm", lambda x, w, *, out, **options: out.zero_())
+    assert run.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert run.main(["--quick", "--out", str(tmp_path), "--budget", "1e-9"]) == 0
+    reasons = {entry["reason"] for entry in report.read_json(path)["not_run"]}
+    assert reasons == {"the budget of 1e-09 s was used up"}
+
+
+def test_the_command_runs_the_suite_beside_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parser = argparse.ArgumentParser()
+    bench_command.add_arguments(parser)
+    assert bench_command.run(parser.parse_args(["--quick", "--only", "gemm"])) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was measured: no CUDA GPU here" in said
+    assert "gemm 32x4096x7168 E32 uniform  [target]" in said
+    assert bench_command.run(parser.parse_args(["--model"])) == 0
+    monkeypatch.setattr(bench_command, "SUITE", "hybrid_mxfp8.not_there")
+    assert bench_command.run(argparse.Namespace()) == 2
+    assert "clone the repository" in capsys.readouterr().err
+
+
+def test_silu_mul_in_the_interpreter():
+    """The baseline's kernel against PyTorch, in fp32: the interpreter rounds bf16 differently."""
+    program = (
+        "import torch\n"
+        "from bench.silu_mul import silu_mul\n"
+        "x, y = torch.randn(3, 2 * 2080), torch.full((3, 2080), float('nan'))\n"
+        "silu_mul(x, y)\n"
+        "gate, up = x.chunk(2, dim=1)\n"
+        "torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

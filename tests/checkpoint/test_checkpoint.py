@@ -1,0 +1,288 @@
+"""Checkpoints: what is written is what the library and the convention say, what is read is checked.
+
+Files that lie or are damaged are in test_hostile_files.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from files import FP8, Tensors, same_experts
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+
+NAME = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.fixture
+def experts(rng: torch.Generator) -> mx.ExpertWeights:
+    """N and K are no multiples of a scale tile: swizzled and row-major scales differ in shape."""
+    return mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
+
+
+@pytest.fixture
+def whole_tiles(rng: torch.Generator) -> mx.ExpertWeights:
+    """2 experts whose swizzled and row-major scales have the same shape."""
+    w = torch.randn(2, 128, 128, generator=rng) * torch.exp2(torch.randint(-9, 9, (2, 128, 1), generator=rng).float())
+    return mx.quantize_weights(w, backend="reference")
+
+
+# ---------------------------------------------------------------- round trips
+
+
+def test_saved_experts_come_back(experts: mx.ExpertWeights, whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
+    path = tmp_path / "experts.safetensors"
+    saved = {NAME: experts, "other": whole_tiles}
+    checkpoint.save_experts(path, saved)
+    assert all(same_experts(checkpoint.load_experts(path, name), w) for name, w in saved.items())
+    assert checkpoint.find_experts(path) == {NAME: (3, 40, 96), "other": (2, 128, 128)}
+
+
+def test_file_follows_the_convention(whole_tiles: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Read by the library: e4m3 elements, row-major bytes that multiply by 2**(b - 127)."""
+    path = tmp_path / "experts.safetensors"
+    checkpoint.save_experts(path, {NAME: whole_tiles})
+    found = load_file(path)
+    assert set(found) == {NAME, NAME + "_scale_inv"}
+    values, scales = found[NAME], found[NAME + "_scale_inv"]
+    assert (values.dtype, scales.dtype, scales.shape) == (FP8, torch.uint8, (2, 128, 4))
+    assert not torch.equal(scales, whole_tiles.scales), "a test of layouts needs scales that differ in them"
+    by_definition = values.double() * torch.exp2(scales.double() - 127).repeat_interleave(32, dim=-1)
+    assert torch.equal(by_definition, whole_tiles.dequantize().double())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **checkpoint.METADATA}
+
+
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "weight_scale", "scale"])
+@pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_published_files_of_each_convention_are_read(
+    experts: mx.ExpertWeights, scale: str, scale_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """MiniMax's names, ModelOpt's, DeepSeek's; eleven experts, so that 10 comes after 9."""
+    order = [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1]
+    values, scales = experts.values, experts.linear_scales()
+    tensors: Tensors = {"model.norm.weight": torch.ones(96, dtype=torch.bfloat16)}
+    for number, e in enumerate(order):
+        name = f"model.layers.3.block_sparse_moe.experts.{number}.w2."
+        tensors |= {name + "weight": values[e].clone(), name + scale: scales[e].clone().view(scale_dtype)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    pattern = "model.layers.3.block_sparse_moe.experts.*.w2.weight"
+    assert checkpoint.find_experts(tmp_path) == {pattern: (11, 40, 96)}
+    loaded = checkpoint.load_experts(tmp_path, pattern)
+    assert torch.equal(loaded.values.view(torch.uint8), values.view(torch.uint8)[order])
+    assert torch.equal(loaded.linear_scales(), scales[order])
+
+
+def test_several_names_are_joined_along_n(rng: torch.Generator, tmp_path: Path) -> None:
+    """gate and up, of different N, then down the same rows as one quantization of both."""
+    gate, up = torch.randn(2, 24, 64, generator=rng), torch.randn(2, 40, 64, generator=rng)
+    quantized = {n: mx.quantize_weights(w, backend="reference") for n, w in (("gate", gate), ("up", up))}
+    checkpoint.save_experts(tmp_path / "m.safetensors", quantized)
+    both = mx.quantize_weights(torch.cat([gate, up], dim=1), backend="reference")
+    assert same_experts(checkpoint.load_experts(tmp_path, ["gate", "up"]), both)
+    assert not same_experts(checkpoint.load_experts(tmp_path, ["up", "gate"]), both)
+
+
+@pytest.mark.parametrize("numbers", [range(4, 8), range(10), range(9, 10), range(8, 2, -3)], ids=str)
+def test_some_experts_of_a_layer(
+    experts: mx.ExpertWeights, numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a stack and of matrices alike; the others' bytes are not read."""
+    values, scales = (torch.cat([t] * 4)[:10] for t in (experts.values, experts.linear_scales()))
+    tensors = {"stack": values, "stack_scale": scales, "stack.0": values[0].clone(), "stack.0_scale": scales[0].clone()}
+    for e in range(10):
+        tensors |= {f"experts.{e}.w": values[e].clone(), f"experts.{e}.w_scale": scales[e].clone()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    read: list[tuple[str, int | None]] = []
+    matrix = checkpoint._matrix
+    monkeypatch.setattr(checkpoint, "_matrix", lambda c, name, e: (read.append((name, e)), matrix(c, name, e))[1])
+    for names in ("stack", "experts.*.w"):
+        loaded = checkpoint.load_experts(tmp_path, names, experts=numbers)
+        assert torch.equal(loaded.values.view(torch.uint8), values[list(numbers)].view(torch.uint8))
+        assert torch.equal(loaded.linear_scales(), scales[list(numbers)])
+    stacked = [(name, e) for e in numbers for name in ("stack", "stack_scale")]
+    assert read == stacked + [(f"experts.{e}.w{suffix}", None) for e in numbers for suffix in ("", "_scale")]
+
+
+def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Elements in one file and scales in another; a file not in the index is not looked at."""
+    save_file({NAME: experts.values}, tmp_path / "a.safetensors", metadata={"a": "said"})
+    save_file({NAME + "_scale_inv": experts.linear_scales()}, tmp_path / "b.safetensors", metadata={"b": "said"})
+    (tmp_path / "c.safetensors").write_text("an unfinished download")
+    index = {"weight_map": {NAME: "a.safetensors", NAME + "_scale_inv": "b.safetensors"}}
+    (tmp_path / checkpoint.INDEX_FILE).write_text(json.dumps(index))
+    assert same_experts(checkpoint.load_experts(tmp_path, NAME), experts)
+    with checkpoint.Checkpoint(tmp_path) as found:
+        assert found.metadata == {"a": "said", "b": "said"}
+
+
+def test_only_experts_are_found(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Among other matrices that are MXFP8, too."""
+    values, scales = experts.values, experts.linear_scales()
+    tensors = {}
+    for name in ("layers.0.experts.0.w", "layers.0.shared_experts.0.w", "layers.0.self_attn.w"):
+        tensors |= {name: values[0].clone(), name + "_scale_inv": scales[0].clone()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert checkpoint.find_experts(tmp_path) == {"layers.0.experts.*.w": (1, 40, 96)}
+
+
+def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_text("precious")
+    with pytest.raises(FileExistsError, match="force=True"):
+        checkpoint.save_experts(path, {NAME: experts})
+    assert path.read_text() == "precious"
+    checkpoint.save_experts(path, {NAME: experts}, force=True)
+    assert same_experts(checkpoint.load_experts(path, NAME), experts)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- what is not MXFP8
+
+
+def broken(experts: mx.ExpertWeights, **changes: torch.Tensor | None) -> Tensors:
+    """The tensors of a good file, with some replaced, or left out where None is given."""
+    tensors = {"w": experts.values, "w_scale_inv": experts.linear_scales(), **changes}
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w": torch.zeros(3, 40, 96, dtype=torch.bfloat16)}, "w: dtype must be F8_E4M3, got BF16: convert it with"),
+        ({"w": torch.zeros(40, 96).to(FP8)}, r"w: must have shape \(E, N, K\), or a \*"),
+        ({"w": torch.zeros(3, 40, 90).to(FP8)}, "w: K must be a positive multiple of 32, got 90"),
+        ({"w_scale_inv": None}, "w: has no scales: neither w_scale_inv nor w_scale is there"),
+        ({"w_scale_inv": torch.ones(3, 40, 1)}, "dtype must be U8 or F8_E8M0, got F32: .* perhaps those of FP8 of whole rows"),
+        ({"w_scale_inv": torch.ones(3, 128, 4, dtype=torch.uint8)}, r"\(..., N, K/32\) = \(3, 40, 3\), row-major, got \(3, 128, 4\)"),
+        ({"w_scale": torch.ones(3, 40, 3, dtype=torch.uint8)}, "'w' has two sets of scales"),
+    ],
+)  # fmt: skip
+def test_what_is_not_mxfp8_is_named(
+    experts: mx.ExpertWeights, changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    save_file(broken(experts, **changes), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, "w")
+    if "w_scale" not in changes:
+        assert checkpoint.find_experts(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"mxfp8.scale_layout": "swizzled"}, "scale_layout must be 'linear' for this version to read it, got 'swizzled'"),
+        ({"mxfp8.version": "2"}, "version must be '1'"),
+    ],
+)  # fmt: skip
+def test_what_only_the_header_tells(
+    said: dict[str, str], message: str, whole_tiles: mx.ExpertWeights, tmp_path: Path
+) -> None:
+    """Swizzled scales may have the shape of row-major ones."""
+    tensors = {NAME: whole_tiles.values, NAME + "_scale_inv": whole_tiles.scales}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=said)
+    for read in (checkpoint.find_experts, lambda path: checkpoint.load_experts(path, NAME)):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float8_e8m0fnu, "E8M0")]
+)
+def test_fp8_of_larger_blocks_is_named(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published: no experts to load, and the error says what they are."""
+    name = "model.layers.3.mlp.experts.0.up_proj.weight"
+    weight, scale = torch.zeros(200, 384).to(FP8), torch.ones(2, 3).to(dtype)
+    save_file({name: weight, name + "_scale_inv": scale}, tmp_path / "m.safetensors")
+    assert checkpoint.find_experts(tmp_path) == {}
+    message = f"must be MXFP8, got FP8 with one {said} scale a 128x128 block: convert it with `python -m hybrid_mxfp8 quantize`$"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, name.replace(".0.", ".*."))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("experts.*.w", r"experts.\*.w: experts must be numbered 0 .. 3, number 1 is missing"),
+        ("experts.*.v", "has no tensor"),
+        (["a", "b"], r"b: must have E = 2 and K = 32 as a, got \(E, N, K\) \(3, 8, 32\)"),
+        ("odd.*", r"odd.\*: experts must have one shape, got \[\(8, 32\), \(16, 32\)\]"),
+        ("four.*", r"four.0: must have shape \(N, K\) or \(E, N, K\), got \(1, 1, 8, 32\)"),
+    ],
+)
+def test_names_that_do_not_fit_are_explained(names: Any, message: str, tmp_path: Path) -> None:
+    shapes = {"experts.0.w": (8, 32), "experts.2.w": (8, 32), "experts.3.w": (8, 32), "a": (2, 8, 32), "b": (3, 8, 32)}
+    shapes |= {"odd.0": (8, 32), "odd.1": (16, 32), "four.0": (1, 1, 8, 32)}
+    tensors = {name: torch.zeros(shape).to(FP8) for name, shape in shapes.items()}
+    tensors |= {f"{n}_scale": torch.ones(*s[:-1], 1, dtype=torch.uint8) for n, s in shapes.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_experts(tmp_path, names)
+
+
+def test_files_of_a_refused_checkpoint_are_closed(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+    """Also where two files hold one tensor; what is absent is an error of its own."""
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        checkpoint.load_experts(tmp_path / "absent", "w")
+    with pytest.raises(FileNotFoundError, match="has no safetensors file"):
+        checkpoint.load_experts(tmp_path, "w")
+    for name in "ab":
+        save_file(broken(experts), tmp_path / f"{name}.safetensors")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ValueError, match=r"b.safetensors: tensor 'w\w*' is in another file"):
+        checkpoint.load_experts(tmp_path, "w")
+    assert os.listdir("/proc/self/fd") == before
+
+
+# ---------------------------------------------------------------- the writer
+
+
+def test_writer_takes_pieces_in_any_order(tmp_path: Path) -> None:
+    """Wide ones come first: a tensor must start at a multiple of its element."""
+    tensors = {
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "wide": torch.tensor([[1.5, -2.5], [3.5, 4.5]], dtype=torch.float64),
+        "none": torch.empty(0, 4, dtype=torch.bfloat16),
+        "point": torch.tensor(7, dtype=torch.int32),
+        "yes": torch.tensor([True, False]),
+    }
+    dtypes = {"odd": "U8", "wide": "F64", "none": "BF16", "point": "I32", "yes": "BOOL"}
+    entries = [Entry(name, dtypes[name], tuple(t.shape)) for name, t in tensors.items()]
+    path = tmp_path / "m.safetensors"
+    with SafetensorsWriter(path, entries, {}) as writer:
+        writer.append("wide", tensors["wide"][:1])
+        for name in ("odd", "none", "yes", "point"):
+            writer.append(name, tensors[name])
+        writer.append("wide", tensors["wide"][1:])
+        assert not path.exists()
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("pieces", [[], [3], [4, 1]], ids=["nothing", "too little", "too much"])
+def test_an_incomplete_file_never_appears(pieces: list[int], tmp_path: Path) -> None:
+    def write() -> None:
+        with SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w", "U8", (4,))], {}) as writer:
+            for piece in pieces:
+                writer.append("w", torch.zeros(piece, dtype=torch.uint8))
+
+    with pytest.raises(ValueError, match=r"^w: "):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="'w' is there twice"):
+        SafetensorsWriter(Path("m"), [Entry("w", "U8", (4,)), Entry("w", "U8", (4,))], {})
+    with pytest.raises(ValueError, match="w: dtype F4 is not known here"):
+        SafetensorsWriter(Path("m"), [Entry("w", "F4", (4,))], {})

@@ -1,0 +1,288 @@
+"""The ``quantize`` command: every byte of its output, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from files import FP8, Tensors, quantize, same_bytes
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.checkpoint import convert
+from hybrid_mxfp8.checkpoint import reader as checkpoint
+
+STACKED = "model.layers.0.mlp.experts.gate_up_proj"
+MATRICES = [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(3)]
+OTHERS = {
+    "model.embed_tokens.weight": torch.arange(60, dtype=torch.float32).reshape(12, 5).bfloat16(),
+    "model.layers.0.mlp.experts.gate_up_proj_bias": torch.ones(3, 40),
+    "model.layers.0.mlp.experts.scale": torch.tensor([1.5, 2.5]),
+    "model.layers.0.input_layernorm.weight": torch.ones(96),
+    "model.layers.0.mlp.gate.weight": torch.linspace(-1, 1, 96).reshape(3, 32).half(),
+    "steps": torch.tensor(7, dtype=torch.int64),
+    "mask": torch.tensor([True, False, True]),
+    "attention.weight": torch.linspace(-4, 4, 64).reshape(2, 32).to(FP8),
+    "nothing": torch.empty(0, 4),
+}
+KEPT = ["model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.scale"]
+ALL = ("--experts", "*.experts.*")
+
+
+@pytest.fixture
+def tensors(rng: torch.Generator) -> Tensors:
+    experts = {name: torch.randn(24, 64, generator=rng).half() for name in MATRICES}
+    return {**OTHERS, STACKED: torch.randn(3, 40, 96, generator=rng).bfloat16(), **experts}
+
+
+@pytest.fixture
+def source(tensors: Tensors, tmp_path: Path) -> Path:
+    path = tmp_path / "in.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", "author": "somebody"})
+    return path
+
+
+@pytest.mark.parametrize("rounding", ["rceil", "floor", "even"])
+def test_every_tensor(source: Path, tensors: Tensors, rounding: str, tmp_path: Path) -> None:
+    target = tmp_path / "out.safetensors"
+    with mx.use_backend("reference"):
+        assert quantize(source, target, *ALL, "--scale-rounding", rounding) == 0
+    found = load_file(target)
+    for name in (STACKED, *MATRICES):
+        values, scales = reference.quantize(tensors[name], rounding)
+        assert same_bytes(found.pop(name), values)
+        assert same_bytes(found.pop(name + "_scale_inv"), scales)
+    assert found.keys() == OTHERS.keys()
+    assert all(same_bytes(found[name], kept) for name, kept in OTHERS.items())
+    with safe_open(target, framework="pt") as file:
+        said = file.metadata()
+    assert said == {"format": "pt", "author": "somebody", "mxfp8.scale_rounding": rounding, **checkpoint.METADATA}
+
+
+def test_result_multiplies(source: Path, tensors: Tensors, backend: str, tmp_path: Path) -> None:
+    """From bf16 file to product: as close to the unquantized one as the format allows."""
+    with mx.use_backend(backend):
+        assert quantize(source, tmp_path / "out.safetensors", *ALL) == 0
+        weights = checkpoint.load_experts(tmp_path / "out.safetensors", MATRICES[0].replace(".0.", ".*."))
+        x = torch.randn(9, 64, generator=torch.Generator().manual_seed(3))
+        xq = mx.quantize_grouped(x, torch.tensor([2, 3, 4], dtype=torch.int32))
+        y = mx.grouped_gemm(xq, weights, out_dtype=torch.float32)
+    truth = torch.cat([part @ tensors[name].float().T for part, name in zip(x.split([2, 3, 4]), MATRICES, strict=True)])
+    assert mx.calc_diff(y, truth) < 1e-3
+
+
+@pytest.mark.parametrize("elements", [96, 96 * 7, 2**22], ids=["a row a block", "blocks with a rest", "one block"])
+def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not show in the result; progress is told in bytes of the source."""
+    told: list[tuple[str, int]] = []
+    options, target = convert.Options(("*.experts.*",)), tmp_path / "blocks.safetensors"
+    with mx.use_backend("reference"), checkpoint.Checkpoint(source) as opened:
+        planned = convert.plan(opened, options)
+        convert.convert(opened, planned, tmp_path / "whole.safetensors", options)
+        monkeypatch.setattr(convert, "BLOCK_ELEMENTS", elements)
+        convert.convert(opened, planned, target, options, lambda *said: told.append(said))
+    assert (tmp_path / "whole.safetensors").read_bytes() == target.read_bytes()
+    rows = min(24, max(1, elements // 64))
+    assert next(size for name, size in told if name == MATRICES[0]) == rows * 64 * 2
+    assert sum(size for _, size in told) == planned.num_bytes == sum(t.nbytes for t in load_file(source).values())
+
+
+def test_summary_counts_bytes_and_finds_the_worst(
+    tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bf16 to 33/32 bytes an element: 0.52. 1.0625 between two e4m3 values is worst, 24.6 dB."""
+    tensors[MATRICES[1]] = torch.full((24, 64), 1.0625, dtype=torch.float16)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL) == 0
+    said = capsys.readouterr().out
+    before = 2 * (3 * 40 * 96 + 3 * 24 * 64)
+    after = before / 2 * 33 / 32
+    assert f"4 expert tensors to MXFP8, {before / 1024:.2f} KiB -> {after / 1024:.2f} KiB (0.52x)" in said
+    assert f"worst signal-to-noise 24.6 dB, in {MATRICES[1]}" in said
+    assert f"2 matching vectors and biases stay as they were, {KEPT[0]} among them" in said
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e25], ids=str)
+def test_signal_to_noise_of_any_magnitude(scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns."""
+    w = torch.tensor([1.0625, 1.0]).repeat(2, 16) * 2.0 ** round(torch.tensor(scale).log2().item())
+    save_file({"w": w, "v": torch.ones(2, 32)}, tmp_path / "in.safetensors")
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 0
+    assert "worst signal-to-noise 27.4 dB, in w" in capsys.readouterr().out
+    assert quantize(tmp_path / "in.safetensors", tmp_path / "v.safetensors", "--experts", "v") == 0
+    assert "no matrix lost anything" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def refused(words: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> str:
+    assert quantize(*words) == 2
+    return capsys.readouterr().err
+
+
+def test_output_that_exists(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out.safetensors"
+    target.write_text("precious")
+    assert "exists; --force replaces it" in refused((source, target, *ALL), capsys)
+    assert target.read_text() == "precious"
+    assert quantize(source, target, *ALL, "--force") == 0
+    assert STACKED + "_scale_inv" in load_file(target)
+
+
+def test_a_pattern_without_a_match_lists_some_names(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused((source, tmp_path / "out.safetensors", "--experts", "*.expert.*"), capsys)
+    assert "no matrix matches *.expert.* among attention.weight, mask, model.embed_tokens.weight, ..." in said
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(4, 40), "w: must have K, its last dimension, a positive multiple of 32, got (4, 40)"),
+        (torch.zeros(0, 32), "w: must have K, its last dimension, a positive multiple of 32, got (0, 32)"),
+        (torch.zeros(2, 2, 2, 32), "w: must have shape (N, K) or (E, N, K), got (2, 2, 2, 32)"),
+        (torch.zeros(4, 32).to(FP8), "w: dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized"),
+        (torch.zeros(4, 32).double(), "w: dtype must be BF16, F16 or F32, got F64: only those are converted, and FP8"),
+        (torch.full((4, 32), float("inf")), "w: holds NaN or Inf"),
+        (torch.full((2, 4, 32), float("nan")), "w[0]: holds NaN or Inf"),
+        (torch.full((2, 32), torch.finfo(torch.float32).max), "w: holds NaN or Inf"),  # rounded, 2**128
+    ],
+)
+def test_what_cannot_be_quantized_leaves_nothing_behind(
+    tensor: torch.Tensor, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"w": tensor, "other": torch.ones(2)}, tmp_path / "in.safetensors")
+    assert message in refused((tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w"), capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_weight_that_has_scales_is_not_quantized_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"w": torch.ones(2, 32), "w_scale_inv": torch.ones(1, 1)}, tmp_path / "in.safetensors")
+    said = refused((tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w"), capsys)
+    assert "w: has scales, w_scale_inv, so it is quantized already" in said
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.*", "*.down_proj", "*.gate_up_proj"])
+@pytest.mark.parametrize("hidden", [64, 96])
+def test_experts_whose_last_dimension_is_n_are_refused(
+    pattern: str, hidden: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As gpt-oss keeps them, whose H and I are equal; the pair may lie in two files."""
+    up, bias, down = torch.ones(2, hidden, 128), torch.ones(2, 128), torch.ones(2, 64, hidden)
+    (tmp_path / "in").mkdir()
+    pair = {"layers.0.experts.gate_up_proj": up, "layers.0.experts.gate_up_proj_bias": bias}
+    save_file(pair, tmp_path / "in" / "a.safetensors")
+    save_file({"layers.0.experts.down_proj": down}, tmp_path / "in" / "b.safetensors")
+    said = refused((tmp_path / "in", tmp_path / "out", "--experts", pattern), capsys)
+    assert "layers.0.experts.gate_up_proj: must be (E, N, K) = (E, 2I, H), as layers.0.experts.down_proj is" in said
+    assert f"got (2, {hidden}, 128) and (2, 64, {hidden}): they look like (E, K, N)" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("hidden", [32, 64, 128, 256])
+def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: Path) -> None:
+    """Also where sizes happen to be equal, and where two layers' would fit the other way."""
+    up, down = torch.ones(2, 128, hidden), torch.ones(2, hidden, 64)
+    tensors = {"layers.0.experts.gate_up_proj": up, "layers.0.experts.down_proj": down}
+    tensors |= {"layers.1.experts.gate_up_proj": up.clone()}
+    tensors |= {"layers.2.experts.down_proj": torch.ones(2, hidden // 2, 128)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with mx.use_backend("reference"):
+        assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL) == 0
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tensors: Tensors, tmp_path: Path) -> Path:
+    """A checkpoint of two files, one of which has no expert."""
+    path = tmp_path / "model"
+    (path / "onnx").mkdir(parents=True)
+    first = {name: t for name, t in tensors.items() if "experts" in name}
+    second = {name: t for name, t in tensors.items() if name not in first}
+    save_file(first, path / "1.safetensors")
+    save_file(second, path / "2.safetensors")
+    where = {**dict.fromkeys(first, "1.safetensors"), **dict.fromkeys(second, "2.safetensors")}
+    (path / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    (path / "config.json").write_text(json.dumps({"model_type": "some_moe", "hidden_size": 96}))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "onnx" / "vocabulary.txt").write_text("a b")
+    return path
+
+
+@pytest.fixture
+def _reference() -> object:
+    with mx.use_backend("reference"):
+        yield
+
+
+@pytest.mark.usefixtures("_reference")
+def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "model-MXFP8"
+    assert quantize(folder, target, *ALL) == 0
+    assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()}
+    pattern = "model.layers.1.mlp.experts.*.down_proj.weight"
+    assert checkpoint.find_experts(target) == {STACKED: (3, 40, 96), pattern: (3, 24, 64)}
+    stacked = checkpoint.load_experts(target, STACKED)
+    assert torch.equal(stacked.linear_scales(), reference.quantize(tensors[STACKED])[1])
+    index = json.loads((target / checkpoint.INDEX_FILE).read_text())
+    files = {name: load_file(target / name) for name in set(index["weight_map"].values())}
+    assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for found in files.values() for t in found.values())
+    config = json.loads((target / "config.json").read_text())
+    untouched = ["model.embed_tokens", "model.layers.0.mlp.gate"]
+    expected = {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
+    assert config == {"model_type": "some_moe", "hidden_size": 96, "quantization_config": expected}
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert (target / "onnx" / "vocabulary.txt").read_text() == "a b"
+    assert load_file(target / "2.safetensors").keys() == load_file(folder / "2.safetensors").keys()
+
+
+@pytest.mark.usefixtures("_reference")
+def test_a_folder_that_fails_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    """The bad tensor is in the file that comes last."""
+    save_file({"z.experts.w": torch.full((2, 32), float("nan"))}, folder / "z.safetensors")
+    (folder / checkpoint.INDEX_FILE).unlink()
+    assert quantize(folder, tmp_path / "out", *ALL) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.usefixtures("_reference")
+def test_a_folder_is_replaced_only_with_force(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").touch()
+    assert "exists; --force" in refused((folder, target, *ALL), capsys)
+    said = refused((folder, target, *ALL, "--force"), capsys)
+    assert "is a folder with no safetensors file, which --force does not replace" in said
+    assert (target / "precious").exists()
+    (target / "old.safetensors").touch()
+    assert quantize(folder, target, *ALL, "--force") == 0
+    assert not (target / "precious").exists()
+    (tmp_path / "file").touch()
+    assert "is a file, unlike" in refused((folder, tmp_path / "file", *ALL, "--force"), capsys)
+
+
+@pytest.mark.parametrize("target", ["model", "model/inside", "."])
+def test_a_folder_and_its_output_lie_apart(
+    folder: Path, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --force, an OUT around IN would take IN with it."""
+    before = sorted(tmp_path.rglob("*"))
+    assert "IN and OUT must not" in refused((folder, tmp_path / target, *ALL, "--force"), capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("_reference")
+def test_what_the_index_does_not_name_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """Some publishers add the same tensors once more in a file of another form."""
+    (folder / "consolidated.safetensors").write_text("another form")
+    assert quantize(folder, tmp_path / "out", *ALL) == 0
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()

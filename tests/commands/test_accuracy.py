@@ -1,0 +1,191 @@
+"""The accuracy report: formats on values whose fate is known, figures, and the command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_mxfp8 import calc_diff, signal_to_noise_db
+from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.commands.accuracy import command, formats, measure, transformers_model
+from hybrid_mxfp8.commands.demo import workload
+
+NAMES = ["bf16", "MXFP8 rceil", "MXFP8 floor", "MXFP8 even", "FP8 per row", "FP8 per tensor"]
+BY_NAME = {form.name: form for form in formats.FORMATS}
+needs_transformers = pytest.mark.skipif(not transformers_model.installed(), reason="needs transformers")
+
+
+@pytest.fixture
+def operands() -> workload.Operands:
+    """Three experts, the second without tokens."""
+    rng = torch.Generator().manual_seed(1)
+    x, w = torch.randn(12, 128, generator=rng), torch.randn(3, 16, 128, generator=rng)
+    return workload.Operands("small", x, w, rows=(5, 0, 7))
+
+
+# ---------------------------------------------------------------- formats and figures
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        # 500: floor keeps scale 1 and clips it; rceil and even double the scale, where it lies on
+        # the grid's 512. 2**-12: lost where it shares the scale of 448 in the row above, below
+        # half of 2**-9.
+        ("bf16", [500.0, 1.125], 2.0**-12),
+        ("MXFP8 rceil", [512.0, 1.125], 2.0**-12),
+        ("MXFP8 floor", [448.0, 1.125], 2.0**-12),
+        ("MXFP8 even", [512.0, 1.125], 2.0**-12),
+        ("FP8 per row", [500.0, pytest.approx(1.125, rel=0.05)], 2.0**-12),
+        ("FP8 per tensor", [500.0, pytest.approx(1.125, rel=0.05)], 0.0),
+    ],
+)
+def test_formats(name: str, first: list[object], second: float) -> None:
+    x = torch.zeros(2, 32)
+    x[0, 0], x[0, 1], x[1, 0] = 500.0, 1.125, 2.0**-12
+    assert BY_NAME[name].through(x)[0, :2].tolist() == first
+    assert BY_NAME[name].through(x)[1, 0] == second
+    assert torch.equal(BY_NAME[name].through(torch.zeros(3, 64)), torch.zeros(3, 64))
+    assert BY_NAME[name].through(torch.zeros(0, 64)).shape == (0, 64)
+
+
+def test_scores_are_of_experts_with_tokens(operands: workload.Operands) -> None:
+    """Rounding up is best: floor clips what exceeds 448 * 2**(b - 127), even more rarely so."""
+    scores = measure.score(operands)
+    assert [(s.format.name, s.format.bits(256)) for s in scores] == list(
+        zip(NAMES, [16, 8.25, 8.25, 8.25, 8.125, 8], strict=True)
+    )
+    for s in scores:
+        first, second = s.experts
+        x, w = s.format.through(operands.x), s.format.through(operands.w[2])
+        truth = operands.x[5:].double() @ operands.w[2].double().T
+        assert second.x_db == pytest.approx(signal_to_noise_db(operands.x[5:], x[5:]))
+        assert second.w_db == pytest.approx(signal_to_noise_db(operands.w[2], w))
+        assert second.product_diff == pytest.approx(calc_diff(truth, x[5:].double() @ w.double().T), rel=1e-6)
+        assert s.worst_db == min(first.product_db, second.product_db)
+        assert s.worst_diff == max(first.product_diff, second.product_diff)
+        assert s.mean("x_db") == pytest.approx((first.x_db + second.x_db) / 2)
+    db = {s.format.name: s.mean("product_db") for s in scores}
+    assert db["bf16"] > 45 > db["MXFP8 rceil"] > db["MXFP8 even"] > db["MXFP8 floor"] > 20
+    nobody = workload.Operands("empty", operands.x[:0], operands.w, (0, 0, 0))
+    with pytest.raises(ValueError, match="empty must have at least one token"):
+        measure.score(nobody)
+
+
+def test_a_large_channel_spoils_its_own_block_alone_in_mxfp8() -> None:
+    """2**24 times the rest, which is then below half of e4m3's smallest: FP8 loses all of it."""
+    x = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
+    first, last = measure.channel_effect(x, [1.0, 2.0**24])
+    for name in NAMES[:4]:
+        assert last.db[name] == pytest.approx(first.db[name], abs=1e-9)
+    for name in NAMES[4:]:
+        assert first.db[name] > 30
+        assert last.db[name] < 1
+
+
+TINY = {
+    **transformers_model.SIZES,
+    **{"vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_experts": 4},
+}
+
+
+@needs_transformers
+def test_the_model_with_nothing_quantized_is_the_librarys() -> None:
+    """The replaced experts give transformers' own logits: they multiply what it multiplies."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY)).float().eval()
+    ids = torch.randint(0, 64, (1, 20))
+    seen: list[workload.Operands] = []
+    with torch.no_grad():
+        theirs = model(ids).logits
+        mine = transformers_model.logits(model, lambda x: x, ids, seen)
+    assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert [(o.x.shape, o.w.shape, sum(o.rows)) for o in seen] == [
+        ((40, 64), (4, 64, 64), 40),
+        ((40, 32), (4, 64, 32), 40),
+    ] * 2
+
+
+@needs_transformers
+def test_model_report_is_repeatable_and_says_that_it_is_random() -> None:
+    state = torch.random.get_rng_state()
+    first, second = (transformers_model.report(TINY, 24) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.logits_db == second.logits_db
+    assert list(first.logits_db) == NAMES
+    assert first.logits_db["bf16"] > first.logits_db["MXFP8 rceil"] > 15
+    assert "RANDOM weights" in first.workload.source
+    assert not first.workload.real
+    assert [o.name for o in first.workload.gemms] == ["gate and up", "down"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, operands: workload.Operands) -> workload.Workload:
+    """In place of the demo's workload, and a tiny transformers model in place of the small one."""
+    found = workload.Workload("SYNTHETIC: three experts", False, (operands, operands))
+    monkeypatch.setattr(command, "load", lambda synthetic, experts, rows: found)
+    monkeypatch.setattr(transformers_model, "SIZES", TINY)
+    monkeypatch.setattr(transformers_model, "TOKENS", 24)
+    return found
+
+
+def test_command_prints_and_writes_what_it_measured(
+    small: workload.Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "accuracy.json"
+    monkeypatch.setattr(transformers_model, "installed", lambda: False)
+    assert cli.main(["accuracy", "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "On synthetic numbers, products keep" in said
+    assert "pip install transformers" in said
+    record = json.loads(path.read_text())
+    (written,) = record["workloads"]
+    assert [gemm["name"] for gemm in written["gemms"]] == ["small", "small"]
+    assert list(written["gemms"][0]["formats"]) == NAMES
+    for s in measure.score(small.gemms[0]):
+        found = written["gemms"][0]["formats"][s.format.name]
+        assert [q["product_db"] for q in found] == [q.product_db for q in s.experts]
+        line = next(line for line in said.splitlines() if line.startswith(s.format.name))
+        assert f"{s.mean('product_db'):.1f}" in line
+    assert [effect["ratio"] for effect in record["channel"]] == list(command.RATIOS)
+
+
+@needs_transformers
+def test_command_measures_a_transformers_model(
+    small: workload.Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    assert cli.main(["accuracy", "--plot", str(tmp_path / "accuracy.png")]) == 0
+    said = capsys.readouterr().out
+    assert "RANDOM weights" in said
+    assert "logits dB" in said
+    content = (tmp_path / "accuracy.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 20_000
+
+
+def test_figures_that_are_infinite_are_null_in_json() -> None:
+    """JSON has no infinity; a format that loses nothing has one."""
+    gemm = workload.Operands("ones", torch.ones(4, 32), torch.ones(1, 8, 32), (4,))
+    part = command.Part("ones", workload.Workload("ones", False, ()), [(gemm, measure.score(gemm))])
+    record = command.as_json([part], [])
+    assert record["workloads"][0]["gemms"][0]["formats"]["bf16"][0]["x_db"] is None
+    json.dumps(record, allow_nan=False)
+
+
+def test_picture_without_matplotlib_is_a_word_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    assert cli.main(["accuracy", "--plot", str(tmp_path / "a.png")]) == 2
+    assert "needs matplotlib: pip install matplotlib" in capsys.readouterr().err

