@@ -34,7 +34,7 @@ QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json",
 
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
 BLOCK_ELEMENTS: Final = 2**20
-"""Of one block of rows: 4 MiB in fp32, which malloc reuses; larger ones are mapped anew each time."""
+"""Of one block of rows: 4 MiB in fp32, which malloc reuses; larger ones it maps anew."""
 
 QUANTIZATION_CONFIG: Final = {
     "quant_method": "mxfp8",
