@@ -1,1 +1,1 @@
-"""The CUTLASS SM100 backend: headers, JIT build, launcher, and the CUDA sources beside them."""
+"""The CUTLASS SM100 kernel and its JIT build. May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``."""

@@ -1,17 +1,19 @@
 """The tile configurations of the CUTLASS backend, and the choice among them.
 
-A grouped GEMM is cut into tiles of 128 rows of one expert's weights (256 for a pair of SMs) by ``token_tile`` of its
-tokens, each summed over all of K. :func:`select_config` is a pure function of shapes. It estimates, for each
-configuration, how many waves of tiles the SMs need and how long a step along K takes, against the time that memory
-needs for the bytes of the whole product:
+A grouped GEMM is cut into tiles of 128 rows of one expert's weights (256 for a pair of SMs) by
+``token_tile`` of its tokens, each summed over all of K. :func:`select_estimate` is a pure function
+of shapes. It estimates, for each configuration, how many waves of tiles the SMs need and how long a
+step along K takes, against the time that memory needs for the bytes of the whole product:
 
-    tiles = active experts * ceil(N / 128) * token tiles of an expert, each count rounded up to whole clusters
+    tiles = active experts * ceil(N / 128) * token tiles of an expert,
+            each count rounded up to whole clusters
     step  = max(tensor core time of a 128 x token_tile x 128 product,
                 shared memory time of its operands, written once and read once,
                 L2 time of the bytes that reach the cluster)
     time  = max(ceil(tiles / SMs) * steps * step, HBM time) + fill and drain of the pipeline
 
-Every constant below is modelled, from published rates of the B200; none has been fitted to a measurement yet.
+Every constant below is modelled, from published rates of the B200; none has been fitted to a
+measurement yet.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class GemmConfig:
     Attributes:
         cta_group: SMs that one MMA spans, 1 or 2.
         token_tile: tokens of a tile: 64, 128, 192 or 256.
-        cluster: preferred CTAs of a cluster, (along N, along the tokens). Loads of a cluster are multicast. Where it
-            does not fit on the GPU, the hardware falls back to (cta_group, 1).
+        cluster: preferred CTAs of a cluster, (along N, along the tokens). Loads of a cluster are
+            multicast. Where it does not fit on the GPU, the hardware takes (cta_group, 1).
 
     Raises:
         ValueError: a combination that the kernel is not built for.
@@ -64,8 +66,7 @@ class GemmConfig:
     cluster: tuple[int, int]
 
     def __post_init__(self) -> None:
-        problem = invalid(self)
-        if problem:
+        if problem := invalid(self.cta_group, self.token_tile, self.cluster):
             raise ValueError(f"config: {problem}")
 
     @property
@@ -92,7 +93,7 @@ class GemmConfig:
         if match is not None:
             cta_group, token_tile = int(match[1]), int(match[3])
             cluster = (int(match[5]), int(match[6])) if match[5] else (cta_group, 1)
-            if not invalid_parts(cta_group, token_tile, cluster):
+            if not invalid(cta_group, token_tile, cluster):
                 config = cls(cta_group, token_tile, cluster)
                 if name in (config.name, config.module):
                     return config
@@ -100,13 +101,8 @@ class GemmConfig:
         raise ValueError(f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}")
 
 
-def invalid(config: GemmConfig) -> str:
+def invalid(cta_group: int, token_tile: int, cluster: tuple[int, int]) -> str:
     """The single statement of what the kernel can be: why not this, or an empty string."""
-    return invalid_parts(config.cta_group, config.token_tile, config.cluster)
-
-
-def invalid_parts(cta_group: int, token_tile: int, cluster: tuple[int, int]) -> str:
-    """As :func:`invalid`, before there is a configuration."""
     if cta_group not in (1, 2):
         return f"cta_group must be 1 or 2, got {cta_group}"
     if token_tile not in TOKEN_TILES:  # what CUTLASS's block-scaled mainloop takes
@@ -142,7 +138,7 @@ class Estimate:
 
     @property
     def cycles(self) -> float:
-        """All of it."""
+        """In all."""
         return max(self.compute_cycles, self.memory_cycles) + self.overhead_cycles
 
     def __str__(self) -> str:
@@ -183,17 +179,9 @@ def estimate(
 
 
 def token_bucket(num_tokens: int) -> int:
-    """``num_tokens`` rounded up to 1/16 of its power of two: few enough values to remember a choice for each."""
+    """``num_tokens`` rounded up to 1/16 of its power of two: few values to remember a choice for."""
     step = max(1, 1 << max(num_tokens - 1, 1).bit_length() >> 5)
     return -(-num_tokens // step) * step
-
-
-@functools.lru_cache(maxsize=4096)
-def _select(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int, out_bytes: int) -> Estimate:
-    fitting = (config for config in CONFIGS if config.cluster[0] * config.cluster[1] <= sm_count)
-    estimates = (estimate(config, num_experts, n, k, num_tokens, sm_count, out_bytes) for config in fitting)
-    # Of equals the smaller cluster: it is easier to place.
-    return min(estimates, key=lambda e: (e.cycles, e.config.cluster[0] * e.config.cluster[1]))
 
 
 def select_estimate(
@@ -217,3 +205,11 @@ def select_config(
 ) -> GemmConfig:
     """As :func:`select_estimate`, the configuration alone."""
     return select_estimate(num_experts, n, k, num_tokens, sm_count, out_bytes).config
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int, out_bytes: int) -> Estimate:
+    fitting = (config for config in CONFIGS if config.cluster[0] * config.cluster[1] <= sm_count)
+    estimates = (estimate(config, num_experts, n, k, num_tokens, sm_count, out_bytes) for config in fitting)
+    # Of equals the smaller cluster: it is easier to place.
+    return min(estimates, key=lambda e: (e.cycles, e.config.cluster[0] * e.config.cluster[1]))

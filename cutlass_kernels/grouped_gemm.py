@@ -1,11 +1,11 @@
-"""Launcher of the CUTLASS SM100 grouped GEMM.
+"""Grouped GEMM by CUTLASS on the SM100 family: which kernel a problem gets, and its launch.
 
-A call looks up its plan by shape: the compiled module's function, the configuration and the size of the workspace.
-The first call of a shape chooses a configuration and, if nobody has yet, compiles its module. Later ones do one
-dictionary look-up, at most one allocation and one call into C++, and launch two kernels on torch's current stream.
+A problem's plan is a compiled module, a cluster shape and the workspace's size. The first plan that
+needs a module compiles it; later ones cost a few look-ups. A launch is one call into C++, which
+starts two kernels on torch's current stream.
 
-Whether a build works is known only once it has been tried. So the call whose build fails raises, even one where the
-backend was chosen automatically; the failure is remembered, and later choices pass the backend over.
+Whether a build works is known only once it was tried. So the call whose build fails raises, even
+where auto chose the backend; the failure is remembered, and :func:`can_run` says it from then on.
 
 Compiled and checked, not yet run: no GPU of compute capability 10.0 or 10.3 was at hand.
 """
@@ -13,7 +13,6 @@ Compiled and checked, not yet run: no GPU of compute capability 10.0 or 10.3 was
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.formats import MAX_INT32, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import (
     CUTLASS_CAPABILITIES,
     MODULES,
@@ -33,10 +33,15 @@ from hybrid_mxfp8.cutlass_kernels.config import (
     select_estimate,
 )
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
+from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     from hybrid_mxfp8.dispatch.problem import Problem
+
+Support = tuple[bool, str]
+"""Whether it can, and why or why not."""
 
 OUT_TYPES = {
     torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),
@@ -45,107 +50,130 @@ OUT_TYPES = {
 }
 """Output type: its name in a module's, and in C++."""
 
+TARGETS = {(10, 0): ("10.0a", "10.0f"), (10, 3): ("10.3a", "10.0f")}
+"""What code runs on a compute capability: its own first, then its family's."""
+
 WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512
 """More bytes than any module needs, alignment included: tests/codegen asks each of them."""
 
 NOT_RUN = "compiled and checked, not yet run on hardware"
 
 
-def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """How a problem is launched."""
+
+    module: Any  # tvm-ffi's; exports grouped_gemm and workspace_size
+    cluster: tuple[int, int]  # preferred CTAs, (along N, along the tokens)
+    sm_count: int
+    workspace_bytes: int  # what a launch needs, exactly
+
+
+def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a problem with at least one expert and token; compiles its module if need be.
+
+    Raises:
+        BackendUnavailableError: the module cannot be compiled or loaded, or computes something wrong
+            on this GPU (see verify.py). It is not tried again in this environment: from then on
+            :func:`can_run` says no.
+    """
+    config = _choose(num_experts, n, k, num_tokens, out_dtype, device)[0].config
+    module = _module(config.module, out_dtype, devices.capability(device))
+    _check_verified(config.module, out_dtype, device)
+    sm_count = _sm_count(device)
+    return Plan(module, config.cluster, sm_count, module.workspace_size(num_experts, n, k, num_tokens, sm_count))
+
+
+def launch(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    w_values: torch.Tensor,
+    w_scales: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None,
+) -> None:
     """Write the product of each expert's rows with its weights to ``out``.
 
     Args:
-        xq: T tokens of K elements, sorted by expert.
-        wq: E experts of (N, K).
-        out: (T, N) bf16, fp16 or fp32, contiguous, on a 16-byte boundary; rows that no expert owns are not written.
-        workspace: uint8, at least :func:`workspace_size` bytes, on a 128-byte boundary; None allocates it.
+        x_values, x_scales: T rows of K elements sorted by expert, (T, K) e4m3; (S, C) swizzled.
+        tokens_per_expert, expert_offsets, scale_offsets: as :class:`GroupLayout` has them.
+        w_values, w_scales: (E, N, K) e4m3; (E, roundup(N, 128), C) swizzled.
+        out: (T, N) bf16, fp16 or fp32, on a 16-byte boundary; rows no expert owns are not written.
+        workspace: :func:`workspace_size` bytes on a 128-byte boundary; None allocates it.
 
     Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded. It is not tried again in this environment:
-            from then on :func:`can_run` says no.
-        ValueError, TypeError: operands that do not fit; the launch checks them again in C++.
+        BackendUnavailableError: as :func:`make_plan`.
+        ValueError, TypeError: operands that do not fit; C++ checks them.
     """
-    groups = xq.groups
-    num_experts, n, k = wq.values.shape
-    if num_experts == 0 or groups.num_tokens == 0:
+    num_experts, n, k = w_values.shape
+    num_tokens = x_values.shape[0]
+    if num_experts == 0 or num_tokens == 0:
         return
-    plan = _plan(num_experts, n, k, groups.num_tokens, out.dtype, out.device, env.config())
+    plan = make_plan(num_experts, n, k, num_tokens, out.dtype, out.device)
     if workspace is None:
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=out.device)
     # e4m3 travels as bytes: not every torch exports it through DLPack.
-    plan.launch(
-        xq.values.view(torch.uint8),
-        xq.scales,
-        wq.values.view(torch.uint8),
-        wq.scales,
-        groups.tokens_per_expert,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        out,
-        workspace,
-        *plan.cluster,
-        plan.sm_count,
-        env.pdl(),
-    )
+    x_bytes, w_bytes = x_values.view(torch.uint8), w_values.view(torch.uint8)
+    offsets = tokens_per_expert, expert_offsets, scale_offsets
+    how = *plan.cluster, plan.sm_count, env.pdl()
+    plan.module.grouped_gemm(x_bytes, x_scales, w_bytes, w_scales, *offsets, out, workspace, *how)
+
+
+def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
+    """As :func:`launch`, of quantized operands."""
+    groups = xq.groups
+    offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
+    launch(xq.values, xq.scales, *offsets, wq.values, wq.scales, out, workspace)
 
 
 def workspace_size(
     num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Exact bytes of ``workspace``; compiles the module if nobody has yet.
+    """Exact bytes of ``workspace``; compiles the module if need be.
 
     Raises:
-        BackendUnavailableError: as :func:`grouped_gemm`.
+        BackendUnavailableError: as :func:`make_plan`.
     """
     if num_experts == 0 or num_tokens == 0:
         return 0
-    return _plan(num_experts, n, k, num_tokens, out_dtype, device, env.config()).workspace_bytes
+    return make_plan(num_experts, n, k, num_tokens, out_dtype, device).workspace_bytes
 
 
 def workspace_bound(num_experts: int, num_tokens: int, device: torch.device) -> int:
-    """Bytes that suffice for every call of up to ``num_tokens`` rows, whichever modules they take; compiles none.
+    """Bytes that suffice for every call of up to ``num_tokens`` rows; compiles nothing.
 
-    A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers, strides and layouts for
-    each expert. The number of rows only decides on the module.
+    A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers,
+    strides and layouts for each expert. The rows only decide on the module.
     """
     if num_experts == 0 or num_tokens == 0:
         return 0
     return WORKSPACE_OF_SM * _sm_count(device) + WORKSPACE_OF_EXPERT * num_experts
 
 
-def availability(capability: tuple[int, int] | None) -> tuple[bool, str]:
-    """Whether the backend runs on a device, and why or why not: the GPU, and headers and compiler or built modules.
+def availability(capability: tuple[int, int] | None) -> Support:
+    """Whether the backend runs on a compute capability (None: no GPU) with the tools there are.
 
-    Tools that were found are not looked for again in this process. Missing ones are once a variable changes that says
-    where to look (HYBRID_MXFP8_CUTLASS_DIR, HYBRID_MXFP8_CACHE_DIR, CUDA_HOME, PATH). A build that failed before any
-    module was loaded counts as a missing tool: the next would fail alike.
-
-    Args:
-        capability: the device's compute capability; None if it is no GPU.
+    Tools are looked for once in an environment, the variables that say where to look. A build that
+    failed before any module was loaded counts as a missing tool: the next would fail alike.
     """
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
-    if capability in _tools:
-        failed = _failed_builds(capability) if capability not in _loaded else {}
-        return (False, next(iter(failed.values()))) if failed else (True, _tools[capability])
     if capability not in CUTLASS_CAPABILITIES:
         text = f"{capability[0]}.{capability[1]}"
         if capability[0] == 12:
             text += ", whose tensor cores take other instructions"
         return False, f"needs compute capability 10.0 or 10.3, got {text}: use the triton backend"
-    place = capability, _environment()
-    if place in _missing:
-        return False, _missing[place]
-    ok, said = _find_tools(capability)
-    if ok:
-        _tools[capability] = said
-    else:
-        _missing[place] = said
-    return ok, said
+    failed = _failed_builds(capability)
+    if failed and not any(loaded[2] == capability for loaded in _modules):
+        return False, next(iter(failed.values()))
+    return _find_tools(capability, _environment())
 
 
-def can_run(problem: Problem) -> tuple[bool, str]:
-    """Whether the backend runs on the problem's device, takes its shape and has a module for it, and why or why not.
+def can_run(problem: Problem) -> Support:
+    """Whether the backend runs on the problem's device, takes its shape and has a module for it.
 
     A module that was not tried yet counts as there; one that failed to build or load does not.
     """
@@ -160,8 +188,8 @@ def can_run(problem: Problem) -> tuple[bool, str]:
     return ok, reason
 
 
-def takes(n: int, k: int, out_dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the kernel takes matrices of this shape: what TMA descriptors and 32-bit layouts ask for."""
+def takes(n: int, k: int, out_dtype: torch.dtype) -> Support:
+    """Whether the kernel takes matrices of this shape, as TMA and 32-bit layouts allow."""
     if out_dtype not in OUT_TYPES:
         return False, f"out_dtype: expected bf16, fp16 or fp32, got {out_dtype}"
     multiple = 16 // out_dtype.itemsize
@@ -169,10 +197,9 @@ def takes(n: int, k: int, out_dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"w: N must be a positive multiple of {multiple} for {out_dtype}, got {n}"
     if k <= 0 or k % 32:
         return False, f"x: K must be a positive multiple of 32, got {k}"
-    if n * k > MAX_INT32:
-        return False, f"w: the weights of one expert must be below 2 GiB, got N = {n}, K = {k}"
-    if padded_scale_rows(n) * scale_cols(k) > MAX_INT32:
-        return False, f"w: the scales of one expert must be below 2 GiB, got N = {n}, K = {k}"
+    for what, size in (("weights", n * k), ("scales", padded_scale_rows(n) * scale_cols(k))):
+        if size > MAX_INT32:
+            return False, f"w: the {what} of one expert must be below 2 GiB, got N = {n}, K = {k}"
     return True, NOT_RUN
 
 
@@ -181,11 +208,15 @@ def explain(problem: Problem) -> str:
     if problem.num_experts == 0 or problem.num_tokens == 0:
         return "nothing to compute, nothing is launched"
     chosen, forced = _choose_for(problem)
-    return f"{chosen}" + (", forced by HYBRID_MXFP8_CONFIG" if forced else "") + f" ({NOT_RUN})"
+    said = f"{chosen}{', forced by HYBRID_MXFP8_CONFIG' if forced else ''} ({NOT_RUN})"
+    try:
+        return "; ".join(filter(None, (said, toolchain.find_cutlass().hint)))
+    except BackendUnavailableError:  # the module was built elsewhere
+        return said
 
 
 def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
-    """What is compiled for a configuration's :attr:`GemmConfig.module`, an output type and a target like ``10.0a``."""
+    """What is compiled for a :attr:`GemmConfig.module`, an output type and a target (``10.0a``)."""
     config = GemmConfig.parse(module)
     short, element = OUT_TYPES[out_dtype]
     return jit.Source(
@@ -201,38 +232,12 @@ def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
     )
 
 
-# ---------------------------------------------------------------- plans
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a call of one shape needs to know."""
-
-    launch: Callable[..., Any]
-    cluster: tuple[int, int]
-    sm_count: int
-    workspace_bytes: int
-
-
-@functools.lru_cache(maxsize=16384)
-def _plan(
-    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device, forced: str | None
-) -> Plan:
-    chosen, _ = _choose(num_experts, n, k, num_tokens, out_dtype, device, forced)
-    module = _module(chosen.config.module, out_dtype, _capability(device))
-    sm_count = _sm_count(device)
-    return Plan(
-        launch=module.grouped_gemm,
-        cluster=chosen.config.cluster,
-        sm_count=sm_count,
-        workspace_bytes=module.workspace_size(num_experts, n, k, num_tokens, sm_count),
-    )
-
-
 def _choose(
-    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device, forced: str | None
+    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device
 ) -> tuple[Estimate, bool]:
+    """The configuration, and whether HYBRID_MXFP8_CONFIG forced it."""
     shape = (num_experts, n, k, num_tokens, _sm_count(device), out_dtype.itemsize)
+    forced = env.config()
     if forced is None:
         return select_estimate(*shape), False
     try:
@@ -243,50 +248,30 @@ def _choose(
 
 
 def _choose_for(problem: Problem) -> tuple[Estimate, bool]:
-    return _choose(
-        problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device, env.config()
-    )
+    return _choose(problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device)
 
 
-@functools.cache
-def _module(module: str, out_dtype: torch.dtype, capability: tuple[int, int]) -> Any:
-    """The compiled module: one that is built for the capability or its family, else built now, unless that failed."""
-    failed = _failed_builds(capability)
-    if (module, out_dtype) in failed:
-        raise BackendUnavailableError(failed[module, out_dtype])
-    sources = [source(module, out_dtype, arch) for arch in _targets(capability)]
-    try:
-        loaded = jit.load(next((s for s in sources if jit.find(s) is not None), sources[0]))
-    except BackendUnavailableError as error:
-        _failures.setdefault((capability, _environment()), {})[module, out_dtype] = str(error)
-        raise BackendUnavailableError(
-            f"{error}; this process will not try again in this environment: the next call without a named backend "
-            "uses another"
-        ) from error
-    _loaded.add(capability)
-    return loaded
+def _sm_count(device: torch.device) -> int:
+    return devices.multiprocessors(device) or SM_COUNT
 
 
-# ---------------------------------------------------------------- what was found, and what failed
+# ---------------------------------------------------------------- modules and tools of this process
 
 Capability = tuple[int, int]
 Environment = tuple[Path | None, Path | None, Path, bool, tuple[Path, ...]]
 
-_tools: dict[Capability, str] = {}
-"""What modules are compiled with, or come from."""
+_modules: dict[tuple[str, torch.dtype, Capability | None], Any] = {}
+"""The loaded modules, by :attr:`GemmConfig.module` and output type."""
 
-_missing: dict[tuple[Capability, Environment], str] = {}
-"""Why there are no tools."""
-
-_loaded: set[Capability] = set()
-"""Where at least one module was loaded."""
+_verified: set[tuple[str, torch.dtype, torch.device]] = set()
+"""The modules that were found right on a GPU."""
 
 _failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], str]] = {}
-"""Why a configuration's module for an output type could not be built or loaded."""
+"""Why a module could not be built or loaded, or was found wrong."""
 
 
 def _environment() -> Environment:
-    """The variables that decide what is found and where modules are kept: with another value, all is tried anew."""
+    """The variables that decide what is found and where modules are kept."""
     return env.cutlass_dir(), env.cuda_home(), env.cache_dir(), env.trust_cache(), tuple(env.search_path())
 
 
@@ -296,34 +281,74 @@ def _failed_builds(capability: Capability | None) -> dict[tuple[str, torch.dtype
     return _failures.get((capability, _environment()), {})
 
 
-def _targets(capability: Capability) -> tuple[str, ...]:
-    return jit.FAMILY[f"{capability[0]}.{capability[1]}"]
+def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) -> Any:
+    """The module, the capability's or its family's; built now if neither is there."""
+    key = module, out_dtype, capability
+    if key in _modules:
+        return _modules[key]
+    assert capability is not None, "availability() asks for a GPU"
+    failed = _failed_builds(capability)
+    if (module, out_dtype) in failed:
+        raise BackendUnavailableError(failed[module, out_dtype])
+    try:
+        _modules[key] = jit.load(_source(module, out_dtype, capability))
+    except BackendUnavailableError as error:
+        raise _failed(module, out_dtype, capability, str(error)) from error
+    return _modules[key]
 
 
-def _find_tools(capability: Capability) -> tuple[bool, str]:
-    targets = _targets(capability)
+def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -> None:
+    """Check that the module is right on this GPU; tried now, in a process of its own, if need be."""
+    if (module, out_dtype, device) in _verified:
+        return
+    capability = devices.capability(device)
+    assert capability is not None, "availability() asks for a GPU"
+    failed = _failed_builds(capability)
+    if (module, out_dtype) in failed:
+        raise BackendUnavailableError(failed[module, out_dtype])
+    built = jit.build(_source(module, out_dtype, capability))
+    record = verify.find(built, device)
+    if record is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendUnavailableError(
+                f"{module} was not verified on this GPU yet, and while a stream is captured nothing is: call once before, "
+                "or run python -m hybrid_mxfp8 warmup"
+            )
+        record = verify.verified(built, device)
+    if not record["ok"]:
+        raise _failed(
+            module, out_dtype, capability, f"{module} failed its verification on {device}: {record['reason']}"
+        )
+    _verified.add((module, out_dtype, device))
+
+
+def _source(module: str, out_dtype: torch.dtype, capability: Capability) -> jit.Source:
+    """For the target that is built, the capability's own first; for that if none is."""
+    sources = [source(module, out_dtype, arch) for arch in TARGETS[capability]]
+    return next((s for s in sources if jit.find(s) is not None), sources[0])
+
+
+def _failed(module: str, out_dtype: torch.dtype, capability: Capability, why: str) -> BackendUnavailableError:
+    _failures.setdefault((capability, _environment()), {})[module, out_dtype] = why
+    return BackendUnavailableError(
+        f"{why}; this process will not try again in this environment: the next call without a named backend uses another"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _find_tools(capability: Capability, environment: Environment) -> Support:
+    targets = TARGETS[capability]
     try:
         jit.check_cache()
     except BackendUnavailableError as error:
         return False, str(error)
     try:
-        cutlass, cuda = jit.toolchain(targets[0])
+        cutlass, cuda = toolchain.find_for(targets[0])
     except BackendUnavailableError as error:
         sources = (source(m, d, arch) for m in MODULES for d in OUT_TYPES for arch in targets)
-        if next(jit.carried(sources), None) is not None:
+        if any(jit.built_elsewhere(s) is not None for s in sources):
             return True, f"modules that were built elsewhere, {NOT_RUN}"
         return False, str(error)
     mainloop = "ragged" if cutlass.ragged else "pointer-array"
-    return True, f"CUTLASS {cutlass.version_string} ({mainloop} mainloop), nvcc {cuda.version_string}, {NOT_RUN}"
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    if device.type != "cuda":
-        return SM_COUNT
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    said = f"CUTLASS {cutlass.version_string} ({mainloop} mainloop), nvcc {cuda.version_string}, {NOT_RUN}"
+    return True, "; ".join(filter(None, (said, cutlass.hint)))

@@ -23,14 +23,15 @@ def draw_tile(axes: Axes) -> None:
     """One 128x4 tile: where the byte of each row and column lies."""
     offsets = [[scale_offset(row, col, 4) for col in range(4)] for row in range(128)]
     axes.imshow(offsets, aspect="auto", cmap="viridis", interpolation="nearest")
-    for row in range(2, 128, 4):
+    for row in range(0, 128, 4):
         for col in range(4):
             shade = "white" if offsets[row][col] < 300 else "black"
-            axes.text(col, row, str(offsets[row][col]), ha="center", va="center", fontsize=6, color=shade)
+            # In the middle of rows row .. row + 3, of which it is the first's.
+            axes.text(col, row + 1.5, str(offsets[row][col]), ha="center", va="center", fontsize=6, color=shade)
     axes.set_xticks(range(4), [f"c % 4 = {col}" for col in range(4)])
-    axes.set_yticks([0, 32, 64, 96, 127])
+    axes.set_yticks([0, 32, 64, 96, 124])
     axes.set_ylabel("row in the tile")
-    axes.set_title(f"one tile: byte of every fourth row's scales, of {SCALE_TILE_BYTES}")
+    axes.set_title(f"one tile: byte (of {SCALE_TILE_BYTES}) of scales in rows 0, 4, 8 ...")
 
 
 def draw_buffer(axes: Axes) -> None:
@@ -57,7 +58,7 @@ def draw_buffer(axes: Axes) -> None:
     axes.set_xticks(range(0, stored + 1, 4))
     axes.set_yticks([])
     axes.set_xlabel(f"scale column c; K = {K} fills {used}, {stored} are stored")
-    axes.set_title("a grouped operand: tiles along K first, an expert from a new tile; grey: zeros")
+    axes.set_title("a grouped operand: tiles along K first, each expert from a new tile; grey: zeros")
 
 
 def main() -> None:

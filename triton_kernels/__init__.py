@@ -1,1 +1,1 @@
-"""Triton kernels; each file holds a kernel above its launcher."""
+"""Triton kernels, each above what describes its launch. May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``."""

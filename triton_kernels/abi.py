@@ -14,7 +14,9 @@ What is outside of this raises LauncherUnavailableError, and Triton's launcher t
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,8 +45,9 @@ TENSOR_MAP_BYTES = 128
 MAX_SHARED_BYTES = 228 * 1024
 """More than this takes an attribute of the launch that Triton sets and launcher.c does not."""
 
-_INTEGER_BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
-_FLOAT_FORMATS = {"fp32": "<f4x", "f32": "<f4x", "fp64": "<d"}
+_INTEGER_BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8}
+"""Less u64, which Triton takes for integers from 2**63 on: no word of a program holds them."""
+_FLOAT_FORMATS = {"fp32": "<f4x", "fp64": "<d"}
 _TMA_DATA_TYPES = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 """The driver's number of an element type, from the one that the compiler gives."""
 
@@ -53,7 +56,7 @@ _HookChain = triton.knobs.HookChain
 
 
 def hooks_installed() -> bool:
-    """Whether someone, such as a profiler, wants to be called at launches: then Triton must make them."""
+    """Whether Triton must launch, because a profiler, say, wants to be called at each launch."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     return not (
         (enter is None or (type(enter) is _HookChain and not enter.calls))
@@ -65,7 +68,7 @@ def hooks_installed() -> bool:
 
 
 class _Memory:
-    """Stands for a tensor where Triton looks at nothing but its element type and alignment."""
+    """Stands for a tensor where Triton looks at nothing but its element type and address."""
 
     __slots__ = ("_address", "dtype")
 
@@ -81,22 +84,21 @@ def _stand_in(argument: Argument) -> Any:
     """What Triton compiles for."""
     if isinstance(argument, Buffer):
         return _Memory(argument.dtype, 0 if argument.aligned else 1)
-    if isinstance(argument, TensorMap):
-        return _descriptor(argument, _Memory(argument.buffer.dtype, 0))
-    return argument
+    return _descriptor(argument, 0) if isinstance(argument, TensorMap) else argument
 
 
 def triton_argument(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:
     """What a compiled kernel takes: an address for a pointer, and descriptors of addresses."""
     if isinstance(argument, Buffer):
-        return tensors[argument.index].data_ptr() + argument.offset
+        return tensors[argument.operand].data_ptr() + argument.offset
     if isinstance(argument, TensorMap):
-        buffer = argument.buffer
-        return _descriptor(argument, _Memory(buffer.dtype, tensors[buffer.index].data_ptr() + buffer.offset))
+        return _descriptor(argument, tensors[argument.buffer.operand].data_ptr() + argument.buffer.offset)
     return argument
 
 
-def _descriptor(argument: TensorMap, memory: _Memory) -> Any:
+def _descriptor(argument: TensorMap, address: int) -> Any:
+    """A host descriptor of Triton's, or of Gluon's where it has a layout."""
+    memory = _Memory(argument.buffer.dtype, address)
     shape, strides, box = list(argument.shape), list(_strides(argument.shape)), list(argument.box)
     if argument.layout is None:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -122,7 +124,7 @@ def compile_kernel(
     options: Mapping[str, Any],
     device: torch.device,
 ) -> Any:
-    """Compile ``kernel``, or find it in Triton's cache, exactly as a launch with such tensors would.
+    """Compile ``kernel``, or find it in Triton's cache, just as a launch with such tensors would.
 
     Args:
         kernel: a jitted function whose constexpr parameters come last.
@@ -155,7 +157,7 @@ class _Step(NamedTuple):
         kind: of the argument.
         slot: of the first word that depends on it.
         detail: _POINTER: whether it must be aligned; _INTEGER: (least, greatest, divisor); _FLOAT:
-            its ``struct`` format; _MAP: (rank, bytes of an element); _CONSTANT: what it must be.
+            its ``struct`` format; _MAP: (box, bytes of an element); _CONSTANT: what it must be.
         name: of the parameter.
     """
 
@@ -175,10 +177,10 @@ class Abi(NamedTuple):
     """
 
     compiled: Any
-    template: list[int]
+    template: array[int]
     steps: tuple[_Step, ...]
 
-    def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
+    def words(self, grid: int, arguments: Sequence[Argument]) -> array[int]:
         """The words of a launch, for ``launcher.program``.
 
         Args:
@@ -189,13 +191,14 @@ class Abi(NamedTuple):
             ValueError: the kernel was compiled for other arguments: a pointer is less aligned, an
                 integer is wider, no multiple of 16, or not the constant that it was.
         """
-        words = self.template.copy()
+        words = self.template[:]
         words[1] = grid
+        argument: Any  # each kind of step knows its own
         for (kind, slot, detail, name), argument in zip(self.steps, arguments, strict=True):
             if kind == _POINTER:
                 if detail and not argument.aligned:
                     raise ValueError(f"{name}: compiled for memory that is aligned to 16 bytes, got {argument}")
-                words[slot] = argument.index
+                words[slot] = argument.operand
                 words[slot + 1] = argument.offset
             elif kind == _INTEGER:
                 least, greatest, divisor = detail
@@ -205,7 +208,12 @@ class Abi(NamedTuple):
                     )
                 words[slot] = argument
             elif kind == _MAP:
-                _put_map(words, slot, detail, argument)
+                if not argument.buffer.aligned:
+                    raise ValueError(f"{name}: compiled for memory that is aligned to 16 bytes, got {argument}")
+                words[slot] = argument.buffer.operand
+                words[slot + 1] = argument.buffer.offset
+                geometry = _geometry(argument.shape, *detail)
+                words[slot + 6 : slot + 6 + len(geometry)] = geometry
             elif kind == _CONSTANT:
                 if argument != detail:
                     raise ValueError(f"{name}: compiled for {detail}, got {argument}")
@@ -214,22 +222,16 @@ class Abi(NamedTuple):
         return words
 
 
-def _put_map(words: list[int], slot: int, detail: tuple[int, int], argument: TensorMap) -> None:
-    """A tensor map and the scalars that follow it; ``slot`` is that of the buffer's index."""
-    rank, element_bytes = detail
-    buffer, shape = argument.buffer, argument.shape
-    if not buffer.aligned or len(shape) != rank or max(shape) >= 2**31:
-        raise ValueError(f"tensor map: expected aligned memory and {rank} dimensions below 2**31, got {argument}")
+@functools.lru_cache(maxsize=4096)
+def _geometry(shape: tuple[int, ...], box: tuple[int, ...], element_bytes: int) -> array[int]:
+    """The words of a tensor map from its dims on, and of the scalars that follow it."""
+    if len(shape) != len(box) or max(shape) >= 2**31:
+        raise ValueError(f"tensor map: expected {len(box)} dimensions below 2**31, got {shape}")
     strides = _strides(shape)
-    words[slot] = buffer.index
-    words[slot + 1] = buffer.offset
-    dims = slot + 6
-    words[dims : dims + rank] = shape[::-1]
-    byte_strides = dims + 2 * rank
-    words[byte_strides : byte_strides + rank - 1] = [stride * element_bytes for stride in strides[-2::-1]]
-    sizes = byte_strides + rank  # of the first scalar; each has two words
-    words[sizes : sizes + 2 * rank : 2] = shape
-    words[sizes + 2 * rank : sizes + 4 * rank : 2] = strides
+    words = array("q", [*shape[::-1], *box[::-1], *(stride * element_bytes for stride in strides[-2::-1])])
+    for scalar in (*shape, *strides):
+        words.extend((SCALAR, scalar))
+    return words
 
 
 class _Params:
@@ -270,7 +272,8 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     run = compiled.run  # loads it
     if reason := _unsupported(metadata, run):
         raise LauncherUnavailableError(f"{metadata.name}: {reason}")
-    if metadata.launch_pdl and "griddepcontrol.wait" not in compiled.asm["ptx"]:
+    ptx = compiled.asm.get("ptx")  # absent where Triton stores binaries only
+    if metadata.launch_pdl and ptx is not None and "griddepcontrol.wait" not in ptx:
         raise ValueError(f"{metadata.name}: launch_pdl is set, and no griddepcontrol.wait is in the kernel")
 
     params = _params(compiled, arguments)
@@ -281,7 +284,7 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     template = launch_words(
         compiled.function, 0, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, params.params
     )
-    return Abi(compiled, template, tuple(params.steps))
+    return Abi(compiled, array("q", template), tuple(params.steps))
 
 
 def _check_version(version: str = triton.__version__) -> None:
@@ -298,7 +301,7 @@ def _unsupported(metadata: Any, run: Any) -> str:
             return f"needs {size} bytes of {kind} scratch memory"
     if metadata.launch_cooperative_grid:
         return "is launched as a cooperative grid"
-    if metadata.num_ctas != 1 or any(size != 1 for size in getattr(metadata, "cluster_dims", None) or ()):
+    if metadata.num_ctas != 1:
         return f"is launched in clusters of {metadata.num_ctas}"
     if metadata.shared > MAX_SHARED_BYTES:
         return f"needs {metadata.shared} bytes of shared memory, more than {MAX_SHARED_BYTES}"
@@ -327,9 +330,9 @@ def _params(compiled: Any, arguments: Sequence[Argument]) -> _Params:
         elif type_.startswith("tensordesc"):
             _add_map(params, next(maps, None), argument, f"{name}: {param.name}")
         elif type_ in _INTEGER_BYTES:
-            bits = 8 * _INTEGER_BYTES[type_]
-            low, high = (0, 2 ** min(bits, 63) - 1) if type_[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            detail = (low, high, 16 if divisible else 1)
+            bits, signed = int(type_[1:]), type_[0] == "i" and type_ != "i1"
+            least, greatest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            detail = (least, greatest, 16 if divisible else 1)
             params.add_argument(_INTEGER, _INTEGER_BYTES[type_], [SCALAR, 0], detail, param.name)
         elif type_ in _FLOAT_FORMATS:
             size = 8 if type_ == "fp64" else 4
@@ -357,8 +360,7 @@ def _add_map(params: _Params, described: Any, argument: Any, name: str) -> None:
     if not isinstance(argument, TensorMap) or len(argument.shape) != rank:
         raise LauncherUnavailableError(f"{name}: expected a TensorMap of {rank} dimensions, got {argument}")
     data_type = _TMA_DATA_TYPES[described["elem_type"]]
-    words = [TENSOR_MAP, 0, 0, data_type, element_bytes, described["swizzle"], rank, *[0] * rank, *box[::-1]]
-    words += [0] * (rank - 1)
-    params.add_argument(_MAP, TENSOR_MAP_BYTES, words, (rank, element_bytes), name)
+    words = [TENSOR_MAP, 0, 0, data_type, element_bytes, described["swizzle"], rank, *[0] * (3 * rank - 1)]
+    params.add_argument(_MAP, TENSOR_MAP_BYTES, words, (tuple(box), element_bytes), name)
     for size in [4] * rank + [8] * rank:
         params.add(size, [SCALAR, 0])

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.dispatch.backend import Quantizer, Steps
+from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
 from hybrid_mxfp8.dispatch.device import TRITON_MIN_CAPABILITY, capability
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, Support
 from hybrid_mxfp8.triton_kernels import group_layout, quantize
@@ -62,62 +62,65 @@ def _hopper_kernels() -> ModuleType:
     return hopper
 
 
-class TritonBackend:
-    """The product in one of three kernels, by what the GPU has."""
-
-    name = "triton"
-    about = "tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter"
-
-    def made_for(self, device: torch.device) -> bool:
-        """GPUs with e4m3, and the CPU where kernels are interpreted."""
-        found = capability(device)
-        return env.triton_interpret() or (found is not None and found >= TRITON_MIN_CAPABILITY)
-
-    def available(self, device: torch.device) -> Support:
-        """Whether it can run at all on a device."""
-        return available(device)
-
-    def can_run(self, problem: Problem) -> Support:
-        """It takes every problem where it is available."""
-        return available(problem.device)
-
-    def workspace_size(self, problem: Problem) -> int:
-        """Bytes: the Hopper kernel's list of token tiles and bf16 tokens."""
-        config = _hopper_config(problem)
-        if config is None or not (problem.num_tokens and problem.num_experts):
-            return 0
-        return WorkspaceLayout.of(problem.num_tokens, problem.num_experts, problem.k, config).size
-
-    def workspace_bound(self, problem: Problem) -> int:
-        """Bytes: a smaller batch may take a tile that needs more."""
-        batches = largest_batches(problem.num_tokens, problem.num_experts)
-        return max(self.workspace_size(problem._replace(num_tokens=rows)) for rows in batches)
-
-    def plan(self, problem: Problem, buffers: GemmBuffers) -> Steps:
-        """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the portable kernel."""
-        config = _hopper_config(problem)
-        weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
-        if config is not None and weights_aligned:
-            launches: Steps = _hopper_kernels().plan(problem, buffers, config)
-            return launches
-        tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
-        if not INTERPRETED and blackwell.takes(problem) and weights_aligned and tokens_aligned:
-            config_100 = blackwell.select_blackwell_config(problem.num_tokens, problem.num_experts)
-            return blackwell.plan(problem, buffers, config_100)
-        return portable.plan(problem, buffers)
-
-    def explain(self, problem: Problem) -> str:
-        """The configuration of whichever kernel takes the problem."""
-        config: object = _hopper_config(problem)
-        if config is None and not INTERPRETED and blackwell.takes(problem):
-            config = blackwell.select_blackwell_config(problem.num_tokens, problem.num_experts)
-        if config is None:
-            config = portable.config_for(problem)
-        average = problem.num_tokens / max(problem.num_experts, 1)
-        return f"{config}, for {average:.1f} tokens an expert on average"
+def _blackwell_config(problem: Problem) -> blackwell.BlackwellConfig | None:
+    """The tile of the Blackwell kernel for a problem; None where another kernel runs it."""
+    if INTERPRETED or not blackwell.takes(problem):
+        return None
+    return blackwell.select_blackwell_config(problem.num_tokens, problem.num_experts)
 
 
-BACKEND = TritonBackend()
+def made_for(device: torch.device) -> bool:
+    """GPUs with e4m3, and the CPU where kernels are interpreted."""
+    found = capability(device)
+    return env.triton_interpret() or (found is not None and found >= TRITON_MIN_CAPABILITY)
+
+
+def workspace_size(problem: Problem) -> int:
+    """Bytes: the Hopper kernel's list of token tiles and bf16 tokens."""
+    config = _hopper_config(problem)
+    if config is None or not (problem.num_tokens and problem.num_experts):
+        return 0
+    return WorkspaceLayout.of(problem.num_tokens, problem.num_experts, problem.k, config).size
+
+
+def workspace_bound(problem: Problem) -> int:
+    """Bytes: a smaller batch may take a tile that needs more."""
+    batches = largest_batches(problem.num_tokens, problem.num_experts)
+    return max(workspace_size(problem._replace(num_tokens=rows)) for rows in batches)
+
+
+def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
+    """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the portable kernel."""
+    weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
+    hopper_config = _hopper_config(problem)
+    if hopper_config is not None and weights_aligned:
+        launches: Steps = _hopper_kernels().plan(problem, buffers, hopper_config)
+        return launches
+    blackwell_config = _blackwell_config(problem)
+    tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
+    if blackwell_config is not None and weights_aligned and tokens_aligned:
+        return blackwell.plan(problem, buffers, blackwell_config)
+    return portable.plan(problem, buffers)
+
+
+def explain(problem: Problem) -> str:
+    """The configuration of whichever kernel takes the problem."""
+    config = _hopper_config(problem) or _blackwell_config(problem) or portable.config_for(problem)
+    average = problem.num_tokens / max(problem.num_experts, 1)
+    return f"{config}, for {average:.1f} tokens an expert on average"
+
+
+BACKEND = Backend(
+    name="triton",
+    about="tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter",
+    made_for=made_for,
+    available=available,
+    can_run=lambda problem: available(problem.device),
+    workspace_size=workspace_size,
+    workspace_bound=workspace_bound,
+    plan=plan,
+    explain=explain,
+)
 QUANTIZER = Quantizer(
     name="triton",
     available=available,

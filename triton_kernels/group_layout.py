@@ -6,7 +6,6 @@ experts. Whatever the counts hold, the layout is one of T rows: negative ones ac
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -137,27 +136,20 @@ def _options(block: int) -> tuple[tuple[str, int], ...]:
     return (("num_warps", 1 if block <= 128 else 4),)
 
 
-def group_offsets(
-    given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool, device: torch.device
-) -> tuple[KernelLaunch, ...]:
+def group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> tuple[KernelLaunch, ...]:
     """What ``core.layout.group_offsets`` computes, of counts or ends (E,) int32 or int64, contiguous."""
     num_experts = given.shape[0]
     block = next_power_of_2(num_experts)
     arguments = (given, layout, num_tokens, num_experts)
-    return (KernelLaunch(group_offsets_kernel, 1, arguments, (from_ends, block), _options(block), device),)
+    return (KernelLaunch(group_offsets_kernel, 1, arguments, (from_ends, block), _options(block)),)
 
 
 def caller_layout(
-    counts: Buffer,
-    scale_starts: Buffer,
-    layout: Buffer,
-    num_tokens: int,
-    num_scale_rows: int,
-    device: torch.device,
+    counts: Buffer, scale_starts: Buffer, layout: Buffer, num_tokens: int, num_scale_rows: int
 ) -> tuple[KernelLaunch, ...]:
     """A layout whose scales start where the caller says; counts and starts (E,) int32, E >= 1."""
     num_experts = counts.shape[0]
     block = next_power_of_2(num_experts)
     parts = split_layout(layout, num_experts)
     arguments = (counts, scale_starts, *parts, num_tokens, num_scale_rows, num_experts)
-    return (KernelLaunch(caller_layout_kernel, 1, arguments, (block,), _options(block), device),)
+    return (KernelLaunch(caller_layout_kernel, 1, arguments, (block,), _options(block)),)

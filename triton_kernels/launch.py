@@ -48,7 +48,6 @@ class KernelLaunch(NamedTuple):
         arguments: the other parameters, in order.
         constants: the constexpr parameters, in order.
         options: compile options, such as ``(("num_warps", 4),)``.
-        device: to launch on.
     """
 
     kernel: Any
@@ -56,16 +55,15 @@ class KernelLaunch(NamedTuple):
     arguments: tuple[Argument, ...]
     constants: tuple[Hashable, ...]
     options: tuple[tuple[str, int], ...]
-    device: torch.device
 
-    def encode(self) -> list[int] | None:
+    def encode(self, device: torch.device) -> Sequence[int] | None:
         """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be called."""
         if INTERPRETED:
             return None
-        compiled = self.compile()
+        compiled = self.compile(device)
         return None if compiled.abi is None else compiled.abi.words(self.programs, self.arguments)
 
-    def run(self, tensors: Sequence[torch.Tensor]) -> None:
+    def run(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         """Launch through Triton, or interpret."""
         if INTERPRETED:
             arguments = [_interpreted(a.view(tensors)) if isinstance(a, Buffer) else a for a in self.arguments]
@@ -73,23 +71,23 @@ class KernelLaunch(NamedTuple):
                 self.kernel[(self.programs,)](*arguments, *self.constants, **dict(self.options))
             return
         arguments = [abi.triton_argument(a, tensors) for a in self.arguments]
-        with torch.cuda.device(self.device):
-            self.compile().kernel[(self.programs, 1, 1)](*arguments, *self.constants)
+        with torch.cuda.device(device):
+            self.compile(device).kernel[(self.programs, 1, 1)](*arguments, *self.constants)
 
     def hooked(self) -> bool:
         """Whether hooks are installed that Triton's own launch calls."""
         return abi.hooks_installed()
 
-    def compile(self) -> Compiled:
+    def compile(self, device: torch.device) -> Compiled:
         """Compile, or find what was compiled for these types before."""
         # By the kernel's identity: Triton hashes a kernel by its source.
-        key = (id(self.kernel), self.constants, self.options, self.device, self._specialization())
+        key = (id(self.kernel), self.constants, self.options, device, self._specialization())
         found = _compiled.get(key)
         if found is None:
             with _one_thread():
                 found = _compiled.get(key)
                 if found is None:
-                    found = _compiled[key] = self._compile()
+                    found = _compiled[key] = self._compile(device)
         return found
 
     def _specialization(self) -> Hashable:
@@ -109,11 +107,11 @@ class KernelLaunch(NamedTuple):
                 key.append(-(2**31) <= argument < 2**31)
         return tuple(key)
 
-    def _compile(self) -> Compiled:
+    def _compile(self, device: torch.device) -> Compiled:
         options = dict(self.options)
-        kernel = abi.compile_kernel(self.kernel, self.arguments, self.constants, options, self.device)
+        kernel = abi.compile_kernel(self.kernel, self.arguments, self.constants, options, device)
         try:
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(device):
                 return Compiled(kernel, abi.abi_of(kernel, self.arguments))
         except launcher.LauncherUnavailableError:
             return Compiled(kernel, None)

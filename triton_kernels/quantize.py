@@ -290,7 +290,7 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
         assert b.layout is not None
         _, expert_offsets, scale_offsets = split_layout(b.layout, p.num_experts)
         scanned = b._replace(counts=None, layout=None, expert_offsets=expert_offsets, scale_offsets=scale_offsets)
-        first = group_offsets(b.counts, b.layout, p.num_rows, False, p.device)
+        first = group_offsets(b.counts, b.layout, p.num_rows, False)
         return *first, *quantize(p._replace(grouping="offsets"), scanned)
 
     config = select_quantize_config(p.num_rows, p.k, p.num_experts, INTERPRETED)
@@ -335,4 +335,4 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
         config.skip_unowned and p.grouping == "offsets",
     )
     options = (("num_warps", config.num_warps),)
-    return (KernelLaunch(quantize_kernel, programs, arguments, constants, options, p.device),)
+    return (KernelLaunch(quantize_kernel, programs, arguments, constants, options),)

@@ -1,8 +1,11 @@
-// One call, from its tensors to Gemm::Arguments and the launch of prepare_kernel: all that there is before the GEMM.
+// One call, from its tensors to the kernel's parameters: all that there is before the GEMM's
+// launch.
 //
-// The entry of the SM100 kernel and the judges of its arguments share this, so what the judges see is what the
-// kernel will be given.
+// The entry of the SM100 kernel and the references of the tests share this, so what the references
+// multiply is what the kernel is given.
 #pragma once
+
+#include <tuple>
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -13,17 +16,16 @@
 
 namespace hybrid_mxfp8 {
 
-// The tensors of a call, as Python passes them.
-struct Tensors {
-  ffi::TensorView x;                  // (T, K) e4m3, or its bytes
-  ffi::TensorView x_scales;           // (S, C) e8m0 as bytes, swizzled
-  ffi::TensorView w;                  // (E, N, K)
-  ffi::TensorView w_scales;           // (E, roundup(N, 128), C)
-  ffi::TensorView tokens_per_expert;  // (E,) int32
-  ffi::TensorView expert_offsets;     // (E + 1,) int32
-  ffi::TensorView scale_offsets;      // (E + 1,) int32
-  ffi::TensorView out;                // (T, N)
-};
+// Clears bit 21 of a TMA descriptor's second word. For tensors that are not dense and lie in less
+// than 128 KB the driver's encoder may set it wrongly, and loads then fail with an illegal address;
+// the release notes of NVIDIA's driver 595.71.05 say to clear it. The kernel re-describes tensors
+// by patching addresses and extents, and the bit stays, so it is cleared in every descriptor.
+// CUTLASS before 4.3.4 never does, later versions not for all tensors.
+template <class Tma>
+void clear_small_tensor_bit(Tma const& tma) {
+  auto words = reinterpret_cast<uint64_t*>(const_cast<cute::TmaDescriptor*>(tma.get_tma_descriptor()));
+  words[1] &= ~(uint64_t{1} << 21);
+}
 
 template <class Gemm>
 struct Call {
@@ -35,8 +37,7 @@ struct Call {
 
   // Checks the tensors and lays the arrays out in `workspace`, which the caller has checked.
   Call(Tensors const& t, void* workspace, Launch const& launch)
-      : problem(check_operands<typename Gemm::ElementOut>(t.x, t.x_scales, t.w, t.w_scales, t.tokens_per_expert,
-                                                          t.expert_offsets, t.scale_offsets, t.out)),
+      : problem(check_operands<typename Gemm::ElementOut>(t)),
         operands{static_cast<typename Gemm::Element const*>(t.w.data_ptr()),
                  static_cast<typename Gemm::ElementScale const*>(t.w_scales.data_ptr()),
                  static_cast<typename Gemm::Element const*>(t.x.data_ptr()),
@@ -45,7 +46,7 @@ struct Call {
         offsets{static_cast<int32_t const*>(t.tokens_per_expert.data_ptr()),
                 static_cast<int32_t const*>(t.expert_offsets.data_ptr()),
                 static_cast<int32_t const*>(t.scale_offsets.data_ptr())},
-        arrays(OperandArrays<Gemm>::carve(workspace, problem.num_experts)),
+        arrays(OperandArrays<Gemm>::in_arena(workspace, problem.num_experts)),
         args(Gemm::make_arguments(problem, operands, arrays, launch)) {}
 
   bool empty() const { return problem.num_experts == 0 || problem.num_tokens == 0; }
@@ -54,7 +55,7 @@ struct Call {
 
   // Checks that the workspace holds the arrays and CUTLASS's own part.
   void check_workspace(ffi::TensorView const& workspace, DLDevice device) const {
-    check_tensor(workspace, "workspace", device);
+    check_memory(workspace, "workspace", device, kWorkspaceAlignment);
     int64_t given = workspace.numel() * workspace.dtype().bits / 8;
     int64_t needed = arrays.bytes + Gemm::Gemm::get_workspace_size(args);
     HYBRID_MXFP8_EXPECT(given >= needed, ValueError)
@@ -63,7 +64,13 @@ struct Call {
 
   // The kernel's parameters; encodes the TMA descriptors that the host knows.
   typename Gemm::Kernel::Params params(void* workspace) const {
-    return Gemm::Kernel::to_underlying_arguments(args, static_cast<char*>(workspace) + arrays.bytes);
+    auto params = Gemm::Kernel::to_underlying_arguments(args, static_cast<char*>(workspace) + arrays.bytes);
+    auto const& loads = params.mainloop;
+    std::apply([](auto const&... tma) { (clear_small_tensor_bit(tma), ...); },
+               std::tie(loads.tma_load_a, loads.tma_load_b, loads.tma_load_sfa, loads.tma_load_sfb,
+                        loads.tma_load_a_fallback, loads.tma_load_b_fallback, loads.tma_load_sfa_fallback,
+                        loads.tma_load_sfb_fallback, params.epilogue.tma_store_d));
+    return params;
   }
 };
 

@@ -6,9 +6,10 @@
 //     HYBRID_MXFP8_OUT          cutlass::bfloat16_t, cutlass::half_t or float
 // and with the mainloop that the CUTLASS headers have.
 //
-// A call is two launches on the caller's stream: prepare_kernel writes the per-expert arrays into the
-// workspace, the GEMM follows, programmatically where that is allowed, so that its prologue overlaps.
-// Python has checked shapes and chosen the configuration; what would corrupt memory is checked again here.
+// A call is two launches on the caller's stream: prepare_kernel writes the per-expert arrays into
+// the workspace, the GEMM follows, programmatically where that is allowed, so that its prologue
+// overlaps. Python has checked shapes and chosen the configuration; what would corrupt memory is
+// checked again here.
 
 #include <atomic>
 
@@ -93,7 +94,8 @@ void grouped_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w
 
 // Facts of the compiled kernel, for doctor and tests.
 int64_t shared_memory_bytes() { return Selected::Kernel::SharedStorageSize; }
-int64_t mainloop_stages() { return Selected::CollectiveMainloop::DispatchPolicy::Stages; }
+int64_t mainloop_stages() { return Selected::kStages; }
+bool launches_dependently() { return kPdlIsSafe; }
 
 }  // namespace
 
@@ -101,5 +103,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm, grouped_gemm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, workspace_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shared_memory_bytes, shared_memory_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(mainloop_stages, mainloop_stages);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(launches_dependently, launches_dependently);
 
 }  // namespace hybrid_mxfp8

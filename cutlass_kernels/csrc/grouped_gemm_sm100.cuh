@@ -5,12 +5,13 @@
 //
 //     D_e (N x tokens_e, column-major) = W_e (N x K, row-major) * X_e (K x tokens_e, column-major)
 //
-// which in memory is out (T, N) = x (T, K) * w^T, row-major as PyTorch has it. The swap lets the token
-// side take tiles of 64 to 256 while the weights fill the 128 (1SM) or 256 (2SM) rows of the tensor core.
+// which in memory is out (T, N) = x (T, K) * w^T, row-major as PyTorch has it. The swap lets the
+// token side take tiles of 64 to 256 while the weights fill the 128 (1SM) or 256 (2SM) rows of the
+// tensor core.
 //
-// Two mainloops share this source. The ragged-contiguous one (CUTLASS 4.4 and later) knows that only the
-// tokens are ragged: one host-built descriptor serves the weights of all experts. The pointer-array one
-// re-describes all operands per expert and also builds with CUTLASS 4.2.
+// Two mainloops share this source. The ragged-contiguous one (CUTLASS 4.4 and later) knows that
+// only the tokens are ragged: one host-built descriptor serves the weights of all experts. The
+// pointer-array one re-describes all operands per expert and also builds with CUTLASS 4.2.
 //
 // Nothing here instantiates a kernel: that is left to whoever calls Gemm::run.
 #pragma once
@@ -33,11 +34,13 @@
 
 namespace hybrid_mxfp8 {
 
-// Before 4.4 the kernel's tile scheduler reads the token counts ahead of griddepcontrol.wait: launched
-// programmatically, it would race the kernel that writes them.
-constexpr bool kPdlIsSafe = CUTLASS_VERSION >= 440;
+// Whether the kernel may be launched while prepare_kernel runs. Before 4.4 its tile scheduler reads
+// the token counts ahead of griddepcontrol.wait; until 4.5.3 the wait is an asm without a memory
+// clobber, so the compiler may move that read ahead of it.
+constexpr bool kPdlIsSafe = CUTLASS_VERSION >= 460;
 
-// The shapes of all experts, for the pointer-array mainloop: N and K are common, the tokens an array.
+// The shapes of all experts, for the pointer-array mainloop: N and K are common, the tokens an
+// array.
 struct ExpertProblemShape {
   using UnderlyingProblemShape = cute::Shape<int, int, int>;
 
@@ -57,35 +60,28 @@ struct ExpertProblemShape {
 
 // A tile configuration. CtaGroup is the number of SMs that one MMA spans.
 template <int CtaGroup, int TokenTile, class Out>
-struct Config;
-
-template <int TokenTile, class Out>
-struct Config<1, TokenTile, Out> {
-  using ElementOut = Out;
+struct Config {
+  static_assert(CtaGroup == 1 || CtaGroup == 2, "an MMA spans one SM or two");
   static constexpr int kTokenTile = TokenTile;
-  using TileShape = cute::Shape<cute::_128, cute::Int<TokenTile>, cute::_128>;
-  using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf8f6f4Sm100;
-  using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm;
+  using ElementOut = Out;
+  using TileShape = cute::Shape<cute::Int<128 * CtaGroup>, cute::Int<TokenTile>, cute::_128>;
+  using MainloopSchedule =
+      cute::conditional_t<CtaGroup == 1, cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf8f6f4Sm100,
+                          cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmMxf8f6f4Sm100>;
+  using EpilogueSchedule = cute::conditional_t<CtaGroup == 1, cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm,
+                                               cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm>;
 };
 
-template <int TokenTile, class Out>
-struct Config<2, TokenTile, Out> {
-  using ElementOut = Out;
-  static constexpr int kTokenTile = TokenTile;
-  using TileShape = cute::Shape<cute::_256, cute::Int<TokenTile>, cute::_128>;
-  using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmMxf8f6f4Sm100;
-  using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;
-};
-
-// How many columns of D the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128, whose two buffers
-// in fp32 leave shared memory for one stage of operands (1SM) or two (2SM): loads and MMA would take turns.
-template <int TokenTile, class Out>
-using EpilogueTile = cute::conditional_t<TokenTile == 256 && sizeof(Out) == 4,  //
-                                         cute::Shape<cute::_128, cute::_64>,    //
+// The part of D that the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128
+// columns. Two buffers of these leave less shared memory for operands than two of 64, in bf16 one
+// stage, in fp32 all but one or two; and the next tile's MMA waits for half of the epilogue instead
+// of a quarter.
+template <int TokenTile>
+using EpilogueTile = cute::conditional_t<TokenTile == 256, cute::Shape<cute::_128, cute::_64>,
                                          cutlass::epilogue::collective::EpilogueTileAuto>;
 
-// How a call is launched: the cluster that the hardware should prefer, the one it may fall back to where
-// the preferred one does not fit, and the SMs that the persistent grid fills.
+// How a call is launched: the cluster that the hardware should prefer, the one it may fall back to
+// where the preferred one does not fit, and the SMs that the persistent grid fills.
 struct Launch {
   int device;
   int sm_count;
@@ -116,13 +112,14 @@ struct GroupedGemm {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp,  //
       typename Config::TileShape, ClusterShape,                         //
-      EpilogueTile<Config::kTokenTile, ElementOut>,                     //
+      EpilogueTile<Config::kTokenTile>,                                 //
       float, float,                                                     // accumulator, compute
       void, LayoutOut*, kAlignmentOut,                                  // C: none
       ElementOut, LayoutOut*, kAlignmentOut,                            // D
       typename Config::EpilogueSchedule>::CollectiveOp;
 
-  // The builder takes the ragged mainloop when the tokens are an array of pointers and the weights are not.
+  // The builder takes the ragged mainloop when the tokens are an array of pointers and the weights
+  // are not.
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp,                             //
       MxElement, cute::conditional_t<kRagged, LayoutWeights, LayoutWeights*>, kAlignment,          // A
@@ -138,6 +135,12 @@ struct GroupedGemm {
   using ProblemShape = ExpertProblemShape;
 #endif
 
+  // Stages: with fewer loads and MMA take turns. D: its two buffers of 64 columns, as above.
+  static constexpr int kStages = CollectiveMainloop::DispatchPolicy::Stages;
+  static constexpr int kEpilogueColumns = cute::size<1>(typename CollectiveEpilogue::EpilogueTile{});
+  static_assert(kStages >= (Config::kTokenTile == 256 ? 3 : 4), "too few stages of operands");
+  static_assert(kEpilogueColumns <= 64, "the epilogue takes too many columns at a time");
+
   using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, CollectiveMainloop, CollectiveEpilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Arguments = typename Gemm::Arguments;
@@ -148,8 +151,9 @@ struct GroupedGemm {
     using Layout = decltype(cute::recast<uint32_t>(cute::declval<Tensor&>()).layout());
     return static_cast<int>(cute::cosize(Layout{}) & cutlass::detail::TmemColMask);
   }
-  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which overlap by one part of
-  // the epilogue where both don't fit, then the scales of the weights and of the tokens. CUTLASS does not check.
+  // Columns of tensor memory, of the 512 that there are: the accumulators of two tiles, which
+  // overlap by one part of the epilogue where both don't fit, then the scales of the weights and of
+  // the tokens. CUTLASS does not check.
   static constexpr int tensor_memory_columns() {
     using Part = typename CollectiveEpilogue::EpilogueTile;
     using Memory =
@@ -231,7 +235,7 @@ struct GroupedGemm {
 
   // Bytes of one call's workspace: the arrays that prepare fills, then CUTLASS's own.
   static size_t workspace_size(Problem const& problem, Launch const& launch) {
-    auto arrays = OperandArrays<GroupedGemm>::carve(nullptr, problem.num_experts);
+    auto arrays = OperandArrays<GroupedGemm>::in_arena(nullptr, problem.num_experts);
     return arrays.bytes + Gemm::get_workspace_size(make_arguments(problem, {}, arrays, launch));
   }
 };

@@ -1,15 +1,16 @@
 // From router metadata to the per-expert arrays that a CUTLASS grouped GEMM reads.
 //
-// A grouped GEMM takes, for each expert, a token count, a few pointers and a few strides. All of them
-// follow from three int32 arrays that already lie on the device, so they are computed there, by one
-// kernel with one thread an expert, and the host never waits. The arithmetic is in functors that also
-// run on the host: host_reference.cu feeds CUTLASS's CPU reference with the very same code.
+// A grouped GEMM takes, for each expert, a token count, a few pointers and a few strides. All of
+// them follow from three int32 arrays that already lie on the device, so they are computed there,
+// by one kernel with one thread an expert, and the host never waits. The arithmetic is in functors
+// that also run on the host: tests/cuda/host_reference.cu feeds CUTLASS's CPU reference with them.
 //
 // Nothing here depends on an architecture.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -45,9 +46,9 @@ struct ExpertRows {
   int32_t tokens;
 };
 
-// Finds the rows of an expert. Offsets written by GroupLayout are always inside the buffers; anything
-// else is clamped, and an expert that still does not fit is emptied, so that no metadata, however
-// wrong, makes a kernel leave its buffers.
+// Finds the rows of an expert. Offsets written by GroupLayout are always inside the buffers;
+// anything else is clamped, and an expert that still does not fit is emptied, so that no metadata,
+// however wrong, makes a kernel leave its buffers.
 struct ExpertOffsets {
   int32_t const* tokens_per_expert;
   int32_t const* expert_offsets;
@@ -81,29 +82,8 @@ struct Operands {
   ElementOut* out;                    // (T, N)
 };
 
-// Hands out aligned arrays from one buffer. Run over a null pointer it measures the buffer instead.
-class Carver {
- public:
-  static constexpr size_t kAlignment = 128;
-
-  explicit Carver(void* buffer) : base_(reinterpret_cast<uintptr_t>(buffer)) {}
-
-  template <class T>
-  T* take(int count) {
-    T* array = reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += round_up(sizeof(T) * static_cast<size_t>(count), kAlignment);
-    return array;
-  }
-
-  size_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  size_t bytes_ = 0;
-};
-
-// The arrays of one call, an entry an expert. `Gemm` is a GroupedGemm of grouped_gemm_sm100.cuh. The
-// ragged mainloop describes the weights once, from the host, and leaves their arrays unused.
+// The arrays of one call, an entry an expert. `Gemm` is a GroupedGemm of grouped_gemm_sm100.cuh.
+// The ragged mainloop describes the weights once, from the host, and leaves their arrays unused.
 template <class Gemm>
 struct OperandArrays {
   int32_t* tokens;
@@ -119,23 +99,20 @@ struct OperandArrays {
   typename Gemm::ScaleLayout* token_scale_layout;
   size_t bytes;
 
-  static OperandArrays carve(void* buffer, int num_experts) {
-    Carver carver(buffer);
+  // Lays the arrays out in a buffer, an arena; over a null pointer it measures the buffer instead.
+  static OperandArrays in_arena(void* buffer, int num_experts) {
+    constexpr size_t kAlignment = 128;
     OperandArrays arrays{};
-    arrays.tokens = carver.take<int32_t>(num_experts);
-    arrays.token_rows = carver.take<typename Gemm::Element const*>(num_experts);
-    arrays.token_scales = carver.take<typename Gemm::ElementScale const*>(num_experts);
-    arrays.out = carver.take<typename Gemm::ElementOut*>(num_experts);
-    arrays.out_stride = carver.take<typename Gemm::OutStride>(num_experts);
+    auto place = [&](auto*& array) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<uintptr_t>(buffer) + arrays.bytes);
+      arrays.bytes += round_up(sizeof(*array) * static_cast<size_t>(num_experts), kAlignment);
+    };
+    place(arrays.tokens), place(arrays.token_rows), place(arrays.token_scales);
+    place(arrays.out), place(arrays.out_stride);
     if constexpr (!Gemm::kRagged) {
-      arrays.weights = carver.take<typename Gemm::Element const*>(num_experts);
-      arrays.weight_scales = carver.take<typename Gemm::ElementScale const*>(num_experts);
-      arrays.weight_stride = carver.take<typename Gemm::WeightStride>(num_experts);
-      arrays.token_stride = carver.take<typename Gemm::TokenStride>(num_experts);
-      arrays.weight_scale_layout = carver.take<typename Gemm::ScaleLayout>(num_experts);
-      arrays.token_scale_layout = carver.take<typename Gemm::ScaleLayout>(num_experts);
+      place(arrays.weights), place(arrays.weight_scales), place(arrays.weight_stride);
+      place(arrays.token_stride), place(arrays.weight_scale_layout), place(arrays.token_scale_layout);
     }
-    arrays.bytes = carver.bytes();
     return arrays;
   }
 };
@@ -170,8 +147,8 @@ struct PrepareExpert {
   }
 };
 
-// One thread an expert. The GEMM may be launched while this runs (programmatic dependent launch): it
-// sets itself up and waits for this grid to end and its writes to be visible.
+// One thread an expert. The GEMM may be launched while this runs (programmatic dependent launch):
+// it sets itself up and waits for this grid to end and its writes to be visible.
 template <class Prepare>
 __global__ void prepare_kernel(__grid_constant__ Prepare const prepare, int num_experts) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

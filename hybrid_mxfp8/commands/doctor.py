@@ -1,19 +1,16 @@
 """``python -m hybrid_mxfp8 doctor``: what is installed here, and which backends can run.
 
-Two halves: :func:`examine` collects facts as plain data, which ``--json`` prints, and :func:`render` makes them
-readable. Nothing here needs Triton, a GPU or a compiler, and nothing is created.
+:func:`examine` collects facts as plain data, which ``--json`` prints, and :func:`render` makes
+them readable. Nothing here needs Triton, a GPU or a compiler, and nothing is created.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,14 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.cutlass_kernels import verify
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 MISSING = "not installed"
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def examine() -> dict[str, Any]:
     return {
         "versions": versions(),
         "gpus": gpus(),
-        **toolchain(),
+        **tools(),
         "device": str(default_device()),
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
         "default_backend": default_backend(),
@@ -67,17 +66,8 @@ def versions() -> dict[str, str]:
         "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
         "safetensors": _distribution("safetensors"),
         "transformers": _distribution("transformers"),
-        **driver(DRIVER_FILE),
+        **({"NVIDIA driver": driver} if (driver := verify.driver_version()) else {}),
     }
-
-
-def driver(file: Path) -> dict[str, str]:
-    """NVIDIA's driver, from what its kernel module says of itself; nothing where that is not there."""
-    try:
-        match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
-    except OSError:
-        return {}
-    return {"NVIDIA driver": match[1]} if match else {}
 
 
 def _torch_build() -> str:
@@ -102,28 +92,23 @@ def gpus() -> list[dict[str, str]]:
     return found
 
 
-def toolchain() -> dict[str, Any]:
-    """Each CUDA compiler and each copy of the CUTLASS headers that was found, and where those are from that are taken."""
-    room = "hybrid_mxfp8.cutlass_kernels.jit.toolchain"
-    if importlib.util.find_spec(room) is None:
-        return {"compilers": [], "cutlass_headers": [], "cutlass_taken": ""}
-    headers = importlib.import_module(room)
+def tools() -> dict[str, Any]:
+    """CUDA compilers and copies of the CUTLASS headers that were found, and whose are used."""
+    try:
+        used = toolchain.find_cutlass().origin
+    except BackendUnavailableError:
+        used = ""
     return {
-        "compilers": [_candidate(found) for found in headers.cuda_candidates()],
-        "cutlass_headers": [_candidate(found) for found in headers.cutlass_candidates()],
-        "cutlass_taken": _taken(headers),
+        "compilers": [_tool(cuda, cuda.nvcc) for cuda in toolchain.cuda_candidates()],
+        "cutlass_headers": [_tool(cutlass, cutlass.include) for cutlass in toolchain.cutlass_candidates()],
+        "cutlass_used": used,
     }
 
 
-def _taken(headers: Any) -> str:
-    try:
-        return str(headers.find_cutlass().origin)
-    except BackendUnavailableError:
-        return ""
-
-
-def _candidate(found: Any) -> dict[str, str]:
-    return {name: str(getattr(found, name)) for name in ("origin", "path", "version", "problem")}
+def _tool(found: toolchain.CutlassHeaders | toolchain.CudaCompiler, path: Path) -> dict[str, str]:
+    return {
+        "origin": found.origin, "path": str(path), "version": found.version_string, "problem": found.problem
+    }  # fmt: skip
 
 
 def default_backend() -> str:
@@ -135,8 +120,8 @@ def default_backend() -> str:
 
 
 def cache(folder: Path) -> dict[str, Any]:
-    """Whether the cache folder exists, whether this user can write there (or create it), and its size in bytes."""
-    # os.path's own tests answer False for a path that cannot be, such as one too long, where Path's raise.
+    """Whether the cache folder exists, whether this user can write or create it, and its bytes."""
+    # os.path's tests answer False for a path that cannot be, such as one too long; Path's raise.
     nearest = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
     exists = os.path.isdir(folder)
     return {
@@ -148,16 +133,17 @@ def cache(folder: Path) -> dict[str, Any]:
 
 
 def modules() -> dict[str, Any]:
-    """Each compiled module of the CUTLASS backend in the cache, with the versions it was built by, or why none is loaded."""
-    room = "hybrid_mxfp8.cutlass_kernels.jit.build"
-    if importlib.util.find_spec(room) is None:
-        return {"modules": [], "modules_problem": ""}
+    """Compiled modules in the cache, with the versions they were built by, or why none is loaded."""
     try:
-        built = [module.manifest() for module in importlib.import_module(room).built()]
+        built = [module.manifest() for module in jit.built()]
     except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1
-        return {"modules": [], "modules_problem": str(error)}
+        return {"modules": [], "verified": [], "modules_problem": str(error)}
     named = [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
-    return {"modules": named, "modules_problem": ""}
+    verified = [
+        f"{module}: {'right' if r['ok'] else 'wrong'} on {r.get('gpu')}, driver {r.get('driver')}, {r.get('date')}: {r['reason']}"
+        for module, r in verify.records(jit.cache()).items()
+    ]
+    return {"modules": named, "verified": verified, "modules_problem": ""}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -169,9 +155,10 @@ def render(facts: dict[str, Any]) -> str:
         *(("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}") for gpu in facts["gpus"]),
         *([] if facts["gpus"] else [("GPU", "none that PyTorch sees")]),
         *_found("nvcc", facts["compilers"]),
-        *_found("CUTLASS headers", facts["cutlass_headers"], facts["cutlass_taken"]),
+        *_found("CUTLASS headers", facts["cutlass_headers"], facts["cutlass_used"]),
         ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
         *(("compiled", module) for module in facts["modules"]),
+        *(("verified", record) for record in facts["verified"]),
         *([("compiled", facts["modules_problem"])] if facts["modules_problem"] else []),
         *facts["environment"].items(),
     ]
@@ -200,7 +187,7 @@ def _meaning(facts: dict[str, Any]) -> str:
     return ""
 
 
-def _found(what: str, candidates: list[dict[str, str]], taken: str = "") -> list[tuple[str, str]]:
+def _found(what: str, candidates: list[dict[str, str]], used: str = "") -> list[tuple[str, str]]:
     if not candidates:
         return [(what, "not found (only the cutlass backend needs them)")]
     return [
@@ -208,7 +195,7 @@ def _found(what: str, candidates: list[dict[str, str]], taken: str = "") -> list
             what,
             f"{c['version'] or '?'} from {c['origin']}, {c['path']}"
             + (f" ({c['problem']})" if c["problem"] else "")
-            + (" (taken)" if c["origin"] == taken else ""),
+            + (" (used)" if c["origin"] == used else ""),
         )
         for c in candidates
     ]

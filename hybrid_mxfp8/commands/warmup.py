@@ -1,6 +1,7 @@
 """``python -m hybrid_mxfp8 warmup``: compile the CUTLASS backend ahead of time.
 
-No GPU is needed, so an image can be built anywhere; copying the cache folder carries the result to another machine.
+No GPU is needed, so an image can be built anywhere; the cache folder can be copied to another
+machine.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
-from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 BYTES_A_JOB = 6 * 2**30
@@ -55,21 +57,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile what is missing; 0 if all of it is there in the end.
+    """Compile what is missing and verify what runs here; 0 if all of it is there and right.
 
     Raises:
         BackendUnavailableError: no headers or no compiler.
     """
-    cutlass, cuda = headers.find_cutlass(), headers.find_cuda()
+    cutlass, cuda = toolchain.find_cutlass(), toolchain.find_cuda()
     print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
+    if cutlass.hint:
+        print(cutlass.hint)
     archs = args.arch or [default_arch()]
     wanted = [source(m, out, arch) for arch in archs for m in args.configs for out in args.out_dtypes]
     missing = [s for s in wanted if jit.find(s) is None]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} modules are in {jit.cache()}")
     failures = build_all(missing, args.jobs or default_jobs()) if missing else []
+    failures += verify_all(wanted)
     for failure in failures:
         print(failure)
     return 1 if failures else 0
+
+
+def verify_all(sources: Iterable[jit.Source]) -> list[str]:
+    """Verify the modules that this machine's GPU runs; returns what is wrong, a line each."""
+    if not torch.cuda.is_available():
+        return []
+    device = torch.device("cuda", torch.cuda.current_device())
+    targets = TARGETS.get(torch.cuda.get_device_capability(device), ())
+    failures = []
+    for s in sources:
+        built = jit.find(s) if s.arch in targets else None
+        if built is not None:
+            record = verify.verified(built, device)
+            print(f"{s.name}: {'verified' if record['ok'] else 'failed'}, {record['reason']}")
+            failures += [] if record["ok"] else [f"{s.name}: {record['reason']}"]
+    return failures
 
 
 def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:
@@ -94,7 +115,7 @@ def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:
 def default_arch() -> str:
     """The target of this machine's GPU if the backend runs on it, else B200's."""
     if torch.cuda.is_available():
-        targets = jit.FAMILY.get("{}.{}".format(*torch.cuda.get_device_capability()))
+        targets = TARGETS.get(torch.cuda.get_device_capability())
         if targets:
             return targets[0]
     return ARCHS[0]
@@ -107,7 +128,7 @@ def default_jobs() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can have: of the machine, or of its control group where that is less."""
+    """Bytes that this process can have: the machine's, or its control group's if those are fewer."""
     memory = _read_int(Path("/proc/meminfo"), "MemAvailable:")
     limits = [memory * 1024] if memory is not None else [BYTES_A_JOB]
     group = Path("/sys/fs/cgroup")

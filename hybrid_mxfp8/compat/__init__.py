@@ -1,1 +1,1 @@
-"""Other systems' signatures over this package's kernels."""
+"""Other libraries' signatures over this one. May import: all below it, up to ``ops``."""

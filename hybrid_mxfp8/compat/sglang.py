@@ -21,11 +21,8 @@ kernel outside its buffers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 
-from hybrid_mxfp8.core import layout as core_layout
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_aligned,
@@ -33,6 +30,7 @@ from hybrid_mxfp8.core.checks import (
     check_k,
     check_n,
     check_no_grad,
+    check_no_overlap,
     check_shape,
     check_tensor,
     fail,
@@ -40,13 +38,12 @@ from hybrid_mxfp8.core.checks import (
     short,
 )
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
-from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.buffers import Buffer
-from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe
-from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
-from hybrid_mxfp8.dispatch.registry import choose, choose_quantizer, settings
-
-_QUANTIZE, _MULTIPLY = object(), object()
+from hybrid_mxfp8.core.layout import GroupLayout, group_offsets
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.dispatch.plan import ALIGNMENT
+from hybrid_mxfp8.ops.group_layout import build_around
+from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm, grouped_gemm_bytes
+from hybrid_mxfp8.ops.quantize import quantize_into
 
 
 def es_sm100_mxfp8_blockscaled_grouped_quant(
@@ -85,39 +82,6 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
             scale_factor,
         )
         return
-    metadata = (tokens_per_expert, expert_offsets, blockscale_offsets)
-    signature = _signature(_QUANTIZE, input, *metadata, quant_output, scale_factor)
-    plan = None if signature is None else PLANS.get(signature)
-    if plan is None:
-        _check_quantize(input, *metadata, quant_output, scale_factor)
-        if is_tracing(input):  # meta or fake: nothing to compute
-            return
-        check_aligned("scale_factor", scale_factor)
-        plan = _plan_quantize(input, *metadata, quant_output, scale_factor)
-        if signature is not None:
-            PLANS.add(signature, plan)
-    scales = _whole_tiles(scale_factor)
-    _check_on_host(*metadata, input.shape[0], scales.shape[0])
-    layout = _new_layout(tokens_per_expert)
-    plan.run(input, scales, quant_output, tokens_per_expert, blockscale_offsets, layout)
-
-
-def _signature(kind: object, *tensors: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on; None for what has none, such as fake tensors."""
-    try:
-        return (kind, settings(None), torch.is_grad_enabled(), *map(describe, tensors))
-    except (AttributeError, RuntimeError, TypeError):
-        return None
-
-
-def _check_quantize(
-    input: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    quant_output: torch.Tensor,
-    scale_factor: torch.Tensor,
-) -> None:
     check_tensor("input", input, dtypes=FLOAT_DTYPES, ndim=2, dims="(T, K)")
     check_no_grad("input", input)
     num_tokens, k = input.shape
@@ -128,33 +92,16 @@ def _check_quantize(
     check_tensor("quant_output", quant_output, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
     check_shape("quant_output", quant_output, (num_tokens, k), "(T, K)")
     check_contiguous("quant_output", quant_output)
-    _check_scales("scale_factor", scale_factor, num_tokens, k, device)
+    scales = _scale_tiles("scale_factor", scale_factor, num_tokens, k, device)
     _check_metadata(tokens_per_expert, expert_offsets, blockscale_offsets, device)
-
-
-def _plan_quantize(
-    input: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    quant_output: torch.Tensor,
-    scale_factor: torch.Tensor,
-) -> Plan:
-    """The launches, of (input, scales in whole tiles, quant_output, counts, scale positions, a new layout)."""
-    (num_tokens, k), num_experts, device = input.shape, tokens_per_expert.shape[0], input.device
-    operands = Operands()
-    x = operands.add("input", input)
-    scales = operands.add("scale_factor", _whole_tiles(scale_factor), written=True)
-    values = operands.add("quant_output", quant_output, written=True)
-    layout, steps = _add_layout(operands, tokens_per_expert, blockscale_offsets, num_tokens, scales.shape[0])
-    if not (num_tokens and num_experts):
-        return Plan(device, operands, ())
-    _, expert, scale = split_layout(layout, num_experts)
-    problem = QuantizeProblem(
-        num_tokens, num_experts, k, "offsets", "rceil", None, num_tokens, input.stride(0), 0, device
-    )
-    buffers = QuantizeBuffers(x, None, values, scales, None, None, expert, scale)
-    return Plan(device, operands, (*steps, *choose_quantizer(device).quantize(problem, buffers)))
+    if is_tracing(input):  # meta or fake: nothing to compute
+        return
+    check_aligned("scale_factor", scale_factor)
+    inputs = {"input": input, "tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
+    check_no_overlap("quant_output", quant_output, **inputs, scale_factor=scale_factor)
+    check_no_overlap("scale_factor", scale_factor, **inputs)
+    groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0])
+    quantize_into(input, groups, quant_output, scales)
 
 
 def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
@@ -214,37 +161,6 @@ def _multiply(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The product; without a workspace one is allocated."""
-    operands = (a, b, sfa, sfb, tokens_per_expert, expert_offsets, blockscale_offsets)
-    signature = _signature((_MULTIPLY, dtype), *operands, workspace)
-    plan = None if signature is None else PLANS.get(signature)
-    if plan is None:
-        _check_multiply(*operands, workspace, dtype)
-        if is_tracing(b):  # meta or fake: nothing to compute
-            return b.new_empty(b.shape[0], a.shape[1], dtype=dtype)
-        check_aligned("sfb", sfb)
-        plan = _plan_multiply(*operands, workspace, dtype)
-        if signature is not None:
-            PLANS.add(signature, plan)
-    scales = _whole_tiles(sfb)
-    _check_on_host(tokens_per_expert, expert_offsets, blockscale_offsets, b.shape[0], scales.shape[0])
-    d = torch.empty(b.shape[0], a.shape[1], dtype=dtype, device=a.device)
-    memory = _aligned_part(workspace, plan.result, a.device)
-    layout = _new_layout(tokens_per_expert)
-    plan.run(a, b, sfa, scales, d, memory, tokens_per_expert, blockscale_offsets, layout)
-    return d
-
-
-def _check_multiply(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    workspace: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> None:
     check_tensor("a", a, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
     num_experts, n, k = a.shape
     device = a.device
@@ -254,51 +170,32 @@ def _check_multiply(
     check_shape("sfa", sfa, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), K/32)")
     for name, tensor in (("a", a), ("sfa", sfa)):
         check_contiguous(name, tensor)
-        check_no_grad(name, tensor)
     check_tensor("b", b, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
     num_tokens = b.shape[0]
     check_shape("b", b, (num_tokens, k), "(T, K)")
     check_contiguous("b", b)
-    _check_scales("sfb", sfb, num_tokens, k, device)
+    scales = _scale_tiles("sfb", sfb, num_tokens, k, device)
     _check_metadata(tokens_per_expert, expert_offsets, blockscale_offsets, device)
     check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
     if workspace is not None and workspace.device != device:
         fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
+    if is_tracing(b):  # meta or fake: nothing to compute
+        return b.new_empty(num_tokens, n, dtype=dtype)
+    check_aligned("sfb", sfb)
+    groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0])
+    x, w = GroupedMXFP8.unchecked(b, scales, groups), ExpertWeights(a, sfa)
+    memory = None if workspace is None else _aligned_part(workspace, grouped_gemm_bytes(x, w, dtype))
+    if memory is not None:
+        read = {"a": a, "b": b, "sfa": sfa, "sfb": sfb}
+        metadata = {"tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
+        check_no_overlap("workspace", memory, **read, **metadata)
+    return grouped_gemm(x, w, out_dtype=dtype, workspace=memory)
 
 
-def _plan_multiply(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    workspace: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> Plan:
-    """The launches, of (a, b, sfa, sfb in whole tiles, d, workspace, counts, scale positions, a new layout)."""
-    num_experts, n, k = a.shape
-    num_tokens = b.shape[0]
-    problem = Problem(num_experts, n, k, num_tokens, dtype, a.device)
-    backend = choose(problem)
-    needed = backend.workspace_size(problem)
-    operands = Operands()
-    w, x = operands.add("a", a), operands.add("b", b)
-    w_scales, x_scales = operands.add("sfa", sfa), operands.add("sfb", _whole_tiles(sfb))
-    d = operands.buffer("d", dtype, (num_tokens, n))
-    memory = operands.buffer("workspace", torch.uint8, (needed,))
-    layout, steps = _add_layout(operands, tokens_per_expert, blockscale_offsets, num_tokens, x_scales.shape[0])
-    if not (num_tokens and num_experts):
-        return Plan(a.device, operands, (), result=needed)
-    parts = split_layout(layout, num_experts)
-    buffers = GemmBuffers(x, x_scales, *parts, w, w_scales, d, memory if needed else None)
-    return Plan(a.device, operands, (*steps, *backend.plan(problem, buffers)), result=needed)
-
-
-def _check_scales(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> None:
+def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> torch.Tensor:
+    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same memory."""
     check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
     rows, cols = scales.shape
     if cols != scale_cols(k):
@@ -309,12 +206,7 @@ def _check_scales(name: str, scales: torch.Tensor, num_tokens: int, k: int, devi
         fail(name, f"must have at least roundup(T, 128) = {least} rows, and each expert's rounded up to 128", rows)
     if rows > MAX_INT32:
         fail(name, "must have fewer than 2**31 rows", rows)
-
-
-def _whole_tiles(scales: torch.Tensor) -> torch.Tensor:
-    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same memory."""
-    rows = scales.shape[0] // SCALE_TILE_ROWS * SCALE_TILE_ROWS
-    return scales if rows == scales.shape[0] else scales[:rows]
+    return scales[: rows // SCALE_TILE_ROWS * SCALE_TILE_ROWS]
 
 
 def _check_metadata(
@@ -331,25 +223,18 @@ def _check_metadata(
         check_contiguous(name, offsets)
 
 
-def _new_layout(tokens_per_expert: torch.Tensor) -> torch.Tensor:
-    size = 3 * tokens_per_expert.shape[0] + 2
-    return torch.empty(size, dtype=torch.int32, device=tokens_per_expert.device)
-
-
-def _add_layout(
-    operands: Operands,
+def _layout(
     tokens_per_expert: torch.Tensor,
+    expert_offsets: torch.Tensor,
     blockscale_offsets: torch.Tensor,
     num_tokens: int,
     num_scale_rows: int,
-) -> tuple[Buffer, Steps]:
+) -> GroupLayout:
     """The layout that the caller's metadata describe: rows from the counts, scale positions as they are given."""
-    counts = operands.add("tokens_per_expert", tokens_per_expert)
-    starts = operands.add("blockscale_offsets", blockscale_offsets)
-    num_experts, device = tokens_per_expert.shape[0], tokens_per_expert.device
-    layout = operands.buffer("layout", torch.int32, (3 * num_experts + 2,))
-    quantizer = choose_quantizer(device, "auto")
-    return layout, quantizer.caller_layout(counts, starts, layout, num_tokens, num_scale_rows, device)
+    if not tokens_per_expert.is_cuda:
+        _check_on_host(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, num_scale_rows)
+    buffer = build_around(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
+    return GroupLayout.from_buffer(buffer, tokens_per_expert.shape[0], num_tokens)
 
 
 def _check_on_host(
@@ -360,9 +245,9 @@ def _check_on_host(
     num_scale_rows: int,
 ) -> None:
     """On a CPU, where looking is free: that the offsets belong to the counts and leave each expert its rows."""
-    if tokens_per_expert.is_cuda or not tokens_per_expert.numel():
+    if not tokens_per_expert.numel():
         return
-    tokens, offsets, _ = core_layout.group_offsets(tokens_per_expert, num_tokens, from_ends=False)
+    tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
     if not torch.equal(offsets[:-1], expert_offsets):
         fail(
             "expert_offsets",
@@ -382,14 +267,13 @@ def _check_on_host(
         )
 
 
-def _aligned_part(workspace: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
-    """The first ``needed`` bytes of a workspace that start at an aligned address; new memory where there are too few."""
-    if workspace is not None:
-        flat = workspace.view(-1)
-        skipped = -flat.data_ptr() % ALIGNMENT
-        if skipped + needed <= flat.numel():
-            return flat[skipped : skipped + needed]
-    return torch.empty(needed, dtype=torch.uint8, device=device)
+def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
+    """The first ``needed`` bytes of a workspace that start at an aligned address; None where there are too few."""
+    flat = workspace.view(-1)
+    skipped = -flat.data_ptr() % ALIGNMENT
+    if not needed:
+        return flat[:0]
+    return flat[skipped : skipped + needed] if skipped + needed <= flat.numel() else None
 
 
 # ---------------------------------------------------------------- operators

@@ -88,11 +88,13 @@ def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | 
 
     From its first to its last byte: columns of one wider buffer count as overlapping.
     """
-    start, end = _span(written)
+    start = written.data_ptr()
+    end = start + extent(written)
     for other, tensor in others.items():
-        if tensor is None or tensor.data_ptr() >= end:
+        if tensor is None:
             continue
-        other_start, other_end = _span(tensor)
+        other_start = tensor.data_ptr()
+        other_end = other_start + extent(tensor)
         if start < other_end and other_start < end:
             fail(
                 name,
@@ -101,12 +103,12 @@ def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | 
             )
 
 
-def _span(x: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and behind the last; equal if there is none."""
-    start, elements = x.data_ptr(), x.numel()
+def extent(x: torch.Tensor) -> int:
+    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one range."""
+    elements = x.numel()
     if elements and not x.is_contiguous():
         elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return start, start + elements * x.element_size()
+    return elements * x.element_size()
 
 
 def check_k(name: str, k: int) -> None:

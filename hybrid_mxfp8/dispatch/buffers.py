@@ -17,7 +17,7 @@ class Buffer(NamedTuple):
     """Memory that a launch reads or writes.
 
     Attributes:
-        index: of the tensor, among those that the plan is run with.
+        operand: index of the tensor, among those that the plan is run with.
         offset: bytes from that tensor's first.
         dtype: of the elements there.
         shape: of the contiguous tensor there; of one that is handed in whole, its own, whatever its strides.
@@ -25,7 +25,7 @@ class Buffer(NamedTuple):
         whole: whether it is the tensor as handed in, and no part of it.
     """
 
-    index: int
+    operand: int
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Buffer(NamedTuple):
 
     def view(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that lies there."""
-        tensor = tensors[self.index]
+        tensor = tensors[self.operand]
         if self.whole:
             return tensor
         size = math.prod(self.shape) * self.dtype.itemsize

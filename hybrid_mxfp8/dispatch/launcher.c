@@ -1,8 +1,8 @@
 /* Makes all launches of a plan in one call.
 
-   Launching from Python costs microseconds a kernel, most of them spent on taking arguments apart. A
-   plan knows everything about its launches beforehand, except the stream and where its buffers are.
-   It says so once, in a program: an array of 64-bit words that Python owns. Then
+   Launching from Python costs microseconds a kernel, most of them spent on taking arguments apart.
+   A plan knows everything about its launches beforehand, but for the stream and where its buffers
+   are. It says so once, in a program: an array of 64-bit words that Python owns. Then
 
        run(program, stream, *addresses)
 
@@ -21,7 +21,8 @@
        SCALAR,     value                    its low bytes are passed, as many as the kernel takes
        ADDRESS,    index, offset in bytes   into a buffer
        TENSOR_MAP, index, offset, data type, bytes of an element, swizzle, rank,
-                   dims and then box (rank words each, innermost first), strides of dims 1.. in bytes
+                   dims and then box (rank words each, innermost first),
+                   strides of dims 1.. in bytes
 
    launcher.py writes programs. verify() checks one; run() trusts it. */
 
@@ -133,16 +134,16 @@ static int encode(CUtensorMap *map, const int64_t *word, const TVMFFIAny *addres
   uint64_t base = addresses[word[0]].v_uint64 + word[1];
   int64_t element_bytes = word[3], rank = word[5];
   const int64_t *dims = word + 6, *strides = dims + 2 * rank;
-  int64_t last_byte = dims[0] * element_bytes - 1;
+  int64_t last_element = (dims[0] - 1) * element_bytes; /* its byte */
   cuuint32_t box[MAX_RANK];
   for (int64_t i = 0; i < rank; i++) box[i] = dims[rank + i];
-  for (int64_t i = 1; i < rank; i++) last_byte += (dims[i] - 1) * strides[i - 1];
+  for (int64_t i = 1; i < rank; i++) last_element += (dims[i] - 1) * strides[i - 1];
   CHECK(cuTensorMapEncodeTiled, map, word[2], rank, (void *)base, (const cuuint64_t *)dims,
         (const cuuint64_t *)strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, word[4],
         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   /* Drivers wrongly set this bit for some tensors under 128 KiB: sporadic illegal addresses on
-     Blackwell. NVIDIA's workaround, as in CUTLASS and Triton 3.7. */
-  if (last_byte < 128 * 1024) map->opaque[1] &= ~(1ull << 21);
+     Blackwell. NVIDIA's workaround, for the same sizes as in CUTLASS and Triton 3.7. */
+  if (last_element + 1 < 128 * 1024) map->opaque[1] &= ~(1ull << 21);
   *next = strides + rank - 1;
   return 0;
 }

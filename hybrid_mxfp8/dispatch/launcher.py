@@ -5,11 +5,11 @@ The module is built once a machine, in 0.2 s, with the C compiler that Triton it
 
     <cache_dir>/launcher/<key>-<digest of the file>.so
 
-The key covers the source, the flags and what else the code depends on: tvm-ffi, Triton's headers,
-the processor and the C library; not the compiler, since any makes the same interface. So a machine
-without one takes what was built before. A file is written under another name and then renamed, so
-it is there whole or not at all, and two processes that build at once both end with a good one. Only
-what matches its digest, and only this user or root can have written, is loaded.
+The key covers the source, both headers, the flags, the processor and the C library; not the
+compiler, since any makes the same interface: a machine without one takes what was built before.
+A build works in a private folder and ends in a rename, so a file is there whole or not at all, and
+two processes that build at once both end with a good one. Only what matches its digest is loaded,
+and only if nobody but this user or root can have written it.
 
 Where there is no launcher, :func:`load` says why, and Triton's own makes the launches: slower, with
 the same result.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -54,8 +53,8 @@ class Launcher(NamedTuple):
     Attributes:
         run: ``run(program.address, stream, *addresses)``, ints all: 0, or :meth:`Program.overlap`
             tells what the code means, and nothing was launched. RuntimeError: from the driver.
-        check: ``check(function, *sizes)``: RuntimeError unless the kernel ``function``, the driver's
-            handle of it, has parameters of these sizes in bytes, and no more.
+        check: ``check(function, *sizes)``: RuntimeError unless the kernel with this handle of the
+            driver has parameters of these sizes in bytes, and no more.
         verify: ``verify(address, length)``: ValueError unless the words there are a program.
     """
 
@@ -154,11 +153,11 @@ def _load_once() -> Launcher | str:
 
 def _load() -> Launcher:
     cuda, tvm_ffi = _package("triton") / "backends/nvidia/include", _package("tvm_ffi")
-    if not (cuda / "cuda.h").is_file():
-        raise LauncherUnavailableError(f"{cuda} has no cuda.h: install Triton's wheel for NVIDIA GPUs")
-    if not (tvm_ffi / "include/tvm/ffi/c_api.h").is_file():
-        raise LauncherUnavailableError(f"{tvm_ffi} has no headers: pip install apache-tvm-ffi")
-    folder, key = env.cache_dir() / "launcher", _key()
+    cuda_header, tvm_ffi_header = cuda / "cuda.h", tvm_ffi / "include/tvm/ffi/c_api.h"
+    for wheel, header in (("triton", cuda_header), ("apache-tvm-ffi", tvm_ffi_header)):
+        if not header.is_file():
+            raise LauncherUnavailableError(f"{header} is missing: pip install --force-reinstall {wheel}")
+    folder, key = env.cache_dir() / "launcher", _key(cuda_header, tvm_ffi_header)
     for path in _kept(folder, key):
         try:
             return _open(path)
@@ -190,15 +189,11 @@ def _package(name: str) -> Path:
     return Path(found.submodule_search_locations[0])
 
 
-def _key() -> str:
-    depends_on = (
-        *FLAGS,
-        *(importlib.metadata.version(name) for name in ("apache-tvm-ffi", "triton")),
-        platform.system(),
-        platform.machine(),
-        *platform.libc_ver(),
-    )
-    return hashlib.sha256(SOURCE.read_bytes() + "\0".join(depends_on).encode()).hexdigest()[:16]
+def _key(*headers: Path) -> str:
+    digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), *platform.libc_ver())).encode())
+    for path in (SOURCE, *headers):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- the cache
@@ -212,12 +207,17 @@ def _kept(folder: Path, key: str) -> list[Path]:
     """The modules in the cache that are whole and nobody else's.
 
     Raises:
-        LauncherUnavailableError: someone else could have written what is there.
+        LauncherUnavailableError: someone else could have written what is there, or it can't be read.
     """
-    paths = sorted(folder.glob(f"{key}-*.so"))
-    if paths:
-        _check_owner(folder, *paths)
-    return [path for path in paths if path.stem == f"{key}-{_digest(path.read_bytes())}"]
+    try:
+        paths = sorted(folder.glob(f"{key}-*.so"))
+        if paths:
+            _check_owner(folder, *paths)
+        return [path for path in paths if path.stem == f"{key}-{_digest(path.read_bytes())}"]
+    except OSError as error:
+        raise LauncherUnavailableError(
+            f"{error.filename} can't be read ({error.strerror}): set HYBRID_MXFP8_CACHE_DIR to a folder that can"
+        ) from error
 
 
 def _check_owner(folder: Path, *files: Path) -> None:

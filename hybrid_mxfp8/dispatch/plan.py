@@ -12,6 +12,7 @@ with the same result.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Hashable, Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.core.checks import fail
+from hybrid_mxfp8.core.checks import extent, fail
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
@@ -74,16 +75,6 @@ class Operands:
         return Buffer(len(self.list) - 1, 0, dtype, shape)
 
 
-def extent(x: torch.Tensor) -> int:
-    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one range."""
-    if not x.numel():
-        return 0
-    if x.is_contiguous():
-        return x.numel() * x.element_size()
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (1 + last) * x.element_size()
-
-
 class Plan:
     """The launches of one signature.
 
@@ -103,7 +94,7 @@ class Plan:
         self.result = result
         self._device = device
         self._index = -1 if device.index is None else device.index
-        self._parts = _programs(self._index, self.operands, steps)
+        self._parts = _programs(device, self.operands, steps)
         # A program checks for overlaps before it launches, so one must come first.
         first, first_steps = self._parts[0] if self._parts else (None, ())
         self._hooked = first_steps[0].hooked if first is not None else _always
@@ -134,7 +125,7 @@ class Plan:
         for program, steps in self._parts:
             if program is None:
                 for step in steps:
-                    step.run(tensors)
+                    step.run(tensors, self._device)
             elif launcher.load().run(program.address, stream, *addresses):
                 self._check_overlap(tensors)
                 raise AssertionError("the launcher saw an overlap that is none")
@@ -142,7 +133,7 @@ class Plan:
     def _run_steps(self, tensors: tuple[torch.Tensor, ...]) -> None:
         for _, steps in self._parts:
             for step in steps:
-                step.run(tensors)
+                step.run(tensors, self._device)
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
         """As the launcher does it."""
@@ -171,24 +162,24 @@ def _always() -> bool:
 
 
 def _programs(
-    device_index: int, operands: tuple[Operand, ...], steps: Steps
+    device: torch.device, operands: tuple[Operand, ...], steps: Steps
 ) -> list[tuple[launcher.Program | None, Steps]]:
     """Steps in runs: those that the C launcher makes together, and those that must be called."""
     parts: list[tuple[launcher.Program | None, Steps]] = []
     extents = [operand.extent for operand in operands]
     written = [(i, operand.may_equal) for i, operand in enumerate(operands) if operand.written]
-    launches: list[list[int]] = []
+    launches: list[Sequence[int]] = []
     together: list[Any] = []
 
     def close() -> None:
         if launches:
-            program = launcher.program(device_index, extents, written, launches)
+            program = launcher.program(device.index or 0, extents, written, launches)
             parts.append((program, tuple(together)))
             launches.clear()
             together.clear()
 
     for step in steps:
-        words = step.encode()
+        words = step.encode(device)
         if words is None:
             close()
             parts.append((None, (step,)))
@@ -212,10 +203,22 @@ def _several_gpus() -> bool:
 
 
 def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """All of a tensor that a plan depends on: everything but its address, of which the alignment counts."""
+    """All of a tensor that a plan depends on: everything but its address, of which the alignment counts.
+
+    Raises:
+        TypeError: a fake tensor or another subclass that has no memory of its own.
+    """
     if x is None:
         return None
+    if not has_memory(type(x)):
+        raise TypeError(f"{type(x).__name__} is described by no signature")
     return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+
+
+@functools.cache
+def has_memory(kind: type) -> bool:
+    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or nothing."""
+    return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
 class PlanCache:

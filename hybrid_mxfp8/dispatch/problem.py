@@ -56,46 +56,44 @@ class QuantizeProblem(NamedTuple):
         num_rows: T, or E*N of weights.
         num_experts: E.
         k: K.
-        grouping: how rows belong to experts.
-        scale_rounding: ``rceil``, ``floor`` or ``even``.
-        activation: rows are [gate | up] of 2K columns, and this is quantized; or None.
         num_source_rows: rows of x: T, but for a gather.
         row_stride: elements from one row of x to the next.
+        scale_rounding: ``rceil``, ``floor`` or ``even``.
+        activation: rows are [gate | up] of 2K columns, and this is quantized; or None.
+        grouping: how rows belong to experts.
         expert_stride: elements from one expert of x to the next, of weights.
-        device: where all of it is.
     """
 
     num_rows: int
     num_experts: int
     k: int
-    grouping: Grouping
-    scale_rounding: str
-    activation: SwiGLU | None
     num_source_rows: int
     row_stride: int
-    expert_stride: int
-    device: torch.device
+    scale_rounding: str
+    activation: SwiGLU | None = None
+    grouping: Grouping = "offsets"
+    expert_stride: int = 0
 
 
 class QuantizeBuffers(NamedTuple):
     """What a quantization reads and writes."""
 
     x: Buffer  # (R, K), or (R, 2K) with an activation, or (E, N, K); any row stride
-    row_index: Buffer | None  # (T,) int32, the source row of each output row
     values: Buffer  # (T, K) e4m3, written
     scales: Buffer  # (S, C) uint8, swizzled, written
-    counts: Buffer | None  # (E,) int32 or int64, read with grouping "counts"
-    layout: Buffer | None  # (3E+2,) int32, written with grouping "counts"
-    expert_offsets: Buffer | None  # (E+1,) int32, read with grouping "offsets"
-    scale_offsets: Buffer | None  # (E+1,) int32, read with grouping "offsets"
+    row_index: Buffer | None = None  # (T,) int32, the source row of each output row
+    expert_offsets: Buffer | None = None  # (E+1,) int32, read with grouping "offsets"
+    scale_offsets: Buffer | None = None  # (E+1,) int32, read with grouping "offsets"
+    counts: Buffer | None = None  # (E,) int32 or int64, read with grouping "counts"
+    layout: Buffer | None = None  # (3E+2,) int32, written with grouping "counts"
 
 
 def split_layout(layout: Buffer, num_experts: int) -> tuple[Buffer, Buffer, Buffer]:
     """tokens_per_expert, expert_offsets and scale_offsets in a layout's memory, (3E+2,) int32."""
     e = num_experts
-    index, offset = layout.index, layout.offset
+    operand, offset = layout.operand, layout.offset
     return (
-        Buffer(index, offset, torch.int32, (e,)),
-        Buffer(index, offset + 4 * e, torch.int32, (e + 1,)),
-        Buffer(index, offset + 4 * (2 * e + 1), torch.int32, (e + 1,)),
+        Buffer(operand, offset, torch.int32, (e,)),
+        Buffer(operand, offset + 4 * e, torch.int32, (e + 1,)),
+        Buffer(operand, offset + 4 * (2 * e + 1), torch.int32, (e + 1,)),
     )

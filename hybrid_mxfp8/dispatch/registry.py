@@ -15,6 +15,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -22,9 +23,8 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch import reference_backend
 from hybrid_mxfp8.dispatch.backend import Backend, Quantizer
-from hybrid_mxfp8.dispatch.device import default_device
+from hybrid_mxfp8.dispatch.device import TRITON_MIN_CAPABILITY, capability, default_device, has_triton
 from hybrid_mxfp8.dispatch.problem import Problem, Support
-from hybrid_mxfp8.dispatch.unavailable import UnavailableBackend
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 AUTO = "auto"
@@ -34,32 +34,46 @@ NAMES = ("cutlass", "triton", "reference")
 logger = logging.getLogger("hybrid_mxfp8")
 
 
-@functools.cache
-def backend_of(name: str) -> Backend:
-    """The backend of this name; one that can't run anything where its package can't be imported."""
-    if name == "reference":
-        return reference_backend.BACKEND
+def _import(name: str) -> Any:
+    """The kernel package that offers a backend. Another project's breakage must not end a call that doesn't need it."""
     try:
-        backend: Backend = importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend").BACKEND
-    except ImportError as error:
-        return UnavailableBackend(name, error)
-    return backend
+        return importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend")
+    except (ImportError, AttributeError) as error:  # missing, broken or too old
+        return f"{name} can't be imported: {error}" if has_triton() else "Triton is not installed: pip install triton"
 
 
-def quantizer_of(name: str) -> Quantizer | None:
-    """The quantizer that goes with a backend; None where its package can't be imported.
+_backends = {"reference": reference_backend.BACKEND}
 
-    The cutlass package has none: its GPUs run the triton package's.
-    """
-    if name == "reference":
-        return reference_backend.QUANTIZER
-    return None if isinstance(backend_of("triton"), UnavailableBackend) else _triton_quantizer()
+
+def backend_of(name: str) -> Backend:
+    """The backend of this name; one that runs nothing and says why where its package can't be imported."""
+    if name not in _backends:
+        package = _import(name)
+        _backends[name] = _unavailable(name, package) if isinstance(package, str) else package.BACKEND
+    return _backends[name]
+
+
+def _unavailable(name: str, reason: str) -> Backend:
+    def raise_reason(*_: object) -> NoReturn:
+        raise BackendUnavailableError(f"backend {name}: {reason}")
+
+    return Backend(
+        name=name,
+        about="its package can't be imported",
+        made_for=lambda device: (capability(device) or (0, 0)) >= TRITON_MIN_CAPABILITY,
+        available=lambda device: (False, reason),
+        can_run=lambda problem: (False, reason),
+        workspace_size=raise_reason,
+        workspace_bound=raise_reason,
+        plan=raise_reason,
+        explain=raise_reason,
+    )
 
 
 @functools.cache
-def _triton_quantizer() -> Quantizer:
-    quantizer: Quantizer = importlib.import_module("hybrid_mxfp8.triton_kernels.backend").QUANTIZER
-    return quantizer
+def _triton_quantizer() -> Quantizer | None:
+    package = _import("triton")
+    return None if isinstance(package, str) else cast(Quantizer, package.QUANTIZER)
 
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("hybrid_mxfp8_backend", default=None)
@@ -134,7 +148,7 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Quanti
     name = requested(backend)
     triton = backend_of("triton")
     ok, reason = triton.available(device)
-    quantizer = quantizer_of("triton") if ok else None
+    quantizer = _triton_quantizer() if ok else None
     if name != "reference" and quantizer is not None:
         if name == AUTO:
             _log_choice("quantize", "triton", device, reason, "")

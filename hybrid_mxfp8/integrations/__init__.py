@@ -1,1 +1,1 @@
-"""Other libraries with MXFP8 experts inside; each is imported only when it is used."""
+"""Plug-ins for other libraries. May import: all below it, up to ``ops``, and ``checkpoint``."""

@@ -1,32 +1,49 @@
-"""Layouts built on a GPU, in one launch: what ``GroupLayout.from_counts`` and ``from_ends`` do there."""
+"""Layouts built by a kernel, in one launch: what ``GroupLayout.from_counts`` and ``from_ends`` do on a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from hybrid_mxfp8.core import layout
+from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
 from hybrid_mxfp8.dispatch.registry import choose_quantizer
-
-_BUILD = object()
 
 
 def build(given: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
     """The layout (3E+2,) int32 of checked counts or ends (E,), on their device."""
-    given = given.contiguous()
-    num_experts = given.shape[0]
-    buffer = torch.empty(3 * num_experts + 2, dtype=torch.int32, device=given.device)
-    signature = (_BUILD, describe(given), num_tokens, from_ends)
+    return _run(
+        {"counts": given.contiguous()},
+        ("group_offsets", num_tokens, from_ends),
+        lambda quantizer, target, source: quantizer.group_offsets(source, target, num_tokens, from_ends),
+    )
+
+
+def build_around(
+    counts: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
+) -> torch.Tensor:
+    """The layout (3E+2,) int32 of counts (E,) whose scales start at ``scale_starts`` (E,), of S rows in all."""
+    return _run(
+        {"tokens_per_expert": counts, "blockscale_offsets": scale_starts},
+        ("caller_layout", num_tokens, num_scale_rows),
+        lambda quantizer, target, *source: quantizer.caller_layout(*source, target, num_tokens, num_scale_rows),
+    )
+
+
+def _run(read: dict[str, torch.Tensor], key: tuple[object, ...], steps: Callable[..., Steps]) -> torch.Tensor:
+    first = next(iter(read.values()))
+    buffer = torch.empty(3 * first.shape[0] + 2, dtype=torch.int32, device=first.device)
+    signature = (*key, *map(describe, read.values()))
     plan = PLANS.get(signature)
     if plan is None:
         operands = Operands()
-        source = operands.add("counts", given)
         target = operands.add("layout", buffer, written=True)
-        quantizer = choose_quantizer(given.device, "auto")
-        steps = quantizer.group_offsets(source, target, num_tokens, from_ends, given.device)
-        plan = Plan(given.device, operands, steps)
+        source = [operands.add(name, tensor) for name, tensor in read.items()]
+        plan = Plan(first.device, operands, steps(choose_quantizer(first.device, "auto"), target, *source))
         PLANS.add(signature, plan)
-    plan.run(given, buffer)
+    plan.run(buffer, *read.values())
     return buffer
 
 

@@ -25,7 +25,7 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe, has_memory
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, requested, settings
 
@@ -74,10 +74,21 @@ def grouped_gemm(
             check_no_buffer("out", out)
             check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, out_dtype, backend)
-        plan = plan_product(problem, x, w, out, workspace, backend)
+        plan = _plan(problem, x, w, out, workspace, backend)
         if signature is not None:
             PLANS.add(signature, plan)
-    return run_product(plan, x, w, out, workspace)
+    shape, dtype, device, workspace_bytes = plan.result
+    y = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+    groups = x.groups
+    layout = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+    tensors = (x.values, x.scales, *layout, w.values, w.scales, y)
+    if workspace_bytes and workspace is None:
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+    if workspace is None:
+        plan.run(*tensors)
+    else:
+        plan.run(*tensors, workspace)
+    return y
 
 
 class _Product(NamedTuple):
@@ -87,32 +98,6 @@ class _Product(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     workspace_bytes: int
-
-
-def run_product(
-    plan: Plan, x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor | None, workspace: torch.Tensor | None
-) -> torch.Tensor:
-    """Allocate what is not given, and run."""
-    shape, dtype, device, workspace_bytes = plan.result
-    groups = x.groups
-    y = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-    tensors = (
-        x.values,
-        x.scales,
-        groups.tokens_per_expert,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        w.values,
-        w.scales,
-        y,
-    )
-    if workspace_bytes and workspace is None:
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-    if workspace is None:
-        plan.run(*tensors)
-    else:
-        plan.run(*tensors, workspace)
-    return y
 
 
 def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any) -> tuple[Hashable, ...] | None:
@@ -137,10 +122,12 @@ def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend
 
 def describe_operand(values: torch.Tensor, scales: torch.Tensor) -> tuple[Hashable, ...]:
     """As ``plan.describe``, of tensors known to be contiguous and of their dtypes."""
+    if not (has_memory(type(values)) and has_memory(type(scales))):
+        raise TypeError("tensors without memory are described by no signature")
     return values.shape, values.device, values.data_ptr() & 15, scales.shape, scales.data_ptr() & 15
 
 
-def plan_product(
+def _plan(
     problem: Problem,
     x: GroupedMXFP8,
     w: ExpertWeights,
@@ -148,7 +135,7 @@ def plan_product(
     workspace: torch.Tensor | None,
     backend: str | None,
 ) -> Plan:
-    """The launches of one product, of the tensors that :func:`run_product` hands over."""
+    """The launches of one product, of (x, its scales, three of the layout, w, its scales, out, workspace or nothing)."""
     chosen = choose(problem, backend)
     needed = chosen.workspace_size(problem) if problem.num_tokens else 0
     _check_buffers(problem, needed, out, workspace)
@@ -213,6 +200,12 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
         backend,
     )
     return product
+
+
+def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> int:
+    """Bytes of ``workspace`` that :func:`grouped_gemm` of just these operands needs."""
+    problem = _problem(x, w, out_dtype)
+    return choose(problem).workspace_size(problem)
 
 
 def grouped_gemm_workspace_size(

@@ -199,22 +199,16 @@ def plan_layer(
     tokens, expert_offsets, scale_offsets = split_layout(a.layout, shape.experts)
 
     def quantize(
-        source: Buffer, target: tuple[Buffer, Buffer], gather: Buffer | None, swiglu: SwiGLU | None, stride: int
+        source: Buffer,
+        stride: int,
+        target: tuple[Buffer, Buffer],
+        *,
+        gather: Buffer | None = None,
+        activation: SwiGLU | None = None,
     ) -> Steps:
-        k = target[0].shape[1]
-        problem = QuantizeProblem(
-            up_problem.num_tokens,
-            shape.experts,
-            k,
-            "offsets",
-            "rceil",
-            swiglu,
-            source.shape[0],
-            stride,
-            0,
-            device,
-        )
-        buffers = QuantizeBuffers(source, gather, *target, None, None, expert_offsets, scale_offsets)
+        sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
+        problem = QuantizeProblem(*sizes, "rceil", activation)
+        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets)
         return quantizer.quantize(problem, buffers)
 
     def product(
@@ -224,12 +218,12 @@ def plan_layer(
         return chosen.plan(problem, buffers)
 
     steps = (
-        *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts, device),
-        *quantize(x, a.xq, a.sorted_token_ids, None, inputs.x.stride(0)),
+        *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
+        *quantize(x, inputs.x.stride(0), a.xq, gather=a.sorted_token_ids),
         *product(up, up_problem, a.xq, w13, a.h),
-        *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias, device) if up_bias else ()),
-        *quantize(a.h, a.hq, None, activation, 2 * shape.intermediate),
+        *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
+        *quantize(a.h, 2 * shape.intermediate, a.hq, activation=activation),
         *product(down, down_problem, a.hq, w2, a.y),
-        *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0), device),
+        *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
     return Plan(device, operands, steps, arena_bytes=a.size)

@@ -30,10 +30,10 @@ from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
-from hybrid_mxfp8.dispatch.problem import QuantizeBuffers, QuantizeProblem
+from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
 
-_ROWS, _WEIGHTS = object(), object()
+_ROWS, _INTO, _WEIGHTS = object(), object(), object()
 E4M3 = torch.float8_e4m3fn
 
 
@@ -90,6 +90,17 @@ def quantize_grouped(
     else:
         values, scales = _buffers(plan.result, out)
     return _run(plan, x, groups, row_index, values, scales)
+
+
+def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
+    """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4 tiles."""
+    signature = (_INTO, settings(None), groups.num_tokens, groups.num_experts, *map(describe, (x, values, scales)))
+    plan = PLANS.get(signature)
+    if plan is None:
+        job = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
+        plan = plan_rows(x, groups, job, None, values, scales, None)
+        PLANS.add(signature, plan)
+    _run(plan, x, groups, None, values, scales)
 
 
 def _run(
@@ -216,35 +227,28 @@ def plan_rows(
     """The launches of one quantization, of (x, scales, values, two offsets or counts and layout, row_index or nothing)."""
     quantizer = choose_quantizer(rows.device, backend)
     operands = Operands()
-    counts = layout = expert_offsets = scale_offsets = None
     source = operands.add("x", x)
     scale_target = operands.add("out", scales, written=True, label="its own scales")
-    target = operands.add("out", values, written=True)
+    buffers = QuantizeBuffers(source, operands.add("out", values, written=True), scale_target)
     if isinstance(groups, GroupLayout):
-        expert_offsets = operands.add("expert_offsets", groups.expert_offsets)
-        scale_offsets = operands.add("scale_offsets", groups.scale_offsets)
+        buffers = buffers._replace(
+            expert_offsets=operands.add("expert_offsets", groups.expert_offsets),
+            scale_offsets=operands.add("scale_offsets", groups.scale_offsets),
+        )
     else:
         counts = operands.add("groups", groups)
         layout = operands.buffer("layout", torch.int32, (3 * rows.num_experts + 2,))
-    index = None if row_index is None else operands.add("row_index", row_index)
-    problem = QuantizeProblem(
-        rows.num_tokens,
-        rows.num_experts,
-        rows.k,
-        "counts" if counts else "offsets",
-        rows.scale_rounding,
-        rows.activation,
-        x.shape[0],
-        x.stride(0),
-        0,
-        rows.device,
-    )
+        buffers = buffers._replace(counts=counts, layout=layout)
+    if row_index is not None:
+        buffers = buffers._replace(row_index=operands.add("row_index", row_index))
     steps: Steps = ()
     if rows.num_tokens and rows.num_experts:
-        buffers = QuantizeBuffers(source, index, target, scale_target, counts, layout, expert_offsets, scale_offsets)
+        shape = (rows.num_tokens, rows.num_experts, rows.k, x.shape[0], x.stride(0))
+        grouping: Grouping = "counts" if buffers.counts else "offsets"
+        problem = QuantizeProblem(*shape, rows.scale_rounding, rows.activation, grouping)
         steps = quantizer.quantize(problem, buffers)
-    elif counts is not None and layout is not None:
-        steps = quantizer.group_offsets(counts, layout, rows.num_tokens, False, rows.device)
+    elif buffers.counts is not None and buffers.layout is not None:
+        steps = quantizer.group_offsets(buffers.counts, buffers.layout, rows.num_tokens, False)
     return Plan(rows.device, operands, steps, result=rows)
 
 
@@ -311,28 +315,10 @@ def _plan_weights(
 ) -> Plan:
     quantizer = choose_quantizer(w.device, backend)
     operands = Operands()
+    source = operands.add("w", w)
+    target = operands.add("values", values, written=True), operands.add("scales", scales, written=True)
     num_experts, n, k = w.shape
-    buffers = QuantizeBuffers(
-        operands.add("w", w),
-        None,
-        operands.add("values", values, written=True),
-        operands.add("scales", scales, written=True),
-        None,
-        None,
-        None,
-        None,
-    )
-    problem = QuantizeProblem(
-        num_experts * n,
-        num_experts,
-        k,
-        "uniform",
-        scale_rounding,
-        None,
-        num_experts * n,
-        w.stride(1),
-        w.stride(0),
-        w.device,
-    )
-    steps = quantizer.quantize(problem, buffers) if num_experts and n else ()
+    rows = num_experts * n
+    problem = QuantizeProblem(rows, num_experts, k, rows, w.stride(1), scale_rounding, None, "uniform", w.stride(0))
+    steps = quantizer.quantize(problem, QuantizeBuffers(source, *target)) if rows else ()
     return Plan(w.device, operands, steps)

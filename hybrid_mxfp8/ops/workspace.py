@@ -86,7 +86,11 @@ class MoEWorkspace:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self._arena.numel() + sum(memory.numel() for memory in self._outgrown)
+        return sum(memory.numel() for memory in self._memory())
+
+    def _memory(self) -> list[torch.Tensor]:
+        """All that was allocated and is kept."""
+        return [self._arena, *self._outgrown]
 
     def check(self, shape: Any, num_tokens: int) -> None:
         """That it holds M = ``num_tokens`` of a layer.
@@ -132,7 +136,7 @@ class MoEWorkspace:
         stream.wait_stream(last)
         # Else PyTorch gives the memory out again, once it is free, where it was allocated, and beside calls that are
         # still queued here. What was allocated on this stream is not recorded by it.
-        for memory in (self._arena, *self._outgrown):
+        for memory in self._memory():
             memory.record_stream(stream)
         self._stream = stream
 

@@ -15,7 +15,7 @@ from hybrid_mxfp8.core.scale_layout import (
     unswizzle_scales,
 )
 from hybrid_mxfp8.reference.product import grouped_matmul
-from hybrid_mxfp8.reference.quantization import quantize, swiglu, write_grouped
+from hybrid_mxfp8.reference.quantization import quantize, quantize_rows, quantize_weights, swiglu, write_grouped
 
 __all__ = [
     "dequantize",
@@ -24,6 +24,8 @@ __all__ = [
     "group_offsets",
     "grouped_matmul",
     "quantize",
+    "quantize_rows",
+    "quantize_weights",
     "scale_rows_of_tokens",
     "scale_values",
     "swiglu",

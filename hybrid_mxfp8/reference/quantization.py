@@ -7,7 +7,7 @@ import torch
 
 from hybrid_mxfp8.core.activation import PLAIN_SWIGLU, SwiGLU
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX, E4M3_NAN, E8M0_NAN, SCALE_ROUNDING_BIAS
-from hybrid_mxfp8.core.scale_layout import swizzle_grouped_scales
+from hybrid_mxfp8.core.scale_layout import swizzle_grouped_scales, swizzle_scales
 
 FP32_INF_BITS = 0x7F800000
 
@@ -71,3 +71,42 @@ def write_grouped(
     out_scales.copy_(torch.where(used, swizzled, out_scales))
     kept = out_values.view(torch.uint8)
     kept.copy_(torch.where(owned.unsqueeze(1), values.view(torch.uint8), kept))
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    row_index: torch.Tensor | None,
+    scale_rounding: str,
+    activation: SwiGLU | None,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    out_values: torch.Tensor,
+    out_scales: torch.Tensor,
+) -> None:
+    """What the kernel does for grouped rows: gather, activation, quantization, scales in their places.
+
+    Args:
+        x: (R, K), or (R, 2K) with an activation; bf16, fp16 or fp32.
+        row_index: (T,) int32, the source of each row, or None; one outside 0 .. R-1 reads as zeros.
+        scale_rounding: as for :func:`quantize`.
+        activation: what is quantized of [gate | up], or None.
+        expert_offsets: (E+1,) int32.
+        scale_offsets: (E+1,) int32.
+        out_values: as for :func:`write_grouped`.
+        out_scales: as for :func:`write_grouped`.
+    """
+    if row_index is not None:
+        inside = (row_index >= 0) & (row_index < x.shape[0])
+        rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(row_index.shape[0], x.shape[1])
+        x = torch.where(inside.unsqueeze(1), rows, 0)
+    values, scales = quantize(x if activation is None else swiglu(x, activation), scale_rounding)
+    write_grouped(values, scales, expert_offsets, scale_offsets, out_values, out_scales)
+
+
+def quantize_weights(w: torch.Tensor, out_values: torch.Tensor, out_scales: torch.Tensor, scale_rounding: str) -> None:
+    """w (E, N, K) to ``out_values`` (E, N, K) and ``out_scales`` (E, roundup(N, 128), C)."""
+    # One expert at a time: fp32 copies of all weights would be several times their size.
+    for e in range(w.shape[0]):
+        values, scales = quantize(w[e], scale_rounding)
+        out_values[e].view(torch.uint8).copy_(values.view(torch.uint8))
+        out_scales[e] = swizzle_scales(scales)

@@ -1,7 +1,7 @@
-"""Compile kernels for GPUs that are not there, through their real launchers.
+"""Compile kernels for GPUs that are not there, as their launches describe them.
 
-A stub driver stands for a device of each architecture, so that the launchers' own shapes, configurations and argument
-specialisation reach Triton's compiler; the launch itself is replaced by ``warmup``. Nothing runs.
+A stub driver stands for a device of each architecture, so that the product's own shapes, configurations and argument
+specialisation reach Triton's compiler. Nothing runs.
 """
 
 from __future__ import annotations
@@ -95,19 +95,6 @@ class Compiled:
         found = re.search(r"REG:(\d+) STACK:(\d+)", text)
         assert found, text
         return Resources(int(found[1]), int(found[2]))
-
-
-class CapturingLauncher:
-    """Takes the place of a kernel in its module: ``[grid](...)`` compiles."""
-
-    def __init__(self, kernel: Any, arch: int, compiled: list[Compiled]) -> None:
-        self.kernel, self.arch, self.compiled = kernel, arch, compiled
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.compiled.append(Compiled(self.arch, self.kernel.warmup(*args, grid=grid, **kwargs), grid))
-
-        return launch
 
 
 CompileFor = Callable[[int, Any, str, Callable[[], object]], Compiled]

@@ -6,28 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kernels
 import pytest
 import torch
 from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
 
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
 
 E, N, K = 8, 4096, 7168
 
 
 def product(t: int, dtype: torch.dtype = torch.bfloat16, n: int = N, k: int = K, e: int = E) -> None:
-    meta = torch.device("meta")
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-    grouped_gemm.grouped_gemm(
-        torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-        GroupLayout(offsets[1:], offsets, offsets, t),
-        torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-        torch.empty(t, n, dtype=dtype, device=meta),
-    )
+    kernels.portable(*kernels.meta_operands(t, n, k, e, dtype))
 
 
 BLOCKS = (16, 32, 64, 128)
@@ -44,13 +34,10 @@ ANY_MMA = r"wgmma\.mma_async\.sync\.aligned\.m|tcgen05\.mma\.|mma\.sync\.aligned
 
 
 @pytest.fixture
-def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
+def compile_product(compile_for: CompileFor) -> Callable[..., Compiled]:
     """compile_product(arch, t, ...): the launch of a product of t tokens on that architecture."""
 
     def compile_one(arch: int, t: int, **shape: Any) -> Compiled:
-        capability = divmod(arch, 10)
-        formulation = grouped_gemm.select_formulation(capability, grouped_gemm._triton_version())
-        monkeypatch.setattr(grouped_gemm, "formulation_for", lambda device: formulation)
         return compile_for(arch, grouped_gemm, "grouped_gemm_kernel", lambda: product(t, **shape))
 
     return compile_one

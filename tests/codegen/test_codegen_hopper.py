@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
 import triton
@@ -16,8 +17,6 @@ from compiling import SHARED_LIMIT, Compiled, CompileFor
 from sanitize import dispatch_lines
 from triton.backends.nvidia.compiler import get_ptxas
 
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, select_hopper_config
 
 E, MULTIPROCESSORS = 8, 132
@@ -31,29 +30,17 @@ fp32 160; with 3.6 nothing is. :func:`local_accesses_among_products` says that t
 
 
 @pytest.fixture
-def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
+def compile_product(compile_for: CompileFor) -> Callable[..., Compiled]:
     """compile_product(config, dtype, n, k): the launch of the product, without that of the expansion before it."""
     hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")
 
     def compile_one(
         config: HopperGemmConfig, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 7168, t: int = 8192
     ) -> Compiled:
-        meta = torch.device("meta")
-        offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
-        monkeypatch.setattr(hopper, "dequantize_tokens", lambda *args: None)
+        workspace = torch.empty(WorkspaceLayout.of(t, E, k, config).size, dtype=torch.uint8, device="meta")
 
         def product() -> None:
-            hopper.hopper_grouped_gemm(
-                torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-                torch.empty(grouped_scale_rows(t, E), scale_cols(k), dtype=torch.uint8, device=meta),
-                GroupLayout(offsets[1:], offsets, offsets, t),
-                torch.empty(E, n, k, dtype=torch.float8_e4m3fn, device=meta),
-                torch.empty(E, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-                torch.empty(t, n, dtype=dtype, device=meta),
-                torch.empty(WorkspaceLayout.of(t, E, k, config).size, dtype=torch.uint8, device=meta),
-                config,
-                MULTIPROCESSORS,
-            )
+            kernels.hopper(*kernels.meta_operands(t, n, k, E, dtype), workspace, config, MULTIPROCESSORS)
 
         return compile_for(90, hopper, "hopper_gemm_kernel", product)
 
@@ -186,24 +173,15 @@ def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
     module = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens")
 
     def compile_one(t: int, k: int, e: int) -> Compiled:
-        meta, config = torch.device("meta"), select_hopper_config(t, e)
+        config = select_hopper_config(t, e)
         layout = WorkspaceLayout.of(t, e, k, config)
-        workspace = torch.empty(layout.size, dtype=torch.uint8, device=meta)
-        offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-        return compile_for(
-            90,
-            module,
-            "dequantize_tokens_kernel",
-            lambda: module.dequantize_tokens(
-                torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-                torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-                GroupLayout(offsets[1:], offsets, offsets, t),
-                workspace,
-                layout,
-                config.block_t,
-                t,
-            ),
-        )
+        workspace = torch.empty(layout.size, dtype=torch.uint8, device="meta")
+        x, _, _ = kernels.meta_operands(t, 8, k, e, torch.bfloat16)
+
+        def call() -> None:
+            kernels.dequantize_tokens(x, workspace, layout, config.block_t, t)
+
+        return compile_for(90, module, "dequantize_tokens_kernel", call)
 
     return compile_one
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
 from compiling import Compiled, CompileFor
@@ -43,24 +44,23 @@ def grouped(
     width = k if swiglu is None else 2 * k
     x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device=meta)
     offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-    quantize.quantize_grouped(
+    kernels.quantize(
         x,
         GroupLayout(offsets[1:], offsets, offsets, t),
         torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
         torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-        scale_rounding="rceil",
-        row_index=torch.empty(t, dtype=torch.int32, device=meta) if gather else None,
-        swiglu=swiglu,
+        "rceil",
+        torch.empty(t, dtype=torch.int32, device=meta) if gather else None,
+        swiglu,
     )
 
 
 def weights(e: int, n: int, k: int) -> None:
     meta = torch.device("meta")
-    quantize.quantize_weights(
+    kernels.quantize_weights(
         torch.empty(e, n, k, dtype=torch.bfloat16, device=meta),
         torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
         torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-        scale_rounding="rceil",
     )
 
 
@@ -101,14 +101,11 @@ def test_counts(compile_for: CompileFor, arch: int, e: int, tmp_path: Path) -> N
 
     def call() -> None:
         meta = torch.device("meta")
-        quantize.quantize_counts(
+        kernels.quantize(
             torch.empty(64, K, dtype=torch.bfloat16, device=meta),
             torch.empty(e, dtype=torch.int32, device=meta),
             torch.empty(64, K, dtype=torch.float8_e4m3fn, device=meta),
             torch.empty(grouped_scale_rows(64, e), scale_cols(K), dtype=torch.uint8, device=meta),
-            scale_rounding="rceil",
-            row_index=None,
-            swiglu=None,
         )
 
     compiled = compile_for(arch, quantize, "quantize_kernel", call)
@@ -145,7 +142,7 @@ def test_roundings_differ_in_one_constant(compile_for: CompileFor, rounding: str
         scales = torch.empty(1, 128, 16, dtype=torch.uint8, device=meta)
 
         def call() -> None:
-            quantize.quantize_weights(w, values, scales, scale_rounding=name)
+            kernels.quantize_weights(w, values, scales, name)
 
         compiled = compile_for(90, quantize, "quantize_kernel", call)
         return len([line for line in compiled.ptx.splitlines() if line.strip().endswith(";")])
@@ -161,11 +158,11 @@ def test_many_experts(compile_for: CompileFor, e: int, tmp_path: Path) -> None:
 
 def test_a_batch_of_another_size_compiles_nothing_new(compile_for: CompileFor) -> None:
     """Token counts within one configuration share a kernel, whatever they are divisible by."""
-    kernels = set()
+    compiled = set()
     for t in (1, 2, 3, 16, 17, 48, 100, 128, 146):
         x = compile_for(90, quantize, "quantize_kernel", lambda t=t: grouped(t, torch.bfloat16, True, None))
-        kernels.add(id(x.kernel))
-    assert len(kernels) == 1
+        compiled.add(id(x.kernel))
+    assert len(compiled) == 1
 
 
 def test_unaligned_rows_still_compile(compile_for: CompileFor, arch: int, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 // Walks the SM100 kernel's own arguments with plain FMAs, on any GPU.
 //
-// The arguments are made as for a launch: prepare_kernel writes the arrays into the workspace on the device, and
-// Gemm::Arguments holds their addresses. A kernel with nothing of Blackwell in it then takes those arguments by value
-// and multiplies what they say. It differs from the SM100 kernel in the inner loop alone, so a wrong pointer,
-// stride, layout, count or order of operands shows here.
+// The arguments are made as for a launch: prepare_kernel writes the arrays into the workspace on
+// the device, and Gemm::Arguments holds their addresses. A kernel with nothing of Blackwell in it
+// then takes those arguments by value and multiplies what they say. It differs from the SM100
+// kernel in the inner loop alone, so a wrong pointer, stride, layout, count or order of operands
+// shows here.
 
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -15,13 +16,14 @@ namespace {
 
 using Selected = GroupedGemm<Config<1, 128, float>>;
 
-// What everything_but_the_gemm prepares: Hopper's driver refuses the descriptor of an fp32 output, whose swizzle is
-// Blackwell's.
+// What everything_but_the_gemm prepares: Hopper's driver refuses the descriptor of an fp32 output,
+// whose swizzle is Blackwell's.
 using Timed = GroupedGemm<Config<1, 128, cutlass::bfloat16_t>>;
 
 constexpr int kRowsPerBlock = 128;  // output features of one block, a thread each
 
-// Block (feature tile, expert); each thread computes one output feature for all tokens of the expert.
+// Block (feature tile, expert); each thread computes one output feature for all tokens of the
+// expert.
 template <class Gemm>
 __global__ void walk(typename Gemm::Arguments args) {
   auto operands = ExpertOperands<Gemm>::read(args, blockIdx.y);
@@ -77,8 +79,8 @@ void argument_walker(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorVie
   TVM_FFI_CHECK_CUDA_ERROR(cudaGetLastError());
 }
 
-// A call as the SM100 kernel's up to the GEMM's launch, whose cost to the host it shows: checks, arguments, the
-// launch of prepare_kernel and the encoding of descriptors.
+// A call as the SM100 kernel's up to the GEMM's launch, whose cost to the host it shows: checks,
+// arguments, the launch of prepare_kernel and the encoding of descriptors.
 void everything_but_the_gemm(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w,
                              ffi::TensorView w_scales, ffi::TensorView tokens_per_expert,
                              ffi::TensorView expert_offsets, ffi::TensorView scale_offsets, ffi::TensorView out,

@@ -1,11 +1,10 @@
-// CUTLASS judges the operands, on the CPU.
+// CUTLASS multiplies the operands, on the CPU.
 //
-// Takes the tensors of a grouped_gemm call in host memory, builds Gemm::Arguments from them with the same
-// functors, strides and layouts as the SM100 kernel's launch, and multiplies expert by expert with CUTLASS's
-// own block-scaled reference, which reads the swizzled scales through CuTe's layout. A wrong offset, stride,
-// operand order or swizzle therefore shows in the result, with no GPU.
-
-#include <vector>
+// Takes the tensors of a grouped_gemm call in host memory, builds Gemm::Arguments from them with
+// the same functors, strides and layouts as the SM100 kernel's launch, and multiplies expert by
+// expert with CUTLASS's own block-scaled reference, which reads the swizzled scales through CuTe's
+// layout. A wrong offset, stride, operand order or swizzle therefore shows in the result, with no
+// GPU.
 
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -25,12 +24,9 @@ void host_reference(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView
                     ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets,
                     ffi::TensorView scale_offsets, ffi::TensorView out) {
   HYBRID_MXFP8_EXPECT(x.device().device_type == kDLCPU, ValueError) << "x: expected a tensor on the CPU";
-  size_t bytes = OperandArrays<Selected>::carve(nullptr, static_cast<int>(w.size(0))).bytes;
-  std::vector<char> workspace(bytes + kWorkspaceAlignment);
-  auto aligned = reinterpret_cast<void*>(
-      round_up(reinterpret_cast<int64_t>(workspace.data()), kWorkspaceAlignment));
-  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out}, aligned,
-                      Launch{});
+  HostWorkspace workspace(OperandArrays<Selected>::in_arena(nullptr, static_cast<int>(w.size(0))).bytes);
+  Call<Selected> call({x, x_scales, w, w_scales, tokens_per_expert, expert_offsets, scale_offsets, out},
+                      workspace.data(), Launch{});
   PrepareExpert<Selected> prepare = call.prepare();
 
   for (int expert = 0; expert < call.problem.num_experts; ++expert) {

@@ -1,7 +1,8 @@
-// The host side of every configuration: can_implement, workspace size and the encoding of the TMA descriptors.
+// The host side of every configuration: can_implement, workspace size and the encoding of the TMA
+// descriptors.
 //
-// None of it instantiates a kernel, so all configurations compile in one module, for any architecture, and run on
-// any GPU whose driver encodes TMA descriptors (Hopper or later).
+// None of it instantiates a kernel, so all configurations compile in one module, for any
+// architecture, and run on any GPU whose driver encodes TMA descriptors (Hopper or later).
 
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/tvm_ffi.h>
@@ -12,15 +13,16 @@
 namespace hybrid_mxfp8 {
 namespace {
 
-// Builds the arguments of a call on tensors of this size, at addresses that are aligned but never read, and turns
-// them into kernel parameters. Returns the workspace bytes, or a negative number: -1, CUTLASS does not take it;
-// -2, the grid does not consist of whole clusters; otherwise minus a CUDA error code, less 100.
+// Builds the arguments of a call on tensors of this size, at addresses that are aligned but never
+// read, and turns them into kernel parameters. Returns the workspace bytes, or a negative number:
+// -1, CUTLASS does not take it; -2, the grid does not consist of whole clusters; otherwise minus a
+// CUDA error code, less 100.
 template <class Gemm>
 int64_t check(Problem const& problem, Launch const& launch, char* buffer, int64_t capacity) {
   using Element = typename Gemm::Element;
   using ElementScale = typename Gemm::ElementScale;
   using ElementOut = typename Gemm::ElementOut;
-  auto arrays = OperandArrays<Gemm>::carve(buffer, problem.num_experts);
+  auto arrays = OperandArrays<Gemm>::in_arena(buffer, problem.num_experts);
   typename Gemm::Operands operands{
       reinterpret_cast<Element const*>(buffer), reinterpret_cast<ElementScale const*>(buffer),
       reinterpret_cast<Element const*>(buffer), reinterpret_cast<ElementScale const*>(buffer),

@@ -1,9 +1,11 @@
 // Reads Gemm::Arguments back, the way the kernel does: one expert's operands as CuTe tensors.
 //
-// The judges of this backend, host_reference.cu on the CPU and the plain CUDA kernel of the tests, multiply
-// what these tensors show. They therefore see the pointers, strides, layouts and token counts that the
-// SM100 kernel will see, and none of the tensors that those were made from.
+// The references of the tests, host_reference.cu on the CPU and argument_walker.cu on a GPU,
+// multiply what these tensors show. They therefore see the pointers, strides, layouts and token
+// counts that the SM100 kernel will see, and none of the tensors that those were made from.
 #pragma once
+
+#include <vector>
 
 #include "grouped_gemm_sm100.cuh"
 
@@ -71,6 +73,15 @@ struct ExpertOperands {
   }
   CUTLASS_HOST_DEVICE auto tensor_sfa() const { return cute::make_tensor(sfa, layout_sfa); }
   CUTLASS_HOST_DEVICE auto tensor_sfb() const { return cute::make_tensor(sfb, layout_sfb); }
+};
+
+// A call's workspace on the CPU, aligned as the launch demands it.
+struct HostWorkspace {
+  explicit HostWorkspace(size_t bytes) : memory(bytes + kAlignment) {}
+  void* data() { return reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(memory.data()), kAlignment)); }
+
+  static constexpr int64_t kAlignment = 128;
+  std::vector<char> memory;
 };
 
 }  // namespace hybrid_mxfp8

@@ -1,7 +1,8 @@
-// Runs the SM100 kernel's own tile scheduler, over the arrays that prepare wrote, and counts the tiles it hands out.
+// Runs the SM100 kernel's own tile scheduler, over the arrays that prepare wrote, and counts the
+// tiles it hands out.
 //
-// The scheduler is arch-neutral code: a persistent grid in which every CTA takes tile indices a grid apart. Here one
-// warp stands for each CTA and adds to a counter instead of multiplying.
+// The scheduler is arch-neutral code: a persistent grid in which every CTA takes tile indices a
+// grid apart. Here one warp stands for each CTA and adds to a counter instead of multiplying.
 
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -46,15 +47,15 @@ __global__ void count_tiles(typename Kernel::TileSchedulerParams params, int32_t
   }
 }
 
-// Counts into (E, weight_tiles, token_tiles) how often each CTA tile is handed out. The extents cover the last
-// whole cluster; `outside` (1,) counts what lies beyond even that.
+// Counts into (E, weight_tiles, token_tiles) how often each CTA tile is handed out. The extents
+// cover the last whole cluster; `outside` (1,) counts what lies beyond even that.
 template <class Gemm>
 void count(ffi::TensorView tokens_per_expert, ffi::TensorView expert_offsets, ffi::TensorView scale_offsets,
            Problem const& problem, Launch const& launch, ffi::TensorView workspace, ffi::TensorView counts,
            ffi::TensorView outside) {
   using Kernel = typename Gemm::Kernel;
   cudaStream_t stream = current_stream(tokens_per_expert.device());
-  auto arrays = OperandArrays<Gemm>::carve(workspace.data_ptr(), problem.num_experts);
+  auto arrays = OperandArrays<Gemm>::in_arena(workspace.data_ptr(), problem.num_experts);
   HYBRID_MXFP8_EXPECT(workspace.numel() >= static_cast<int64_t>(arrays.bytes), ValueError)
       << "workspace: expected " << arrays.bytes << " bytes, got " << workspace.numel();
   ExpertOffsets offsets{static_cast<int32_t const*>(tokens_per_expert.data_ptr()),

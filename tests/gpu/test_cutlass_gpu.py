@@ -22,7 +22,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.formats import round_up
 from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, TOKEN_TILES
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain as headers
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -40,12 +40,12 @@ TOKENS = (1, 5, 64, 4096, 131072)
 
 
 @pytest.fixture(scope="module", params=cutlass_modules.header_choices(), ids=cutlass_modules.mainloop)
-def cutlass(request: pytest.FixtureRequest) -> headers.CutlassHeaders:
+def cutlass(request: pytest.FixtureRequest) -> toolchain.CutlassHeaders:
     return request.param
 
 
 @pytest.fixture
-def load(cutlass: headers.CutlassHeaders, monkeypatch: pytest.MonkeyPatch):
+def load(cutlass: toolchain.CutlassHeaders, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
     return jit.load
 
@@ -216,11 +216,10 @@ def test_walker_follows_changing_counts_under_a_graph(walker) -> None:
 
 def test_walker_catches_seeded_faults(load, tmp_path: Path) -> None:
     """Each fault in the shared code changes what the walker computes; without one it agrees."""
-    judge = cutlass_modules.argument_walker()
-    module = load(cutlass_modules.mutants(judge, tmp_path))
+    module = load(cutlass_modules.mutants(cutlass_modules.argument_walker(), tmp_path))
     x, w = operands([5, 0, 130, 34], 136, 96, 640)
     expected = triton_product(x, w)
-    for number, fault in enumerate(cutlass_modules.FAULTS):
+    for number, fault in enumerate(cutlass_modules.OPERAND_FAULTS):
         actual = walk(module, x, w, torch.full_like(expected, torch.nan), f"_{number}")
         assert agree(actual, expected) == (fault == cutlass_modules.CONTROL), fault
 

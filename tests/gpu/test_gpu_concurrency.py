@@ -10,18 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cases
-import edges
 import moe_truth
 import pytest
 import torch
-from gpu_truth import GPU
-from test_concurrency import Quantized, together
+from jobs import Quantized, forget_everything, together
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels import launch as launcher
 
 pytestmark = pytest.mark.gpu
 
+GPU = "cuda"
 TOKENS = 64
 
 
@@ -61,7 +59,7 @@ class Job:
         self.xq.values.view(torch.uint8).fill_(cases.POISON)
 
     def state(self) -> list[torch.Tensor]:
-        return [edges.bits(t).clone() for t in (self.out, self.xq.values, self.xq.scales, self.y)]
+        return [cases.bits(t).clone() for t in (self.out, self.xq.values, self.xq.scales, self.y)]
 
     def check(self) -> None:
         for got, wanted in zip(self.state(), self.expected, strict=True):
@@ -89,11 +87,11 @@ def test_two_streams_with_their_own_workspaces(tally: Any) -> None:
     tally("concurrent calls", 3 * 20 * 2 * CALLS_OF_A_JOB)
 
 
-def test_threads_with_streams_of_their_own(monkeypatch: pytest.MonkeyPatch, tally: Any) -> None:
-    """All come to every kernel at once, with nothing in the launch cache."""
+def test_threads_with_streams_of_their_own(tally: Any) -> None:
+    """All come to every kernel at once, with nothing known of earlier calls."""
     jobs = [Job(seed) for seed in range(4)]
     streams = [torch.cuda.Stream() for _ in jobs]
-    monkeypatch.setattr(launcher, "_loaded", {})
+    forget_everything()
 
     def work(i: int) -> None:
         with torch.cuda.stream(streams[i]):
@@ -153,26 +151,40 @@ def test_capture_while_another_stream_runs(tally: Any) -> None:
     tally("concurrent calls", calls + 20 * CALLS_OF_A_JOB)
 
 
-def test_a_workspace_is_refused_to_a_second_stream(tally: Any) -> None:
-    """Until that takes it over; then it waits for what the first one has launched."""
-    job, stream = Job(5), torch.cuda.Stream()
+def test_a_workspace_on_another_stream_waits_for_its_last_call(tally: Any) -> None:
+    """Without a sync of the host: streams take turns with one workspace, each behind a pile of work."""
+    job, streams = Job(5), [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    outs = [torch.full_like(job.out, float("nan")) for _ in range(6)]
+    batches = [moe_truth.to(moe_truth.make_layer(torch.Generator().manual_seed(i), tokens=TOKENS, experts=8, hidden=256, intermediate=128), GPU) for i in range(6)]  # fmt: skip
+    torch.cuda.synchronize()
+    for i, (out, batch) in enumerate(zip(outs, batches, strict=True)):
+        with torch.cuda.stream(streams[i % 3]):
+            torch.cuda._sleep(20_000_000)
+            call = (batch.x, job.w13q, job.w2q, batch.ids, batch.weights)
+            mx.moe_forward(*call, workspace=job.workspace, out=out, backend="triton")
+    torch.cuda.synchronize()
+    for out, batch in zip(outs, batches, strict=True):
+        alone = mx.moe_forward(batch.x, job.w13q, job.w2q, batch.ids, batch.weights, backend="triton")
+        assert torch.equal(cases.bits(out), cases.bits(alone))
+    tally("concurrent calls", 6)
+
+
+def test_warm_up_on_the_default_stream_then_on_a_side_stream_then_capture(tally: Any) -> None:
+    """PyTorch's recipe for CUDA graphs."""
+    job, side = Job(11), torch.cuda.Stream()
     job.run()
-    stream.wait_stream(torch.cuda.current_stream())
-    refused = "workspace: must be used on one stream, and its last call was on 0x"
-    with torch.cuda.stream(stream), pytest.raises(ValueError, match=refused):
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            job.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         job.run()
     job.spoil()
-    torch.cuda._sleep(20_000_000)
-    job.run()
-    with torch.cuda.stream(stream):
-        job.workspace.move_to_current_stream()
-        job.run()
-        job.run()
-    with pytest.raises(ValueError, match="workspace: must be used on one stream"):
-        job.run()
-    torch.cuda.synchronize()
+    graph.replay()
     job.check()
-    tally("concurrent calls", 6)
+    tally("concurrent calls", 5 * CALLS_OF_A_JOB)
 
 
 def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None:
@@ -184,20 +196,18 @@ def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None
         call = (layer.x, job.w13q, job.w2q, layer.ids, layer.weights)
         if move:
             mx.moe_forward(*call, workspace=workspace, out=job.out, backend="triton")
-        sizes = [t.nbytes for t in workspace._memory()]
+        sizes = [t.nbytes for t in cases.memory_of(workspace)]
         job.spoil()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(500_000_000)
-            if move:
-                workspace.move_to_current_stream()
             mx.moe_forward(*call, workspace=workspace, out=job.out, backend="triton")
         del workspace
         filled = [torch.full((size,), 0xA5, dtype=torch.uint8, device=GPU) for size in sizes]
         assert not stream.query()
         torch.cuda.synchronize()
         assert all(bool((t == 0xA5).all()) for t in filled)  # else the call has written memory of somebody else
-        assert torch.equal(edges.bits(job.out), job.expected[0])
+        assert torch.equal(cases.bits(job.out), job.expected[0])
     tally("concurrent calls", 3)
 
 
@@ -233,8 +243,8 @@ def test_workers_quantize_for_the_gpu(tally: Any) -> None:
     wq = mx.quantize_weights(torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(9)).to(GPU))
     count = 0
     for i, xq in enumerate(loader):
-        expected = mx.grouped_gemm(edges.to_device(dataset[i], GPU), wq, backend="triton")
-        assert torch.equal(mx.grouped_gemm(edges.to_device(xq, GPU), wq, backend="triton"), expected)
+        expected = mx.grouped_gemm(cases.to_device(dataset[i], GPU), wq, backend="triton")
+        assert torch.equal(mx.grouped_gemm(cases.to_device(xq, GPU), wq, backend="triton"), expected)
         count += 1
     assert count == len(dataset)
     tally("concurrent calls", count)

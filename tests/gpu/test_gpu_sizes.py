@@ -15,12 +15,14 @@ import pytest
 import tolerances
 import torch
 import truth
-from gpu_truth import GPU, check_product, same_bytes
+from cases import same_bytes
+from products import check_product
 
 import hybrid_mxfp8 as mx
 
 pytestmark = pytest.mark.gpu
 
+GPU = "cuda"
 FAR = 2**31
 PERIOD = 2048
 """Rows: whole scale tiles, and whole token tiles of every kernel."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import cases
 import cutlass_modules
-import edges
 import moe_truth
 import pages
 import pytest
@@ -66,7 +65,7 @@ class Operators:
             found |= {name: q.values[:used], f"{name} scales": q.scales[:scale_rows]}
         for dtype in cases.DTYPES:
             found[f"product {dtype}"] = mx.grouped_gemm(xq, wq, out_dtype=dtype, backend=b)[:used]
-        return {name: edges.bits(t).cpu() for name, t in found.items()}
+        return {name: cases.bits(t).cpu() for name, t in found.items()}
 
 
 class Layer:
@@ -146,9 +145,6 @@ def test_the_stream_is_the_operands_gpus(kernel: str, name: str) -> None:
     x.zero_()
     stream = torch.cuda.Stream("cuda:1")
     stream.wait_stream(torch.cuda.current_stream("cuda:1"))
-    if name == "layer":
-        with torch.cuda.stream(stream):
-            job.workspace.move_to_current_stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         x.copy_(kept)
@@ -237,7 +233,7 @@ def test_sglang(kernel: str) -> None:
         workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
         found = {"x": case.x_values, "x scales": case.x_scales, "w": case.w_values, "w scales": case.w_scales}
         found["product"] = case.multiply(workspace, torch.bfloat16)
-        return {name: edges.bits(t).cpu() for name, t in found.items()}
+        return {name: cases.bits(t).cpu() for name, t in found.items()}
 
     assert_same(run("cuda:0"), run("cuda:1"))
 
@@ -255,7 +251,7 @@ def test_the_cutlass_backends_arguments(monkeypatch: pytest.MonkeyPatch) -> None
         size = module.walker_workspace_size(len(COUNTS), N, K, T)
         workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
         cutlass_modules.call(module.argument_walker, xq, wq, out, workspace)
-        return {"product": edges.bits(out).cpu()}
+        return {"product": cases.bits(out).cpu()}
 
     first, second = run("cuda:0"), run("cuda:1")
     assert_same(first, second)

@@ -113,19 +113,17 @@ class BlackwellConfig:
 def select_blackwell_config(num_tokens: int, num_experts: int) -> BlackwellConfig:
     """Tile by the average number of tokens of an expert; pure, and modelled: nothing here has run.
 
-    The token tile is the smallest that holds an average expert, since columns beyond it are computed in vain. Stages fill
-    the shared memory that a tile leaves, for weight streaming is a matter of bytes in flight: 95 KB at 16 tokens lets two
-    programs share an SM of 228 KB; 203 KB at 256 leaves it one. Warp specialization needs scales by TMA, or 64 tokens:
-    below, Triton's per-row loads of scales don't compile in a partition. 128x256 fills the 512 columns of tensor memory.
+    Tiles of 128 tokens and more take the tokens' scales by TMA, too, so nothing stands in the loop that an MMA would
+    have to wait for. Narrower ones load each row's scales, an L2 latency a step: only 16 tokens, where the weights' bytes
+    are the limit, are worth that. From 17 tokens on 128x128x128 takes about 256 cycles a step where memory allows 640.
+    Stages fill the shared memory that a tile leaves, for weight streaming is a matter of bytes in flight: 95 KB at 16
+    tokens lets two programs share an SM of 228 KB; 203 KB at 256 leaves it one. Warp specialization needs scales by TMA.
+    128x256 fills the 512 columns of tensor memory.
     """
     average = num_tokens / max(num_experts, 1)
     if average <= 16:
         return BlackwellConfig(16, False, 4, 6)
-    if average <= 32:
-        return BlackwellConfig(32, False, 4, 6)
-    if average <= 64:
-        return BlackwellConfig(64, True, 8, 6)
-    return BlackwellConfig(128, True, 8, 4) if average <= 128 else BlackwellConfig(256, True, 8, 4)
+    return BlackwellConfig(128 if average <= 128 else 256, True, 8, 4)
 
 
 def takes(problem: Problem) -> bool:
@@ -163,4 +161,4 @@ def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tup
     constants = (next_power_of_2(p.num_experts), config.block_t, config.warp_specialize, config.num_stages)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options, p.device),)
+    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options),)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 
@@ -176,13 +175,7 @@ def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False)
 
 
 def dequantize_tokens(
-    buffers: GemmBuffers,
-    workspace: Buffer,
-    layout: WorkspaceLayout,
-    num_experts: int,
-    block_t: int,
-    rows: int,
-    device: torch.device,
+    buffers: GemmBuffers, workspace: Buffer, layout: WorkspaceLayout, num_experts: int, block_t: int, rows: int
 ) -> KernelLaunch:
     """The launch that writes the list of token tiles and the dequantized tokens.
 
@@ -193,7 +186,6 @@ def dequantize_tokens(
         num_experts: E.
         block_t: rows of a token tile; a tile belongs to one expert.
         rows: how many of the first rows are dequantized.
-        device: where all of it is.
     """
     num_tokens, k = buffers.x_values.shape
     config = select_dequantize_config(rows, k, INTERPRETED)
@@ -216,4 +208,4 @@ def dequantize_tokens(
     programs = (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols)
     constants = (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols)
     options = (("num_warps", config.num_warps),)
-    return KernelLaunch(dequantize_tokens_kernel, programs, arguments, constants, options, device)
+    return KernelLaunch(dequantize_tokens_kernel, programs, arguments, constants, options)

@@ -591,11 +591,11 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
     programs = min(multiprocessors(p.device) or 1, layout.max_tiles * row_tiles)
     first_tile = tiles_at_once(programs, row_tiles)
     rows_before = min(first_tile * config.block_t, p.num_tokens) if config.fused_dequantize else p.num_tokens
-    dequantization = dequantize_tokens(b, workspace, layout, p.num_experts, config.block_t, rows_before, p.device)
+    dequantization = dequantize_tokens(b, workspace, layout, p.num_experts, config.block_t, rows_before)
     w_bytes = b.w_values._replace(dtype=torch.uint8)
     w_scale_words = b.w_scales._replace(dtype=torch.int32)
     tokens = Buffer(
-        workspace.index, workspace.offset + layout.tokens_at, torch.bfloat16, (p.num_tokens, layout.padded_k)
+        workspace.operand, workspace.offset + layout.tokens_at, torch.bfloat16, (p.num_tokens, layout.padded_k)
     )
     arguments = (
         b.out,
@@ -616,5 +616,5 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
         num_k_tiles,
     )
     constants = (config.block_t, config.small_block_t, block_k, config.num_stages, config.fused_dequantize)
-    product = KernelLaunch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),), p.device)
+    product = KernelLaunch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),))
     return dequantization, product

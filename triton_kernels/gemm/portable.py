@@ -201,4 +201,4 @@ def plan(problem: Problem, buffers: GemmBuffers) -> tuple[KernelLaunch, ...]:
     )
     constants = (next_power_of_2(p.num_experts), config.block_t, config.formulation)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    return (KernelLaunch(grouped_gemm_kernel, programs, arguments, constants, options, p.device),)
+    return (KernelLaunch(grouped_gemm_kernel, programs, arguments, constants, options),)

@@ -5,7 +5,6 @@ Compiled without fused multiply-adds, so that it rounds as its PyTorch counterpa
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -107,7 +106,6 @@ def combine(
     bias: Buffer | None,
     out: Buffer,
     out_stride: int,
-    device: torch.device,
 ) -> tuple[KernelLaunch, ...]:
     """out[m] = sum over k of topk_weights[m, k] * (y[row of slot (m, k)] + bias[topk_ids[m, k]]).
 
@@ -119,7 +117,6 @@ def combine(
         bias: (E, H) bf16, fp16 or fp32, or None.
         out: (M, H) bf16, fp16 or fp32, unit column stride, written.
         out_stride: elements from one row of ``out`` to the next.
-        device: where all of it is.
     """
     num_tokens, hidden = out.shape
     block = min(next_power_of_2(hidden), 2048 if INTERPRETED else 1024)
@@ -127,4 +124,4 @@ def combine(
     arguments = (y, inverse_permutation, topk_ids, topk_weights, bias, out, y.shape[0], out_stride, hidden)
     constants = (bias is not None, topk_ids.shape[1], block)
     options = (("num_warps", 4), ("enable_fp_fusion", False))
-    return (KernelLaunch(combine_kernel, programs, arguments, constants, options, device),)
+    return (KernelLaunch(combine_kernel, programs, arguments, constants, options),)

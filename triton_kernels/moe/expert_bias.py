@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -43,9 +42,7 @@ def expert_bias_kernel(
     tl.store(ptrs, from_fp32(total, y_ptr.dtype.element_ty), mask=inside)
 
 
-def add_expert_bias(
-    y: Buffer, inverse_permutation: Buffer, topk_ids: Buffer, bias: Buffer, device: torch.device
-) -> tuple[KernelLaunch, ...]:
+def add_expert_bias(y: Buffer, inverse_permutation: Buffer, topk_ids: Buffer, bias: Buffer) -> tuple[KernelLaunch, ...]:
     """y[row of slot (m, k)] += bias[topk_ids[m, k]], summed in fp32.
 
     Args:
@@ -53,10 +50,9 @@ def add_expert_bias(
         inverse_permutation: (M, top_k) int32; -1 is skipped.
         topk_ids: (M, top_k) int32 or int64.
         bias: (E, N) bf16, fp16 or fp32.
-        device: where all of it is.
     """
     num_rows, n = y.shape
     block = min(next_power_of_2(n), 2048 if INTERPRETED else 1024)
     programs = math.prod(topk_ids.shape) * ceil_div(n, block)
     arguments = (y, inverse_permutation, topk_ids, bias, num_rows, n)
-    return (KernelLaunch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),), device),)
+    return (KernelLaunch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),)),)

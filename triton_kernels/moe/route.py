@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 
@@ -219,7 +218,6 @@ def route(
     layout: Buffer,
     scratch: Buffer,
     num_experts: int,
-    device: torch.device,
 ) -> tuple[KernelLaunch, ...]:
     """Sort the slots of ``topk_ids`` by expert; what ``reference.routing.route`` computes.
 
@@ -230,7 +228,6 @@ def route(
         layout: (3E+2,) int32, written: the layout of the rows.
         scratch: (:func:`scratch_elements`,) int32 or more.
         num_experts: E >= 1.
-        device: where all of it is.
     """
     num_tokens, top_k = topk_ids.shape
     num_slots = num_tokens * top_k
@@ -241,11 +238,11 @@ def route(
     warps = (("num_warps", config.num_warps),)
     tile = (bins, config.block, config.chunk)
     if config.one_launch:
-        return (KernelLaunch(rank_kernel, 1 + blocks, (topk_ids, *outputs), tile, warps, device),)
+        return (KernelLaunch(rank_kernel, 1 + blocks, (topk_ids, *outputs), tile, warps),)
     experts = 32
     counted = (topk_ids, scratch, num_slots, num_experts)
     return (
-        KernelLaunch(count_kernel, blocks, counted, (bins, config.block), warps, device),
-        KernelLaunch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps, device),
-        KernelLaunch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), tile, warps, device),
+        KernelLaunch(count_kernel, blocks, counted, (bins, config.block), warps),
+        KernelLaunch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 64), warps),
+        KernelLaunch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), tile, warps),
     )

@@ -1,0 +1,219 @@
+"""Whether a compiled module computes what it should on this GPU: tried once a machine, before it is
+used.
+
+A process of its own multiplies small ragged cases by the module and by the reference, because an
+illegal address would poison this one. The outcome is kept in a folder beside the module's, for each
+GPU and driver, so other processes need not try; where the cache cannot be written it is this
+process's alone. A module that failed is not tried again until that folder is deleted.
+
+    python -m hybrid_mxfp8.cutlass_kernels.verify FOLDER     the child: prints the largest error
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
+from hybrid_mxfp8.cutlass_kernels.config import SM_COUNT, GemmConfig
+from hybrid_mxfp8.cutlass_kernels.jit.build import MANIFEST, Built
+from hybrid_mxfp8.dispatch import device as devices
+from hybrid_mxfp8.dispatch.module_cache import build_once, trust_problem
+from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.reference import grouped_matmul, quantize, swizzle_scales, write_grouped
+
+logger = logging.getLogger("hybrid_mxfp8")
+
+RECORD = "record.json"
+SECONDS = 120.0
+"""How long a child may take; loading torch and CUDA is most of it."""
+
+CASES = (
+    ((3, 0, 130, 1), 140, 136, 96),  # ragged, an empty expert, rows without one, odd N and K
+    ((0, 257, 64), 321, 512, 1152),  # several tiles along N and the tokens, more steps than stages
+)
+"""Tokens of each expert, T, N and K."""
+
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+"""Of the output, relative to it."""
+
+ACCUMULATION = 2e-5
+"""Of fp32 sums, relative to the sum of magnitudes; tests/tolerances.py has the reasons."""
+
+Record = dict[str, Any]
+"""ok, reason, error (the largest, in units of the bound), gpu, driver, torch, date."""
+
+
+def find(module: Built, device: torch.device) -> Record | None:
+    """The record of a module on a GPU and the driver of this machine; None if there is none."""
+    return read_record(_folder(module, device))
+
+
+def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> Record:
+    """The record of a module on a GPU; made now, by a child process, if there is none.
+
+    Args:
+        module: in the cache, intact.
+        device: the GPU.
+        child: the command that prints a module's error in place of this file; tests have others.
+    """
+    folder = _folder(module, device)
+    made: list[Record] = []
+
+    def verify(private: Path) -> None:
+        made.append(_run(module, device, tuple(child)))
+        (private / RECORD).write_text(json.dumps(made[0], indent=1), encoding="utf-8")
+
+    try:
+        if read_record(folder) is None:
+            build_once(folder, verify, lambda: read_record(folder) is not None)
+    except BackendUnavailableError:  # the cache cannot be written
+        if not made:
+            made.append(_run(module, device, tuple(child)))
+    return made[0] if made else read_record(folder) or {"ok": False, "reason": f"{folder} is damaged: delete it"}
+
+
+def records(folder: Path) -> dict[str, Record]:
+    """All records of a cache's modules, by the modules' folders."""
+    files = sorted(folder.glob(f"*.verified-*/{RECORD}")) if os.path.isdir(folder) else []
+    read = {file.parent.name.partition(".verified-")[0]: read_record(file.parent) for file in files}
+    return {name: record for name, record in read.items() if record is not None}
+
+
+def _folder(module: Built, device: torch.device) -> Path:
+    key = hashlib.sha256(f"{_name(device)}\0{driver_version()}".encode()).hexdigest()[:8]
+    return module.folder.with_name(f"{module.folder.name}.verified-{key}")
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a folder; None if there is none that is whole, and this user's or root's."""
+    if trust_problem(folder) or trust_problem(folder / RECORD):
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("ok"), bool) and isinstance(record.get("reason"), str)
+    return record if whole else None
+
+
+@functools.cache
+def _run(module: Built, device: torch.device, child: tuple[str, ...]) -> Record:
+    logger.info("verifying %s on %s, once", module.folder.name, _name(device))
+    outcome = _outcome([*(child or (sys.executable, "-m", __spec__.name)), str(module.folder), str(device)])
+    about = {"gpu": _name(device), "driver": driver_version(), "torch": torch.__version__}
+    return {**outcome, **about, "date": time.strftime("%Y-%m-%d")}
+
+
+def _outcome(command: Sequence[str]) -> Record:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "reason": f"did not end in {SECONDS:.0f} s", "error": None}
+    lines = done.stdout.split()
+    if done.returncode != 0 or not lines:
+        last = done.stderr.strip().splitlines()[-1:]
+        why = ": ".join([f"ended with code {done.returncode}", *last])
+        return {"ok": False, "reason": why, "error": None}
+    error = float(lines[-1])
+    if not error <= 1:
+        said = f"its largest error is {error:.3g} times the bound"
+        return {"ok": False, "reason": said, "error": error if math.isfinite(error) else None}
+    return {"ok": True, "reason": f"largest error {error:.2g} of the bound", "error": error}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+@functools.cache
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """NVIDIA's driver, as its kernel module says; empty where there is none."""
+    try:
+        match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
+    except OSError:
+        return ""
+    return match[1] if match else ""
+
+
+# ---------------------------------------------------------------- the child
+
+
+def largest_error(module: Any, config: GemmConfig, out_dtype: torch.dtype, device: torch.device) -> float:
+    """Over all cases, in units of the bound; infinite where a row without an expert was written."""
+    worst = 0.0
+    sm_count = devices.multiprocessors(device) or SM_COUNT
+    for counts, num_tokens, n, k in CASES:
+        x, w = _operands(counts, num_tokens, n, k)
+        ref = torch.full((num_tokens, n), torch.nan, dtype=torch.float64)
+        bound = torch.zeros_like(ref)
+        groups = x.groups
+        offsets = groups.expert_offsets, groups.scale_offsets
+        grouped_matmul(x.values, x.scales, *offsets, w.values, w.scales, ref)
+        start = 0
+        for e, tokens in enumerate(counts):
+            rows = slice(start, start + tokens)
+            magnitude = x.dequantize()[rows].double().abs() @ w.dequantize()[e].double().abs().T
+            bound[rows] = ROUNDING[out_dtype] * ref[rows].abs() + ACCUMULATION * magnitude
+            start += tokens
+        out = torch.full((num_tokens, n), torch.nan, dtype=out_dtype, device=device)
+        size = module.workspace_size(len(counts), n, k, num_tokens, sm_count)
+        workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+        sent = [t.view(torch.uint8).to(device) for t in (x.values, x.scales, w.values, w.scales)]
+        sent += [t.to(device) for t in (groups.tokens_per_expert, *offsets)]
+        for pdl in (True, False):
+            module.grouped_gemm(*sent, out, workspace, *config.cluster, sm_count, pdl)
+            y = out.cpu().double()
+            if not torch.equal(y.isnan(), ref.isnan()):
+                return float("inf")
+            worst = max(worst, float(((y - ref).abs() / bound)[:start].max()))
+    return worst
+
+
+def _operands(counts: Sequence[int], num_tokens: int, n: int, k: int) -> tuple[GroupedMXFP8, ExpertWeights]:
+    generator = torch.Generator().manual_seed(n)
+    groups = GroupLayout.from_counts(torch.tensor(counts, dtype=torch.int32), num_tokens)
+    # A spread of magnitudes, so that a scale taken from elsewhere shows.
+    x, w = (
+        (torch.randn(*shape, k // 32, 32, generator=generator)
+         * torch.exp2(torch.randint(-3, 4, (*shape, k // 32, 1), generator=generator))).reshape(*shape, k)
+        for shape in ((num_tokens,), (len(counts), n))
+    )  # fmt: skip
+    values = torch.empty(num_tokens, k, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros(groups.scale_rows, -(-k // 128) * 4, dtype=torch.uint8)
+    write_grouped(*quantize(x), groups.expert_offsets, groups.scale_offsets, values, scales)
+    quantized = [quantize(one) for one in w]
+    weights = torch.stack([v for v, _ in quantized]), torch.stack([swizzle_scales(s) for _, s in quantized])
+    return GroupedMXFP8(values, scales, groups), ExpertWeights(*weights)
+
+
+def main(folder: str, device: str) -> None:
+    """Print the largest error of the module in ``folder``, built by jit/build.py for our kernel."""
+    import tvm_ffi
+
+    definitions = json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))["definitions"]
+    cta_group, tile = int(definitions["HYBRID_MXFP8_CTA_GROUP"]), int(definitions["HYBRID_MXFP8_TOKEN_TILE"])
+    types = {"cutlass::bfloat16_t": torch.bfloat16, "cutlass::half_t": torch.float16, "float": torch.float32}
+    config = GemmConfig(cta_group, tile, (cta_group, 1))
+    module = tvm_ffi.load_module(str(Built(Path(folder)).library))
+    print(largest_error(module, config, types[definitions["HYBRID_MXFP8_OUT"]], torch.device(device)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

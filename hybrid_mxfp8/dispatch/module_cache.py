@@ -1,0 +1,151 @@
+"""Compiled modules on disk: whose files are loaded, and how a module is built once.
+
+A module is machine code: who can write it can run code as whoever loads it. So the folders and
+files on the way to it must belong to this user or to root, and nobody else may be able to write
+them. A folder with the sticky bit, such as ``/tmp``, may be open to all: nobody can replace
+another's files in it. Symbolic links are followed; they must not be someone else's either.
+
+A build works in a private folder and ends in one rename, so a module is there whole or not at all.
+A file lock makes other processes wait meanwhile. Where a network file system does not honour it,
+two builds run, and the second finds the first one's module in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+logger = logging.getLogger("hybrid_mxfp8")
+
+BUILDING = ".building-"
+"""How the names of private folders begin."""
+
+ABANDONED_SECONDS = 3600.0
+"""A private folder older than this was left by a build that was killed."""
+
+
+def trust_problem(path: Path) -> str:
+    """Why code at ``path`` is not loaded: others own it or can write it; empty if it is loaded.
+
+    Nothing is wrong with a path that is not there, with HYBRID_MXFP8_TRUST_CACHE=1, and on systems
+    without numbered users (Windows).
+    """
+    if env.trust_cache() or not hasattr(os, "geteuid"):
+        return ""
+    try:
+        found, link = path.stat(), path.lstat()
+    except OSError:
+        return ""
+    user = os.geteuid()
+    for what, owner in ((path, found.st_uid), (f"the link {path}", link.st_uid)):
+        if owner not in (0, user):
+            return f"{what} belongs to user {owner}, not to user {user}, who runs this, or to root"
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        writers = "everyone" if found.st_mode & stat.S_IWOTH else f"group {found.st_gid}"
+        return f"{path} can be written by {writers} (mode {stat.S_IMODE(found.st_mode):04o})"
+    return ""
+
+
+def check_trusted(*paths: Path) -> None:
+    """Check that code at these paths may be loaded.
+
+    Raises:
+        BackendUnavailableError: others own one or can write it; says which, and what to do.
+    """
+    for problem in filter(None, map(trust_problem, paths)):
+        raise BackendUnavailableError(
+            f"the cache is not loaded: {problem}: make it yours alone (chown, chmod go-w), or set "
+            "HYBRID_MXFP8_CACHE_DIR to a folder that is; where you trust all who can write there, "
+            "HYBRID_MXFP8_TRUST_CACHE=1 loads it as it is"
+        )
+
+
+def build_once(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool]) -> None:
+    """Put a module into ``folder`` unless it is there; another process's build is waited for.
+
+    Args:
+        folder: the module's own; the one above it is made if need be, writable for this user alone.
+        build: writes the module's files into the empty folder that it is given.
+        valid: whether ``folder`` holds the whole module. An invalid one is replaced.
+
+    Raises:
+        BackendUnavailableError: the folder above cannot be written, or is someone else's.
+        Exception: whatever ``build`` raises; nothing is left of it then.
+    """
+    try:
+        _make_folder(folder.parent)
+        check_trusted(folder.parent)  # a file server may have given it to another user
+        with _locked(folder):
+            if not valid():  # else another process was faster
+                _remove_abandoned(folder)
+                _build(folder, build, valid)
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror or error}): set "
+            "HYBRID_MXFP8_CACHE_DIR to one that can, or copy a warmed-up cache there"
+        ) from error
+
+
+def _build(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool]) -> None:
+    private, replaced = _private_folder(folder), _private_folder(folder)
+    private.mkdir(0o755)
+    try:
+        build(private)
+        for path in private.iterdir():  # a lenient umask lets others write them
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+        if folder.exists() and not valid():
+            os.rename(folder, replaced)
+        try:
+            os.rename(private, folder)
+        except OSError:
+            if not valid():  # else the lock was not honoured, and another build got here first
+                raise
+    finally:
+        for path in (private, replaced):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _private_folder(folder: Path) -> Path:
+    return folder.with_name(f"{BUILDING}{folder.name}-{secrets.token_hex(8)}")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for private in folder.parent.glob(f"{BUILDING}{folder.name}-*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if private.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
+                shutil.rmtree(private, ignore_errors=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """With what is missing above it: readable for all, so that root can warm up an image."""
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(0o755, exist_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build of a module at a time; the system frees the lock of a process that dies."""
+    lock = filelock.FileLock(f"{folder}.lock", mode=0o600, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.warning("waiting for another process that compiles %s", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

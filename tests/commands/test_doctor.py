@@ -1,0 +1,148 @@
+"""The doctor: its facts, in words and as JSON, also where nothing is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid_mxfp8.commands import cli, doctor
+
+WITHOUT_TRITON = """
+import importlib.util, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
+from hybrid_mxfp8.commands.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_facts_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"].startswith(torch.__version__)
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert list(facts["backends"]) == ["cutlass", "triton", "reference"]
+    assert facts["backends"]["reference"]["available"] is True
+    for answer in facts["backends"].values():
+        assert answer["reason"]
+        assert "\n" not in answer["reason"]
+
+
+def test_every_fact_is_in_the_page() -> None:
+    facts = doctor.examine()
+    facts["gpus"] = [{"name": "GPU of a test", "compute_capability": "12.3"}]
+    facts["compilers"] = [{"origin": "PATH", "path": "/some/nvcc", "version": "", "problem": "does not run"}]
+    facts["cutlass_headers"] = [
+        {"origin": "carrier-a", "path": "/some/include", "version": "4.8.0", "problem": ""},
+        {"origin": "carrier-b", "path": "/other/include", "version": "4.2.0", "problem": ""},
+    ]
+    facts["environment"] = {"HYBRID_MXFP8_PDL": "0"}
+    facts["modules"] = ["grouped_gemm_of_a_test, CUTLASS 4.8.1, nvcc 13.0.88"]
+    facts["verified"] = ["grouped_gemm_of_a_test: right on a GPU"]
+    page = doctor.render(facts)
+    for expected in (
+        *facts["versions"].values(),
+        "GPU of a test, compute capability 12.3",
+        "? from PATH, /some/nvcc (does not run)",
+        "4.8.0 from carrier-a, /some/include",
+        "4.2.0 from carrier-b, /other/include",
+        "HYBRID_MXFP8_PDL",
+        facts["cache"]["path"],
+        *facts["modules"],
+        *facts["verified"],
+        *facts["backends"],
+        *(answer["reason"] for answer in facts["backends"].values()),
+    ):
+        assert expected in page
+
+
+def test_a_page_with_nothing_found() -> None:
+    facts = {**doctor.examine(), "gpus": [], "compilers": [], "cutlass_headers": [], "environment": {}}
+    page = doctor.render(facts)
+    assert "none that PyTorch sees" in page
+    assert page.count("not found") == 2
+
+
+def test_works_without_triton(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Triton is not installed: pip install triton" in done.stdout
+
+
+def test_tools_are_listed_and_those_used_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen headers before any package's, if they are there."""
+    (tmp_path / "cutlass").mkdir()
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
+    packages = doctor.tools()["cutlass_headers"]
+    assert doctor.tools()["cutlass_used"] == ""
+    assert " (used)" not in doctor.render(doctor.examine())
+    (tmp_path / "cutlass" / "version.h").write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 9\n")
+    facts = doctor.examine()
+    chosen = {"origin": "HYBRID_MXFP8_CUTLASS_DIR", "path": str(tmp_path), "version": "4.9.0", "problem": ""}
+    assert facts["cutlass_headers"] == [chosen, *packages]
+    assert doctor.render(facts).count(" (used)") == 1
+    nvcc = str(tmp_path / "absent" / "bin" / "nvcc")
+    assert facts["compilers"][0] == {
+        "origin": "CUDA_HOME", "path": nvcc, "version": "", "problem": "No such file or directory"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "able", "said"),
+    [
+        ("auto", ("triton", "reference"), "auto, which is triton here"),
+        ("auto", ("reference",), "auto, which is reference here"),
+        ("triton", ("triton", "reference"), "triton"),
+        ("cutlass", ("reference",), "cutlass, which can't run here: because of a test"),
+    ],
+)
+def test_the_last_line_says_what_the_default_comes_to(asked: str, able: tuple[str, ...], said: str) -> None:
+    answers = {
+        name: {"available": name in able, "reason": "because of a test"} for name in ("cutlass", "triton", "reference")
+    }
+    page = doctor.render({**doctor.examine(), "default_backend": asked, "backends": answers})
+    assert page.splitlines()[-1] == f"Calls that name no backend use: {said}"
+
+
+def test_a_wrong_backend_in_the_environment_is_told_not_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "tritom")
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got 'tritom'" in said
+
+
+def test_cache_counts_bytes_and_creates_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    assert doctor.cache(folder) == {"path": str(folder), "exists": False, "writable": True, "bytes": 0}
+    assert not folder.parent.exists()
+    (folder / "module").mkdir(parents=True)
+    (folder / "module" / "a.so").write_bytes(b"x" * 100)
+    (folder / "b.log").write_bytes(b"x" * 11)
+    assert doctor.cache(folder) == {"path": str(folder), "exists": True, "writable": True, "bytes": 111}
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_writable(path: Any, mode: int) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "access", nothing_writable)
+    assert doctor.cache(tmp_path)["writable"] is False
+    monkeypatch.undo()
+    file = tmp_path / "file"
+    file.touch()
+    assert doctor.cache(file / "below")["writable"] is False

@@ -1,0 +1,87 @@
+"""The geometry of scales: formulas against layouts walked element by element."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import truth
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core import formats
+
+
+def numbered(rows: int, cols: int) -> torch.Tensor:
+    """(rows, cols) uint8, most neighbours different."""
+    return (torch.arange(rows * cols) * 37 % 251 + 1).to(torch.uint8).reshape(rows, cols)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (128, 4), (129, 5), (31, 90), (300, 7), (257, 8)])
+def test_scales_are_stored_tile_by_tile(rows: int, cols: int) -> None:
+    linear = numbered(rows, cols)
+    stored = mx.swizzle_scales(linear).reshape(-1)
+    assert truth.as_bytes(stored).tobytes() == truth.swizzle(linear.numpy()).tobytes()
+    padded_cols = formats.round_up(cols, 4)
+    for row, col in itertools.product(range(rows), range(cols)):
+        assert stored[formats.scale_offset(row, col, padded_cols)] == linear[row, col]
+
+
+def test_the_first_bytes_of_a_tile_are_rows_0_32_64_96() -> None:
+    """The 128x4 tile by hand: 4 columns of row 0, then of row 32, 64, 96, then of row 1."""
+    linear = torch.arange(128, dtype=torch.uint8)[:, None] + torch.zeros(4, dtype=torch.uint8)
+    stored = mx.swizzle_scales(linear).reshape(-1)
+    assert stored[:20].tolist() == [0] * 4 + [32] * 4 + [64] * 4 + [96] * 4 + [1] * 4
+
+
+@given(rows=st.integers(1, 300), cols=st.integers(1, 40), batch=st.sampled_from([(), (1,), (3,), (2, 2)]))
+def test_unswizzle_inverts_swizzle(rows: int, cols: int, batch: tuple[int, ...]) -> None:
+    linear = torch.randint(
+        0, 256, (*batch, rows, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows)
+    )
+    swizzled = mx.swizzle_scales(linear)
+    assert swizzled.shape == (*batch, formats.padded_scale_rows(rows), formats.round_up(cols, 4))
+    assert torch.equal(mx.unswizzle_scales(swizzled, rows, cols), linear)
+
+
+def test_swizzle_takes_and_keeps_the_bytes_of_e8m0() -> None:
+    linear = numbered(130, 6)
+    assert torch.equal(mx.swizzle_scales(linear.view(torch.float8_e8m0fnu)), mx.swizzle_scales(linear))
+    swizzled = mx.swizzle_scales(linear).view(torch.float8_e8m0fnu)
+    assert torch.equal(mx.unswizzle_scales(swizzled, 130, 6), linear)
+
+
+def needed_scale_rows(counts: list[int]) -> int:
+    return sum(truth.padded(count, 128) for count in counts)
+
+
+@given(counts=st.lists(st.integers(0, 400), max_size=20), beyond=st.integers(0, 5))
+def test_grouped_scale_rows_suffices(counts: list[int], beyond: int) -> None:
+    assert needed_scale_rows(counts) <= formats.grouped_scale_rows(sum(counts) + beyond, len(counts))
+
+
+@given(num_tokens=st.integers(0, 1500), num_experts=st.integers(1, 20))
+def test_grouped_scale_rows_is_tight(num_tokens: int, num_experts: int) -> None:
+    """Some split of T tokens over E experts needs every row of the bound: one token each, and the rest in whole tiles."""
+    counts = [0] * num_experts
+    for e in range(min(num_experts, num_tokens)):
+        counts[e] = 1
+    rest = num_tokens - sum(counts)
+    counts[0] += rest // 128 * 128
+    for _ in range(rest % 128):  # what is left fits into the padding of the first expert
+        counts[0] += 1
+    assert needed_scale_rows(counts) == formats.grouped_scale_rows(num_tokens, num_experts)
+
+
+@pytest.mark.parametrize(("k", "cols"), [(32, 4), (128, 4), (160, 8), (2880, 92), (7168, 224)])
+def test_scale_cols(k: int, cols: int) -> None:
+    assert formats.scale_cols(k) == cols
+
+
+@pytest.mark.parametrize(
+    ("value", "multiple", "expected"), [(0, 128, 0), (1, 128, 128), (128, 128, 128), (129, 4, 132)]
+)
+def test_round_up(value: int, multiple: int, expected: int) -> None:
+    assert formats.round_up(value, multiple) == expected

@@ -1,0 +1,107 @@
+"""Operands: what they stand for, how they come from row-major scales, and how they move."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import cases
+import numpy as np
+import pytest
+import torch
+import truth
+
+import hybrid_mxfp8 as mx
+
+
+def test_tokens_dequantize_to_rows_and_zeros_beyond(rng: torch.Generator) -> None:
+    counts, num_tokens = cases.RAGGED["rows beyond the groups"]
+    x = cases.random_rows(num_tokens, 96, torch.float32, rng)
+    groups = cases.layout(counts, num_tokens)
+    out = cases.poisoned_output(groups, 96)
+    got = mx.quantize_grouped(x, groups, out=out, backend="reference").dequantize()
+    expected = truth.dequantize(*truth.quantize(truth.doubles(x)))
+    expected[sum(counts) :] = 0
+    assert got.dtype == torch.float32
+    assert np.array_equal(truth.doubles(got), expected)
+
+
+def test_weights_from_linear_scales_and_back(device: str, rng: torch.Generator) -> None:
+    w = cases.random_rows(3 * 40, 96, torch.bfloat16, rng).reshape(3, 40, 96)
+    wq = mx.quantize_weights(w.to(device), backend="reference")
+    codes, scales = truth.quantize(truth.doubles(w.reshape(120, 96)))
+    linear = wq.linear_scales()
+    assert np.array_equal(truth.as_bytes(linear).reshape(120, 3), scales)
+    assert wq.dequantize().dtype == torch.float32
+    assert np.array_equal(truth.doubles(wq.dequantize()).reshape(120, 96), truth.dequantize(codes, scales))
+    typed = (wq.values.view(torch.uint8), linear.view(torch.float8_e8m0fnu))
+    for again in (mx.ExpertWeights.from_linear_scales(*pair) for pair in ((wq.values, linear), typed)):
+        cases.same_bytes(again, wq)
+        assert again.values.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("k", [32, 96, 128, 160])
+@pytest.mark.parametrize("case", cases.RAGGED)
+def test_tokens_from_linear_scales_and_back(case: str, k: int, device: str, rng: torch.Generator) -> None:
+    """Of tokens that arrive quantized come the bytes that quantizing them gives, without a sync."""
+    counts, num_tokens = cases.RAGGED[case]
+    groups = cases.layout(counts, num_tokens, device)
+    x = cases.random_rows(num_tokens, k, torch.float32, rng)
+    codes, scales = (torch.from_numpy(part).to(device) for part in truth.quantize(truth.doubles(x)))
+    expected = mx.quantize_grouped(x.to(device), groups, backend="reference")
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    xq = mx.GroupedMXFP8.from_linear_scales(codes, scales, groups)
+    back = xq.linear_scales()
+    typed = mx.GroupedMXFP8.from_linear_scales(
+        codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), groups
+    )
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    used, owned = int(groups.scale_offsets[-1]), sum(counts)
+    assert xq.groups is groups
+    assert (xq.values.data_ptr(), xq.values.dtype) == (codes.data_ptr(), torch.float8_e4m3fn)
+    assert torch.equal(xq.scales[:used], expected.scales[:used])
+    assert not xq.scales[used:].any()
+    assert torch.equal(back[:owned], scales[:owned])
+    assert not back[owned:].any()
+    assert torch.equal(xq.dequantize(), expected.dequantize())
+    assert torch.equal(typed.scales, xq.scales)
+
+
+def test_operands_say_what_they_are_and_weights_move(device: str, rng: torch.Generator) -> None:
+    wq = mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
+    xq = mx.quantize_grouped(torch.randn(7, 96, generator=rng), cases.layout([3, 0, 4]), backend="reference")
+    assert repr(wq) == "ExpertWeights(num_experts=3, n=40, k=96, device='cpu')"
+    assert repr(xq) == "GroupedMXFP8(num_tokens=7, k=96, num_experts=3, device='cpu')"
+    same, elsewhere, there = wq.to("cpu"), wq.to(torch.device("meta")), wq.to(device)
+    assert (same.values.data_ptr(), same.scales.data_ptr()) == (wq.values.data_ptr(), wq.scales.data_ptr())
+    assert elsewhere.values.is_meta
+    assert elsewhere.scales.is_meta
+    assert (elsewhere.num_experts, elsewhere.n, elsewhere.k) == (3, 40, 96)
+    assert there.device.type == device
+    cases.same_bytes(there.to("cpu"), wq)
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.uint8, None, "nowhere"])
+def test_weights_move_to_devices_alone(given: object, rng: torch.Generator) -> None:
+    """Tensor.to takes a dtype as well, which would make numbers of the bytes."""
+    wq = mx.quantize_weights(torch.randn(1, 8, 32, generator=rng), backend="reference")
+    with pytest.raises(ValueError, match=f"^device: must be a torch.device or the name of one, got {given!r}$"):
+        wq.to(given)
+
+
+def test_operands_travel(rng: torch.Generator) -> None:
+    """Pickled, deep-copied and saved: the same bytes, checked again on arrival."""
+    xq = mx.quantize_grouped(torch.randn(23, 96, generator=rng), cases.layout([20, 3]), backend="reference")
+    wq = mx.quantize_weights(torch.randn(2, 16, 64, generator=rng), backend="reference")
+    file = io.BytesIO()
+    torch.save((xq, wq), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    for x, w in (pickle.loads(pickle.dumps((xq, wq))), copy.deepcopy((xq, wq)), saved):
+        cases.same_bytes(x, xq)
+        cases.same_bytes(w, wq)
+        assert torch.equal(x.groups.expert_offsets, xq.groups.expert_offsets)
+        assert x.groups.num_tokens == 23

@@ -1,0 +1,475 @@
+"""The cache in hostile hands: what others own or can write is not loaded, and nothing that happens
+to a build or to the file system leaves a wrong module behind.
+
+Owners are changed for real where the tests run as root, as they do in a container.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import pwd
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_toolkit import FakeToolkit, answer, open_fake_toolkit
+from forked import Child
+from tally import Tally
+
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.commands import doctor
+from hybrid_mxfp8.cutlass_kernels import grouped_gemm
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.dispatch import module_cache
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+STRANGER = 12345
+"""A user who is neither this one nor root."""
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
+    with open_fake_toolkit(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("gives files to another user: only root can")
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Mode and contents of everything below."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def give(path: Path) -> None:
+    os.chown(path, STRANGER, -1, follow_symlinks=False)
+
+
+def link_away(cache: Path, inside: Callable[[Path], None] = lambda to: None) -> None:
+    """The cache folder becomes a link to where it is now."""
+    to = cache.with_name("elsewhere")
+    cache.rename(to)
+    cache.symlink_to(to)
+    inside(to)
+
+
+# ---------------------------------------------------------------- whose files
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "folder of another": (give, r"cache belongs to user 12345, not to user \d+, who runs this, or to root"),
+    "modules of another": (lambda cache: give(cache / "cutlass"), r"cache/cutlass belongs to user 12345"),
+    "open to all": (lambda cache: cache.chmod(0o777), r"cache can be written by everyone \(mode 0777\)"),
+    "open to a group": (lambda cache: cache.chmod(0o775), r"cache can be written by group \d+ \(mode 0775\)"),
+    "modules open to all": (lambda cache: (cache / "cutlass").chmod(0o757), r"cutlass can be written by everyone"),
+    "another's link": (
+        lambda cache: link_away(cache, lambda _: give(cache)),
+        r"the link .*cache belongs to user 12345",
+    ),
+    "link to another's": (lambda cache: link_away(cache, give), r"cache belongs to user 12345"),
+    "link to one open to all": (lambda cache: link_away(cache, lambda to: to.chmod(0o777)), r"written by everyone"),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_cache_that_others_can_write_is_not_loaded(
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, how: str, tally: Tally
+) -> None:
+    """By any way in: nothing is loaded or written, and each says why and what to do; one word trusts it."""
+    change, message = REFUSED[how]
+    jit.build(toolkit.source)
+    change(toolkit.folder / "cache")
+    before = snapshot(toolkit.folder)
+    message = rf"the cache is not loaded: .*{message}.*chown, chmod go-w.*HYBRID_MXFP8_CACHE_DIR.*TRUST_CACHE=1"
+    for call in (jit.find, jit.build, jit.load, jit.built_elsewhere, lambda _: jit.built()):
+        with pytest.raises(BackendUnavailableError, match=message):
+            call(toolkit.source)
+    facts = doctor.examine()
+    assert facts["modules"] == []
+    assert "the cache is not loaded" in facts["modules_problem"]
+    assert "the cache is not loaded" in doctor.render(facts)
+    ok, reason = grouped_gemm.availability((10, 0))
+    assert not ok
+    assert "the cache is not loaded" in reason
+    assert snapshot(toolkit.folder) == before
+
+    monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
+    assert answer(toolkit.source) == 42
+    assert toolkit.compilations() == 1
+    tally("cache faults")
+
+
+PLANTED = """
+#include <stdio.h>
+__attribute__((constructor)) static void run(void) { fclose(fopen("MARK", "w")); }
+"""
+
+STRANGE: dict[str, Callable[[jit.Built], None]] = {
+    "module of another": lambda built: give(built.folder),
+    "library of another": lambda built: give(built.library),
+    "metadata of another": lambda built: give(built.folder / jit.MANIFEST),
+    "module open to all": lambda built: built.folder.chmod(0o777),
+    "library open to all": lambda built: built.library.chmod(0o666),
+    "library open to a group": lambda built: built.library.chmod(0o664),
+    "metadata open to all": lambda built: (built.folder / jit.MANIFEST).chmod(0o606),
+}
+
+
+@pytest.mark.parametrize("how", STRANGE)
+def test_a_planted_module_is_built_anew(
+    toolkit: FakeToolkit, as_root: None, how: str, caplog: pytest.LogCaptureFixture, tally: Tally
+) -> None:
+    """A library that would run at once, with metadata to match, in a cache that is otherwise in order."""
+    built = jit.build(toolkit.source)
+    planted, mark = toolkit.folder / "planted.c", toolkit.folder / "mark"
+    planted.write_text(PLANTED.replace("MARK", str(mark)))
+    subprocess.run(["cc", "-shared", "-fPIC", planted, "-o", built.library], check=True)
+    manifest = json.loads((built.folder / jit.MANIFEST).read_text())
+    manifest["sha256"] = hashlib.sha256(built.library.read_bytes()).hexdigest()
+    (built.folder / jit.MANIFEST).write_text(json.dumps(manifest))
+    assert built.intact(), "a planted module that is this user's own would be loaded"
+    STRANGE[how](built)
+    assert not built.intact()
+    with caplog.at_level(logging.WARNING, "hybrid_mxfp8"):
+        assert jit.find(toolkit.source) is None
+    assert "not loaded: " in caplog.text
+    assert answer(toolkit.source) == 42
+    assert toolkit.compilations() == 2
+    assert not mark.exists()
+    assert toolkit.leftovers() == []
+    tally("cache faults")
+
+
+def become(user: int, function: Callable[[], Any]) -> Any:
+    """For good, in a child: the real user changes, too."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    return function()
+
+
+def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None, tally: Tally) -> None:
+    """An image that root warmed up serves the user it runs as, who can add nothing; another user's does not."""
+    jit.build(toolkit.source)
+
+    def use() -> tuple[int, str]:
+        loaded = jit.load(toolkit.source).answer()
+        with pytest.raises(BackendUnavailableError, match="cannot be written") as caught:
+            jit.build(toolkit.module("other"))
+        return loaded, str(caught.value)
+
+    got = Child(become, STRANGER, use).result()
+    assert isinstance(got, tuple), got
+    assert got[0] == 42
+    for path in (toolkit.folder / "cache", toolkit.cache, *jit.built()[0].folder.iterdir(), jit.built()[0].folder):
+        give(path)
+    assert Child(become, STRANGER, lambda: jit.load(toolkit.source).answer()).result() == 42
+    refused = Child(become, STRANGER + 1, lambda: jit.load(toolkit.source).answer()).result()
+    assert "belongs to user 12345, not to user 12346" in refused
+    tally("cache faults", 3)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int, tally: Tally) -> None:
+    """Whatever the umask, nobody else can write any of it, or hold a lock for ever."""
+    before = os.umask(umask)
+    try:
+        built = jit.build(toolkit.source)
+    finally:
+        os.umask(before)
+    assert built.intact()
+    made = [toolkit.folder / "cache", *(toolkit.folder / "cache").rglob("*")]
+    assert len(made) == 6
+    for path in made:
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
+    (lock,) = toolkit.cache.glob("*.lock")
+    assert stat.S_IMODE(lock.stat().st_mode) & 0o077 == 0
+    tally("cache faults")
+
+
+def test_a_link_and_a_sticky_folder_are_fine(
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """A home on another disk; and /tmp, where all can make files and none can replace another's."""
+    jit.build(toolkit.source)
+    link_away(toolkit.folder / "cache")
+    assert answer(toolkit.source) == 42
+    shared = toolkit.folder / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    for folder in (shared, shared / "mine"):
+        monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder))
+        assert answer(toolkit.source) == answer(toolkit.source) == 42
+    assert toolkit.compilations() == 3
+    tally("cache faults", 3)
+
+
+def test_a_file_server_that_gives_files_to_nobody(
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, tally: Tally
+) -> None:
+    """Root's new folder is nobody's where the server squashes root: said before compiling, not after."""
+    make = Path.mkdir
+
+    def squash(path: Path, *args: Any, **kwargs: Any) -> None:
+        make(path, *args, **kwargs)
+        os.chown(path, 65534, 65534)
+
+    monkeypatch.setattr(Path, "mkdir", squash)
+    with pytest.raises(BackendUnavailableError, match="belongs to user 65534, not to user 0"):
+        jit.build(toolkit.source)
+    assert toolkit.compilations() == 0
+    tally("cache faults")
+
+
+def test_the_switch_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "yes")
+    with pytest.raises(ValueError, match="HYBRID_MXFP8_TRUST_CACHE: must be 0 or 1, got 'yes'"):
+        module_cache.trust_problem(Path("/"))
+    assert "HYBRID_MXFP8_TRUST_CACHE: must be 0 or 1" in doctor.examine()["modules_problem"]
+
+
+# ---------------------------------------------------------------- builds that end early
+
+STEPS = {
+    "making the private folder": (Path, "mkdir"),
+    "compiling": (subprocess, "run"),
+    "writing the metadata": (Path, "write_text"),
+    "setting the modes": (Path, "chmod"),
+    "putting the module in place": (os, "rename"),
+}
+"""What a build does to the disk, one after the other."""
+
+
+def at(step: str, patch: pytest.MonkeyPatch, event: Callable[[], None], *, after: bool) -> None:
+    """Let something happen just before or after the last call of a step."""
+    module, name = STEPS[step]
+    real = getattr(module, name)
+
+    def stumble(*args: Any, **kwargs: Any) -> Any:
+        # Other calls of the same functions pass: the folders of the cache, nvcc's version.
+        ours = {
+            "mkdir": lambda: args[0].name.startswith(module_cache.BUILDING),
+            "run": lambda: "-o" in args[0],
+            "chmod": lambda: args[0].name == jit.LIBRARY,
+        }.get(name, lambda: True)()
+        if ours and not after:
+            event()
+        result = real(*args, **kwargs)
+        if ours and after:
+            event()
+        return result
+
+    patch.setattr(module, name, stumble)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool, tally: Tally) -> None:
+    """The next build makes the module, or finds it whole, and removes what is old enough."""
+
+    def run() -> None:
+        at(step, pytest.MonkeyPatch(), lambda: os.kill(os.getpid(), signal.SIGKILL), after=after)
+        jit.build(toolkit.source)
+
+    assert Child(run).result() is None
+    whole = step == "putting the module in place" and after
+    assert len(toolkit.modules()) == whole
+    for left in toolkit.leftovers():
+        os.utime(left, (0, 0))
+    assert answer(toolkit.source) == 42
+    assert toolkit.leftovers() == []
+    tally("cache faults")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, code: int, tally: Tally) -> None:
+    """A clear error, nothing left, and a module once it works again."""
+
+    def fail() -> None:
+        raise OSError(code, os.strerror(code), "somewhere")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at(step, patch, fail, after=False)
+        with pytest.raises(BackendUnavailableError, match="HYBRID_MXFP8_CACHE_DIR") as caught:
+            jit.build(toolkit.source)
+    assert f"cannot be written ({os.strerror(code)})" in str(caught.value)
+    assert toolkit.modules() == toolkit.leftovers() == []
+    assert jit.build(toolkit.source).intact()
+    tally("cache faults")
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5000])
+def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int, tally: Tally) -> None:
+    """A real limit, on this process and on the compiler: whoever meets it, nothing half is kept."""
+
+    def run() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            jit.build(toolkit.source)
+        except BackendUnavailableError as error:
+            return f"refused: {error}"
+        return "built"
+
+    said = Child(run).result()
+    assert said.startswith("refused: "), said
+    assert "cannot be written" in said or "compiling toy failed" in said
+    assert toolkit.modules() == toolkit.leftovers() == []
+    assert answer(toolkit.source) == 42
+    tally("cache faults")
+
+
+# ---------------------------------------------------------------- places
+
+
+def file_inside(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "cache"
+
+
+def link(folder: Path, to: str) -> Path:
+    (folder / "link").symlink_to(folder / to)
+    return folder / "link"
+
+
+PLACES = {
+    "below a file": file_inside,
+    "a file": lambda folder: folder / "toy.cu",
+    "a link to itself": lambda folder: link(folder, "link"),
+    "a link to nothing": lambda folder: link(folder, "absent/target"),
+    "too long a name": lambda folder: folder / ("x" * 300),
+    "too long a path": lambda folder: Path(str(folder) + "/y" * 2500),
+    "a device": lambda folder: Path(os.devnull),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_places_that_cannot_be_a_cache(
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, place: str, tally: Tally
+) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(PLACES[place](toolkit.folder)))
+    with pytest.raises(BackendUnavailableError, match=r"(cannot|can) be written .*HYBRID_MXFP8_CACHE_DIR"):
+        jit.load(toolkit.source)
+    assert doctor.modules()["modules"] == []
+    tally("cache faults")
+
+
+def no_password_entry(user: int) -> None:
+    raise KeyError(user)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HOME": "/h"}, "/h/.cache/hybrid_mxfp8"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "/x"}, "/x/hybrid_mxfp8"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "relative"}, "/h/.cache/hybrid_mxfp8"),
+        ({"HOME": "/h", "HYBRID_MXFP8_CACHE_DIR": "~/c"}, "/h/c"),
+        ({"HOME": "/h", "HYBRID_MXFP8_CACHE_DIR": "c"}, "{here}/c"),
+        ({"HOME": "/h", "HYBRID_MXFP8_CACHE_DIR": "~nosuchuser/c"}, "{here}/~nosuchuser/c"),
+        ({}, "{temporary}/hybrid_mxfp8-{user}"),
+        ({"HOME": ""}, "/.cache/hybrid_mxfp8"),
+        ({"HYBRID_MXFP8_CACHE_DIR": "/c d"}, "/c d"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/hybrid_mxfp8"),
+    ],
+)
+def test_where_the_cache_is(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str, tmp_path: Path, tally: Tally
+) -> None:
+    """Always an absolute path, also for a user with no home at all."""
+    for name in ("HOME", "XDG_CACHE_HOME", "HYBRID_MXFP8_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pwd, "getpwuid", no_password_entry)
+    monkeypatch.chdir(tmp_path)
+    filled = expected.format(here=tmp_path, temporary=tempfile.gettempdir(), user=os.getuid())
+    assert env.cache_dir() == Path(filled)
+    tally("cache faults")
+
+
+# ---------------------------------------------------------------- time and damage
+
+
+@pytest.mark.parametrize("when", [0, 4102444800], ids=["1970", "2100"])
+def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int, tally: Tally) -> None:
+    """Neither a source from the future, nor a module older than its source."""
+    os.utime(toolkit.folder / "toy.cu", (when, when))
+    built = jit.build(toolkit.source)
+    for path in (built.library, built.folder / jit.MANIFEST, built.folder, toolkit.cache):
+        os.utime(path, (when, when))
+    assert answer(toolkit.source) == 42
+    os.utime(toolkit.folder / "toy.cu")
+    assert answer(toolkit.source) == 42
+    assert toolkit.compilations() == 1
+    tally("cache faults", 2)
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[jit.Built], None]:
+    def damage(built: jit.Built) -> None:
+        file = built.folder / jit.MANIFEST
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+    return damage
+
+
+def manifest(content: bytes) -> Callable[[jit.Built], object]:
+    return lambda built: (built.folder / jit.MANIFEST).write_bytes(content)
+
+
+def library(change: Callable[[bytes], bytes]) -> Callable[[jit.Built], object]:
+    return lambda built: built.library.write_bytes(change(built.library.read_bytes()))
+
+
+DAMAGE: dict[str, Callable[[jit.Built], object]] = {
+    "empty metadata": manifest(b""),
+    "no JSON": manifest(b"\x7fELF"),
+    "half of it": manifest(b"{"),
+    "no UTF-8": manifest(b'{"name": "\xff\xfe"}'),
+    "a list": manifest(b"[]"),
+    "a string": manifest(b'"sha256"'),
+    "nested without end": manifest(b"[" * 100_000),
+    "no digest": edited(lambda m: {k: v for k, v in m.items() if k != "sha256"}),
+    "no name": edited(lambda m: {k: v for k, v in m.items() if k != "name"}),
+    "digest of another type": edited(lambda m: m | {"sha256": [m["sha256"]]}),
+    "no digest but null": edited(lambda m: m | {"sha256": None}),
+    "another digest": edited(lambda m: m | {"sha256": "0" * 64}),
+    "metadata is a folder": lambda b: ((b.folder / jit.MANIFEST).unlink(), (b.folder / jit.MANIFEST).mkdir()),
+    "library is a folder": lambda b: (b.library.unlink(), b.library.mkdir()),
+    "library is missing": lambda b: b.library.unlink(),
+    "library is empty": library(lambda data: b""),
+    "library cut by a byte": library(lambda data: data[:-1]),
+    "library with one more": library(lambda data: data + b"\0"),
+    "a flipped bit": library(lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]),
+    "zeros of the same size": library(lambda data: bytes(len(data))),
+    "the module is a file": lambda b: (shutil.rmtree(b.folder), b.folder.touch()),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str, tally: Tally) -> None:
+    built = jit.build(toolkit.source)
+    DAMAGE[how](built)
+    assert not built.intact()
+    assert doctor.modules() == {"modules": [], "verified": [], "modules_problem": ""}
+    assert answer(toolkit.source) == 42
+    assert toolkit.compilations() == 2
+    assert doctor.modules()["modules"] == ["toy, CUTLASS 4.2.0, nvcc 13.0.88"]
+    assert toolkit.leftovers() == [] or how == "the module is a file"
+    tally("cache faults")

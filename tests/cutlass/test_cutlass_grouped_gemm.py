@@ -1,0 +1,411 @@
+"""Plans and launches without a GPU: what is refused and why, and what the module is handed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import layout
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.cutlass_kernels import grouped_gemm as cutlass
+from hybrid_mxfp8.cutlass_kernels.config import MODULES
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
+from hybrid_mxfp8.dispatch import device as devices
+from hybrid_mxfp8.dispatch.registry import Problem, _log_choice, choose
+from hybrid_mxfp8.errors import BackendUnavailableError
+
+GPU = torch.device("cuda", 0)
+B200, B300 = (10, 0), (10, 3)
+
+
+@pytest.fixture(autouse=True)
+def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A GPU, as far as asking goes, an empty cache, and nothing remembered."""
+
+    caches = _log_choice, cutlass._find_tools, devices.capability, devices.multiprocessors
+
+    def forget() -> None:
+        for remembered in (cutlass._modules, cutlass._failures, cutlass._verified):
+            remembered.clear()
+        for cache in caches:
+            cache.cache_clear()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: B200)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=148))
+    monkeypatch.setattr(jit, "build", lambda source: jit.Built(tmp_path / source.name))
+    monkeypatch.setattr(cutlass.verify, "find", lambda module, device: {"ok": True})
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
+    forget()
+    yield
+    forget()
+
+
+class Module:
+    """Stands for a compiled module and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def workspace_size(self, num_experts: int, n: int, k: int, num_tokens: int, sm_count: int) -> int:
+        return 1000 * num_experts + sm_count
+
+    def grouped_gemm(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Module:
+    stand_in = Module()
+    monkeypatch.setattr(cutlass, "_module", lambda module, out_dtype, capability: stand_in)
+    return stand_in
+
+
+def problem(**changes: Any) -> Any:
+    plain = {"num_experts": 32, "n": 4096, "k": 7168, "num_tokens": 64, "out_dtype": torch.bfloat16, "device": GPU}
+    return Problem(**(plain | changes))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((9, 0), "needs compute capability 10.0 or 10.3, got 9.0: use the triton backend"),
+        ((12, 0), "got 12.0, whose tensor cores take other instructions: use the triton backend"),
+        ((11, 0), "got 11.0"),
+        ((8, 0), "got 8.0"),
+        (None, "needs a GPU of compute capability 10.0 or 10.3"),
+    ],
+)
+def test_other_devices_are_refused_in_a_line(capability: tuple[int, int] | None, reason: str) -> None:
+    ok, said = cutlass.availability(capability)
+    assert not ok
+    assert reason in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "out_dtype", "reason"),
+    [
+        (136, 96, torch.bfloat16, ""),
+        (2880, 2880, torch.float16, ""),
+        (132, 96, torch.float32, ""),
+        (132, 96, torch.bfloat16, "w: N must be a positive multiple of 8 for torch.bfloat16, got 132"),
+        (130, 96, torch.float32, "w: N must be a positive multiple of 4 for torch.float32, got 130"),
+        (136, 100, torch.bfloat16, "x: K must be a positive multiple of 32, got 100"),
+        (136, 96, torch.float64, "out_dtype: expected bf16, fp16 or fp32, got torch.float64"),
+        # CUTLASS computes the stride between experts as an int: N * K = 2^31 would be negative.
+        (2**26 - 8, 32, torch.float32, ""),
+        (2**26, 32, torch.float32, "w: the weights of one expert must be below 2 GiB, got N = 67108864, K = 32"),
+        (32768, 65504, torch.float32, ""),
+        (32768, 65536, torch.float32, "w: the weights of one expert must be below 2 GiB, got N = 32768, K = 65536"),
+        (4, 2**29 - 32, torch.float32, "w: the scales of one expert must be below 2 GiB, got N = 4, K = 536870880"),
+    ],
+)
+def test_shapes_that_it_takes(tools: None, n: int, k: int, out_dtype: torch.dtype, reason: str) -> None:
+    """What it does not take is left to the other backends, and refused with the reason by name."""
+    assert cutlass.takes(n, k, out_dtype) == (not reason, reason or cutlass.NOT_RUN)
+    shape = problem(num_experts=2, n=n, k=k, num_tokens=8, out_dtype=out_dtype)
+    assert (choose(shape, "auto").name == "cutlass") == (not reason)
+    if reason:
+        with pytest.raises(BackendUnavailableError, match=f"^backend cutlass: {re.escape(reason)}$"):
+            choose(shape, "cutlass")
+
+
+# ---------------------------------------------------------------- headers, compiler, built modules
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """No compiler; grows by an entry each time one is looked for."""
+    looked: list[None] = []
+
+    def candidates() -> Iterator[tuple[str, Path]]:
+        looked.append(None)
+        return iter(())
+
+    monkeypatch.setattr(toolchain, "_nvcc_candidates", candidates)
+    return looked
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers and a compiler of CUDA 12.8, as far as finding goes."""
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: toolchain.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
+    monkeypatch.setattr(toolchain, "find_cuda", lambda: toolchain.CudaCompiler(Path("/n"), (12, 8, 93), "a test"))
+
+
+def copy_from_elsewhere(source: jit.Source) -> None:
+    """Put a module that other versions built into the cache."""
+    folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
+    folder.mkdir(parents=True)
+    (folder / jit.LIBRARY).write_bytes(b"a library")
+    manifest = {**dict.fromkeys(jit.MANIFEST_STRINGS, ""), "sha256": hashlib.sha256(b"a library").hexdigest()}
+    (folder / jit.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_old_headers_are_told(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backend runs, in a line with what newer ones bring."""
+    old = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: old)
+    for said in (cutlass.availability(B200)[1], cutlass.explain(problem())):
+        assert said.endswith(f"; {old.hint}")
+
+
+def test_available_names_its_tools(tools: None) -> None:
+    said = "CUTLASS 4.8.1 (ragged mainloop), nvcc 12.8.93, compiled and checked, not yet run on hardware"
+    assert cutlass.availability(B200) == (True, said)
+
+
+def test_without_compiler_built_modules_suffice(no_compiler: list[None]) -> None:
+    """Of this source, and for the GPU or its family; without any the reason says what to install."""
+    ok, said = cutlass.availability(B300)
+    assert not ok
+    assert "pip install 'hybrid-mxfp8[nvcc]'" in said
+    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
+    copy_from_elsewhere(replace(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.3a"), flags=("-G",)))
+    cutlass._find_tools.cache_clear()
+    assert not cutlass.availability(B300)[0]
+    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0f"))
+    cutlass._find_tools.cache_clear()
+    for capability in (B200, B300):
+        ok, said = cutlass.availability(capability)
+        assert ok
+        assert "built elsewhere" in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HYBRID_MXFP8_CUTLASS_DIR", "HYBRID_MXFP8_CACHE_DIR", "HYBRID_MXFP8_TRUST_CACHE"),
+        *("CUDA_HOME", "CUDA_PATH", "PATH"),
+    ],
+)
+def test_tools_are_looked_for_once_in_an_environment(
+    no_compiler: list[None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A variable that says where to look, or what may be loaded, asks again."""
+    for variable in ("CUDA_HOME", "CUDA_PATH", "HYBRID_MXFP8_TRUST_CACHE", "HYBRID_MXFP8_CUTLASS_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    first = cutlass.availability(B200)
+    assert not first[0]
+    assert cutlass.availability(B200) == first
+    before = cutlass._find_tools.cache_info().misses
+    monkeypatch.setenv(name, "1")
+    cutlass.availability(B200)
+    assert cutlass._find_tools.cache_info().misses == before + 1
+
+
+def test_compiler_too_old_for_the_capability(tools: None) -> None:
+    """CUDA 12.8 compiles for 10.0 and not for 10.3, where only a module from elsewhere helps."""
+    assert cutlass.availability(B200)[0]
+    ok, said = cutlass.availability(B300)
+    assert not ok
+    assert "target 10.3a needs CUDA 12.9 or later" in said
+    cutlass._find_tools.cache_clear()
+    there = cutlass.source("2sm_256x128x128", torch.bfloat16, "10.3a")
+    copy_from_elsewhere(there)
+    assert "built elsewhere" in cutlass.availability(B300)[1]
+    assert jit.find(there) is not None
+
+
+def test_family_build_serves_both_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built for the family is taken before anything is compiled."""
+    monkeypatch.setattr(jit, "load", lambda source: source.arch)
+    monkeypatch.setattr(jit, "find", lambda source: source if source.arch == "10.0f" else None)
+    assert {cutlass._module("2sm_256x128x128", torch.bfloat16, c) for c in (B200, B300)} == {"10.0f"}
+    monkeypatch.setattr(jit, "find", lambda source: None)
+    assert cutlass._module("1sm_128x64x128", torch.bfloat16, B300) == "10.3a"
+
+
+# ---------------------------------------------------------------- builds that fail
+
+
+@pytest.fixture
+def builds(tools: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that were tried to build; those with 256-wide token tiles work."""
+    names: list[str] = []
+
+    def load(source: jit.Source) -> Module:
+        names.append(source.name)
+        if "x256x128" not in source.name:
+            raise BackendUnavailableError(f"compiling {source.name} failed: out of memory")
+        return Module()
+
+    monkeypatch.setattr(jit, "load", load)
+    return names
+
+
+WORKS, FAILS = "2sm_256x256x128", "2sm_256x128x128"
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
+    """What a call begins with: the plan."""
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", config)
+    return cutlass.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
+
+
+def test_failed_build_is_not_tried_again(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The call that finds out raises and says what comes next; from then on it is a reason: auto goes
+    on with a warning, a backend asked for by name raises it. In another environment it is tried anew.
+    """
+    assert choose(problem(), "auto").name == "cutlass"
+    with pytest.raises(BackendUnavailableError, match=r"out of memory; .*the next call without a named backend"):
+        ask(monkeypatch, FAILS)
+    reason = (False, f"compiling grouped_gemm_{FAILS}_bf16_sm100a failed: out of memory")
+    assert cutlass.availability(B200) == reason
+    assert cutlass.can_run(problem()) == reason
+    assert choose(problem(), "auto").name != "cutlass"
+    assert "(cutlass: compiling grouped_gemm_2sm_256x128x128" in caplog.text
+    for again in (lambda: ask(monkeypatch, FAILS), lambda: choose(problem(), "cutlass")):
+        with pytest.raises(BackendUnavailableError, match=r"out of memory$"):
+            again()
+    assert len(builds) == 1
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "other"))
+    assert cutlass.availability(B200)[0]
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    assert len(builds) == 2
+
+
+def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
+    assert len(builds) == 1
+    with pytest.raises(BackendUnavailableError):
+        ask(monkeypatch, FAILS)
+    assert cutlass.availability(B200)[0]
+    assert not cutlass.can_run(problem())[0]
+    assert cutlass.can_run(problem(num_experts=0))[0], "nothing to compute needs no module"
+    assert cutlass.can_run(problem(num_tokens=0))[0]
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", WORKS)
+    assert cutlass.can_run(problem())[0]
+
+
+# ---------------------------------------------------------------- verification
+
+
+@pytest.fixture
+def verified(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No record; what verifying gives, and how often it was done."""
+    told: dict[str, Any] = {"ok": True, "reason": "because of a test", "times": 0}
+
+    def verify(module: jit.Built, device: torch.device) -> dict[str, Any]:
+        told["times"] += 1
+        return told
+
+    monkeypatch.setattr(cutlass.verify, "find", lambda module, device: None)
+    monkeypatch.setattr(cutlass.verify, "verified", verify)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return told
+
+
+def test_first_use_verifies(verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
+    assert verified["times"] == 1
+
+
+def test_a_wrong_module_is_not_used(
+    verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that does not build: auto goes on with a warning, a named backend raises."""
+    verified["ok"] = False
+    reason = f"{WORKS} failed its verification on cuda:0: because of a test"
+    with pytest.raises(BackendUnavailableError, match=rf"^{reason}; this process will not try again"):
+        ask(monkeypatch, WORKS)
+    with pytest.raises(BackendUnavailableError, match=rf"^{reason}$"):
+        ask(monkeypatch, WORKS)
+    assert verified["times"] == 1
+    assert cutlass.can_run(problem()) == (False, reason)
+    assert choose(problem(), "auto").name != "cutlass"
+    assert f"(cutlass: {reason})" in caplog.text
+
+
+def test_nothing_is_verified_while_a_stream_is_captured(
+    verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that is not remembered."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(BackendUnavailableError, match="was not verified on this GPU yet, and while a stream"):
+            ask(monkeypatch, WORKS)
+    assert ask(monkeypatch, WORKS) == 3148
+    assert verified["times"] == 1
+
+
+# ---------------------------------------------------------------- calls
+
+
+def operands(counts: list[int], n: int = 136, k: int = 96) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
+    x = mx.quantize_grouped(torch.ones(sum(counts), k), layout(counts), backend="reference")
+    return x, mx.quantize_weights(torch.ones(len(counts), n, k), backend="reference")
+
+
+@pytest.mark.parametrize("workspace", [torch.empty(3148, dtype=torch.uint8), None], ids=["given", "allocated"])
+def test_call_hands_over_the_operands(
+    module: Module, monkeypatch: pytest.MonkeyPatch, workspace: torch.Tensor | None
+) -> None:
+    """In the order of the C++ entry; where tensors are does not matter here, so they are on the CPU."""
+    x, w = operands([3, 0, 5])
+    out = torch.empty(8, 136, dtype=torch.bfloat16)
+    monkeypatch.setattr(devices, "capability", lambda device: B200)
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "2sm_256x128x128_4x1")
+    monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
+    cutlass.grouped_gemm(x, w, out, workspace)
+    (call,) = module.calls
+    assert [tuple(t.shape) for t in call[:9]] == [
+        (8, 96), (x.groups.scale_rows, 4), (3, 136, 96), (3, 256, 4), (3,), (4,), (4,), (8, 136), (3148,),
+    ]  # fmt: skip
+    assert call[0].dtype == call[2].dtype == torch.uint8
+    groups = x.groups
+    offsets = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+    assert [t.data_ptr() for t in call[4:7]] == [t.data_ptr() for t in offsets]
+    assert call[7] is out
+    assert call[8] is workspace or workspace is None
+    assert call[9:] == (4, 1, 148, False)
+
+
+def test_nothing_to_compute_launches_nothing(module: Module) -> None:
+    x, w = operands([0, 0])
+    cutlass.grouped_gemm(x, w, torch.empty(0, 136, dtype=torch.bfloat16), None)
+    assert module.calls == []
+    assert cutlass.workspace_size(2, 136, 96, 0, torch.bfloat16, GPU) == 0
+    assert "nothing" in cutlass.explain(problem(num_tokens=0))
+
+
+def test_workspace_bound_asks_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are compiled, and which one a smaller batch takes is not asked."""
+    monkeypatch.delattr(cutlass, "_module")
+    assert cutlass.workspace_bound(3, 8, GPU) == cutlass.workspace_bound(3, 1 << 20, GPU) == 148 * 8192 + 3 * 512
+    assert cutlass.workspace_bound(3, 0, GPU) == cutlass.workspace_bound(0, 8, GPU) == 0
+
+
+def test_explain_says_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = cutlass.explain(problem())
+    assert any(module in said for module in MODULES)
+    assert "waves" in said
+    assert "modelled" in said
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "1sm_128x256x128")
+    assert cutlass.explain(problem()).startswith("1sm_128x256x128_1x1")
+    assert "forced by HYBRID_MXFP8_CONFIG" in cutlass.explain(problem())
+    monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "fastest")
+    with pytest.raises(ValueError, match=r"HYBRID_MXFP8_CONFIG: .*expected one of 1sm_128x64x128"):
+        cutlass.explain(problem())
+
+
+def test_explain_needs_no_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a module that was built elsewhere."""
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "absent"))
+    assert cutlass.explain(problem()).endswith(f"({cutlass.NOT_RUN})")

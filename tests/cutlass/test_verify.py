@@ -1,0 +1,195 @@
+"""Modules are verified once a machine, by a process of its own: with stand-ins, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_toolkit import FakeToolkit, open_fake_toolkit
+from forked import Child
+
+from hybrid_mxfp8.commands import doctor
+from hybrid_mxfp8.cutlass_kernels import verify
+from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.reference import grouped_matmul
+
+CPU = torch.device("cpu")
+STAND_IN = """
+import os, sys, time
+with open("log", "a") as log:
+    log.write("verified\\n")
+kind = sys.argv[1]
+if kind == "hang":
+    time.sleep(600)
+if kind == "crash":
+    os.abort()
+if kind == "raise":
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+time.sleep(0.5)
+print({"right": 0.25, "wrong numbers": 17.5, "nan": "nan", "a row without an expert": "inf"}[kind])
+"""
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
+    with open_fake_toolkit(monkeypatch) as made:
+        monkeypatch.chdir(made.folder)
+        monkeypatch.setattr(verify, "SECONDS", 3.0)
+        verify._run.cache_clear()
+        yield made
+
+
+def run(toolkit: FakeToolkit, kind: str) -> verify.Record:
+    return verify.verified(jit.build(toolkit.source), CPU, (sys.executable, "-IS", "-c", STAND_IN, kind))
+
+
+BY_ANYBODY = ("/bin/sh", "-c", "echo verified >> log; echo 0.25")
+"""A stand-in that an unprivileged user can run, wherever Python is."""
+
+
+def children(toolkit: FakeToolkit) -> int:
+    return len((toolkit.folder / "log").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("right", "largest error 0.25 of the bound"),
+        ("wrong numbers", "its largest error is 17.5 times the bound"),
+        ("nan", "its largest error is nan times the bound"),
+        ("a row without an expert", "its largest error is inf times the bound"),
+        ("crash", "ended with code -6"),
+        ("raise", "ended with code 1: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("hang", "did not end in 3 s"),
+    ],
+)
+def test_the_outcome_is_kept(toolkit: FakeToolkit, kind: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """For this process and others, which take no time for it."""
+    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
+        first = run(toolkit, kind)
+    assert "verifying toy" in caplog.text
+    assert (first["ok"], first["reason"]) == (kind == "right", reason)
+    assert first["gpu"] == "cpu"
+    start = time.monotonic()
+    verify._run.cache_clear()
+    assert run(toolkit, kind) == Child(run, toolkit, kind).result() == first
+    assert time.monotonic() - start < 2
+    assert children(toolkit) == 1
+    assert jit.build(toolkit.source).intact()
+    facts = doctor.modules()
+    assert len(facts["modules"]) == len(facts["verified"]) == 1
+    assert f"{'right' if kind == 'right' else 'wrong'} on cpu, driver " in facts["verified"][0]
+    assert facts["verified"][0].endswith(reason)
+
+
+def test_another_driver_asks_again(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(toolkit, "right")
+    verify._run.cache_clear()
+    monkeypatch.setattr(verify, "driver_version", lambda: "999.1")
+    assert run(toolkit, "right")["driver"] == "999.1"
+    assert children(toolkit) == 2
+
+
+def test_two_processes_at_once(toolkit: FakeToolkit) -> None:
+    jit.build(toolkit.source)
+    both = [Child(run, toolkit, "right") for _ in range(2)]
+    assert [child.result()["ok"] for child in both] == [True, True]
+    assert children(toolkit) == 1
+
+
+def test_a_cache_that_cannot_be_written(toolkit: FakeToolkit) -> None:
+    """Each process verifies for itself, once."""
+    jit.build(toolkit.source)
+    toolkit.cache.chmod(0o555)
+
+    def twice() -> tuple[bool, bool]:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        module = jit.build(toolkit.source)
+        return verify.verified(module, CPU, BY_ANYBODY)["ok"], verify.verified(module, CPU, BY_ANYBODY)["ok"]
+
+    toolkit.folder.chmod(0o777)
+    assert Child(twice).result() == (True, True)
+    assert children(toolkit) == 1
+    toolkit.cache.chmod(0o755)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"ok": 1}', b'{"ok": true}', b"[" * 100_000])
+def test_a_damaged_record_is_made_again(toolkit: FakeToolkit, content: bytes) -> None:
+    run(toolkit, "right")
+    (record,) = toolkit.cache.glob(f"*/{verify.RECORD}")
+    record.write_bytes(content)
+    verify._run.cache_clear()
+    assert run(toolkit, "right")["ok"]
+    assert children(toolkit) == 2
+    verify._run.cache_clear()
+    record.parent.chmod(0o777)  # now anybody may have written it
+    assert run(toolkit, "right")["ok"]
+    assert children(toolkit) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 10:00:00 UTC 2025", "580.159.04"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  595.71.05  Release Build  (root@somewhere)",
+            "595.71.05",
+        ),
+        ("another driver", ""),
+        (None, ""),
+    ],
+)
+def test_driver(line: str | None, version: str, tmp_path: Path) -> None:
+    if line is not None:
+        (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+    assert verify.driver_version(tmp_path / "version") == version
+
+
+class Product:
+    """The reference's product in a module's place, with a fault."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def workspace_size(self, *shape: int) -> int:
+        return 64
+
+    def grouped_gemm(self, x, x_scales, w, w_scales, counts, offsets, scale_offsets, out, workspace, *how) -> None:
+        if self.fault == "scales of experts from a common base":
+            scale_offsets = torch.zeros_like(scale_offsets)
+        e4m3 = torch.float8_e4m3fn
+        grouped_matmul(x.view(e4m3), x_scales, offsets, scale_offsets, w.view(e4m3), w_scales, out)
+        if self.fault == "an element":
+            out[2, 5] *= 1.03
+        if self.fault == "a row without an expert":
+            out[-1] = 0
+        if self.fault == "a row left out":
+            out[0] = torch.nan
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_errors_are_seen(out_dtype: torch.dtype) -> None:
+    config = GemmConfig(1, 64, (1, 1))
+    assert verify.largest_error(Product(""), config, out_dtype, CPU) <= 1
+    for fault in ("scales of experts from a common base", "an element", "a row without an expert", "a row left out"):
+        assert not verify.largest_error(Product(fault), config, out_dtype, CPU) <= 1, fault
+
+
+def test_the_child_reads_what_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import tvm_ffi
+
+    names = ("HYBRID_MXFP8_CTA_GROUP", "HYBRID_MXFP8_TOKEN_TILE", "HYBRID_MXFP8_OUT")
+    definitions = dict(zip(names, ("2", "128", "float"), strict=True))
+    (tmp_path / jit.MANIFEST).write_text(json.dumps({"definitions": definitions}))
+    monkeypatch.setattr(tvm_ffi, "load_module", lambda path: Product(""))
+    verify.main(str(tmp_path), "cpu")
+    assert 0 < float(capsys.readouterr().out) < 1

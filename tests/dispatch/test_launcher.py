@@ -1,0 +1,496 @@
+"""launcher.c against a driver that records launches, and how its module is built, kept and refused."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fake_driver import build, child, fake, in_child, launches, new_function  # noqa: F401
+
+from hybrid_mxfp8.dispatch import launcher
+from hybrid_mxfp8.dispatch.launcher import ADDRESS, MAX_PARAMS, MAX_TENSOR_MAPS, SCALAR, TENSOR_MAP
+
+STREAM = 0x5EAF00D
+
+
+def launch(function: int, *params: list[int], grid: int = 3, pdl: bool = False) -> list[int]:
+    return launcher.launch_words(function, grid, 128, 4096, pdl, params)
+
+
+def tensor_map(index: int, shape: tuple[int, ...], element_bytes: int = 2, offset: int = 0) -> list[int]:
+    """A contiguous one; ``shape`` innermost first, with boxes of 1."""
+    strides = [element_bytes]
+    for size in shape:
+        strides.append(strides[-1] * size)
+    head = [TENSOR_MAP, index, offset, 9, element_bytes, 3, len(shape)]
+    return [*head, *shape, *[1] * len(shape), *strides[1:-1]]
+
+
+def run(program: launcher.Program, *addresses: int, stream: int = STREAM) -> int:
+    return launcher.load().run(program.address, stream, *addresses)
+
+
+# ---------------------------------------------------------------- what is launched
+
+
+@in_child
+def test_launch_reaches_the_driver_as_the_words_say() -> None:
+    first, second = new_function(8, 4, 8, 1), new_function(8)
+    program = launcher.program(
+        0,
+        [0, 0],
+        [],
+        [
+            launch(first, [ADDRESS, 1, 48], [SCALAR, -5], [ADDRESS, 0, 0], [SCALAR, 1], grid=7),
+            launch(second, [SCALAR, 2**40 + 1], pdl=True),
+        ],
+    )
+    assert run(program, 0x1000, 0x2000) == 0
+    one, two = launches()
+    assert (one.function, one.grid, one.block, one.shared_bytes) == (first, (7, 1, 1), (128, 1, 1), 4096)
+    assert one.params == struct.pack("<QiQb", 0x2030, -5, 0x1000, 1)
+    assert (one.stream, one.attributes) == (STREAM, ())
+    programmatic_stream_serialization = 6
+    assert (two.attributes, two.params) == (((programmatic_stream_serialization, 1),), struct.pack("<Q", 2**40 + 1))
+
+
+@in_child
+def test_empty_grid_launches_nothing() -> None:
+    function = new_function()
+    assert run(launcher.program(0, [], [], [launch(function, grid=0), launch(function, grid=1)])) == 0
+    assert [made.grid for made in launches()] == [(1, 1, 1)]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
+@in_child
+def test_tensor_map_of_any_rank(rank: int) -> None:
+    shape = (16, 3, 5, 2, 4)[:rank]
+    program = launcher.program(0, [0], [], [launch(new_function(128), tensor_map(0, shape, offset=64))])
+    assert run(program, 0x10000) == 0
+    [made] = launches()
+    words = struct.unpack("<16Q", made.params)
+    strides = [32, 96, 480, 960][: rank - 1]
+    assert words[0] == 0x10040
+    assert words[1] == 0  # aligned to 128 bytes, and bit 21 cleared
+    assert made.params[16:24] == bytes([9, rank, 0, 3, 2, 0, 0, 0])  # type, rank, no interleave, swizzle, L2 128 B
+    assert words[3 : 3 + rank] == shape
+    assert list(words[8 : 8 + rank - 1]) == strides
+    assert struct.unpack_from(f"<{rank}I", made.params, 96) == (1,) * rank
+    assert words[15] == int.from_bytes(b"\1" * rank, "big")
+
+
+@pytest.mark.parametrize(
+    ("element_bytes", "rows", "kept"),
+    [(2, 1, False), (2, 1024, False), (2, 1025, True), (1, 1023, False), (1, 1024, True)],
+)
+@in_child
+def test_bit_21_is_cleared_where_the_tensor_has_less_than_128_kib(element_bytes: int, rows: int, kept: bool) -> None:
+    """As in CUTLASS and Triton 3.7: its last element starts a byte before that, at least."""
+    words = tensor_map(0, (128 // element_bytes, rows), element_bytes)
+    assert run(launcher.program(0, [0], [], [launch(new_function(128), words)]), 0x10000) == 0
+    [made] = launches()
+    assert struct.unpack_from("<Q", made.params, 8)[0] == (1 << 21 if kept else 0)
+
+
+@in_child
+def test_as_many_parameters_and_tensor_maps_as_fit() -> None:
+    maps = [tensor_map(i, (16, 2)) for i in range(MAX_TENSOR_MAPS)]
+    scalars = [[SCALAR, i] for i in range(MAX_PARAMS - MAX_TENSOR_MAPS)]
+    sizes = [128] * len(maps) + [8] * len(scalars)
+    program = launcher.program(0, [0] * len(maps), [], [launch(new_function(*sizes), *maps, *scalars)])
+    assert run(program, *(0x10000 * (1 + i) for i in range(len(maps)))) == 0
+    [made] = launches()
+    assert [struct.unpack_from("<Q", made.params, 128 * i)[0] >> 16 for i in range(len(maps))] == list(range(1, 17))
+    assert struct.unpack_from(f"<{len(scalars)}Q", made.params, 128 * len(maps)) == tuple(range(len(scalars)))
+
+
+# ---------------------------------------------------------------- overlap
+
+AT = 0x10000
+
+
+@pytest.mark.parametrize(
+    ("extents", "written", "addresses", "overlap"),
+    [
+        ([64, 64], [(0, -1)], [AT, AT + 64], None),
+        ([64, 64], [(0, -1)], [AT + 64, AT], None),
+        ([64, 64], [(0, -1)], [AT, AT + 63], (0, 1)),
+        ([64, 64], [(0, -1)], [AT + 63, AT], (0, 1)),
+        ([64, 16], [(1, -1)], [AT, AT + 32], (1, 0)),  # inside
+        ([16, 64], [(1, -1)], [AT + 32, AT], (1, 0)),
+        ([64, 64], [(0, -1)], [AT, AT], (0, 1)),
+        ([64, 64], [], [AT, AT], None),  # nothing is written
+        ([64, 64, 64], [(1, -1)], [AT, AT + 64, AT], None),  # what is only read may overlap
+        ([64, 64, 64], [(0, -1), (2, -1)], [AT, AT + 64, AT + 100], (2, 1)),
+        ([64, 64], [(0, 1)], [AT, AT], None),  # allowed to be the same
+        ([64, 64], [(0, 1)], [AT, AT + 8], (0, 1)),  # but not to be shifted
+        ([64, 64, 64], [(0, 1)], [AT, AT + 64, AT], (0, 2)),  # nor another one
+        ([0, 64], [(0, -1)], [AT + 8, AT], None),  # nothing is there
+        ([0, 64], [(1, -1)], [AT + 8, AT], None),
+        ([0, 0], [(1, -1), (0, -1)], [0, 0], None),
+    ],
+)
+@in_child
+def test_overlap(
+    extents: list[int], written: list[tuple[int, int]], addresses: list[int], overlap: tuple[int, int] | None
+) -> None:
+    program = launcher.program(0, extents, written, [launch(new_function())])
+    code = run(program, *addresses)
+    assert (program.overlap(code) if code else None) == overlap
+    assert len(launches()) == (overlap is None)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def good_launch() -> list[int]:
+    return launch(1, [ADDRESS, 0, 0], tensor_map(1, (16, 2)), [SCALAR, 3])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (launch(1, *[[SCALAR, 0]] * (MAX_PARAMS + 1)), "num_params: expected 0 to 128, got 129"),
+        (launch(1, *[tensor_map(0, (16,))] * (MAX_TENSOR_MAPS + 1)), "tensor maps: expected at most 16 a launch"),
+        (launch(0), "function: expected 1 to"),
+        (launch(1, grid=-1), "grid: expected 0 to 2147483647, got -1"),
+        (launch(1, grid=2**31), "grid: expected"),
+        ([1, 1, 1025, 0, 0, 0], "block_threads: expected 1 to 1024, got 1025"),
+        ([1, 1, 32, -1, 0, 0], "shared_bytes: expected 0 to 233472, got -1"),
+        ([1, 1, 32, 0, 2, 0], "pdl: expected 0 to 1, got 2"),
+        (launch(1, [3, 0]), "kind of parameter: expected 0 to 2, got 3"),
+        (launch(1, [ADDRESS, 2, 0]), "index of a buffer: expected 0 to 1, got 2"),
+        (launch(1, [ADDRESS, -1, 0]), "index of a buffer: expected 0 to 1, got -1"),
+        (launch(1, [ADDRESS, 0, -8]), "offset: expected"),
+        (launch(1, tensor_map(0, ())), "rank: expected 1 to 5, got 0"),
+        (launch(1, tensor_map(0, (16,) * 6)), "rank: expected 1 to 5, got 6"),
+        (launch(1, tensor_map(0, (16, 0))), "dimension: expected"),
+        (good_launch()[:-1], "expected value, got the end of the words"),
+        ([*good_launch(), 0], r"expected the end after \d+ words, got \d+"),
+    ],
+)
+@in_child
+def test_program_that_run_could_not_read_is_refused(words: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launcher.program(0, [8, 8], [], [words])
+
+
+@in_child
+def test_program_heads_that_are_refused() -> None:
+    for device, extents, written, message in [
+        (-1, [], [], "device: expected"),
+        (0, [-1], [], "bytes of a buffer: expected"),
+        (0, [8], [(1, -1)], "index of a written buffer: expected 0 to 0, got 1"),
+        (0, [8], [(0, 1)], "index of the buffer that it may be: expected -1 to 0, got 1"),
+        (0, [8], [(0, -1)] * 2, "num_written: expected 0 to 1, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            launcher.program(device, extents, written, [])
+
+
+@in_child
+def test_run_refuses_other_arguments() -> None:
+    program = launcher.program(0, [8, 8], [], [good_launch()])
+    with pytest.raises(TypeError, match="run: expected 2 addresses, got 1"):
+        run(program, AT)
+    with pytest.raises(TypeError, match="run: argument 3 must be an int of 64 bits"):
+        launcher.load().run(program.address, STREAM, AT, 1.5)
+    with pytest.raises(TypeError, match="run: argument 2 must be an int"):
+        launcher.load().run(program.address, STREAM, None, AT)
+    with pytest.raises(TypeError, match="run: expected at least 2 arguments, got 1"):
+        launcher.load().run(program.address)
+    assert not launches()
+
+
+@in_child
+def test_check_compares_each_size_and_their_number() -> None:
+    check, function = launcher.load().check, new_function(8, 128, 4)
+    assert check(function, 8, 128, 4) == 0
+    with pytest.raises(RuntimeError, match="the kernel's parameter 2: expected 8 bytes, found 4"):
+        check(function, 8, 128, 8)
+    with pytest.raises(RuntimeError, match="the kernel's parameters: expected 2, found 3"):
+        check(function, 8, 128)
+    with pytest.raises(RuntimeError, match="the kernel's parameters: expected 4, found 3"):
+        check(function, 8, 128, 4, 8)
+
+
+@pytest.mark.parametrize("call", ["cuLaunchKernelEx", "cuTensorMapEncodeTiled"])
+@in_child
+def test_errors_of_the_driver_name_the_call(call: str) -> None:
+    program = launcher.program(0, [0], [], [launch(new_function(128), tensor_map(0, (16,)))])
+    for code, text in [(1, "invalid argument"), (999, "unknown error")]:
+        fake().fake_fail(call.encode(), code)
+        with pytest.raises(RuntimeError, match=rf"{call}: {text} \(CUDA error {code}\)"):
+            run(program, AT)
+    fake().fake_fail(b"", 0)
+    assert run(program, AT) == 0
+
+
+# ---------------------------------------------------------------- contexts, threads, forks
+
+
+@pytest.mark.parametrize("current", [-1, 0, 1])
+@pytest.mark.parametrize("device", [0, 1])
+@in_child
+def test_launches_in_the_context_of_the_programs_device(device: int, current: int) -> None:
+    """Also on a thread that has no context, or another GPU's, which then has it back."""
+    fake().fake_set_current(current)
+    retained = fake().fake_retained(device)
+    assert run(launcher.program(device, [], [], [launch(new_function())])) == 0
+    assert [made.context_device for made in launches()] == [device]
+    assert fake().fake_current() == current
+    assert fake().fake_retained(device) == retained
+
+
+@pytest.mark.parametrize("call", ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent", "cuLaunchKernelEx"])
+@in_child
+def test_failure_without_a_context_leaves_nothing_behind(call: str) -> None:
+    fake().fake_set_current(-1)
+    retained = fake().fake_retained(0)
+    program = launcher.program(0, [], [], [launch(new_function())])
+    fake().fake_fail(call.encode(), 3)
+    with pytest.raises(RuntimeError, match=call):
+        run(program)
+    assert fake().fake_current() == -1
+    assert fake().fake_retained(0) == retained
+
+
+@in_child
+def test_threads_run_one_program_with_addresses_of_their_own() -> None:
+    function, num_threads, times = new_function(8, 128, 8), 8, 200
+    words = launch(function, [ADDRESS, 0, 0], tensor_map(1, (16, 4)), [ADDRESS, 2, 0])
+    program = launcher.program(0, [64] * 3, [(0, -1)], [words])
+    start = threading.Barrier(num_threads)
+
+    def work(thread: int) -> list[int]:
+        start.wait()
+        base = (thread + 1) << 32
+        return [run(program, base, base + 0x1000, base + 0x2000, stream=thread) for _ in range(times)]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        assert [code for codes in pool.map(work, range(num_threads)) for code in codes] == [0] * num_threads * times
+    made = launches()
+    assert len(made) == num_threads * times
+    for each in made:
+        base = (each.stream + 1) << 32
+        first, map_base, last = (struct.unpack_from("<Q", each.params, at)[0] for at in (0, 8, 136))
+        assert (first, map_base, last) == (base, base + 0x1000, base + 0x2000)
+
+
+@in_child
+def test_runs_in_a_forked_child() -> None:
+    program = launcher.program(0, [], [], [launch(new_function())])
+    assert run(program) == 0
+    process = os.fork()
+    if process == 0:
+        # What the driver itself answers in a child of a process that used it.
+        fake().fake_fail(b"cuCtxGetDevice", 3)
+        try:
+            worked = run(program) == 0
+            fake().fake_set_current(-1)
+            fake().fake_fail(b"cuDeviceGet", 3)
+            run(program)
+        except RuntimeError as error:
+            os._exit(0 if worked and "cuDeviceGet" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+def test_driver_before_cuda_12_4_is_named(tmp_path: Path) -> None:
+    build(tmp_path, "-DBEFORE_CUDA_12_4")
+    code = (
+        "from hybrid_mxfp8.dispatch import launcher\n"
+        "try: launcher.load().check(1)\n"
+        "except RuntimeError as error: print('error:', error)"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "HYBRID_MXFP8_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "error: the CUDA driver lacks cuFuncGetParamInfo: expected one for CUDA 12.4 or later\n"
+
+
+# ---------------------------------------------------------------- build and cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for modules."""
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "launcher"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A module, built once for all tests that only need one."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder))
+        launcher._load()
+    return modules(folder / "launcher")[0]
+
+
+@pytest.fixture
+def filled(cache: Path, built: Path) -> Path:
+    """The folder for modules, with the one that this machine builds."""
+    cache.mkdir(0o755, parents=True)
+    cache.parent.chmod(0o755)
+    shutil.copy2(built, cache)
+    return cache
+
+
+def modules(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.iterdir())
+
+
+def test_built_once_and_kept_in_one_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher._load()
+    [module] = modules(cache)
+    before = module.stat().st_mtime_ns
+    monkeypatch.setattr(launcher, "_build", lambda *arguments: pytest.fail("built again"))
+    launcher._load()
+    assert modules(cache) == [module]
+    assert module.stat().st_mtime_ns == before
+
+
+def test_kept_module_needs_no_compiler(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    launcher._load()
+
+
+def test_source_is_part_of_the_key(filled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    changed = tmp_path / "launcher.c"
+    changed.write_text(launcher.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(launcher, "SOURCE", changed)
+    launcher._load()
+    assert len(modules(filled)) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda library: library[:4096], lambda library: library[:-1] + b"!", lambda _: b""])
+def test_damaged_module_is_built_again(filled: Path, damage: object) -> None:
+    [module] = modules(filled)
+    library = module.read_bytes()
+    module.write_bytes(damage(library))  # type: ignore[operator]
+    launcher._load()
+    assert [path.read_bytes() for path in modules(filled)] == [library]
+
+
+def test_module_that_cannot_be_read(filled: Path) -> None:
+    [module] = modules(filled)
+    module.unlink()
+    module.mkdir(0o755)
+    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{module} can't be read \(Is a directory\)"):
+        launcher._load()
+
+
+@pytest.mark.parametrize("which", ["cache", "folder", "module"])
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_module_that_others_can_write_is_refused(filled: Path, which: str, mode: int) -> None:
+    path = {"cache": filled.parent, "folder": filled, "module": modules(filled)[0]}[which]
+    path.chmod(mode)
+    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{path} can be written by others \(mode 0{mode:o}\)"):
+        launcher._load()
+
+
+@pytest.mark.parametrize("which", ["cache", "folder", "module"])
+def test_module_of_another_user_is_refused(filled: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = {"cache": filled.parent, "folder": filled, "module": modules(filled)[0]}[which]
+    if os.geteuid() == 0:
+        os.chown(path, 4321, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(launcher.LauncherUnavailableError, match="belongs to user"):
+        launcher._load()
+    monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
+    launcher._load()
+
+
+def test_module_is_the_users_alone_under_a_lenient_umask(cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        launcher._load()
+        launcher._load()
+    finally:
+        os.umask(before)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(launcher.LauncherUnavailableError, match=r"can't be written .*: set HYBRID_MXFP8_CACHE_DIR"):
+        launcher._load()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CC": "/no/such/compiler"}, "the C compiler /no/such/compiler does not run: No such file"),
+        ({"CC": "false"}, r"false can't compile launcher\.c: exit code 1"),
+        ({"PATH": "/nowhere"}, "no C compiler: install gcc or clang, or set CC"),
+    ],
+)
+def test_without_a_compiler(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(launcher.LauncherUnavailableError, match=message):
+        launcher._load()
+    assert not modules(cache) if cache.exists() else True
+
+
+@pytest.mark.parametrize(("module", "wheel"), [("tvm_ffi", "apache-tvm-ffi"), ("triton", "triton")])
+def test_without_a_package(cache: Path, monkeypatch: pytest.MonkeyPatch, module: str, wheel: str) -> None:
+    find_spec = launcher.importlib.util.find_spec
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    with pytest.raises(launcher.LauncherUnavailableError, match=f"{wheel} is not installed: pip install {wheel}"):
+        launcher._load()
+
+
+@pytest.mark.parametrize(("package", "header"), [("triton", "cuda.h"), ("tvm_ffi", "c_api.h")])
+def test_without_headers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, header: str
+) -> None:
+    folder = launcher._package
+    monkeypatch.setattr(launcher, "_package", lambda name: tmp_path if name == package else folder(name))
+    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{header} is missing: pip install --force-reinstall"):
+        launcher._load()
+
+
+def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_load_once", launcher.functools.cache(launcher._load_once.__wrapped__))
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    assert launcher.status().startswith("not available: the C compiler /no/such/compiler does not run")
+    monkeypatch.delenv("CC")
+    with pytest.raises(launcher.LauncherUnavailableError, match="does not run"):
+        launcher.load()
+
+
+def _load_at(start: object, results: object) -> None:
+    start.wait()  # type: ignore[attr-defined]
+    try:
+        launcher._load()
+        results.put("")  # type: ignore[attr-defined]
+    except Exception as error:
+        results.put(repr(error))  # type: ignore[attr-defined]
+
+
+def test_processes_that_build_at_once(cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=_load_at, args=(start, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [""] * 4
+    for process in processes:
+        process.join()
+    for module in modules(cache):
+        ctypes.CDLL(str(module))

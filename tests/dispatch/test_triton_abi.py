@@ -1,0 +1,351 @@
+"""A launch made from an Abi is, to the driver, the one that Triton's own launcher makes: byte by byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from fake_driver import child, in_child, launches, set_sizes, sizes_in_ptx  # noqa: F401
+from kernel_cases import CASES, Case
+from triton.backends.compiler import GPUTarget
+
+from hybrid_mxfp8.dispatch import launcher
+from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
+from hybrid_mxfp8.triton_kernels import abi
+
+CPU = torch.device("cpu")
+STREAM = 7
+NEVER_CLEARS_BIT_21 = triton.__version__.startswith("3.6.")
+
+
+def use_gpu(arch: int) -> None:
+    """Let Triton's own driver, over the fake libcuda, have a GPU of this architecture."""
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class Driver(CudaDriver):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.utils = CudaUtils()
+            self.launcher_cls = CudaLauncher
+            self.get_current_device = lambda: arch  # Triton's caches of kernels are keyed by device
+            self.get_current_stream = lambda device: STREAM
+            self.get_device_capability = lambda device: (arch // 10, arch % 10)
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+    triton.runtime.driver.set_active(Driver())
+
+
+def compiled_of(case: Case) -> Any:
+    use_gpu(case.arch)
+    compiled = abi.compile_kernel(case.load(), case.arguments, case.constants, case.options, CPU)
+    compiled.run  # noqa: B018 - loads it
+    set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
+    return compiled
+
+
+def buffers_of(case: Case) -> dict[int, Buffer]:
+    found = [a.buffer if isinstance(a, TensorMap) else a for a in case.arguments]
+    return {buffer.operand: buffer for buffer in found if isinstance(buffer, Buffer)}
+
+
+class Memory:
+    """A tensor by its address."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def as_triton_takes_it(argument: abi.Argument, addresses: list[int]) -> Any:
+    if isinstance(argument, Buffer):
+        return addresses[argument.operand] + argument.offset
+    if isinstance(argument, TensorMap):
+        buffer = argument.buffer
+        descriptor = abi._stand_in(argument)
+        descriptor.base = Memory(addresses[buffer.operand] + buffer.offset, buffer.dtype)
+        return descriptor
+    return argument
+
+
+def without_bit_21(params: bytes, sizes: list[int]) -> bytes:
+    """Parameters as they are with that bit cleared in word 1 of each tensor map."""
+    changed, at = bytearray(params), 0
+    for size in sizes:
+        if size == abi.TENSOR_MAP_BYTES:
+            changed[at + 8 + 2] &= ~(1 << 5)
+        at += size
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", CASES)
+@in_child
+def test_same_launch_as_tritons(name: str) -> None:
+    case = CASES[name]()
+    compiled = compiled_of(case)
+    addresses = [0x7F00_0000_0000 + i * 2**32 for i in range(len(buffers_of(case)))]
+
+    compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
+    [tritons] = launches()
+
+    found = abi.abi_of(compiled, case.arguments)
+    program = launcher.program(0, [0] * len(addresses), [], [found.words(case.grid, case.arguments)])
+    assert launcher.load().run(program.address, STREAM, *addresses) == 0
+    [ours] = launches()
+    if NEVER_CLEARS_BIT_21:
+        sizes = sizes_in_ptx(compiled.asm["ptx"])
+        has_small_maps = "gemm" in name and "portable" not in name
+        assert (ours.params != tritons.params) == has_small_maps
+        ours, tritons = (each._replace(params=without_bit_21(each.params, sizes)) for each in (ours, tritons))
+    assert ours == tritons
+    assert ours.grid == (case.grid, 1, 1)
+    assert len(ours.params) == sum(sizes_in_ptx(compiled.asm["ptx"]))
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def as_tensor(argument: abi.Argument, memory: dict[int, torch.Tensor]) -> Any:
+    """A tensor on the CPU, with the alignment that is asked for; a descriptor over one."""
+    if isinstance(argument, TensorMap):
+        descriptor = abi._stand_in(argument)
+        descriptor.base = as_tensor(argument.buffer, memory)
+        return descriptor
+    if not isinstance(argument, Buffer):
+        return argument
+    size = 2**22 + 64
+    bytes_ = memory.setdefault(argument.operand, torch.empty(size, dtype=torch.uint8))
+    start = -bytes_.data_ptr() % 64 + (0 if argument.aligned else argument.dtype.itemsize)
+    tensor = bytes_[start : start + size // 64 * 32].view(argument.dtype)
+    assert (tensor.data_ptr() % 16 == 0) == argument.aligned
+    return tensor
+
+
+@pytest.mark.parametrize("name", CASES)
+@in_child
+def test_compiled_as_a_launch_with_tensors_compiles(name: str) -> None:
+    """Triton finds the very kernel that was compiled without tensors, in its cache for launches."""
+    case = CASES[name]()
+    compiled = compiled_of(case)
+    memory: dict[int, torch.Tensor] = {}
+    tensors = [as_tensor(argument, memory) for argument in case.arguments]
+    assert case.load()[(case.grid,)](*tensors, *case.constants, **case.options) is compiled
+
+
+@triton.jit(do_not_specialize=["count"])
+def takes_everything(pointer, other, none, one, sixteen, count, flag, scale, BLOCK: triton.language.constexpr):  # type: ignore[no-untyped-def]
+    value = triton.language.load(pointer).to(triton.language.float32) * scale
+    if flag:
+        value += one + sixteen
+    if none is None and count > BLOCK:
+        triton.language.store(other, value.to(other.dtype.element_ty))
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8, torch.int32, torch.int64)
+
+
+def everything(dtype: torch.dtype, count: int = 5) -> tuple[abi.Argument, ...]:
+    memory, unaligned = Buffer(0, 0, dtype, (8,)), Buffer(1, 4, torch.float32, (8,), aligned=False)
+    return (memory, unaligned, None, 1, 32, count, True, 0.75)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_child
+def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
+    for count in (5, 2**31):  # int32, then int64, though it is not specialized
+        case = Case(90, "", "", 2, everything(dtype, count), (16,), {"num_warps": 1})
+        case_kernel = takes_everything
+        use_gpu(90)
+        compiled = abi.compile_kernel(case_kernel, case.arguments, case.constants, case.options, CPU)
+        memory: dict[int, torch.Tensor] = {}
+        tensors = [as_tensor(argument, memory) for argument in case.arguments]
+        assert case_kernel[(2,)](*tensors, 16, num_warps=1) is compiled
+        launches()
+        set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
+
+        addresses = [0x10000, 0x20000]
+        compiled[(2, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), 16)
+        words = abi.abi_of(compiled, case.arguments).words(2, case.arguments)
+        program = launcher.program(0, [0, 0], [], [words])
+        assert launcher.load().run(program.address, STREAM, *addresses) == 0
+        tritons, ours = launches()
+        assert ours == tritons
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@in_child
+def test_integers_of_unsigned_64_bits_are_left_to_triton() -> None:
+    use_gpu(90)
+    given = everything(torch.bfloat16, count=2**63)
+    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1}, CPU)
+    with pytest.raises(launcher.LauncherUnavailableError, match="takes_everything: count is of type u64"):
+        abi.abi_of(compiled, given)
+
+
+def changed(arguments: tuple[abi.Argument, ...], i: int, argument: abi.Argument) -> tuple[abi.Argument, ...]:
+    return (*arguments[:i], argument, *arguments[i + 1 :])
+
+
+@in_child
+def test_words_refuse_what_the_kernel_was_not_compiled_for() -> None:
+    use_gpu(90)
+    given = everything(torch.bfloat16)
+    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1}, CPU)
+    compiled.run  # noqa: B018
+    set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
+    found = abi.abi_of(compiled, given)
+    for i, argument, message in [
+        (0, Buffer(0, 2, torch.bfloat16, (8,), aligned=False), "pointer: compiled for memory that is aligned"),
+        (2, Buffer(0, 0, torch.bfloat16, (8,)), "none: compiled for None, got Buffer"),
+        (3, 2, "one: compiled for 1, got 2"),
+        (4, 33, "sixteen: compiled for a multiple of 16 from -2147483648 to 2147483647, got 33"),
+        (5, 2**31, "count: compiled for a multiple of 1 from -2147483648 to 2147483647, got 2147483648"),
+        (6, 2, "flag: compiled for a multiple of 1 from 0 to 1, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            found.words(1, changed(given, i, argument))
+    with pytest.raises(ValueError, match="zip"):
+        found.words(1, given[:-1])
+    for i, argument in [(0, given[0]._replace(offset=16)), (4, 48), (5, 6), (5, -1), (6, False), (7, 0.5)]:  # type: ignore[union-attr]
+        assert found.words(1, changed(given, i, argument)) != found.words(1, given)
+
+
+@in_child
+def test_tensor_maps_of_other_memory_are_refused() -> None:
+    case = CASES["hopper_gemm"]()
+    found = abi.abi_of(compiled_of(case), case.arguments)
+    given = case.arguments[2]
+    assert isinstance(given, TensorMap)
+    for other, message in [
+        (given._replace(buffer=given.buffer._replace(aligned=False)), "w_desc: compiled for memory that is aligned"),
+        (given._replace(shape=(1, *given.shape)), "expected 2 dimensions below"),
+        (given._replace(shape=(2**31, 64)), "expected 2 dimensions below"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            found.words(1, changed(case.arguments, 2, other))
+
+
+class Changed:
+    """A compiled kernel with some of its metadata, or of itself, replaced."""
+
+    def __init__(self, compiled: Any, changes: dict[str, Any]) -> None:
+        own = {name: changes[name] for name in changes.keys() & {"run", "asm"}}
+        self._compiled = compiled
+        self.run = own.get("run", compiled.run)
+        self.asm = own.get("asm", compiled.asm)
+        self.metadata = Metadata(compiled.metadata, {k: v for k, v in changes.items() if k not in own})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+
+class Metadata:
+    def __init__(self, metadata: Any, changes: dict[str, Any]) -> None:
+        self._metadata = metadata
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._metadata, name)
+
+
+class Watched:
+    gsan_enabled = True
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_scratch_size": 8}, "needs 8 bytes of global scratch memory"),
+        ({"profile_scratch_size": 16}, "needs 16 bytes of profile scratch memory"),
+        ({"launch_cooperative_grid": True}, "is launched as a cooperative grid"),
+        ({"num_ctas": 2}, "is launched in clusters of 2"),
+        ({"shared": 229 * 1024}, "needs 234496 bytes of shared memory, more than 233472"),
+        ({"run": Watched()}, "is watched by Triton's sanitizer"),
+        ({"tensordesc_meta": []}, "w_desc: a tensor descriptor that is no tensor map for TMA"),
+        ({"tensordesc_meta": [{"fp4_padded": True}]}, "a tensor map of padded FP4"),
+        ({"tensordesc_meta": [{"fp4_padded": False, "is_im2col": True}]}, "or of image columns"),
+        ({"tensordesc_meta": [{"fp4_padded": False, "block_size": [1, 1, 1], "elem_size": 1}]}, "3 dimensions"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@in_child
+def test_kernels_that_only_triton_can_launch(changes: dict[str, Any], message: str) -> None:
+    case = CASES["hopper_gemm"]()
+    compiled = compiled_of(case)
+    with pytest.raises(launcher.LauncherUnavailableError, match=message):
+        abi.abi_of(Changed(compiled, changes), case.arguments)
+
+
+@in_child
+def test_kernel_with_other_parameters_is_left_to_triton() -> None:
+    case = CASES["rank"]()
+    compiled = compiled_of(case)
+    sizes = sizes_in_ptx(compiled.asm["ptx"])
+    for wrong in (sizes[:-1], [*sizes, 8], [4, *sizes[1:]]):
+        set_sizes(compiled.function, wrong)
+        with pytest.raises(launcher.LauncherUnavailableError, match="rank_kernel: the kernel's parameter"):
+            abi.abi_of(compiled, case.arguments)
+
+
+@in_child
+def test_more_parameters_than_fit_are_left_to_triton() -> None:
+    case = CASES["rank"]()
+    compiled = compiled_of(case)
+    kept = abi.MAX_PARAMS
+    abi.MAX_PARAMS = 8
+    try:
+        with pytest.raises(launcher.LauncherUnavailableError, match="expected at most 8 parameters and 16 tensor maps"):
+            abi.abi_of(compiled, case.arguments)
+    finally:
+        abi.MAX_PARAMS = kept
+
+
+@in_child
+def test_dependent_launch_is_asked_for_as_triton_asks_and_needs_a_wait() -> None:
+    case = CASES["group_offsets"]()
+    case = case._replace(options={**case.options, "launch_pdl": True})
+    compiled = compiled_of(case)
+    with pytest.raises(ValueError, match=r"launch_pdl is set, and no griddepcontrol\.wait is in the kernel"):
+        abi.abi_of(compiled, case.arguments)
+    waits = Changed(compiled, {"asm": {"ptx": "griddepcontrol.wait;"}})
+    words = abi.abi_of(waits, case.arguments).words(case.grid, case.arguments)
+    addresses = [0x10000, 0x20000]
+    compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
+    program = launcher.program(0, [0, 0], [], [words])
+    launcher.load().run(program.address, STREAM, *addresses)
+    tritons, ours = launches()
+    assert ours == tritons
+    assert len(ours.attributes) == 1
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
+def test_other_versions_of_triton_are_left_to_triton(version: str) -> None:
+    with pytest.raises(launcher.LauncherUnavailableError, match=f"Triton {version} is not known: expected 3.6 to 3.9"):
+        abi._check_version(version)
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0+git1234", "3.8.0a0"])
+def test_known_versions_of_triton(version: str) -> None:
+    abi._check_version(version)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, chain = triton.knobs.runtime, triton.knobs.HookChain()
+    assert not abi.hooks_installed()
+    monkeypatch.setattr(runtime, name, chain)
+    assert not abi.hooks_installed()
+    chain.add(print)
+    assert abi.hooks_installed()
+    chain.remove(print)
+    assert not abi.hooks_installed()
+    monkeypatch.setattr(runtime, name, print)
+    assert abi.hooks_installed()
+    monkeypatch.setattr(runtime, name, None)
+    assert not abi.hooks_installed()

@@ -1,0 +1,286 @@
+"""Calls beside one another on the CPU: threads, workspaces, copies, forked and spawned processes.
+
+Streams, graphs and devices are in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import multiprocessing
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cases
+import kernels
+import moe_truth
+import pytest
+import torch
+from cases import memory_of
+from jobs import CALLS_OF_A_JOB, Quantized, forget_everything, job, same, together
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hybrid_mxfp8 as mx
+
+THREADS, ROUNDS = 3, 2
+pytestmark = pytest.mark.skipif(cases.device() == "cuda", reason="of a CPU: set TRITON_INTERPRET=1")
+
+
+def test_threads_get_what_one_thread_gets(backend: str, tally: Any) -> None:
+    """Triton's interpreter keeps its place in the grid in a global: without a lock, threads compute each
+    other's tiles. In the first round nothing is cached, and all probe and choose at once."""
+    expected = [job(seed, backend) for seed in range(THREADS)]
+    forget_everything()
+    results = together(THREADS, lambda seed: [job(seed, backend) for _ in range(ROUNDS)])
+    for got, wanted in zip(results, expected, strict=True):
+        assert all(same(one, wanted) for one in got)
+    tally("concurrent calls", THREADS * ROUNDS * CALLS_OF_A_JOB)
+
+
+# ---------------------------------------------------------------- workspaces
+
+Forward = Callable[..., torch.Tensor]
+
+
+@pytest.fixture
+def layer(rng: torch.Generator) -> moe_truth.Layer:
+    return moe_truth.make_layer(rng, tokens=6)
+
+
+@pytest.fixture
+def weights(layer: moe_truth.Layer) -> tuple[mx.ExpertWeights, mx.ExpertWeights]:
+    return mx.quantize_weights(layer.w13, backend="reference"), mx.quantize_weights(layer.w2, backend="reference")
+
+
+@pytest.fixture
+def new_workspace(weights: tuple[mx.ExpertWeights, mx.ExpertWeights]) -> Callable[[], mx.MoEWorkspace]:
+    return lambda: mx.MoEWorkspace(*weights, max_tokens=8, top_k=2, backend="reference")
+
+
+@pytest.fixture
+def forward(layer: moe_truth.Layer, weights: tuple[mx.ExpertWeights, mx.ExpertWeights]) -> Forward:
+    """forward(workspace, tokens, ids, backend)"""
+
+    def call(
+        workspace: mx.MoEWorkspace | None = None, tokens: int = 6, ids: torch.Tensor = layer.ids,
+        backend: str = "reference",
+    ) -> torch.Tensor:  # fmt: skip
+        batch = (ids[:tokens], layer.weights[:tokens])
+        return mx.moe_forward(layer.x[:tokens], *weights, *batch, workspace=workspace, backend=backend)
+
+    return call
+
+
+def test_threads_with_their_own_workspaces(new_workspace: Any, forward: Forward, tally: Any) -> None:
+    workspaces = [new_workspace() for _ in range(THREADS)]
+    expected = {tokens: forward(None, tokens) for tokens in range(1, 7)}
+    for results in together(THREADS, lambda i: [forward(workspaces[i], 1 + (i + step) % 6) for step in range(12)]):
+        assert all(torch.equal(y, expected[y.shape[0]]) for y in results)
+    tally("concurrent calls", THREADS * 12)
+
+
+class Pause(TorchDispatchMode):
+    """Stops its thread in the first product, until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in str(func) and not self.inside.is_set():
+            self.inside.set()
+            assert self.go_on.wait(60)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, forward: Forward, tally: Any) -> None:
+    """The second call comes while the first is between its steps: it raises, and the first is right."""
+    workspace, pause, expected = new_workspace(), Pause(), forward()
+
+    def first() -> torch.Tensor:
+        with pause:
+            return forward(workspace)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(first)
+        assert pause.inside.wait(60)
+        message = r"^workspace: must be used by one thread at a time, and thread \d+ is using"
+        with pytest.raises(ValueError, match=message):
+            forward(workspace)
+        pause.go_on.set()
+        assert torch.equal(running.result(60), expected)
+    assert torch.equal(forward(workspace), expected)
+    tally("concurrent calls", 2)
+
+
+def test_a_call_that_fails_gives_the_workspace_back(
+    layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward
+) -> None:
+    workspace = new_workspace()
+    many = (layer.x.repeat(2, 1), *weights, layer.ids.repeat(2, 1), layer.weights.repeat(2, 1))
+    with pytest.raises(ValueError, match="max_tokens = 8"):
+        mx.moe_forward(*many, workspace=workspace, backend="reference")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(forward, workspace).result(60)
+
+
+def saved(original: Any, map_location: str | None = None) -> Any:
+    file = io.BytesIO()
+    torch.save(original, file)
+    file.seek(0)
+    return torch.load(file, map_location, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda original: pickle.loads(pickle.dumps(original)),
+    "torch.save": saved,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_workspace_computes_in_its_own_memory(
+    way: str, layer: moe_truth.Layer, new_workspace: Any, forward: Forward, tally: Any
+) -> None:
+    """Tokens choose other experts than before the copy: what an earlier call left there would be wrong."""
+    workspace = new_workspace()
+    for _ in range(3):
+        forward(workspace)
+    twin = COPIES[way](workspace)
+    assert (twin.shape, twin.max_tokens, twin.nbytes) == (workspace.shape, workspace.max_tokens, workspace.nbytes)
+    held = [t.clone() for t in memory_of(workspace)]
+    for ids in (layer.ids.clamp(max=1), layer.ids.clamp(min=2)):
+        assert torch.equal(forward(twin, ids=ids), forward(ids=ids))
+    assert same(memory_of(workspace), held)
+    assert torch.equal(forward(workspace), forward())
+    tally("concurrent calls", 3)
+
+
+def test_a_pickled_workspace_holds_no_memory(weights: Any) -> None:
+    sizes = [mx.MoEWorkspace(*weights, max_tokens=tokens, top_k=2, backend="reference") for tokens in (8, 8000)]
+    assert len(pickle.dumps(sizes[1])) < len(pickle.dumps(sizes[0])) + 100
+
+
+def test_a_loaded_workspace_is_where_its_tensors_would_be(new_workspace: Any) -> None:
+    """``map_location`` decides on memory and shape alike."""
+    loaded = saved(new_workspace(), map_location="meta")
+    assert loaded.shape.device.type == "meta"
+    assert {t.device.type for t in memory_of(loaded)} == {"meta"}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copied_module_computes_the_same(way: str, layer: moe_truth.Layer, weights: Any, new_workspace: Any) -> None:
+    """Two layers share a workspace, and so do their copies."""
+    workspace = new_workspace()
+    modules = torch.nn.ModuleList(mx.MXFP8Experts(*weights, workspace=workspace, backend="reference") for _ in range(2))
+    modules[0](layer.x, layer.ids, layer.weights)
+    copied = COPIES[way](modules)
+    assert copied[0].workspace is copied[1].workspace is not workspace
+    for original, twin in zip(modules, copied, strict=True):
+        ids = layer.ids.clamp(max=1)
+        assert torch.equal(twin(layer.x, ids, layer.weights), original(layer.x, ids, layer.weights))
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_workers_of_a_data_loader(backend: str, tally: Any) -> None:
+    """Forked after this process has used the library; operands come back through shared memory, whole."""
+    dataset = Quantized(backend)
+    expected = [dataset[i] for i in range(len(dataset))]
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120
+    )
+    for got, wanted in zip(loader, expected, strict=True):
+        cases.same_bytes(got, wanted)
+        assert got.groups.expert_offsets.tolist() == wanted.groups.expert_offsets.tolist()
+    tally("concurrent calls", len(expected))
+
+
+def in_child(seed: int, backend: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    results.put((seed, [t.numpy().tobytes() for t in job(seed, backend)]))
+
+
+def children(method: str, work: Callable[..., None], *arguments: tuple[Any, ...]) -> list[Any]:
+    """What a process for each of these puts into its queue."""
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    processes = [context.Process(target=work, args=(*given, results), daemon=True) for given in arguments]
+    try:
+        for process in processes:
+            process.start()
+        got = [results.get(timeout=120) for _ in processes]
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    return got
+
+
+def test_forked_children(backend: str, tally: Any) -> None:
+    """Two at once, while a thread of this process holds the lock of the interpreter's launches: it is not
+    in the children, and would never let go there."""
+    expected = {seed: [t.numpy().tobytes() for t in job(seed, backend)] for seed in range(2)}
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with kernels.one_thread():
+            held.set()
+            done.wait(120)
+
+    with ThreadPoolExecutor(1) as pool:
+        if backend == "triton":
+            pool.submit(hold)
+            assert held.wait(60)
+        try:
+            assert dict(children("fork", in_child, (0, backend), (1, backend))) == expected
+        finally:
+            done.set()
+    tally("concurrent calls", 2 * CALLS_OF_A_JOB)
+
+
+def test_a_spawned_child(interpreter: None, tally: Any) -> None:
+    """Beside a thread of this process that computes the same."""
+    expected = {0: [t.numpy().tobytes() for t in job(0, "triton")]}
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        while not stop.is_set():
+            job(0, "reference")
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(keep_busy)
+        try:
+            assert dict(children("spawn", in_child, (0, "triton"))) == expected
+        finally:
+            stop.set()
+        busy.result(60)
+    tally("concurrent calls", CALLS_OF_A_JOB)
+
+
+def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...], results: Any) -> None:
+    torch.set_num_threads(1)
+    y = mx.moe_forward(*call, workspace=workspace, backend="reference")
+    results.put(cases.bits(y).numpy().tobytes())
+
+
+def test_a_spawned_child_gets_a_workspace_of_its_own(
+    layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward, tally: Any
+) -> None:
+    """PyTorch passes tensors to a child as shared memory: the child must not write the parent's."""
+    workspace = new_workspace()
+    forward(workspace)
+    for tensor in memory_of(workspace):
+        tensor.fill_(cases.POISON)
+    held = [t.clone() for t in memory_of(workspace)]
+    ids = layer.ids.clamp(max=1)
+    (got,) = children("spawn", use_in_child, (workspace, (layer.x, *weights, ids, layer.weights)))
+    assert got == cases.bits(forward(ids=ids)).numpy().tobytes()
+    assert same(memory_of(workspace), held)
+    tally("concurrent calls", 2)

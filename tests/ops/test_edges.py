@@ -1,0 +1,474 @@
+"""What must hold at the edges: NaN stays where it is, scale bytes at both ends, equal bytes each time,
+and an expert's rows the same bytes in any company."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import moe_truth
+import pytest
+import tolerances
+import torch
+import truth
+from cases import bits, to_device
+from products import from_bytes, operands, through_bf16
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.core.formats import scale_offset
+from hybrid_mxfp8.triton_kernels import backend
+from hybrid_mxfp8.triton_kernels.gemm import portable
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import select_hopper_config
+
+DTYPE_IDS = ["bf16", "fp16", "fp32"]
+
+
+ON_GPU = cases.device() == "cuda"
+COUNTS = (
+    {"few": [3, 0, 17, 1], "some": [3, 0, 200, 1, 70], "many": [300, 0, 700, 5]} if ON_GPU else {"few": [3, 0, 17, 1]}
+)
+"""By tokens an expert, which choose the tile; interpreted always few."""
+
+
+# ---------------------------------------------------------------- poison
+
+POISONS = ("NaN", "Inf", "-Inf", "code 0x7F", "code 0xFF", "scale 255")
+
+
+def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: str) -> mx.GroupedMXFP8:
+    """xq, on the CPU, with one bad element or scale in each of these rows, never in the same column twice running."""
+    values, scales = bits(xq.values).clone(), xq.scales.clone()
+    offsets, scale_offsets = xq.groups.expert_offsets.tolist(), xq.groups.scale_offsets.tolist()
+    if poison in ("NaN", "Inf", "-Inf"):
+        x = x.clone()
+    for i, row in enumerate(rows):
+        column = (7 + 37 * i) % xq.k
+        if poison.startswith("code"):
+            values[row, column] = int(poison.split()[1], 16)
+        elif poison.startswith("scale"):
+            expert = next(e for e in range(len(offsets) - 1) if offsets[e] <= row < offsets[e + 1])
+            scale_row = scale_offsets[expert] + row - offsets[expert]
+            scales.view(-1)[scale_offset(scale_row, column // 32, scales.shape[1])] = 255
+        else:
+            x[row, column] = float(poison)
+    if poison in ("NaN", "Inf", "-Inf"):
+        return mx.quantize_grouped(x, xq.groups, backend="reference")
+    return mx.GroupedMXFP8(values.view(torch.float8_e4m3fn), scales, xq.groups)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [*(("few", d) for d in cases.DTYPES), *((size, torch.bfloat16) for size in list(COUNTS)[1:])],
+    ids=str,
+)
+def test_a_bad_row_spoils_only_itself(
+    multiplier: str, device: str, size: str, dtype: torch.dtype, rng: torch.Generator, tally: Any
+) -> None:
+    """NaN or Inf in some rows: those are NaN all along, all others have the bytes they have without."""
+    counts, n, k = COUNTS[size], 40 if device == "cpu" else 136, 160
+    total = sum(counts)
+    x = cases.random_rows(total, k, torch.bfloat16, rng)
+    clean = mx.quantize_grouped(x, cases.layout(counts), backend="reference")
+    wq = mx.quantize_weights((torch.randn(len(counts), n, k, generator=rng) * 0.05).to(device), backend="reference")
+    product = functools.partial(mx.grouped_gemm, out_dtype=dtype, backend=multiplier)
+    expected = product(to_device(clean, device), wq)
+    assert not bool(torch.isnan(expected).any())
+    ends = list(itertools.accumulate(counts, initial=0))
+    edges = sorted({row for end in ends for row in (end - 1, end) if 0 <= row < total})
+    for poison, rows in itertools.product(POISONS, (edges, list(range(1, total, 3)))):
+        y = product(to_device(poisoned(clean, x, rows, poison), device), wq)
+        spoilt = torch.zeros(total, dtype=torch.bool, device=device)
+        spoilt[rows] = True
+        assert bool(torch.isnan(y[spoilt]).all()), poison
+        assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), poison
+        tally("poisoned rows", len(rows))
+
+
+@pytest.mark.parametrize("n", [40, 136])
+@pytest.mark.parametrize("size", COUNTS)
+def test_a_bad_expert_spoils_only_its_rows(
+    multiplier: str, device: str, size: str, n: int, rng: torch.Generator, tally: Any
+) -> None:
+    """Weights, or scales, all NaN. A tile of 128 weight rows reaches into the next expert."""
+    counts = COUNTS[size]
+    xq, wq = operands(counts, sum(counts), n, 96, rng, device)
+    expected = mx.grouped_gemm(xq, wq, backend=multiplier)
+    ends = list(itertools.accumulate(counts, initial=0))
+    for expert, what in itertools.product(range(len(counts)), ("codes", "scales")):
+        values, scales = bits(wq.values).clone(), wq.scales.clone()
+        (values if what == "codes" else scales)[expert] = 0x7F if what == "codes" else 255
+        bad = mx.ExpertWeights(values.view(torch.float8_e4m3fn), scales)
+        y = mx.grouped_gemm(xq, bad, backend=multiplier)
+        spoilt = torch.zeros(sum(counts), dtype=torch.bool, device=device)
+        spoilt[ends[expert] : ends[expert + 1]] = True
+        assert bool(torch.isnan(y[spoilt]).all()), (expert, what)
+        assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), (expert, what)
+        tally("poisoned rows", counts[expert])
+
+
+def layer_of(
+    device: str, backend: str, rng: torch.Generator, **shape: Any
+) -> tuple[moe_truth.Layer, mx.ExpertWeights, mx.ExpertWeights, Callable[..., torch.Tensor]]:
+    """A layer with biases and dropped choices; its weights; and forward(tokens, w13q, w2q, x)."""
+    layer = moe_truth.to(moe_truth.make_layer(rng, bias=True, dropped=True, **shape), device)
+    w13q, w2q = (mx.quantize_weights(w, backend="reference") for w in (layer.w13, layer.w2))
+    bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+
+    def forward(
+        tokens: Any = slice(None), w13: mx.ExpertWeights = w13q, w2: mx.ExpertWeights = w2q,
+        x: torch.Tensor = layer.x,
+    ) -> torch.Tensor:  # fmt: skip
+        return mx.moe_forward(x[tokens], w13, w2, layer.ids[tokens], layer.weights[tokens], backend=backend, **bias)
+
+    return layer, w13q, w2q, forward
+
+
+@pytest.mark.parametrize("tokens", [5, 500] if ON_GPU else [5])
+def test_bad_tokens_and_experts_of_a_layer(
+    multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
+) -> None:
+    """A bad token reaches its own output, a bad expert the tokens that chose it, and nothing else."""
+    layer, w13q, w2q, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=3)
+    expected = forward()
+
+    def check(y: torch.Tensor, spoilt: torch.Tensor) -> None:
+        assert bool(torch.isnan(y[spoilt]).all())
+        assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt]))
+        tally("poisoned rows", int(spoilt.sum()))
+
+    live = (layer.ids >= 0) & (layer.ids < 3)
+    for bad in (float("nan"), float("inf")):
+        x = layer.x.clone()
+        x[::2, 5] = bad
+        check(forward(x=x), (torch.arange(tokens, device=device) % 2 == 0) & live.any(1))
+    for expert, (name, whole) in itertools.product(range(3), (("w13", w13q), ("w2", w2q))):
+        scales = whole.scales.clone()
+        scales[expert] = 255
+        check(forward(**{name: mx.ExpertWeights(whole.values, scales)}), (layer.ids == expert).any(1))
+
+
+# ---------------------------------------------------------------- scale bytes
+
+
+def scale_byte_operands(
+    x_byte: int, w_byte: int, rng: torch.Generator
+) -> tuple[tuple[truth.Bytes, truth.Bytes], tuple[truth.Bytes, truth.Bytes], list[int]]:
+    """Codes below 2 in magnitude, positive where the product of the scales leaves fp32, so that no Inf meets its negative."""
+    counts, n, k = [5, 0, 12], 40, 96
+    codes = torch.randint(0, 0x40, (17, k), generator=rng, dtype=torch.uint8)
+    w_codes = torch.randint(0, 0x40, (3, n, k), generator=rng, dtype=torch.uint8)
+    if x_byte + w_byte < 370:
+        codes |= torch.randint(0, 2, codes.shape, generator=rng, dtype=torch.uint8) << 7
+        w_codes |= torch.randint(0, 2, w_codes.shape, generator=rng, dtype=torch.uint8) << 7
+    else:
+        codes, w_codes = codes.clamp_min(0x30), w_codes.clamp_min(0x30)
+    scales = torch.full((17, k // 32), x_byte, dtype=torch.uint8)
+    w_scales = torch.full((3, n, k // 32), w_byte, dtype=torch.uint8)
+    return (codes.numpy(), scales.numpy()), (w_codes.numpy(), w_scales.numpy()), counts
+
+
+NEUTRAL = 120
+"""A scale byte by which sums of products with scale 254 stay below 2**128 on their way, too."""
+
+SCALE_BYTES = (0, 1, 2, NEUTRAL, 254, 255)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
+def test_scale_bytes_at_both_ends(
+    multiplier: str, device: str, dtype: torch.dtype, rng: torch.Generator, tally: Any
+) -> None:
+    """Each by each: subnormal, overflowing and NaN products, as float64 has them."""
+    for x_byte, w_byte in itertools.product(SCALE_BYTES, repeat=2):
+        x, w, counts = scale_byte_operands(x_byte, w_byte, rng)
+        y = mx.grouped_gemm(*from_bytes(x, w, counts, device), out_dtype=dtype, backend=multiplier)
+        tolerances.check_gemm(y, x, w, counts, bf16_formulation=through_bf16(multiplier))
+        if 255 in (x_byte, w_byte):
+            assert bool(torch.isnan(y).all())
+            tally("poisoned rows", y.shape[0])
+
+
+@pytest.mark.parametrize("side", ["x", "w"])
+def test_every_code_by_every_scale(multiplier: str, device: str, side: str) -> None:
+    """Each finite code by each scale up to 246 (beyond, fp32 overflows), picked out of a product by a 1:
+    exact, but for what bf16 drops below 2**-133. The other operand is the identity."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(8, 1, 32).expand(8, 247, 32).reshape(-1, 32)
+    codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)
+    scales = torch.arange(247, dtype=torch.int32).to(torch.uint8).repeat(8)[:, None]
+    identity, ones = torch.eye(32, dtype=torch.uint8) * 0x38, torch.full((32, 1), 127, dtype=torch.uint8)
+    exact = torch.from_numpy(truth.dequantize(codes.numpy(), scales.numpy()))
+    if side == "x":
+        x, w = (codes.numpy(), scales.numpy()), (identity[None].numpy(), ones[None].numpy())
+    else:
+        x, w = (identity.numpy(), ones.numpy()), (codes[None].numpy(), scales[None].numpy())
+        exact = exact.T
+    xq, wq = from_bytes(x, w, [x[0].shape[0]], device)
+    error = (mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier).cpu().double() - exact).abs()
+    small = (scales[:, 0] < 3) if side == "w" else (scales < 3)
+    assert float(torch.where(small, 0.0, error).max()) == 0.0
+    assert float(error.max()) <= (tolerances.BF16_DROPPED if through_bf16(multiplier) else 0.0)
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_scales_of_rows_that_do_not_exist(multiplier: str, device: str, size: str, rng: torch.Generator) -> None:
+    """Those that fill up 128x4 tiles: whatever they hold, the product is the same."""
+    counts, n, cols = COUNTS[size], 40, 5
+    xq, wq = operands(counts, sum(counts), n, 32 * cols, rng, device)
+    expected = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier)
+    x_linear = mx.unswizzle_scales(xq.scales, xq.scales.shape[0], cols)
+    w_linear = mx.unswizzle_scales(wq.scales, wq.scales.shape[1], cols)
+    rows = torch.zeros(x_linear.shape[0], dtype=torch.bool)
+    for start, count in zip(xq.groups.scale_offsets.tolist(), counts, strict=False):
+        rows[start : start + count] = True
+    x_linear[~rows] = 255
+    w_linear[:, n:] = 255
+    bad_x = mx.GroupedMXFP8(xq.values, mx.swizzle_scales(x_linear), xq.groups)
+    bad_w = mx.ExpertWeights(wq.values, mx.swizzle_scales(w_linear))
+    assert torch.equal(mx.grouped_gemm(bad_x, bad_w, out_dtype=torch.float32, backend=multiplier), expected)
+
+
+@pytest.mark.parametrize("byte", [0, 1, 254, 255])
+def test_scale_bytes_survive_the_swizzle(byte: int) -> None:
+    linear = torch.full((130, 5), 127, dtype=torch.uint8)
+    linear[::7, 3] = byte
+    assert torch.equal(mx.unswizzle_scales(mx.swizzle_scales(linear), 130, 5), linear)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
+def test_subnormal_inputs(backend: str, device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """None is flushed that e4m3 with scale 2**-127 or more can hold."""
+    smallest = torch.finfo(dtype).smallest_normal
+    x = (torch.rand(20, 64, generator=rng, dtype=torch.float64) * smallest).to(dtype)
+    got = mx.quantize_grouped(x.to(device), cases.layout([20], device=device), backend=backend).dequantize()
+    assert torch.equal(got.cpu().double(), torch.from_numpy(truth.dequantize(*truth.quantize(truth.doubles(x)))))
+    assert bool((got > 0).float().mean() > 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_the_top_of_the_range_becomes_two_to_the_128(multiplier: str, device: str, dtype: torch.dtype) -> None:
+    """Above 248 * 2**120, e4m3's nearest is 256 * 2**120: a value of MXFP8, and beyond fp32."""
+    x = torch.zeros(3, 32, dtype=dtype)
+    x[0, 0], x[2, 0] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+    x[1, 0] = 248 * 2.0**120 * (1 - 2.0**-7)
+    xq = mx.quantize_grouped(x.to(device), cases.layout([3], device=device), backend=multiplier)
+    assert xq.dequantize()[:, 0].tolist() == [float("inf"), 240 * 2.0**120, float("-inf")]
+    groups = xq.groups
+    exact = reference.dequantize_grouped(
+        xq.values, xq.scales, groups.expert_offsets, groups.scale_offsets, torch.float64
+    )
+    assert exact[:, 0].tolist() == [2.0**128, 240 * 2.0**120, -(2.0**128)]
+    w = torch.zeros(1, 8, 32, device=device)
+    w[0, 0, 0] = 2.0**-40
+    wq = mx.quantize_weights(w, backend=multiplier)
+    y = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier)
+    assert float(y[1, 0]) == 240 * 2.0**80
+    assert float(y[0, 0]) in (2.0**88, float("inf"))  # the reference's, in float64; a kernel's, in fp32 or bf16
+
+
+# ---------------------------------------------------------------- the same bytes each time
+
+
+def repeats(device: str, backend: str) -> int:
+    """An interpreted kernel has no two things at once that could change places."""
+    return 5 if (device, backend) == ("cpu", "triton") else 100
+
+
+def test_quantize_repeats_its_bytes(backend: str, device: str, rng: torch.Generator, tally: Any) -> None:
+    counts, k = ([3, 0, 30], 96) if device == "cpu" else (torch.randint(0, 200, (32,), generator=rng).tolist(), 2048)
+    x = cases.random_rows(sum(counts) + 7, k, torch.bfloat16, rng, device)
+    x[7, 3] = float("nan")
+    groups = cases.layout(counts, x.shape[0], device)
+    first = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=backend)
+    for _ in range(repeats(device, backend)):
+        cases.same_bytes(mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=backend), first)
+    tally("repeats", repeats(device, backend))
+
+
+@pytest.mark.parametrize("tokens", [2, 40, 300] if ON_GPU else [10])
+def test_gemm_repeats_its_bytes(multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any) -> None:
+    counts, n, k = ([3, 0, 10], 40, 160) if device == "cpu" else ([tokens, 0, 2 * tokens, 1] * 4, 1032, 1056)
+    xq, wq = operands(counts, sum(counts), n, k, rng, device)
+    first = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier)
+    for _ in range(repeats(device, multiplier)):
+        assert torch.equal(mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier), first)
+    tally("repeats", repeats(device, multiplier))
+
+
+@pytest.mark.parametrize("tokens", [3, 1500] if ON_GPU else [3])
+def test_moe_forward_repeats_its_bytes(
+    multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
+) -> None:
+    """One launch of routing, and three."""
+    shape = {"experts": 3} if device == "cpu" else {"experts": 16, "hidden": 256, "intermediate": 128, "top_k": 4}
+    *_, forward = layer_of(device, multiplier, rng, tokens=tokens, **shape)
+    first = forward()
+    for _ in range(repeats(device, multiplier)):
+        assert torch.equal(forward(), first)
+    tally("repeats", repeats(device, multiplier))
+
+
+@pytest.fixture
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_are_what_runs(
+    backend: str, device: str, deterministic_algorithms: None, rng: torch.Generator
+) -> None:
+    """PyTorch's switch: an operator that is not deterministic raises, and new memory is NaN."""
+    layer, *_, forward = layer_of(device, backend, rng)
+    assert mx.signal_to_noise_db(moe_truth.forward(layer), forward().cpu()) > 20.0
+
+
+# ---------------------------------------------------------------- in any company
+
+
+@dataclass(frozen=True)
+class Company:
+    """Rows of each expert, and its weights; a call may take any of them, in any order."""
+
+    rows: list[torch.Tensor]  # each (tokens, K)
+    weights: torch.Tensor  # (E, N, K)
+    backend: str
+    dtype: torch.dtype
+
+    def product(self, rows: Sequence[torch.Tensor], experts: Sequence[int], padding: int = 0) -> list[torch.Tensor]:
+        """One call for these rows with the weights of these experts; the product of each, padding rows left out."""
+        device = self.weights.device
+        counts = [part.shape[0] for part in rows]
+        k = self.weights.shape[2]
+        x = torch.cat([*rows, torch.full((padding, k), float("nan"), dtype=rows[0].dtype, device=device)])
+        groups = cases.layout(counts, x.shape[0], str(device))
+        xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=self.backend)
+        wq = mx.quantize_weights(self.weights[list(experts)], backend=self.backend)
+        out = cases.poisoned_product(x.shape[0], self.weights.shape[1], self.dtype, device)
+        y = mx.grouped_gemm(xq, wq, out_dtype=self.dtype, out=out, backend=self.backend)
+        assert bool(torch.isnan(y[sum(counts) :]).all())
+        return list(y[: sum(counts)].split(counts))
+
+
+def check_any_company(c: Company, rng: torch.Generator, tally: Any) -> None:
+    """An expert's rows have the same bytes alone, in any order, padded, split, and beside other rows and other weights."""
+    experts = list(range(len(c.rows)))
+    expected = c.product(c.rows, experts)
+
+    def check(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], how: str) -> None:
+        for e, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            assert torch.equal(bits(a), bits(b)), f"{how}: place {e}"
+        tally("rearrangements")
+
+    for _ in range(3):
+        order = torch.randperm(len(experts), generator=rng).tolist()
+        got = c.product([c.rows[e] for e in order], order)
+        check(got, [expected[e] for e in order], f"order {order}")
+    for e in experts:
+        check(c.product([c.rows[e]], [e]), [expected[e]], f"expert {e} alone")
+    for padding in (1, 130):
+        check(c.product(c.rows, experts, padding), expected, f"{padding} rows of padding")
+    halves = [(part[: part.shape[0] // 3], part[part.shape[0] // 3 :]) for part in c.rows]
+    first, second = (c.product([half[i] for half in halves], experts) for i in (0, 1))
+    check([torch.cat(pair) for pair in zip(first, second, strict=True)], expected, "two batches")
+    both = c.product([half for pair in halves for half in pair], [e for e in experts for _ in (0, 1)])
+    check(
+        [torch.cat(both[2 * e : 2 * e + 2]) for e in experts],
+        expected,
+        "one batch, each expert twice, half its rows each",
+    )
+    for e in experts:
+        others = Company(
+            [part if i == e else torch.full_like(part, float("nan")) for i, part in enumerate(c.rows)],
+            torch.where(
+                (torch.arange(len(experts), device=c.weights.device) == e)[:, None, None], c.weights, torch.inf
+            ),
+            c.backend,
+            c.dtype,
+        )
+        got = others.product(others.rows, experts)
+        check([got[e]], [expected[e]], f"expert {e} beside NaN and Inf")
+
+
+def make_company(
+    counts: Sequence[int], n: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str, backend: str
+) -> Company:
+    """Normal data; interpreted, small integers, which e4m3 holds and whose products fp32 adds up without
+    rounding: NumPy multiplies there, whose order of additions depends on where a row lies in its tile."""
+    if (device, backend) == ("cpu", "triton"):
+        integers = [torch.randint(-8, 9, (count, k), generator=rng).bfloat16() for count in (*counts, len(counts) * n)]
+        return Company(integers[:-1], integers[-1].view(len(counts), n, k), backend, dtype)
+    rows = [cases.random_rows(count, k, torch.bfloat16, rng).to(device) for count in counts]
+    weights = (torch.randn(len(counts), n, k, generator=rng) * 0.05).to(device)
+    return Company(rows, weights, backend, dtype)
+
+
+def configurations(kernel: str, device: str) -> list[Any]:
+    """All that a kernel is ever run with."""
+    if kernel == "hopper":
+        return [select_hopper_config(8 * average, 8) for average in (1, 32, 64, 128, 1000)]
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    formulation = portable.select_formulation(capability, portable.triton_version())
+    if device == "cpu":
+        return [portable.TritonGemmConfig(block_t, formulation, 4, 1) for block_t in (16, 64)]
+    return [portable.select_gemm_config(8 * average, 8, formulation) for average in (1, 32, 64, 1000)]
+
+
+def pin(kernel: str, configuration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every problem with this configuration."""
+    module, name = (backend, "_hopper_config") if kernel == "hopper" else (portable, "select_gemm_config")
+    monkeypatch.setattr(module, name, lambda *args: configuration)
+    cases.forget_calls()
+
+
+@pytest.mark.parametrize("place", range(5 if ON_GPU else 2))
+def test_any_company_with_a_kernel(
+    kernel: str, device: str, place: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, tally: Any
+) -> None:
+    """What is promised: within a configuration, an expert's rows are the same bytes whatever stands
+    beside them."""
+    configured = configurations(kernel, device)
+    if place >= len(configured):
+        pytest.skip("no such configuration here")
+    pin(kernel, configured[place], monkeypatch)
+    counts, n, k = ([5, 18, 0, 2], 16, 64) if device == "cpu" else ([5, 33, 0, 2, 300], 136, 288)
+    check_any_company(make_company(counts, n, k, torch.float32, rng, device, "triton"), rng, tally)
+
+
+def test_any_company_with_the_reference(device: str, rng: torch.Generator, tally: Any) -> None:
+    """Its sums are float64, and rounded once."""
+    c = make_company([5, 33, 0, 2, 70], 72, 160, torch.bfloat16, rng, device, "reference")
+    check_any_company(c, rng, tally)
+
+
+def test_any_configuration(
+    kernel: str, device: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, tally: Any
+) -> None:
+    """More than is promised: a kernel's tiles add up K in the same order, to the same bytes."""
+    counts, n, k = ([5, 18, 0, 2], 16, 64) if device == "cpu" else ([5, 33, 0, 2, 300], 136, 1056)
+    c = make_company(counts, n, k, torch.float32, rng, device, "triton")
+    products = []
+    for configuration in configurations(kernel, device):
+        pin(kernel, configuration, monkeypatch)
+        products.append(torch.cat(c.product(c.rows, range(len(counts)))))
+    different = [int((y != products[0]).sum()) for y in products]
+    assert different == [0] * len(products), f"{kernel}: elements that differ from the first: {different}"
+    tally("rearrangements", len(products) - 1)
+
+
+@pytest.mark.parametrize("tokens", [5, 400] if ON_GPU else [5])
+def test_a_tokens_choices_in_any_company(
+    multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
+) -> None:
+    """moe_forward of a batch, and of its tokens in another order: the same bytes."""
+    *_, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=4)
+    expected = forward()
+    for order in (torch.arange(tokens).flip(0), *(torch.randperm(tokens, generator=rng) for _ in range(2))):
+        assert torch.equal(forward(order.to(device)), expected[order.to(device)])
+    if tokens < 100:  # a configuration given
+        assert torch.equal(torch.cat([forward([i]) for i in range(tokens)]), expected)
+    tally("rearrangements", 4)

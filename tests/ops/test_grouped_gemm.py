@@ -1,0 +1,105 @@
+"""The grouped GEMM, each way to multiply against float64, and backend against backend.
+
+Scale bytes, NaN and rows in any company are in test_edges.py, hostile layouts in test_bad_calls.py.
+"""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import tolerances
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from products import check, operands
+
+import hybrid_mxfp8 as mx
+
+DTYPE_IDS = ["bf16", "fp16", "fp32"]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("name", cases.RAGGED)
+def test_ragged(multiplier: str, device: str, name: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    counts, num_tokens = cases.RAGGED[name]
+    check(*operands(counts, num_tokens, 136, 160, rng, device), counts, dtype, multiplier)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 32), (64, 96), (128, 128), (136, 288), (264, 64), (40, 1056)])
+def test_shapes(multiplier: str, device: str, n: int, k: int, rng: torch.Generator) -> None:
+    counts = [3, 0, 20, 1]
+    check(*operands(counts, 24, n, k, rng, device), counts, torch.bfloat16, multiplier)
+
+
+@settings(max_examples=12)
+@given(
+    shape=cases.ragged(max_experts=6, max_tokens=160), n=st.sampled_from([8, 72, 136]),
+    k=st.sampled_from([32, 96, 128, 224]), dtype=st.sampled_from(cases.DTYPES), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_layout(
+    multiplier: str, device: str, shape: cases.Ragged, n: int, k: int, dtype: torch.dtype, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    check(*operands(shape.counts, shape.num_tokens, n, k, rng, device), shape.counts, dtype, multiplier)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 128, 257, 1024])
+def test_number_of_experts(multiplier: str, device: str, num_experts: int, rng: torch.Generator) -> None:
+    owners = torch.randint(0, num_experts, (40 if device == "cpu" else 500,), generator=rng)
+    counts = torch.bincount(owners, minlength=num_experts).tolist()
+    check(*operands(counts, sum(counts), 8, 64, rng, device), counts, torch.float32, multiplier)
+
+
+@pytest.mark.sanitizer
+def test_a_nan_weight_reaches_only_its_expert_and_column(multiplier: str, device: str, rng: torch.Generator) -> None:
+    counts = [3, 4, 20]
+    w = cases.random_rows(3 * 40, 160, torch.bfloat16, rng).reshape(3, 40, 160)
+    w[1, 11, 159] = float("nan")
+    xq, _ = operands(counts, 27, 40, 160, rng, device)
+    y = check(xq, mx.quantize_weights(w.to(device), backend="reference"), counts, torch.bfloat16, multiplier)
+    assert torch.isnan(y).nonzero().tolist() == [[row, 11] for row in (3, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
+def test_backends_agree(kernel: str, device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """The whole path of each: operands are equal, so only accumulation differs."""
+    scale, n, k = (1, 72, 224) if device == "cpu" else (10, 520, 2048)
+    counts = [3, 0, 70 * scale, 17]
+    x = cases.random_rows(sum(counts), k, torch.bfloat16, rng, device)
+    w = cases.random_rows(4 * n, k, torch.bfloat16, rng, device).reshape(4, n, k) * 0.01  # fp16 ends at 65504
+    results, quantized = {}, {}
+    for name in ("triton", "reference"):
+        with mx.use_backend(name):
+            xq, wq = mx.quantize_grouped(x, cases.layout(counts, device=device)), mx.quantize_weights(w)
+            results[name], quantized[name] = mx.grouped_gemm(xq, wq, out_dtype=dtype).double(), (xq, wq)
+    xq, wq = quantized["reference"]
+    cases.same_bytes(quantized["triton"][1], wq)
+    assert torch.equal(cases.bits(quantized["triton"][0].values), cases.bits(xq.values))
+    experts = torch.repeat_interleave(torch.arange(4), torch.tensor(counts)).tolist()
+    absolute = xq.dequantize().double().abs()
+    magnitude = torch.cat([(absolute[[t]] @ wq.dequantize()[e].double().abs().T) for t, e in enumerate(experts)])
+    # Both may round the output, each to its own side of the truth.
+    bound = 2 * tolerances.HALF_ULP[dtype] * results["reference"].abs() + tolerances.ACCUMULATION * magnitude
+    assert bool(((results["triton"] - results["reference"]).abs() <= bound).all())
+    assert mx.calc_diff(results["triton"], results["reference"]) < 1e-5
+
+
+def test_the_main_job_stays_near_the_unquantized_product(multiplier: str, device: str, rng: torch.Generator) -> None:
+    """SGLang's measure: correct MXFP8 of normal data has calc_diff near 7e-4 to full precision."""
+    x = torch.randn(64, 512, generator=rng).bfloat16().to(device)
+    w = torch.randn(3, 64, 512, generator=rng).bfloat16().to(device)
+    full = torch.cat([x[:40].double() @ w[0].double().T, x[40:].double() @ w[2].double().T])
+    with mx.use_backend(multiplier):
+        xq = mx.quantize_grouped(x, cases.layout([40, 0, 24], device=device))
+        y = mx.grouped_gemm(xq, mx.quantize_weights(w))
+    assert 2e-4 < mx.calc_diff(y, full) < 1e-3
+
+
+def test_no_sync(kernel: str, device: str, no_sync: None) -> None:
+    x = torch.empty(64, 256, dtype=torch.bfloat16, device=device).normal_()
+    counts = torch.full((4,), 16, dtype=torch.int32, device=device)
+    wq = mx.quantize_weights(x.view(4, 16, 256), backend="triton")
+    xq = mx.quantize_grouped(x, mx.GroupLayout.from_counts(counts, 64), backend="triton")
+    mx.grouped_gemm(xq, wq, backend="triton")
+    mx.explain(xq, wq)

@@ -1,0 +1,276 @@
+"""The MoE layer: against fp64, as its steps, with a workspace, with choices dropped, as a module.
+
+Errors and overlaps are in test_bad_calls.py, copies and threads in test_concurrency.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import moe_truth
+import pytest
+import torch
+from moe_truth import Layer
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.reference import routing
+
+ON_GPU = cases.device() == "cuda"
+SIZE: dict[str, Any] = (
+    {"tokens": 33, "experts": 16, "hidden": 512, "intermediate": 256, "top_k": 4}
+    if ON_GPU
+    else {"tokens": 24, "hidden": 128, "intermediate": 96}
+)
+MIN_SNR_DB = 23.0 if ON_GPU else 22.0
+"""Of a layer of normal data, which is at 23.6 to 23.8 dB, and in layers as small as those interpreted
+at 23.1 to 24.2; ``moe_forward`` says why not more."""
+
+
+def make(rng: torch.Generator, device: str, **shape: Any) -> Layer:
+    return moe_truth.to(moe_truth.make_layer(rng, **shape), device)
+
+
+def quantized(layer: Layer) -> tuple[mx.ExpertWeights, mx.ExpertWeights]:
+    return mx.quantize_weights(layer.w13, backend="reference"), mx.quantize_weights(layer.w2, backend="reference")
+
+
+def run(layer: Layer, backend: str | None, **options: Any) -> torch.Tensor:
+    bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+    batch = (layer.ids, layer.weights)
+    return mx.moe_forward(layer.x, *quantized(layer), *batch, backend=backend, **{**bias, **options})
+
+
+def first(layer: Layer, tokens: int) -> Layer:
+    """The layer of fewer tokens."""
+    parts = {name: getattr(layer, name)[:tokens] for name in ("x", "ids", "weights")}
+    return dataclasses.replace(layer, **parts)
+
+
+def snr(layer: Layer, y: torch.Tensor, *activation: Any) -> float:
+    return mx.signal_to_noise_db(moe_truth.forward(moe_truth.to(layer, "cpu"), *activation), y.cpu())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "dropped"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_signal_to_noise(
+    multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype, bias: bool, dropped: bool
+) -> None:
+    layer = make(rng, device, **SIZE, dtype=dtype, bias=bias, dropped=dropped)
+    y = run(layer, multiplier)
+    assert y.dtype == dtype
+    assert snr(layer, y) > MIN_SNR_DB
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "hidden", "intermediate", "top_k"),
+    [(1, 1, 32, 32, 1), (1, 64, 64, 32, 8), (70, 3, 32, 64, 1), (3, 4, 160, 160, 4)],
+)
+def test_shapes(
+    multiplier: str, device: str, rng: torch.Generator, tokens: int, experts: int, hidden: int, intermediate: int,
+    top_k: int,
+) -> None:  # fmt: skip
+    shape = {"tokens": tokens, "experts": experts, "hidden": hidden, "intermediate": intermediate, "top_k": top_k}
+    layer = make(rng, device, **shape, ids_dtype=torch.int32)
+    assert snr(layer, run(layer, multiplier)) > 19.0  # few elements
+
+
+def test_only_quantization_separates_it_from_the_truth(backend: str, device: str, rng: torch.Generator) -> None:
+    """On operands that MXFP8 holds exactly only the activation's quantization is left."""
+    layer = make(rng, device, tokens=8, dtype=torch.float32)
+    exact = {name: w.dequantize() for name, w in zip(("w13", "w2"), quantized(layer), strict=True)}
+    xq = mx.quantize_grouped(layer.x, cases.layout([8], device=device), backend="reference")
+    layer = dataclasses.replace(layer, x=xq.dequantize(), **exact)
+    assert snr(layer, run(layer, backend)) > 30.0
+
+
+def test_another_activation(multiplier: str, device: str, rng: torch.Generator) -> None:
+    """By name, as a SwiGLU, by its spec, as a module's; plain SwiGLU in between is not taken for it."""
+    layer = make(rng, device, **{**SIZE, "tokens": 12}, bias=True)
+    w13q, w2q = quantized(layer)
+    activation = mx.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
+    results = [run(layer, multiplier, activation=given) for given in ("swigluoai", activation, activation.spec)]
+    assert snr(layer, run(layer, multiplier)) > MIN_SNR_DB - 1
+    bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+    module = mx.MXFP8Experts(w13q, w2q, **bias, activation="swigluoai", backend=multiplier)
+    assert module.activation == activation
+    results.append(module(layer.x, layer.ids, layer.weights))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert snr(layer, results[0], moe_truth.swigluoai) > 22.0
+    assert snr(layer, results[0]) < 10.0
+
+
+def test_gate_comes_first(rng: torch.Generator) -> None:
+    """w13's first I rows are the gate; swapped they differ; silu of a large negative gate is 0."""
+    layer = make(rng, "cpu", tokens=6)
+    gate, up = layer.w13.chunk(2, dim=1)
+    swapped = run(dataclasses.replace(layer, w13=torch.cat([up, gate], dim=1)), "reference")
+    assert mx.signal_to_noise_db(run(layer, "reference"), swapped) < 10.0
+    large = dataclasses.replace(layer, w13=torch.cat([torch.full_like(gate, -50.0), up], dim=1), x=layer.x.abs())
+    assert run(large, "reference").abs().max() == 0
+
+
+def test_a_dropped_choice_is_one_of_weight_zero(backend: str, device: str, rng: torch.Generator) -> None:
+    """An id outside 0 .. E-1 leaves the token's other experts as they are."""
+    layer = make(rng, device, tokens=12, dropped=True, dtype=torch.float32)
+    dropped = (layer.ids < 0) | (layer.ids >= 5)
+    assert dropped.any()
+    assert not dropped.all()
+    ids, weights = torch.where(dropped, 0, layer.ids), torch.where(dropped, 0.0, layer.weights)
+    spared = dataclasses.replace(layer, ids=ids, weights=weights)
+    torch.testing.assert_close(run(layer, backend), run(spared, backend), rtol=1e-5, atol=1e-6)
+    nobodys = dataclasses.replace(layer, ids=torch.full_like(layer.ids, -1))
+    assert torch.equal(run(nobodys, backend), torch.zeros_like(layer.x))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 200, 3000] if ON_GPU else [17])
+def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: int) -> None:
+    """Few and many tokens, one launch of routing and three; products differ in the order of additions."""
+    shape = {**SIZE, "experts": 64, "top_k": 6} if ON_GPU else {}
+    layer = make(rng, device, **{**shape, "tokens": tokens}, bias=True, dropped=True)
+    expected = run(layer, "reference")
+    for backend in ("triton", None):
+        assert mx.signal_to_noise_db(expected, run(layer, backend)) > 40.0
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_layer_is_its_steps(multiplier: str, device: str, rng: torch.Generator, bias: bool) -> None:
+    """The public functions one after the other, with the rounding that saturates nothing: the same bits."""
+    layer = make(rng, device, tokens=11, hidden=96, bias=bias, dropped=True)
+    w13q, w2q = quantized(layer)
+    slots, experts = layer.ids.numel(), layer.w2.shape[0]
+
+    def ints(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    sorted_token_ids, inverse_permutation, layout = ints(slots), ints(*layer.ids.shape), ints(3 * experts + 2)
+    routing.route(layer.ids, experts, sorted_token_ids, inverse_permutation, layout)
+    groups = mx.GroupLayout.from_counts(layout[:experts].clone(), slots)
+    with mx.use_backend(multiplier):
+        xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, scale_rounding="rceil")
+        h = mx.grouped_gemm(xq, w13q)
+        if layer.w13_bias is not None:
+            routing.add_expert_bias(h, inverse_permutation, layer.ids, layer.w13_bias)
+        hq = mx.quantize_grouped(h, groups, activation="swiglu", scale_rounding="rceil")
+        y = mx.grouped_gemm(hq, w2q)
+    expected = torch.empty_like(layer.x)
+    routing.combine(y, inverse_permutation, layer.ids, layer.weights, layer.w2_bias, expected)
+    assert torch.equal(run(layer, multiplier), expected)
+
+
+def test_buffers_with_strides(backend: str, device: str, rng: torch.Generator) -> None:
+    layer = make(rng, device, tokens=6)
+    parts = {
+        "x": torch.cat([layer.x, layer.x], dim=1)[:, :64],
+        "ids": layer.ids.T.contiguous().T,
+        "weights": layer.weights.T.contiguous().T,
+    }
+    whole = torch.full((6, 96), 3.0, dtype=torch.bfloat16, device=device)
+    y = run(dataclasses.replace(layer, **parts), backend, out=whole[:, :64])
+    assert y.data_ptr() == whole.data_ptr()
+    assert torch.equal(y, run(layer, backend))
+    assert bool((whole[:, 64:] == 3).all())
+    row = torch.zeros(64, dtype=torch.bfloat16, device=device).as_strided((1, 64), (1, 1))
+    assert torch.equal(run(first(layer, 1), backend, out=row), y[:1])  # one row may have any stride
+
+
+@pytest.mark.parametrize("tokens", [8, 1100] if ON_GPU else [5])
+def test_a_workspace_gives_the_same_bits_for_every_batch_it_holds(
+    multiplier: str, device: str, rng: torch.Generator, tokens: int
+) -> None:
+    """In poisoned memory: what is read was written before. Rows of ``out`` behind the batch stay."""
+    layer = make(rng, device, tokens=tokens, dropped=True, bias=True)
+    workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=tokens, top_k=2, backend=multiplier)
+    out = torch.full_like(layer.x, float("nan"))
+    for batch in (tokens, 1, 4, tokens):
+        part = first(layer, batch)
+        for memory in cases.memory_of(workspace):
+            memory.fill_(cases.POISON)
+        out.fill_(float("nan"))
+        run(part, multiplier, workspace=workspace, out=out[:batch])
+        assert torch.equal(out[:batch], run(part, multiplier))
+        assert bool(out[batch:].isnan().all())
+
+
+def test_a_workspace_says_its_size(rng: torch.Generator) -> None:
+    layer = make(rng, "cpu")
+    sizes = {}
+    for tokens in (16, 160):
+        workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=tokens, top_k=2, backend="reference")
+        assert f"max_tokens={tokens}" in repr(workspace)
+        sizes[tokens] = workspace.nbytes
+    # 2 rows a token, each: indices, x and the activation in MXFP8, h and y in bf16.
+    assert sizes[160] - sizes[16] >= 2 * 144 * (2 * 4 + 64 + 32 + 2 * (64 + 64))
+
+
+def test_workspace_of_a_large_layer() -> None:
+    """The numbers of docs/moe.md, of DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's product adds."""
+    from hybrid_mxfp8.triton_kernels.gemm.hopper_config import WorkspaceLayout, select_hopper_config
+
+    experts, hidden, intermediate, rows = 256, 7168, 2048, 8192 * 8
+    w13q, w2q = (
+        mx.quantize_weights(torch.empty(experts, *size, dtype=torch.bfloat16, device="meta"))
+        for size in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    nbytes = mx.MoEWorkspace(w13q, w2q, max_tokens=8192, top_k=8).nbytes
+    assert 1 < nbytes / (rows * (3 * hidden + 5 * intermediate)) < 1.02
+    assert round(nbytes / 1e9, 1) == 2.1
+    config = select_hopper_config(rows, experts)
+    widened = max(WorkspaceLayout.size_of(rows, experts, k, config) for k in (hidden, intermediate))
+    assert 1 <= widened / (rows * 2 * hidden) < 1.01
+    assert round(widened / 1e9, 2) == 0.94
+
+
+def test_a_workspace_for_another_layer_says_what_differs(rng: torch.Generator) -> None:
+    layer = make(rng, "cpu")
+    elsewhere = (w.to("meta") for w in quantized(layer))
+    other = mx.MoEWorkspace(*elsewhere, max_tokens=9, top_k=3, dtype=torch.float16, backend="reference")
+    message = r"^workspace: must be made for top_k = 2, dtype = bfloat16, device = cpu, got 3, float16, meta$"
+    with pytest.raises(ValueError, match=message):
+        run(layer, "reference", workspace=other)
+
+
+# ---------------------------------------------------------------- the module
+
+
+def test_module_is_the_function(backend: str, device: str, rng: torch.Generator) -> None:
+    """Biases lose their grad."""
+    layer = moe_truth.make_layer(rng, bias=True)
+    assert layer.w13_bias is not None
+    assert layer.w2_bias is not None
+    biases = {"w13_bias": layer.w13_bias.requires_grad_(), "w2_bias": layer.w2_bias.requires_grad_()}
+    experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, **biases, backend="reference").to(device)
+    assert not any(buffer.requires_grad for buffer in experts.buffers())
+    assert not list(experts.parameters())
+    assert "experts=5, hidden=64, intermediate=32, bias=True" in repr(experts)
+    there = moe_truth.to(layer, device)
+    experts.backend = backend
+    with torch.no_grad():
+        y = run(there, backend)
+    assert torch.equal(experts(there.x, there.ids, there.weights), y)
+    w13q, w2q = quantized(there)
+    other = mx.MXFP8Experts(w13q, w2q, backend=backend)
+    assert not torch.equal(other(there.x, there.ids, there.weights), y)
+    assert other.w13q.values.data_ptr() == w13q.values.data_ptr()
+
+
+def test_module_survives_a_state_dict_and_a_change_of_dtype(rng: torch.Generator) -> None:
+    layer = make(rng, "cpu")
+    one, two = (
+        mx.MXFP8Experts.from_weights(w13, layer.w2, backend="reference") for w13 in (layer.w13, layer.w13.flip(0))
+    )
+    y = one(layer.x, layer.ids, layer.weights)
+    assert not torch.equal(two(layer.x, layer.ids, layer.weights), y)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two(layer.x, layer.ids, layer.weights), y)
+    assert torch.equal(one.to(torch.float16)(layer.x, layer.ids, layer.weights), y)
+    assert one.w13_values.dtype == torch.uint8
+
+
+def test_module_asks_its_backend_to_quantize(rng: torch.Generator) -> None:
+    layer = make(rng, "cpu")
+    with mx.use_backend("reference"), pytest.raises(mx.BackendUnavailableError, match=r"^backend cutlass"):
+        mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend="cutlass")(layer.x, layer.ids, layer.weights)

@@ -1,0 +1,268 @@
+"""quantize_grouped and quantize_weights: the kernel's bytes are the reference's, and the definition's.
+
+Hostile counts, addresses and strides are in test_bad_calls.py, all codes in test_codes.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import kernels
+import numpy as np
+import pytest
+import swiglu_truth
+import torch
+import truth
+from cases import same_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hybrid_mxfp8 as mx
+
+pytestmark = pytest.mark.usefixtures("kernels_run")
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
+roundings = pytest.mark.parametrize("rounding", truth.ROUNDINGS)
+
+
+def into_poison(
+    backend: str, x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, rounding: str = "rceil",
+    row_index: torch.Tensor | None = None,
+) -> mx.GroupedMXFP8:  # fmt: skip
+    """Quantize into buffers that held poison."""
+    rows = x.shape[0] if row_index is None else row_index.shape[0]
+    layout = groups if isinstance(groups, mx.GroupLayout) else mx.GroupLayout.from_counts(groups, rows)
+    out = cases.poisoned_output(layout, x.shape[1])
+    got = mx.quantize_grouped(x, groups, scale_rounding=rounding, row_index=row_index, out=out, backend=backend)
+    assert (got.values.data_ptr(), got.scales.data_ptr()) == (out.values.data_ptr(), out.scales.data_ptr())
+    return got
+
+
+def check(
+    x: torch.Tensor, groups: mx.GroupLayout, rounding: str = "rceil", row_index: torch.Tensor | None = None
+) -> mx.GroupedMXFP8:
+    """The kernel against the reference."""
+    got = into_poison("triton", x, groups, rounding, row_index)
+    same_bytes(got, into_poison("reference", x, groups, rounding, row_index))
+    return got
+
+
+@pytest.mark.sanitizer
+@dtypes
+def test_zero_tiny_and_non_finite_blocks(device: str, dtype: torch.dtype) -> None:
+    x = cases.special_rows(dtype)
+    expected = into_poison("reference", x, cases.layout([3, 5]))
+    same_bytes(check(x.to(device), cases.layout([3, 5], device=device)), expected)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("k", [32, 160, 2880])
+@pytest.mark.parametrize("name", cases.RAGGED)
+def test_ragged(device: str, name: str, k: int, rng: torch.Generator) -> None:
+    """Rows beyond the groups and slack keep their poison, all other padding is zero."""
+    counts, num_tokens = cases.RAGGED[name]
+    k = min(k, 256) if device == "cpu" else k
+    x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
+    groups = cases.layout(counts, num_tokens, device)
+    got = check(x, groups)
+    values, stored = truth.grouped_bytes(*truth.quantize(truth.doubles(x)), counts, groups.scale_rows, cases.POISON)
+    assert np.array_equal(truth.as_bytes(got.values), values)
+    assert np.array_equal(truth.as_bytes(got.scales).reshape(-1), stored)
+
+
+@given(
+    shape=cases.ragged(), k=st.sampled_from([32, 64, 96, 128, 288, 1056]), dtype=st.sampled_from(cases.DTYPES),
+    rounding=st.sampled_from(truth.ROUNDINGS), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_layout(device: str, shape: cases.Ragged, k: int, dtype: torch.dtype, rounding: str, seed: int) -> None:
+    x = cases.random_rows(shape.num_tokens, k, dtype, torch.Generator().manual_seed(seed), device)
+    check(x, cases.layout(shape.counts, shape.num_tokens, device), rounding)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 127, 128, 256, 1000, 1024, 1500, 3000])
+def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: int, rng: torch.Generator) -> None:
+    """Every configuration, and both forms of groups: a layout, and counts that the kernel may scan."""
+    shapes = [(150, 64)] if device == "cpu" else [(64, 160), (64, 7168), (300, 7168), (3000, 160), (3000, 7168)]
+    for num_tokens, k in shapes:
+        owners = torch.randint(0, num_experts, (num_tokens,), generator=rng)
+        counts = torch.bincount(owners, minlength=num_experts).to(device)
+        x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
+        groups = mx.GroupLayout.from_counts(counts, num_tokens)
+        expected = check(x, groups)
+        for given_counts in (counts, counts.int()):
+            got = into_poison("triton", x, given_counts)
+            same_bytes(got, expected)
+            for name in ("tokens_per_expert", "expert_offsets", "scale_offsets"):
+                assert torch.equal(getattr(got.groups, name), getattr(groups, name))
+
+
+@pytest.mark.parametrize("experts", [4, 100])
+def test_most_rows_are_nobodys(device: str, experts: int, rng: torch.Generator) -> None:
+    """Where experts are spread over GPUs: programs beyond the groups leave at once, and write nothing."""
+    t, k = (6000, 512) if device == "cuda" else (600, 64)
+    counts = torch.randint(0, 12 if device == "cuda" else 2, (experts,), generator=rng).tolist()
+    x = cases.random_rows(t, k, torch.bfloat16, rng, device)
+    check(x, cases.layout(counts, t, device))
+    index = torch.randint(0, t, (t,), generator=rng, dtype=torch.int32)
+    index[sum(counts) :] = 2**31 - 1
+    check(x, cases.layout(counts, t, device), row_index=index.to(device))
+
+
+@pytest.mark.sanitizer
+@dtypes
+def test_row_strides_and_unaligned_rows(device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Among them rows that overlap: Triton makes a stride of 1 a constant."""
+    wide = cases.random_rows(40, 256, dtype, rng, device)
+    flat = wide.reshape(-1)
+    odd, close = flat.as_strided((30, 96), (257, 1), 1), flat.as_strided((40, 32), (1, 1))
+    for x in (wide[:, 32:128], wide[:, 7:103], wide[:1, :96].expand(40, 96), odd, close):
+        groups = cases.layout([10, x.shape[0] - 10], device=device)
+        same_bytes(check(x, groups), into_poison("reference", x.contiguous(), groups))
+
+
+@pytest.mark.sanitizer
+@dtypes
+def test_gather(device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Rows outside read as zeros."""
+    x = cases.random_rows(17, 160, dtype, rng, device)
+    index = torch.randint(0, 17, (70,), generator=rng, dtype=torch.int32)
+    index[5], index[6], index[7], index[8] = -1, 17, 2**31 - 1, -(2**31)
+    groups = cases.layout([30, 0, 40], device=device)
+    got = check(x, groups, row_index=index.to(device))
+    inside = (index >= 0) & (index < 17)
+    rows = torch.where(inside[:, None].to(device), x[index.clamp(0, 16).long().to(device)], 0)
+    same_bytes(got, into_poison("reference", rows, groups))
+
+
+# ---------------------------------------------------------------- SwiGLU
+
+ACTIVATIONS = {
+    "swiglu": mx.SwiGLU(),
+    "swigluoai": mx.SwiGLU(1.702, 1.0, 7.0),
+    "limit alone": mx.SwiGLU(limit=2.5),
+    "alpha alone": mx.SwiGLU(alpha=0.5),
+    "beta alone": mx.SwiGLU(beta=-0.25),
+}
+
+
+@pytest.mark.sanitizer
+@dtypes
+@pytest.mark.parametrize(
+    ("name", "rounding"), [*(("swiglu", r) for r in truth.ROUNDINGS), *((a, "rceil") for a in list(ACTIVATIONS)[1:])]
+)
+def test_swiglu(backend: str, device: str, dtype: torch.dtype, name: str, rounding: str, rng: torch.Generator) -> None:
+    """Against float64, within what an exponential and a division may be off; see swiglu_truth.py.
+
+    A limit meets both signs of gate and up, and the cut values themselves.
+    """
+    tenth = 70 if device == "cuda" else 7
+    counts, activation = [3 * tenth, 0, 7 * tenth], ACTIVATIONS[name]
+    x = 4 * torch.randn(10 * tenth, 320, generator=rng)
+    x[:tenth] *= 30
+    x[tenth, ::3] = 7.0
+    x = x.to(dtype)
+    groups = cases.layout(counts, device=device)
+    options = {"activation": activation, "scale_rounding": rounding, "backend": backend}
+    got = mx.quantize_grouped(x.to(device), groups, out=cases.poisoned_output(groups, 160), **options)
+    swiglu_truth.check(got, x, counts, rounding, activation=activation)
+    named = mx.quantize_grouped(x.to(device), groups, **{**options, "activation": "swigluoai"})
+    assert torch.equal(cases.bits(named.values), cases.bits(got.values)) == (name == "swigluoai")
+
+
+def test_what_a_limit_does_to_non_finite_values(backend: str, device: str) -> None:
+    """As torch.clamp: infinite values are cut, NaN stays. A gate of -Inf has no limit."""
+    x = torch.ones(4, 64)
+    x[0, 0] = x[0, 33] = float("inf")
+    x[1, 0], x[1, 32] = 3.0, float("-inf")
+    x[2, 5], x[3, 40] = float("nan"), float("nan")
+    groups, activation = cases.layout([4], device=device), mx.SwiGLU(limit=3.0)
+    got = mx.quantize_grouped(x.to(device), groups, activation=activation, backend=backend).dequantize().cpu()
+    cut = 3 / (1 + math.exp(-3))
+    assert got[0, 0].item() == pytest.approx(cut, rel=2**-4)
+    assert got[0, 1].item() == pytest.approx(3 / (1 + math.exp(-1)), rel=2**-4)
+    assert got[1, 0].item() == pytest.approx(-3 * cut, rel=2**-4)
+    assert bool(got[2:].isnan().all())
+    assert not got[:2].isnan().any()
+
+
+def test_swiglu_spreads_non_finite_values_over_their_block(backend: str, device: str) -> None:
+    x = torch.ones(3, 128)
+    x[0, 2], x[1, 64 + 40] = float("nan"), float("inf")
+    x[2, 3] = -500.0  # exp(500) is Inf and the product zero, not NaN
+    groups = cases.layout([3], device=device)
+    got = mx.quantize_grouped(x.to(device), groups, activation="swiglu", backend=backend).dequantize().cpu()
+    nan = torch.zeros(3, 64, dtype=torch.bool)
+    nan[0, :32] = nan[1, 32:] = True
+    assert torch.equal(torch.isnan(got), nan)
+    assert got[2, 3] == 0
+
+
+@pytest.mark.parametrize("form", ["layout", "counts"])
+def test_swiglu_of_gathered_rows_with_strides(device: str, form: str, rng: torch.Generator) -> None:
+    x = torch.randn(20, 300, generator=rng)[:, 5:261]
+    index = torch.randint(0, 20, (40,), generator=rng, dtype=torch.int32)
+    index[3] = 20
+    groups = cases.layout([25, 15], device=device)
+    got = mx.quantize_grouped(
+        x.to(device), groups if form == "layout" else groups.tokens_per_expert,
+        activation="swiglu", row_index=index.to(device), backend="triton",
+    )  # fmt: skip
+    rows = torch.where((index < 20)[:, None], x[index.clamp_max(19).long()], 0)
+    swiglu_truth.check(got, rows, [25, 15], "rceil")
+
+
+# ---------------------------------------------------------------- weights, buffers, syncs
+
+
+@pytest.mark.sanitizer
+@roundings
+@pytest.mark.parametrize(
+    ("e", "n", "k"), [(1, 1, 32), (3, 8, 96), (2, 136, 160), (2, 128, 128), (1, 300, 1056), (5, 40, 64)]
+)
+def test_weights(device: str, e: int, n: int, k: int, rounding: str, rng: torch.Generator) -> None:
+    """Into poison, so that every padding byte is seen to be written."""
+    w = cases.random_rows(e * n, k, torch.bfloat16, rng, device).reshape(e, n, k)
+    expected = mx.quantize_weights(w, scale_rounding=rounding, backend="reference")
+    same_bytes(mx.quantize_weights(w, scale_rounding=rounding, backend="triton"), expected)
+    values, scales = torch.empty_like(expected.values), torch.full_like(expected.scales, cases.POISON)
+    values.view(torch.uint8).fill_(cases.POISON)
+    kernels.quantize_weights(w, values, scales, rounding)
+    same_bytes(mx.ExpertWeights(values, scales), expected)
+    for expert in range(e):
+        codes, linear = truth.quantize(truth.doubles(w[expert]), rounding)
+        assert np.array_equal(truth.as_bytes(expected.values[expert]), codes)
+        assert np.array_equal(truth.as_bytes(expected.scales[expert]).reshape(-1), truth.swizzle(linear))
+
+
+def test_weights_with_strides(device: str, rng: torch.Generator) -> None:
+    base = cases.random_rows(4 * 50, 256, torch.float16, rng, device).reshape(4, 50, 256)
+    for w in (base[::2, :, 32:128], base[:, 3:43, :96], base.transpose(0, 1)[:, :, :64], base[:1].expand(3, 50, 256)):
+        expected = mx.quantize_weights(w.contiguous(), backend="reference")
+        for backend in ("triton", "reference"):
+            same_bytes(mx.quantize_weights(w, backend=backend), expected)
+
+
+def test_out_is_written_again_with_another_layout(device: str, rng: torch.Generator) -> None:
+    """Buffers of an earlier result for other groups of the same shapes: no byte of the first shows."""
+    x = cases.random_rows(150, 96, torch.bfloat16, rng, device)
+    first = mx.quantize_grouped(x, cases.layout([150, 0, 0], device=device), backend="triton")
+    groups = cases.layout([1, 2, 3], 150, device)
+    second = mx.quantize_grouped(x.flip(0), groups, out=first, backend="triton")
+    assert second.scales.data_ptr() == first.scales.data_ptr()
+    assert second.groups is groups
+    used = int(groups.scale_offsets[-1])
+    plain = mx.quantize_grouped(x.flip(0), groups, backend="reference")
+    assert torch.equal(second.scales[:used], plain.scales[:used])
+    assert torch.equal(cases.bits(second.values)[:6], cases.bits(plain.values)[:6])
+
+
+def test_no_sync(device: str, no_sync: None) -> None:
+    x = torch.empty(64, 256, dtype=torch.bfloat16, device=device).normal_()
+    counts = torch.full((4,), 16, dtype=torch.int32, device=device)
+    groups = mx.GroupLayout.from_counts(counts, 64)
+    for given_groups in (groups, counts):
+        mx.quantize_grouped(x, given_groups, backend="triton")
+        mx.quantize_grouped(x, given_groups, activation="swiglu", backend="triton")
+    index = torch.zeros(64, dtype=torch.int32, device=device)
+    mx.quantize_grouped(x, groups, row_index=index, backend="triton")
+    mx.quantize_weights(x.view(4, 16, 256), backend="triton")

@@ -1,0 +1,87 @@
+"""Imports go one way: each package may import those of earlier layers, and modules import each other in no circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = (
+    ("errors", "env", "_version"),
+    ("core",),
+    ("reference",),
+    ("dispatch",),
+    ("triton_kernels", "cutlass_kernels"),
+    ("ops",),
+    ("checkpoint", "compat"),
+    ("integrations",),
+    ("commands",),
+    ("__init__", "__main__"),
+)
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the product, by its name as installed."""
+    found = {}
+    for folder in ("hybrid_mxfp8", "triton_kernels", "cutlass_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if folder == "hybrid_mxfp8" else ("hybrid_mxfp8", *parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, names: set[str]) -> Iterator[str]:
+    """Modules of the product that a file imports anywhere, also in functions; not those for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module in names:
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name for name in submodules if name in names)
+            if not all(name in names for name in submodules):
+                yield node.module
+
+
+def package_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    found = modules()
+    assert len(found) > 50
+    return {name: set(imports(path, set(found))) for name, path in found.items()}
+
+
+def test_packages_import_earlier_layers(graph: dict[str, set[str]]) -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in others
+        if package_of(other) != package_of(module) and LAYER[package_of(other)] >= LAYER[package_of(module)]
+    ]
+    assert not [line for line in wrong if not line.endswith("imports hybrid_mxfp8")]
+
+
+def test_modules_import_in_no_circle(graph: dict[str, set[str]]) -> None:
+    TopologicalSorter({module: others - {module} for module, others in graph.items()}).prepare()
+
+
+def test_packages_say_what_they_may_import() -> None:
+    for package in ("core", "reference", "dispatch", "ops", "checkpoint", "integrations", "compat", "commands"):
+        text = (ROOT / "hybrid_mxfp8" / package / "__init__.py").read_text(encoding="utf-8")
+        assert "May import" in (ast.get_docstring(ast.parse(text)) or ""), package
+    for package in ("triton_kernels", "cutlass_kernels"):
+        text = (ROOT / package / "__init__.py").read_text(encoding="utf-8")
+        assert "May import" in (ast.get_docstring(ast.parse(text)) or ""), package

@@ -1,0 +1,247 @@
+"""grouped_gemm, explain and grouped_gemm_workspace_size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import tolerances
+import torch
+from guards import Guards
+from products import plain_operands
+
+import hybrid_mxfp8 as mx
+
+from .row import (
+    COUNTS,
+    E4M3,
+    META,
+    Bad,
+    Call,
+    E,
+    K,
+    N,
+    Odd,
+    T,
+    grad,
+    grouped,
+    ints,
+    layout,
+    normal,
+    overlapping,
+    refused,
+    shapes,
+    shifted,
+    weights,
+)
+
+
+def _good() -> dict[str, Any]:
+    return {"x": grouped(), "w": weights(), "out": cases.poisoned_product(T, N, torch.bfloat16)}
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16)
+
+
+def u8(size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.uint8)
+
+
+def _meta_weights() -> mx.ExpertWeights:
+    return mx.ExpertWeights(
+        torch.empty(E, N, K, dtype=E4M3, device=META), torch.empty(E, 128, 4, dtype=torch.uint8, device=META)
+    )
+
+
+product = refused(mx.grouped_gemm, _good)
+explained = refused(mx.explain, lambda: {"x": grouped(), "w": weights()})
+size = refused(mx.grouped_gemm_workspace_size, lambda: {"w": weights(), "num_tokens": T})
+DTYPES = (torch.float64, torch.int32, torch.uint8, E4M3, None, "bfloat16", 3, torch.ones(1))
+
+BAD: list[Bad] = [
+    *(
+        row(f"{word}: {what}", error, message, **changes)
+        for word, row in (("gemm", product), ("explain", explained))
+        for what, error, message, changes in (
+            ("x a tensor", TypeError, "^x: must be a GroupedMXFP8 .* got Tensor$", {"x": normal(T, K)}),
+            ("x None", TypeError, "^x: must be a GroupedMXFP8 .* got NoneType$", {"x": None}),
+            ("x and w swapped", TypeError, "^x: must be a GroupedMXFP8 .* got ExpertWeights$", {"x": weights, "w": grouped}),
+            ("w a tensor", TypeError, "^w: must be an ExpertWeights .* got Tensor$", {"w": normal(E, N, K)}),
+            ("w an operand of tokens", TypeError, "^w: must be an ExpertWeights .* got GroupedMXFP8$", {"w": grouped}),
+            ("an expert too few", ValueError, r"^w: must have x's E = 3 experts, got 2 \(from_ends takes E ends, without the leading 0\)$", {"w": lambda: weights(2)}),
+            ("no experts", ValueError, "^w: must have x's E = 3 experts, got 0$", {"w": lambda: weights(0)}),
+            ("another K", ValueError, "^w: must have x's K = 96, got 128$", {"w": lambda: weights(k=128)}),
+            ("w on meta", ValueError, "^w: must be on cpu, as x, got meta$", {"w": _meta_weights}),
+            *((f"N = {n}", ValueError, f"^w: N must be a positive multiple of 8, got {n}$", {"w": lambda n=n: weights(n=n)}) for n in (0, 1, 4, 7, 9, 20)),
+            *((f"out_dtype {d}", TypeError, "^out_dtype: must be bfloat16 or float16 or float32, got", {"out_dtype": d}) for d in DTYPES),
+            *((f"backend {b!r}", ValueError, "^backend: must be one of auto, cutlass, triton, reference, got", {"backend": b}) for b in ("blas", "", 0)),
+        )
+    ),
+    product("out a list", TypeError, r"^out: must be a torch\.Tensor", out=[1.0]),
+    product("out an operand", TypeError, r"^out: must be a torch\.Tensor .* got GroupedMXFP8$", out=grouped),
+    product("out of fp32", TypeError, "^out: dtype must be bfloat16, got float32$", out=torch.ones(T, N)),
+    product("out of bytes", TypeError, "^out: dtype must be bfloat16, got uint8$", out=torch.ones(T, 2 * N, dtype=torch.uint8)),
+    product("out of bf16 for fp32", TypeError, "^out: dtype must be float32, got bfloat16$", out_dtype=torch.float32),
+    product("out a row too few", ValueError, r"^out: must have shape \(T, N\) = \(40, 24\), got \(39, 24\)$", out=bf16(T - 1, N)),
+    product("out a row too many", ValueError, r"^out: must have shape \(T, N\)", out=bf16(T + 1, N)),
+    product("out transposed shape", ValueError, r"^out: must have shape \(T, N\)", out=bf16(N, T)),
+    product("out flat", ValueError, r"^out: must have shape \(T, N\)", out=bf16(T * N)),
+    product("out of rank 3", ValueError, r"^out: must have shape \(T, N\)", out=bf16(1, T, N)),
+    product("out empty", ValueError, r"^out: must have shape \(T, N\)", out=bf16(0, N)),
+    product("out transposed", ValueError, "^out: must be contiguous", out=bf16(N, T).T),
+    product("out in wider rows", ValueError, "^out: must be contiguous", out=bf16(T, N + 8)[:, :N]),
+    product("out every second row", ValueError, "^out: must be contiguous", out=bf16(2 * T, N)[::2]),
+    product("out one row for all", ValueError, "^out: must be contiguous", out=bf16(1, N).expand(T, N)),
+    product("out on meta", ValueError, "^out: must be on cpu", out=bf16(T, N).to(META)),
+    product("out with grad", ValueError, "^out: must not require grad", out=lambda: grad(bf16(T, N))),
+    product("out sparse", TypeError, "^out: must be a dense tensor", out=lambda: bf16(T, N).to_sparse()),
+    product("workspace a number", TypeError, r"^workspace: must be a torch\.Tensor", workspace=1 << 20),
+    product("workspace of int8", TypeError, "^workspace: dtype must be uint8, got int8$", workspace=u8(999).view(torch.int8)),
+    product("workspace of float", TypeError, "^workspace: dtype must be uint8, got float32$", workspace=torch.ones(999)),
+    product("workspace a matrix", ValueError, r"^workspace: must have shape \(bytes,\)", workspace=u8(64).view(8, 8)),
+    product("workspace a scalar", ValueError, r"^workspace: must have shape \(bytes,\)", workspace=u8(1)[0]),
+    product("workspace with gaps", ValueError, "^workspace: must be contiguous", workspace=u8(512)[::2]),
+    product("workspace one byte for all", ValueError, "^workspace: must be contiguous", workspace=u8(1).expand(999)),
+    product("workspace on meta", ValueError, "^workspace: must be on cpu", workspace=u8(999).to(META)),
+    *(size(f"size: w {w!r}", TypeError, "^w: must be an ExpertWeights, got", w=w) for w in (None, 3, "w")),
+    *(size(f"size: T {t!r}", TypeError, "^num_tokens: must be an int, got", num_tokens=t) for t in (None, 3.0, "3", True)),
+    *(size(f"size: T = {t}", ValueError, f"^num_tokens: must be at least 0, .*int32, got {t}$", num_tokens=t) for t in (-1, 2**31, 2**31 - 1, 2**63, 2**70)),
+    *(size(f"size: N = {n}", ValueError, f"^w: N must be a positive multiple of 8, got {n}$", w=lambda n=n: weights(n=n)) for n in (0, 12)),
+    size("size: out_dtype", TypeError, "^out_dtype: must be", out_dtype=torch.int8),
+    size("size: backend", ValueError, "^backend: must be one of", backend="cublas"),
+]  # fmt: skip
+
+
+BAD += [
+    *(shifted(mx.grouped_gemm, _good, f"out starts {by} bytes off", "^out: must start at a 16-byte boundary, got address 0x", "out", by) for by in (2, 4, 8, 14)),
+    *(shifted(mx.grouped_gemm, lambda: {**_good(), "workspace": u8(999)}, f"workspace starts {by} bytes off", "^workspace: must start at a 256-byte boundary", "workspace", by) for by in (1, 16, 128)),
+    *(
+        overlapping(mx.grouped_gemm, lambda: {**_good(), "workspace": u8(512)}, f"{written} in {read}", rf"^{written}: must not overlap {read.replace('x.groups.', '')}, got addresses 0x", read, written, by)
+        for written, read, by in (
+            ("out", "x.values", T * K - 16), ("out", "x.scales", 16 - T * N * 2), ("out", "w.values", 1024),
+            ("workspace", "out", 256), ("workspace", "w.scales", 256),
+        )
+    ),
+    overlapping(lambda x, w, out, offsets: mx.grouped_gemm(_with_offsets(x, offsets), w, out=out),
+                lambda: {**_good(), "offsets": layout().expert_offsets}, "out in the offsets", "^out: must not overlap expert_offsets, got addresses 0x",
+                "out", "offsets", T * N * 2 - 4 * (E + 1)),
+]  # fmt: skip
+
+
+def _with_offsets(x: mx.GroupedMXFP8, offsets: torch.Tensor) -> mx.GroupedMXFP8:
+    groups = mx.GroupLayout.unchecked(**{**vars(x.groups), "expert_offsets": offsets})
+    return mx.GroupedMXFP8.unchecked(x.values, x.scales, groups)
+
+
+# ---------------------------------------------------------------- odd ones, by truth
+
+
+def _right(
+    what: str,
+    counts: list[int],
+    num_tokens: int = T,
+    *,
+    n: int = N,
+    k: int = K,
+    dtype: torch.dtype = torch.float32,
+    shift: int = 0,
+    workspace: int | None = None,
+) -> Odd:
+    """Multiplied into poison: rows of experts within their bounds of truth, all others still poison."""
+
+    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+        plain, w = grouped(counts, num_tokens, k), weights(len(counts), n, k)
+        x = mx.GroupedMXFP8(g(plain.values, shift), g(plain.scales, shift), g.layout(plain.groups))
+        wq = mx.ExpertWeights(g(w.values, shift), g(w.scales, shift))
+        out = g.out(cases.poisoned_product(num_tokens, n, dtype))
+        space = None if workspace is None else g.out(u8(workspace))
+
+        def check(result: torch.Tensor) -> None:
+            assert result.data_ptr() == out.data_ptr()
+            tokens = plain.groups.tokens_per_expert.tolist()
+            tolerances.check_gemm(result, *plain_operands(plain, w, tokens), tokens)
+            assert bool(torch.isnan(result[sum(tokens) :]).all())
+
+        return lambda: mx.grouped_gemm(x, wq, out_dtype=dtype, out=out, workspace=space), check
+
+    return Odd(what, prepare)
+
+
+GARBAGE = {
+    "offsets fall": ([20, 0, 15], [0, 30, 10, 35], [0, 128, 128, 256]),
+    "offsets negative": ([20, 0, 15], [-5, -1, 3, 35], [-128, 0, 0, 256]),
+    "offsets huge": ([20, 0, 15], [0, 2**31 - 1, -(2**31), 2**31 - 1], [0, 2**31 - 1, 2**31 - 128, 2**31 - 1]),
+    "every expert owns all rows": ([40, 40, 40], [0, 40, 0, 40], [0, 0, 0, 256]),
+    "scales far outside": ([20, 0, 15], [0, 20, 20, 35], [2**31 - 128, 2**31 - 128, -128, 2**31 - 1]),
+    "scales off a tile": ([20, 0, 15], [0, 20, 20, 35], [37, 64, 200, 255]),
+    "more rows than there are": ([99, 99, 99], [0, 99, 198, 297], [0, 128, 256, 384]),
+    "sums that wrap": ([1, 1, 1], [-(2**31), 2**31 - 1, -(2**31), 2**31 - 1], [2**31 - 1, 2**31 - 1, 2**31 - 1, 2**31 - 1]),
+}  # fmt: skip
+"""Layouts put together by hand: counts, expert offsets, scale offsets. Any numbers may come out, within the buffers."""
+
+
+def _garbage(what: str, run: Callable[[mx.GroupLayout, Guards], Call]) -> Odd:
+    """Past the checks of the constructor, which can look at a CPU's tensors, but not at a GPU's."""
+
+    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+        groups = mx.GroupLayout.unchecked(*(g(ints(*numbers)) for numbers in GARBAGE[what.partition(": ")[2]]), T)
+        return run(groups, g), lambda result: None
+
+    return Odd(what, prepare)
+
+
+def by_hand(what: str) -> Bad:
+    def prepare(g: Guards) -> Call:
+        tensors = [g(ints(*numbers)) for numbers in GARBAGE[what]]
+        return lambda: mx.GroupLayout(*tensors, T)
+
+    message = "^(tokens_per_expert|expert_offsets|scale_offsets): must (be|have) .*, got"
+    return Bad(f"layout by hand: {what}", prepare, ValueError, message)
+
+
+def garbage_product(groups: mx.GroupLayout, g: Guards) -> Call:
+    plain = grouped()
+    x, w = mx.GroupedMXFP8.unchecked(g(plain.values), g(plain.scales), groups), g.weights(weights())
+    out = g.out(cases.poisoned_product(T, N, torch.bfloat16))
+    return lambda: mx.grouped_gemm(x, w, out=out)
+
+
+def garbage_quantized(groups: mx.GroupLayout, g: Guards) -> Call:
+    x, out = g(normal(T, K)), g.grouped(grouped(), written=True)
+    return lambda: mx.quantize_grouped(x, groups, out=out)
+
+
+BAD += [by_hand(what) for what in GARBAGE]
+GARBAGE_ROWS: list[Odd] = [
+    *(_garbage(f"product: {what}", garbage_product) for what in GARBAGE),
+    *(_garbage(f"quantized: {what}", garbage_quantized) for what in GARBAGE),
+]
+
+
+def _multiply(device: Any) -> torch.Tensor:
+    counts = torch.ones(E, dtype=torch.int32, device=device)
+    xq = mx.quantize_grouped(torch.ones(T, K, device=device), counts)
+    return mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(E, N, K, device=device)), out_dtype=torch.float16)
+
+
+def _is_product(y: torch.Tensor) -> None:
+    assert (y.shape, y.dtype) == ((T, N), torch.float16)
+
+
+ODD: list[Odd] = [
+    *(_right(f"counts: {name}", counts, t, n=8, k=32) for name, (counts, t) in cases.HOSTILE.items()),
+    *(_right(f"operands start {by} bytes off", COUNTS, shift=by) for by in (1, 4, 8)),
+    _right("E = 1", [T]),
+    _right("E = 4096", [0] * 4000 + [3] + [0] * 90 + [2, 0, 0, 1, 0], 8, n=8, k=32),
+    _right("E = 0", [], 3),
+    _right("T = 0", [0, 0], 0),
+    _right("T = 0 in fp16", [0, 0], 0, dtype=torch.float16),
+    _right("all experts empty", [0, 0, 0]),
+    _right("rows that no expert owns", [1, 0, 1]),
+    _right("the narrowest", [1], 1, n=8, k=32),
+    _right("a workspace that is not needed", COUNTS, workspace=4096),
+    _right("a workspace of nothing", COUNTS, workspace=0),
+    *shapes("tensors", _multiply, _is_product),
+]  # fmt: skip

@@ -1,0 +1,223 @@
+"""moe_forward, MXFP8Experts and MoEWorkspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import moe_truth
+import torch
+from guards import Guards
+
+import hybrid_mxfp8 as mx
+
+from .row import META, Bad, Odd, grad, normal, overlapping, refused, shapes
+
+M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
+
+
+def w13(e: int = E, n: int = 2 * I, k: int = H) -> mx.ExpertWeights:
+    return mx.quantize_weights(normal(e, n, k, seed=5) * 0.1, backend="reference")
+
+
+def w2(e: int = E, n: int = H, k: int = I) -> mx.ExpertWeights:
+    return mx.quantize_weights(normal(e, n, k, seed=6) * 0.1, backend="reference")
+
+
+def ids(m: int = M, top_k: int = TOP_K, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return (torch.arange(m * top_k).reshape(m, top_k) % E).to(dtype)
+
+
+def _good() -> dict[str, Any]:
+    return {
+        "x": normal(M, H),
+        "w13q": w13(),
+        "w2q": w2(),
+        "topk_ids": ids(),
+        "topk_weights": torch.rand(M, TOP_K, generator=torch.Generator().manual_seed(3)),
+    }
+
+
+def _workspace(**changes: Any) -> Callable[[], mx.MoEWorkspace]:
+    return lambda: mx.MoEWorkspace(w13(), w2(), **{"max_tokens": M, "top_k": TOP_K, **changes})
+
+
+def meta(w: mx.ExpertWeights) -> mx.ExpertWeights:
+    return mx.ExpertWeights(w.values.to(META), w.scales.to(META))
+
+
+forward = refused(mx.moe_forward, _good)
+module = refused(mx.MXFP8Experts, lambda: {"w13q": w13(), "w2q": w2()})
+made = refused(mx.MXFP8Experts.from_weights, lambda: {"w13": normal(E, 2 * I, H), "w2": normal(E, H, I)})
+space = refused(mx.MoEWorkspace, lambda: {"w13q": w13(), "w2q": w2(), "max_tokens": M, "top_k": TOP_K})
+
+WEIGHTS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
+    ("w13 a tensor", TypeError, "^w13q: must be an ExpertWeights .* got Tensor$", {"w13q": normal(E, 2 * I, H)}),
+    ("w2 None", TypeError, "^w2q: must be an ExpertWeights .* got NoneType$", {"w2q": None}),
+    ("w13 and w2 swapped", ValueError, r"^w13q: must be \(E, 2I, H\) = ", {"w13q": w2, "w2q": w13}),
+    ("w13 of fewer experts", ValueError, r"^w13q: must be \(E, 2I, H\) = \(4, 64, 64\)", {"w13q": lambda: w13(e=3)}),
+    ("w13 without up", ValueError, r"^w13q: must be \(E, 2I, H\)", {"w13q": lambda: w13(n=I)}),
+    ("w13 of another H", ValueError, r"^w13q: must be \(E, 2I, H\)", {"w13q": lambda: w13(k=96)}),
+    ("no experts", ValueError, "^w13q: must have at least 1 expert, got 0$", {"w13q": lambda: w13(e=0), "w2q": lambda: w2(e=0)}),
+    ("w2 on meta", ValueError, "^w2q: must be on cpu, as w13q, got meta$", {"w2q": lambda: meta(w2())}),
+]  # fmt: skip
+
+BAD: list[Bad] = [
+    *(row(f"{word}: {what}", error, message, **changes) for word, row in (("forward", forward), ("module", module), ("workspace", space)) for what, error, message, changes in WEIGHTS),
+    forward("forward: both weights on meta", ValueError, "^w13q: must be on cpu, as x, got meta$", w13q=lambda: meta(w13()), w2q=lambda: meta(w2())),
+    forward("x a list", TypeError, r"^x: must be a torch\.Tensor", x=[1.0]),
+    *(forward(f"x of {d}", TypeError, "^x: dtype must be bfloat16 or float16 or float32", x=torch.ones(M, H).to(d)) for d in (torch.float64, torch.int32, torch.float8_e4m3fn)),
+    *(forward(f"x of shape {s}", ValueError, r"^x: must have shape \(M, H\)", x=torch.zeros(s)) for s in ((H,), (1, M, H), (M + 1, H), (M - 1, H), (M, H + 32), (M, 0))),
+    forward("x transposed", ValueError, "^x: must have unit stride along its columns", x=normal(H, M).T),
+    forward("x one column for all", ValueError, "^x: must have unit stride", x=normal(M, 1).expand(M, H)),
+    forward("x with grad", ValueError, "^x: must not require grad", x=lambda: grad(normal(M, H))),
+    forward("x on meta", ValueError, "^topk_ids: must be on meta", x=normal(M, H).to(META)),
+    forward("ids None", TypeError, r"^topk_ids: must be a torch\.Tensor", topk_ids=None),
+    *(forward(f"ids of {d}", TypeError, "^topk_ids: dtype must be int32 or int64", topk_ids=ids(dtype=d)) for d in (torch.int16, torch.uint8, torch.float32, torch.bool)),
+    forward("ids flat", ValueError, r"^topk_ids: must have shape \(M, top_k\)", topk_ids=ids().flatten()),
+    forward("ids on meta", ValueError, "^topk_ids: must be on cpu", topk_ids=ids().to(META)),
+    forward("ids of fewer tokens", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids(M - 1)),
+    forward("ids transposed", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids().T),
+    forward("weights None", TypeError, r"^topk_weights: must be a torch\.Tensor", topk_weights=None),
+    *(forward(f"weights of {d}", TypeError, "^topk_weights: dtype must be", topk_weights=torch.ones(M, TOP_K).to(d)) for d in (torch.float64, torch.int32)),
+    forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),
+    forward("weights flat", ValueError, r"^topk_weights: must have shape \(M, top_k\)", topk_weights=torch.ones(M * TOP_K)),
+    forward("weights with grad", ValueError, "^topk_weights: must not require grad", topk_weights=lambda: grad(torch.ones(M, TOP_K))),
+    forward("weights on meta", ValueError, "^topk_weights: must be on cpu", topk_weights=torch.ones(M, TOP_K).to(META)),
+    *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
+    *(forward(f"backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("vllm", "", 1)),
+    forward("backend unknown, no tokens", ValueError, "^backend: must be one of", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), backend="vllm"),
+    *(row(f"{word}: {name} {what}", error, f"^{name}: {message}", **{name: bias})
+      for word, row in (("forward", forward), ("module", module))
+      for name, n in (("w13_bias", 2 * I), ("w2_bias", H))
+      for what, error, message, bias in (
+          ("a list", TypeError, r"must be a torch\.Tensor", [0.0]),
+          ("of float64", TypeError, "dtype must be", torch.zeros(E, n, dtype=torch.float64)),
+          ("flat", ValueError, r"must have shape \(E, N\)", torch.zeros(n)),
+          ("of fewer experts", ValueError, r"must have shape \(E, N\)", torch.zeros(E - 1, n)),
+          ("too narrow", ValueError, r"must have shape \(E, N\)", torch.zeros(E, n - 1)),
+          ("one for all", ValueError, "must be contiguous", torch.zeros(1, n).expand(E, n)),
+          ("on meta", ValueError, "must be on cpu", torch.zeros(E, n).to(META)),
+      )),
+    forward("w2_bias with grad", ValueError, "^w2_bias: must not require grad", w2_bias=lambda: grad(torch.zeros(E, H))),
+    forward("out a list", TypeError, r"^out: must be a torch\.Tensor", out=[]),
+    forward("out of another dtype", TypeError, "^out: dtype must be bfloat16, got float32$", out=torch.ones(M, H)),
+    forward("out of fewer rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M - 1, H)),
+    forward("out of wider rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M, H + 1)),
+    forward("out flat", ValueError, r"^out: must have shape \(M, H\)", out=normal(M * H)),
+    forward("out transposed", ValueError, "^out: must have unit stride along its columns", out=normal(H, M).T),
+    forward("out one row for all", ValueError, "^out: must have a row stride of at least H = 64, got 0$", out=normal(1, H).expand(M, H)),
+    forward("out with rows that overlap", ValueError, "^out: must have a row stride of at least H = 64, got 32$", out=lambda: normal(M * H).as_strided((M, H), (32, 1))),
+    forward("out with grad", ValueError, "^out: must not require grad", out=lambda: grad(normal(M, H))),
+    forward("out on meta", ValueError, "^out: must be on cpu", out=normal(M, H).to(META)),
+    *(row(f"{word}: {what}", TypeError, "^workspace: must be a MoEWorkspace, got", workspace=value)
+      for word, row in (("forward", forward), ("module", module))
+      for what, value in (("workspace bytes", torch.zeros(99, dtype=torch.uint8)), ("workspace a number", 1 << 20), ("workspace a class", mx.MoEWorkspace))),
+    forward("workspace wrong, no tokens", TypeError, "^workspace: must be a MoEWorkspace", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), workspace="none"),
+    forward("a token too many for the workspace", ValueError, "^x: must have at most the workspace's max_tokens = 6 rows, got 7$", workspace=_workspace(max_tokens=M - 1)),
+    forward("workspace of another top_k", ValueError, "^workspace: must be made for", workspace=_workspace(top_k=1)),
+    forward("workspace of another dtype", ValueError, "^workspace: must be made for", workspace=_workspace(dtype=torch.float16)),
+    forward("workspace of another H", ValueError, "^workspace: must be made for", workspace=lambda: mx.MoEWorkspace(w13(k=96), w2(n=96), max_tokens=M, top_k=TOP_K)),
+    forward("workspace of more experts", ValueError, "^workspace: must be made for", workspace=lambda: mx.MoEWorkspace(w13(e=5), w2(e=5), max_tokens=M, top_k=TOP_K)),
+    *(module(f"module: backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("cuda", 3)),
+    made("from_weights: w13 a list", TypeError, r"^w13: must be a torch\.Tensor", w13=[1.0]),
+    made("from_weights: w2 None", TypeError, r"^w2: must be a torch\.Tensor", w2=None),
+    made("from_weights: w13 quantized already", TypeError, r"^w13: must be a torch\.Tensor .* got ExpertWeights$", w13=w13),
+    made("from_weights: w13 of float64", TypeError, "^w13: dtype must be", w13=torch.zeros(E, 2 * I, H, dtype=torch.float64)),
+    made("from_weights: one matrix", ValueError, r"^w2: must have shape \(E, N, K\)", w2=normal(H, I)),
+    made("from_weights: w13 and w2 swapped", ValueError, r"^w13q: must be \(E, 2I, H\)", w13=normal(E, H, I), w2=normal(E, 2 * I, H)),
+    made("from_weights: backend of from_weights", ValueError, "^backend: must be one of", backend="cuda"),
+    *(space(f"workspace: {name} {value!r}", error, f"^{name}: must be {message}", **{name: value})
+      for name in ("max_tokens", "top_k")
+      for value, error, message in ((0, ValueError, "at least 1, got 0"), (-3, ValueError, "at least 1, got -3"), (2.0, TypeError, "an int, got float"), (None, TypeError, "an int, got NoneType"), (True, TypeError, "an int, got bool"))),
+    space("workspace: more rows than int32 counts", ValueError, r"^max_tokens: M \* top_k, and each expert's padding, must fit int32, got 2147483648$", max_tokens=2**30),
+    space("workspace: dtype", TypeError, "^dtype: must be bfloat16 or float16 or float32, got float8_e4m3fn$", dtype=torch.float8_e4m3fn),
+    space("workspace: dtype a string", TypeError, "^dtype: must be", dtype="bf16"),
+    space("workspace: backend", ValueError, "^backend: must be one of", backend="cuda"),
+]  # fmt: skip
+
+
+def _all() -> dict[str, Any]:
+    return {**_good(), "w13_bias": torch.zeros(E, 2 * I), "w2_bias": torch.zeros(E, H), "out": normal(M, H)}
+
+
+READ = ("x", "topk_ids", "topk_weights", "w13_bias", "w2_bias", "w13q.values", "w13q.scales", "w2q.values", "w2q.scales")  # fmt: skip
+
+BAD += [
+    *(overlapping(mx.moe_forward, _all, f"out in {read}", rf"^out: must not overlap {read}, got addresses 0x", "out", read, M * H * 2 - 16) for read in READ),
+    overlapping(mx.moe_forward, _all, "out a row off x", "^out: must not overlap x, got addresses 0x", "x", "out", 2 * H),
+    overlapping(lambda w2_bias, out, x, **rest: mx.moe_forward(out, w2_bias=w2_bias, out=out, **rest), _all, "out that is x, in a bias", "^out: must not overlap w2_bias, got", "w2_bias", "out", 0),
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------- odd ones
+
+
+def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any) -> Odd:
+    """Against the float64 layer of dequantized weights: MXFP8 activations leave 23 dB, garbage leaves none."""
+
+    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+        plain = {**_good(), **changes}
+        arguments = {key: g.place(value) for key, value in plain.items()}
+        arguments["x"] = (g.out if in_place else g)(plain["x"], shift)
+        layer = moe_truth.Layer(
+            plain["x"],
+            plain["w13q"].dequantize(),
+            plain["w2q"].dequantize(),
+            plain["topk_ids"],
+            plain["topk_weights"],
+            plain.get("w13_bias"),
+            plain.get("w2_bias"),
+        )
+        expected = moe_truth.forward(layer)
+        if in_place:
+            arguments["out"] = arguments["x"]
+        else:
+            arguments["out"] = g.out(torch.full_like(plain["x"], float("nan")).contiguous(), shift)
+
+        def check(result: torch.Tensor) -> None:
+            assert result.data_ptr() == arguments["out"].data_ptr()
+            if expected.any():
+                assert mx.signal_to_noise_db(expected, result.cpu()) > 20
+            else:
+                assert not result.any()
+
+        return lambda: mx.moe_forward(**arguments), check
+
+    return Odd(what, prepare)
+
+
+def _layer(device: Any) -> torch.Tensor:
+    w13, w2 = torch.ones(E, 2 * I, H, device=device), torch.ones(E, H, I, device=device)
+    chosen = torch.zeros(M, TOP_K, dtype=torch.int64, device=device)
+    given = torch.ones(M, H, device=device), chosen, torch.ones(M, TOP_K, device=device)
+    result: torch.Tensor = mx.MXFP8Experts.from_weights(w13, w2)(*given)
+    return result
+
+
+def _is_layer(y: torch.Tensor) -> None:
+    assert y.shape == (M, H)
+
+
+DROPPED = torch.tensor([[0, -1], [E, 1], [2**31, 3], [-(2**63), 2], [2**63 - 1, 0], [2**32, 1], [-1, -1]])
+
+ODD: list[Odd] = [
+    _right("out is x", in_place=True),
+    _right("ids far outside", topk_ids=DROPPED),
+    _right("ids far outside, biases", topk_ids=DROPPED, w13_bias=normal(E, 2 * I), w2_bias=normal(E, H)),
+    _right("all choices dropped", topk_ids=torch.full((M, TOP_K), -1)),
+    _right("all choose one expert", topk_ids=torch.full((M, TOP_K), 3, dtype=torch.int32)),
+    _right("more choices than experts", topk_ids=ids(M, 9), topk_weights=torch.rand(M, 9)),
+    _right("20 choices", topk_ids=ids(M, 20), topk_weights=torch.rand(M, 20), w2_bias=normal(E, H)),
+    _right("ids and weights with gaps", topk_ids=ids(M, 2 * TOP_K)[:, ::2], topk_weights=torch.rand(M, 2 * TOP_K)[:, ::2]),
+    _right("ids transposed", topk_ids=ids(TOP_K, M).T),
+    _right("weights of half precision", topk_weights=torch.rand(M, TOP_K).half()),
+    _right("weights of zero", topk_weights=torch.zeros(M, TOP_K)),
+    _right("x and out start 2 bytes off", shift=2),
+    _right("one row for all tokens", x=normal(1, H).expand(M, H)),
+    _right("columns of wider rows", x=normal(M, 3 * H)[:, 5 : 5 + H]),
+    _right("no tokens", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K)),
+    _right("no choices", topk_ids=ids(M, 0), topk_weights=torch.ones(M, 0)),
+    _right("one token, one expert", x=normal(1, H), w13q=w13(1), w2q=w2(1), topk_ids=ids(1, 1), topk_weights=torch.ones(1, 1)),
+    *shapes("tensors", _layer, _is_layer),
+]  # fmt: skip

@@ -1,0 +1,208 @@
+"""Operands by hand, scale layouts, metrics, and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import truth
+from guards import Guards
+
+import hybrid_mxfp8 as mx
+
+from .row import E4M3, META, Bad, E, K, N, Odd, T, grad, grouped, layout, normal, refused, weights
+
+U8 = torch.uint8
+
+
+def _grouped() -> dict[str, Any]:
+    x = grouped()
+    return {"values": x.values, "scales": x.scales, "groups": x.groups}
+
+
+def _weights() -> dict[str, Any]:
+    w = weights()
+    return {"values": w.values, "scales": w.scales}
+
+
+def _linear_tokens() -> dict[str, Any]:
+    return {"values": grouped().values, "scales": grouped().linear_scales(), "groups": layout()}
+
+
+def _linear() -> dict[str, Any]:
+    return {"values": weights().values, "scales": weights().linear_scales()}
+
+
+def zeros(*shape: int, dtype: torch.dtype = U8) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+tokens, experts = refused(mx.GroupedMXFP8, _grouped), refused(mx.ExpertWeights, _weights)
+linear = refused(mx.ExpertWeights.from_linear_scales, _linear)
+arrived = refused(mx.GroupedMXFP8.from_linear_scales, _linear_tokens)
+swizzle = refused(mx.swizzle_scales, lambda: {"linear": zeros(5, 3)})
+unswizzle = refused(mx.unswizzle_scales, lambda: {"swizzled": zeros(128, 4), "rows": 5, "cols": 3})
+diff = refused(mx.calc_diff, lambda: {"x": normal(4, 4), "y": normal(4, 4)})
+noise = refused(mx.signal_to_noise_db, lambda: {"signal": normal(4), "approximation": normal(4)})
+devices = refused(mx.backends, dict)
+
+
+def _within(name: Any) -> None:
+    with mx.use_backend(name):
+        pass
+
+
+within = refused(_within, lambda: {"name": "auto"})
+
+BAD: list[Bad] = [
+    *(
+        tokens(f"tokens: values of {dtype}", TypeError, "^values: dtype must be float8_e4m3fn", values=zeros(T, K).to(dtype))
+        for dtype in (U8, torch.float32, torch.bfloat16, torch.float8_e5m2)
+    ),
+    tokens("tokens: values None", TypeError, r"^values: must be a torch\.Tensor", values=None),
+    tokens("tokens: values of rank 3", ValueError, r"^values: must have shape \(T, K\)", values=zeros(1, T, K, dtype=E4M3)),
+    tokens("tokens: a row too few", ValueError, "^values: must have T = groups.num_tokens = 40 rows, got 39$", values=zeros(T - 1, K, dtype=E4M3)),
+    tokens("tokens: K = 16", ValueError, "^values: K must be a positive multiple of 32, got 16$", values=zeros(T, 16, dtype=E4M3)),
+    tokens("tokens: K = 0", ValueError, "^values: K must be", values=zeros(T, 0, dtype=E4M3)),
+    tokens("tokens: values of wider rows", ValueError, "^values: must be contiguous", values=zeros(T, 2 * K, dtype=E4M3)[:, :K]),
+    tokens("tokens: values with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(T, K, dtype=E4M3))),
+    tokens("tokens: values on meta", ValueError, "^values: must be on cpu", values=zeros(T, K, dtype=E4M3).to(META)),
+    tokens("tokens: scales signed", TypeError, "^scales: dtype must be uint8, got int8$", scales=zeros(384, 4, dtype=torch.int8)),
+    tokens("tokens: scales as e8m0", TypeError, "^scales: dtype must be uint8, got float8_e8m0fnu$", scales=zeros(384, 4).view(torch.float8_e8m0fnu)),
+    tokens("tokens: linear scales", ValueError, r"^scales: must have shape \(S, C\) = \(384, 4\), got \(40, 3\)$", scales=zeros(T, 3)),
+    tokens("tokens: a tile of scales too few", ValueError, r"^scales: must have shape \(S, C\)", scales=zeros(128, 4)),
+    tokens("tokens: scales flat", ValueError, r"^scales: must have shape \(S, C\)", scales=zeros(256 * 4)),
+    tokens("tokens: scales with gaps", ValueError, "^scales: must be contiguous", scales=zeros(384, 8)[:, ::2]),
+    tokens("tokens: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)),
+    tokens("tokens: groups of another T", ValueError, "^values: must have T = groups.num_tokens = 41 rows, got 40$", groups=layout(num_tokens=41)),
+    tokens("tokens: groups of more experts", ValueError, "^scales: must have shape", groups=layout([1] * 9)),
+    *(
+        experts(f"weights: values of {dtype}", TypeError, "^values: dtype must be float8_e4m3fn", values=zeros(E, N, K).to(dtype))
+        for dtype in (U8, torch.float16, torch.float8_e5m2)
+    ),
+    experts("weights: one matrix", ValueError, r"^values: must have shape \(E, N, K\)", values=zeros(N, K, dtype=E4M3)),
+    experts("weights: K = 33", ValueError, "^values: K must be", values=zeros(E, N, 33, dtype=E4M3)),
+    experts("weights: transposed", ValueError, "^values: must be contiguous", values=zeros(E, K, N, dtype=E4M3).mT),
+    experts("weights: every second expert", ValueError, "^values: must be contiguous", values=zeros(2 * E, N, K, dtype=E4M3)[::2]),
+    experts("weights: with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(E, N, K, dtype=E4M3))),
+    experts("weights: linear scales", ValueError, r"^scales: must have shape \(E, roundup\(N, 128\), C\) = \(3, 128, 4\), got \(3, 24, 3\)$", scales=zeros(E, N, 3)),
+    experts("weights: scales None", TypeError, r"^scales: must be a torch\.Tensor", scales=None),
+    experts("weights: scales of one expert", ValueError, r"^scales: must have shape", scales=zeros(1, 128, 4)),
+    experts("weights: one expert's scales for all", ValueError, "^scales: must be contiguous", scales=zeros(1, 128, 4).expand(E, 128, 4)),
+    experts("weights: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(E, 128, 4).to(META)),
+    linear("linear: swizzled scales", ValueError, r"^scales: must have shape \(E, N, K/32\) = \(3, 24, 3\), got \(3, 128, 4\)$", scales=zeros(E, 128, 4)),
+    linear("linear: scales of float32", TypeError, "^scales: dtype must be uint8 or float8_e8m0fnu, got float32$", scales=torch.zeros(E, N, 3)),
+    linear("linear: one scale a row", ValueError, "^scales: must have shape", scales=zeros(E, N, 1)),
+    linear("linear: values of e5m2", TypeError, "^values: dtype must be float8_e4m3fn or uint8, got float8_e5m2$", values=zeros(E, N, K, dtype=torch.float8_e5m2)),
+    linear("linear: one matrix", ValueError, r"^values: must have shape \(E, N, K\)", values=zeros(N, K)),
+    linear("linear: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(E, N, 3).to(META)),
+    linear("linear: values with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(E, N, K, dtype=E4M3))),
+    linear("linear: K = 100", ValueError, "^values: K must be", values=zeros(E, N, 100)),
+    arrived("arrived: swizzled scales", ValueError, r"^scales: must have shape \(T, K/32\) = \(40, 3\), got \(384, 4\)$", scales=zeros(384, 4)),
+    arrived("arrived: scales of float32", TypeError, "^scales: dtype must be uint8 or float8_e8m0fnu, got float32$", scales=torch.zeros(T, 3)),
+    arrived("arrived: one scale a row", ValueError, "^scales: must have shape", scales=zeros(T, 1)),
+    arrived("arrived: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(T, 3).to(META)),
+    arrived("arrived: values of bf16", TypeError, "^values: dtype must be float8_e4m3fn or uint8, got bfloat16$", values=zeros(T, K, dtype=torch.bfloat16)),
+    arrived("arrived: values on meta", ValueError, "^values: must be on cpu", values=zeros(T, K).to(META)),
+    arrived("arrived: values of rank 3", ValueError, r"^values: must have shape \(T, K\)", values=zeros(1, T, K)),
+    arrived("arrived: values with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(T, K, dtype=E4M3))),
+    arrived("arrived: K = 100", ValueError, "^values: K must be a positive multiple of 32, got 100$", values=zeros(T, 100)),
+    arrived("arrived: a row too few", ValueError, "^values: must have T = groups.num_tokens = 40 rows, got 39$", values=zeros(T - 1, K), scales=zeros(T - 1, 3)),
+    arrived("arrived: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)),
+    swizzle("swizzle: a list", TypeError, r"^linear: must be a torch\.Tensor", linear=[[1]]),
+    swizzle("swizzle: float", TypeError, "^linear: dtype must be uint8", linear=torch.zeros(5, 3)),
+    swizzle("swizzle: a vector", ValueError, "^linear: must have shape", linear=zeros(5)),
+    unswizzle("unswizzle: None", TypeError, r"^swizzled: must be a torch\.Tensor", swizzled=None),
+    unswizzle("unswizzle: int64", TypeError, "^swizzled: dtype must be uint8", swizzled=zeros(128, 4, dtype=torch.int64)),
+    unswizzle("unswizzle: a scalar", ValueError, "^swizzled: must have shape", swizzled=torch.tensor(1, dtype=U8)),
+    unswizzle("unswizzle: linear scales", ValueError, r"^swizzled: must end in dimensions \(128, 4\)", swizzled=zeros(5, 3)),
+    unswizzle("unswizzle: too many rows", ValueError, r"^swizzled: must end in dimensions \(256, 4\)", rows=129),
+    unswizzle("unswizzle: too many columns", ValueError, r"^swizzled: must end in dimensions \(128, 8\)", cols=5),
+    unswizzle("unswizzle: negative rows", ValueError, "^rows: must be at least 0, got -1$", swizzled=zeros(0, 4), rows=-1),
+    unswizzle("unswizzle: negative columns", ValueError, "^cols: must be at least 0, got -4$", cols=-4),
+    unswizzle("unswizzle: rows a string", TypeError, "^rows: must be an int, got str$", rows="5"),
+    unswizzle("unswizzle: columns a float", TypeError, "^cols: must be an int, got float$", cols=3.0),
+    unswizzle("unswizzle: rows True", TypeError, "^rows: must be an int, got bool$", rows=True),
+    diff("calc_diff: a number", TypeError, r"^x: must be a torch\.Tensor, got float$", x=1.0),
+    diff("calc_diff: other shape", ValueError, r"^y: must have the shape of x = \(4, 4\), got \(16,\)$", y=normal(16)),
+    diff("calc_diff: other device", ValueError, "^y: must be on cpu, as x, got meta$", y=normal(4, 4).to(META)),
+    noise("noise: a list", TypeError, r"^approximation: must be a torch\.Tensor, got list$", approximation=[1.0]),
+    noise("noise: other shape", ValueError, "^approximation: must have the shape of signal", approximation=normal(5)),
+    devices("backends of nothing", ValueError, "^device: must be a torch.device or the name of one, got 'bogus'$", device="bogus"),
+    devices("backends of a number", ValueError, "^device: must be a torch.device or the name of one, got 3.5$", device=3.5),
+    devices("backends of an absent GPU", ValueError, "^device: there are .* got 'cuda:63'$", device="cuda:63"),
+    *(
+        within(f"use_backend {name!r}", ValueError, "^name: must be one of auto, cutlass, triton, reference, got", name=name)
+        for name in ("cuda", "", "Triton", "triton ", 3, b"triton", ["triton"])
+    ),
+]  # fmt: skip
+
+
+def _right(what: str, call: Callable[[Guards], Callable[[], Any]], check: Callable[[Any], bool]) -> Odd:
+    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+        def judge(result: Any) -> None:
+            assert check(result.cpu() if isinstance(result, torch.Tensor) else result)
+
+        return call(g), judge
+
+    return Odd(what, prepare)
+
+
+def _from_linear(values: Callable[[], torch.Tensor], scales: Callable[[], torch.Tensor]) -> Callable[[Guards], Any]:
+    def prepare(g: Guards) -> Callable[[], mx.ExpertWeights]:
+        v, s = g(values()), g(scales())
+        return lambda: mx.ExpertWeights.from_linear_scales(v, s)
+
+    return prepare
+
+
+def _tokens_from_linear(
+    values: Callable[[], torch.Tensor], scales: Callable[[], torch.Tensor]
+) -> Callable[[Guards], Any]:
+    def prepare(g: Guards) -> Callable[[], mx.GroupedMXFP8]:
+        v, s, groups = g(values()), g(scales()), g.place(layout())
+        return lambda: mx.GroupedMXFP8.from_linear_scales(v, s, groups)
+
+    return prepare
+
+
+def _is_tokens(x: mx.GroupedMXFP8) -> bool:
+    return torch.equal(x.dequantize(), grouped().dequantize())
+
+
+def _is_weights(w: mx.ExpertWeights) -> bool:
+    return torch.equal(w.scales, weights().scales) and torch.equal(w.values.view(U8), weights().values.view(U8))
+
+
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """The same elements in every second column of a wider buffer."""
+    return torch.stack([x, torch.zeros_like(x)], -1).flatten(-2)[..., ::2]
+
+
+BYTES = torch.arange(130 * 5, dtype=torch.int32).reshape(130, 5).to(U8)
+
+ODD: list[Odd] = [
+    _right("linear: bytes and bytes", _from_linear(lambda: weights().values.view(U8), lambda: weights().linear_scales()), _is_weights),
+    _right("linear: e8m0", _from_linear(lambda: weights().values, lambda: weights().linear_scales().view(torch.float8_e8m0fnu)), _is_weights),
+    _right("linear: with gaps", _from_linear(lambda: _spread(weights().values.view(U8)), lambda: _spread(weights().linear_scales())), _is_weights),
+    _right("linear: E = 0", _from_linear(lambda: zeros(0, N, K), lambda: zeros(0, N, 3)), lambda w: w.scales.shape == (0, 128, 4)),
+    _right("linear: N = 0", _from_linear(lambda: zeros(E, 0, K), lambda: zeros(E, 0, 3)), lambda w: w.scales.shape == (E, 0, 4)),
+    _right("arrived: bytes and bytes", _tokens_from_linear(lambda: grouped().values.view(U8), lambda: grouped().linear_scales()), _is_tokens),
+    _right("arrived: e8m0", _tokens_from_linear(lambda: grouped().values, lambda: grouped().linear_scales().view(torch.float8_e8m0fnu)), _is_tokens),
+    _right("arrived: with gaps", _tokens_from_linear(lambda: _spread(grouped().values.view(U8)), lambda: _spread(grouped().linear_scales())), _is_tokens),
+    _right("swizzle: no rows", lambda g: lambda: mx.swizzle_scales(zeros(0, 3)), lambda s: s.shape == (0, 4)),
+    _right("swizzle: no columns", lambda g: lambda: mx.swizzle_scales(zeros(5, 0)), lambda s: s.shape == (128, 0)),
+    _right("swizzle: transposed", lambda g: (lambda x: lambda: mx.swizzle_scales(x))(g(BYTES.T.contiguous().T)),
+           lambda s: bytes(s.flatten().tolist()) == truth.swizzle(BYTES.numpy()).tobytes()),
+    _right("swizzle: one scale for all", lambda g: (lambda x: lambda: mx.swizzle_scales(x))(g(torch.full((1, 1), 7, dtype=U8).expand(129, 5))),
+           lambda s: int(s.to(torch.int64).sum()) == 7 * 129 * 5),
+    _right("unswizzle: with gaps", lambda g: (lambda x: lambda: mx.unswizzle_scales(x, 130, 5))(g(_spread(mx.swizzle_scales(BYTES)))),
+           lambda s: torch.equal(s, BYTES)),
+    _right("unswizzle: nothing", lambda g: lambda: mx.unswizzle_scales(zeros(0, 0), 0, 0), lambda s: s.shape == (0, 0)),
+    _right("calc_diff of nothing", lambda g: lambda: mx.calc_diff(zeros(0), zeros(0)), lambda d: d == 0.0),
+    _right("calc_diff with grad", lambda g: (lambda x: lambda: mx.calc_diff(x, x))(g(grad(normal(5)))), lambda d: abs(d) < 1e-12),
+    _right("backends of meta", lambda g: lambda: mx.backends("meta"), lambda b: b["reference"][0] and not b["triton"][0]),
+    _right("dequantized: nothing owned", lambda g: (lambda x: lambda: x.dequantize())(g.grouped(grouped([0, 0, 0]))), lambda y: not y.any()),
+    _right("dequantized: no tokens", lambda g: (lambda x: lambda: x.dequantize())(g.grouped(grouped([0, 0, 0], 0))), lambda y: y.shape == (0, K)),
+]  # fmt: skip

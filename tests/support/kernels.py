@@ -1,0 +1,208 @@
+"""The kernels, launched one by one on given tensors: the one place that knows how their launches are described.
+
+Tests go through the public functions where these reach what is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.dispatch.backend import Steps
+from hybrid_mxfp8.dispatch.plan import Operands
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
+
+
+def launch(steps: Callable[..., Steps], *tensors: torch.Tensor | None) -> None:
+    """Run what ``steps`` makes of the tensors' buffers."""
+    buffers, given = _buffers(tensors)
+    for step in steps(*buffers):
+        step.run(given, given[0].device)
+
+
+def steps_of(steps: Callable[..., Steps], *tensors: torch.Tensor | None) -> Steps:
+    """What ``steps`` makes of the tensors' buffers, not run."""
+    return steps(*_buffers(tensors)[0])
+
+
+def _buffers(tensors: Sequence[torch.Tensor | None]) -> tuple[list[Any], list[torch.Tensor]]:
+    operands = Operands()
+    buffers = [None if t is None else operands.add("tensor", t) for t in tensors]
+    return buffers, [t for t in tensors if t is not None]
+
+
+def quantize_steps(
+    x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
+    rounding: str = "rceil", row_index: torch.Tensor | None = None, swiglu: SwiGLU | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans itself."""
+    from hybrid_mxfp8.triton_kernels import quantize as module
+
+    rows, k = values.shape
+    counts = layout = expert_offsets = scale_offsets = None
+    if isinstance(groups, mx.GroupLayout):
+        expert_offsets, scale_offsets, experts = groups.expert_offsets, groups.scale_offsets, groups.num_experts
+    else:
+        counts, experts = groups, groups.shape[0]
+        layout = torch.empty(3 * experts + 2, dtype=torch.int32, device=x.device)
+    problem = QuantizeProblem(
+        rows, experts, k, x.shape[0], x.stride(0), rounding, swiglu, "offsets" if counts is None else "counts"
+    )
+    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout)
+    return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), *tensors
+
+
+def quantize(*arguments: Any, **options: Any) -> None:
+    """As :func:`quantize_steps`, run."""
+    launch(*quantize_steps(*arguments, **options))
+
+
+def quantize_weights_steps(
+    w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rounding: str = "rceil"
+) -> tuple[Any, ...]:
+    from hybrid_mxfp8.triton_kernels import quantize as module
+
+    experts, n, k = w.shape
+    rows = experts * n
+    problem = QuantizeProblem(rows, experts, k, rows, w.stride(1), rounding, None, "uniform", w.stride(0))
+    return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales
+
+
+def quantize_weights(*arguments: Any) -> None:
+    launch(*quantize_weights_steps(*arguments))
+
+
+def group_offsets(
+    given: torch.Tensor, num_tokens: int, from_ends: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from hybrid_mxfp8.triton_kernels import group_layout
+
+    layout = torch.empty(3 * given.shape[0] + 2, dtype=torch.int32, device=given.device)
+    launch(lambda a, b: group_layout.group_offsets(a, b, num_tokens, from_ends), given.contiguous(), layout)
+    return _parts(layout, given.shape[0])
+
+
+def caller_layout(
+    tokens: torch.Tensor, starts: torch.Tensor, num_tokens: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from hybrid_mxfp8.triton_kernels import group_layout
+
+    layout = torch.empty(3 * tokens.shape[0] + 2, dtype=torch.int32, device=tokens.device)
+    launch(lambda a, b, c: group_layout.caller_layout(a, b, c, num_tokens, rows), tokens, starts, layout)
+    return _parts(layout, tokens.shape[0])
+
+
+def _parts(layout: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, offsets, scale_offsets = layout.split((experts, experts + 1, experts + 1))
+    return tokens, offsets, scale_offsets
+
+
+def product_steps(
+    plan: Callable[..., Steps], x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, *options: Any,
+    workspace: torch.Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    experts, n, k = w.values.shape
+    problem = Problem(experts, n, k, x.groups.num_tokens, out.dtype, out.device)
+    g = x.groups
+    layout = (g.tokens_per_expert, g.expert_offsets, g.scale_offsets)
+    tensors = (x.values, x.scales, *layout, w.values, w.scales, out, workspace)
+    return lambda *buffers: plan(problem, GemmBuffers(*buffers), *options), *tensors
+
+
+def meta_operands(
+    t: int, n: int, k: int, e: int, dtype: torch.dtype
+) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights, torch.Tensor]:
+    """Operands and output of a product, without memory: for compiling."""
+    meta = torch.device("meta")
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
+    x_values = torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta)
+    x_scales = torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta)
+    x = mx.GroupedMXFP8(x_values, x_scales, mx.GroupLayout(offsets[1:], offsets, offsets, t))
+    w_values = torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta)
+    w_scales = torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta)
+    return x, mx.ExpertWeights(w_values, w_scales), torch.empty(t, n, dtype=dtype, device=meta)
+
+
+def portable(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor) -> None:
+    from hybrid_mxfp8.triton_kernels.gemm import portable as module
+
+    launch(*product_steps(module.plan, x, w, out))
+
+
+def blackwell(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, config: Any) -> None:
+    from hybrid_mxfp8.triton_kernels.gemm import blackwell as module
+
+    launch(*product_steps(module.plan, x, w, out, config))
+
+
+def hopper(
+    x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, workspace: torch.Tensor, config: Any, programs: int
+) -> None:
+    """On a grid of at most ``programs``."""
+    from hybrid_mxfp8.triton_kernels.gemm import hopper as module
+
+    original = module.multiprocessors
+    module.multiprocessors = lambda device: programs
+    try:
+        launch(*product_steps(module.plan, x, w, out, config, workspace=workspace))
+    finally:
+        module.multiprocessors = original
+
+
+def dequantize_tokens(x: mx.GroupedMXFP8, workspace: torch.Tensor, layout: Any, block_t: int, rows: int) -> None:
+    from hybrid_mxfp8.triton_kernels.gemm import dequantize_tokens as module
+
+    g = x.groups
+
+    def steps(values: Any, scales: Any, expert_offsets: Any, scale_offsets: Any, memory: Any) -> Steps:
+        unused = values
+        read = (values, scales, unused, expert_offsets, scale_offsets)
+        buffers = GemmBuffers(*read, unused, unused, unused, memory)
+        return (module.dequantize_tokens(buffers, memory, layout, g.num_experts, block_t, rows),)
+
+    launch(steps, x.values, x.scales, g.expert_offsets, g.scale_offsets, workspace)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """What holds the interpreter's launches, one at a time, in this process."""
+    from hybrid_mxfp8.triton_kernels import launch
+
+    lock: AbstractContextManager[object] = launch._one_thread()
+    return lock
+
+
+def scratch_elements(slots: int, experts: int) -> int:
+    from hybrid_mxfp8.triton_kernels.moe import route as module
+
+    return int(module.scratch_elements(slots, experts))
+
+
+def route(
+    ids: torch.Tensor, experts: int, sorted_token_ids: torch.Tensor, inverse_permutation: torch.Tensor,
+    layout: torch.Tensor, scratch: torch.Tensor,
+) -> None:  # fmt: skip
+    from hybrid_mxfp8.triton_kernels.moe import route as module
+
+    outputs = (sorted_token_ids, inverse_permutation, layout, scratch)
+    launch(lambda *buffers: module.route(*buffers, experts), ids, *outputs)
+
+
+def add_expert_bias(y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor) -> None:
+    from hybrid_mxfp8.triton_kernels.moe import expert_bias as module
+
+    launch(module.add_expert_bias, y, inverse_permutation, ids, bias)
+
+
+def combine(
+    y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor,
+    bias: torch.Tensor | None, out: torch.Tensor,
+) -> None:  # fmt: skip
+    from hybrid_mxfp8.triton_kernels.moe import combine as module
+
+    launch(lambda *buffers: module.combine(*buffers, out.stride(0)), y, inverse_permutation, ids, weights, bias, out)
