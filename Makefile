@@ -29,12 +29,12 @@ test-oldest: ## all tests with the oldest versions that pyproject.toml allows, P
 sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
 	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
 
-# SEED=... of a find's line reproduces it; further options of tests/fuzz.py in FUZZ.
+# SEED=... of a find's line reproduces it; further options of tests/support/fuzz.py in FUZZ.
 MINUTES ?= 30
 SEED ?=
 FUZZ ?=
 fuzz: $(VENV)/.ready ## random sequences of calls, all backends compared, on all cores or the GPU: MINUTES=30 SEED=...
-	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ)
+	$(BIN)/python tests/support/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ)
 
 # Options of tests/support/sanitize.py: SANITIZE="--jobs 8 --tools memcheck --out FOLDER".
 SANITIZE ?=

@@ -33,8 +33,8 @@ QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json",
 """Files of their own in which exporters describe a quantization; the result has none."""
 
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
-BLOCK_ELEMENTS: Final = 2**22
-"""Of one block of rows: 16 MiB in fp32, of which the reference quantizer makes several copies."""
+BLOCK_ELEMENTS: Final = 2**20
+"""Of one block of rows: 4 MiB in fp32, which malloc reuses; larger ones it maps anew."""
 
 QUANTIZATION_CONFIG: Final = {
     "quant_method": "mxfp8",

@@ -43,14 +43,9 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What rows of such a weight stand for: element times its block's scale, rounded once, to fp32.
+    """What rows of such a weight stand for: element times its block's scale, rounded once.
 
-    Args:
-        values: (R, K) float8_e4m3fn, whose first row is the first of a block.
-        scales: (ceil(R/128), ceil(K/128)) fp32, bf16 or float8_e8m0fnu, on the same device.
-
-    Returns:
-        (R, K) fp32.
+    ``values`` (R, K) begin with a block, ``scales`` are (ceil(R/128), ceil(K/128)); returns fp32.
     """
     rows, k = values.shape
     each = scales.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :k]

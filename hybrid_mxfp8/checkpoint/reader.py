@@ -237,7 +237,15 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
         TypeError: ``experts`` maps something else than names to ExpertWeights.
         ValueError: two tensors of one name, a name that the format can't hold, or weights on meta.
     """
-    _check_experts(experts)
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
+    for name, w in experts.items():
+        if not isinstance(name, str) or not isinstance(w, ExpertWeights):
+            raise TypeError(f"experts: must map names to ExpertWeights, got {name!r}: {type(w).__name__}")
+        if name in ("", "__metadata__"):
+            raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
+        if w.values.is_meta:
+            raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists; force=True replaces it")
@@ -249,18 +257,6 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
         for name, w in experts.items():
             writer.append(name, w.values)
             writer.append(f"{name}_scale_inv", w.linear_scales())
-
-
-def _check_experts(experts: Any) -> None:
-    if not isinstance(experts, Mapping):
-        raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
-    for name, w in experts.items():
-        if not isinstance(name, str) or not isinstance(w, ExpertWeights):
-            raise TypeError(f"experts: must map names to ExpertWeights, got {name!r}: {type(w).__name__}")
-        if name in ("", "__metadata__"):
-            raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
-        if w.values.is_meta:
-            raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
 
 
 def scale_entry(name: str, shape: tuple[int, ...]) -> Entry:

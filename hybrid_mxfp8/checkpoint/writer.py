@@ -42,11 +42,7 @@ class Entry(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its data.
-
-        Raises:
-            ValueError: a dtype that is not in :data:`ITEM_BYTES`.
-        """
+        """Bytes of its data; ValueError for a dtype that is not in :data:`ITEM_BYTES`."""
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"{self.name}: dtype {self.dtype} is not known here")
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)
@@ -56,12 +52,7 @@ class SafetensorsWriter:
     """A file being written: ``append`` within the ``with`` block, a complete file after it."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-        """Lay the file out.
-
-        Args:
-            path: what the file will be called; replaced if it exists.
-            entries: all its tensors, with distinct names.
-            metadata: strings for the header.
+        """Lay out the file ``path``, which is replaced if it exists, with all its tensors.
 
         Raises:
             ValueError: two tensors of one name, a name that the format can't hold, an unknown

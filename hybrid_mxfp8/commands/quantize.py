@@ -23,25 +23,16 @@ from hybrid_mxfp8.dispatch.device import default_device
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("source", type=Path, metavar="IN", help="a safetensors file, or the folder of a checkpoint")
-    parser.add_argument("target", type=Path, metavar="OUT", help="a file, or a folder if IN is one")
-    parser.add_argument(
-        "--experts",
-        action="append",
-        required=True,
-        metavar="PATTERN",
-        help="names of the tensors to quantize, with * and ? as in a shell, such as '*.experts.*'; may be given again",
-    )
-    parser.add_argument(
-        "--others-to-bf16",
-        action="store_true",
-        help="write FP8 matrices (128x128 blocks) that no PATTERN matches as bf16; default: copy them",
-    )
-    parser.add_argument("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="where to quantize (default: the GPU if there is one)"
-    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="IN", help="a safetensors file, or the folder of a checkpoint")
+    add("target", type=Path, metavar="OUT", help="a file, or a folder if IN is one")
+    patterns = "names of the tensors to quantize, with * and ? as in a shell, such as '*.experts.*'; may be given again"
+    add("--experts", action="append", required=True, metavar="PATTERN", help=patterns)
+    others = "write FP8 matrices (128x128 blocks) that no PATTERN matches as bf16; default: copy them"
+    add("--others-to-bf16", action="store_true", help=others)
+    add("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    add("--device", choices=("cuda", "cpu"), help="where to quantize (default: the GPU if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,9 +75,8 @@ def _convert(args: argparse.Namespace) -> Summary:
     options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16)
     with Checkpoint(args.source) as checkpoint:
         planned = plan(checkpoint, options)
-        with tqdm(
-            total=planned.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None
-        ) as bar:
+        unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        with tqdm(total=planned.num_bytes, leave=False, disable=None, **unit) as bar:
 
             def progress(name: str, num_bytes: int) -> None:
                 bar.set_description_str(name[-40:], refresh=False)
@@ -125,11 +115,10 @@ def describe(summary: Summary, target: Path) -> str:
     lines = [
         f"{target}: {len(found.quantized)} expert tensor{'s' if len(found.quantized) > 1 else ''} to MXFP8, "
         f"{size(before)} -> {size(after)} ({after / before:.2f}x); "
-        f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}",
-        f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
-        if math.isfinite(summary.worst_db)
-        else "no matrix lost anything",
+        f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}"
     ]
+    lost = f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
+    lines.append(lost if math.isfinite(summary.worst_db) else "no matrix lost anything")
     if found.widened:
         lines.append(f"other FP8 tensors written as bf16: {len(found.widened)}, {found.widened[0].name} among them")
     if found.kept:

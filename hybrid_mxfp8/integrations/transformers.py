@@ -27,6 +27,7 @@ import inspect
 import itertools
 import logging
 import math
+import operator
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -131,9 +132,7 @@ class _Cached(NamedTuple):
 
     def are_of(self, versions: tuple[_Version, ...], parameters: list[torch.Tensor]) -> bool:
         """Whether the experts are those of these parameters, as they are now."""
-        if self.versions != versions:
-            return False
-        return all(made_of() is now for made_of, now in zip(self.parameters, parameters, strict=True))
+        return self.versions == versions and all(map(operator.is_, (p() for p in self.parameters), parameters))
 
 
 def _is_fp8(module: torch.nn.Module) -> bool:
@@ -251,8 +250,7 @@ def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         if module.is_transposed:
             w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
-        w13_bias, w2_bias = biases or (None, None)
-        bias = {"w13_bias": w13_bias, "w2_bias": w2_bias}
+        bias = dict(zip(("w13_bias", "w2_bias"), biases, strict=False))
         return MXFP8Experts.from_weights(w13, w2, **bias, activation=activation, backend=backend)
 
 
@@ -270,14 +268,11 @@ class MemorySaved:
         return self.bytes_after / self.bytes_before
 
     def __str__(self) -> str:
-        before, after = self.bytes_before, self.bytes_after
         layers = f"{self.layers} MoE layer" + ("s" if self.layers != 1 else "")
-        # FP8 in larger blocks has fewer scales.
-        change = f"{_size(before - after)} saved" if after <= before else f"{_size(after - before)} more"
-        return (
-            f"the experts of {layers} take {_size(after)} in MXFP8 instead of {_size(before)}:"
-            f" {change}, {self.ratio:.3f} of the memory"
-        )
+        sizes = f"{_size(self.bytes_after)} in MXFP8 instead of {_size(self.bytes_before)}"
+        saved = self.bytes_before - self.bytes_after  # FP8 in larger blocks has fewer scales
+        change = f"{_size(abs(saved))} {'saved' if saved >= 0 else 'more'}"
+        return f"the experts of {layers} take {sizes}: {change}, {self.ratio:.3f} of the memory"
 
 
 def _size(num_bytes: int) -> str:
@@ -287,10 +282,6 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def quantize_model_(
     model: torch.nn.Module,
     *,
@@ -298,8 +289,7 @@ def quantize_model_(
     progress: bool = True,
     backend: str | None = None,
 ) -> MemorySaved:
-    """Quantize the experts of every MoE layer in place, free the originals, and switch the model
-    to this implementation.
+    """Quantize the experts of every MoE layer in place and switch the model to this implementation.
 
     One layer at a time: the peak is one layer's MXFP8 experts above what the model took.
     Afterwards the state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on)
@@ -330,11 +320,8 @@ def quantize_model_(
     if not found:
         if any(hasattr(m, _OWNED) for m in model.modules()):
             fail("model", "must have experts that are not quantized yet", f"{type(model).__name__}, quantized already")
-        fail(
-            "model",
-            "must have MoE layers that transformers dispatches through its ExpertsInterface",
-            type(model).__name__,
-        )
+        what = "MoE layers that transformers dispatches through its ExpertsInterface"
+        fail("model", f"must have {what}", type(model).__name__)
     in_memory = any(not p.is_meta for p in model.parameters()) or not (where is None or where.type == "meta")
     for name, module in found:
         reason = why_not(module)
@@ -345,9 +332,9 @@ def quantize_model_(
     model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
-        before += _bytes(_parameters(module))
+        before += sum(p.nbytes for p in _parameters(module))
         experts = _quantize(module, backend, where)
-        after += _bytes(list(experts.buffers()))
+        after += sum(buffer.nbytes for buffer in experts.buffers())
         # The names stay, as parameters that are None, for code that looks for them.
         for parameter in _parameter_names(module):
             module.register_parameter(parameter, None)

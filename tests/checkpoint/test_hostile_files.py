@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from cutlass_workshop import Child
 from files import quantize, same_experts
+from forked import Child
 from safetensors.torch import load_file, save_file
 from tally import Tally
 

@@ -140,11 +140,11 @@ def test_encoder_equals_pytorchs_transformer_layer() -> None:
         norm = [weights[f"embeddings.LayerNorm.{name}"] for name in ("weight", "bias")]
         embedded = tables[0][ids] + tables[1][: len(ids)] + tables[2][0]
         x = torch.nn.functional.layer_norm(embedded, (32,), *norm, 1e-12).unsqueeze(0)
-        for layer, inputs in zip(layers, seen, strict=True):
+        for layer, (hidden, intermediate) in zip(layers, seen, strict=True):
             mid = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
-            torch.testing.assert_close(inputs.hidden, mid[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(hidden, mid[0], rtol=1e-4, atol=1e-5)
             inner = torch.nn.functional.gelu(layer.linear1(mid))
-            torch.testing.assert_close(inputs.intermediate, inner[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(intermediate, inner[0], rtol=1e-4, atol=1e-5)
             x = layer(x)
 
 

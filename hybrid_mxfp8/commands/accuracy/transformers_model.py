@@ -44,10 +44,7 @@ def installed() -> bool:
 
 
 def report(sizes: dict[str, Any] | None = None, num_tokens: int | None = None) -> ModelReport:
-    """Run the model in fp32, then with its experts' operands through each format.
-
-    ``sizes`` are those of a Qwen3MoeConfig; its one sequence has ``num_tokens`` random ids.
-    """
+    """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = SIZES if sizes is None else sizes

@@ -20,6 +20,7 @@ from hybrid_mxfp8.commands.demo.measure import (
     Agreement,
     OutlierEffect,
     Quality,
+    Run,
     agreements,
     grouped_product,
     outlier_effect,
@@ -51,17 +52,16 @@ class Findings:
     def faults(self) -> list[str]:
         """What is not as it should be, one line each."""
         name = self.operands.name
-        return [
-            f"{name}, expert {e}: tokens {q.x_db:.1f} dB, weights {q.w_db:.1f} dB (at least {OPERAND_FLOOR_DB:.0f} "
-            f"expected), product calc_diff {q.product_diff:.1e} (at most {PRODUCT_CALC_DIFF:.0e} expected)"
+        found = [
+            f"{name}, expert {e}: tokens {q.x_db:.1f} dB, weights {q.w_db:.1f} dB (at least {OPERAND_FLOOR_DB:.0f} expected), "
+            f"product calc_diff {q.product_diff:.1e} (at most {PRODUCT_CALC_DIFF:.0e} expected)"
             for e, q in enumerate(self.mxfp8)
             if not q.good
-        ] + [
-            f"{name}: {a.first} and {a.second} "
-            + ("wrote different bytes" if not a.same_operands else f"differ by {a.of_bound:.2g} times the bound")
-            for a in self.agreements
-            if not a.good
         ]
+        for a in (a for a in self.agreements if not a.good):
+            how = f"differ by {a.of_bound:.2g} times the bound" if a.same_operands else "wrote different bytes"
+            found.append(f"{name}: {a.first} and {a.second} {how}")
+        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,13 +139,11 @@ def runnable_backends(gemm: Operands, device: torch.device) -> list[str]:
 
 def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) -> Findings:
     """Run every backend over a grouped GEMM; the first one's figures are the MXFP8 columns."""
-    groups, runs = gemm.groups(), []
-    for name in names:
 
-        def backend_stage(what: str, name: str = name) -> None:
-            stage(f"{gemm.name}: {name}, {what}")
+    def run_named(name: str) -> Run:
+        return run_backend(gemm.x, gemm.w, gemm.groups(), name, lambda what: stage(f"{gemm.name}: {name}, {what}"))
 
-        runs.append(run_backend(gemm.x, gemm.w, groups, name, backend_stage))
+    runs = [run_named(name) for name in names]
     first = runs[0]
     x8, w8 = per_tensor_fp8(gemm.x), torch.stack([per_tensor_fp8(w) for w in gemm.w])
     return Findings(

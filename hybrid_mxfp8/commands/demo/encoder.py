@@ -35,12 +35,8 @@ class EncoderConfig:
         return cls(**{name: config[name] for name in cls.__dataclass_fields__})
 
 
-@dataclass(frozen=True)
-class FeedForwardInputs:
-    """What a layer's feed-forward matrices multiply: hidden (L, H), intermediate (L, I), fp32."""
-
-    hidden: torch.Tensor
-    intermediate: torch.Tensor
+FeedForwardInputs = tuple[torch.Tensor, torch.Tensor]
+"""What a layer's feed-forward matrices multiply: hidden (L, H) and intermediate (L, I), fp32."""
 
 
 def encode(weights: Mapping[str, torch.Tensor], config: EncoderConfig, ids: torch.Tensor) -> list[FeedForwardInputs]:
@@ -70,5 +66,5 @@ def encode(weights: Mapping[str, torch.Tensor], config: EncoderConfig, ids: torc
         hidden = norm(x + linear(mixed, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
         intermediate = F.gelu(linear(hidden, f"{layer}.intermediate.dense"))
         x = norm(hidden + linear(intermediate, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-        seen.append(FeedForwardInputs(hidden, intermediate))
+        seen.append((hidden, intermediate))
     return seen

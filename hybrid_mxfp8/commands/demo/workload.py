@@ -108,15 +108,16 @@ def synthetic_workload(num_experts: int = 6, max_rows: int | None = None) -> Wor
         up.append(torch.randn(intermediate, hidden, generator=rng) * hidden**-0.5)
         down.append(torch.randn(hidden, intermediate, generator=rng) * intermediate**-0.5)
         x = torch.randn(rows, hidden, generator=rng) * channels
-        seen.append(FeedForwardInputs(x, torch.nn.functional.gelu(x @ up[-1].T)))
+        seen.append((x, torch.nn.functional.gelu(x @ up[-1].T)))
     source = "SYNTHETIC random numbers, no model: activations with six channels 40 times larger than the rest"
     return Workload(source, False, _gemms(seen, up, down))
 
 
 def _gemms(seen: list[FeedForwardInputs], up: list[torch.Tensor], down: list[torch.Tensor]) -> tuple[Operands, ...]:
-    rows = tuple(inputs.hidden.shape[0] for inputs in seen)
+    hidden, intermediate = zip(*seen, strict=True)
+    rows = tuple(len(x) for x in hidden)
     # Cloned out of inference mode, whose tensors can't enter operations that record versions.
     return (
-        Operands("GEMM1, up", torch.cat([inputs.hidden for inputs in seen]).clone(), torch.stack(up), rows),
-        Operands("GEMM2, down", torch.cat([inputs.intermediate for inputs in seen]).clone(), torch.stack(down), rows),
+        Operands("GEMM1, up", torch.cat(hidden).clone(), torch.stack(up), rows),
+        Operands("GEMM2, down", torch.cat(intermediate).clone(), torch.stack(down), rows),
     )
