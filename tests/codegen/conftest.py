@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import triton
-from compiling import ARCHS, CapturingLauncher, Compiled, CompileFor, StubDriver
+from compiling import ARCHS, Compiled, CompileFor, capture
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.triton_kernels import launch
 
 
 @pytest.fixture
 def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
-    """compile_for(arch, module, kernel name, call): run ``call`` with that kernel's launch replaced; one launch."""
+    """compile_for(arch, kernel name, call): the one launch of that kernel in ``call``."""
     if env.triton_interpret():
         pytest.skip("an interpreted function can't be compiled: unset TRITON_INTERPRET")
 
-    def compile_one(arch: int, module: Any, name: str, call: Callable[[], object]) -> Compiled:
-        compiled: list[Compiled] = []
+    def compile_one(arch: int, kernel: str, call: Callable[[], object]) -> Compiled:
         with monkeypatch.context() as patch:
-            patch.setattr(triton.runtime.driver, "_active", StubDriver(arch))
-            patch.setattr(launch, "_loaded", {})  # nothing that is loaded comes of this
-            patch.setattr(module, name, CapturingLauncher(getattr(module, name), arch, compiled))
-            call()
+            compiled = capture(arch, kernel, call, patch)
         assert len(compiled) == 1, f"{len(compiled)} launches"
         metadata = compiled[0].kernel.metadata
         scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
-        assert scratch == (0, 0), "a launch with scratch memory is not repeated"
+        assert scratch == (0, 0), "a launch with scratch memory is not planned"
         return compiled[0]
 
     return compile_one

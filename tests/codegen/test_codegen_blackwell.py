@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
+import kernels
 import pytest
-import torch
-import triton
-from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
+from compiling import (
+    SHARED_LIMIT,
+    TENSOR_MEMORY_COLUMNS,
+    Compiled,
+    CompileFor,
+    grouped,
+    machine_code,
+    product,
+    weights,
+)
 
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.triton_kernels.gemm import blackwell as kernel
+from hybrid_mxfp8.triton_kernels.gemm.blackwell import select_blackwell_config
 
 E, N, K = 8, 4096, 7168
 CASES = [(100, 16), (100, 32), (100, 64), (100, 128), (100, 256), (103, 16), (103, 64), (103, 256)]
@@ -20,30 +25,10 @@ CASES = [(100, 16), (100, 32), (100, 64), (100, 128), (100, 256), (103, 16), (10
 
 def compile_case(compile_for: CompileFor, arch: int, block_t: int, n: int = N, k: int = K, e: int = E) -> Compiled:
     t = e * block_t
-    config = kernel.select_blackwell_config(t, e)
+    config = select_blackwell_config(t, e)
     assert config.block_t == block_t
-    meta = torch.device("meta")
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-
-    def call() -> None:
-        kernel.grouped_gemm_blackwell(
-            torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-            torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-            GroupLayout(offsets[1:], offsets, offsets, t),
-            torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
-            torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-            torch.empty(t, n, dtype=torch.bfloat16, device=meta),
-            config,
-        )
-
-    return compile_for(arch, kernel, "grouped_gemm_blackwell_kernel", call)
-
-
-def sass(compiled: Compiled, folder: Path) -> str:
-    cubin = folder / "disassembled.cubin"
-    cubin.write_bytes(compiled.kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.nvdisasm.path
-    return subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    x, w, out = grouped(t, k, e), weights(e, n, k), product(t, n)
+    return compile_for(arch, "grouped_gemm_blackwell_kernel", lambda: kernels.blackwell(x, w, out, config))
 
 
 @pytest.mark.parametrize(("arch", "block_t"), CASES, ids=[f"sm_{arch}-{block_t}" for arch, block_t in CASES])
@@ -63,7 +48,7 @@ def test_each_tile(compile_for: CompileFor, arch: int, block_t: int, tmp_path: P
 
 @pytest.mark.parametrize("block_t", [16, 256])
 def test_machine_code_of_sm_100(compile_for: CompileFor, block_t: int, tmp_path: Path) -> None:
-    text = sass(compile_case(compile_for, 100, block_t), tmp_path)
+    text = machine_code(compile_case(compile_for, 100, block_t), tmp_path)
     for instruction in ("UTCQMMA", "UTCCP", "UTMALDG"):
         assert instruction in text, instruction
     for spill in ("STL", "LDL"):

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import kernels
 import pytest
 import torch
-from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor
+from compiling import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, CompileFor, grouped, product, weights
 
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.triton_kernels.gemm import portable as grouped_gemm
+from hybrid_mxfp8.triton_kernels.gemm import portable
 
 E, N, K = 8, 4096, 7168
-
-
-def product(t: int, dtype: torch.dtype = torch.bfloat16, n: int = N, k: int = K, e: int = E) -> None:
-    meta = torch.device("meta")
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-    grouped_gemm.grouped_gemm(
-        torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-        GroupLayout(offsets[1:], offsets, offsets, t),
-        torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-        torch.empty(t, n, dtype=dtype, device=meta),
-    )
 
 
 BLOCKS = (16, 32, 64, 128)
@@ -47,11 +32,13 @@ ANY_MMA = r"wgmma\.mma_async\.sync\.aligned\.m|tcgen05\.mma\.|mma\.sync\.aligned
 def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
     """compile_product(arch, t, ...): the launch of a product of t tokens on that architecture."""
 
-    def compile_one(arch: int, t: int, **shape: Any) -> Compiled:
-        capability = divmod(arch, 10)
-        formulation = grouped_gemm.select_formulation(capability, grouped_gemm._triton_version())
-        monkeypatch.setattr(grouped_gemm, "formulation_for", lambda device: formulation)
-        return compile_for(arch, grouped_gemm, "grouped_gemm_kernel", lambda: product(t, **shape))
+    def compile_one(
+        arch: int, t: int, dtype: torch.dtype = torch.bfloat16, n: int = N, k: int = K, e: int = E
+    ) -> Compiled:
+        formulation = portable.select_formulation(divmod(arch, 10), portable._triton_version())
+        monkeypatch.setattr(portable, "formulation_for", lambda device: formulation)
+        x, w, out = grouped(t, k, e), weights(e, n, k), product(t, n, dtype)
+        return compile_for(arch, "grouped_gemm_kernel", lambda: kernels.portable(x, w, out))
 
     return compile_one
 
@@ -77,11 +64,6 @@ def test_each_tile(compile_product: Callable[..., Compiled], arch: int, block_t:
     compiled = compile_product(arch, E * block_t)
     assert compiled.grid == ((E * block_t + (block_t - 1) * E) // block_t * (N // 128),)
     check(compiled, tmp_path)
-
-
-@pytest.mark.parametrize("block_t", BLOCKS)
-def test_tile_of_each_configuration(block_t: int) -> None:
-    assert grouped_gemm.select_gemm_config(E * block_t, E, "scaled").block_t == block_t
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])

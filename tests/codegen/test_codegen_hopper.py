@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import itertools
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
-import triton
-from compiling import SHARED_LIMIT, Compiled, CompileFor
+from compiling import META, SHARED_LIMIT, Compiled, CompileFor, grouped, machine_code, product, weights
 from sanitize import dispatch_lines
 from triton.backends.nvidia.compiler import get_ptxas
 
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, select_hopper_config
 
 E, MULTIPROCESSORS = 8, 132
@@ -31,42 +29,24 @@ fp32 160; with 3.6 nothing is. :func:`local_accesses_among_products` says that t
 
 
 @pytest.fixture
-def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
-    """compile_product(config, dtype, n, k): the launch of the product, without that of the expansion before it."""
-    hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")
+def compile_product(compile_for: CompileFor) -> Callable[..., Compiled]:
+    """compile_product(config, dtype, n, k): the launch of the product, without that before it."""
 
     def compile_one(
         config: HopperGemmConfig, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 7168, t: int = 8192
     ) -> Compiled:
-        meta = torch.device("meta")
-        offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
-        monkeypatch.setattr(hopper, "dequantize_tokens", lambda *args: None)
-
-        def product() -> None:
-            hopper.hopper_grouped_gemm(
-                torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-                torch.empty(grouped_scale_rows(t, E), scale_cols(k), dtype=torch.uint8, device=meta),
-                GroupLayout(offsets[1:], offsets, offsets, t),
-                torch.empty(E, n, k, dtype=torch.float8_e4m3fn, device=meta),
-                torch.empty(E, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-                torch.empty(t, n, dtype=dtype, device=meta),
-                torch.empty(WorkspaceLayout.of(t, E, k, config).size, dtype=torch.uint8, device=meta),
-                config,
-                MULTIPROCESSORS,
-            )
-
-        return compile_for(90, hopper, "hopper_gemm_kernel", product)
+        x, w, out = grouped(t, k, E), weights(E, n, k), product(t, n, dtype)
+        workspace = torch.empty(WorkspaceLayout.of(t, E, k, config).size, dtype=torch.uint8, device=META)
+        return compile_for(
+            90, "hopper_gemm_kernel", lambda: kernels.hopper(x, w, out, workspace, config, MULTIPROCESSORS)
+        )
 
     return compile_one
 
 
 def disassembled(compiled: Compiled, folder: Path) -> list[str]:
     """The machine code, an instruction a line."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.nvdisasm.path
-    text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+((?:@!?U?P\d+ )?\S.*?) ;", text)
+    return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+((?:@!?U?P\d+ )?\S.*?) ;", machine_code(compiled, folder))
 
 
 def local_accesses_among_products(compiled: Compiled, folder: Path) -> int:
@@ -181,38 +161,24 @@ def test_the_loop_over_k_frees_the_stages_it_passes(compile_product: Callable[..
 
 
 @pytest.fixture
-def compile_expansion(compile_for: CompileFor) -> Callable[..., Compiled]:
-    """compile_expansion(t, k, e): the launch of the expansion of t tokens."""
-    module = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens")
+def compile_dequantization(compile_for: CompileFor) -> Callable[..., Compiled]:
+    """compile_dequantization(t, k, e): the launch that dequantizes t tokens."""
 
     def compile_one(t: int, k: int, e: int) -> Compiled:
-        meta, config = torch.device("meta"), select_hopper_config(t, e)
-        layout = WorkspaceLayout.of(t, e, k, config)
-        workspace = torch.empty(layout.size, dtype=torch.uint8, device=meta)
-        offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-        return compile_for(
-            90,
-            module,
-            "dequantize_tokens_kernel",
-            lambda: module.dequantize_tokens(
-                torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-                torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-                GroupLayout(offsets[1:], offsets, offsets, t),
-                workspace,
-                layout,
-                config.block_t,
-                t,
-            ),
-        )
+        config = select_hopper_config(t, e)
+        layout, x = WorkspaceLayout.of(t, e, k, config), grouped(t, k, e)
+        workspace = torch.empty(layout.size, dtype=torch.uint8, device=META)
+        call = functools.partial(kernels.dequantize_tokens, x, workspace, layout, config.block_t, t)
+        return compile_for(90, "dequantize_tokens_kernel", call)
 
     return compile_one
 
 
 @pytest.mark.parametrize(("t", "k"), [(8192, 7168), (16384, 2048)])
-def test_expansion_reads_and_writes_16_bytes_at_once(
-    compile_expansion: Callable[..., Compiled], t: int, k: int, tmp_path: Path
+def test_dequantization_reads_and_writes_16_bytes_at_once(
+    compile_dequantization: Callable[..., Compiled], t: int, k: int, tmp_path: Path
 ) -> None:
-    compiled = compile_expansion(t, k, 32)
+    compiled = compile_dequantization(t, k, 32)
     assert compiled.count(r"ld\.global\.v4\.b32") > 0
     assert compiled.count(r"st\.global\.v4\.b32") > 0
     assert compiled.count(r"\.ftz") == 0
@@ -221,11 +187,11 @@ def test_expansion_reads_and_writes_16_bytes_at_once(
 
 @pytest.mark.parametrize("e", [1, 2, 4, 8, 32, 256])
 @pytest.mark.parametrize(("t", "k"), [(96, 256), (64, 7168), (9000, 7168)])
-def test_expansion_searches_experts_in_one_dimension(
-    compile_expansion: Callable[..., Compiled], t: int, k: int, e: int
+def test_dequantization_searches_experts_in_one_dimension(
+    compile_dequantization: Callable[..., Compiled], t: int, k: int, e: int
 ) -> None:
     """A (rows, experts) sum in the layout of the scales went over the wrong lanes (Triton 3.6, E = 4, on an H100)."""
-    intermediate = str(compile_expansion(t, k, e).kernel.asm["ttgir"])
+    intermediate = str(compile_dequantization(t, k, e).kernel.asm["ttgir"])
     summed = re.findall(r"\}\) : \(tensor<([^,]*),", intermediate)
     assert summed
     assert all(shape.count("x") == 1 for shape in summed), summed
@@ -272,10 +238,7 @@ def test_the_sanitizers_report_knows_the_lines_of_that_code(
     compile_product: Callable[..., Compiled], average: int, tmp_path: Path
 ) -> None:
     """What racecheck would name: the lines that the kernel's stores to shared memory, and the read, are attributed to."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compile_product(select_hopper_config(average * E, E)).kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.nvdisasm.path
-    text = subprocess.run([tool, "-g", "-c", cubin], check=True, capture_output=True, text=True).stdout
+    text = machine_code(compile_product(select_hopper_config(average * E, E)), tmp_path, "-g")
     places: list[tuple[str, int]] = []
     place = ("", 0)
     for line in text.splitlines():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
-from compiling import Compiled, CompileFor
+from compiling import META, Compiled, CompileFor, grouped, ints, weights
 
 from hybrid_mxfp8.core.activation import NAMED, SwiGLU
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.triton_kernels import quantize
+from hybrid_mxfp8.triton_kernels.quantize import select_quantize_config
 
 E = 32
 SIZES = {"decode": 64, "prefill": 16384}
@@ -36,32 +36,21 @@ STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
 STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
 
 
-def grouped(
-    t: int, dtype: torch.dtype, gather: bool, swiglu: SwiGLU | None, k: int = K, e: int = E, stride: int = 0
-) -> None:
-    meta = torch.device("meta")
+def quantized(
+    t: int, dtype: torch.dtype = torch.bfloat16, gather: bool = False, swiglu: SwiGLU | None = None, k: int = K,
+    e: int = E, stride: int = 0, counts: bool = False,
+) -> Callable[[], None]:  # fmt: skip
     width = k if swiglu is None else 2 * k
-    x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device=meta)
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-    quantize.quantize_grouped(
-        x,
-        GroupLayout(offsets[1:], offsets, offsets, t),
-        torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
-        scale_rounding="rceil",
-        row_index=torch.empty(t, dtype=torch.int32, device=meta) if gather else None,
-        swiglu=swiglu,
-    )
+    x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device=META)
+    out = grouped(t, k, e)
+    groups = ints(e) if counts else out.groups
+    index = ints(t) if gather else None
+    return lambda: kernels.quantize(x, groups, out.values, out.scales, row_index=index, swiglu=swiglu)
 
 
-def weights(e: int, n: int, k: int) -> None:
-    meta = torch.device("meta")
-    quantize.quantize_weights(
-        torch.empty(e, n, k, dtype=torch.bfloat16, device=meta),
-        torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
-        scale_rounding="rceil",
-    )
+def quantized_weights(e: int, n: int, k: int, rounding: str = "rceil") -> Callable[[], None]:
+    w, out = torch.empty(e, n, k, dtype=torch.bfloat16, device=META), weights(e, n, k)
+    return lambda: kernels.quantize_weights(w, out.values, out.scales, rounding)
 
 
 def check(compiled: Compiled, folder: Path) -> None:
@@ -80,9 +69,9 @@ def check(compiled: Compiled, folder: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tmp_path: Path) -> None:
     dtype, gather, swiglu = VARIANTS[variant]
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(SIZES[size], dtype, gather, swiglu))
+    compiled = compile_for(arch, "quantize_kernel", quantized(SIZES[size], dtype, gather, swiglu))
     check(compiled, tmp_path)
-    config = quantize.select_quantize_config(SIZES[size], K, E)
+    config = select_quantize_config(SIZES[size], K, E)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
     assert compiled.count(PACKED_CONVERSION) == elements // 2
     assert compiled.count(LOAD_16) == elements * dtype.itemsize // 16 * (1 if swiglu is None else 2)
@@ -98,20 +87,7 @@ def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tm
 @pytest.mark.parametrize("e", [1, 8, 128, 1024])
 def test_counts(compile_for: CompileFor, arch: int, e: int, tmp_path: Path) -> None:
     """The form that scans the counts itself, for decode batches."""
-
-    def call() -> None:
-        meta = torch.device("meta")
-        quantize.quantize_counts(
-            torch.empty(64, K, dtype=torch.bfloat16, device=meta),
-            torch.empty(e, dtype=torch.int32, device=meta),
-            torch.empty(64, K, dtype=torch.float8_e4m3fn, device=meta),
-            torch.empty(grouped_scale_rows(64, e), scale_cols(K), dtype=torch.uint8, device=meta),
-            scale_rounding="rceil",
-            row_index=None,
-            swiglu=None,
-        )
-
-    compiled = compile_for(arch, quantize, "quantize_kernel", call)
+    compiled = compile_for(arch, "quantize_kernel", quantized(64, e=e, counts=True))
     check(compiled, tmp_path)
     assert compiled.count(LOAD_16) >= 1
     assert compiled.count(LOAD_1_OR_2) == 0
@@ -119,7 +95,7 @@ def test_counts(compile_for: CompileFor, arch: int, e: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("shape", [(8, 4096, 7168), (128, 2880, 2880), (2, 136, 160)], ids=str)
 def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int], tmp_path: Path) -> None:
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: weights(*shape))
+    compiled = compile_for(arch, "quantize_kernel", quantized_weights(*shape))
     check(compiled, tmp_path)
     # Where a row has fewer elements than eight for each thread, a thread has less than 16 bytes.
     assert compiled.count(LOAD_16) > 0 or shape[2] <= 256
@@ -129,7 +105,7 @@ def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int]
 @pytest.mark.parametrize("k", [544, 992, 2880])
 def test_wide_accesses_where_k_is_no_multiple_of_128(compile_for: CompileFor, arch: int, k: int) -> None:
     """K % 32 is enough: each row starts at a 16-byte boundary, and no 16 bytes straddle K."""
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, None, k))
+    compiled = compile_for(arch, "quantize_kernel", quantized(64, k=k))
     assert compiled.count(LOAD_16) > 0
     assert compiled.count(LOAD_1_OR_2) == 0
 
@@ -139,15 +115,7 @@ def test_roundings_differ_in_one_constant(compile_for: CompileFor, rounding: str
     """The rounding is one added integer: no variant costs an instruction more than rceil."""
 
     def lines(name: str) -> int:
-        meta = torch.device("meta")
-        w = torch.empty(1, 128, 512, dtype=torch.bfloat16, device=meta)
-        values = torch.empty(1, 128, 512, dtype=torch.float8_e4m3fn, device=meta)
-        scales = torch.empty(1, 128, 16, dtype=torch.uint8, device=meta)
-
-        def call() -> None:
-            quantize.quantize_weights(w, values, scales, scale_rounding=name)
-
-        compiled = compile_for(90, quantize, "quantize_kernel", call)
+        compiled = compile_for(90, "quantize_kernel", quantized_weights(1, 128, 512, name))
         return len([line for line in compiled.ptx.splitlines() if line.strip().endswith(";")])
 
     assert lines(rounding) <= lines("rceil")
@@ -155,7 +123,7 @@ def test_roundings_differ_in_one_constant(compile_for: CompileFor, rounding: str
 
 @pytest.mark.parametrize("e", [1, 256, 1024, 2000])
 def test_many_experts(compile_for: CompileFor, e: int, tmp_path: Path) -> None:
-    compiled = compile_for(90, quantize, "quantize_kernel", lambda: grouped(4096, torch.bfloat16, False, None, e=e))
+    compiled = compile_for(90, "quantize_kernel", quantized(4096, e=e))
     check(compiled, tmp_path)
 
 
@@ -163,7 +131,7 @@ def test_a_batch_of_another_size_compiles_nothing_new(compile_for: CompileFor) -
     """Token counts within one configuration share a kernel, whatever they are divisible by."""
     kernels = set()
     for t in (1, 2, 3, 16, 17, 48, 100, 128, 146):
-        x = compile_for(90, quantize, "quantize_kernel", lambda t=t: grouped(t, torch.bfloat16, True, None))
+        x = compile_for(90, "quantize_kernel", quantized(t, gather=True))
         kernels.add(id(x.kernel))
     assert len(kernels) == 1
 
@@ -171,8 +139,5 @@ def test_a_batch_of_another_size_compiles_nothing_new(compile_for: CompileFor) -
 def test_unaligned_rows_still_compile(compile_for: CompileFor, arch: int, tmp_path: Path) -> None:
     """A row stride that is no multiple of 8 elements rules out wide loads, and nothing else."""
 
-    def call() -> None:
-        grouped(64, torch.bfloat16, False, None, stride=7169)
-
-    compiled = compile_for(arch, quantize, "quantize_kernel", call)
+    compiled = compile_for(arch, "quantize_kernel", quantized(64, stride=7169))
     check(compiled, tmp_path)
