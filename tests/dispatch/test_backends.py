@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import cases
 import pytest
@@ -22,14 +22,6 @@ from hybrid_mxfp8.dispatch.registry import BACKENDS, Problem, Support, _log_choi
 MODULE = importlib.import_module("hybrid_mxfp8.dispatch.registry")
 CPU = torch.device("cpu")
 PROBLEM = Problem(4, 64, 96, 100, torch.bfloat16, CPU)
-
-
-@pytest.fixture
-def fresh_log() -> Iterator[None]:
-    """Choices are logged once a process: forget which were."""
-    _log_choice.cache_clear()
-    yield
-    _log_choice.cache_clear()
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, **answers: tuple[bool, str]) -> None:
@@ -57,41 +49,28 @@ def test_order_and_names() -> None:
 @pytest.mark.parametrize(
     ("argument", "override", "variable", "expected"),
     [
-        (None, None, None, "cutlass"),
-        (None, None, "triton", "triton"),
-        (None, None, "auto", "cutlass"),
-        (None, None, "", "cutlass"),
-        (None, None, " Reference ", "reference"),
-        (None, "reference", "triton", "reference"),
-        (None, "auto", "triton", "cutlass"),
-        ("triton", "reference", None, "triton"),
-        ("triton", None, "reference", "triton"),
-        ("auto", "reference", "triton", "cutlass"),
+        (None, (), None, "cutlass"),
+        (None, (), "triton", "triton"),
+        (None, (), "auto", "cutlass"),
+        (None, (), "", "cutlass"),
+        (None, (), " Reference ", "reference"),
+        (None, ("reference",), "triton", "reference"),
+        (None, ("auto",), "triton", "cutlass"),
+        (None, (None,), "triton", "cutlass"),
+        ("triton", ("reference",), None, "triton"),
+        ("triton", (), "reference", "triton"),
+        ("auto", ("reference",), "triton", "cutlass"),
     ],
 )
 def test_precedence(
-    all_available: None,
-    monkeypatch: pytest.MonkeyPatch,
-    argument: str | None,
-    override: str | None,
-    variable: str | None,
-    expected: str,
-) -> None:
+    all_available: None, monkeypatch: pytest.MonkeyPatch, argument: str | None, override: tuple[str | None, ...],
+    variable: str | None, expected: str,
+) -> None:  # fmt: skip
     """backend= beats use_backend() beats HYBRID_MXFP8_BACKEND beats auto."""
     if variable is not None:
         monkeypatch.setenv("HYBRID_MXFP8_BACKEND", variable)
-    if override is None:
+    with mx.use_backend(*override) if override else contextlib.nullcontext():
         assert choose(PROBLEM, argument).name == expected
-    else:
-        with mx.use_backend(override):
-            assert choose(PROBLEM, argument).name == expected
-
-
-def test_use_backend_none_means_auto(all_available: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
-    with mx.use_backend(None):
-        assert choose(PROBLEM).name == "cutlass"
-    assert choose(PROBLEM).name == "reference"
 
 
 def test_use_backend_nests_and_ends_with_an_error(all_available: None) -> None:
@@ -121,21 +100,12 @@ def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
         assert [future.result() for future in futures] == ["triton", "reference"]
 
 
-@pytest.mark.parametrize("bad", ["cuda", "", "Triton", 3])
-@pytest.mark.parametrize("source", ["backend", "name", "HYBRID_MXFP8_BACKEND"])
-def test_unknown_names_list_the_valid_ones(monkeypatch: pytest.MonkeyPatch, source: str, bad: object) -> None:
-    def ask() -> None:
-        if source == "backend":
-            choose(PROBLEM, bad)  # type: ignore[arg-type]
-        elif source == "name":
-            with mx.use_backend(bad):  # type: ignore[arg-type]
-                pass
-        else:
-            monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "blas")
-            requested(None)
-
-    with pytest.raises(ValueError, match=f"^{source}: must be one of auto, cutlass, triton, reference, got "):
-        ask()
+def test_an_unknown_name_in_the_environment_lists_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of arguments are in ops/test_bad_calls.py."""
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "blas")
+    message = "^HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got 'blas'$"
+    with pytest.raises(ValueError, match=message):
+        requested(None)
 
 
 @pytest.mark.parametrize("how", ["argument", "use_backend", "environment"])
@@ -175,17 +145,11 @@ def test_cutlass_that_cannot_quantize_says_so(monkeypatch: pytest.MonkeyPatch) -
             call()
 
 
-def test_cutlass_on_a_cpu_says_what_it_needs() -> None:
-    with pytest.raises(
-        mx.BackendUnavailableError, match=r"^backend cutlass: needs a GPU of compute capability 10\.0 or 10\.3"
-    ):
+def test_a_cpu_says_what_is_missing() -> None:
+    message = r"^backend cutlass: needs a GPU of compute capability 10\.0 or 10\.3"
+    with pytest.raises(mx.BackendUnavailableError, match=message):
         choose(PROBLEM, "cutlass")
-
-
-def test_triton_on_a_cpu_without_the_interpreter_says_what_to_set() -> None:
-    if env.triton_interpret():
-        assert choose(PROBLEM, "triton").name == "triton"
-    else:
+    if not env.triton_interpret():
         with pytest.raises(mx.BackendUnavailableError, match="set TRITON_INTERPRET=1"):
             choose(PROBLEM, "triton")
 
@@ -196,54 +160,40 @@ def test_cutlass_quantizes_with_triton(all_available: None) -> None:
     assert choose_quantizer(CPU, "reference").name == "reference"
 
 
-def records(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "hybrid_mxfp8"]
+YES, NO = (True, "yes"), (False, "no luck")
+LOGGED: dict[str, tuple[dict[str, tuple[bool, str]], str | None, str, list[tuple[int, str]]]] = {
+    "auto": ({"cutlass": YES}, None, "grouped_gemm", [(logging.INFO, "grouped_gemm on cpu uses backend cutlass (yes)")]),
+    "a fallback": (
+        {"cutlass": NO, "triton": YES}, None, "grouped_gemm",
+        [(logging.WARNING, "grouped_gemm on cpu falls back to backend triton (cutlass: no luck)")],
+    ),
+    "a missing quantizer": (
+        {"triton": NO}, None, "quantize",
+        [(logging.WARNING, "quantize on cpu falls back to backend reference (triton: no luck)")],
+    ),
+    "by name": ({"triton": YES}, "triton", "grouped_gemm", []),
+}  # fmt: skip
+"""What backends answer, which is asked for, for what, and what is logged."""
 
 
-@pytest.mark.usefixtures("fresh_log", "all_available")
-def test_auto_logs_its_choice_once_at_info(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        for _ in range(3):
-            choose(PROBLEM)
-    assert records(caplog) == [(logging.INFO, "grouped_gemm on cpu uses backend cutlass (yes)")]
-
-
-@pytest.mark.usefixtures("fresh_log")
-def test_a_fallback_is_logged_once_as_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answering(monkeypatch, cutlass=(False, "no nvcc: install one"), triton=(True, "yes"))
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        for _ in range(3):
-            assert choose(PROBLEM).name == "triton"
-    expected = "grouped_gemm on cpu falls back to backend triton (cutlass: no nvcc: install one)"
-    assert records(caplog) == [(logging.WARNING, expected)]
-
-
-@pytest.mark.usefixtures("fresh_log")
-def test_a_missing_quantizer_is_logged_as_such(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answering(monkeypatch, triton=(False, "gone"))
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        assert choose_quantizer(CPU).name == "reference"
-    assert records(caplog) == [(logging.WARNING, "quantize on cpu falls back to backend reference (triton: gone)")]
-
-
-@pytest.mark.usefixtures("fresh_log", "all_available")
-def test_a_named_backend_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", LOGGED)
+def test_a_choice_is_logged_once(name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked, product, expected = LOGGED[name]
+    answering(monkeypatch, **answers)
+    _log_choice.cache_clear()
     with caplog.at_level(logging.DEBUG, "hybrid_mxfp8"):
-        choose(PROBLEM, "triton")
-    assert records(caplog) == []
+        for _ in range(3):
+            choose(PROBLEM, asked) if product == "grouped_gemm" else choose_quantizer(CPU, asked)
+    _log_choice.cache_clear()
+    assert [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "hybrid_mxfp8"] == expected
 
 
-@pytest.mark.usefixtures("fresh_log")
 def test_hardware_that_is_not_there_is_no_fallback(caplog: pytest.LogCaptureFixture) -> None:
     """A CPU that uses Triton's interpreter or the reference misses nothing: INFO, not WARNING."""
+    _log_choice.cache_clear()
     with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        chosen = choose(PROBLEM)
-    assert chosen.name == ("triton" if env.triton_interpret() else "reference")
-    assert [level for level, _ in records(caplog)] == [logging.INFO]
+        assert choose(PROBLEM).name == ("triton" if env.triton_interpret() else "reference")
+    assert [r.levelno for r in caplog.records if r.name == "hybrid_mxfp8"] == [logging.INFO]
 
 
 def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +224,9 @@ def capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int] | None) -
 @pytest.mark.parametrize("value", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
 def test_answers_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int]) -> None:
     device = capability(monkeypatch, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     answers: dict[str, Support] = {name: backend.available(device) for name, backend in BACKENDS.items()}
+    assert BACKENDS["triton"].hardware(device) == (value >= (8, 9)), "a GPU that is too old misses nothing: no warning"
     assert answers["triton"][0] == (value >= (8, 9))
     named = f"{value[0]}.{value[1]}"
     assert named in answers["triton"][1]
@@ -282,14 +234,6 @@ def test_answers_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int
         ok, reason = answers["cutlass"]
         assert not ok
         assert reason.startswith(f"needs compute capability 10.0 or 10.3, got {named}")
-
-
-@pytest.mark.parametrize(("value", "expected"), [((8, 0), False), ((8, 9), True), (None, False)])
-def test_hardware_of_triton(value: tuple[int, int] | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is too old misses nothing: no warning that it falls back."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    device = capability(monkeypatch, value)
-    assert BACKENDS["triton"].hardware(device) is expected
 
 
 def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,11 +260,6 @@ def test_explain(rng: torch.Generator) -> None:
         assert text.startswith("triton, asked for: ")
         assert "block_t=16" in text
         assert "3.5 tokens an expert" in text
-
-
-def test_workspace_size(backend: str) -> None:
-    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
-    assert mx.grouped_gemm_workspace_size(wq, 7, backend=backend) == 0
 
 
 def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
