@@ -194,7 +194,7 @@ def test_threads_share_plans(layer: Layer) -> None:
             for _ in range(50):
                 if not torch.equal(layer.forward(), expected):
                     failures.append("another result")
-        except Exception as error:  # noqa: BLE001  # reported below
+        except Exception as error:  # reported below
             failures.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -222,7 +222,7 @@ def test_memory_off_a_boundary(layer: Layer, what: str) -> None:
         got = mx.quantize_grouped(shifted(x), layer.groups)
         assert torch.equal(cases.bits(got.values), cases.bits(xq.values))
     elif what == "workspace":
-        with pytest.raises(ValueError, match="^workspace: must start at a 256-byte boundary"):
+        with pytest.raises(ValueError, match=r"^workspace: must start at a 256-byte boundary"):
             mx.grouped_gemm(xq, wq, workspace=shifted(torch.empty(layer.memory.numel() + 1024, dtype=torch.uint8)))
     elif what == "weights":
         other = mx.ExpertWeights(shifted(wq.values), wq.scales)
