@@ -195,9 +195,9 @@ def test_settings_are_asked_at_each_call(
     assert len(plans) == 3
     for _ in range(2):
         monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "none")
-        with pytest.raises(ValueError, match="^HYBRID_MXFP8_BACKEND: must be one of auto"):
+        with pytest.raises(ValueError, match=r"^HYBRID_MXFP8_BACKEND: must be one of auto"):
             function(**arguments)
-        with pytest.raises(ValueError, match="^backend: must be one of auto"):
+        with pytest.raises(ValueError, match=r"^backend: must be one of auto"):
             function(**arguments, backend="none")
         monkeypatch.delenv("HYBRID_MXFP8_BACKEND")
         function(**arguments)
@@ -241,7 +241,7 @@ def test_overlap_is_checked_at_every_call(backend: str) -> None:
     for _ in range(2):
         expected = mx.moe_forward(**arguments, backend=backend, out=apart).clone()
         partly = memory[64 : 64 + 5 * H].view(5, H)
-        with pytest.raises(ValueError, match="^out: must not overlap x, got addresses"):
+        with pytest.raises(ValueError, match=r"^out: must not overlap x, got addresses"):
             mx.moe_forward(**arguments, backend=backend, out=partly)
     assert torch.equal(mx.moe_forward(**arguments, backend=backend, out=x), expected)
 
@@ -256,7 +256,7 @@ def test_fake_tensors_meet_no_plan_of_real_ones() -> None:
         )
         w = mx.ExpertWeights.unchecked(*map(mode.from_tensor, (arguments["w"].values, arguments["w"].scales)))
         assert mx.grouped_gemm(x, w, backend="reference").shape == (T, N)
-        with pytest.raises(ValueError, match="^out: must be None under"):
+        with pytest.raises(ValueError, match=r"^out: must be None under"):
             mx.grouped_gemm(x, w, backend="reference", out=torch.empty(T, N, dtype=torch.bfloat16))
 
 
