@@ -23,15 +23,7 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.formats import MAX_INT32, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.cutlass_kernels import verify
-from hybrid_mxfp8.cutlass_kernels.config import (
-    CUTLASS_CAPABILITIES,
-    MODULES,
-    SM_COUNT,
-    Estimate,
-    GemmConfig,
-    estimate,
-    select_estimate,
-)
+from hybrid_mxfp8.cutlass_kernels.config import MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import device as devices
@@ -161,7 +153,7 @@ def availability(capability: tuple[int, int] | None) -> Support:
     """
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
-    if capability not in CUTLASS_CAPABILITIES:
+    if capability not in TARGETS:
         text = f"{capability[0]}.{capability[1]}"
         if capability[0] == 12:
             text += ", whose tensor cores take other instructions"
