@@ -4,7 +4,8 @@ used.
 A process of its own multiplies small ragged cases by the module and by the reference, because an
 illegal address would poison this one. The outcome is kept in a folder beside the module's, for each
 GPU and driver, so other processes need not try; where the cache cannot be written it is this
-process's alone. A module that failed is not tried again until that folder is deleted.
+process's alone. A module that failed is not tried again until that folder is deleted, but for
+failures that say nothing of the module, such as a GPU without free memory.
 
     python -m hybrid_mxfp8.cutlass_kernels.verify FOLDER     the child: prints the largest error
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.cutlass_kernels.config import SM_COUNT, GemmConfig
@@ -39,6 +41,9 @@ from hybrid_mxfp8.reference import grouped_matmul, quantize, swizzle_scales, wri
 logger = logging.getLogger("hybrid_mxfp8")
 
 RECORD = "record.json"
+PASSING = re.compile(r"out of memory|No module named|cannot import")
+"""Of failures that say nothing of the module: a full GPU, an environment in disorder."""
+
 SECONDS = 120.0
 """How long a child may take; loading torch and CUDA is most of it."""
 
@@ -76,12 +81,14 @@ def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> 
 
     def verify(private: Path) -> None:
         made.append(_run(module, device, tuple(child)))
+        if PASSING.search(made[0]["reason"]):
+            raise BackendUnavailableError(made[0]["reason"])
         (private / RECORD).write_text(json.dumps(made[0], indent=1), encoding="utf-8")
 
     try:
         if read_record(folder) is None:
             build_once(folder, verify, lambda: read_record(folder) is not None)
-    except BackendUnavailableError:  # the cache cannot be written
+    except BackendUnavailableError:  # not for others: the cache cannot be written, or that passes
         if not made:
             made.append(_run(module, device, tuple(child)))
     return made[0] if made else read_record(folder) or {"ok": False, "reason": f"{folder} is damaged: delete it"}
@@ -122,7 +129,13 @@ def _run(module: Built, device: torch.device, child: tuple[str, ...]) -> Record:
 def _outcome(command: Sequence[str]) -> Record:
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
+            command,
+            env=env.child_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),  # imports as here
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"ok": False, "reason": f"did not end in {SECONDS:.0f} s", "error": None}

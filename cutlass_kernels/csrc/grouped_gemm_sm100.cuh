@@ -73,9 +73,8 @@ struct Config {
 };
 
 // The part of D that the epilogue takes at a time. With tiles of 256 tokens CUTLASS takes 128
-// columns. Two buffers of these leave less shared memory for operands than two of 64, in bf16 one
-// stage, in fp32 all but one or two; and the next tile's MMA waits for half of the epilogue instead
-// of a quarter.
+// columns. Their two buffers leave operands one stage less than 64 columns do, in fp32 one or two in
+// all; and the next tile's MMA waits for half of the epilogue instead of a quarter.
 template <int TokenTile>
 using EpilogueTile = cute::conditional_t<TokenTile == 256, cute::Shape<cute::_128, cute::_64>,
                                          cutlass::epilogue::collective::EpilogueTileAuto>;

@@ -79,7 +79,8 @@ def build_once(folder: Path, build: Callable[[Path], None], valid: Callable[[], 
 
     Args:
         folder: the module's own; the one above it is made if need be, writable for this user alone.
-        build: writes the module's files into the empty folder that it is given.
+        build: writes the module's files into the empty folder that it is given. Its OSErrors are
+            taken for the cache's, so look for a compiler before.
         valid: whether ``folder`` holds the whole module. An invalid one is replaced.
 
     Raises:

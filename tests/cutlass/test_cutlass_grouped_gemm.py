@@ -127,16 +127,8 @@ def test_shapes_that_it_takes(tools: None, n: int, k: int, out_dtype: torch.dtyp
 
 
 @pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """No compiler; grows by an entry each time one is looked for."""
-    looked: list[None] = []
-
-    def candidates() -> Iterator[tuple[str, Path]]:
-        looked.append(None)
-        return iter(())
-
-    monkeypatch.setattr(toolchain, "_nvcc_candidates", candidates)
-    return looked
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter(()))
 
 
 @pytest.fixture
@@ -168,7 +160,7 @@ def test_available_names_its_tools(tools: None) -> None:
     assert cutlass.availability(B200) == (True, said)
 
 
-def test_without_compiler_built_modules_suffice(no_compiler: list[None]) -> None:
+def test_without_compiler_built_modules_suffice(no_compiler: None) -> None:
     """Of this source, and for the GPU or its family; without any the reason says what to install."""
     ok, said = cutlass.availability(B300)
     assert not ok
@@ -193,7 +185,7 @@ def test_without_compiler_built_modules_suffice(no_compiler: list[None]) -> None
     ],
 )
 def test_tools_are_looked_for_once_in_an_environment(
-    no_compiler: list[None], monkeypatch: pytest.MonkeyPatch, name: str
+    no_compiler: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A variable that says where to look, or what may be loaded, asks again."""
     for variable in ("CUDA_HOME", "CUDA_PATH", "HYBRID_MXFP8_TRUST_CACHE", "HYBRID_MXFP8_CUTLASS_DIR"):

@@ -13,7 +13,8 @@ from gpu_truth import GPU, check_product
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, CUTLASS_CAPABILITIES, MODULES
-from hybrid_mxfp8.dispatch.registry import BACKENDS, Problem
+from hybrid_mxfp8.dispatch.problem import Problem
+from hybrid_mxfp8.dispatch.registry import backend_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -100,7 +101,7 @@ def test_workspace_of_the_exact_size_is_enough(rng: torch.Generator) -> None:
     """Whatever it holds; a byte less is refused, and what lies behind it is not touched."""
     counts = [7, 0, 130, 3]
     xq, wq = operands(counts, 140, 136, 96, rng)
-    size = BACKENDS["cutlass"].workspace_size(Problem(4, 136, 96, 140, torch.bfloat16, wq.device))
+    size = backend_of("cutlass").workspace_size(Problem(4, 136, 96, 140, torch.bfloat16, wq.device))
     buffer = torch.full((size + 1024,), 0xFF, dtype=torch.uint8, device=GPU)
     check_product(product(xq, wq, torch.bfloat16, buffer[:size]), xq, wq, counts)
     assert bool((buffer[size:] == 0xFF).all())

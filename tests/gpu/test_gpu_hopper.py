@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import cases
@@ -46,12 +45,12 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
 
 
 @pytest.fixture(params=[0, 1, 3], ids=lambda tiles: f"all but {tiles} tiles")
-def beside(request: pytest.FixtureRequest, forced: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def beside(request: pytest.FixtureRequest, forced: HopperGemmConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens dequantized beside the product, which at these sizes it would do before: all but the
     first tiles."""
     monkeypatch.setattr(hopper, "tiles_at_once", lambda *args: request.param)
     force(replace(forced, fused_dequantize=True), monkeypatch)
-    yield request.param
+    return int(request.param)
 
 
 def made(counts: list[int], t: int, n: int, k: int, rng: torch.Generator) -> Operands:

@@ -1,24 +1,20 @@
-"""Sizes at and beyond the ends: more than 2^31 elements on every side, a million tokens, a thousand experts.
+"""More than 2^31 elements on every side of a product, and layers of a million tokens.
 
-Where an operand is too large for a truth in float64, it repeats: rows of a pattern whose length is a multiple of every
-tile, so that the product must repeat too, byte for byte, and one period is checked against the truth. Quantization of
-more than 2^31 elements from a contiguous tensor is in test_gpu_quantize.py.
+Where an operand is too large for a truth in float64, it repeats: rows of a pattern whose length is a
+multiple of every tile, so that the product must repeat too, byte for byte, and one period is checked.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import cases
 import pytest
-import tolerances
 import torch
-import truth
-from cases import same_bytes
 from products import check_product
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -55,9 +51,9 @@ def repeated(num_tokens: int, k: int) -> tuple[mx.GroupedMXFP8, mx.GroupedMXFP8]
     return many, mx.GroupedMXFP8(codes, scales, cases.layout([PERIOD], device=GPU))
 
 
-def check_repeats(y: torch.Tensor, period: torch.Tensor) -> None:
-    for start in range(0, y.shape[0], PERIOD):
-        assert torch.equal(y[start : start + PERIOD], period), f"rows from {start}"
+def check_repeats(y: torch.Tensor, period: torch.Tensor, rows: int = PERIOD) -> None:
+    for start in range(0, y.shape[0], rows):
+        assert torch.equal(y[start : start + rows], period), f"rows from {start}"
 
 
 @pytest.mark.parametrize("gigabytes", [24], indirect=True)
@@ -108,37 +104,6 @@ def test_weights_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.G
     tally("sizes")
 
 
-@pytest.mark.parametrize("gigabytes", [16], indirect=True)
-@pytest.mark.parametrize("stride", [2**30 + 8, FAR + 8])
-def test_row_strides_beyond_int32(gigabytes: None, stride: int, rng: torch.Generator, tally: Any) -> None:
-    rows = cases.random_rows(3, 64, torch.bfloat16, rng, GPU)
-    x = torch.empty(2 * stride + 64, dtype=torch.bfloat16, device=GPU).as_strided((3, 64), (stride, 1))
-    x.copy_(rows)
-    groups = cases.layout([1, 2], device=GPU)
-    for form in (groups, groups.tokens_per_expert):
-        out, expected = cases.poisoned_output(groups, 64), cases.poisoned_output(groups, 64)
-        got = mx.quantize_grouped(x, form, out=out, backend="triton")
-        same_bytes(got, mx.quantize_grouped(rows, groups, out=expected, backend="reference"))
-    out, expected = cases.poisoned_output(groups, 32), cases.poisoned_output(groups, 32)
-    got = mx.quantize_grouped(x, groups, activation="swiglu", out=out, backend="triton")
-    same_bytes(got, mx.quantize_grouped(rows, groups, activation="swiglu", out=expected, backend="triton"))
-    tally("sizes", 3)
-
-
-@pytest.mark.parametrize("gigabytes", [16], indirect=True)
-def test_gather_of_rows_beyond_int32(gigabytes: None, rng: torch.Generator, tally: Any) -> None:
-    k = 4096
-    x = torch.empty(FAR // k + 5, k, dtype=torch.bfloat16, device=GPU)
-    index = torch.tensor([x.shape[0] - 1, 0, FAR // k, FAR // k - 1], dtype=torch.int32, device=GPU)
-    rows = cases.random_rows(4, k, torch.bfloat16, rng, GPU)
-    x[index.long()] = rows
-    groups = cases.layout([1, 3], device=GPU)
-    out, expected = cases.poisoned_output(groups, k), cases.poisoned_output(groups, k)
-    got = mx.quantize_grouped(x, groups, row_index=index, out=out, backend="triton")
-    same_bytes(got, mx.quantize_grouped(rows, groups, out=expected, backend="reference"))
-    tally("sizes")
-
-
 @pytest.mark.parametrize("gigabytes", [30], indirect=True)
 def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator, tally: Any) -> None:
     """A million rows of 2048 columns before and after the products: tokens repeat, so what comes out must."""
@@ -157,31 +122,8 @@ def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.G
     assert tokens * top_k * hidden > FAR
     many = (x.repeat(times, 1), w13q, w2q, ids.repeat(times, 1), scores.repeat(times, 1))
     y = mx.moe_forward(*many, backend="triton")
-    for start in range(0, tokens, period):
-        assert torch.equal(y[start : start + period], expected), f"tokens from {start}"
+    check_repeats(y, expected, period)
     tally("sizes")
-
-
-@pytest.mark.parametrize("gigabytes", [8], indirect=True)
-@pytest.mark.parametrize("spread", ["skewed", "one expert"])
-def test_a_million_tokens(gigabytes: None, kernel: str, spread: str, rng: torch.Generator, tally: Any) -> None:
-    t, e, n, k = 1_000_000, 256, 72, 160
-    if spread == "skewed":
-        owners = torch.randint(0, e, (t,), generator=rng)
-        owners[: t // 2] = 77
-        counts = torch.bincount(owners, minlength=e)
-    else:
-        counts = torch.zeros(e, dtype=torch.int64)
-        counts[200] = t
-    x = cases.random_rows(t, k, torch.bfloat16, rng, GPU)
-    groups = mx.GroupLayout.from_counts(counts.to(GPU), t)
-    assert groups.expert_offsets.tolist() == list(itertools.accumulate(counts.tolist(), initial=0))
-    xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend="triton")
-    same_bytes(xq, mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend="reference"))
-    wq = mx.quantize_weights((torch.randn(e, n, k, generator=rng) * 0.05).to(GPU), backend="triton")
-    out = cases.poisoned_product(t, n, torch.bfloat16, GPU)
-    check_product(mx.grouped_gemm(xq, wq, out=out, backend="triton"), xq, wq, counts.tolist())
-    tally("sizes", 2)
 
 
 def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator, tally: Any) -> None:
@@ -197,19 +139,20 @@ def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator, tally: A
     tally("sizes")
 
 
-@pytest.mark.parametrize("experts", [1024, 4096])
-def test_experts_with_one_token_each(kernel: str, experts: int, rng: torch.Generator, tally: Any) -> None:
-    counts = [1] * experts
-    x = cases.random_rows(experts, 96, torch.bfloat16, rng, GPU)
-    groups = cases.layout(counts, device=GPU)
-    xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, 96), backend="triton")
-    same_bytes(xq, mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, 96), backend="reference"))
-    wq = mx.quantize_weights((torch.randn(experts, 40, 96, generator=rng) * 0.05).to(GPU), backend="triton")
-    y = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend="triton")
-    xd, wd = xq.dequantize().double(), wq.dequantize().double()
-    exact = torch.einsum("ek,enk->en", xd, wd)
-    bound = tolerances.gemm_bound(
-        truth.doubles(exact), truth.doubles(torch.einsum("ek,enk->en", xd.abs(), wd.abs())), torch.float32
-    )
-    assert bool((abs(truth.doubles(y) - truth.doubles(exact)) <= bound).all())
+@pytest.mark.parametrize("gigabytes", [30], indirect=True)
+def test_quantized_beyond_2_31_elements(gigabytes: None, rng: torch.Generator, tally: Any) -> None:
+    """Offsets beyond int32 in x, values and weights, checked in every row."""
+    k, pattern = 7168, 1024
+    base = cases.random_rows(pattern, k, torch.bfloat16, rng, GPU)
+    times = FAR // k // pattern + 2
+    x = base.repeat(times, 1)
+    assert x.numel() > FAR
+    got = mx.quantize_grouped(x, cases.layout([times * pattern], device=GPU), backend="triton")
+    codes, scales = reference.quantize(base)
+    check_repeats(cases.bits(got.values), cases.bits(codes), pattern)
+    check_repeats(got.scales, mx.swizzle_scales(scales), pattern)
+    wq = mx.quantize_weights(x.view(times, pattern, k), backend="triton")
+    for expert in range(times):
+        assert torch.equal(cases.bits(wq.values[expert]), cases.bits(codes))
+        assert torch.equal(wq.scales[expert], mx.swizzle_scales(scales))
     tally("sizes", 2)

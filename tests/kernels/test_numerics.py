@@ -63,23 +63,17 @@ def dense_fp32() -> torch.Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def test_e4m3_conversion_equals_torch_after_a_clamp() -> None:
+def test_e4m3_conversion() -> None:
+    """Equal to torch's after a clamp, and to the nearest of all e4m3 values."""
     x = dense_fp32()
     assert x.numel() > 2_000_000
-    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     got = apply("to_e4m3_codes", x, torch.uint8)
     nan = torch.isnan(x)
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(got[~nan], expected[~nan])
     assert bool(((got[nan] & 0x7F) == 0x7F).all())
-
-
-def test_e4m3_conversion_equals_the_nearest_value() -> None:
-    """Torch's own cast is no judge of itself: the search over all e4m3 values is."""
-    x = dense_fp32()
-    x = torch.cat([x[:20000], x[-20000:], x[x.abs() < 600]])
-    assert (truth.as_bytes(apply("to_e4m3_codes", x, torch.uint8)) & 0x7F).tolist() == (
-        truth.encode_e4m3(truth.doubles(x)) & 0x7F
-    ).tolist()
+    near = x.abs() < 600
+    assert torch.equal(got[near], torch.from_numpy(truth.encode_e4m3(truth.doubles(x[near]))))
 
 
 def test_e4m3_decoding() -> None:

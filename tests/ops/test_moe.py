@@ -15,7 +15,6 @@ import torch
 from moe_truth import Layer
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.reference import routing
 
 ON_GPU = cases.device() == "cuda"
 SIZE: dict[str, Any] = (
@@ -140,25 +139,7 @@ def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: 
 def test_a_layer_is_its_steps(multiplier: str, device: str, rng: torch.Generator, bias: bool) -> None:
     """The public functions one after the other, with the rounding that saturates nothing: the same bits."""
     layer = make(rng, device, tokens=11, hidden=96, bias=bias, dropped=True)
-    w13q, w2q = quantized(layer)
-    slots, experts = layer.ids.numel(), layer.w2.shape[0]
-
-    def ints(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device=device)
-
-    sorted_token_ids, inverse_permutation, layout = ints(slots), ints(*layer.ids.shape), ints(3 * experts + 2)
-    routing.route(layer.ids, experts, sorted_token_ids, inverse_permutation, layout)
-    groups = mx.GroupLayout.from_counts(layout[:experts].clone(), slots)
-    with mx.use_backend(multiplier):
-        xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, scale_rounding="rceil")
-        h = mx.grouped_gemm(xq, w13q)
-        if layer.w13_bias is not None:
-            routing.add_expert_bias(h, inverse_permutation, layer.ids, layer.w13_bias)
-        hq = mx.quantize_grouped(h, groups, activation="swiglu", scale_rounding="rceil")
-        y = mx.grouped_gemm(hq, w2q)
-    expected = torch.empty_like(layer.x)
-    routing.combine(y, inverse_permutation, layer.ids, layer.weights, layer.w2_bias, expected)
-    assert torch.equal(run(layer, multiplier), expected)
+    assert torch.equal(run(layer, multiplier), moe_truth.forward_in_steps(layer, *quantized(layer), multiplier))
 
 
 def test_buffers_with_strides(backend: str, device: str, rng: torch.Generator) -> None:

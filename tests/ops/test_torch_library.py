@@ -18,6 +18,16 @@ import hybrid_mxfp8 as mx
 
 OPS = torch.ops.hybrid_mxfp8
 E, N, K = 4, 16, 64
+CALLS = (
+    "group_offsets counts",
+    "group_offsets ends",
+    "quantize_grouped",
+    "quantize_grouped gather swiglu",
+    "quantize_weights",
+    "grouped_gemm",
+    "moe_forward",
+    "moe_forward bias",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +47,10 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
     # Defined everywhere: rows that no expert owns stay as they were, and opcheck compares two runs.
     full = cases.layout([4, 0, 5, 0])
     full_layout = (full.tokens_per_expert, full.expert_offsets, full.scale_offsets)
-    xq, wq = mx.quantize_grouped(x, full, backend=backend), mx.quantize_weights(w, backend=backend)
+    xq, wq = mx.quantize_grouped(x, full, backend="reference"), mx.quantize_weights(w, backend="reference")
     index = torch.arange(9, dtype=torch.int32)
-    layer = moe_truth.make_layer(rng, dropped=True, bias=True)
-    experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend=backend)
+    layer = moe_truth.make_layer(rng, tokens=3, experts=3, hidden=32, dropped=True, bias=True)
+    experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend="reference")
     moe = (experts.w13_values, experts.w13_scales, experts.w2_values, experts.w2_scales, layer.ids, layer.weights)
     return {
         "group_offsets counts": (counts, 9, False),
@@ -62,32 +72,14 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
     }
 
 
-CALLS = (
-    "group_offsets counts",
-    "group_offsets ends",
-    "quantize_weights",
-    "grouped_gemm",
-    "moe_forward",
-    "moe_forward bias",
-)
-
-
 @pytest.mark.parametrize("call", CALLS)
-def test_opcheck(backend: str, rng: torch.Generator, call: str) -> None:
-    """Schema, fake implementation, tracing with static and dynamic shapes."""
-    arguments = operands(backend, rng)[call]
-    operator = getattr(OPS, call.split()[0]).default
-    results = torch.library.opcheck(operator, arguments)
-    assert set(results.values()) == {"SUCCESS"}, results
-
-
-@pytest.mark.parametrize("call", ["quantize_grouped", "quantize_grouped gather swiglu"])
-def test_opcheck_of_quantize(backend: str, rng: torch.Generator, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above, with new memory zeroed: scale rows beyond the groups are not written, and opcheck compares all bytes."""
-    arguments = operands(backend, rng)[call]
+def test_opcheck(backend: str, device: str, rng: torch.Generator, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake implementation, tracing with static and dynamic shapes. New memory is zeroed: scale rows
+    beyond the groups are not written, and opcheck compares all bytes."""
+    arguments = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in operands(backend, rng)[call])
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).zero_())
-    results = torch.library.opcheck(OPS.quantize_grouped.default, arguments)
+    results = torch.library.opcheck(getattr(OPS, call.split()[0]).default, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 
 

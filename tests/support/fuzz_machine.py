@@ -26,11 +26,14 @@ from typing import Any
 
 import cases
 import kernels
+import moe_truth
 import numpy as np
+import products
 import swiglu_truth
 import tolerances
 import torch
 import truth
+from cases import bits
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -38,7 +41,6 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env, reference
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
-from hybrid_mxfp8.reference import routing as moe_reference
 
 GPU = torch.cuda.is_available() and not env.triton_interpret()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -183,18 +185,6 @@ def plain(x: torch.Tensor, rounding: str) -> Plain:
     return codes.reshape(x.shape), scales.reshape(*x.shape[:-1], k // 32)
 
 
-def linear_scales(operand: mx.GroupedMXFP8, tokens: Sequence[int]) -> truth.Bytes:
-    """(T, K/32) of a grouped operand; zero in rows that no expert owns."""
-    linear = np.zeros((operand.groups.num_tokens, operand.k // 32), np.uint8)
-    stored, start, first = operand.scales.cpu(), 0, 0
-    for count in tokens:
-        rows = truth.padded(count, 128)
-        part = mx.unswizzle_scales(stored[first : first + rows], count, operand.k // 32)
-        linear[start : start + count] = part.numpy()
-        start, first = start + count, first + rows
-    return linear
-
-
 def check_stored(operand: mx.GroupedMXFP8, tokens: Sequence[int], content: Plain, before: Plain) -> None:
     """Each byte of a grouped operand's buffers that held ``before``."""
     rows, cols = operand.scales.shape
@@ -206,14 +196,9 @@ def check_stored(operand: mx.GroupedMXFP8, tokens: Sequence[int], content: Plain
     assert np.array_equal(truth.as_bytes(operand.scales), stored), "scales"
 
 
-def raw(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy's bytes."""
-    return x.detach().contiguous().view(torch.uint8)
-
-
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal, a NaN being a NaN."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(raw(a.nan_to_num(7.0)), raw(b.nan_to_num(7.0)))
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(bits(a.nan_to_num(7.0)), bits(b.nan_to_num(7.0)))
 
 
 index = st.integers(0, 2**16)
@@ -387,7 +372,7 @@ class Machine(RuleBasedStateMachine):
             sorted_x = torch.where(inside[:, None], rows, 0)
         groups = layout.counts if form == "counts" and layout.counts is not None else layout.groups
         content = plain(sorted_x, rounding) if swiglu is None else None
-        x_before = raw(x).clone()
+        x_before = bits(x).clone()
 
         def run(name: str, into: mx.GroupedMXFP8 | None) -> tuple[mx.GroupedMXFP8, Plain]:
             before = (truth.as_bytes(into.values).copy(), truth.as_bytes(into.scales).copy()) if into else None
@@ -402,7 +387,7 @@ class Machine(RuleBasedStateMachine):
                 assert tensor.tolist() == plain_numbers
             found = content
             if found is None:
-                found = truth.as_bytes(got.values), linear_scales(got, layout.tokens)
+                found = truth.as_bytes(got.values), products.linear_scales(got, layout.tokens)
                 if layout.used:
                     trimmed = mx.GroupedMXFP8.unchecked(got.values[: layout.used], got.scales, got.groups)
                     assert swiglu is not None
@@ -414,7 +399,7 @@ class Machine(RuleBasedStateMachine):
                 into.values.data_ptr(),
                 into.scales.data_ptr(),
             )
-            assert torch.equal(raw(x), x_before)
+            assert torch.equal(bits(x), x_before)
             return got, found
 
         def fresh() -> mx.GroupedMXFP8 | None:
@@ -650,9 +635,9 @@ class Machine(RuleBasedStateMachine):
             if before is not None:
                 assert into is not None
                 assert y.data_ptr() == into.data_ptr()
-                assert torch.equal(raw(y[used:]), raw(before[used:]))
+                assert torch.equal(bits(y[used:]), bits(before[used:]))
             if twice is not None:
-                assert torch.equal(raw(twice[:used]), raw(y[:used]))
+                assert torch.equal(bits(twice[:used]), bits(y[:used]))
         self.done("multiply")
 
     @precondition(lambda self: self.pairs())
@@ -669,7 +654,7 @@ class Machine(RuleBasedStateMachine):
                 w.values.view(torch.uint8), w.scales, dtype, asked.get("backend"),
             )  # fmt: skip
             expected = mx.grouped_gemm(x, w, out_dtype=dtype, **asked)
-        assert torch.equal(raw(got[:used]), raw(expected[:used]))
+        assert torch.equal(bits(got[:used]), bits(expected[:used]))
         self.done("through_the_operator")
 
     # ------------------------------------------------------------ the MoE layer
@@ -689,17 +674,17 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.layers)
     @rule(
-        layer=index, batch=st.sampled_from(POOL.batches), top_k=st.integers(1, 3), seed=seeds, way=ways,
+        which=index, batch=st.sampled_from(POOL.batches), top_k=st.integers(1, 3), seed=seeds, way=ways,
         dtype=st.sampled_from(cases.DTYPES), weights_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         ids=st.sampled_from(["any", "sentinels", "dropped", "one"]), wide=st.booleans(), style=styles,
         biases=st.sampled_from(["", "", "w13", "w2", "both"]), workspace=st.booleans(), nan=st.booleans(), gate=gates,
         out=st.sampled_from(["new", "poisoned", "strided", "reused", "in place"]),
     )  # fmt: skip
     def forward(
-        self, layer: int, batch: int, top_k: int, seed: int, way: str, dtype: torch.dtype, weights_dtype: torch.dtype,
+        self, which: int, batch: int, top_k: int, seed: int, way: str, dtype: torch.dtype, weights_dtype: torch.dtype,
         ids: str, wide: bool, style: str, biases: str, workspace: bool, nan: bool, gate: mx.SwiGLU, out: str,
     ) -> None:  # fmt: skip
-        held, e = self.layers[layer % len(self.layers)], self.experts
+        held, e = self.layers[which % len(self.layers)], self.experts
         hidden, intermediate = held.w2.n, held.w2.k
         rng = torch.Generator().manual_seed(seed)
         x = self.rows(batch, hidden, dtype, style, seed, nan)
@@ -736,37 +721,14 @@ class Machine(RuleBasedStateMachine):
             options: dict[str, Any] = {"activation": gate, "workspace": memory, "out": into, **bias}
             with asking(way, name) as asked:
                 y = mx.moe_forward(given, held.w13, held.w2, topk_ids, weights, **options, **asked)
-            expected = self._composed(x, held, topk_ids.contiguous(), weights, bias, gate, name)
+            layer = moe_truth.Layer(x, x, x, topk_ids, weights, **bias)
+            expected = moe_truth.forward_in_steps(layer, held.w13, held.w2, name, gate)
             assert same_bits(y, expected), name
             if into is not None:
                 assert y.data_ptr() == into.data_ptr()
             if ids == "dropped":
                 assert not bool(y.any())
         self.done("forward")
-
-    def _composed(
-        self, x: torch.Tensor, layer: Layer, ids: torch.Tensor, weights: torch.Tensor, bias: dict[str, torch.Tensor],
-        gate: mx.SwiGLU, name: str,
-    ) -> torch.Tensor:  # fmt: skip
-        """The layer as separate public calls, routing and sum by their twins."""
-        e, rows = self.experts, ids.numel()
-        out = torch.zeros(x.shape, dtype=x.dtype, device=DEVICE)
-        if not rows:
-            return out
-        sorted_token_ids = torch.empty(rows, dtype=torch.int32, device=DEVICE)
-        inverse_permutation = torch.empty(ids.shape, dtype=torch.int32, device=DEVICE)
-        layout = torch.empty(3 * e + 2, dtype=torch.int32, device=DEVICE)
-        moe_reference.route(ids, e, sorted_token_ids, inverse_permutation, layout)
-        groups = mx.GroupLayout(*layout.split((e, e + 1, e + 1)), rows)
-        options: dict[str, Any] = {"out_dtype": x.dtype, "backend": name}
-        xq = mx.quantize_grouped(x, groups, row_index=sorted_token_ids, backend=name)
-        h = mx.grouped_gemm(xq, layer.w13, **options)
-        if "w13_bias" in bias:
-            moe_reference.add_expert_bias(h, inverse_permutation, ids, bias["w13_bias"])
-        hq = mx.quantize_grouped(h, groups, activation=gate, backend=name)
-        y = mx.grouped_gemm(hq, layer.w2, **options)
-        moe_reference.combine(y, inverse_permutation, ids, weights, bias.get("w2_bias"), out)
-        return out
 
     # ------------------------------------------------------------ always
 

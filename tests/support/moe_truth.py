@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core.activation import PLAIN_SWIGLU
+from hybrid_mxfp8.reference import routing
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -91,4 +95,29 @@ def forward(layer: Layer, activation: Activation = silu_mul) -> torch.Tensor:
             if layer.w2_bias is not None:
                 y = y + layer.w2_bias[e].cpu().double()
             out[m] += layer.weights[m, k].double().cpu() * y
+    return out
+
+
+def forward_in_steps(
+    layer: Layer, w13q: mx.ExpertWeights, w2q: mx.ExpertWeights, backend: str, activation: mx.SwiGLU = PLAIN_SWIGLU
+) -> torch.Tensor:
+    """The layer as separate public calls, routing and sum by their references: the bits of ``moe_forward``."""
+    ids, device, experts = layer.ids.contiguous(), layer.x.device, w2q.num_experts
+    out = torch.zeros(layer.x.shape, dtype=layer.x.dtype, device=device)
+    if not ids.numel():
+        return out
+
+    def ints(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    sorted_token_ids, inverse_permutation, layout = ints(ids.numel()), ints(*ids.shape), ints(3 * experts + 2)
+    routing.route(ids, experts, sorted_token_ids, inverse_permutation, layout)
+    groups = mx.GroupLayout(*layout.split((experts, experts + 1, experts + 1)), ids.numel())
+    xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, backend=backend)
+    h = mx.grouped_gemm(xq, w13q, out_dtype=layer.x.dtype, backend=backend)
+    if layer.w13_bias is not None:
+        routing.add_expert_bias(h, inverse_permutation, ids, layer.w13_bias)
+    hq = mx.quantize_grouped(h, groups, activation=activation, backend=backend)
+    y = mx.grouped_gemm(hq, w2q, out_dtype=layer.x.dtype, backend=backend)
+    routing.combine(y, inverse_permutation, ids, layer.weights, layer.w2_bias, out)
     return out

@@ -45,15 +45,22 @@ def from_bytes(x: Plain, w: Plain, counts: Sequence[int], device: str) -> tuple[
     return cases.to_device(xq, device), wq
 
 
-def plain_operands(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights, counts: Sequence[int]) -> tuple[Plain, Plain]:
-    """Codes and row-major scales of both operands."""
+def linear_scales(xq: mx.GroupedMXFP8, counts: Sequence[int]) -> truth.Bytes:
+    """(T, K/32) of tokens; zero in rows that no expert owns."""
     linear = torch.zeros(xq.groups.num_tokens, xq.k // 32, dtype=torch.uint8)
     stored, start = xq.scales.cpu(), 0
     for count, first in zip(counts, xq.groups.scale_offsets.tolist(), strict=False):
         rows = stored[first : first + truth.padded(count, 128)]
         linear[start : start + count] = mx.unswizzle_scales(rows, count, xq.k // 32)
         start += count
-    return (truth.as_bytes(xq.values), linear.numpy()), (truth.as_bytes(wq.values), truth.as_bytes(wq.linear_scales()))
+    found: truth.Bytes = linear.numpy()
+    return found
+
+
+def plain_operands(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights, counts: Sequence[int]) -> tuple[Plain, Plain]:
+    """Codes and row-major scales of both operands."""
+    w = truth.as_bytes(wq.values), truth.as_bytes(wq.linear_scales())
+    return (truth.as_bytes(xq.values), linear_scales(xq, counts)), w
 
 
 def check_product(

@@ -8,17 +8,16 @@ codes of the interval's ends at that scale. Where no boundary is within d this l
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import truth
+from products import linear_scales
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.activation import PLAIN_SWIGLU
 from hybrid_mxfp8.core.formats import scale_cols
-from hybrid_mxfp8.reference import unswizzle_scales
 
 
 def relative_error(exponent: truth.Doubles) -> truth.Doubles:
@@ -60,15 +59,8 @@ def check(
     lowest = truth.scale_bytes(np.maximum(magnitude - slack, 0).max(axis=2), rounding)
     highest = truth.scale_bytes((magnitude + slack).max(axis=2), rounding)
 
-    k, scale_offsets = gate.shape[1], got.groups.scale_offsets.tolist()
-    scales = np.zeros(lowest.shape, np.uint8)
-    stored = got.scales.cpu()
-    for (start, end), first in zip(
-        itertools.pairwise(itertools.accumulate(counts, initial=0)), scale_offsets, strict=False
-    ):
-        rows = truth.padded(end - start, 128)
-        scales[start:end] = unswizzle_scales(stored[first : first + rows], end - start, k // 32).numpy()
-    assert stored.shape[1] == scale_cols(k)
+    scales = linear_scales(got, counts)[: lowest.shape[0]]
+    assert got.scales.shape[1] == scale_cols(gate.shape[1])
     assert bool(((scales >= lowest) & (scales <= highest)).all())
     assert (lowest != highest).mean() <= ambiguous
 

@@ -22,6 +22,7 @@ elements, which are then off by at most 2**-134. Scale 255 and NaN codes give Na
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from triton.experimental import gluon
@@ -34,7 +35,7 @@ from hybrid_mxfp8.dispatch.device import multiprocessors
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import dequantize_tokens
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
-from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import KernelLaunch, triton_version
 
 SLICE = gl.constexpr(4)
 """Rows that a warp fused_dequantize at a time."""
@@ -585,6 +586,9 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
     """
     assert config.is_valid(), config
     assert buffers.workspace is not None
+    if triton_version() == (3, 8):
+        # It refuses to look at a stage as a smaller box, so there a tile of few tokens loads a whole one.
+        config = replace(config, small_block_t=config.block_t)
     p, b, workspace, block_k = problem, buffers, buffers.workspace, config.block_k
     layout = WorkspaceLayout.of(p.num_tokens, p.num_experts, p.k, config)
     row_tiles, num_k_tiles = ceil_div(p.n, 128), ceil_div(p.k, 128)

@@ -11,7 +11,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import META, Bad, Odd, grad, normal, overlapping, refused, shapes
+from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, grad, normal, of_tensor, overlapping, refused, shapes
 
 M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
 
@@ -65,51 +65,30 @@ WEIGHTS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
 BAD: list[Bad] = [
     *(row(f"{word}: {what}", error, message, **changes) for word, row in (("forward", forward), ("module", module), ("workspace", space)) for what, error, message, changes in WEIGHTS),
     forward("forward: both weights on meta", ValueError, "^w13q: must be on cpu, as x, got meta$", w13q=lambda: meta(w13()), w2q=lambda: meta(w2())),
-    forward("x a list", TypeError, r"^x: must be a torch\.Tensor", x=[1.0]),
-    *(forward(f"x of {d}", TypeError, "^x: dtype must be bfloat16 or float16 or float32", x=torch.ones(M, H).to(d)) for d in (torch.float64, torch.int32, torch.float8_e4m3fn)),
-    *(forward(f"x of shape {s}", ValueError, r"^x: must have shape \(M, H\)", x=torch.zeros(s)) for s in ((H,), (1, M, H), (M + 1, H), (M - 1, H), (M, H + 32), (M, 0))),
-    forward("x transposed", ValueError, "^x: must have unit stride along its columns", x=normal(H, M).T),
-    forward("x one column for all", ValueError, "^x: must have unit stride", x=normal(M, 1).expand(M, H)),
-    forward("x with grad", ValueError, "^x: must not require grad", x=lambda: grad(normal(M, H))),
-    forward("x on meta", ValueError, "^topk_ids: must be on meta", x=normal(M, H).to(META)),
-    forward("ids None", TypeError, r"^topk_ids: must be a torch\.Tensor", topk_ids=None),
-    *(forward(f"ids of {d}", TypeError, "^topk_ids: dtype must be int32 or int64", topk_ids=ids(dtype=d)) for d in (torch.int16, torch.uint8, torch.float32, torch.bool)),
-    forward("ids flat", ValueError, r"^topk_ids: must have shape \(M, top_k\)", topk_ids=ids().flatten()),
-    forward("ids on meta", ValueError, "^topk_ids: must be on cpu", topk_ids=ids().to(META)),
+    *of_tensor(forward, "forward", "x", lambda: normal(M, H), "(M, H)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", "^topk_ids: must be on meta", more="grad"),
+    *of_tensor(forward, "forward", "topk_ids", ids, "(M, top_k)", "int32 or int64", (torch.int16, torch.uint8, torch.float32, torch.bool), "", more=""),
+    *of_tensor(forward, "forward", "topk_weights", lambda: torch.ones(M, TOP_K), "(M, top_k)", FLOATS, (torch.float64, torch.int32), "", more="grad"),
+    *of_tensor(forward, "forward", "out", lambda: normal(M, H), "(M, H)", "bfloat16", (torch.float32,), "must have unit stride along its columns", more="grad"),
+    *(forward(f"x of shape {s}", ValueError, r"^x: must have shape \(M, H\)", x=torch.zeros(s)) for s in ((M + 1, H), (M - 1, H), (M, H + 32), (M, 0))),
     forward("ids of fewer tokens", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids(M - 1)),
     forward("ids transposed", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids().T),
-    forward("weights None", TypeError, r"^topk_weights: must be a torch\.Tensor", topk_weights=None),
-    *(forward(f"weights of {d}", TypeError, "^topk_weights: dtype must be", topk_weights=torch.ones(M, TOP_K).to(d)) for d in (torch.float64, torch.int32)),
     forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),
-    forward("weights flat", ValueError, r"^topk_weights: must have shape \(M, top_k\)", topk_weights=torch.ones(M * TOP_K)),
-    forward("weights with grad", ValueError, "^topk_weights: must not require grad", topk_weights=lambda: grad(torch.ones(M, TOP_K))),
-    forward("weights on meta", ValueError, "^topk_weights: must be on cpu", topk_weights=torch.ones(M, TOP_K).to(META)),
     *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
     *(forward(f"backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("vllm", "", 1)),
     forward("backend unknown, no tokens", ValueError, "^backend: must be one of", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), backend="vllm"),
-    *(row(f"{word}: {name} {what}", error, f"^{name}: {message}", **{name: bias})
+    *(bad
       for word, row in (("forward", forward), ("module", module))
       for name, n in (("w13_bias", 2 * I), ("w2_bias", H))
-      for what, error, message, bias in (
-          ("a list", TypeError, r"must be a torch\.Tensor", [0.0]),
-          ("of float64", TypeError, "dtype must be", torch.zeros(E, n, dtype=torch.float64)),
-          ("flat", ValueError, r"must have shape \(E, N\)", torch.zeros(n)),
-          ("of fewer experts", ValueError, r"must have shape \(E, N\)", torch.zeros(E - 1, n)),
-          ("too narrow", ValueError, r"must have shape \(E, N\)", torch.zeros(E, n - 1)),
-          ("one for all", ValueError, "must be contiguous", torch.zeros(1, n).expand(E, n)),
-          ("on meta", ValueError, "must be on cpu", torch.zeros(E, n).to(META)),
+      for bad in (
+          *of_tensor(row, word, name, lambda n=n: torch.zeros(E, n), "(E, N)", FLOATS, (torch.float64,), more=""),
+          row(f"{word}: {name} of fewer experts", ValueError, rf"^{name}: must have shape \(E, N\)", **{name: torch.zeros(E - 1, n)}),
+          row(f"{word}: {name} too narrow", ValueError, rf"^{name}: must have shape \(E, N\)", **{name: torch.zeros(E, n - 1)}),
       )),
     forward("w2_bias with grad", ValueError, "^w2_bias: must not require grad", w2_bias=lambda: grad(torch.zeros(E, H))),
-    forward("out a list", TypeError, r"^out: must be a torch\.Tensor", out=[]),
-    forward("out of another dtype", TypeError, "^out: dtype must be bfloat16, got float32$", out=torch.ones(M, H)),
     forward("out of fewer rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M - 1, H)),
     forward("out of wider rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M, H + 1)),
-    forward("out flat", ValueError, r"^out: must have shape \(M, H\)", out=normal(M * H)),
-    forward("out transposed", ValueError, "^out: must have unit stride along its columns", out=normal(H, M).T),
     forward("out one row for all", ValueError, "^out: must have a row stride of at least H = 64, got 0$", out=normal(1, H).expand(M, H)),
     forward("out with rows that overlap", ValueError, "^out: must have a row stride of at least H = 64, got 32$", out=lambda: normal(M * H).as_strided((M, H), (32, 1))),
-    forward("out with grad", ValueError, "^out: must not require grad", out=lambda: grad(normal(M, H))),
-    forward("out on meta", ValueError, "^out: must be on cpu", out=normal(M, H).to(META)),
     *(row(f"{word}: {what}", TypeError, "^workspace: must be a MoEWorkspace, got", workspace=value)
       for word, row in (("forward", forward), ("module", module))
       for what, value in (("workspace bytes", torch.zeros(99, dtype=torch.uint8)), ("workspace a number", 1 << 20), ("workspace a class", mx.MoEWorkspace))),

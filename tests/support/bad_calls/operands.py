@@ -11,7 +11,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import E4M3, META, Bad, E, K, N, Odd, T, grad, grouped, layout, normal, refused, weights
+from .row import E4M3, META, Bad, E, K, N, Odd, T, grad, grouped, layout, normal, of_tensor, refused, spread, weights
 
 U8 = torch.uint8
 
@@ -56,74 +56,40 @@ def _within(name: Any) -> None:
 within = refused(_within, lambda: {"name": "auto"})
 
 BAD: list[Bad] = [
-    *(
-        tokens(f"tokens: values of {dtype}", TypeError, "^values: dtype must be float8_e4m3fn", values=zeros(T, K).to(dtype))
-        for dtype in (U8, torch.float32, torch.bfloat16, torch.float8_e5m2)
-    ),
-    tokens("tokens: values None", TypeError, r"^values: must be a torch\.Tensor", values=None),
-    tokens("tokens: values of rank 3", ValueError, r"^values: must have shape \(T, K\)", values=zeros(1, T, K, dtype=E4M3)),
+    *of_tensor(tokens, "tokens", "values", lambda: grouped().values, "(T, K)", "float8_e4m3fn", (U8, torch.float32, torch.float8_e5m2), more="grad"),
+    *of_tensor(tokens, "tokens", "scales", lambda: grouped().scales, "(S, C)", "uint8", (torch.int8, torch.float32), more=""),
+    *of_tensor(experts, "weights", "values", lambda: weights().values, "(E, N, K)", "float8_e4m3fn", (U8, torch.float16, torch.float8_e5m2), place="^scales: must be on meta", more="grad"),
+    *of_tensor(experts, "weights", "scales", lambda: weights().scales, "(E, roundup(N, 128), C)", "uint8", (torch.int8,), more=""),
+    *of_tensor(linear, "linear", "values", lambda: weights().values, "(E, N, K)", "float8_e4m3fn or uint8", (torch.float32, torch.float8_e5m2), "", "^scales: must be on meta", more="grad"),
+    *of_tensor(linear, "linear", "scales", lambda: weights().linear_scales(), "(E, N, K/32)", "uint8 or float8_e8m0fnu", (torch.float32,), "", more=""),
+    *of_tensor(arrived, "arrived", "values", lambda: grouped().values, "(T, K)", "float8_e4m3fn or uint8", (torch.bfloat16,), "", more="grad"),
+    *of_tensor(arrived, "arrived", "scales", lambda: grouped().linear_scales(), "(T, K/32)", "uint8 or float8_e8m0fnu", (torch.float32,), "", more=""),
     tokens("tokens: a row too few", ValueError, "^values: must have T = groups.num_tokens = 40 rows, got 39$", values=zeros(T - 1, K, dtype=E4M3)),
-    tokens("tokens: K = 16", ValueError, "^values: K must be a positive multiple of 32, got 16$", values=zeros(T, 16, dtype=E4M3)),
-    tokens("tokens: K = 0", ValueError, "^values: K must be", values=zeros(T, 0, dtype=E4M3)),
+    *(tokens(f"tokens: K = {k}", ValueError, f"^values: K must be a positive multiple of 32, got {k}$", values=zeros(T, k, dtype=E4M3)) for k in (0, 16)),
     tokens("tokens: values of wider rows", ValueError, "^values: must be contiguous", values=zeros(T, 2 * K, dtype=E4M3)[:, :K]),
-    tokens("tokens: values with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(T, K, dtype=E4M3))),
-    tokens("tokens: values on meta", ValueError, "^values: must be on cpu", values=zeros(T, K, dtype=E4M3).to(META)),
-    tokens("tokens: scales signed", TypeError, "^scales: dtype must be uint8, got int8$", scales=zeros(384, 4, dtype=torch.int8)),
     tokens("tokens: scales as e8m0", TypeError, "^scales: dtype must be uint8, got float8_e8m0fnu$", scales=zeros(384, 4).view(torch.float8_e8m0fnu)),
     tokens("tokens: linear scales", ValueError, r"^scales: must have shape \(S, C\) = \(384, 4\), got \(40, 3\)$", scales=zeros(T, 3)),
     tokens("tokens: a tile of scales too few", ValueError, r"^scales: must have shape \(S, C\)", scales=zeros(128, 4)),
-    tokens("tokens: scales flat", ValueError, r"^scales: must have shape \(S, C\)", scales=zeros(256 * 4)),
-    tokens("tokens: scales with gaps", ValueError, "^scales: must be contiguous", scales=zeros(384, 8)[:, ::2]),
-    tokens("tokens: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)),
+    *(row(f"{word}: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)) for word, row in (("tokens", tokens), ("arrived", arrived))),
     tokens("tokens: groups of another T", ValueError, "^values: must have T = groups.num_tokens = 41 rows, got 40$", groups=layout(num_tokens=41)),
     tokens("tokens: groups of more experts", ValueError, "^scales: must have shape", groups=layout([1] * 9)),
-    *(
-        experts(f"weights: values of {dtype}", TypeError, "^values: dtype must be float8_e4m3fn", values=zeros(E, N, K).to(dtype))
-        for dtype in (U8, torch.float16, torch.float8_e5m2)
-    ),
-    experts("weights: one matrix", ValueError, r"^values: must have shape \(E, N, K\)", values=zeros(N, K, dtype=E4M3)),
-    experts("weights: K = 33", ValueError, "^values: K must be", values=zeros(E, N, 33, dtype=E4M3)),
+    experts("weights: K = 33", ValueError, "^values: K must be a positive multiple of 32, got 33$", values=zeros(E, N, 33, dtype=E4M3)),
     experts("weights: transposed", ValueError, "^values: must be contiguous", values=zeros(E, K, N, dtype=E4M3).mT),
-    experts("weights: every second expert", ValueError, "^values: must be contiguous", values=zeros(2 * E, N, K, dtype=E4M3)[::2]),
-    experts("weights: with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(E, N, K, dtype=E4M3))),
     experts("weights: linear scales", ValueError, r"^scales: must have shape \(E, roundup\(N, 128\), C\) = \(3, 128, 4\), got \(3, 24, 3\)$", scales=zeros(E, N, 3)),
-    experts("weights: scales None", TypeError, r"^scales: must be a torch\.Tensor", scales=None),
     experts("weights: scales of one expert", ValueError, r"^scales: must have shape", scales=zeros(1, 128, 4)),
-    experts("weights: one expert's scales for all", ValueError, "^scales: must be contiguous", scales=zeros(1, 128, 4).expand(E, 128, 4)),
-    experts("weights: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(E, 128, 4).to(META)),
     linear("linear: swizzled scales", ValueError, r"^scales: must have shape \(E, N, K/32\) = \(3, 24, 3\), got \(3, 128, 4\)$", scales=zeros(E, 128, 4)),
-    linear("linear: scales of float32", TypeError, "^scales: dtype must be uint8 or float8_e8m0fnu, got float32$", scales=torch.zeros(E, N, 3)),
-    linear("linear: one scale a row", ValueError, "^scales: must have shape", scales=zeros(E, N, 1)),
-    linear("linear: values of e5m2", TypeError, "^values: dtype must be float8_e4m3fn or uint8, got float8_e5m2$", values=zeros(E, N, K, dtype=torch.float8_e5m2)),
-    linear("linear: one matrix", ValueError, r"^values: must have shape \(E, N, K\)", values=zeros(N, K)),
-    linear("linear: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(E, N, 3).to(META)),
-    linear("linear: values with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(E, N, K, dtype=E4M3))),
-    linear("linear: K = 100", ValueError, "^values: K must be", values=zeros(E, N, 100)),
+    *(row(f"{word}: K = 100", ValueError, "^values: K must be a positive multiple of 32, got 100$", values=zeros(*rows, 100)) for word, row, rows in (("linear", linear, (E, N)), ("arrived", arrived, (T,)))),
     arrived("arrived: swizzled scales", ValueError, r"^scales: must have shape \(T, K/32\) = \(40, 3\), got \(384, 4\)$", scales=zeros(384, 4)),
-    arrived("arrived: scales of float32", TypeError, "^scales: dtype must be uint8 or float8_e8m0fnu, got float32$", scales=torch.zeros(T, 3)),
-    arrived("arrived: one scale a row", ValueError, "^scales: must have shape", scales=zeros(T, 1)),
-    arrived("arrived: scales on meta", ValueError, "^scales: must be on cpu", scales=zeros(T, 3).to(META)),
-    arrived("arrived: values of bf16", TypeError, "^values: dtype must be float8_e4m3fn or uint8, got bfloat16$", values=zeros(T, K, dtype=torch.bfloat16)),
-    arrived("arrived: values on meta", ValueError, "^values: must be on cpu", values=zeros(T, K).to(META)),
-    arrived("arrived: values of rank 3", ValueError, r"^values: must have shape \(T, K\)", values=zeros(1, T, K)),
-    arrived("arrived: values with grad", ValueError, "^values: must not require grad", values=lambda: grad(zeros(T, K, dtype=E4M3))),
-    arrived("arrived: K = 100", ValueError, "^values: K must be a positive multiple of 32, got 100$", values=zeros(T, 100)),
     arrived("arrived: a row too few", ValueError, "^values: must have T = groups.num_tokens = 40 rows, got 39$", values=zeros(T - 1, K), scales=zeros(T - 1, 3)),
-    arrived("arrived: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)),
-    swizzle("swizzle: a list", TypeError, r"^linear: must be a torch\.Tensor", linear=[[1]]),
-    swizzle("swizzle: float", TypeError, "^linear: dtype must be uint8", linear=torch.zeros(5, 3)),
-    swizzle("swizzle: a vector", ValueError, "^linear: must have shape", linear=zeros(5)),
+    swizzle("swizzle: float", TypeError, "^linear: dtype must be uint8 or float8_e8m0fnu, got float32$", linear=torch.zeros(5, 3)),
+    swizzle("swizzle: a vector", ValueError, r"^linear: must have shape \(\.\.\., rows, cols\), got \(5,\)$", linear=zeros(5)),
     unswizzle("unswizzle: None", TypeError, r"^swizzled: must be a torch\.Tensor", swizzled=None),
-    unswizzle("unswizzle: int64", TypeError, "^swizzled: dtype must be uint8", swizzled=zeros(128, 4, dtype=torch.int64)),
-    unswizzle("unswizzle: a scalar", ValueError, "^swizzled: must have shape", swizzled=torch.tensor(1, dtype=U8)),
-    unswizzle("unswizzle: linear scales", ValueError, r"^swizzled: must end in dimensions \(128, 4\)", swizzled=zeros(5, 3)),
-    unswizzle("unswizzle: too many rows", ValueError, r"^swizzled: must end in dimensions \(256, 4\)", rows=129),
+    unswizzle("unswizzle: int64", TypeError, "^swizzled: dtype must be uint8 or float8_e8m0fnu, got int64$", swizzled=zeros(128, 4, dtype=torch.int64)),
+    *(unswizzle(f"unswizzle: of shape {x.shape}", ValueError, "^swizzled: must", swizzled=x) for x in (zeros(1)[0], zeros(5, 3))),
+    unswizzle("unswizzle: too many rows", ValueError, r"^swizzled: must end in dimensions \(256, 4\) for 129 rows and 3 columns, got \(128, 4\)$", rows=129),
     unswizzle("unswizzle: too many columns", ValueError, r"^swizzled: must end in dimensions \(128, 8\)", cols=5),
-    unswizzle("unswizzle: negative rows", ValueError, "^rows: must be at least 0, got -1$", swizzled=zeros(0, 4), rows=-1),
-    unswizzle("unswizzle: negative columns", ValueError, "^cols: must be at least 0, got -4$", cols=-4),
-    unswizzle("unswizzle: rows a string", TypeError, "^rows: must be an int, got str$", rows="5"),
-    unswizzle("unswizzle: columns a float", TypeError, "^cols: must be an int, got float$", cols=3.0),
-    unswizzle("unswizzle: rows True", TypeError, "^rows: must be an int, got bool$", rows=True),
+    *(unswizzle(f"unswizzle: {name} {value!r}", error, f"^{name}: must be {message}$", **{name: value})
+      for name, value, error, message in (("rows", -1, ValueError, "at least 0, got -1"), ("cols", -4, ValueError, "at least 0, got -4"), ("rows", "5", TypeError, "an int, got str"), ("cols", 3.0, TypeError, "an int, got float"), ("rows", True, TypeError, "an int, got bool"))),
     diff("calc_diff: a number", TypeError, r"^x: must be a torch\.Tensor, got float$", x=1.0),
     diff("calc_diff: other shape", ValueError, r"^y: must have the shape of x = \(4, 4\), got \(16,\)$", y=normal(16)),
     diff("calc_diff: other device", ValueError, "^y: must be on cpu, as x, got meta$", y=normal(4, 4).to(META)),
@@ -175,29 +141,24 @@ def _is_weights(w: mx.ExpertWeights) -> bool:
     return torch.equal(w.scales, weights().scales) and torch.equal(w.values.view(U8), weights().values.view(U8))
 
 
-def _spread(x: torch.Tensor) -> torch.Tensor:
-    """The same elements in every second column of a wider buffer."""
-    return torch.stack([x, torch.zeros_like(x)], -1).flatten(-2)[..., ::2]
-
-
 BYTES = torch.arange(130 * 5, dtype=torch.int32).reshape(130, 5).to(U8)
 
 ODD: list[Odd] = [
     _right("linear: bytes and bytes", _from_linear(lambda: weights().values.view(U8), lambda: weights().linear_scales()), _is_weights),
     _right("linear: e8m0", _from_linear(lambda: weights().values, lambda: weights().linear_scales().view(torch.float8_e8m0fnu)), _is_weights),
-    _right("linear: with gaps", _from_linear(lambda: _spread(weights().values.view(U8)), lambda: _spread(weights().linear_scales())), _is_weights),
+    _right("linear: with gaps", _from_linear(lambda: spread(weights().values.view(U8)), lambda: spread(weights().linear_scales())), _is_weights),
     _right("linear: E = 0", _from_linear(lambda: zeros(0, N, K), lambda: zeros(0, N, 3)), lambda w: w.scales.shape == (0, 128, 4)),
     _right("linear: N = 0", _from_linear(lambda: zeros(E, 0, K), lambda: zeros(E, 0, 3)), lambda w: w.scales.shape == (E, 0, 4)),
     _right("arrived: bytes and bytes", _tokens_from_linear(lambda: grouped().values.view(U8), lambda: grouped().linear_scales()), _is_tokens),
     _right("arrived: e8m0", _tokens_from_linear(lambda: grouped().values, lambda: grouped().linear_scales().view(torch.float8_e8m0fnu)), _is_tokens),
-    _right("arrived: with gaps", _tokens_from_linear(lambda: _spread(grouped().values.view(U8)), lambda: _spread(grouped().linear_scales())), _is_tokens),
+    _right("arrived: with gaps", _tokens_from_linear(lambda: spread(grouped().values.view(U8)), lambda: spread(grouped().linear_scales())), _is_tokens),
     _right("swizzle: no rows", lambda g: lambda: mx.swizzle_scales(zeros(0, 3)), lambda s: s.shape == (0, 4)),
     _right("swizzle: no columns", lambda g: lambda: mx.swizzle_scales(zeros(5, 0)), lambda s: s.shape == (128, 0)),
     _right("swizzle: transposed", lambda g: (lambda x: lambda: mx.swizzle_scales(x))(g(BYTES.T.contiguous().T)),
            lambda s: bytes(s.flatten().tolist()) == truth.swizzle(BYTES.numpy()).tobytes()),
     _right("swizzle: one scale for all", lambda g: (lambda x: lambda: mx.swizzle_scales(x))(g(torch.full((1, 1), 7, dtype=U8).expand(129, 5))),
            lambda s: int(s.to(torch.int64).sum()) == 7 * 129 * 5),
-    _right("unswizzle: with gaps", lambda g: (lambda x: lambda: mx.unswizzle_scales(x, 130, 5))(g(_spread(mx.swizzle_scales(BYTES)))),
+    _right("unswizzle: with gaps", lambda g: (lambda x: lambda: mx.unswizzle_scales(x, 130, 5))(g(spread(mx.swizzle_scales(BYTES)))),
            lambda s: torch.equal(s, BYTES)),
     _right("unswizzle: nothing", lambda g: lambda: mx.unswizzle_scales(zeros(0, 0), 0, 0), lambda s: s.shape == (0, 0)),
     _right("calc_diff of nothing", lambda g: lambda: mx.calc_diff(zeros(0), zeros(0)), lambda d: d == 0.0),

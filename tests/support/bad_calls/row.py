@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -65,6 +66,66 @@ def refused(call: Callable[..., object], good: Callable[[], dict[str, Any]]) -> 
         return Bad(what, prepare, error, message)
 
     return row
+
+
+FLOATS = "bfloat16 or float16 or float32"
+NOT_FLOATS = (torch.float64, torch.int32, torch.uint8, torch.bool, E4M3)
+
+
+def of_tensor(
+    row: Callable[..., Bad], what: str, name: str, make: Callable[[], torch.Tensor], dims: str, dtypes: str,
+    wrong: Sequence[torch.dtype], strides: str = "must be contiguous", place: str | None = "", more: str = "sparse",
+) -> list[Bad]:  # fmt: skip
+    """What every tensor is checked for: its type, dtypes, rank, strides, device; sparse, and with grad.
+
+    Args:
+        row: of the function's table.
+        what: the function, in the rows' names.
+        name: of the argument.
+        make: a good one.
+        dims: as its shape is described.
+        dtypes: as those are listed that it may have.
+        wrong: some that it may not have.
+        strides: what the error says of gaps; none where gaps are taken.
+        place: the error for a meta tensor, if not that this must be on the CPU; None where it is taken.
+        more: ``sparse``, ``grad``, both or none.
+    """
+    odd: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+        "a list": (TypeError, r"must be a torch\.Tensor", lambda: [1.0]),
+        "of higher rank": (ValueError, f"must have shape {re.escape(dims)}", lambda: make()[None]),
+        "a scalar": (ValueError, f"must have shape {re.escape(dims)}", lambda: make().flatten()[0]),
+    }
+    if place is not None:
+        odd["on meta"] = (ValueError, "must be on cpu", lambda: make().to(META))
+    for dtype in wrong:
+        message = f"dtype must be {dtypes}, got {str(dtype)[6:]}$"
+        odd[f"of {dtype}"] = (TypeError, message, lambda dtype=dtype: make().to(dtype))
+    if strides:
+        odd["with gaps"] = (ValueError, strides, lambda: spread(make()))
+        odd["one element for all"] = (ValueError, strides, lambda: make().flatten()[:1].expand(make().shape))
+    if "sparse" in more:
+        odd["sparse"] = (TypeError, "must be a dense tensor, got layout sparse_coo$", lambda: make().to_sparse())
+    if "grad" in more:
+        odd["with grad"] = (ValueError, "must not require grad", lambda: make().requires_grad_())
+    return [
+        row(
+            f"{what}: {name} {how}",
+            error,
+            place if place and how == "on meta" else f"^{name}: {message}",
+            **{name: bad},
+        )
+        for how, (error, message, bad) in odd.items()
+    ]
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same elements, each followed by another."""
+    return torch.stack([x, x], dim=-1)[..., 0] if x.dtype.itemsize > 1 else _spread_bytes(x)
+
+
+def _spread_bytes(x: torch.Tensor) -> torch.Tensor:
+    raw = x.view(torch.uint8)
+    return torch.stack([raw, raw], dim=-1).view(x.dtype)[..., 0]
 
 
 def _part(arguments: dict[str, Any], path: str) -> torch.Tensor:
