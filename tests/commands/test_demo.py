@@ -215,12 +215,13 @@ def test_exit_code_and_report(
     """With one backend; a bad product ends with exit code 1."""
 
     def noisy(*args: object) -> measure.Run:
-        run = measure.run_backend(*args)  # type: ignore[arg-type]
+        run = run_backend(*args)
         return dataclasses.replace(run, product=run.product * factor)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the command sets it, which must not outlast the test
     monkeypatch.setattr(command, "runnable_backends", lambda gemm, device: ["reference"])
-    monkeypatch.setattr(command, "run_backend", noisy)
+    run_backend = measure.run_backend
+    monkeypatch.setattr(measure, "run_backend", noisy)
     assert cli.main(SMALL) == int(factor != 1)
     said = capsys.readouterr().out
     assert "Only reference can run here, so there is nothing to compare it with." in said
