@@ -55,7 +55,7 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def alive(process: int) -> bool:
+def _alive(process: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
@@ -76,7 +76,7 @@ def _remove_leftovers(target: Path) -> None:
         beside = list(target.parent.iterdir())
     for path in beside:
         found = pattern.fullmatch(path.name)
-        if found and path not in _writing and (int(found[1]) == os.getpid() or not alive(int(found[1]))):
+        if found and path not in _writing and (int(found[1]) == os.getpid() or not _alive(int(found[1]))):
             _remove(path)
 
 

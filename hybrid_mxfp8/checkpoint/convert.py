@@ -311,7 +311,7 @@ def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Pl
         ValueError: weights of another format than MXFP8 would stay.
     """
     file = checkpoint.path / CONFIG_FILE
-    scales = {checkpoint.scale_of(entry.name) for entry in planned.copied}
+    scales = {checkpoint.scale_of(entry.name) for entry in planned.copied if entry.dtype.startswith("F8")}
     left = [
         entry.name
         for entry in planned.copied
@@ -325,13 +325,14 @@ def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Pl
             f"{file}: can't say beside MXFP8 that weights are FP8, and {len(left)} would stay so, {left[0]} first: match "
             "them with --experts, too, or give --others-to-bf16"
         )
-    methods = [found.get("quant_method") if isinstance(found, dict) else found for found in before]
-    others = [method for method in methods if method != "mxfp8"]
+    methods = [(file, found.get("quant_method") if isinstance(found, dict) else found) for found in before]
+    methods += [(path, path.stem) for name in QUANTIZATION_FILES if (path := file.with_name(name)).exists()]
+    others = [(where, method) for where, method in methods if method != "mxfp8"]
     packed = [e for e in planned.copied if e.dtype in ("U8", "I8", "I32") and len(e.shape) > 1 and e.name not in scales]
     if others and (packed or not planned.dropped):
         raise ValueError(
-            f"{file}: says that the model is quantized already ({others[0]!r}); its other weights would need that entry, and "
-            "the experts another"
+            f"{others[0][0]}: says that the model is quantized already ({others[0][1]!r}); its other weights would need that "
+            "entry, and the experts another"
         )
 
 

@@ -21,7 +21,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import torch
@@ -84,9 +83,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     @property
@@ -156,10 +153,9 @@ def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
 
 def is_mxfp8(checkpoint: Checkpoint, weight: Entry) -> bool:
     """Whether a tensor is e4m3 with MXFP8's scales."""
-    scale_name = checkpoint.scale_of(weight.name)
-    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or scale_name is None:
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or (name := checkpoint.scale_of(weight.name)) is None:
         return False
-    scale = checkpoint.entry(scale_name)
+    scale = checkpoint.entry(name)
     return scale.dtype in SCALE_DTYPES and scale.shape == scale_entry(weight.name, weight.shape).shape
 
 

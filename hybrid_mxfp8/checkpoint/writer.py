@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -106,9 +105,7 @@ class SafetensorsWriter:
                 self._file.write(memoryview(part.cpu().numpy()))
         self._at[name] += data.numel()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with self._stack, self._errors_name_the_file():
             if kind is None:
                 short = [name for name, at in self._at.items() if at != self._end[name]]

@@ -15,11 +15,6 @@ SUITE = "hybrid_mxfp8.bench"
 KINDS = ("quantize", "gemm", "pipeline", "moe")
 """What ``--only`` takes."""
 
-HOW_TO_GET_IT = (
-    "the benchmark suite is not part of the installed package: clone the repository, then in it"
-    " `pip install -e '.[bench]'` and `python -m hybrid_mxfp8 bench`"
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's options."""
@@ -50,7 +45,8 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Run the suite; its exit code, or 2 where there is no suite."""
     if importlib.util.find_spec(SUITE) is None:
-        print(HOW_TO_GET_IT, file=sys.stderr)
+        how = "clone the repository, then in it `pip install -e '.[bench]'` and `python -m hybrid_mxfp8 bench`"
+        print(f"the benchmark suite is not part of the installed package: {how}", file=sys.stderr)
         return 2
     code: int = importlib.import_module(f"{SUITE}.run").run(args)
     return code

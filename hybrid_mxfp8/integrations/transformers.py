@@ -84,14 +84,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """The forward of an experts module of transformers, in MXFP8; what ``register`` registers.
 
-    Args:
-        module: experts module with gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed.
-        hidden_states: (M, H) bf16, fp16 or fp32.
-        top_k_index: (M, top_k) int32 or int64.
-        top_k_weights: (M, top_k).
-
-    Returns:
-        (M, H) of hidden_states' dtype.
+    The module has gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed. Of hidden_states
+    (M, H), ids and weights (M, top_k) come (M, H) of hidden_states' dtype.
 
     Raises:
         ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or under
@@ -304,8 +298,7 @@ def quantize_model_(
         progress: show a progress bar on stderr.
         backend: of the quantization and the forward; None: as everywhere.
 
-    Returns:
-        The memory saved; ``print`` it for a sentence.
+    Returns the memory saved; ``print`` it for a sentence.
 
     Raises:
         ImportError: no transformers whose models take a registered name, as they do from 5.7 on.

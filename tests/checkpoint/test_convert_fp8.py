@@ -274,15 +274,17 @@ def test_one_format_is_said_in_one_place(
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
 def test_packed_weights_beside_fp8_are_refused(
-    tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As compressed-tensors mixes formats: the entry replaced said how to read them."""
     packed = {"lm_head.weight_packed": torch.ones(8, 16, dtype=torch.int32)}
-    said = {"quantization_config": {"quant_method": "compressed-tensors"}}
-    folder = write_folder(tmp_path / "model", tensors | packed, said)
+    folder = write_folder(tmp_path / "model", tensors | packed, {})
+    (folder / file).write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
     assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--others-to-bf16") == 2
-    assert "says that the model is quantized already ('compressed-tensors')" in capsys.readouterr().err
+    method = "compressed-tensors" if file == "config.json" else "hf_quant_config"
+    assert f"/{file}: says that the model is quantized already ('{method}')" in capsys.readouterr().err
 
 
 def test_a_folder_without_configuration_keeps_other_fp8(folder: Path, tensors: Tensors, tmp_path: Path) -> None:

@@ -106,10 +106,9 @@ def test_a_second_run_keeps_the_environment(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- .ci/test
 
 
-@pytest.mark.parametrize(
-    ("interpreted", "compiled", "expected"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (5, 0, 1), (0, 5, 1), (2, 2, 1)]
-)
-def test_either_half_fails_the_whole(tmp_path: Path, interpreted: int, compiled: int, expected: int) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("interpreted", "compiled"), [(0, 0), (1, 0), (0, 1), (5, 0), (0, 5), (2, 2)])
+def test_either_half_fails_the_whole(tmp_path: Path, gpu: bool, interpreted: int, compiled: int) -> None:
     """Exit code 5, no tests found, is a failure. No cache is outside the checkout."""
     root = checkout(tmp_path)
     script(root / "tests" / "codegen" / "test_a.py", "")
@@ -120,11 +119,13 @@ def test_either_half_fails_the_whole(tmp_path: Path, interpreted: int, compiled:
         f'#!/bin/bash\necho "ran ${{TRITON_INTERPRET:-0}} $*"\nfor cache in {caches}; do echo "cache $cache"; done\n'
         f'[ -n "$TRITON_INTERPRET" ] && exit {interpreted}\nexit {compiled}\n',
     )
+    script(tmp_path / "nvidia-smi", f"#!/bin/bash\nexit {int(not gpu)}\n")
     done = run(".ci/test", root, tmp_path)
-    assert done.returncode == expected
-    first, second = (line for line in done.stdout.splitlines() if line.startswith("ran"))
+    assert done.returncode == int(bool(interpreted or compiled))
+    first, second, *rest = (line for line in done.stdout.splitlines() if line.startswith("ran"))
+    assert rest == (["ran 0 -m gpu tests -q"] if gpu else [])
     assert first.startswith("ran 1 tests --ignore=tests/codegen --ignore=tests/gpu ")
     assert second.startswith("ran 0 tests/codegen -q")
     said = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("cache")]
-    assert len(said) == 8
+    assert len(said) == 4 * (2 + gpu)
     assert all(Path(cache).is_relative_to(root / "build" / "cache") for cache in said)

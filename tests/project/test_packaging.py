@@ -51,9 +51,9 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
 
 
 def run(program: list[object], cwd: Path, **environment: str) -> str:
-    """What a program prints, with nothing of ours in its environment."""
-    ours = ("HYBRID_MXFP8", "TRITON", "PYTHONPATH")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    """What a program prints, with nothing of ours in its environment but where caches are."""
+    ours = re.compile(r"(HYBRID_MXFP8|TRITON)_(?!CACHE_DIR)|PYTHONPATH")
+    clean = {name: value for name, value in os.environ.items() if not ours.match(name)}
     done = subprocess.run(list(map(str, program)), cwd=cwd, env=clean | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

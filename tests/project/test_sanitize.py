@@ -75,8 +75,8 @@ def test_a_run(behaviour: str, said: str, fault: str | None, tmp_path: Path, mon
 
 def test_marked_tests_and_kernels_are_found() -> None:
     """In every file that launches kernels; those of some capabilities alone are in the source."""
-    files = (sanitize.ROOT / "tests" / "gpu").glob("test_gpu_*.py")
-    marked = {path.stem.removeprefix("test_gpu_") for path in files if "mark.sanitizer" in path.read_text()}
-    assert marked >= {"groups", "grouped_gemm", "hopper", "moe", "quantize", "sglang"}
+    files = (sanitize.ROOT / "tests").rglob("test_*.py")
+    marked = {path.stem.removeprefix("test_") for path in files if "mark.sanitizer" in path.read_text()}
+    assert marked >= {"group_layout", "grouped_gemm", "gpu_hopper", "moe_kernels", "moe", "quantize", "sglang"}
     assert set(sanitize.ONLY_ON) <= launched.kernels_in_source()
     assert len(launched.kernels_in_source()) > 10

@@ -173,8 +173,9 @@ def as_json(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> dict[str
         formats = {s.format.name: [finite(asdict(q)) for q in s.experts] for s in scores}
         return {"name": operands.name, "tokens": list(operands.rows), "n": n, "k": k, "formats": formats}
 
+    transformers = importlib.metadata.version("transformers") if transformers_model.installed() else None
     return {
-        "versions": {"hybrid-mxfp8": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
+        "versions": {"hybrid-mxfp8": __version__, "torch": torch.__version__, "transformers": transformers},
         "workloads": [
             {
                 "source": part.workload.source,
@@ -186,10 +187,3 @@ def as_json(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> dict[str
         ],
         "channel": [{"ratio": effect.ratio, "db": finite(effect.db)} for effect in effects],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -21,11 +21,10 @@ COLOURS: Final = {
 FIGURES: Final = (("tokens", "x_db", "o", 0.26), ("weights", "w_db", "s", 0.0), ("product", "product_db", "D", -0.26))
 """Label, figure, marker and height in its row."""
 
-Panel = tuple[str, Sequence[Score]]
-"""A title, and the scores of a grouped GEMM."""
 
-
-def draw(panels: Sequence[Panel], effects: Sequence[ChannelEffect], source: str, path: Path) -> None:
+def draw(
+    panels: Sequence[tuple[str, Sequence[Score]]], effects: Sequence[ChannelEffect], source: str, path: Path
+) -> None:
     """Write the picture, ``source`` printed below, in the format that the file's ending names."""
     from matplotlib.figure import Figure
 
@@ -94,7 +93,7 @@ def _channel(axis: Any, effects: Sequence[ChannelEffect]) -> None:
     _frame(axis, "One channel grows in all tokens: what is left of the other blocks", "both")
 
 
-def _differences(axis: Any, panels: Sequence[Panel]) -> None:
+def _differences(axis: Any, panels: Sequence[tuple[str, Sequence[Score]]]) -> None:
     names = [score.format.name for score in panels[0][1][1:]]
     for i, (_, (_, *scores)) in enumerate(panels):
         for row, score in enumerate(scores):

@@ -13,21 +13,7 @@ import torch
 from tqdm import tqdm
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.commands.demo.measure import (
-    OPERAND_FLOOR_DB,
-    PRODUCT_CALC_DIFF,
-    STAGES,
-    Agreement,
-    OutlierEffect,
-    Quality,
-    Run,
-    agreements,
-    grouped_product,
-    outlier_effect,
-    per_tensor_fp8,
-    quality,
-    run_backend,
-)
+from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
 from hybrid_mxfp8.commands.tables import format_table
 from hybrid_mxfp8.core.checks import resolve_device
@@ -44,17 +30,18 @@ class Findings:
     """All that was measured of one grouped GEMM."""
 
     operands: Operands
-    mxfp8: list[Quality]
-    fp8: list[Quality]
-    agreements: list[Agreement]
+    mxfp8: list[measure.Quality]
+    fp8: list[measure.Quality]
+    agreements: list[measure.Agreement]
 
     @property
     def faults(self) -> list[str]:
         """What is not as it should be, one line each."""
         name = self.operands.name
         found = [
-            f"{name}, expert {e}: tokens {q.x_db:.1f} dB, weights {q.w_db:.1f} dB (at least {OPERAND_FLOOR_DB:.0f} expected), "
-            f"product calc_diff {q.product_diff:.1e} (at most {PRODUCT_CALC_DIFF:.0e} expected)"
+            f"{name}, expert {e}: tokens {q.x_db:.1f} dB, weights {q.w_db:.1f} dB (at least "
+            f"{measure.OPERAND_FLOOR_DB:.0f} expected), product calc_diff {q.product_diff:.1e} (at most "
+            f"{measure.PRODUCT_CALC_DIFF:.0e} expected)"
             for e, q in enumerate(self.mxfp8)
             if not q.good
         ]
@@ -95,10 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
     print(_introduction(workload, names, device))
     # It counts and gives no estimate: in the interpreter the products take most of the time.
-    form, stages = (
-        "{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}",
-        len(workload.gemms) * len(names) * len(STAGES) + 1,
-    )
+    form = "{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}"
+    stages = len(workload.gemms) * len(names) * len(measure.STAGES) + 1
     with tqdm(total=stages, bar_format=form, leave=False, disable=None, mininterval=0) as bar:
 
         def stage(what: str) -> None:
@@ -107,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
         findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
         stage("outliers")
-        effects = outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
+        effects = measure.outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
     tables = [*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects)]
     faults = [fault for found in findings for fault in found.faults]
     if faults:
@@ -140,17 +125,18 @@ def runnable_backends(gemm: Operands, device: torch.device) -> list[str]:
 def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) -> Findings:
     """Run every backend over a grouped GEMM; the first one's figures are the MXFP8 columns."""
 
-    def run_named(name: str) -> Run:
-        return run_backend(gemm.x, gemm.w, gemm.groups(), name, lambda what: stage(f"{gemm.name}: {name}, {what}"))
+    def run_named(name: str) -> measure.Run:
+        told = f"{gemm.name}: {name}"
+        return measure.run_backend(gemm.x, gemm.w, gemm.groups(), name, lambda what: stage(f"{told}, {what}"))
 
     runs = [run_named(name) for name in names]
     first = runs[0]
-    x8, w8 = per_tensor_fp8(gemm.x), torch.stack([per_tensor_fp8(w) for w in gemm.w])
+    x8, w8 = measure.per_tensor_fp8(gemm.x), torch.stack([measure.per_tensor_fp8(w) for w in gemm.w])
     return Findings(
         gemm,
-        quality(gemm.x, gemm.w, gemm.rows, first.x.dequantize(), first.w.dequantize(), first.product),
-        quality(gemm.x, gemm.w, gemm.rows, x8, w8, grouped_product(x8, w8, gemm.rows)),
-        agreements(runs),
+        measure.quality(gemm.x, gemm.w, gemm.rows, first.x.dequantize(), first.w.dequantize(), first.product),
+        measure.quality(gemm.x, gemm.w, gemm.rows, x8, w8, measure.grouped_product(x8, w8, gemm.rows)),
+        measure.agreements(runs),
     )
 
 
@@ -172,7 +158,7 @@ def _introduction(workload: Workload, names: Sequence[str], device: torch.device
 def _quality_table(found: Findings) -> str:
     """Figures of each expert, MXFP8 beside per-tensor FP8."""
 
-    def cells(q: Quality) -> tuple[str, ...]:
+    def cells(q: measure.Quality) -> tuple[str, ...]:
         return f"{q.x_db:.1f}", f"{q.w_db:.1f}", f"{q.product_db:.1f}", f"{q.product_diff:.1e}"
 
     num_experts, n, k = found.operands.w.shape
@@ -207,7 +193,7 @@ def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
     return f"{title}\n\n{format_table(header, rows, left=(0, 1, 2))}"
 
 
-def _outlier_table(effects: Sequence[OutlierEffect]) -> str:
+def _outlier_table(effects: Sequence[measure.OutlierEffect]) -> str:
     title = textwrap.fill(
         "One outlier: the largest element of GEMM1's tokens made larger still, up to a multiple of the tokens' rms, and "
         "what that leaves of all the other blocks, in dB",
@@ -217,7 +203,9 @@ def _outlier_table(effects: Sequence[OutlierEffect]) -> str:
     return f"{title}\n\n{format_table(('outlier', 'MXFP8', 'per-tensor FP8'), rows, left=())}"
 
 
-def _conclusion(workload: Workload, findings: Sequence[Findings], last: OutlierEffect, names: Sequence[str]) -> str:
+def _conclusion(
+    workload: Workload, findings: Sequence[Findings], last: measure.OutlierEffect, names: Sequence[str]
+) -> str:
     """What was shown, in plain words."""
     ours = [q.product_db for found in findings for q in found.mxfp8]
     theirs = [q.product_db for found in findings for q in found.fp8]
