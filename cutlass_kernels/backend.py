@@ -17,6 +17,6 @@ BACKEND = Backend(
     can_run=grouped_gemm.can_run,
     workspace_size=lambda p: grouped_gemm.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, p.out_dtype, p.device),
     workspace_bound=lambda p: grouped_gemm.workspace_bound(p.num_experts, p.num_tokens, p.device),
-    plan=lambda problem, buffers: (Call(grouped_gemm.grouped_gemm, tuple(buffers)),),
+    plan=lambda problem, buffers: (Call(grouped_gemm.launch, tuple(buffers)),),
     explain=grouped_gemm.explain,
 )

@@ -6,6 +6,7 @@
 | ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
 | ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch between the CUTLASS backend's two kernels |
 | ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernel; 0 takes the portable one instead |
+| ``HYBRID_MXFP8_VERIFY`` | ``1`` (default), ``0`` | whether a module of the CUTLASS backend is compared with the reference before its first use on a GPU |
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
 | ``HYBRID_MXFP8_TRUST_CACHE`` | ``0`` (default), ``1`` | loads compiled modules whoever owns them or can write them; only for folders that nobody else can reach |
@@ -32,6 +33,7 @@ VARIABLES: Final = (
     "HYBRID_MXFP8_CONFIG",
     "HYBRID_MXFP8_PDL",
     "HYBRID_MXFP8_HOPPER_GEMM",
+    "HYBRID_MXFP8_VERIFY",
     "HYBRID_MXFP8_CUTLASS_DIR",
     "HYBRID_MXFP8_CACHE_DIR",
     "HYBRID_MXFP8_TRUST_CACHE",
@@ -84,6 +86,15 @@ def config() -> str | None:
 def pdl() -> bool:
     """HYBRID_MXFP8_PDL: False only for 0, ValueError for neither 0 nor 1."""
     return _switch("HYBRID_MXFP8_PDL", default="1")
+
+
+def verify() -> bool:
+    """HYBRID_MXFP8_VERIFY: False only for 0.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    return _switch("HYBRID_MXFP8_VERIFY", default="1")
 
 
 def hopper_gemm() -> bool:

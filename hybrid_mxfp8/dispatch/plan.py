@@ -82,13 +82,22 @@ class Plan:
         operands: what ``run`` takes, in order.
         arena_bytes: of the operand named ``workspace``; 0 if there is none.
         result: what else the caller needs, such as shapes of outputs.
+        lasting: whether another call of its signature would be planned alike.
     """
 
-    __slots__ = ("_device", "_hooked", "_index", "_parts", "arena_bytes", "operands", "result")
+    __slots__ = ("_device", "_hooked", "_index", "_parts", "arena_bytes", "lasting", "operands", "result")
 
     def __init__(
-        self, device: torch.device, operands: Operands, steps: Steps, *, arena_bytes: int = 0, result: Any = None
+        self,
+        device: torch.device,
+        operands: Operands,
+        steps: Steps,
+        *,
+        arena_bytes: int = 0,
+        result: Any = None,
+        lasting: bool = True,
     ) -> None:
+        self.lasting = lasting
         self.operands = tuple(operands.list)
         self.arena_bytes = arena_bytes
         self.result = result
@@ -236,7 +245,9 @@ class PlanCache:
             return None
 
     def add(self, signature: Hashable, plan: Plan) -> None:
-        """Keep a plan."""
+        """Keep a plan, if it is a lasting one."""
+        if not plan.lasting:
+            return
         plans = self._plans
         while len(plans) >= self._capacity:
             plans.pop(next(iter(plans)), None)

@@ -13,9 +13,10 @@ import contextvars
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
@@ -118,8 +119,35 @@ def _known(source: str, name: object) -> str:
     raise ValueError(f"{source}: must be one of {', '.join((AUTO, *NAMES))}, got {name!r}")
 
 
-def choose(problem: Problem, backend: str | None = None) -> Backend:
-    """The backend for this problem.
+class Ready(NamedTuple):
+    """A backend that is ready to run a problem.
+
+    Attributes:
+        backend: with what it needs compiled and verified.
+        workspace_bytes: that the problem takes.
+        lasting: whether it would be chosen again; not where another was passed over for this once.
+    """
+
+    backend: Backend
+    workspace_bytes: int
+    lasting: bool
+
+
+def choose_ready(problem: Problem, backend: str | None) -> Ready:
+    """The backend that runs this problem now. Auto passes over one that fails to get ready; a named one raises."""
+    failed: dict[str, str] = {}
+    while True:
+        chosen = choose(problem, backend, failed)
+        try:
+            return Ready(chosen, chosen.workspace_size(problem), not failed)
+        except BackendUnavailableError as error:
+            if requested(backend) != AUTO:
+                raise
+            failed[chosen.name] = str(error)
+
+
+def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, str] = MappingProxyType({})) -> Backend:
+    """The backend for this problem; auto passes over those that ``failed``, for the reasons there.
 
     Raises:
         BackendUnavailableError: the backend that is asked for by name can't run it.
@@ -135,6 +163,8 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
     passed_over = ""
     for candidate in map(backend_of, NAMES):
         ok, reason = candidate.can_run(problem)
+        if candidate.name in failed:
+            ok, reason = False, failed[candidate.name]
         if ok:
             _log_choice("grouped_gemm", candidate.name, problem.device, reason, passed_over)
             return candidate

@@ -27,7 +27,7 @@ from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe, has_memory
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
-from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, requested, settings
+from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, choose_ready, requested, settings
 
 _PRODUCT = object()
 
@@ -136,8 +136,7 @@ def _plan(
     backend: str | None,
 ) -> Plan:
     """The launches of one product, of (x, its scales, three of the layout, w, its scales, out, workspace or nothing)."""
-    chosen = choose(problem, backend)
-    needed = chosen.workspace_size(problem) if problem.num_tokens else 0
+    chosen, needed, lasting = choose_ready(problem, backend)
     _check_buffers(problem, needed, out, workspace)
     operands = Operands()
     groups = x.groups
@@ -162,7 +161,7 @@ def _plan(
     if problem.num_tokens and problem.num_experts:
         steps = chosen.plan(problem, GemmBuffers(*read, y, memory))
     result = _Product(shape, problem.out_dtype, problem.device, needed)
-    return Plan(problem.device, operands, steps, result=result)
+    return Plan(problem.device, operands, steps, result=result, lasting=lasting)
 
 
 def _check_buffers(problem: Problem, needed: int, out: torch.Tensor | None, workspace: torch.Tensor | None) -> None:

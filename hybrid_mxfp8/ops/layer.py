@@ -29,7 +29,7 @@ from hybrid_mxfp8.dispatch.problem import (
     QuantizeProblem,
     split_layout,
 )
-from hybrid_mxfp8.dispatch.registry import choose, choose_quantizer
+from hybrid_mxfp8.dispatch.registry import choose_quantizer, choose_ready
 
 
 class MoEShape(NamedTuple):
@@ -83,17 +83,25 @@ def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
 
 
 class Backends(NamedTuple):
-    """What runs a layer: the quantizer, which also routes and combines, and the two products."""
+    """What runs a layer: the quantizer, which also routes and combines, and the two products; see ``registry.Ready``."""
 
     quantizer: Quantizer
     up: Backend
     down: Backend
+    workspace_bytes: int
+    lasting: bool
 
 
 def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
     """Raises as ``registry.choose`` does."""
-    up, down = (choose(problem, backend) for problem in shape.problems(num_tokens))
-    return Backends(choose_quantizer(shape.device, backend), up, down)
+    up, down = (choose_ready(problem, backend) for problem in shape.problems(num_tokens))
+    return Backends(
+        choose_quantizer(shape.device, backend),
+        up.backend,
+        down.backend,
+        max(up.workspace_bytes, down.workspace_bytes),
+        up.lasting and down.lasting,
+    )
 
 
 class Arena(NamedTuple):
@@ -140,8 +148,7 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) 
         return place(torch.float8_e4m3fn, rows, k), place(torch.uint8, scale_rows, scale_cols(k))
 
     int32 = torch.int32
-    up, down = shape.problems(num_tokens)
-    gemm_bytes = max(backends.up.workspace_size(up), backends.down.workspace_size(down))
+    gemm_bytes = backends.workspace_bytes
     return Arena(
         sorted_token_ids=place(int32, rows),
         inverse_permutation=place(int32, num_tokens, shape.top_k),
@@ -194,7 +201,7 @@ def plan_layer(
     up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
     down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
 
-    quantizer, up, down = backends
+    quantizer, up, down = backends.quantizer, backends.up, backends.down
     up_problem, down_problem = shape.problems(num_tokens)
     tokens, expert_offsets, scale_offsets = split_layout(a.layout, shape.experts)
 
@@ -226,4 +233,4 @@ def plan_layer(
         *product(down, down_problem, a.hq, w2, a.y),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
-    return Plan(device, operands, steps, arena_bytes=a.size)
+    return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.lasting)
