@@ -1,7 +1,8 @@
 """Compile kernels for GPUs that are not there, through their real launchers.
 
-A stub driver stands for a device of each architecture, so that the launchers' own shapes, configurations and argument
-specialisation reach Triton's compiler; the launch itself is replaced by ``warmup``. Nothing runs.
+A stub driver stands for a device of each architecture, so that the launchers' own shapes,
+configurations and argument specialisation reach Triton's compiler; the launch itself is replaced by
+``warmup``. Nothing runs.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def module_of(kernel: str) -> Any:
 
 
 def capture(arch: int, kernel: str, call: Callable[[], object], patch: pytest.MonkeyPatch) -> list[Compiled]:
-    """Every launch of this kernel that ``call`` makes, for this architecture; others are not made."""
+    """Every launch of this kernel that ``call`` makes, for this architecture; others are not
+    made."""
     from hybrid_mxfp8.triton_kernels import launch
 
     compiled: list[Compiled] = []

@@ -1,5 +1,5 @@
-"""What routing, layouts, expert bias and combine compile to: no spills, wide accesses, a combine that
-rounds as its reference does."""
+"""What routing, layouts, expert bias and combine compile to: no spills, wide accesses, a combine
+that rounds as its reference does."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def routing(tokens: int, experts: int = 256, dtype: torch.dtype = torch.int64) -
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_route(compile_for: CompileFor, arch: int, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Histograms may add in shared memory, where integers sum to the same in any order; no row depends on
-    an order."""
+    """Histograms may add in shared memory, where integers sum to the same in any order; no row
+    depends on an order."""
     compiled = compile_for(arch, name, routing(LAUNCHES[name], dtype=dtype))
     resources = compiled.resources(tmp_path)
     assert resources.stack == 0, "spills"
@@ -41,7 +41,8 @@ def test_route_of_any_number_of_experts(compile_for: CompileFor, name: str, expe
 
 
 def test_a_batch_of_another_size_compiles_few_kernels(compile_for: CompileFor) -> None:
-    """The width of the comparison follows the batch up to 1024 slots, in powers of two; nothing else does."""
+    """The width of the comparison follows the batch up to 1024 slots, in powers of two; nothing
+    else does."""
     assert len({id(compile_for(90, "rank_kernel", routing(t)).kernel) for t in range(1, 513, 15)}) <= 6
     assert len({id(compile_for(90, "scatter_kernel", routing(t)).kernel) for t in (600, 8192, 9999)}) == 1
 

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(cases.device() == "cuda", reason="of a CPU: set 
 
 
 def test_threads_get_what_one_thread_gets(backend: str, tally: Any) -> None:
-    """Triton's interpreter keeps its place in the grid in a global: without a lock, threads compute each
-    other's tiles. In the first round nothing is cached, and all probe and choose at once."""
+    """Triton's interpreter keeps its place in the grid in a global: without a lock, threads compute
+    each other's tiles. In the first round nothing is cached, and all probe and choose at once."""
     expected = [job(seed, backend) for seed in range(THREADS)]
     forget_everything()
     results = together(THREADS, lambda seed: [job(seed, backend) for _ in range(ROUNDS)])
@@ -97,7 +97,8 @@ class Pause(TorchDispatchMode):
 
 
 def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, forward: Forward, tally: Any) -> None:
-    """The second call comes while the first is between its steps: it raises, and the first is right."""
+    """The second call comes while the first is between its steps: it raises, and the first is
+    right."""
     workspace, pause, expected = new_workspace(), Pause(), forward()
 
     def first() -> torch.Tensor:
@@ -145,7 +146,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_a_copy_of_a_workspace_computes_in_its_own_memory(
     way: str, layer: moe_truth.Layer, new_workspace: Any, forward: Forward, tally: Any
 ) -> None:
-    """Tokens choose other experts than before the copy: what an earlier call left there would be wrong."""
+    """Tokens choose other experts than before the copy: what an earlier call left there would be
+    wrong."""
     workspace = new_workspace()
     for _ in range(3):
         forward(workspace)
@@ -188,7 +190,8 @@ def test_a_copied_module_computes_the_same(way: str, layer: moe_truth.Layer, wei
 
 
 def test_workers_of_a_data_loader(backend: str, tally: Any) -> None:
-    """Forked after this process has used the library; operands come back through shared memory, whole."""
+    """Forked after this process has used the library; operands come back through shared memory,
+    whole."""
     dataset = Quantized(backend)
     expected = [dataset[i] for i in range(len(dataset))]
     loader = torch.utils.data.DataLoader(
@@ -224,8 +227,8 @@ def children(method: str, work: Callable[..., None], *arguments: tuple[Any, ...]
 
 
 def test_forked_children(backend: str, tally: Any) -> None:
-    """Two at once, while a thread of this process holds the lock of the interpreter's launches: it is not
-    in the children, and would never let go there."""
+    """Two at once, while a thread of this process holds the lock of the interpreter's launches: it
+    is not in the children, and would never let go there."""
     expected = {seed: [t.numpy().tobytes() for t in job(seed, backend)] for seed in range(2)}
     held, done = threading.Event(), threading.Event()
 

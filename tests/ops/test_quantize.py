@@ -1,4 +1,5 @@
-"""quantize_grouped and quantize_weights: the kernel's bytes are the reference's, and the definition's.
+"""quantize_grouped and quantize_weights: the kernel's bytes are the reference's, and the
+definition's.
 
 Hostile counts, addresses and strides are in test_bad_calls.py, all codes in test_codes.py.
 """
@@ -81,7 +82,8 @@ def test_any_layout(device: str, shape: cases.Ragged, k: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 127, 128, 256, 1000, 1024, 1500, 3000])
 def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: int, rng: torch.Generator) -> None:
-    """Every configuration, and both forms of groups: a layout, and counts that the kernel may scan."""
+    """Every configuration, and both forms of groups: a layout, and counts that the kernel may
+    scan."""
     shapes = [(150, 64)] if device == "cpu" else [(64, 160), (64, 7168), (300, 7168), (3000, 160), (3000, 7168)]
     for num_tokens, k in shapes:
         owners = torch.randint(0, num_experts, (num_tokens,), generator=rng)
@@ -98,7 +100,8 @@ def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: i
 
 @pytest.mark.parametrize("experts", [4, 100])
 def test_most_rows_are_nobodys(device: str, experts: int, rng: torch.Generator) -> None:
-    """Where experts are spread over GPUs: programs beyond the groups leave at once, and write nothing."""
+    """Where experts are spread over GPUs: programs beyond the groups leave at once, and write
+    nothing."""
     t, k = (6000, 512) if device == "cuda" else (600, 64)
     counts = torch.randint(0, 12 if device == "cuda" else 2, (experts,), generator=rng).tolist()
     x = cases.random_rows(t, k, torch.bfloat16, rng, device)
@@ -243,7 +246,8 @@ def test_weights_with_strides(device: str, rng: torch.Generator) -> None:
 
 
 def test_out_is_written_again_with_another_layout(device: str, rng: torch.Generator) -> None:
-    """Buffers of an earlier result for other groups of the same shapes: no byte of the first shows."""
+    """Buffers of an earlier result for other groups of the same shapes: no byte of the first
+    shows."""
     x = cases.random_rows(150, 96, torch.bfloat16, rng, device)
     first = mx.quantize_grouped(x, cases.layout([150, 0, 0], device=device), backend="triton")
     groups = cases.layout([1, 2, 3], 150, device)

@@ -1,4 +1,5 @@
-"""torch.ops.hybrid_mxfp8: opcheck, tracing without breaks, one graph for all token counts, the same bits as eager calls."""
+"""torch.ops.hybrid_mxfp8: opcheck, tracing without breaks, one graph for all token counts, the same
+bits as eager calls."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck(backend: str, device: str, rng: torch.Generator, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake implementation, tracing with static and dynamic shapes. New memory is zeroed: scale rows
-    beyond the groups are not written, and opcheck compares all bytes."""
+    """Schema, fake implementation, tracing with static and dynamic shapes. New memory is zeroed:
+    scale rows beyond the groups are not written, and opcheck compares all bytes."""
     arguments = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in operands(backend, rng)[call])
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).zero_())
@@ -205,7 +206,8 @@ def test_a_wrong_out_of_a_traced_layer_is_refused(rng: torch.Generator) -> None:
 
 
 def test_buffers_are_refused_under_compile(rng: torch.Generator) -> None:
-    """Rows that no expert owns keep what they hold in an eager call's ``out``; a traced one could only copy over them."""
+    """Rows that no expert owns keep what they hold in an eager call's ``out``; a traced one could
+    only copy over them."""
     x, groups = cases.random_rows(9, K, torch.bfloat16, rng), cases.layout([9])
     xq = mx.quantize_grouped(x, groups, backend="reference")
 

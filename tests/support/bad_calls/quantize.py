@@ -119,7 +119,8 @@ def _right(
     unaligned_values: bool = False,
     dtype: torch.dtype = torch.int32,
 ) -> Odd:
-    """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as padding, poison elsewhere."""
+    """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as
+    padding, poison elsewhere."""
 
     def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
         source, rows = g(x, shift), None if index is None else g(torch.tensor(index, dtype=torch.int32))
