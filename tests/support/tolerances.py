@@ -1,12 +1,10 @@
-"""How far a product may be from the float64 truth of its MXFP8 operands: one table, with the
-reasons.
+"""How far a product may be from the float64 truth of its MXFP8 operands: one table, with reasons.
 
 The operands are exact in fp32, products of two e4m3 values are exact in fp32, and scales are powers
 of two. So what can differ is the accumulation and the rounding of the output:
 
-    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T) + smallest(dtype) + K *
-    UNDERFLOW
-                 + dropped(formulation)
+    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T)
+                 + smallest(dtype) + K * UNDERFLOW + dropped(formulation)
 """
 
 from __future__ import annotations
