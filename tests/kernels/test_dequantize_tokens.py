@@ -109,17 +109,6 @@ def test_more_tiles_of_an_expert_than_are_listed_at_once(rng: torch.Generator) -
     assert tiles == expected
 
 
-def test_more_experts_than_are_searched_at_once(rng: torch.Generator) -> None:
-    """Which are 1024."""
-    groups = cases.layout([0] * 1022 + [3, 0, 2, 0, 1])
-    x = cases.random_rows(6, 32, torch.bfloat16, rng)
-    xq = mx.quantize_grouped(x, groups, backend="reference")
-    rows, tiles = dequantized(xq, 16)
-    assert tiles == [[1022, 0, 3], [1024, 3, 5], [1026, 5, 6]]
-    few = mx.quantize_grouped(x, cases.layout([3, 2, 1]), backend="reference")
-    assert torch.equal(rows, dequantized(few, 16)[0])
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "k", "config"),
     [

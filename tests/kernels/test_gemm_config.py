@@ -3,6 +3,9 @@ be."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import cases
 import pytest
 import torch
@@ -11,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from products import check, operands
 
+import hybrid_mxfp8 as mx
 from hybrid_mxfp8.triton_kernels.gemm import portable
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import select_hopper_config
 from hybrid_mxfp8.triton_kernels.gemm.portable import (
     Formulation,
     TritonGemmConfig,
@@ -103,3 +108,53 @@ def test_blackwell_takes_what_32_bits_reach(
 ) -> None:
     monkeypatch.setattr(portable, "_capability", lambda device: capability)
     assert portable.blackwell_takes(num_experts, n, k, torch.device("cuda", 0)) is taken
+
+
+TMA_KERNELS = [
+    ("portable", "grouped_gemm_kernel"),
+    ("blackwell", "grouped_gemm_blackwell_kernel"),
+    ("hopper", "hopper_gemm_kernel"),
+    ("dequantize_tokens", "dequantize_tokens_kernel"),
+]
+PARTS = ["", "x.values", "x.scales", "w.values", "w.scales"]
+
+
+@pytest.mark.parametrize("unaligned", PARTS)
+@pytest.mark.parametrize("kind", ["blackwell", "hopper"])
+def test_only_operands_that_tma_reads_reach_its_kernels(
+    interpreter: None, kind: str, unaligned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 16-byte boundaries: others go to the portable kernel. The Hopper kernel's tokens pass a workspace."""
+    launched: list[str] = []
+
+    class Spy:
+        def __init__(self, name: str) -> None:
+            self.name, self.fn, self.__name__ = name, self, name
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: launched.append(self.name)
+
+    for module, name in TMA_KERNELS:
+        monkeypatch.setattr(importlib.import_module(f"hybrid_mxfp8.triton_kernels.gemm.{module}"), name, Spy(name))
+    if kind == "blackwell":
+        monkeypatch.setattr(portable, "blackwell_takes", lambda *args: True)
+    else:
+        monkeypatch.setattr(portable, "hopper_config_for", lambda *args: select_hopper_config(9, 3))
+        monkeypatch.setattr(portable, "_multiprocessors", lambda device: 132)
+    cases.forget_calls()
+
+    def at(name: str, x: torch.Tensor) -> torch.Tensor:
+        by = 8 if name == unaligned else 0
+        there = cases.aligned_bytes(x.numel() + by)[by:].view(x.dtype).view(x.shape)
+        there.view(torch.uint8).copy_(x.view(torch.uint8))
+        return there
+
+    xq, wq = operands([4, 0, 5], 9, 16, 64, torch.Generator().manual_seed(0))
+    x = mx.GroupedMXFP8(at("x.values", xq.values), at("x.scales", xq.scales), xq.groups)
+    mx.grouped_gemm(x, mx.ExpertWeights(at("w.values", wq.values), at("w.scales", wq.scales)), backend="triton")
+    taken = unaligned == "" or (kind == "hopper" and unaligned.startswith("x"))
+    expected = {
+        "blackwell": ["grouped_gemm_blackwell_kernel"],
+        "hopper": ["dequantize_tokens_kernel", "hopper_gemm_kernel"],
+    }
+    assert launched == (expected[kind] if taken else ["grouped_gemm_kernel"])

@@ -56,7 +56,7 @@ def fp32_edges(rng: torch.Generator, repeats: int = 8) -> torch.Tensor:
     return _as_floats(_blocks(heads, distances, mantissas.clamp(0, 0x7FFFFF)))
 
 
-def fp32_random(rng: torch.Generator, blocks: int = 2**16) -> torch.Tensor:
+def fp32_random(rng: torch.Generator, blocks: int = 2**15) -> torch.Tensor:
     """(R, 1024): random heads and random mantissas."""
     heads = torch.randint(0, 0x7F800000, (blocks,), generator=rng)
     size = (blocks, 31)
