@@ -1,4 +1,5 @@
-"""What the Blackwell grouped GEMM compiles to: native MMA, TMA, scale copies, tensor memory, no spills."""
+"""What the Blackwell grouped GEMM compiles to: native MMA, TMA, scale copies, tensor memory, no
+spills."""
 
 from __future__ import annotations
 

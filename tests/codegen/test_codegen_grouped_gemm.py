@@ -1,4 +1,5 @@
-"""What the grouped GEMM compiles to on each architecture: the matrix instruction, memory, no spills."""
+"""What the grouped GEMM compiles to on each architecture: the matrix instruction, memory, no
+spills."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ NATIVE = {
     120: r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale\S*\.e4m3\.e4m3\.f32\.ue8m0",
 }
 ALLOWED_STACK = {(90, 3): 16}
-"""Bytes by architecture and stages: 128x128 in bf16 takes all 255 registers, and with Triton 3.9 a few words more."""
+"""Bytes by architecture and stages: 128x128 in bf16 takes all 255 registers, and with Triton 3.9 a
+few words more."""
 
 ANY_MMA = r"wgmma\.mma_async\.sync\.aligned\.m|tcgen05\.mma\.|mma\.sync\.aligned\.m"
 
@@ -60,7 +62,8 @@ def check(compiled: Compiled, folder: Path) -> None:
 
 @pytest.mark.parametrize("block_t", BLOCKS)
 def test_each_tile(compile_product: Callable[..., Compiled], arch: int, block_t: int, tmp_path: Path) -> None:
-    """Down to 16 tokens an expert the block-scaled instruction is the native one, because weights are its 128 rows."""
+    """Down to 16 tokens an expert the block-scaled instruction is the native one, because weights
+    are its 128 rows."""
     compiled = compile_product(arch, E * block_t)
     assert compiled.grid == ((E * block_t + (block_t - 1) * E) // block_t * (N // 128),)
     check(compiled, tmp_path)
@@ -89,7 +92,8 @@ def test_shapes_off_the_tile(
 def test_sums_are_not_chained_through_one_accumulator_twice_a_step(
     compile_product: Callable[..., Compiled], tmp_path: Path
 ) -> None:
-    """Two dots chained into one accumulator in a loop miscompile on sm_100 (triton issue 10821): one dot a step."""
+    """Two dots chained into one accumulator in a loop miscompile on sm_100 (triton issue 10821):
+    one dot a step."""
     compiled = compile_product(100, E * 64)
     assert compiled.kernel.asm["ttgir"].count("ttng.tc_gen5_mma_scaled") == 1
 

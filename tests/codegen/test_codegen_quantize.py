@@ -1,4 +1,5 @@
-"""What the quantizer compiles to: packed conversion, 16-byte accesses, exact arithmetic, no spills."""
+"""What the quantizer compiles to: packed conversion, 16-byte accesses, exact arithmetic, no
+spills."""
 
 from __future__ import annotations
 
@@ -86,9 +87,11 @@ def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tm
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
     assert compiled.count(PACKED_CONVERSION) == elements // 2
     assert compiled.count(LOAD_16) == elements * dtype.itemsize // 16 * (1 if swiglu is None else 2)
-    # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and indices.
+    # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and
+    # indices.
     assert compiled.count(LOAD_1_OR_2) == 0
-    # A decode program's threads hold 8 codes each, a prefill program's 16 a row; zeros of padding go by 16 bytes.
+    # A decode program's threads hold 8 codes each, a prefill program's 16 a row; zeros of padding
+    # go by 16 bytes.
     zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)
     assert compiled.count(STORE_8) == (size == "decode")
     assert compiled.count(STORE_16) == zeros + elements // 16

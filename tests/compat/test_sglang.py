@@ -56,8 +56,8 @@ def ours(case: sglang_case.Case, dtype: torch.dtype) -> tuple[mx.GroupedMXFP8, m
 def test_each_expert_is_close_to_the_unquantized_product(
     num_experts: int, dtype: torch.dtype, device: str, workspace: torch.Tensor
 ) -> None:
-    """SGLang's own bound, 0.001 an expert, seeded and with empty experts; on a GPU on its own grid, of
-    weights below 2**29 elements so that the float64 truth fits."""
+    """SGLang's own bound, 0.001 an expert, seeded and with empty experts; on a GPU on its own grid,
+    of weights below 2**29 elements so that the float64 truth fits."""
     choose = random.Random(f"{num_experts} {dtype}")
     most, tokens = (64, 512) if device == "cuda" else (2, 24)
     n, k = 128 * choose.randint(1, most), 128 * choose.randint(1, most)
@@ -114,7 +114,8 @@ def test_nothing_to_do(counts: list[int], device: str, workspace: torch.Tensor) 
 
 @each_multiplier
 def test_k_that_is_a_multiple_of_32_alone(device: str, workspace: torch.Tensor, rng: torch.Generator) -> None:
-    """SGLang asks for K % 128 == 0; here K = 160 works with the scale columns of whole tiles, 8 for 5."""
+    """SGLang asks for K % 128 == 0; here K = 160 works with the scale columns of whole tiles, 8 for
+    5."""
     x, w = torch.randn(6, 160, generator=rng).to(device), torch.randn(2, 8, 160, generator=rng).to(device)
     tokens, starts, scale_starts = (ints(*values).to(device) for values in ((2, 4), (0, 2), (0, 128)))
     values = torch.empty(6, 160, dtype=torch.float8_e4m3fn, device=device)
@@ -146,7 +147,8 @@ def test_opcheck(which: str) -> None:
 
 
 def test_compiled_as_one_graph_for_any_number_of_tokens(device: str, workspace: torch.Tensor) -> None:
-    """Into the caller's buffers as without the compiler, bit for bit, with one compilation for all T."""
+    """Into the caller's buffers as without the compiler, bit for bit, with one compilation for all
+    T."""
     compilations = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

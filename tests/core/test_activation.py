@@ -58,7 +58,8 @@ def test_integers_are_the_same_as_floats() -> None:
 
 
 def test_traced() -> None:
-    """torch.compile takes one from outside the traced function, and does not take one for another."""
+    """torch.compile takes one from outside the traced function, and does not take one for
+    another."""
     x = torch.randn(6, 128)
     groups = mx.GroupLayout.from_counts(torch.tensor([2, 4], dtype=torch.int32), 6)
 

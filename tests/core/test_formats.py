@@ -64,7 +64,8 @@ def test_grouped_scale_rows_suffices(counts: list[int], beyond: int) -> None:
 
 @given(num_tokens=st.integers(0, 1500), num_experts=st.integers(1, 20))
 def test_grouped_scale_rows_is_tight(num_tokens: int, num_experts: int) -> None:
-    """Some split of T tokens over E experts needs every row of the bound: one token each, and the rest in whole tiles."""
+    """Some split of T tokens over E experts needs every row of the bound: one token each, and the
+    rest in whole tiles."""
     counts = [0] * num_experts
     for e in range(min(num_experts, num_tokens)):
         counts[e] = 1

@@ -1,4 +1,5 @@
-"""The choice of a backend: precedence, errors, logging, threads, and what the choice says about itself."""
+"""The choice of a backend: precedence, errors, logging, threads, and what the choice says about
+itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whether Triton kernels run on a device: what decides between a kernel and its twin before a backend is chosen."""
+"""Whether Triton kernels run on a device: what decides between a kernel and its twin before a
+backend is chosen."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def test_by_capability(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], 
 
 
 def test_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a layout, and the reference backend behind it, works on a GPU where Triton is missing."""
+    """So that a layout, and the reference backend behind it, works on a GPU where Triton is
+    missing."""
     monkeypatch.setattr(hardware, "capability", lambda device: (9, 0))
     monkeypatch.setattr(hardware, "has_triton", lambda: False)
     assert not hardware.compiles_kernels(GPU)

@@ -31,7 +31,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Any]], 
     "sglang quantizer": (sglang_case.grouped_quant, sglang._tokens, "quant_output"),
     "sglang product": (sglang_case.moe_grouped_gemm, sglang._product, "sfa"),
 }
-"""Each function, good arguments, and the argument that is named when the first is the odd one out."""
+"""Each function, good arguments, and the argument that is named when the first is the odd one
+out."""
 
 MIXED = [
     pytest.param(name, argument, id=f"{name}: {argument} on the CPU")

@@ -23,7 +23,8 @@ TOKENS = 64
 
 
 class Job:
-    """A layer and a product of its own, with buffers of their own; its results are always the same."""
+    """A layer and a product of its own, with buffers of their own; its results are always the
+    same."""
 
     def __init__(self, seed: int) -> None:
         rng = torch.Generator().manual_seed(seed)
@@ -106,7 +107,8 @@ def test_threads_with_streams_of_their_own(tally: Any) -> None:
 
 
 def test_a_thread_whose_first_act_is_a_launch(tally: Any) -> None:
-    """It has no CUDA context yet, and nothing that it calls allocates: the launcher must find one."""
+    """It has no CUDA context yet, and nothing that it calls allocates: the launcher must find
+    one."""
     job = Job(9)
     job.spoil()
     torch.cuda.synchronize()
@@ -151,7 +153,8 @@ def test_capture_while_another_stream_runs(tally: Any) -> None:
 
 
 def test_a_workspace_on_another_stream_waits_for_its_last_call(tally: Any) -> None:
-    """Without a sync of the host: streams take turns with one workspace, each behind a pile of work."""
+    """Without a sync of the host: streams take turns with one workspace, each behind a pile of
+    work."""
     job, streams = Job(5), [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
     outs = [torch.full_like(job.out, float("nan")) for _ in range(6)]
     batches = [moe_truth.to(moe_truth.make_layer(torch.Generator().manual_seed(i), tokens=TOKENS, experts=8, hidden=256, intermediate=128), GPU) for i in range(6)]  # fmt: skip
@@ -187,7 +190,8 @@ def test_warm_up_on_the_default_stream_then_on_a_side_stream_then_capture(tally:
 
 
 def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None:
-    """Its memory is given out again where it was made only once the other stream's call is done with it."""
+    """Its memory is given out again where it was made only once the other stream's call is done
+    with it."""
     job, stream = Job(10), torch.cuda.Stream()
     for move in (False, True):
         layer = job.layer
@@ -211,7 +215,8 @@ def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None
 
 
 def test_a_workspace_is_captured_and_used_eagerly(tally: Any) -> None:
-    """Eager calls before, after and between replays stay where they were; a capture may come first."""
+    """Eager calls before, after and between replays stay where they were; a capture may come
+    first."""
     job = Job(6)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -225,7 +230,8 @@ def test_a_workspace_is_captured_and_used_eagerly(tally: Any) -> None:
 
 
 def test_workers_quantize_for_the_gpu(tally: Any) -> None:
-    """A DataLoader's workers, forked after CUDA was initialized here, quantize on the CPU; the product is the GPU's."""
+    """A DataLoader's workers, forked after CUDA was initialized here, quantize on the CPU; the
+    product is the GPU's."""
     torch.zeros(1, device=GPU)
     dataset = Quantized("reference")
     loader = torch.utils.data.DataLoader(
@@ -280,7 +286,8 @@ print("parent", bool((out == 64).all()), flush=True)
 
 
 def test_a_child_forked_after_cuda_was_initialized_is_told_so(tally: Any) -> None:
-    """PyTorch's own error, also where every buffer is given and every kernel known; the parent goes on."""
+    """PyTorch's own error, also where every buffer is given and every kernel known; the parent goes
+    on."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=180)
     lines = done.stdout.split("\n")
     assert lines[:-1] == ["quantize_grouped True", "grouped_gemm True", "from_counts True", "parent True"], done.stderr

@@ -1,4 +1,5 @@
-"""The compiled grouped GEMM at sizes of models, and as part of a GPU program: streams and graphs."""
+"""The compiled grouped GEMM at sizes of models, and as part of a GPU program: streams and
+graphs."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ class Step:
 
 @pytest.mark.parametrize("form", ["layout", "counts"])
 def test_graph_replay_follows_the_counts(kernel: str, form: str, rng: torch.Generator) -> None:
-    """Captured once, replayed with padded batches and hostile counts: equal to eager, bit for bit."""
+    """Captured once, replayed with padded batches and hostile counts: equal to eager, bit for
+    bit."""
     step = Step(rng, form)
     step.run()  # compiles outside the capture
     torch.cuda.synchronize()
@@ -100,7 +102,8 @@ def test_runs_on_the_current_stream(kernel: str, rng: torch.Generator) -> None:
 
 
 def test_cutlass_runs_or_says_why_not(rng: torch.Generator) -> None:
-    """Named, on other hardware than its own, it raises and names the hardware; auto takes triton."""
+    """Named, on other hardware than its own, it raises and names the hardware; auto takes
+    triton."""
     available, reason = mx.backends()["cutlass"]
     xq, wq = operands([3], 3, 8, 32, rng, "cuda")
     if available:

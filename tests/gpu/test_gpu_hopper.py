@@ -117,7 +117,8 @@ def test_a_layout_by_hand_ends_when_it_dequantizes(
 
 
 def product(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights) -> torch.Tensor:
-    """fp32, into poison; by the launcher alone, which looks at what a test put in place at each call."""
+    """fp32, into poison; by the launcher alone, which looks at what a test put in place at each
+    call."""
     out = cases.poisoned_product(xq.groups.num_tokens, wq.n, torch.float32, "cuda")
     mx.grouped_gemm(xq, wq, out_dtype=torch.float32, out=out, backend="triton")
     return out
@@ -127,7 +128,8 @@ def product(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights) -> torch.Tensor:
 def test_a_split_last_wave_gives_the_same_bytes(
     counts: list[int], forced: HopperGemmConfig, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the number of programs: in the last wave whole tiles, halves or quarters are dealt."""
+    """Whatever the number of programs: in the last wave whole tiles, halves or quarters are
+    dealt."""
     x, w = made(counts, 3000, 1024, 160, rng)
     ys = []
     for programs in (1, 5, 7, 24, 47, 96, 132):

@@ -1,4 +1,5 @@
-"""The MoE layer as part of a GPU program: no sync, no allocation, CUDA graphs, torch.compile, streams."""
+"""The MoE layer as part of a GPU program: no sync, no allocation, CUDA graphs, torch.compile,
+streams."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def test_a_graph_replays_with_other_counts(kernel: str, rng: torch.Generator, to
 def test_a_graph_keeps_its_memory_when_the_workspace_grows(
     rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made and captured with the portable kernel, then used with the Hopper one, which needs more."""
+    """Made and captured with the portable kernel, then used with the Hopper one, which needs
+    more."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")

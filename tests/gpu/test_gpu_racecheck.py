@@ -1,4 +1,5 @@
-"""A kernel that does little but hand warps their work: what racecheck says of it, it says of Triton. See tests/sanitize.py."""
+"""A kernel that does little but hand warps their work: what racecheck says of it, it says of
+Triton. See tests/sanitize.py."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ def _copy(x_ptr, out_ptr):
 
 @gluon.jit
 def warp_specialize_control_kernel(x_ptr, out_ptr):
-    """Eight warps add up 256 numbers before and within their partition, one copies the first; so the Hopper kernel's
-    warps are dealt, which has barriers of eight warps before and in between, too."""
+    """Eight warps add up 256 numbers before and within their partition, one copies the first; so
+    the Hopper kernel's warps are dealt, which has barriers of eight warps before and in between,
+    too."""
     _sum(x_ptr, out_ptr + 2)
     gl.warp_specialize([(_sum, (x_ptr, out_ptr)), (_copy, (x_ptr, out_ptr))], [1], [24])
 

@@ -1,7 +1,8 @@
 """More than 2^31 elements on every side of a product, and layers of a million tokens.
 
-Where an operand is too large for a truth in float64, it repeats: rows of a pattern whose length is a
-multiple of every tile, so that the product must repeat too, byte for byte, and one period is checked.
+Where an operand is too large for a truth in float64, it repeats: rows of a pattern whose length is
+a multiple of every tile, so that the product must repeat too, byte for byte, and one period is
+checked.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def test_weights_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.G
 
 @pytest.mark.parametrize("gigabytes", [30], indirect=True)
 def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator, tally: Any) -> None:
-    """A million rows of 2048 columns before and after the products: tokens repeat, so what comes out must."""
+    """A million rows of 2048 columns before and after the products: tokens repeat, so what comes
+    out must."""
     experts, hidden, intermediate, top_k, period = 4, 2048, 64, 2, 4096
     tokens = 2**19 + period
     x = cases.random_rows(period, hidden, torch.bfloat16, rng, GPU)

@@ -50,7 +50,8 @@ def test_generate(model: Any) -> None:
 
 @torch.no_grad()
 def test_experts_move_as_they_are_quantized() -> None:
-    """From the CPU: the same model as one quantized on the GPU, and the GPU never holds two layers' unquantized experts."""
+    """From the CPU: the same model as one quantized on the GPU, and the GPU never holds two layers'
+    unquantized experts."""
     models.require()
     name, scale = models.NAMES[0], 8
     model = models.make(name, scale=scale)
@@ -68,7 +69,8 @@ def test_experts_move_as_they_are_quantized() -> None:
 
 @torch.no_grad()
 def test_fp8_experts_become_mxfp8() -> None:
-    """From the CPU as on the GPU, and as from what the FP8 stands for: its scales are powers of two."""
+    """From the CPU as on the GPU, and as from what the FP8 stands for: its scales are powers of
+    two."""
     models.require()
     plain = models.make("Qwen3-MoE", scale=4)
     fp8 = models.with_fp8_experts(copy.deepcopy(plain))

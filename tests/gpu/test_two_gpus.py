@@ -125,7 +125,8 @@ def test_a_layer_wherever_it_is(kernel: str, current: int) -> None:
 
 @pytest.mark.parametrize("name", ["operators", "layer"])
 def test_the_stream_is_the_operands_gpus(kernel: str, name: str) -> None:
-    """Work goes to the current stream of the operands' GPU: it is after what was put there, whatever is current elsewhere."""
+    """Work goes to the current stream of the operands' GPU: it is after what was put there,
+    whatever is current elsewhere."""
     job: Any = Operators("cuda:1", "triton") if name == "operators" else Layer("cuda:1")
     x = job.x if name == "operators" else job.given.x
     for _ in range(3):
@@ -170,7 +171,8 @@ def test_a_thread_for_each_gpu(kernel: str) -> None:
 
 
 def test_operands_of_two_gpus_are_refused() -> None:
-    """By name, before anything is launched; each argument alone is in test_gpu_bad_calls.py, on a CPU."""
+    """By name, before anything is launched; each argument alone is in test_gpu_bad_calls.py, on a
+    CPU."""
     here, there = (Operators(device, "triton") for device in GPUS)
     layer, other = (Layer(device) for device in GPUS)
     g = layer.given
@@ -206,7 +208,8 @@ def test_sglang(kernel: str) -> None:
 
 @pytest.mark.slow
 def test_the_cutlass_backends_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its prepare kernel and a plain kernel over the arguments, on the operands' GPU and not the current one."""
+    """Its prepare kernel and a plain kernel over the arguments, on the operands' GPU and not the
+    current one."""
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass_modules.header_choices()[0].include))
     module = jit.load(cutlass_modules.argument_walker())
 

@@ -1,4 +1,5 @@
-"""Group layouts: the reference and the kernel against plain Python, on data of routers and on hostile data."""
+"""Group layouts: the reference and the kernel against plain Python, on data of routers and on
+hostile data."""
 
 from __future__ import annotations
 

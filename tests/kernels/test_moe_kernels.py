@@ -1,4 +1,5 @@
-"""Routing, expert bias and combine: kernels against their references bit for bit, those against loops."""
+"""Routing, expert bias and combine: kernels against their references bit for bit, those against
+loops."""
 
 from __future__ import annotations
 
@@ -153,7 +154,8 @@ def test_combine_and_bias(
     kernels_run: None, device: str, rng: torch.Generator, tokens: int, top_k: int, hidden: int, bias: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Bit for bit: the kernels multiply and add without fusing, as PyTorch does. Other rows stay."""
+    """Bit for bit: the kernels multiply and add without fusing, as PyTorch does. Other rows
+    stay."""
     ids = random_ids(tokens, top_k, 5, rng, device)
     inverse_permutation = route(ids, 5, False)["inverse_permutation"]
     live = inverse_permutation.reshape(-1) >= 0

@@ -1,4 +1,5 @@
-"""The device functions of numerics.py, interpreted, against torch's conversions of the same bit patterns."""
+"""The device functions of numerics.py, interpreted, against torch's conversions of the same bit
+patterns."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def apply(function: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dense_fp32() -> torch.Tensor:
-    """Fp32 patterns of both signs: every 2,047th of all, and all within 4 of every e4m3 value and midpoint, bf16 and fp16
-    rounding boundary near the ends of their ranges."""
+    """Fp32 patterns of both signs: every 2,047th of all, and all within 4 of every e4m3 value and
+    midpoint, bf16 and fp16 rounding boundary near the ends of their ranges."""
     spread = torch.arange(0, 2**31, 2047, dtype=torch.int64)
     magnitudes = torch.from_numpy(truth.E4M3[:127]).float()
     midpoints = (magnitudes[1:] + magnitudes[:-1]) / 2

@@ -1,5 +1,5 @@
-"""What must hold at the edges: NaN stays where it is, scale bytes at both ends, equal bytes each time,
-and an expert's rows the same bytes in any company."""
+"""What must hold at the edges: NaN stays where it is, scale bytes at both ends, equal bytes each
+time, and an expert's rows the same bytes in any company."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ POISONS = ("NaN", "Inf", "-Inf", "code 0x7F", "code 0xFF", "scale 255")
 
 
 def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: str) -> mx.GroupedMXFP8:
-    """xq, on the CPU, with one bad element or scale in each of these rows, never in the same column twice running."""
+    """xq, on the CPU, with one bad element or scale in each of these rows, never in the same column
+    twice running."""
     values, scales = bits(xq.values).clone(), xq.scales.clone()
     offsets, scale_offsets = xq.groups.expert_offsets.tolist(), xq.groups.scale_offsets.tolist()
     if poison in ("NaN", "Inf", "-Inf"):
@@ -69,7 +70,8 @@ def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: 
 def test_a_bad_row_spoils_only_itself(
     multiplier: str, device: str, size: str, dtype: torch.dtype, rng: torch.Generator, tally: Any
 ) -> None:
-    """NaN or Inf in some rows: those are NaN all along, all others have the bytes they have without."""
+    """NaN or Inf in some rows: those are NaN all along, all others have the bytes they have
+    without."""
     counts, n, k = COUNTS[size], 40 if device == "cpu" else 136, 160
     total = sum(counts)
     x = cases.random_rows(total, k, torch.bfloat16, rng)
@@ -132,7 +134,8 @@ def layer_of(
 def test_bad_tokens_and_experts_of_a_layer(
     multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
 ) -> None:
-    """A bad token reaches its own output, a bad expert the tokens that chose it, and nothing else."""
+    """A bad token reaches its own output, a bad expert the tokens that chose it, and nothing
+    else."""
     layer, w13q, w2q, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=3)
     expected = forward()
 
@@ -158,7 +161,8 @@ def test_bad_tokens_and_experts_of_a_layer(
 def scale_byte_operands(
     x_byte: int, w_byte: int, rng: torch.Generator
 ) -> tuple[tuple[truth.Bytes, truth.Bytes], tuple[truth.Bytes, truth.Bytes], list[int]]:
-    """Codes below 2 in magnitude, positive where the product of the scales leaves fp32, so that no Inf meets its negative."""
+    """Codes below 2 in magnitude, positive where the product of the scales leaves fp32, so that no
+    Inf meets its negative."""
     counts, n, k = [5, 0, 12], 40, 96
     codes = torch.randint(0, 0x40, (17, k), generator=rng, dtype=torch.uint8)
     w_codes = torch.randint(0, 0x40, (3, n, k), generator=rng, dtype=torch.uint8)
@@ -195,8 +199,8 @@ def test_scale_bytes_at_both_ends(
 
 @pytest.mark.parametrize("side", ["x", "w"])
 def test_every_code_by_every_scale(multiplier: str, device: str, side: str) -> None:
-    """Each finite code by each scale up to 246 (beyond, fp32 overflows), picked out of a product by a 1:
-    exact, but for what bf16 drops below 2**-133. The other operand is the identity."""
+    """Each finite code by each scale up to 246 (beyond, fp32 overflows), picked out of a product by
+    a 1: exact, but for what bf16 drops below 2**-133. The other operand is the identity."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(8, 1, 32).expand(8, 247, 32).reshape(-1, 32)
     codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)
     scales = torch.arange(247, dtype=torch.int32).to(torch.uint8).repeat(8)[:, None]
@@ -340,7 +344,8 @@ class Company:
     dtype: torch.dtype
 
     def product(self, rows: Sequence[torch.Tensor], experts: Sequence[int], padding: int = 0) -> list[torch.Tensor]:
-        """One call for these rows with the weights of these experts; the product of each, padding rows left out."""
+        """One call for these rows with the weights of these experts; the product of each, padding
+        rows left out."""
         device = self.weights.device
         counts = [part.shape[0] for part in rows]
         k = self.weights.shape[2]
@@ -355,7 +360,8 @@ class Company:
 
 
 def check_any_company(c: Company, rng: torch.Generator, tally: Any) -> None:
-    """An expert's rows have the same bytes alone, in any order, padded, split, and beside other rows and other weights."""
+    """An expert's rows have the same bytes alone, in any order, padded, split, and beside other
+    rows and other weights."""
     experts = list(range(len(c.rows)))
     expected = c.product(c.rows, experts)
 
@@ -397,8 +403,9 @@ def check_any_company(c: Company, rng: torch.Generator, tally: Any) -> None:
 def make_company(
     counts: Sequence[int], n: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str, backend: str
 ) -> Company:
-    """Normal data; interpreted, small integers, which e4m3 holds and whose products fp32 adds up without
-    rounding: NumPy multiplies there, whose order of additions depends on where a row lies in its tile."""
+    """Normal data; interpreted, small integers, which e4m3 holds and whose products fp32 adds up
+    without rounding: NumPy multiplies there, whose order of additions depends on where a row lies
+    in its tile."""
     if (device, backend) == ("cpu", "triton"):
         integers = [torch.randint(-8, 9, (count, k), generator=rng).bfloat16() for count in (*counts, len(counts) * n)]
         return Company(integers[:-1], integers[-1].view(len(counts), n, k), backend, dtype)

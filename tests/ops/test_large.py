@@ -1,7 +1,8 @@
 """Offsets beyond 2^31, many experts and a million tokens.
 
-On a CPU, pages of a new tensor cost nothing until they are written: operands of billions of elements fit
-a small machine where only a few rows are used, at the far end. tests/gpu/test_gpu_sizes.py fills them.
+On a CPU, pages of a new tensor cost nothing until they are written: operands of billions of
+elements fit a small machine where only a few rows are used, at the far end.
+tests/gpu/test_gpu_sizes.py fills them.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def test_a_thousand_experts_with_a_token_each(
 
 @pytest.mark.parametrize("spread", ["skewed", "one expert"] if ON_GPU else ["skewed"])
 def test_a_million_tokens(device: str, spread: str, rng: torch.Generator, tally: Any) -> None:
-    """On a CPU quantized and multiplied by the reference: 256 experts, of which one has half or all."""
+    """On a CPU quantized and multiplied by the reference: 256 experts, of which one has half or
+    all."""
     backend, t, e, k = "triton" if device == "cuda" else "reference", 1_000_000, 256, 32
     owners = torch.randint(0, e, (t,), generator=rng)
     owners[: t // 2 if spread == "skewed" else t] = 77
@@ -134,7 +136,8 @@ def test_a_million_tokens(device: str, spread: str, rng: torch.Generator, tally:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2**31 - 129, 2**31 - 128])
 def test_the_largest_layouts(num_tokens: int) -> None:
-    """Offsets up to the end of int32, of one expert: 2^31 - 128 rows are the last that fit with padding."""
+    """Offsets up to the end of int32, of one expert: 2^31 - 128 rows are the last that fit with
+    padding."""
     groups = mx.GroupLayout.from_counts(torch.tensor([num_tokens]), num_tokens)
     assert groups.expert_offsets.tolist() == [0, num_tokens]
     assert groups.scale_offsets.tolist() == [0, truth.padded(num_tokens, 128)]

@@ -23,8 +23,8 @@ SIZE: dict[str, Any] = (
     else {"tokens": 24, "hidden": 128, "intermediate": 96}
 )
 MIN_SNR_DB = 23.0 if ON_GPU else 22.0
-"""Of a layer of normal data, which is at 23.6 to 23.8 dB, and in layers as small as those interpreted
-at 23.1 to 24.2; ``moe_forward`` says why not more."""
+"""Of a layer of normal data, which is at 23.6 to 23.8 dB, and in layers as small as those
+interpreted at 23.1 to 24.2; ``moe_forward`` says why not more."""
 
 
 def make(rng: torch.Generator, device: str, **shape: Any) -> Layer:
@@ -87,7 +87,8 @@ def test_only_quantization_separates_it_from_the_truth(backend: str, device: str
 
 
 def test_another_activation(multiplier: str, device: str, rng: torch.Generator) -> None:
-    """By name, as a SwiGLU, by its spec, as a module's; plain SwiGLU in between is not taken for it."""
+    """By name, as a SwiGLU, by its spec, as a module's; plain SwiGLU in between is not taken for
+    it."""
     layer = make(rng, device, **{**SIZE, "tokens": 12}, bias=True)
     w13q, w2q = quantized(layer)
     activation = mx.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
@@ -127,7 +128,8 @@ def test_a_dropped_choice_is_one_of_weight_zero(backend: str, device: str, rng: 
 
 @pytest.mark.parametrize("tokens", [1, 8, 200, 3000] if ON_GPU else [17])
 def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: int) -> None:
-    """Few and many tokens, one launch of routing and three; products differ in the order of additions."""
+    """Few and many tokens, one launch of routing and three; products differ in the order of
+    additions."""
     shape = {**SIZE, "experts": 64, "top_k": 6} if ON_GPU else {}
     layer = make(rng, device, **{**shape, "tokens": tokens}, bias=True, dropped=True)
     expected = run(layer, "reference")
@@ -137,7 +139,8 @@ def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_a_layer_is_its_steps(multiplier: str, device: str, rng: torch.Generator, bias: bool) -> None:
-    """The public functions one after the other, with the rounding that saturates nothing: the same bits."""
+    """The public functions one after the other, with the rounding that saturates nothing: the same
+    bits."""
     layer = make(rng, device, tokens=11, hidden=96, bias=bias, dropped=True)
     assert torch.equal(run(layer, multiplier), moe_truth.forward_in_steps(layer, *quantized(layer), multiplier))
 
@@ -162,7 +165,8 @@ def test_buffers_with_strides(backend: str, device: str, rng: torch.Generator) -
 def test_a_workspace_gives_the_same_bits_for_every_batch_it_holds(
     multiplier: str, device: str, rng: torch.Generator, tokens: int
 ) -> None:
-    """In poisoned memory: what is read was written before. Rows of ``out`` behind the batch stay."""
+    """In poisoned memory: what is read was written before. Rows of ``out`` behind the batch
+    stay."""
     layer = make(rng, device, tokens=tokens, dropped=True, bias=True)
     workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=tokens, top_k=2, backend=multiplier)
     out = torch.full_like(layer.x, float("nan"))
@@ -188,7 +192,8 @@ def test_a_workspace_says_its_size(rng: torch.Generator) -> None:
 
 
 def test_workspace_of_a_large_layer() -> None:
-    """The numbers of docs/moe.md, of DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's product adds."""
+    """The numbers of docs/moe.md, of DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's
+    product adds."""
     from hybrid_mxfp8.triton_kernels.gemm.hopper_config import WorkspaceLayout, select_hopper_config
 
     experts, hidden, intermediate, rows = 256, 7168, 2048, 8192 * 8

@@ -1,4 +1,5 @@
-"""quantize_grouped and quantize_weights: the kernel's bytes are the reference's, and the definition's.
+"""quantize_grouped and quantize_weights: the kernel's bytes are the reference's, and the
+definition's.
 
 Hostile counts, addresses and strides are in test_bad_calls.py, all codes in test_codes.py.
 """
@@ -15,7 +16,7 @@ import swiglu_truth
 import torch
 import truth
 from cases import same_bytes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
@@ -70,6 +71,7 @@ def test_ragged(device: str, name: str, k: int, rng: torch.Generator) -> None:
     assert np.array_equal(truth.as_bytes(got.scales).reshape(-1), stored)
 
 
+@settings(max_examples=25 if cases.device() == "cuda" else 15)
 @given(
     shape=cases.ragged(), k=st.sampled_from([32, 64, 96, 128, 288, 1056]), dtype=st.sampled_from(cases.DTYPES),
     rounding=st.sampled_from(truth.ROUNDINGS), seed=st.integers(0, 2**31),
@@ -79,18 +81,22 @@ def test_any_layout(device: str, shape: cases.Ragged, k: int, dtype: torch.dtype
     check(x, cases.layout(shape.counts, shape.num_tokens, device), rounding)
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 3, 127, 128, 256, 1000, 1024, 1500, 3000])
+ON_GPU = cases.device() == "cuda"
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 128, 256, 1000, 1024, 1500, 3000] if ON_GPU else [1, 2, 3, 127, 1024])
 def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: int, rng: torch.Generator) -> None:
     """Every configuration, and both forms of groups: a layout, and counts that the kernel may scan."""
-    shapes = [(150, 64)] if device == "cpu" else [(64, 160), (64, 7168), (300, 7168), (3000, 160), (3000, 7168)]
+    shapes = [(64, 160), (64, 7168), (300, 7168), (3000, 160), (3000, 7168)] if ON_GPU else [(40, 64)]
     for num_tokens, k in shapes:
         owners = torch.randint(0, num_experts, (num_tokens,), generator=rng)
         counts = torch.bincount(owners, minlength=num_experts).to(device)
         x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
         groups = mx.GroupLayout.from_counts(counts, num_tokens)
-        expected = check(x, groups)
-        for given_counts in (counts, counts.int()):
-            got = into_poison("triton", x, given_counts)
+        expected = into_poison("reference", x, groups)
+        few = ON_GPU or num_experts < 200
+        for form in (groups, counts, counts.int()) if few else (counts.int(),):
+            got = into_poison("triton", x, form)
             same_bytes(got, expected)
             for name in ("tokens_per_expert", "expert_offsets", "scale_offsets"):
                 assert torch.equal(getattr(got.groups, name), getattr(groups, name))
@@ -98,7 +104,8 @@ def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: i
 
 @pytest.mark.parametrize("experts", [4, 100])
 def test_most_rows_are_nobodys(device: str, experts: int, rng: torch.Generator) -> None:
-    """Where experts are spread over GPUs: programs beyond the groups leave at once, and write nothing."""
+    """Where experts are spread over GPUs: programs beyond the groups leave at once, and write
+    nothing."""
     t, k = (6000, 512) if device == "cuda" else (600, 64)
     counts = torch.randint(0, 12 if device == "cuda" else 2, (experts,), generator=rng).tolist()
     x = cases.random_rows(t, k, torch.bfloat16, rng, device)
@@ -243,7 +250,8 @@ def test_weights_with_strides(device: str, rng: torch.Generator) -> None:
 
 
 def test_out_is_written_again_with_another_layout(device: str, rng: torch.Generator) -> None:
-    """Buffers of an earlier result for other groups of the same shapes: no byte of the first shows."""
+    """Buffers of an earlier result for other groups of the same shapes: no byte of the first
+    shows."""
     x = cases.random_rows(150, 96, torch.bfloat16, rng, device)
     first = mx.quantize_grouped(x, cases.layout([150, 0, 0], device=device), backend="triton")
     groups = cases.layout([1, 2, 3], 150, device)

@@ -1,4 +1,5 @@
-"""torch.ops.hybrid_mxfp8: opcheck, tracing without breaks, one graph for all token counts, the same bits as eager calls."""
+"""torch.ops.hybrid_mxfp8: opcheck, tracing without breaks, one graph for all token counts, the same
+bits as eager calls."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 import torch._dynamo
 from recorder import Recorder
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hybrid_mxfp8 as mx
@@ -74,8 +76,8 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck(backend: str, device: str, rng: torch.Generator, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake implementation, tracing with static and dynamic shapes. New memory is zeroed: scale rows
-    beyond the groups are not written, and opcheck compares all bytes."""
+    """Schema, fake implementation, tracing with static and dynamic shapes. New memory is zeroed:
+    scale rows beyond the groups are not written, and opcheck compares all bytes."""
     arguments = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in operands(backend, rng)[call])
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).zero_())
@@ -205,7 +207,8 @@ def test_a_wrong_out_of_a_traced_layer_is_refused(rng: torch.Generator) -> None:
 
 
 def test_buffers_are_refused_under_compile(rng: torch.Generator) -> None:
-    """Rows that no expert owns keep what they hold in an eager call's ``out``; a traced one could only copy over them."""
+    """Rows that no expert owns keep what they hold in an eager call's ``out``; a traced one could
+    only copy over them."""
     x, groups = cases.random_rows(9, K, torch.bfloat16, rng), cases.layout([9])
     xq = mx.quantize_grouped(x, groups, backend="reference")
 
@@ -214,6 +217,16 @@ def test_buffers_are_refused_under_compile(rng: torch.Generator) -> None:
 
     with pytest.raises(Exception, match=r"out: must be None under torch\.compile"):
         torch.compile(quantize, fullgraph=True, backend="eager")(x)
+
+
+def test_fake_tensors_are_traced_after_real_ones_of_their_shapes(backend: str, rng: torch.Generator) -> None:
+    x, groups = cases.random_rows(9, K, torch.bfloat16, rng), cases.layout([9])
+    out = mx.quantize_grouped(x, groups, backend="reference")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        with pytest.raises(ValueError, match=r"^out: must be None under torch\.compile, and for fake and meta"):
+            mx.quantize_grouped(fake, groups, out=out, backend=backend)
+        assert mx.quantize_grouped(fake, groups, backend=backend).values.shape == (9, K)
 
 
 def test_gradients_are_refused(rng: torch.Generator) -> None:

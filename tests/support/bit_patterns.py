@@ -1,7 +1,9 @@
-"""Input bit patterns for the quantizer: where a scale or an element changes, at every exponent, and random bits.
+"""Input bit patterns for the quantizer: where a scale or an element changes, at every exponent, and
+random bits.
 
-A block of 32 is a head, which is the amax, and 31 elements at chosen distances below it: beyond 2**17 or so below the
-amax everything rounds to zero, so that blocks of independent random bits would test little but the amax.
+A block of 32 is a head, which is the amax, and 31 elements at chosen distances below it: beyond
+2**17 or so below the amax everything rounds to zero, so that blocks of independent random bits
+would test little but the amax.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def _as_floats(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(heads: torch.Tensor, distances: torch.Tensor, mantissas: torch.Tensor) -> torch.Tensor:
-    """Heads (B,), fp32 bits without sign, each over 31 elements of these distances and mantissas; subnormal where need be."""
+    """Heads (B,), fp32 bits without sign, each over 31 elements of these distances and mantissas;
+    subnormal where need be."""
     exponents = (heads >> 23)[:, None] - distances
     normal = (exponents << 23) + mantissas
     subnormal = (2**23 + mantissas) >> (1 - exponents).clamp(1, 24)
@@ -37,13 +40,15 @@ def _blocks(heads: torch.Tensor, distances: torch.Tensor, mantissas: torch.Tenso
 
 
 def fp32_edges(rng: torch.Generator, repeats: int = 8) -> torch.Tensor:
-    """(R, 1024): heads of every exponent with the mantissas above; elements within 2 of where e4m3 rounds the other way."""
+    """(R, 1024): heads of every exponent with the mantissas above; elements within 2 of where e4m3
+    rounds the other way."""
     exponents = torch.arange(255, dtype=torch.int64) << 23
     heads = (exponents[:, None] + torch.tensor(SCALE_EDGES)).reshape(-1).repeat(repeats)
     heads = heads[: heads.numel() // 32 * 32]
     size = (heads.numel(), 31)
     distances = torch.randint(0, DISTANCES, size, generator=rng)
-    # Halfway between neighbours is a multiple of 2**19 in normal results, of up to 2**23 in subnormal ones.
+    # Halfway between neighbours is a multiple of 2**19 in normal results, of up to 2**23 in
+    # subnormal ones.
     shift = torch.randint(19, 24, size, generator=rng)
     mantissas = (torch.randint(0, 2**23, size, generator=rng) >> shift << shift) + torch.randint(
         -2, 3, size, generator=rng
@@ -51,7 +56,7 @@ def fp32_edges(rng: torch.Generator, repeats: int = 8) -> torch.Tensor:
     return _as_floats(_blocks(heads, distances, mantissas.clamp(0, 0x7FFFFF)))
 
 
-def fp32_random(rng: torch.Generator, blocks: int = 2**16) -> torch.Tensor:
+def fp32_random(rng: torch.Generator, blocks: int = 2**15) -> torch.Tensor:
     """(R, 1024): random heads and random mantissas."""
     heads = torch.randint(0, 0x7F800000, (blocks,), generator=rng)
     size = (blocks, 31)
@@ -65,7 +70,8 @@ def fp32_raw(rng: torch.Generator, rows: int = 128) -> torch.Tensor:
 
 
 def every_code_below_an_amax(dtype: torch.dtype) -> torch.Tensor:
-    """(R, 1024): each finite code of a 16-bit dtype at each distance below an amax that is no neighbour of it."""
+    """(R, 1024): each finite code of a 16-bit dtype at each distance below an amax that is no
+    neighbour of it."""
     mantissa_bits, largest = {torch.bfloat16: (7, 0x7F7F), torch.float16: (10, 0x7BFF)}[dtype]
     codes = torch.arange(0, largest + 1, dtype=torch.int64)
     codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 31)).reshape(-1, 31)

@@ -16,7 +16,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 POISON = 0xFF
-"""In values it is a NaN, in scales the scale NaN: a byte that was not written shows, and spreads."""
+"""In values it is a NaN, in scales the scale NaN: a byte that was not written shows, and
+spreads."""
 
 RAGGED: dict[str, tuple[list[int], int]] = {
     "one token": ([1], 1),
@@ -40,7 +41,8 @@ HOSTILE: dict[str, tuple[list[int], int]] = {
     "beyond T, then nothing": ([9, 0, 0], 8),
     "T = 0": ([3, 4], 0),
 }
-"""Device data that no router should send; as ends, some also fall. None may lead outside a buffer."""
+"""Device data that no router should send; as ends, some also fall. None may lead outside a
+buffer."""
 
 HUGE: dict[str, tuple[list[int], int]] = {
     "sum wraps int64": ([2**62, 2**62, 5], 300),
@@ -95,7 +97,8 @@ def every_code(dtype: torch.dtype) -> torch.Tensor:
 
 
 def _with_smaller_ones(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(R, 1024): each amax heads a block whose other elements are fractions of it, down to its 2**-16."""
+    """(R, 1024): each amax heads a block whose other elements are fractions of it, down to its
+    2**-16."""
     j = torch.arange(32, dtype=torch.float64)
     fractions = torch.where(j % 2 == 0, 1.0, -1.0) * 2.0 ** (-j / 2) * (1 + (j % 5) / 16).clamp_max(1.0)
     fractions[0] = 1.0
@@ -110,7 +113,8 @@ def every_amax(dtype: torch.dtype) -> torch.Tensor:
 
 
 def fp32_edges() -> torch.Tensor:
-    """(R, 1024) fp32: each exponent with the mantissas where a scale or an element changes, as amax and as elements."""
+    """(R, 1024) fp32: each exponent with the mantissas where a scale or an element changes, as amax
+    and as elements."""
     around = [0, 0x080000, 0x100000, 0x180000, 0x1FFFFF, 0x400000, 0x5FFFFF, 0x600000, 0x780000, 0x7FFFFF]
     mantissas = sorted({m + d for m in around for d in (-1, 0, 1) if 0 <= m + d <= 0x7FFFFF})
     exponents = torch.arange(256, dtype=torch.int64) << 23
@@ -123,7 +127,8 @@ def fp32_edges() -> torch.Tensor:
 
 
 def special_rows(dtype: torch.dtype) -> torch.Tensor:
-    """(8, 128): blocks of zeros of both signs, of NaN and Inf among finite values, of tiny and subnormal values."""
+    """(8, 128): blocks of zeros of both signs, of NaN and Inf among finite values, of tiny and
+    subnormal values."""
     x = torch.linspace(-3, 3, 8 * 128).reshape(8, 128)
     x[0] = 0.0
     x[1] = -0.0
@@ -139,7 +144,8 @@ def special_rows(dtype: torch.dtype) -> torch.Tensor:
 def random_rows(
     rows: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str | torch.device = "cpu"
 ) -> torch.Tensor:
-    """(rows, K) normal values, each block at a magnitude of its own; made on the device from a seed that ``rng`` gives."""
+    """(rows, K) normal values, each block at a magnitude of its own; made on the device from a seed
+    that ``rng`` gives."""
     device = torch.device(device)
     if device.type != "cpu":
         rng = torch.Generator(device).manual_seed(int(torch.randint(0, 2**31, (), generator=rng)))

@@ -1,16 +1,18 @@
-"""The library under a random sequence of calls: a state machine that holds what earlier calls made and feeds it to later ones.
+"""The library under a random sequence of calls: a state machine that holds what earlier calls made
+and feeds it to later ones.
 
-State: layouts, quantized tokens and weights, MoE layers with their workspaces, outputs and workspaces to be written
-again. Each rule makes one public call on every backend that can run here, asked for by argument, context or
-environment, and compares:
+State: layouts, quantized tokens and weights, MoE layers with their workspaces, outputs and
+workspaces to be written again. Each rule makes one public call on every backend that can run here,
+asked for by argument, context or environment, and compares:
 
-- bytes of a quantizer: equal to those of ``truth``, padding zero, what no expert owns as it was before;
+- bytes of a quantizer: equal to those of ``truth``, padding zero, what no expert owns as it was
+  before;
 - a product: within the bounds of ``tolerances`` of float64, what no expert owns as it was before;
 - a whole MoE layer: the bits of the same steps as separate calls.
 
-Every buffer that a call may write stands between guard bytes, which are looked at after each rule. It runs on a GPU if
-there is one, else on the CPU, kernels interpreted. Shapes come from modest pools, so that a GPU compiles a bounded set
-of kernels.
+Every buffer that a call may write stands between guard bytes, which are looked at after each rule.
+It runs on a GPU if there is one, else on the CPU, kernels interpreted. Shapes come from modest
+pools, so that a GPU compiles a bounded set of kernels.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ HALF = GPU and torch.cuda.get_device_capability() < (10, 0)
 
 @dataclass(frozen=True)
 class Pool:
-    """What shapes and options are drawn from; few enough that a GPU's kernels are soon all compiled."""
+    """What shapes and options are drawn from; few enough that a GPU's kernels are soon all
+    compiled."""
 
     experts: tuple[int, ...]
     ks: tuple[int, ...]
@@ -103,7 +106,8 @@ class Buffer:
 
 @contextmanager
 def asking(way: str, name: str) -> Iterator[dict[str, str]]:
-    """Ask for a backend in one way, while those of lower rank ask for another; yields keyword arguments of the call.
+    """Ask for a backend in one way, while those of lower rank ask for another; yields keyword
+    arguments of the call.
 
     ``auto`` asks for none where that comes to the same, else by argument.
     """
@@ -425,7 +429,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(token=index, seed=seeds, kind=formats, way=ways, swiglu=activations)
     def reroute(self, token: int, seed: int, kind: tuple[torch.dtype, str], way: str, swiglu: mx.SwiGLU | None) -> None:
-        """Other counts in the tensors of a layout that earlier calls have used, as a replayed graph has them."""
+        """Other counts in the tensors of a layout that earlier calls have used, as a replayed graph
+        has them."""
         held = self.tokens[token % len(self.tokens)]
         groups, t = held.operand.groups, held.operand.groups.num_tokens
         rng = np.random.default_rng(seed)
@@ -491,13 +496,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=index, k=index, seed=seeds, layout=index)
     def operands_of_any_bytes(self, n: int, k: int, seed: int, layout: int) -> None:
-        """Codes and scales that no quantizer need be able to make, scales at the ends of E8M0 among them."""
+        """Codes and scales that no quantizer need be able to make, scales at the ends of E8M0 among
+        them."""
         k, e = self.inner[k % len(self.inner)], self.experts
         fitting = [m for m in POOL.ns if e * m * k <= POOL.weight_elements] or [8]
         n = fitting[n % len(fitting)]
         where = self.layouts[layout % len(self.layouts)]
         rng = np.random.default_rng(seed)
-        # No product may leave fp32, which would make the order of additions matter; a quantized operand has up to 3e29.
+        # No product may leave fp32, which would make the order of additions matter; a quantized
+        # operand has up to 3e29.
         scale_bytes = np.array([0, 1, 2, *range(100, 136)], np.uint8)
 
         def draw(*shape: int) -> Plain:

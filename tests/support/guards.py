@@ -1,7 +1,8 @@
-"""Memory with guard bytes: copies of tensors inside one buffer of bytes, none of which may change but where it is allowed.
+"""Memory with guard bytes: copies of tensors inside one buffer of bytes, none of which may change
+but where it is allowed.
 
-A write beyond a tensor, into another or into the space between the rows of a strided one shows up as a changed byte, also
-where it would have hit memory that nobody uses.
+A write beyond a tensor, into another or into the space between the rows of a strided one shows up
+as a changed byte, also where it would have hit memory that nobody uses.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Guards:
         self.count = 0
 
     def __call__(self, x: torch.Tensor, shift: int = 0) -> torch.Tensor:
-        """A copy with x's strides that must not change. It starts ``shift`` bytes behind a 256-byte boundary."""
+        """A copy with x's strides that must not change. It starts ``shift`` bytes behind a 256-byte
+        boundary."""
         if x.device.type == "meta":
             return x
         itemsize = x.element_size()
@@ -100,7 +102,8 @@ class Guards:
         self._before = self._memory.clone()
 
     def check(self, *, refused: bool = False) -> int:
-        """Every byte is what it was, but for those that may be written if the call was not refused; returns ``count``."""
+        """Every byte is what it was, but for those that may be written if the call was not refused;
+        returns ``count``."""
         assert self._before is not None, "ready() comes before the call"
         changed = self._memory != self._before
         if not refused:

@@ -1,4 +1,5 @@
-"""The truth of an MoE layer: fp64, one choice of one token at a time, from unquantized or dequantized weights."""
+"""The truth of an MoE layer: fp64, one choice of one token at a time, from unquantized or
+dequantized weights."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from hybrid_mxfp8.reference import routing
 
 @dataclass(frozen=True)
 class Layer:
-    """Inputs of one layer: x (M, H), w13 (E, 2I, H), w2 (E, H, I), ids and weights (M, top_k), biases (E, 2I), (E, H)."""
+    """Inputs of one layer: x (M, H), w13 (E, 2I, H), w2 (E, H, I), ids and weights (M, top_k),
+    biases (E, 2I), (E, H)."""
 
     x: torch.Tensor
     w13: torch.Tensor
@@ -38,7 +40,8 @@ def make_layer(
     dropped: bool = False,
     ids_dtype: torch.dtype = torch.int64,
 ) -> Layer:
-    """Normal data; weights scaled so that every stage has values around 1. ``dropped``: some ids are -1, some >= E."""
+    """Normal data; weights scaled so that every stage has values around 1. ``dropped``: some ids
+    are -1, some >= E."""
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=rng) * scale).to(dtype)
@@ -101,7 +104,8 @@ def forward(layer: Layer, activation: Activation = silu_mul) -> torch.Tensor:
 def forward_in_steps(
     layer: Layer, w13q: mx.ExpertWeights, w2q: mx.ExpertWeights, backend: str, activation: mx.SwiGLU = PLAIN_SWIGLU
 ) -> torch.Tensor:
-    """The layer as separate public calls, routing and sum by their references: the bits of ``moe_forward``."""
+    """The layer as separate public calls, routing and sum by their references: the bits of
+    ``moe_forward``."""
     ids, device, experts = layer.ids.contiguous(), layer.x.device, w2q.num_experts
     out = torch.zeros(layer.x.shape, dtype=layer.x.dtype, device=device)
     if not ids.numel():

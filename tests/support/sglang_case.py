@@ -1,4 +1,5 @@
-"""A grouped product as SGLang's callers set it up: caller-computed metadata, caller-allocated buffers, both operands quantized."""
+"""A grouped product as SGLang's callers set it up: caller-computed metadata, caller-allocated
+buffers, both operands quantized."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ class Case:
         )
 
     def experts(self) -> list[tuple[slice, torch.Tensor]]:
-        """Rows of each expert that has any, and their product before quantization, accumulated in float64."""
+        """Rows of each expert that has any, and their product before quantization, accumulated in
+        float64."""
         return [
             (slice(start, start + count), self.x[start : start + count].double() @ self.w[e].double().T)
             for e, (start, count) in enumerate(zip(exclusive(self.counts), self.counts, strict=True))

@@ -1,9 +1,10 @@
 """What quantized SwiGLU may be, when only its exponential is not exact.
 
-silu(g) * u is computed in fp32 with an exponential and a division that may differ in their last places between
-the CPU, the interpreter and a GPU. With d the relative error that these allow, the true value v lies somewhere in
-[v(1-d), v(1+d)], so the scale must be one that some amax in its interval asks for, and each code must lie between the
-codes of the interval's ends at that scale. Where no boundary is within d this leaves a single answer.
+silu(g) * u is computed in fp32 with an exponential and a division that may differ in their last
+places between the CPU, the interpreter and a GPU. With d the relative error that these allow, the
+true value v lies somewhere in [v(1-d), v(1+d)], so the scale must be one that some amax in its
+interval asks for, and each code must lie between the codes of the interval's ends at that scale.
+Where no boundary is within d this leaves a single answer.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from hybrid_mxfp8.core.formats import scale_cols
 
 
 def relative_error(exponent: truth.Doubles) -> truth.Doubles:
-    """Exponentials are 2**(g * log2 e): rounding the product costs |g| * 2**-24, and five more operations 2 ulp each.
+    """Exponentials are 2**(g * log2 e): rounding the product costs |g| * 2**-24, and five more
+    operations 2 ulp each.
 
-    g is the gate times alpha, whose rounding and the product's cost another |g| * 2**-24; beta is one more operation.
+    g is the gate times alpha, whose rounding and the product's cost another |g| * 2**-24; beta is
+    one more operation.
     """
     error: truth.Doubles = (np.abs(exponent) * 2.5 + 24) * 2.0**-24
     return error
@@ -44,14 +47,15 @@ def check(
 ) -> None:
     """Check finite rows of x (T, 2K), sorted by expert as ``counts`` says, against ``got``.
 
-    Nearly every block and element has one answer only: more than the share ``ambiguous`` of them with two would say
-    little. A single block of a tiny operand may well have two.
+    Nearly every block and element has one answer only: more than the share ``ambiguous`` of them
+    with two would say little. A single block of a tiny operand may well have two.
     """
     gate, up = np.split(truth.doubles(x), 2, axis=1)
     gate, up = cut(gate, up, activation.limit)
     exponent = activation.alpha * gate
     true = gate / (1 + np.exp(-np.clip(exponent, -700, 700))) * (up + activation.beta)
-    # Where exp(-exponent) leaves fp32's range the product is flushed to zero: it is below 2**-118 times up.
+    # Where exp(-exponent) leaves fp32's range the product is flushed to zero: it is below 2**-118
+    # times up.
     flushed = np.abs(true) + 2.0**-118 * (np.abs(up) + abs(activation.beta))
     slack = np.abs(true) * relative_error(exponent) + np.where(exponent < -86, flushed, 0)
     blocks, slack = (a.reshape(a.shape[0], -1, 32) for a in (true, slack))

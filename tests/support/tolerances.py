@@ -1,10 +1,10 @@
-"""How far a product may be from the float64 truth of its MXFP8 operands: one table, with the reasons.
+"""How far a product may be from the float64 truth of its MXFP8 operands: one table, with reasons.
 
-The operands are exact in fp32, products of two e4m3 values are exact in fp32, and scales are powers of two. So
-what can differ is the accumulation and the rounding of the output:
+The operands are exact in fp32, products of two e4m3 values are exact in fp32, and scales are powers
+of two. So what can differ is the accumulation and the rounding of the output:
 
-    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T) + smallest(dtype) + K * UNDERFLOW
-                 + dropped(formulation)
+    |y - ref| <= half_ulp(dtype) * |ref| + ACCUMULATION * (|x| @ |w|.T)
+                 + smallest(dtype) + K * UNDERFLOW + dropped(formulation)
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ SMALLEST = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2
 """Half the smallest subnormal: what rounding may cost near zero."""
 
 OVERFLOW = {torch.bfloat16: 2.0**128 - 2.0**119, torch.float16: 65520.0, torch.float32: 2.0**128 - 2.0**103}
-"""Magnitudes from here on round to Inf: half way between the dtype's largest value and the power of two after it."""
+"""Magnitudes from here on round to Inf: half way between the dtype's largest value and the power of
+two after it."""
 
 ACCUMULATION = 2e-5
-"""Relative to the sum of magnitudes. fp32 accumulation costs at most K * 2**-24 of it, 1.2e-4 at K = 2048; roundings of
-random sign add up to about sqrt(K) * 2**-24, 3e-6 there, and to 5e-6 at K = 7168. Matrix units also align the addends of a
-step before they add them, which drops bits below their widest one's; this leaves four times for that."""
+"""Relative to the sum of magnitudes. fp32 accumulation costs at most K * 2**-24 of it, 1.2e-4 at K
+= 2048; roundings of random sign add up to about sqrt(K) * 2**-24, 3e-6 there, and to 5e-6 at K =
+7168. Matrix units also align the addends of a step before they add them, which drops bits below
+their widest one's; this leaves four times for that."""
 
 UNDERFLOW = 2.0**-150
-"""Half of fp32's smallest subnormal: what the product of two elements may lose where it is one itself. Sums of subnormals
-are exact."""
+"""Half of fp32's smallest subnormal: what the product of two elements may lose where it is one
+itself. Sums of subnormals are exact."""
 
 BF16_DROPPED = 2.0**-134
-"""The bf16 formulation rounds dequantized elements below 2**-133, which only scale bytes 0 to 2 produce."""
+"""The bf16 formulation rounds dequantized elements below 2**-133, which only scale bytes 0 to 2
+produce."""
 
 
 def gemm_bound(ref: Doubles, magnitude: Doubles, dtype: torch.dtype, dropped: Doubles | float = 0.0) -> Doubles:
@@ -51,7 +54,8 @@ def check_gemm(
     *,
     bf16_formulation: bool = False,
 ) -> float:
-    """Compare y (T, N) with truth, row by row of each expert; returns the largest error in units of its bound.
+    """Compare y (T, N) with truth, row by row of each expert; returns the largest error in units of
+    its bound.
 
     Args:
         y: the product.

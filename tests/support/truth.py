@@ -1,8 +1,8 @@
 """MXFP8 from its definition, in numpy float64, sharing no code with the library.
 
-Every bf16, fp16 and fp32 value, every e4m3 value and every power of two used here is exact in float64.
-Elements are encoded by search for the nearest of all e4m3 values, scales by search for the exponent that
-the definition asks for, swizzled bytes by walking the storage in its own order.
+Every bf16, fp16 and fp32 value, every e4m3 value and every power of two used here is exact in
+float64. Elements are encoded by search for the nearest of all e4m3 values, scales by search for the
+exponent that the definition asks for, swizzled bytes by walking the storage in its own order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def decode_e4m3(codes: Bytes) -> Doubles:
 
 
 def encode_e4m3(x: Doubles) -> Bytes:
-    """The nearest e4m3 value, the even code of two equally near, 448 beyond the range, 0x7F for NaN."""
+    """The nearest e4m3 value, the even code of two equally near, 448 beyond the range, 0x7F for
+    NaN."""
     distinct, where = np.unique(np.abs(np.where(np.isnan(x), 0, x)), return_inverse=True)
     # argmin takes the first of equals, and even codes come first.
     codes = np.concatenate(
@@ -101,7 +102,8 @@ def padded(rows: int, multiple: int) -> int:
 def swizzle(linear: Bytes) -> Bytes:
     """Row-major (R, B) scales of one operand to its stored bytes, padding zero.
 
-    The storage in its own order: tiles along rows, tiles along columns, 32 lanes, 4 quarters of 32 rows, 4 columns.
+    The storage in its own order: tiles along rows, tiles along columns, 32 lanes, 4 quarters of 32
+    rows, 4 columns.
     """
     rows, cols = padded(linear.shape[0], 128), padded(linear.shape[1], 4)
     full = np.zeros((rows, cols), np.uint8)
@@ -116,7 +118,8 @@ def swizzle(linear: Bytes) -> Bytes:
 
 
 def layout(counts: Sequence[int], num_tokens: int) -> tuple[list[int], list[int], list[int]]:
-    """tokens, expert offsets and scale offsets of these counts, in plain Python: what a valid layout is for any data."""
+    """tokens, expert offsets and scale offsets of these counts, in plain Python: what a valid
+    layout is for any data."""
     tokens, offsets, scale_offsets = [], [0], [0]
     for count in counts:
         tokens.append(min(max(count, 0), num_tokens - offsets[-1]))

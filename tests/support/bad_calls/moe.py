@@ -133,7 +133,8 @@ BAD += [
 
 
 def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any) -> Odd:
-    """Against the float64 layer of dequantized weights: MXFP8 activations leave 23 dB, garbage leaves none."""
+    """Against the float64 layer of dequantized weights: MXFP8 activations leave 23 dB, garbage
+    leaves none."""
 
     def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
         plain = {**_good(), **changes}

@@ -119,7 +119,8 @@ def _right(
     unaligned_values: bool = False,
     dtype: torch.dtype = torch.int32,
 ) -> Odd:
-    """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as padding, poison elsewhere."""
+    """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as
+    padding, poison elsewhere."""
 
     def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
         source, rows = g(x, shift), None if index is None else g(torch.tensor(index, dtype=torch.int32))
@@ -190,7 +191,7 @@ ODD: list[Odd] = [
     _right("one row for all", normal(1, K).expand(T, K), COUNTS),
     _right("rows that overlap", normal(T + K).as_strided((T, K), (1, 1)), COUNTS),
     _right("E = 1", normal(T, K), [T]),
-    _right("E = 4096", normal(T, 32), [0] * 2000 + [7] + [0] * 2000 + [9] + [0] * 94),
+    _right("E = 1200", normal(T, 32), [0] * 1030 + [7] + [0] * 100 + [9] + [0] * 68),
     _right("E = 0", normal(T, K), []),
     _right("E = 0, from counts", normal(T, K), [], as_counts=True),
     _right("T = 0", normal(0, K), [0, 0]),
@@ -207,7 +208,7 @@ ODD: list[Odd] = [
     _weights("N = 1", normal(2, 1, K)),
     _weights("N = 0", normal(2, 0, K)),
     _weights("no experts", normal(0, 9, K)),
-    _weights("300 experts of one row", normal(300, 1, 32)),
+    _weights("70 experts of one row", normal(70, 1, 32)),
     *shapes("tensors, layout", _quantized(False), _are_operands),
     *shapes("tensors, counts", _quantized(True), _are_operands),
 ]  # fmt: skip

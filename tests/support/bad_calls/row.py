@@ -1,4 +1,5 @@
-"""One row of a table of calls: what is wrong or odd about it, the call, and what must come of it."""
+"""One row of a table of calls: what is wrong or odd about it, the call, and what must come of
+it."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Odd:
 
     Attributes:
         what: a few words.
-        prepare: puts its tensors into guarded memory, and returns the call and a check of its result.
+        prepare: puts its tensors into guarded memory, and returns the call and a check of its
+        result.
     """
 
     what: str
@@ -55,7 +57,8 @@ class Odd:
 
 
 def refused(call: Callable[..., object], good: Callable[[], dict[str, Any]]) -> Callable[..., Bad]:
-    """Makes rows: ``call`` with good arguments but for a few, which are values, or functions that make them."""
+    """Makes rows: ``call`` with good arguments but for a few, which are values, or functions that
+    make them."""
 
     def row(what: str, error: type[Exception], message: str, /, **changes: Any) -> Bad:
         def prepare(g: Guards) -> Call:
@@ -76,7 +79,8 @@ def of_tensor(
     row: Callable[..., Bad], what: str, name: str, make: Callable[[], torch.Tensor], dims: str, dtypes: str,
     wrong: Sequence[torch.dtype], strides: str = "must be contiguous", place: str | None = "", more: str = "sparse",
 ) -> list[Bad]:  # fmt: skip
-    """What every tensor is checked for: its type, dtypes, rank, strides, device; sparse, and with grad.
+    """What every tensor is checked for: its type, dtypes, rank, strides, device; sparse, and with
+    grad.
 
     Args:
         row: of the function's table.
@@ -87,8 +91,8 @@ def of_tensor(
         dtypes: as those are listed that it may have.
         wrong: some that it may not have.
         strides: what the error says of gaps; none where gaps are taken.
-        place: the error for a meta tensor, if not that this must be on the CPU; None where it is taken.
-        more: ``sparse``, ``grad``, both or none.
+        place: the error for a meta tensor, if not that this must be on the CPU; None where it is
+        taken. more: ``sparse``, ``grad``, both or none.
     """
     odd: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "a list": (TypeError, r"must be a torch\.Tensor", lambda: [1.0]),
@@ -139,7 +143,8 @@ def overlapping(
     call: Callable[..., object], good: Callable[[], dict[str, Any]], what: str, message: str,
     first: str, second: str, by: int,
 ) -> Bad:  # fmt: skip
-    """Two arguments, or parts of them, in one memory: ``second`` starts ``by`` bytes behind ``first``."""
+    """Two arguments, or parts of them, in one memory: ``second`` starts ``by`` bytes behind
+    ``first``."""
 
     def prepare(g: Guards) -> Call:
         arguments = {name: g.place(value) for name, value in good().items()}

@@ -129,7 +129,8 @@ BAD += [
 
 
 def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_STARTS, shift: int = 0, workspace: tuple[int, ...] = ()) -> Odd:  # fmt: skip
-    """Both functions, against the public ones; the workspace is as small as its leading dimensions allow."""
+    """Both functions, against the public ones; the workspace is as small as its leading dimensions
+    allow."""
 
     def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
         x, w = normal(T, K), mx.quantize_weights(normal(E, N, K, seed=4), backend="reference")
