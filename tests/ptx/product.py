@@ -1,0 +1,54 @@
+"""Every import of the product that the emulator's runs need, in one place."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from hybrid_mxfp8 import env  # noqa: E402
+from hybrid_mxfp8.config import GemmConfig  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels import headers, jit  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
+from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols  # noqa: E402
+from hybrid_mxfp8.groups import GroupLayout  # noqa: E402
+from hybrid_mxfp8.triton_kernels import grouped_gemm_blackwell, launch  # noqa: E402
+
+__all__ = [
+    *("CUTLASS_SOURCES", "OUT_DTYPES", "ROOT", "GemmConfig", "GroupLayout", "env", "gemm_source"),
+    *("grouped_gemm_blackwell", "grouped_scale_rows", "headers", "host_source", "jit", "launch", "mainloop_headers"),
+    "scale_cols",
+]
+
+CUTLASS_SOURCES = jit.ROOM
+"""Where the product's .cu and .cuh are."""
+
+OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def host_source() -> Any:
+    """The host side of every configuration, for the product's JIT."""
+    return jit.Source(
+        name="ptx_host",
+        file=Path(__file__).with_name("host.cu"),
+        arch="9.0",
+        definitions=(("CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "1"), ("CUTLASS_ENABLE_GDC_FOR_SM100", "1")),
+    )
+
+
+@functools.cache
+def mainloop_headers(mainloop: str) -> headers.CutlassHeaders:
+    """The newest installed CUTLASS headers that give a mainloop, ``ragged`` or ``pointer_array``."""
+    fitting = [h for h in headers.installed_cutlass() if h.ragged == (mainloop == "ragged")]
+    if not fitting:
+        raise SystemExit(f"no CUTLASS headers for the {mainloop} mainloop: pip install " + (
+            "sgl-deep-gemm" if mainloop == "ragged" else "nvidia-cutlass"
+        ))
+    return max(fitting, key=lambda h: h.version)
