@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx.instructions import EXIT, Closure, instruction, unknown
 from ptx.formats import bf16_bits, e4m3_bits
-from ptx.operands import UNSIGNED, Operands, Put, Value, dtype
+from ptx.operands import PARAMETERS, UNSIGNED, Operands, Put, Value, dtype
 from ptx.parser import BITS, Instruction, Operand, Pair, Register, Vector
 from ptx.warp import FULL, Warp, bits, bools
 
@@ -97,9 +97,11 @@ def _pack(operands: Operands, put: Put, source: Vector, width: int) -> Closure:
 
 @instruction("cvta")
 def cvta(operands: Operands, ins: Instruction) -> Closure:
-    """Generic addresses of global memory and parameters are the addresses themselves here; shared ones do not occur."""
+    """Generic addresses of global memory are the addresses themselves, those of parameters lie in a window of their own."""
     if "shared" in ins.name or "local" in ins.name:
         raise unknown(ins)
+    if "param" in ins.parts:
+        return _plain(operands, ins, lambda a: a + np.uint64(PARAMETERS), kind="u64")
     return _plain(operands, ins, lambda a: a, kind="u64")
 
 

@@ -86,7 +86,7 @@ def _bytes(warp: Warp, mask: int, addresses: np.ndarray, size: int, space: str, 
     first = int(addresses[0])
     launch = warp.cta.launch
     if space == "param" or (space == "generic" and PARAMETERS <= first < PARAMETERS + (1 << 16)):
-        offsets = addresses - PARAMETERS
+        offsets = addresses - (PARAMETERS if space == "generic" else 0)
         if offsets.min() < 0 or offsets.max() + size > launch.params.size:
             raise Fault(f"ld.param: expected an offset within {launch.params.size} bytes, got {int(offsets.max())}")
         return np.ascontiguousarray(launch.params[offsets[:, None] + np.arange(size)])

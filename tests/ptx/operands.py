@@ -30,7 +30,7 @@ SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT: dict[int, Any] = {16: np.float16, 32: np.float32, 64: np.float64}
 
 PARAMETERS = 0x7F00_0000_0000
-"""Where generic addresses of kernel parameters point; far from any buffer of the host."""
+"""What a generic address of a kernel parameter has above its offset in the param space; far from any buffer of the host."""
 
 
 def dtype(kind: str) -> Any:
@@ -124,7 +124,7 @@ class Operands:
 
     def _symbol(self, name: str, offset: int, kind: str) -> Value:
         if name in self.parameters:
-            constant = numbers(kind, PARAMETERS + self.parameters[name] + offset)
+            constant = numbers(kind, self.parameters[name] + offset)
             return lambda warp: constant
         if name in self.shared:
             local = SHARED_BASE + self.shared[name] + offset

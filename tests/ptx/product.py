@@ -8,27 +8,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+for folder in (ROOT, ROOT / "tests" / "codegen"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
+from compiling import StubDriver  # noqa: E402
 
-from hybrid_mxfp8 import env  # noqa: E402
+from hybrid_mxfp8 import env, reference  # noqa: E402
 from hybrid_mxfp8.config import GemmConfig  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels import headers, jit  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
-from hybrid_mxfp8.formats import grouped_scale_rows, scale_cols  # noqa: E402
 from hybrid_mxfp8.groups import GroupLayout  # noqa: E402
-from hybrid_mxfp8.triton_kernels import grouped_gemm_blackwell, launch  # noqa: E402
+from hybrid_mxfp8.triton_kernels import group_layout, grouped_gemm_blackwell, launch, quantize  # noqa: E402
 
 __all__ = [
-    *("CUTLASS_SOURCES", "OUT_DTYPES", "ROOT", "GemmConfig", "GroupLayout", "env", "gemm_source"),
-    *("grouped_gemm_blackwell", "grouped_scale_rows", "headers", "host_source", "jit", "launch", "mainloop_headers"),
-    "scale_cols",
+    *("OUT_DTYPES", "ROOT", "GemmConfig", "GroupLayout", "StubDriver", "env", "gemm_source", "group_layout"),
+    *("grouped_gemm_blackwell", "headers", "host_source", "jit", "launch", "mainloop_headers", "quantize", "reference"),
 ]
-
-CUTLASS_SOURCES = jit.ROOM
-"""Where the product's .cu and .cuh are."""
 
 OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

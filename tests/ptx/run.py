@@ -49,7 +49,7 @@ def main() -> int:
     started = time.perf_counter()
     try:
         if given.backend == "cutlass":
-            from ptx import cutlass
+            from ptx import cutlass_backend as cutlass
 
             pdl = given.mainloop == "ragged" if given.pdl is None else bool(given.pdl)
             options = cutlass.Options(
@@ -57,7 +57,7 @@ def main() -> int:
             )
             call = cutlass.Call(shape, options)
         else:
-            from ptx import triton
+            from ptx import triton_backend as triton
 
             call = triton.Call(shape, triton.Options(given.arch, given.completion, given.seed))
         started = time.perf_counter()

@@ -25,7 +25,7 @@ from ptx.instructions import Closure, instruction, unknown
 from ptx.loads import need_all, own_offset
 from ptx.memory import OFFSET_MASK, RANK_SHIFT, SHARED_BASE
 from ptx.operands import Operands, same
-from ptx.parser import Address, Immediate, Instruction
+from ptx.parser import Address, Immediate, Instruction, Register
 from ptx.races import Access, Clock, Races, Shadow, join
 from ptx.tma import swizzle
 from ptx.warp import FULL, LANES, Wait, Warp, lanes_of, lowest
@@ -339,7 +339,8 @@ def mma(operands: Operands, ins: Instruction) -> Closure:
         ctas = _ctas(warp, paired, "tcgen05.mma")
         if shape.m != DATA_PATHS * len(ctas):
             raise Fault(f"tcgen05.mma: expected M = {DATA_PATHS * len(ctas)} for {len(ctas)} CTAs, got {shape.m}")
-        if (a_scale >> 30, b_scale >> 30) != (shape.a_scale, shape.b_scale):
+        # The instruction descriptor chooses the byte. CUTLASS repeats it in the addresses' highest bits, Triton leaves those 0.
+        if (a_scale | b_scale) >> 30 and (a_scale >> 30, b_scale >> 30) != (shape.a_scale, shape.b_scale):
             raise Fault(
                 f"tcgen05.mma: the scales' addresses choose bytes {a_scale >> 30} and {b_scale >> 30}, the instruction "
                 f"descriptor {shape.a_scale} and {shape.b_scale}"
@@ -404,6 +405,31 @@ def commit(operands: Operands, ins: Instruction) -> Closure:
 # ---------------------------------------------------------------- ld, st, wait
 
 
+class Loaded:
+    """What tcgen05.ld has put into a register, until it is used.
+
+    CUTLASS uses registers without a tcgen05.wait::ld and leaves that to ptxas, which adds the wait. So the first use is a wait
+    of its own; a move is none.
+    """
+
+    __slots__ = ("data", "time", "warp")
+
+    def __init__(self, warp: Warp, data: np.ndarray) -> None:
+        self.warp, self.data, self.time = warp, data, warp.time[warp.loads]
+
+    def view(self, dtype: Any) -> np.ndarray:
+        """The value, used."""
+        self.warp.acquire(FULL, {self.warp.loads: self.time})
+        return self.data.view(dtype)
+
+    def astype(self, dtype: Any) -> np.ndarray:
+        """The same, converted."""
+        return self.view(np.uint32).astype(dtype)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return self.view(np.uint32)
+
+
 def _places(shape: str, count: int, split: int) -> tuple[np.ndarray, np.ndarray]:
     """(registers, 32 lanes) data path and column of what each lane's register holds, from the address on.
 
@@ -439,7 +465,7 @@ def load_store(operands: Operands, ins: Instruction) -> Closure:
     if len(items) != repeats * {"32x32b": 1, "16x32bx2": 1, "16x256b": 4}[shape]:
         raise Fault(f"line {ins.line}: {ins.name} does not take {len(items)} registers")
     values = [operands.value(item, "b32") for item in items] if stores else []
-    puts = [] if stores else [operands.put(item, "b32") for item in items]
+    registers = [item.index for item in items if isinstance(item, Register)]
     what = f"tcgen05.{ins.parts[1]}"
 
     def execute(warp: Warp, mask: int) -> None:
@@ -462,8 +488,9 @@ def load_store(operands: Operands, ins: Instruction) -> Closure:
         if not memory.valid[first + paths, column + columns].all():
             raise Fault(f"{what}: reads tensor memory that nobody wrote")
         memory.shadow.read(cells, warp.asynchronous(warp.loads, what))
-        for put, row in zip(puts, memory.data[first + paths, column + columns], strict=True):
-            put(warp, FULL, row)
+        for index, row in zip(registers, memory.data[first + paths, column + columns], strict=True):
+            warp.registers[index] = Loaded(warp, row)
+        warp.time[warp.loads] += 1
 
     return execute
 
