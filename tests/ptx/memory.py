@@ -56,7 +56,8 @@ class SharedMemory:
 
     def store(self, cells: slice | np.ndarray, data: np.ndarray, access: Access, lanes: int | np.ndarray) -> None:
         """Bytes that a thread writes."""
-        self.shadow.write(cells, access, lanes)
+        repeats = bool(self.valid[cells].all() and (self.data[cells] == data).all())
+        self.shadow.write(cells, access, lanes, repeats=repeats)
         self.data[cells] = data
         self.valid[cells] = True
         self.unfenced[cells] = access.event | lanes

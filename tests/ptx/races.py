@@ -41,6 +41,7 @@ class Event:
     agent: int
     time: int
     who: str
+    line: int = 0
 
 
 @dataclass
@@ -69,13 +70,13 @@ class Races:
         self._agents += count
         return first
 
-    def event(self, agent: int, time: int, who: str) -> int:
+    def event(self, agent: int, time: int, who: str, line: int = 0) -> int:
         """The number of an event, shifted to leave room for the lane."""
         key = (agent, time, who)
         number = self._known.get(key)
         if number is None:
             number = self._known[key] = len(self.events)
-            self.events.append(Event(agent, time, who))
+            self.events.append(Event(agent, time, who, line))
         return number << LANE_BITS
 
     def fresh(self, agent: int, time: int, who: str) -> int:
@@ -128,9 +129,16 @@ class Shadow:
             plane = self._planes[access.agent] = len(self._planes) % self.readers
         self.read_by[plane][cells] = access.event | lanes
 
-    def write(self, cells: slice | np.ndarray, access: Access, lanes: int | np.ndarray = TOGETHER) -> None:
-        """An agent writes cells."""
-        self._check("write/write", self.written[cells], access, lanes)
+    def write(
+        self, cells: slice | np.ndarray, access: Access, lanes: int | np.ndarray = TOGETHER, *, repeats: bool = False
+    ) -> None:
+        """An agent writes cells. ``repeats``: the bytes that are there already, which other threads may do at the same line."""
+        seen = self.written[cells]
+        if repeats:
+            line = self.races.events[access.event >> LANE_BITS].line
+            if all(self.races.events[int(value) >> LANE_BITS].line == line for value in np.unique(seen)):
+                seen = seen[:0]
+        self._check("write/write", seen, access, lanes)
         for plane in self.read_by[: len(self._planes)]:
             self._check("write/read", plane[cells], access, lanes)
         self.written[cells] = access.event | lanes

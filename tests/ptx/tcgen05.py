@@ -209,9 +209,10 @@ class SharedDescriptor:
     def decode(cls, raw: int) -> SharedDescriptor:
         """From 64 bits."""
         version, base, mode = raw >> 46 & 3, raw >> 49 & 7, raw >> 52 & 1
-        if version != 1 or base or mode:
+        layout = raw >> 61
+        if version != 1 or mode or (base and layout):  # without a swizzle there is no pattern to be offset in
             raise Fault(f"shared memory descriptor {raw:#x}: expected version 1 without base offset, got {version}, {base}")
-        return cls((raw & 0x3FFF) << 4, (raw >> 16 & 0x3FFF) << 4, (raw >> 32 & 0x3FFF) << 4, raw >> 61)
+        return cls((raw & 0x3FFF) << 4, (raw >> 16 & 0x3FFF) << 4, (raw >> 32 & 0x3FFF) << 4, layout)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -175,7 +175,8 @@ class Warp:
 
     def access(self, mask: int, what: str = "") -> Access:
         """The lanes' accesses from the current instruction."""
-        event = self.races.event(self.agent, self.now, f"{self.where()} line {self.line}{what}")
+        line = self.line
+        event = self.races.event(self.agent, self.now, f"{self.where()} line {line}{what}", line)
         return Access(self.view(mask), event, self.agent)
 
     def asynchronous(self, agent: int, what: str) -> Access:
