@@ -86,7 +86,7 @@ def init(operands: Operands, ins: Instruction) -> Closure:
             if offset % 8:
                 raise Fault(f"mbarrier.init: expected an address aligned to 8 bytes, got offset {offset}")
             warp.time[warp.inits] += 1
-            event = warp.races.event(warp.inits, warp.time[warp.inits], f"{warp.where()} line {ins.line}")
+            event = warp.races.event(warp.inits, warp.time[warp.inits], f"{warp.where()} line {ins.line}", ins.line)
             learnt = {warp.inits: warp.time[warp.inits]}
             join(warp.clock, learnt)
             for clock in warp.apart.values():

@@ -44,6 +44,20 @@ class Event:
     line: int = 0
 
 
+@dataclass(frozen=True)
+class Race:
+    """Two accesses that nothing orders; ``kind`` names both, like ``read/write``."""
+
+    kind: str
+    where: str
+    mine: Event
+    other: Event
+
+    def __str__(self) -> str:
+        mine, other = self.kind.split("/")
+        return f"race in {self.where}: {self.mine.who} {mine}s what {self.other.who} {other}s, and nothing orders them"
+
+
 @dataclass
 class Access:
     """Who accesses memory: what it knows, and the event that its accesses count as."""
@@ -60,7 +74,7 @@ class Races:
     """All events of a launch, and the races among them."""
 
     events: list[Event] = field(default_factory=lambda: [Event(0, 0, "before the launch")])
-    found: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    found: dict[tuple[str, str, str], Race] = field(default_factory=dict)
     _agents: int = 1
     _known: dict[tuple[int, int, str], int] = field(default_factory=dict)
 
@@ -94,15 +108,8 @@ class Races:
 
     def report(self, kind: str, where: str, mine: int, other: int) -> None:
         """Remember a race, once for each pair of places."""
-        pair = (kind, self.events[mine >> LANE_BITS].who, self.events[other >> LANE_BITS].who)
-        self.found.setdefault(pair, where)
-
-    def lines(self) -> list[str]:
-        """The races found, one a line."""
-        return [
-            f"race in {where}: {mine} {kind.split('/')[0]}s what {other} {kind.split('/')[1]}s, and nothing orders them"
-            for (kind, mine, other), where in self.found.items()
-        ]
+        made = Race(kind, where, self.events[mine >> LANE_BITS], self.events[other >> LANE_BITS])
+        self.found.setdefault((kind, made.mine.who, made.other.who), made)
 
 
 class Shadow:

@@ -78,7 +78,7 @@ class Call:
         )
         launch.run()
         error, problems = self.case.check()
-        return Result(error, problems, races.lines(), launch.instructions)
+        return Result(error, problems, [str(race) for race in races.found.values()], launch.instructions)
 
 
 KERNEL = "grouped_gemm_blackwell_kernel"
