@@ -72,12 +72,12 @@ def kernel(body: str, maps: int = 0, name: str = "program") -> str:
     .reg .b32 %r<64>;
     .reg .b64 %d<32>;
     .reg .b64 %out, %in;
-    .reg .b32 %tid, %smem, %bar;
+    .reg .b32 %t, %smem, %bar;
     ld.param.u64 %out, [p_out];
     ld.param.u64 %in, [p_in];
     cvta.to.global.u64 %out, %out;
     cvta.to.global.u64 %in, %in;
-{reads}    mov.u32 %tid, %tid.x;
+{reads}    mov.u32 %t, %tid.x;
     mov.u32 %smem, smem;
     add.u32 %bar, %smem, 40960;
 {body}
@@ -87,7 +87,7 @@ def kernel(body: str, maps: int = 0, name: str = "program") -> str:
 
 
 INIT = """
-    setp.ne.u32 %p0, %tid, 0;
+    setp.ne.u32 %p0, %t, 0;
     @%p0 bra ready;
     mbarrier.init.shared::cta.b64 [%bar], {count};
     fence.mbarrier_init.release.cluster;
@@ -100,7 +100,7 @@ ready:
 def copy_out(size: int, threads: int = 32, offset: str = "0") -> str:
     """Shared memory, from its start, to the output."""
     return f"""
-    shl.b32 %r60, %tid, 2;
+    shl.b32 %r60, %t, 2;
 copying:
     setp.ge.u32 %p30, %r60, {size};
     @%p30 bra copied;
@@ -140,7 +140,7 @@ def store(made: Map, at: tuple[int, ...]) -> str:
     coordinates = ", ".join(f"%r{i}" for i in range(len(at)))
     return (
         f"""
-    shl.b32 %r60, %tid, 2;
+    shl.b32 %r60, %t, 2;
 filling:
     setp.ge.u32 %p30, %r60, {size};
     @%p30 bra filled;
@@ -154,7 +154,7 @@ filling:
 filled:
     fence.proxy.async.shared::cta;
     bar.sync 0;
-    setp.ne.u32 %p0, %tid, 0;
+    setp.ne.u32 %p0, %t, 0;
     @%p0 bra stored;
 """
         + "".join(f"    mov.s32 %r{i}, {value};\n" for i, value in enumerate(at))
@@ -278,7 +278,7 @@ def remote_arrive() -> Hopper:
     barrier.cluster.arrive.aligned;
     barrier.cluster.wait.aligned;
     shl.b32 %r1, %r10, 5;
-    add.u32 %r2, %r1, %tid;
+    add.u32 %r2, %r1, %t;
     mul.lo.u32 %r3, %r2, 2654435761;
     shl.b32 %r4, %r2, 2;
     cvt.u64.u32 %d1, %r4;
@@ -315,14 +315,14 @@ def matrices() -> Iterator[Hopper]:
             stores = "".join(f"    st.global.u32 [%d2 + {1024 + 128 * i}], %r{30 + i};\n" for i in range(count))
             back = ", ".join(f"%r{30 + i}" for i in range(count))
             body = f"""
-    shl.b32 %r3, %tid, 2;
+    shl.b32 %r3, %t, 2;
     cvt.u64.u32 %d0, %r3;
     add.u64 %d1, %in, %d0;
     add.u64 %d2, %out, %d0;
 {loads}    add.u32 %r1, %smem, %r3;
     mov.u32 %r2, 0;
 {zero}    bar.sync 0;
-    mul.lo.u32 %r4, %tid, 32;
+    mul.lo.u32 %r4, %t, 32;
     add.u32 %r5, %smem, %r4;
     stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r5], {{{registers}}};
     bar.sync 0;
@@ -347,14 +347,14 @@ def elected() -> Hopper:
     mov.u32 %r9, 1;
     shl.b32 %r9, %r9, %r2;
     sub.u32 %r10, %r9, %r4;
-    setp.lt.u32 %p3, %tid, 16;
+    setp.lt.u32 %p3, %t, 16;
     @%p3 bra lower;
     elect.sync %r11|%p4, 0xFFFF0000;
     vote.sync.ballot.b32 %r12, %p4, 0xFFFF0000;
     popc.b32 %r0, %r12;
     and.b32 %r1, %r12, 65535;
 lower:
-    shl.b32 %r13, %tid, 4;
+    shl.b32 %r13, %t, 4;
     cvt.u64.u32 %d0, %r13;
     add.u64 %d1, %out, %d0;
     or.b32 %r14, %r7, %r8;
@@ -368,14 +368,14 @@ def dependent() -> Hopper:
     """A second kernel, launched programmatically, adds to what the first has written."""
     first = """
     griddepcontrol.launch_dependents;
-    shl.b32 %r0, %tid, 2;
+    shl.b32 %r0, %t, 2;
     cvt.u64.u32 %d0, %r0;
     add.u64 %d1, %out, %d0;
-    mul.lo.u32 %r1, %tid, 3;
+    mul.lo.u32 %r1, %t, 3;
     st.global.u32 [%d1], %r1;
 """
     second = """
-    shl.b32 %r0, %tid, 2;
+    shl.b32 %r0, %t, 2;
     cvt.u64.u32 %d0, %r0;
     add.u64 %d1, %out, %d0;
     griddepcontrol.wait;
@@ -429,7 +429,7 @@ def arithmetic() -> Hopper:
     keep()
     count = sum("st.global" in line for line in lines)
     body = """
-    shl.b32 %r4, %tid, 2;
+    shl.b32 %r4, %t, 2;
     cvt.u64.u32 %d0, %r4;
     add.u64 %d1, %in, %d0;
     add.u64 %d2, %out, %d0;
