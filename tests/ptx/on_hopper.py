@@ -61,7 +61,7 @@ def emulated(program: Hopper) -> np.ndarray:
         )  # fmt: skip
         launch.run()
         if races.found:
-            raise Fault(races.lines()[0])
+            raise Fault(str(next(iter(races.found.values()))))
         if program.second and text is program.text:
             races = Races()
             agent = races.agents()

@@ -32,6 +32,9 @@ COMPLETIONS = ("late", "immediate", "random")
 QUANTA = (1, 2, 5, 20, 100, 400)
 """Instructions that a warp may run before others do."""
 
+LOOP = 32
+"""Instructions that a loop around a barrier has at most."""
+
 PATIENCE = 64
 """Rounds in which nothing happens before a launch counts as hung."""
 
@@ -168,12 +171,14 @@ class Launch:
             self.events += 1
         if not warp.groups:
             return
-        warp.polling = False
         quantum = QUANTA[int(self.rng.integers(len(QUANTA)))]
         started = self.instructions
         self._execute(warp, quantum)
-        if not warp.polling and self.instructions - started == quantum:
-            self.events += 1  # it was stopped at work
+        done = self.instructions - started
+        warp.since_poll = 0 if warp.polling else warp.since_poll + done
+        warp.polling = False
+        if done == quantum and warp.since_poll > LOOP:
+            self.events += 1  # it was stopped at work, not in a loop around a barrier
 
     def _execute(self, warp: Warp, quantum: int) -> None:
         """Up to so many instructions of a warp."""

@@ -94,6 +94,8 @@ class Warp:
         self.bulk: dict[int, Any] = {}
         """Bulk groups by lane."""
         self.polling = False
+        self.since_poll = 1 << 20
+        """Instructions since a barrier answered that it was not complete."""
         self.allotted = 0
         """Registers of each thread."""
         self.cluster_generation: int | None = None
