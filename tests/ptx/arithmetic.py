@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ptx.instructions import EXIT, Closure, instruction, unknown
 from ptx.formats import bf16_bits, e4m3_bits
+from ptx.instructions import EXIT, Closure, instruction, unknown
 from ptx.operands import PARAMETERS, UNSIGNED, Operands, Put, Value, dtype
 from ptx.parser import BITS, Instruction, Operand, Pair, Register, Vector
 from ptx.warp import FULL, Warp, bits, bools
@@ -424,12 +424,9 @@ def cvt(operands: Operands, ins: Instruction) -> Closure:
     """Between integers, and of fp32 with integers, fp16, bf16 and e4m3."""
     types = [part for part in ins.parts if part in BITS or part.startswith("e4m3")]
     to, source = types
-    if "u" in to[0] + source[0] or to[0] == source[0] == "s":
-        if to[0] in "us" and source[0] in "us" and "sat" not in ins.parts:
-            wanted = dtype(to)
-            return apply(
-                operands.put(ins.operands[0], to), lambda a: a.astype(wanted), operands.value(ins.operands[1], source)
-            )
+    if to[0] in "us" and source[0] in "us" and "sat" not in ins.parts:
+        wanted, value = dtype(to), operands.value(ins.operands[1], source)
+        return apply(operands.put(ins.operands[0], to), lambda a: a.astype(wanted), value)
     packed: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
         "bf16x2": ("b32", bf16_bits),
         "f16x2": ("b32", lambda a: _half(a).view(np.uint16)),
@@ -441,7 +438,7 @@ def cvt(operands: Operands, ins: Instruction) -> Closure:
         high, low = (operands.value(o, "f32") for o in ins.operands[1:])
         return apply(
             operands.put(ins.operands[0], kind),
-            lambda h, l: function(h).astype(wide) << wide(half) | function(l).astype(wide),
+            lambda top, bottom: function(top).astype(wide) << wide(half) | function(bottom).astype(wide),
             high,
             low,
         )

@@ -45,7 +45,9 @@ def swizzled(scales: np.ndarray, rows: int, padding_rows: int = 0, padding_colum
     full = np.full((rows, columns), padding_columns, np.uint8)
     full[used_rows:, :used_columns] = padding_rows
     full[:used_rows, :used_columns] = scales
-    tiles = full.reshape(rows // 128, 4, 32, columns // 4, 4)  # tile row, quarter, row of a quarter, tile column, column
+    tiles = full.reshape(
+        rows // 128, 4, 32, columns // 4, 4
+    )  # tile row, quarter, row of a quarter, tile column, column
     return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4)).reshape(-1)
 
 
@@ -112,7 +114,10 @@ class Case:
             self.put(name, 4 * (shape.experts + count), writable=False)
         self.put("out", shape.tokens * shape.n * BYTES[shape.out], writable=True)
         rng = np.random.default_rng((self.seed, 1))
-        self.w, self.w_scales = _codes(rng, (shape.experts, shape.n, shape.k)), self._scales(rng, shape.experts, shape.n)
+        self.w, self.w_scales = (
+            _codes(rng, (shape.experts, shape.n, shape.k)),
+            self._scales(rng, shape.experts, shape.n),
+        )
         self.buffers["w"][:] = self.w.reshape(-1)
         self.buffers["w_scales"][:] = np.concatenate(
             [swizzled(scales, weight_rows, self.padding_rows, self.padding_columns) for scales in self.w_scales]
@@ -129,7 +134,9 @@ class Case:
         """New tokens and counts in the same buffers, as a captured graph would see them; the product is not written yet."""
         shape = self.shape
         if len(counts) != shape.experts or sum(counts) > shape.tokens:
-            raise ValueError(f"counts: expected {shape.experts} of at most {shape.tokens} tokens together, got {counts}")
+            raise ValueError(
+                f"counts: expected {shape.experts} of at most {shape.tokens} tokens together, got {counts}"
+            )
         rng = np.random.default_rng((self.seed, 2, call))
         self.counts = tuple(counts)
         self.x, (self.x_scales,) = _codes(rng, (shape.tokens, shape.k)), self._scales(rng, 1, shape.tokens)

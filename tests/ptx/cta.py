@@ -48,7 +48,9 @@ class Cta:
     def check_end(self) -> None:
         """What a CTA must have given back or seen complete when its threads have ended."""
         if self.tensor.allocated:
-            raise Fault(f"CTA {self.index}: {sum(self.tensor.allocated.values())} columns of tensor memory are not freed")
+            raise Fault(
+                f"CTA {self.index}: {sum(self.tensor.allocated.values())} columns of tensor memory are not freed"
+            )
         for warp in self.warps:
             for lane, groups in warp.bulk.items():
                 if groups.open:

@@ -167,6 +167,10 @@ def swizzle_of_tokens(params: np.ndarray, call: Any) -> None:
         raise LookupError("the fault no longer applies: no tensor map of the tokens")
 
 
+SHAPE = Shape((3, 0, 130, 64), 136, 1056)
+"""More steps along K than the rings of operands are deep, and more tiles than there are accumulators."""
+
+
 @dataclass(frozen=True)
 class Seeded:
     """A fault, and the run that it is seeded in."""
@@ -176,7 +180,7 @@ class Seeded:
     edit_params: EditParams | None = None
     backend: str = "cutlass"
     options: dict[str, Any] = field(default_factory=dict)
-    shape: Shape = Shape((3, 0, 130, 64), 136, 1056)
+    shape: Shape = SHAPE
 
 
 ONE = {"config": "1sm_128x128x128_1x1", "sms": 1}
@@ -188,8 +192,8 @@ def _cutlass(name: str, change: Edit = str, params: EditParams | None = None, **
     return Seeded(name, change, params, options=options or ONE)
 
 
-def _triton(name: str, change: Edit, block_t: int, shape: Shape = Shape((3, 0, 130, 64), 136, 1056)) -> Seeded:
-    return Seeded(name, change, backend="triton", options={"block_t": block_t}, shape=shape)
+def _triton(name: str, change: Edit, block_t: int) -> Seeded:
+    return Seeded(name, change, backend="triton", options={"block_t": block_t})
 
 
 ACQUIRE = r"fence\.proxy\.tensormap::generic\.acquire\.gpu [^;]*;"

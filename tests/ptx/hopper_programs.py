@@ -62,7 +62,8 @@ def kernel(body: str, maps: int = 0, name: str = "program") -> str:
     parameters = [".param .u64 p_out", ".param .u64 p_in"]
     parameters += [f".param .align 64 .b8 p_map{i}[128]" for i in range(maps)]
     reads = "".join(
-        f"    .reg .b64 %map{i};\n    mov.b64 %map{i}, p_map{i};\n    cvta.param.u64 %map{i}, %map{i};\n" for i in range(maps)
+        f"    .reg .b64 %map{i};\n    mov.b64 %map{i}, p_map{i};\n    cvta.param.u64 %map{i}, %map{i};\n"
+        for i in range(maps)
     )
     return f"""{HEADER}
 .visible .entry {name}({", ".join(parameters)})
@@ -175,16 +176,26 @@ def tensor_programs() -> Iterator[Hopper]:
             yield Hopper(f"TMA load, swizzle {mode} at {at}", kernel(load(made, at), 1), row * 24, 208 * 50, (made,))
         target = Map("out", 0, (200, 50), (208,), (row, 24), mode)
         for at in ((16, 3), (-16, -5), (160, 40)):
-            yield Hopper(f"TMA store, swizzle {mode} at {at}", kernel(store(target, at), 1), 208 * 50, row * 24, (target,))
+            yield Hopper(
+                f"TMA store, swizzle {mode} at {at}", kernel(store(target, at), 1), 208 * 50, row * 24, (target,)
+            )
     for rank in (3, 4, 5):
         dims, box = (48, 6, 5, 4, 3)[:rank], (32, 4, 3, 2, 2)[:rank]
         strides = tuple(int(64 * np.prod(dims[1:d])) for d in range(1, rank))
         made = Map("in", 0, dims, strides, box)
         size = int(np.prod(box))
-        yield Hopper(f"TMA load of rank {rank}", kernel(load(made, (16, 3, -1, 2, 1)[:rank]), 1), size, 64 * 6 * 5 * 4 * 3, (made,))
+        yield Hopper(
+            f"TMA load of rank {rank}",
+            kernel(load(made, (16, 3, -1, 2, 1)[:rank]), 1),
+            size,
+            64 * 6 * 5 * 4 * 3,
+            (made,),
+        )
     for kind, size in ((1, 2), (2, 4)):
         made = Map("in", kind, (40, 30), (128 * size,), (32, 8), 0)
-        yield Hopper(f"TMA load of {size}-byte elements", kernel(load(made, (20, -2)), 1), 256 * size, 128 * size * 30, (made,))
+        yield Hopper(
+            f"TMA load of {size}-byte elements", kernel(load(made, (20, -2)), 1), 256 * size, 128 * size * 30, (made,)
+        )
 
 
 def multicast() -> Hopper:
@@ -224,7 +235,9 @@ def replaced_map() -> Hopper:
         + """
     @%p0 bra described;
 """
-        + "".join(f"    ld.param.u64 %d2, [p_map0 + {8 * i}];\n    st.shared.u64 [%smem + {8 * i}], %d2;\n" for i in range(16))
+        + "".join(
+            f"    ld.param.u64 %d2, [p_map0 + {8 * i}];\n    st.shared.u64 [%smem + {8 * i}], %d2;\n" for i in range(16)
+        )
         + """
     add.u64 %d3, %in, 256;
     mov.u32 %r1, 6;

@@ -177,7 +177,9 @@ class GlobalMemory:
             writer = int(buffer.shadow.written[first]) if buffer.shadow is not None else 0
             if writer:
                 who = buffer.shadow.races.events[writer >> 6].who  # type: ignore[union-attr]
-                raise Fault(f"race: {what} of {buffer.name} at byte {first}, which {who} writes, before griddepcontrol.wait")
+                raise Fault(
+                    f"race: {what} of {buffer.name} at byte {first}, which {who} writes, before griddepcontrol.wait"
+                )
             raise Fault(f"{what}: reads {buffer.name} at byte {first}, which nobody wrote")
         if buffer.shadow is not None:
             buffer.shadow.read(indices, access, lanes)

@@ -19,15 +19,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder is the package ptx
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from ptx import tensormap  # noqa: E402
-from ptx.errors import Fault  # noqa: E402
-from ptx.hopper_programs import Hopper, Map, programs  # noqa: E402
-from ptx.memory import GlobalMemory, aligned  # noqa: E402
-from ptx.program import Program  # noqa: E402
-from ptx.races import Races  # noqa: E402
-from ptx.scheduler import Launch  # noqa: E402
+from ptx import tensormap
+from ptx.errors import Fault
+from ptx.hopper_programs import Hopper, Map, programs
+from ptx.memory import GlobalMemory, aligned
+from ptx.program import Program
+from ptx.races import Races
+from ptx.scheduler import Launch
 
 # ---------------------------------------------------------------- in the emulator
 
@@ -44,9 +44,7 @@ def emulated(program: Hopper) -> np.ndarray:
     memory.add("out", out, written=True, writable=True)
     memory.add("in", data, written=True, writable=False)
     addresses = {"out": out.ctypes.data, "in": data.ctypes.data}
-    maps = [
-        tensormap.encode(addresses[m.of], m.type, m.dims, m.strides, m.box, m.swizzle) for m in program.maps
-    ]
+    maps = [tensormap.encode(addresses[m.of], m.type, m.dims, m.strides, m.box, m.swizzle) for m in program.maps]
     params = np.concatenate([np.array([addresses["out"], addresses["in"]], np.uint64).view(np.uint8)])
     if maps:
         params = np.concatenate([params.view(np.uint8), np.zeros(48, np.uint8), *maps])
@@ -170,7 +168,16 @@ class Gpu:
             attributes[0].value[0], attributes[0].value[1], attributes[0].value[2] = program.cluster, 1, 1
             attributes[1].id, attributes[1].value[0] = PROGRAMMATIC, 1
             config = LaunchConfig(
-                program.grid, 1, 1, program.threads, 1, 1, program.shared, None, attributes, 2 if text is program.second else 1
+                program.grid,
+                1,
+                1,
+                program.threads,
+                1,
+                1,
+                program.shared,
+                None,
+                attributes,
+                2 if text is program.second else 1,
             )
             self.call("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
         self.call("cuCtxSynchronize")

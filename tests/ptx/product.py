@@ -15,17 +15,36 @@ for folder in (ROOT, ROOT / "tests" / "codegen"):
 import torch  # noqa: E402
 from compiling import StubDriver  # noqa: E402
 
+import hybrid_mxfp8 as mx  # noqa: E402
 from hybrid_mxfp8 import env, moe_reference, reference  # noqa: E402
 from hybrid_mxfp8.config import GemmConfig  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels import headers, jit  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
+from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
 from hybrid_mxfp8.groups import GroupLayout  # noqa: E402
 from hybrid_mxfp8.triton_kernels import group_layout, grouped_gemm_blackwell, launch, quantize, route  # noqa: E402
 
 __all__ = [
-    *("OUT_DTYPES", "ROOT", "GemmConfig", "GroupLayout", "StubDriver", "env", "gemm_source", "group_layout"),
-    *("grouped_gemm_blackwell", "headers", "host_source", "jit", "launch", "mainloop_headers"),
-    *("moe_reference", "quantize", "reference", "route"),
+    "OUT_DTYPES",
+    "ROOT",
+    "BackendUnavailableError",
+    "GemmConfig",
+    "GroupLayout",
+    "StubDriver",
+    "env",
+    "gemm_source",
+    "group_layout",
+    "grouped_gemm_blackwell",
+    "headers",
+    "host_source",
+    "jit",
+    "launch",
+    "mainloop_headers",
+    "moe_reference",
+    "mx",
+    "quantize",
+    "reference",
+    "route",
 ]
 
 OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -46,7 +65,8 @@ def mainloop_headers(mainloop: str) -> headers.CutlassHeaders:
     """The newest installed CUTLASS headers that give a mainloop, ``ragged`` or ``pointer_array``."""
     fitting = [h for h in headers.installed_cutlass() if h.ragged == (mainloop == "ragged")]
     if not fitting:
-        raise SystemExit(f"no CUTLASS headers for the {mainloop} mainloop: pip install " + (
-            "sgl-deep-gemm" if mainloop == "ragged" else "nvidia-cutlass"
-        ))
+        raise SystemExit(
+            f"no CUTLASS headers for the {mainloop} mainloop: pip install "
+            + ("sgl-deep-gemm" if mainloop == "ragged" else "nvidia-cutlass")
+        )
     return max(fitting, key=lambda h: h.version)

@@ -48,7 +48,9 @@ class Program:
             raise Fault(f"expected one kernel with {name!r} in its name, got {list(kernels)}")
         self.kernel: Kernel = found[0]
         # Dynamic shared memory begins behind the static, 1024-aligned as the layouts ask for it.
-        self.static_bytes = -(-self.kernel.shared_bytes // 1024) * 1024 if self.kernel.dynamic else self.kernel.shared_bytes
+        self.static_bytes = (
+            -(-self.kernel.shared_bytes // 1024) * 1024 if self.kernel.dynamic else self.kernel.shared_bytes
+        )
         shared = self.kernel.shared | {symbol: self.static_bytes for symbol in self.kernel.dynamic}
         operands = Operands(self.kernel, shared)
         unknown: dict[str, str] = {}

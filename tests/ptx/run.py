@@ -27,7 +27,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("cutlass", "triton"), default="cutlass")
-    parser.add_argument("--config", default="1sm_128x128x128_1x1", help="of the cutlass backend, as explain() prints it")
+    parser.add_argument(
+        "--config", default="1sm_128x128x128_1x1", help="of the cutlass backend, as explain() prints it"
+    )
     parser.add_argument("--mainloop", choices=("ragged", "pointer_array"), default="ragged")
     parser.add_argument("--counts", default="3,0,129,64", help="tokens of each expert")
     parser.add_argument("--n", type=int, default=264)

@@ -261,4 +261,3 @@ class Launch:
         places = [f"line {code[w.pc].line} for {w.wait.what}" for w in warp.waiting]
         places += [f"line {code[pc].line} ({code[pc].text[:70]})" for pc in (*warp.groups, *warp.parked)]
         return f"  {warp.where()} waits at " + "; ".join(places)
-

@@ -61,10 +61,8 @@ def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16) -> Kernels
             scale_rounding=rounding, row_index=None, swiglu=None,
         )  # fmt: skip
 
-    import hybrid_mxfp8 as mx
-
     groups = product.GroupLayout(tokens, offsets, scale_offsets, rows)
-    truth = mx.quantize_grouped(x, groups, scale_rounding=rounding, backend="reference")
+    truth = product.mx.quantize_grouped(x, groups, scale_rounding=rounding, backend="reference")
     used = int(scale_offsets[-1])
     return Kernels(
         product.quantize,
@@ -94,7 +92,9 @@ def group_offsets(from_ends: bool) -> Kernels:
             product.group_layout.empty_layout = made
 
     truth = torch.cat(product.reference.group_offsets(given, 200, from_ends))
-    return Kernels(product.group_layout, ("group_offsets_kernel",), call, {"given": given}, {"layout": buffer}, {"layout": truth})
+    return Kernels(
+        product.group_layout, ("group_offsets_kernel",), call, {"given": given}, {"layout": buffer}, {"layout": truth}
+    )
 
 
 def route(tokens: int, top_k: int, experts: int) -> Kernels:
@@ -157,7 +157,9 @@ def differences(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         got = outputs[name].reshape(-1)[: truth.numel()].view(truth.dtype)
         wrong = int((got.view(torch.uint8) != truth.reshape(-1).view(torch.uint8)).sum())
         if wrong:
-            problems.append(f"{name}: {wrong} of {truth.numel() * truth.element_size()} bytes differ from the reference")
+            problems.append(
+                f"{name}: {wrong} of {truth.numel() * truth.element_size()} bytes differ from the reference"
+            )
     return problems
 
 

@@ -21,12 +21,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # an MMA is too small to sha
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder is the package ptx
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from ptx import cutlass_backend, product, triton_backend  # noqa: E402
-from ptx.case import Case, Shape  # noqa: E402
-from ptx.cutlass_backend import Call, Options, Result  # noqa: E402
-from ptx.errors import Fault  # noqa: E402
+from ptx import cutlass_backend, product, triton_backend
+from ptx.case import Case, Shape
+from ptx.cutlass_backend import Call, Options, Result
+from ptx.errors import Fault
 
 MIXED = (0, 1, 63, 64, 65, 129, 257)
 """Tokens of experts: none, one, and around the tiles' edges."""
@@ -96,10 +96,18 @@ def cutlass_runs() -> Iterator[Run]:
                 yield Run("shapes", f"{mainloop} {config} N {n} K {k}", gemm(Shape((3, 0, 129), n, k), options))
             for completion in ("immediate", "random"):
                 options = Options(config, mainloop, pdl=pdl, completion=completion, seed=7)
-                yield Run("schedules", f"{mainloop} {config} {completion}", gemm(Shape((3, 0, 129, 64), 264, 352), options))
+                yield Run(
+                    "schedules", f"{mainloop} {config} {completion}", gemm(Shape((3, 0, 129, 64), 264, 352), options)
+                )
             few = Options(config, mainloop, pdl=pdl, sms=int(config[0]), seed=8)
-            yield Run("rings", f"{mainloop} {config} all tiles on one CTA or pair", gemm(Shape((300, 64, 1, 200), 392, 1056), few))
-            yield Run("calls", f"{mainloop} {config} five calls on one workspace", replay(Options(config, mainloop, pdl=pdl)))
+            yield Run(
+                "rings",
+                f"{mainloop} {config} all tiles on one CTA or pair",
+                gemm(Shape((300, 64, 1, 200), 392, 1056), few),
+            )
+            yield Run(
+                "calls", f"{mainloop} {config} five calls on one workspace", replay(Options(config, mainloop, pdl=pdl))
+            )
         for config in ("2sm_256x256x128_4x1", "2sm_256x256x128_4x2", "1sm_128x128x128_2x2", "1sm_128x128x128_4x1"):
             for clusters in cutlass_backend.CLUSTERS:
                 options = Options(config, mainloop, pdl=pdl, sms=16, clusters=clusters, seed=9)
@@ -182,7 +190,10 @@ def execute(run: Run) -> Record:
 
 def table(records: list[Record]) -> str:
     """As markdown."""
-    lines = ["| group | run | result | error / bound | races | warp instructions | s | what was said |", "|" + " --- |" * 8]
+    lines = [
+        "| group | run | result | error / bound | races | warp instructions | s | what was said |",
+        "|" + " --- |" * 8,
+    ]
     for r in records:
         result = "passes" if r.passed else "**fails**"
         if r.group == "faults":
@@ -234,7 +245,9 @@ def main() -> int:
     failed = [record for record in records if not record.passed]
     given.out.mkdir(parents=True, exist_ok=True)
     about = {"date": time.strftime("%Y-%m-%d"), **versions(), "runs": len(records), "failed": len(failed)}
-    (given.out / "emulator.json").write_text(json.dumps({**about, "records": [asdict(r) for r in records]}, indent=1) + "\n")
+    (given.out / "emulator.json").write_text(
+        json.dumps({**about, "records": [asdict(r) for r in records]}, indent=1) + "\n"
+    )
     heading = ", ".join(f"{key} {value}" for key, value in about.items())
     (given.out / "emulator.md").write_text(f"# Runs in the emulator\n\n{heading}\n\n{table(records)}")
     print(f"{len(records)} runs, {len(failed)} failed")

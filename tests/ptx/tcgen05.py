@@ -211,7 +211,9 @@ class SharedDescriptor:
         version, base, mode = raw >> 46 & 3, raw >> 49 & 7, raw >> 52 & 1
         layout = raw >> 61
         if version != 1 or mode or (base and layout):  # without a swizzle there is no pattern to be offset in
-            raise Fault(f"shared memory descriptor {raw:#x}: expected version 1 without base offset, got {version}, {base}")
+            raise Fault(
+                f"shared memory descriptor {raw:#x}: expected version 1 without base offset, got {version}, {base}"
+            )
         return cls((raw & 0x3FFF) << 4, (raw >> 16 & 0x3FFF) << 4, (raw >> 32 & 0x3FFF) << 4, layout)
 
 
@@ -325,8 +327,9 @@ def mma(operands: Operands, ins: Instruction) -> Closure:
     if kind != ["kind::mxf8f6f4"] or "block_scale" not in ins.parts or len(ins.operands) != 7:
         raise unknown(ins)
     paired = _paired(ins)
-    d_at, a_at, b_at, what_at = operands.address(ins.operands[0]), *(
-        operands.value(o, k) for o, k in zip(ins.operands[1:4], ("u64", "u64", "u32"), strict=True)
+    d_at, a_at, b_at, what_at = (
+        operands.address(ins.operands[0]),
+        *(operands.value(o, k) for o, k in zip(ins.operands[1:4], ("u64", "u64", "u32"), strict=True)),
     )
     a_scales_at, b_scales_at = operands.address(ins.operands[4]), operands.address(ins.operands[5])
     accumulates = operands.mask(ins.operands[6])
@@ -395,7 +398,9 @@ def commit(operands: Operands, ins: Instruction) -> Closure:
         def run(access: Access) -> None:
             clock = warp.cta.pipe.publish()
             for rank in ranks:
-                barrier = find(warp, rank << RANK_SHIFT | where & OFFSET_MASK, clock, f"line {ins.line}: tcgen05.commit")
+                barrier = find(
+                    warp, rank << RANK_SHIFT | where & OFFSET_MASK, clock, f"line {ins.line}: tcgen05.commit"
+                )
                 barrier.arrive(1, 0, clock)
 
         warp.cta.pipe.issue(warp, lane, ins.line, "commit", run)

@@ -156,9 +156,7 @@ def replace(operands: Operands, ins: Instruction) -> Closure:
     field = ins.parts[3]
     if ins.parts[4] != "shared::cta":
         raise unknown(ins)
-    address = operands.address(
-        ins.operands[0] if isinstance(ins.operands[0], Address) else Address(ins.operands[0])
-    )
+    address = operands.address(ins.operands[0] if isinstance(ins.operands[0], Address) else Address(ins.operands[0]))
     ordinal = 0
     if len(ins.operands) == 3:
         assert isinstance(ins.operands[1], Immediate)

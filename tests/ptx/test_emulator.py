@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from ptx import tensormap
 from ptx.case import swizzled
 from ptx.errors import Fault, Hang, UnknownInstruction
@@ -34,7 +35,9 @@ def test_programs_for_hopper_break_no_rule(program: Hopper) -> None:
 
 
 def test_registers_and_labels_of_inline_assembly_are_its_own() -> None:
-    text = kernel("    mov.u32 %r0, 1;\n    { .reg .b32 %r0; mov.u32 %r0, 2; bra over;\nover: }\n    { bra over;\nover: }\n")
+    text = kernel(
+        "    mov.u32 %r0, 1;\n    { .reg .b32 %r0; mov.u32 %r0, 2; bra over;\nover: }\n    { bra over;\nover: }\n"
+    )
     (made,) = parse(text).values()
     first, second = (i for i in made.code if i.parts[0] == "bra")
     assert first.target < second.target
@@ -89,7 +92,7 @@ def test_lanes_see_one_another_after_a_barrier_alone() -> None:
 def test_warps_see_one_another_after_the_ctas_barrier() -> None:
     body = LANES_EXCHANGE.replace("xor.b32 %r3, %r1, 4", "xor.b32 %r3, %r1, 128")
     assert run(body.format(between="bar.sync 0;") + STORE, threads=64)[:2].tolist() == [32, 33]
-    with pytest.raises(Fault, match="race in shared memory|nobody wrote"):
+    with pytest.raises(Fault, match=r"race in shared memory|nobody wrote"):
         run(body.format(between="bar.warp.sync -1;") + STORE, threads=64)
 
 
@@ -104,7 +107,9 @@ def test_memory_outside_of_the_buffers_and_memory_nobody_wrote() -> None:
 
 def test_tma_reads_generic_writes_after_a_proxy_fence_alone() -> None:
     (store,) = (p for p in PROGRAMS if p.name == "TMA store, swizzle 3 at (16, 3)")
-    without = Hopper(store.name, store.text.replace("fence.proxy.async.shared::cta;", ""), store.output, store.input, store.maps)
+    without = Hopper(
+        store.name, store.text.replace("fence.proxy.async.shared::cta;", ""), store.output, store.input, store.maps
+    )
     with pytest.raises(Fault, match=r"no fence\.proxy\.async in between"):
         emulated(without)
 
@@ -112,7 +117,7 @@ def test_tma_reads_generic_writes_after_a_proxy_fence_alone() -> None:
 def test_a_dependent_grid_that_does_not_wait() -> None:
     (both,) = (p for p in PROGRAMS if p.name == "griddepcontrol")
     hasty = Hopper(both.name, both.text, both.output, second=both.second.replace("griddepcontrol.wait;", ""))
-    with pytest.raises(Fault, match="race in out: .* reads what the first kernel writes"):
+    with pytest.raises(Fault, match=r"race in out: .* reads what the first kernel writes"):
         emulated(hasty)
 
 
@@ -141,8 +146,8 @@ def test_conversions_round_to_nearest_even() -> None:
 
 def test_scales_are_swizzled_as_the_product_swizzles_them() -> None:
     torch = pytest.importorskip("torch")
-    import hybrid_mxfp8 as mx
+    from ptx import product
 
     scales = np.random.default_rng(1).integers(0, 255, (200, 11), dtype=np.uint8)
-    theirs = mx.swizzle_scales(torch.from_numpy(scales)).reshape(-1).numpy()
+    theirs = product.mx.swizzle_scales(torch.from_numpy(scales)).reshape(-1).numpy()
     assert (swizzled(scales, 256) == theirs).all()

@@ -6,30 +6,26 @@ in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+
 from ptx import product
 from ptx.case import Case, Shape
 from ptx.errors import UnknownInstruction
-
-from hybrid_mxfp8.errors import BackendUnavailableError
 
 cutlass_backend = pytest.importorskip("ptx.cutlass_backend")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
+def _compiler() -> None:
     """Skip where nothing compiles."""
     if product.env.triton_interpret():
         pytest.skip("an interpreted function can't be compiled: unset TRITON_INTERPRET")
     try:
         product.headers.find_cuda()
-    except BackendUnavailableError as error:
+    except product.BackendUnavailableError as error:
         pytest.skip(str(error))
     if not any(h.ragged for h in product.headers.installed_cutlass()):
         pytest.skip("the ragged mainloop needs CUTLASS 4.4: pip install sgl-deep-gemm")
-    yield
 
 
 ONE, TWO = "1sm_128x128x128_1x1", "2sm_256x256x128_2x1"

@@ -153,7 +153,7 @@ def _load(operands: Operands, ins: Instruction) -> Closure:
             told = cluster.cta(rank & ~PAIR_BIT | signalled >> RANK_SHIFT & PAIR_BIT if paired else rank, "TMA load")
             at_barrier = told.shared.offset(signalled & OFFSET_MASK, 8, "TMA load")
 
-            def land(cta: Any = cta, offset: int = offset, told: Any = told) -> None:
+            def land(cta: Any = cta, offset: int = offset, told: Any = told, at_barrier: int = at_barrier) -> None:
                 end = told.mbarriers.get(at_barrier)
                 if end is None:
                     raise Fault(f"line {ins.line}: TMA load completes on offset {at_barrier}, which is no mbarrier")

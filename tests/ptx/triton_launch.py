@@ -63,9 +63,7 @@ class Captured:
         program = Program(edit(self.ptx), self.compiled.metadata.name)
         grid = (*self.grid, 1, 1)[:3]
         shared = int(self.compiled.metadata.shared)
-        return Launch(
-            program, self.params(program), memory, grid, program.kernel.threads, shared_bytes=shared, **more
-        )
+        return Launch(program, self.params(program), memory, grid, program.kernel.threads, shared_bytes=shared, **more)
 
 
 def _expand(value: Any, kind: str, maps: Any) -> list[np.ndarray]:
@@ -103,7 +101,9 @@ def capture(arch: int, module: Any, names: tuple[str, ...], call: Callable[[], o
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def take(*args: Any, **options: Any) -> None:
                 compiled = self.kernel.warmup(*args, grid=grid, **options)
-                captured.append(Captured(compiled, grid, dict(zip(self.kernel.arg_names, args, strict=False)) | options))
+                captured.append(
+                    Captured(compiled, grid, dict(zip(self.kernel.arg_names, args, strict=False)) | options)
+                )
 
             return take
 
