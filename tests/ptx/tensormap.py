@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from ptx.operands import PARAMETERS, Operands, same
 from ptx.parser import Address, Immediate, Instruction
 from ptx.races import TOGETHER, Access
 from ptx.warp import Warp, lanes_of
+
+if TYPE_CHECKING:
+    from ptx.scheduler import Launch
 
 SIZE = 128
 MAGIC = 0x5AA5
@@ -148,6 +152,12 @@ def fetch(warp: Warp, lane: int, address: int, access: Access) -> TensorMap:
         )
     raw = launch.memory.read(address + np.arange(SIZE), access, lane, "tensor map")
     return decode(raw.tobytes())
+
+
+def in_use(launch: Launch, address: int, access: Access) -> None:
+    """A copy in flight still reads its map: whoever rewrites that must know of the copy's end."""
+    if not 0 <= address - PARAMETERS < launch.params.size:
+        launch.memory.read(address + np.arange(SIZE), access, TOGETHER, "tensor map")
 
 
 @instruction("tensormap.replace")

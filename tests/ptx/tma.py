@@ -137,7 +137,8 @@ def _load(operands: Operands, ins: Instruction) -> Closure:
 
     def issue(warp: Warp, lane: int) -> None:
         launch, cluster, races = warp.cta.launch, warp.cta.cluster, warp.races
-        made = tensormap.fetch(warp, lane, int(map_address(warp)[lane]), warp.access(1 << lane))
+        described = int(map_address(warp)[lane])
+        made = tensormap.fetch(warp, lane, described, warp.access(1 << lane))
         at = [int(c(warp)[lane]) for c in coordinates]
         if len(at) != made.rank:
             raise Fault(f"TMA load: expected {made.rank} coordinates for this tensor map, got {len(at)}")
@@ -161,6 +162,7 @@ def _load(operands: Operands, ins: Instruction) -> Closure:
                 access = Access(known, event, end.agent, in_order=False)
                 if not races.knows(known, end.init):
                     races.report("use/initialise", f"{told.shared.name}, mbarrier at {at_barrier}", event, end.init)
+                tensormap.in_use(launch, described, access)
                 data = read_box(made, at, launch.memory, access)
                 cells = box_cells(offset, made.box_bytes, made.swizzle)
                 cta.check_no_barrier(cells, "TMA load")
@@ -210,7 +212,8 @@ def _store(operands: Operands, ins: Instruction) -> Closure:
 
     def issue(warp: Warp, lane: int) -> None:
         launch, cta, races = warp.cta.launch, warp.cta, warp.races
-        made = tensormap.fetch(warp, lane, int(map_address(warp)[lane]), warp.access(1 << lane))
+        described = int(map_address(warp)[lane])
+        made = tensormap.fetch(warp, lane, described, warp.access(1 << lane))
         at = [int(c(warp)[lane]) for c in coordinates]
         if len(at) != made.rank:
             raise Fault(f"TMA store: expected {made.rank} coordinates for this tensor map, got {len(at)}")
@@ -223,6 +226,7 @@ def _store(operands: Operands, ins: Instruction) -> Closure:
 
         def read() -> None:
             access = Access(known, races.fresh(groups.reads, number, who), groups.reads, in_order=False)
+            tensormap.in_use(launch, described, access)  # CUTLASS rewrites maps after wait_group.read, so that must cover it
             cells = box_cells(offset, made.box_bytes, made.swizzle)
             try:
                 data = cta.shared.async_load(cells, access, "TMA store").copy()
