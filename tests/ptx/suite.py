@@ -1,8 +1,8 @@
 """Every run of the kernels in the emulator, and every seeded fault; the record goes to bench/results.
 
-    python tests/ptx/suite.py [--only PART] [--out FOLDER] [--quick]
+    python tests/ptx/suite.py [--only PART] [--match TEXT] [--out FOLDER]
 
-Compiles what is not in the cache: some 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
+A record of all runs also renews the table in docs/emulator.md. Compiles what is not in the cache: some 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
 """
 
 from __future__ import annotations
@@ -206,6 +206,28 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(records: list[Record]) -> str:
+    """A line for each group of runs, as markdown."""
+    lines = ["| runs | passed | largest error / bound | races | warp instructions | s |", "|" + " --- |" * 6]
+    for group in dict.fromkeys(r.group for r in records):
+        mine = [r for r in records if r.group == group]
+        passed = f"{sum(r.passed for r in mine)} of {len(mine)}" + (" reported" if group == "faults" else "")
+        error = "" if group in ("faults", "sm_90") else f"{max(r.error for r in mine):.3f}"
+        total = sum(r.instructions for r in mine)
+        lines.append(
+            f"| {group} | {passed} | {error} | {sum(r.races for r in mine)} | {total or ''} | {sum(r.seconds for r in mine):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def update_page(text: str) -> None:
+    """Put the table between the marks of docs/emulator.md."""
+    page = product.ROOT / "docs" / "emulator.md"
+    start, end = "<!-- runs -->\n", "<!-- /runs -->"
+    before, rest = page.read_text().split(start)
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def versions() -> dict[str, str]:
     """What the kernels were compiled with."""
     import torch
@@ -250,6 +272,8 @@ def main() -> int:
     )
     heading = ", ".join(f"{key} {value}" for key, value in about.items())
     (given.out / "emulator.md").write_text(f"# Runs in the emulator\n\n{heading}\n\n{table(records)}")
+    if given.only is None and not given.match:
+        update_page(f"{heading}\n\n{summary(records)}")
     print(f"{len(records)} runs, {len(failed)} failed")
     return int(bool(failed))
 

@@ -226,7 +226,9 @@ def _store(operands: Operands, ins: Instruction) -> Closure:
 
         def read() -> None:
             access = Access(known, races.fresh(groups.reads, number, who), groups.reads, in_order=False)
-            tensormap.in_use(launch, described, access)  # CUTLASS rewrites maps after wait_group.read, so that must cover it
+            tensormap.in_use(
+                launch, described, access
+            )  # CUTLASS rewrites maps after wait_group.read, so that must cover it
             cells = box_cells(offset, made.box_bytes, made.swizzle)
             try:
                 data = cta.shared.async_load(cells, access, "TMA store").copy()
