@@ -49,11 +49,18 @@ def module_text(config: str, mainloop: str, out: str, arch: str = "10.0a") -> st
     return compile_ptx(source, product.mainloop_headers(mainloop))
 
 
+whole_host = False
+"""Whether to compile the host side of all configurations at once, which pays from five of them on."""
+
+
 @functools.cache
-def host(mainloop: str) -> Any:
-    """The host side of all configurations."""
+def host(mainloop: str, config: str, out: str) -> Any:
+    """The host side of a configuration: of all, if that is built or asked for, else of this one."""
     with headers_of(mainloop):
-        return product.jit.load(product.host_source())
+        every = product.host_source()
+        if whole_host or product.jit.find(every) is not None:
+            return product.jit.load(every)
+        return product.jit.load(product.host_source((config, out)))
 
 
 def is_known(race: Race, program: Program) -> bool:
@@ -136,7 +143,8 @@ class Call:
 
     def _describe(self, shape: Shape) -> None:
         """Have the host side make both kernels' parameters."""
-        side, case, config = host(self.options.mainloop), self.case, self.config
+        config, case = self.config, self.case
+        side = host(self.options.mainloop, config.module, shape.out)
         which = (config.cta_group, config.token_tile, OUT_NUMBERS[shape.out])
         launch = (self.options.sms, *config.cluster)
         size = side.workspace_size(*which, shape.experts, shape.n, shape.k, shape.tokens, *launch)

@@ -19,6 +19,7 @@ import hybrid_mxfp8 as mx  # noqa: E402
 from hybrid_mxfp8 import env, moe_reference, reference  # noqa: E402
 from hybrid_mxfp8.config import GemmConfig  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels import headers, jit  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
 from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
 from hybrid_mxfp8.groups import GroupLayout  # noqa: E402
@@ -50,14 +51,17 @@ __all__ = [
 OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def host_source() -> Any:
-    """The host side of every configuration, for the product's JIT."""
-    return jit.Source(
-        name="ptx_host",
-        file=Path(__file__).with_name("host.cu"),
-        arch="9.0",
-        definitions=(("CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "1"), ("CUTLASS_ENABLE_GDC_FOR_SM100", "1")),
-    )
+def host_source(only: tuple[str, str] | None = None) -> Any:
+    """The host side for the product's JIT: of every configuration, or of one and an output type."""
+    definitions = [("CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "1"), ("CUTLASS_ENABLE_GDC_FOR_SM100", "1")]
+    name = "ptx_host"
+    if only is not None:
+        config, out = GemmConfig.parse(only[0]), only[1]
+        name = f"ptx_host_{config.module}_{out}"
+        values = (config.cta_group, config.token_tile, list(OUT_DTYPES).index(out), OUT_TYPES[OUT_DTYPES[out]][1])
+        keys = ("GROUP", "TILE", "NUMBER", "OUT")
+        definitions += [(f"HYBRID_MXFP8_ONLY_{key}", str(value)) for key, value in zip(keys, values, strict=True)]
+    return jit.Source(name, Path(__file__).with_name("host.cu"), "9.0", tuple(definitions))
 
 
 @functools.cache

@@ -250,6 +250,7 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only runs with this in their name or group")
     parser.add_argument("--out", type=Path, default=product.ROOT / "bench" / "results")
     given = parser.parse_args()
+    cutlass_backend.whole_host = True
     records: list[Record] = []
     for part, runs in PARTS.items():
         if given.only not in (None, part):
