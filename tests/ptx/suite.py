@@ -2,7 +2,7 @@
 
     python tests/ptx/suite.py [--only PART] [--match TEXT] [--out FOLDER]
 
-A record of all runs also renews the table in docs/emulator.md. Compiles what is not in the cache: some 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
+Some runs renew their lines in the record, all of them the whole of it, and the table in docs/emulator.md with it. Compiles what is not in the cache: some 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
 """
 
 from __future__ import annotations
@@ -228,6 +228,23 @@ def update_page(text: str) -> None:
     page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
+def write(records: list[Record], folder: Path, *, whole: bool) -> None:
+    """The record of runs, as json and as tables; some of them replace those of before, all of them the whole record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "emulator.json"
+    if not whole and kept.is_file():
+        before = [Record(**record) for record in json.loads(kept.read_text())["records"]]
+        renewed = {(r.group, r.name): r for r in records}
+        records = [renewed.pop((r.group, r.name), r) for r in before] + list(renewed.values())
+    passed = sum(r.passed for r in records)
+    about = {"date": time.strftime("%Y-%m-%d"), **versions(), "runs": len(records), "failed": len(records) - passed}
+    kept.write_text(json.dumps({**about, "records": [asdict(r) for r in records]}, indent=1) + "\n")
+    heading = ", ".join(f"{key} {value}" for key, value in about.items())
+    (folder / "emulator.md").write_text(f"# Runs in the emulator\n\n{heading}\n\n{table(records)}")
+    if folder == product.ROOT / "bench" / "results":
+        update_page(f"{heading}\n\n{summary(records)}")
+
+
 def versions() -> dict[str, str]:
     """What the kernels were compiled with."""
     import torch
@@ -265,16 +282,8 @@ def main() -> int:
                 f"{last.instructions} instructions, {last.seconds:.1f} s {last.says[:150]}",
                 flush=True,
             )
+    write(records, given.out, whole=given.only is None and not given.match)
     failed = [record for record in records if not record.passed]
-    given.out.mkdir(parents=True, exist_ok=True)
-    about = {"date": time.strftime("%Y-%m-%d"), **versions(), "runs": len(records), "failed": len(failed)}
-    (given.out / "emulator.json").write_text(
-        json.dumps({**about, "records": [asdict(r) for r in records]}, indent=1) + "\n"
-    )
-    heading = ", ".join(f"{key} {value}" for key, value in about.items())
-    (given.out / "emulator.md").write_text(f"# Runs in the emulator\n\n{heading}\n\n{table(records)}")
-    if given.only is None and not given.match:
-        update_page(f"{heading}\n\n{summary(records)}")
     print(f"{len(records)} runs, {len(failed)} failed")
     return int(bool(failed))
 

@@ -74,8 +74,8 @@ def test_quantizer_and_router() -> None:
 
 
 FAULTS = (
-    ("MMA does not wait for its operands", "race in shared memory"),
-    ("MMA does not wait for a free accumulator", "race in tensor memory"),
+    ("MMA does not wait for its operands", "shared memory"),
+    ("tcgen05.wait::ld removed", "race in tensor memory"),
     ("transaction count too small", "hang"),
     ("fence.proxy.async removed", "no fence.proxy.async in between"),
     ("fence.mbarrier_init removed, two CTAs", "mbarrier"),
