@@ -126,13 +126,27 @@ def selp(operands: Operands, ins: Instruction) -> Closure:
 
 # ---------------------------------------------------------------- integers and floats
 
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+"""What fp32 instructions answer for NaN, whatever its payload (PTX ISA, floating-point instructions)."""
+
+
+def _canonical(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    def apply_it(*values: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            result = function(*values)
+        nan = np.isnan(result)
+        return np.where(nan, NAN, result) if nan.any() else result
+
+    return apply_it
+
 
 @instruction("add", "sub")
 def add(operands: Operands, ins: Instruction) -> Closure:
     """Integers wrap; floats round to nearest. Denormals are kept, with .ftz too: none of the runs depends on them."""
     if any(part in ("sat", "cc", "f16x2", "bf16x2", "bf16") for part in ins.parts):
         raise unknown(ins)
-    return _plain(operands, ins, np.add if ins.parts[0] == "add" else np.subtract)
+    function = np.add if ins.parts[0] == "add" else np.subtract
+    return _plain(operands, ins, _canonical(function) if ins.type == "f32" else function)
 
 
 @instruction("mul")
@@ -140,7 +154,7 @@ def mul(operands: Operands, ins: Instruction) -> Closure:
     """lo, hi, wide of integers; floats."""
     kind = ins.type
     if kind in ("f32", "f64", "f16"):
-        return _plain(operands, ins, np.multiply)
+        return _plain(operands, ins, _canonical(np.multiply) if kind == "f32" else np.multiply)
     if ins.parts[1] == "lo":
         return _plain(operands, ins, np.multiply)
     if ins.parts[1] == "hi":
@@ -158,7 +172,7 @@ def mad(operands: Operands, ins: Instruction) -> Closure:
     kind = ins.type
     if kind == "f32":  # one rounding: a product of two fp32 numbers is exact in double
         put, sources = operands.put(ins.operands[0], kind), [operands.value(o, kind) for o in ins.operands[1:]]
-        return apply(put, _fused, *sources)
+        return apply(put, _canonical(_fused), *sources)
     if ins.parts[1] == "lo":
         return _plain(operands, ins, lambda a, b, c: a * b + c)
     if ins.parts[1] == "wide":
@@ -222,7 +236,7 @@ def extremum(operands: Operands, ins: Instruction) -> Closure:
     if ins.type[0] == "f":
         if "NaN" in ins.parts:
             return _plain(operands, ins, np.minimum if smaller else np.maximum)
-        return _plain(operands, ins, np.fmin if smaller else np.fmax)
+        return _plain(operands, ins, _canonical(np.fmin if smaller else np.fmax))
     if len(ins.operands) == 4:
         raise unknown(ins)
     return _plain(operands, ins, np.minimum if smaller else np.maximum)
@@ -429,7 +443,7 @@ def cvt(operands: Operands, ins: Instruction) -> Closure:
         return apply(operands.put(ins.operands[0], to), lambda a: a.astype(wanted), value)
     packed: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
         "bf16x2": ("b32", bf16_bits),
-        "f16x2": ("b32", lambda a: _half(a).view(np.uint16)),
+        "f16x2": ("b32", lambda a: np.where(np.isnan(a), np.uint16(0x7FFF), _half(a).view(np.uint16))),
         "e4m3x2": ("b16", e4m3_bits),
     }
     if to in packed and source == "f32" and ins.parts[1] == "rn":
@@ -450,12 +464,17 @@ def cvt(operands: Operands, ins: Instruction) -> Closure:
         ("f32", "s32"): lambda a: a.astype(np.float32),
         ("f32", "u32"): lambda a: a.astype(np.float32),
         ("f64", "f32"): lambda a: a.astype(np.float64),
-        ("s32", "f32"): lambda a: np.trunc(np.nan_to_num(a)).clip(-(2.0**31), 2.0**31 - 1).astype(np.int32),
+        ("s32", "f32"): _truncated,
     }
     function_of = simple.get((to, source))
     if function_of is None or "sat" in ins.parts:
         raise unknown(ins)
     return apply(operands.put(ins.operands[0], to), function_of, operands.value(ins.operands[1], source))
+
+
+def _truncated(a: np.ndarray) -> np.ndarray:
+    """Towards zero, saturating; NaN is 0."""
+    return np.trunc(np.nan_to_num(a.astype(np.float64))).clip(-(2**31), 2**31 - 1).astype(np.int32)
 
 
 def _half(a: np.ndarray) -> np.ndarray:
