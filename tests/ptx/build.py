@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from ptx import product
 
 
@@ -19,8 +21,14 @@ def compile_ptx(source: Any, cutlass: Any) -> str:
     cuda = product.headers.find_cuda()
     name = f"{source.name}-{source.key()}-cutlass{cutlass.identity}-nvcc{cuda.version_string}.ptx"
     kept = product.env.cache_dir() / "ptx" / name
-    if kept.is_file():
-        return kept.read_text()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{kept}.lock"):  # two workers of pytest come here together
+        if not kept.is_file():
+            _compile(source, cutlass, cuda, kept)
+    return kept.read_text()
+
+
+def _compile(source: Any, cutlass: Any, cuda: Any, kept: Path) -> None:
     number = source.arch.replace(".", "")
     command = [
         str(cuda.nvcc),
@@ -33,14 +41,12 @@ def compile_ptx(source: Any, cutlass: Any) -> str:
         *(f"-I{path}" for path in (*source.include, cutlass.include, _tvm_ffi_include())),
         str(source.file),
     ]
-    kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder, "module.ptx")
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"nvcc failed on {source.name}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
         os.replace(made, kept)
-    return kept.read_text()
 
 
 def _tvm_ffi_include() -> Path:

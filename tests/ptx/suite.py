@@ -2,7 +2,8 @@
 
     python tests/ptx/suite.py [--only PART] [--match TEXT] [--out FOLDER]
 
-Some runs renew their lines in the record, all of them the whole of it, and the table in docs/emulator.md with it. Compiles what is not in the cache: some 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
+Some runs renew their lines in the record, all of them the whole of it, and the table in docs/emulator.md with it. Compiles what
+is not in the cache: 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
 """
 
 from __future__ import annotations
