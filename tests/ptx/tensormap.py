@@ -201,6 +201,8 @@ def copy_and_fence(operands: Operands, ins: Instruction) -> Closure:
     def execute(warp: Warp, mask: int) -> None:
         need_all(mask, ins)
         launch, access = warp.cta.launch, warp.access(mask)
+        # The copy comes after all lanes have, and so after what any of them has waited for.
+        access.clock = warp.known_by_any()
         into, out_of = same(to(warp), mask, ins.name), same(source(warp), mask, ins.name)
         offset = own_offset(warp.cta, out_of, SIZE, "tensormap.cp_fenceproxy")
         raw = warp.cta.shared.load(slice(offset, offset + SIZE), access, TOGETHER, "tensormap.cp_fenceproxy")

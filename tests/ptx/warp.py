@@ -128,6 +128,13 @@ class Warp:
             join(merged, clock)
         return merged
 
+    def known_by_any(self) -> Clock:
+        """What some lane knows of others: what a collective instruction comes after."""
+        known = dict(self.clock)
+        for clock in self.apart.values():
+            join(known, clock)
+        return known
+
     def acquire(self, mask: int, clock: Clock) -> None:
         """Lanes learn what someone published."""
         if mask == FULL:
