@@ -1,0 +1,76 @@
+"""Every import of the product that the emulator's runs need, in one place."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, ROOT / "tests" / "codegen"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+from compiling import StubDriver  # noqa: E402
+
+import hybrid_mxfp8 as mx  # noqa: E402
+from hybrid_mxfp8 import env, moe_reference, reference  # noqa: E402
+from hybrid_mxfp8.config import GemmConfig  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels import headers, jit  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
+from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
+from hybrid_mxfp8.groups import GroupLayout  # noqa: E402
+from hybrid_mxfp8.triton_kernels import group_layout, grouped_gemm_blackwell, launch, quantize, route  # noqa: E402
+
+__all__ = [
+    "OUT_DTYPES",
+    "ROOT",
+    "BackendUnavailableError",
+    "GemmConfig",
+    "GroupLayout",
+    "StubDriver",
+    "env",
+    "gemm_source",
+    "group_layout",
+    "grouped_gemm_blackwell",
+    "headers",
+    "host_source",
+    "jit",
+    "launch",
+    "mainloop_headers",
+    "moe_reference",
+    "mx",
+    "quantize",
+    "reference",
+    "route",
+]
+
+OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def host_source(only: tuple[str, str] | None = None) -> Any:
+    """The host side for the product's JIT: of every configuration, or of one and an output type."""
+    definitions = [("CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "1"), ("CUTLASS_ENABLE_GDC_FOR_SM100", "1")]
+    name = "ptx_host"
+    if only is not None:
+        config, out = GemmConfig.parse(only[0]), only[1]
+        name = f"ptx_host_{config.module}_{out}"
+        values = (config.cta_group, config.token_tile, list(OUT_DTYPES).index(out), OUT_TYPES[OUT_DTYPES[out]][1])
+        keys = ("GROUP", "TILE", "NUMBER", "OUT")
+        definitions += [(f"HYBRID_MXFP8_ONLY_{key}", str(value)) for key, value in zip(keys, values, strict=True)]
+    return jit.Source(name, Path(__file__).with_name("host.cu"), "9.0", tuple(definitions))
+
+
+@functools.cache
+def mainloop_headers(mainloop: str) -> headers.CutlassHeaders:
+    """The newest installed CUTLASS headers that give a mainloop, ``ragged`` or ``pointer_array``."""
+    fitting = [h for h in headers.installed_cutlass() if h.ragged == (mainloop == "ragged")]
+    if not fitting:
+        raise SystemExit(
+            f"no CUTLASS headers for the {mainloop} mainloop: pip install "
+            + ("sgl-deep-gemm" if mainloop == "ragged" else "nvidia-cutlass")
+        )
+    return max(fitting, key=lambda h: h.version)

@@ -1,0 +1,170 @@
+"""The product's quantizer and router, compiled for sm_90, in the emulator and against their PyTorch references.
+
+A case makes tensors, calls the product's launcher and the reference on equal inputs, and says which tensors must then be equal,
+byte by byte. On a Hopper GPU on_hopper.py makes the same calls for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ptx import product
+from ptx.cutlass_backend import Result
+from ptx.memory import GlobalMemory, aligned
+from ptx.races import Races
+from ptx.triton_launch import capture
+
+
+@dataclass
+class Kernels:
+    """A call of the product's kernels.
+
+    Attributes:
+        module: whose kernels are launched.
+        names: of the kernels.
+        call: the launcher, given the tensors.
+        inputs: tensors that are read.
+        outputs: tensors that are written.
+        expected: what the reference writes to them; None where a byte is nobody's.
+    """
+
+    module: Any
+    names: tuple[str, ...]
+    call: Callable[[dict[str, torch.Tensor]], object]
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16) -> Kernels:
+    """quantize_grouped of rows with a wide range of magnitudes, an empty expert among them."""
+    counts, k = (3, 0, 70, 1), 352
+    tokens = torch.tensor(counts, dtype=torch.int32)
+    rows = sum(counts)
+    spread = torch.exp2(torch.randint(-20, 20, (rows, k // 32, 1), generator=_generator()).float())
+    x = (torch.randn(rows, k // 32, 32, generator=_generator()) * spread).reshape(rows, k).to(dtype)
+    _, offsets, scale_offsets = product.reference.group_offsets(tokens, rows, from_ends=False)
+    scale_rows, columns = (rows + 127 * len(counts)) // 128 * 128, -(-k // 32 // 4) * 4
+
+    def call(t: dict[str, torch.Tensor]) -> None:
+        groups = product.GroupLayout(t["tokens"], t["offsets"], t["scale_offsets"], rows)
+        product.quantize.quantize_grouped(
+            t["x"], groups, t["values"].view(torch.float8_e4m3fn), t["scales"],
+            scale_rounding=rounding, row_index=None, swiglu=None,
+        )  # fmt: skip
+
+    groups = product.GroupLayout(tokens, offsets, scale_offsets, rows)
+    truth = product.mx.quantize_grouped(x, groups, scale_rounding=rounding, backend="reference")
+    used = int(scale_offsets[-1])
+    return Kernels(
+        product.quantize,
+        ("quantize_kernel",),
+        call,
+        {"x": x, "tokens": tokens, "offsets": offsets, "scale_offsets": scale_offsets},
+        {
+            "values": torch.zeros(rows, k, dtype=torch.uint8),
+            "scales": torch.zeros(scale_rows, columns, dtype=torch.uint8),
+        },
+        {"values": truth.values.view(torch.uint8), "scales": truth.scales[:used]},
+    )
+
+
+def group_offsets(from_ends: bool) -> Kernels:
+    """The layout of a batch from counts or inclusive ends."""
+    values = torch.tensor([3, 0, 130, 64], dtype=torch.int32)
+    given = torch.cumsum(values, 0, dtype=torch.int32) if from_ends else values
+    buffer = torch.zeros(3 * 4 + 2, dtype=torch.int32)
+
+    def call(t: dict[str, torch.Tensor]) -> None:
+        made = product.group_layout.empty_layout
+        product.group_layout.empty_layout = lambda experts, device: t["layout"]
+        try:
+            product.group_layout.group_offsets(t["given"], 200, from_ends)
+        finally:
+            product.group_layout.empty_layout = made
+
+    truth = torch.cat(product.reference.group_offsets(given, 200, from_ends))
+    return Kernels(
+        product.group_layout, ("group_offsets_kernel",), call, {"given": given}, {"layout": buffer}, {"layout": truth}
+    )
+
+
+def route(tokens: int, top_k: int, experts: int) -> Kernels:
+    """Slots sorted by expert, some of them dropped; three launches where there are many."""
+    ids = torch.randint(-1, experts, (tokens, top_k), generator=_generator(), dtype=torch.int32)
+    slots = tokens * top_k
+    scratch = product.route.scratch_elements(slots, experts)
+    outputs = {
+        "row_token": torch.zeros(slots, dtype=torch.int32),
+        "slot_row": torch.zeros(tokens, top_k, dtype=torch.int32),
+        "layout": torch.zeros(3 * experts + 2, dtype=torch.int32),
+    }
+    expected = {name: torch.zeros_like(tensor) for name, tensor in outputs.items()}
+    product.moe_reference.route(ids, experts, expected["row_token"], expected["slot_row"], expected["layout"])
+
+    def call(t: dict[str, torch.Tensor]) -> None:
+        product.route.route(t["ids"], experts, t["row_token"], t["slot_row"], t["layout"], t["scratch"])
+
+    outputs["scratch"] = torch.zeros(max(scratch, 4), dtype=torch.int32)
+    names = ("rank_kernel", "count_kernel", "sum_kernel", "scatter_kernel")
+    return Kernels(product.route, names, call, {"ids": ids}, outputs, expected)
+
+
+CASES: dict[str, Callable[[], Kernels]] = {
+    "quantize_grouped, rceil": lambda: quantize_rows("rceil"),
+    "quantize_grouped, floor": lambda: quantize_rows("floor"),
+    "quantize_grouped, even, fp32": lambda: quantize_rows("even", torch.float32),
+    "group_offsets of counts": lambda: group_offsets(False),
+    "group_offsets of ends": lambda: group_offsets(True),
+    "route, one launch": lambda: route(17, 2, 5),
+    "route, three launches": lambda: route(2100, 2, 20),
+}
+
+
+def emulated(kernels: Kernels, memory: GlobalMemory | None = None) -> tuple[dict[str, torch.Tensor], list[str], int]:
+    """The outputs after the launches, the races found, and the instructions run."""
+    memory = memory or GlobalMemory()
+    tensors = {}
+    for name, tensor in (kernels.inputs | kernels.outputs).items():
+        data = aligned(tensor.numel() * tensor.element_size())
+        tensors[name] = torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
+        tensors[name].copy_(tensor)
+        memory.add(name, data, written=name in kernels.inputs, writable=name in kernels.outputs)
+    races: list[str] = []
+    instructions = 0
+    for captured in capture(90, kernels.module, kernels.names, lambda: kernels.call(tensors)):
+        found = Races()
+        memory.begin(found)
+        launch = captured.launch(memory, races=found, seed=5)
+        launch.run()
+        races += [str(race) for race in found.found.values()]
+        instructions += launch.instructions
+    return {name: tensors[name] for name in kernels.outputs}, races, instructions
+
+
+def differences(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors that are not what they should be; an output may be longer."""
+    problems = []
+    for name, truth in expected.items():
+        got = outputs[name].reshape(-1)[: truth.numel()].view(truth.dtype)
+        wrong = int((got.view(torch.uint8) != truth.reshape(-1).view(torch.uint8)).sum())
+        if wrong:
+            problems.append(
+                f"{name}: {wrong} of {truth.numel() * truth.element_size()} bytes differ from the reference"
+            )
+    return problems
+
+
+def run(make: Callable[[], Kernels]) -> Result:
+    """One case in the emulator."""
+    kernels = make()
+    outputs, races, instructions = emulated(kernels)
+    return Result(0.0, differences(outputs, kernels.expected), races, instructions)
