@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
@@ -66,7 +67,7 @@ class KernelLaunch(NamedTuple):
     def run(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         """Launch through Triton, or interpret."""
         if INTERPRETED:
-            arguments = [_interpreted(a.view(tensors)) if isinstance(a, Buffer) else a for a in self.arguments]
+            arguments = [_interpreted(argument, tensors) for argument in self.arguments]
             with _one_thread():
                 self.kernel[(self.programs,)](*arguments, *self.constants, **dict(self.options))
             return
@@ -135,9 +136,15 @@ def _specialized_parameters(kernel: Any) -> tuple[bool, ...]:
     return found
 
 
-def _interpreted(tensor: torch.Tensor) -> torch.Tensor:
-    """As a kernel argument: the interpreter knows an e4m3 tensor by its bytes alone."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+def _interpreted(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:
+    """As the interpreter takes it, which knows an e4m3 tensor by its bytes alone."""
+    if isinstance(argument, Buffer):
+        tensor = argument.view(tensors)
+        return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+    if isinstance(argument, TensorMap):
+        base = _interpreted(argument.buffer, tensors).view(argument.shape)
+        return TensorDescriptor.from_tensor(base, list(argument.box))
+    return argument
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:

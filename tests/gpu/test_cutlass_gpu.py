@@ -1,7 +1,7 @@
 """What of the SM100 backend runs on other GPUs: its host side, its arguments, its tile scheduler.
 
 The modules here compile for any architecture in a minute and are kept in the ordinary cache;
-``python tests/cutlass_modules.py`` builds them all ahead of time, with no GPU.
+``python tests/support/cutlass_modules.py`` builds them all ahead of time, with no GPU.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 GPU_ARCH = "9.0"
 """PTX is not kept, so the tests of tests/gpu run on Hopper."""
 
-CUDA = Path(__file__).parent / "cuda"
+CUDA = Path(__file__).parents[1] / "cuda"
 SHARED = ("prepare.cuh", "grouped_gemm_sm100.cuh", "read_arguments.cuh", "tensor_checks.cuh", "call.cuh")
 
 Edits = tuple[tuple[str, str], ...]
