@@ -1,1 +1,2 @@
-"""The CUTLASS SM100 kernel and its JIT build. May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``."""
+"""The CUTLASS SM100 kernel and its JIT build. May import: ``errors``, ``env``, ``core``,
+``reference``, ``dispatch``."""

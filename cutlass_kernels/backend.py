@@ -1,4 +1,5 @@
-"""What this package offers: the cutlass backend. It has no quantizer; on its GPUs the triton package's runs.
+"""What this package offers: the cutlass backend. It has no quantizer; on its GPUs the triton
+package's runs.
 
 May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
 """

@@ -65,9 +65,9 @@ def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torc
     """The plan of a problem with at least one expert and token; compiles its module if need be.
 
     Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded, or computes something wrong
-            on this GPU (see verify.py). It is not tried again in this environment: from then on
-            :func:`can_run` says no.
+        BackendUnavailableError: the module cannot be compiled or loaded, or computes something
+            wrong on this GPU (see verify.py). It is not tried again in this environment: from then
+            on :func:`can_run` says no.
     """
     config = _choose(num_experts, n, k, num_tokens, out_dtype, device)[0].config
     module = _module(config.module, out_dtype, devices.capability(device))
@@ -290,7 +290,8 @@ def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) 
 
 
 def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -> None:
-    """Check that the module is right on this GPU; tried now, in a process of its own, if need be."""
+    """Check that the module is right on this GPU; tried now, in a process of its own, if need
+    be."""
     if (module, out_dtype, device) in _verified or not env.verify():
         return
     capability = devices.capability(device)

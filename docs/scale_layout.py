@@ -1,4 +1,5 @@
-"""Draw docs/scale_layout.png from the layout's own formula: ``python docs/scale_layout.py [FILE]``."""
+"""Draw docs/scale_layout.png from the layout's own formula: ``python docs/scale_layout.py
+[FILE]``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node=2 examples/expert_parallel.py
 
-On GPUs through NCCL, on a CPU through gloo. docs/expert-parallel.md has other ways to split a layer.
+On GPUs through NCCL, on a CPU through gloo. docs/expert-parallel.md has other ways to split a
+layer.
 """
 
 import os
@@ -42,7 +43,8 @@ def main() -> None:
     weights, ids = torch.rand(M, E).softmax(-1).topk(TOP_K)
     weights, ids = weights.to(device), ids.to(device)
 
-    # Ids are counted from this rank's first expert; those of other ranks fall outside and are skipped.
+    # Ids are counted from this rank's first expert; those of other ranks fall outside and are
+    # skipped.
     parts = experts(gather(x), gather(ids) - first, gather(weights))  # (ranks * M, H)
     dist.all_reduce(parts)
     y = parts[rank * M : (rank + 1) * M]

@@ -2,7 +2,8 @@
 
     python examples/transformers_model.py [MODEL]
 
-MODEL is a name or a folder that transformers loads. Without one, it is a tiny Qwen3-MoE with random weights.
+MODEL is a name or a folder that transformers loads. Without one, it is a tiny Qwen3-MoE with random
+weights.
 """
 
 import sys

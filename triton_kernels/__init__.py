@@ -1,1 +1,2 @@
-"""Triton kernels, each above what describes its launch. May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``."""
+"""Triton kernels, each above what describes its launch. May import: ``errors``, ``env``, ``core``,
+``reference``, ``dispatch``."""

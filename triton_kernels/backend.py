@@ -90,7 +90,8 @@ def workspace_bound(problem: Problem) -> int:
 
 
 def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
-    """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the portable kernel."""
+    """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the
+    portable kernel."""
     weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
     hopper_config = _hopper_config(problem)
     if hopper_config is not None and weights_aligned:

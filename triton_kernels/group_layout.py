@@ -1,7 +1,9 @@
-"""Layouts of rows grouped by expert, on the device: from counts, from ends, or around given scale positions.
+"""Layouts of rows grouped by expert, on the device: from counts, from ends, or around given scale
+positions.
 
-A layout is one buffer (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,). One program scans all
-experts. Whatever the counts hold, the layout is one of T rows: negative ones act as 0, rows beyond T are cut off.
+A layout is one buffer (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,). One
+program scans all experts. Whatever the counts hold, the layout is one of T rows: negative ones act
+as 0, rows beyond T are cut off.
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def _options(block: int) -> tuple[tuple[str, int], ...]:
 
 
 def group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> tuple[KernelLaunch, ...]:
-    """What ``core.layout.group_offsets`` computes, of counts or ends (E,) int32 or int64, contiguous."""
+    """What ``core.layout.group_offsets`` computes, of counts or ends (E,) int32 or int64,
+    contiguous."""
     num_experts = given.shape[0]
     block = next_power_of_2(num_experts)
     arguments = (given, layout, num_tokens, num_experts)

@@ -1,8 +1,10 @@
-"""A kernel launch as a step of a plan: compiled once for what Triton specializes on, then launched by C or by Triton.
+"""A kernel launch as a step of a plan: compiled once for what Triton specializes on, then launched
+by C or by Triton.
 
-``KernelLaunch`` says which kernel runs on which grid with which arguments. Compiling takes seconds or a look into
-Triton's cache, so it is done once for each specialization: dtypes, 16-byte alignment of pointers, integers that
-the kernel is specialized on, constants and compile options. A new number of tokens changes none of these.
+``KernelLaunch`` says which kernel runs on which grid with which arguments. Compiling takes seconds
+or a look into Triton's cache, so it is done once for each specialization: dtypes, 16-byte alignment
+of pointers, integers that the kernel is specialized on, constants and compile options. A new number
+of tokens changes none of these.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class KernelLaunch(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
     def encode(self, device: torch.device) -> Sequence[int] | None:
-        """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be called."""
+        """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be
+        called."""
         if INTERPRETED:
             return None
         compiled = self.compile(device)
@@ -128,7 +131,8 @@ _parameters: dict[int, tuple[bool, ...]] = {}
 
 
 def _specialized_parameters(kernel: Any) -> tuple[bool, ...]:
-    """For each parameter that is no constexpr, whether Triton specializes the kernel on its value."""
+    """For each parameter that is no constexpr, whether Triton specializes the kernel on its
+    value."""
     found = _parameters.get(id(kernel))
     if found is None:
         flags = [not parameter.do_not_specialize for parameter in kernel.params if not parameter.is_constexpr]
@@ -148,10 +152,11 @@ def _interpreted(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """A lock of this process; a fork's child gets its own, since the thread that held its parent's is not there.
+    """A lock of this process; a fork's child gets its own, since the thread that held its parent's
+    is not there.
 
-    Triton's interpreter keeps the place in the grid, and the functions that it patches, in globals of the process:
-    two threads in it at once would compute each other's tiles.
+    Triton's interpreter keeps the place in the grid, and the functions that it patches, in globals
+    of the process: two threads in it at once would compute each other's tiles.
     """
     return _locks.setdefault(os.getpid(), threading.RLock())
 

@@ -1,8 +1,8 @@
 """Device functions for bf16, e4m3 and E8M0 that give the same bits compiled and interpreted.
 
-Triton's interpreter computes with numpy, which has neither bf16 nor e4m3: bf16 arithmetic would work on
-raw bit patterns, and its casts to both truncate. Where that matters, ``INTERPRET`` picks integer arithmetic
-with the same result as the hardware's conversion.
+Triton's interpreter computes with numpy, which has neither bf16 nor e4m3: bf16 arithmetic would
+work on raw bit patterns, and its casts to both truncate. Where that matters, ``INTERPRET`` picks
+integer arithmetic with the same result as the hardware's conversion.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ def from_fp32(x, dtype: tl.constexpr):
 
 @triton.jit
 def to_e4m3_codes(x):
-    """fp32 to the bytes of e4m3, rounding to nearest even and saturating to +-448; NaN becomes 0x7F or 0xFF."""
+    """fp32 to the bytes of e4m3, rounding to nearest even and saturating to +-448; NaN becomes 0x7F
+    or 0xFF."""
     if not INTERPRET:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     u = x.to(tl.int32, bitcast=True)
     a = u & 0x7FFFFFFF
-    # Normal results: round the mantissa to 3 bits in place, carries included, and rebias the exponent by -120.
+    # Normal results: round the mantissa to 3 bits in place, carries included, and rebias the
+    # exponent by -120.
     normal = ((a + 0x7FFFF + ((a >> 20) & 1)) >> 20) - 960
-    # Below 2**-6, e4m3's codes are multiples of 2**-9: adding 2**14 makes the fp32 adder round to them.
+    # Below 2**-6, e4m3's codes are multiples of 2**-9: adding 2**14 makes the fp32 adder round to
+    # them.
     small = a < 0x3C800000
     shifted = tl.where(small, a, 0).to(tl.float32, bitcast=True) + 16384.0
     q = tl.where(small, shifted.to(tl.int32, bitcast=True) - 0x46800000, normal)
@@ -54,7 +57,8 @@ def to_e4m3_codes(x):
 def e4m3_codes_to_fp32(codes):
     """The bytes of e4m3 to fp32, exactly; for where no conversion exists."""
     c = codes.to(tl.int32)
-    # Sign, exponent and mantissa moved to fp32's places are the value times 2**-120, subnormals included.
+    # Sign, exponent and mantissa moved to fp32's places are the value times 2**-120, subnormals
+    # included.
     x = (((c & 0x80) << 24) | ((c & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
     return tl.where((c & 0x7F) == 0x7F, float("nan"), x)
 
@@ -63,7 +67,8 @@ def e4m3_codes_to_fp32(codes):
 def loop_bound(n):
     """A scalar as the bound of a loop.
 
-    Interpreters before 3.8 ask numpy to convert its array of one element to an integer, which numpy 2.4 refuses.
+    Interpreters before 3.8 ask numpy to convert its array of one element to an integer, which numpy
+    2.4 refuses.
     """
     if INTERPRET:
         return n.handle.data.item()

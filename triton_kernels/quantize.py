@@ -1,14 +1,14 @@
 """The grouped quantizer: rows to e4m3 values and E8M0 scales in 128x4 tiles, one launch.
 
-A program takes a few rows by a stretch of columns, wherever the groups' boundaries are: each row finds
-its expert by counting the ends at or before it, all experts at once, so the cost does not depend on how
-tokens are spread over experts. After the row programs come the padding programs; each writes zeros into
-some of the padding rows of one expert. Every other stored byte is written by the row programs, so equal
-inputs give equal bytes.
+A program takes a few rows by a stretch of columns, wherever the groups' boundaries are: each row
+finds its expert by counting the ends at or before it, all experts at once, so the cost does not
+depend on how tokens are spread over experts. After the row programs come the padding programs; each
+writes zeros into some of the padding rows of one expert. Every other stored byte is written by the
+row programs, so equal inputs give equal bytes.
 
-The groups come in one of three forms (``LAYOUT``): ``offsets`` of a GroupLayout; ``counts``, which every program
-scans anew and one writes down as a layout, so that a decode step needs no launch for it; ``uniform``, every
-expert N rows long, which is what expert weights are.
+The groups come in one of three forms (``LAYOUT``): ``offsets`` of a GroupLayout; ``counts``, which
+every program scans anew and one writes down as a layout, so that a decode step needs no launch for
+it; ``uniform``, every expert N rows long, which is what expert weights are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
 
 @triton.jit
 def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_ptr, EXPERTS: tl.constexpr):
-    """For each row: whether an expert owns it, and its scale row. Its expert is the number of ends at or before it."""
+    """For each row: whether an expert owns it, and its scale row. Its expert is the number of ends
+    at or before it."""
     CHUNK: tl.constexpr = min(EXPERTS, 1024)
     valid = row < tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
     expert = tl.zeros_like(row)
@@ -52,7 +53,8 @@ def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_pt
 
 @triton.jit
 def _scale_rows_from_counts(row, ends, scale_ends):
-    """What ``_scale_rows`` returns, of scanned counts: offsets are the largest ends at or before a row."""
+    """What ``_scale_rows`` returns, of scanned counts: offsets are the largest ends at or before a
+    row."""
     before = ends[None, :] <= row[:, None]
     start = tl.max(tl.where(before, ends[None, :], 0), 1)
     scale_start = tl.max(tl.where(before, scale_ends[None, :], 0), 1)
@@ -67,17 +69,20 @@ def _quantize_blocks(x, ROUNDING_BIAS: tl.constexpr):
     finite = amax < 0x7F800000
     scale = tl.where(finite, tl.maximum(((amax + ROUNDING_BIAS) >> 23) - 8, 0), 255)
     inverse = tl.where(finite, (254 - scale) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    # A block with NaN or Inf is multiplied by NaN; 0x7F, the code wanted, is e4m3's NaN without sign.
+    # A block with NaN or Inf is multiplied by NaN; 0x7F, the code wanted, is e4m3's NaN without
+    # sign.
     codes = to_e4m3_codes(x * inverse[:, :, None])
     return tl.where(finite[:, :, None], codes, 0x7F).to(tl.uint8), scale.to(tl.uint8)
 
 
 @triton.jit
 def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_column_tiles, TILES: tl.constexpr):
-    """Zero rows ``used_rows`` .. 127 of the last 128x4 tiles of one expert, whose last tile row is ``first_scale_row``.
+    """Zero rows ``used_rows`` .. 127 of the last 128x4 tiles of one expert, whose last tile row is
+    ``first_scale_row``.
 
-    In words of 4 bytes, the 4 columns of one row. Rows r, r + 32, r + 64 and r + 96 are neighbours in a tile, so where
-    even r is padding, a mask that is the same for four words lets the compiler store 16 bytes at once.
+    In words of 4 bytes, the 4 columns of one row. Rows r, r + 32, r + 64 and r + 96 are neighbours
+    in a tile, so where even r is padding, a mask that is the same for four words lets the compiler
+    store 16 bytes at once.
     """
     word = tl.arange(0, 128)
     first_row = word // 4
@@ -91,7 +96,8 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
     tl.store(words, zeros, mask=in_tiles & ((first_row < used_rows) & (row >= used_rows))[None, :])
 
 
-# What changes with every batch is not specialized on, so that a new number of tokens compiles no new kernel.
+# What changes with every batch is not specialized on, so that a new number of tokens compiles no
+# new kernel.
 @triton.jit(
     do_not_specialize=[
         "row_index_ptr",
@@ -138,7 +144,8 @@ def quantize_kernel(
     PADDING_TILES: tl.constexpr,  # scale tiles that one padding program zeroes, side by side
     SKIP_UNOWNED: tl.constexpr,  # row programs beyond the groups leave at once, LAYOUT offsets
 ):
-    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),); row_programs = cdiv(T, BLOCK_ROWS) * column_programs."""
+    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),); row_programs = cdiv(T, BLOCK_ROWS) *
+    column_programs."""
     pid = tl.program_id(0)
     SCALE_COLS: tl.constexpr = BLOCK_COLS // 32
     num_column_tiles = (K + 127) // 128
@@ -228,8 +235,10 @@ def quantize_kernel(
 class QuantizeConfig:
     """Rows and columns of a row program, scale tiles of a padding program, and the warps of both.
 
-    ``skip_unowned``: whether row programs beyond the groups leave at once. Most rows can be there, where experts are spread over
-    GPUs or a batch is padded; but to know it each program waits for a load, which a decode batch would feel.
+    ``skip_unowned``: whether row programs beyond the groups leave at once. Most rows can be there,
+        where experts are spread over
+    GPUs or a batch is padded; but to know it each program waits for a load, which a decode batch
+    would feel.
     """
 
     block_rows: int
@@ -243,11 +252,12 @@ class QuantizeConfig:
 def select_quantize_config(num_rows: int, k: int, num_experts: int, interpreted: bool = False) -> QuantizeConfig:
     """Tile of the quantizer; pure.
 
-    Measured on an H100. Few rows are a matter of latency: one row a program (8 x 4096, E 128: 1.8 us; 2.0 with 8).
-    Then four, so that a program's scan of all experts is shared (256 x 7168, E 256, counts scanned: 5.5 us; 7.4
-    with 1). Many rows: wide programs while the search over experts is cheap (131072 x 7168, E 8: 937 us; 943 with
-    8 x 512), else tall ones that share it (16384 x 7168, E 256: 125 us; 146 with 2 x 2048). These skip rows that no expert
-    owns (8192 of 65536 x 7168 owned, E 32: 131 us; 427 without; all owned: less than 0.4 us either way). In the
+    Measured on an H100. Few rows are a matter of latency: one row a program (8 x 4096, E 128: 1.8
+    us; 2.0 with 8). Then four, so that a program's scan of all experts is shared (256 x 7168, E
+    256, counts scanned: 5.5 us; 7.4 with 1). Many rows: wide programs while the search over experts
+    is cheap (131072 x 7168, E 8: 937 us; 943 with 8 x 512), else tall ones that share it (16384 x
+    7168, E 256: 125 us; 146 with 2 x 2048). These skip rows that no expert owns (8192 of 65536 x
+    7168 owned, E 32: 131 us; 427 without; all owned: less than 0.4 us either way). In the
     interpreter a program costs milliseconds: few, large ones.
     """
     width = next_power_of_2(BLOCK_SIZE * scale_cols(k))
@@ -283,7 +293,8 @@ def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
 
 
 def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[KernelLaunch, ...]:
-    """The launches of one quantization: one, and one before it where counts are better scanned alone."""
+    """The launches of one quantization: one, and one before it where counts are better scanned
+    alone."""
     p, b = problem, buffers
     if p.grouping == "counts" and not can_fuse_counts(p.num_rows, p.k, p.num_experts):
         assert b.counts is not None

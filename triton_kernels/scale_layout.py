@@ -1,6 +1,8 @@
-"""Where a scale lies in its 128x4 tiles, for Triton kernels; ``core.formats.scale_offset`` is the same in Python.
+"""Where a scale lies in its 128x4 tiles, for Triton kernels; ``core.formats.scale_offset`` is the
+same in Python.
 
-Tiles are 512 bytes and follow one another along K, so an offset is the sum of one part of the row and one of the column.
+Tiles are 512 bytes and follow one another along K, so an offset is the sum of one part of the row
+and one of the column.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ def row_offset(row, num_column_tiles):
 
 @triton.jit
 def column_offset(col):
-    """Bytes from a row's first scale to that of column ``col``, which counts blocks of 32 elements."""
+    """Bytes from a row's first scale to that of column ``col``, which counts blocks of 32
+    elements."""
     return col // 4 * 512 + col % 4
 
 

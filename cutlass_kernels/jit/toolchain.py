@@ -25,7 +25,8 @@ RAGGED_CUTLASS = (4, 4, 0)
 """The first version whose block-scaled ragged-contiguous mainloop takes MoEProblemShape."""
 
 PDL_CUTLASS = (4, 6, 0)
-"""The first whose kernels may start while the one before runs: kPdlIsSafe in csrc has the reasons."""
+"""The first whose kernels may start while the one before runs: kPdlIsSafe in csrc has the
+reasons."""
 
 MIN_CUDA = (12, 8)
 MIN_CUDA_103 = (12, 9)

@@ -133,7 +133,8 @@ def cache(folder: Path) -> dict[str, Any]:
 
 
 def modules() -> dict[str, Any]:
-    """Compiled modules in the cache, with the versions they were built by, or why none is loaded."""
+    """Compiled modules in the cache, with the versions they were built by, or why none is
+    loaded."""
     try:
         built = [module.manifest() for module in jit.built()]
     except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1

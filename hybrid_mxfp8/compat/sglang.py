@@ -1,22 +1,26 @@
-"""The two functions of SGLang's ``sglang.jit_kernel.mxfp8`` (0.5.11 to 0.5.22), over any backend of this package.
+"""The two functions of SGLang's ``sglang.jit_kernel.mxfp8`` (0.5.11 to 0.5.22), over any backend of
+this package.
 
-Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import alone::
+Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import
+alone::
 
     from hybrid_mxfp8.compat.sglang import (
         es_sm100_mxfp8_blockscaled_grouped_quant,
         es_sm100_mxfp8_blockscaled_moe_grouped_gemm,
     )
 
-SGLang's names turned into this package's: its operand ``a`` is the weights, ``b`` the tokens, ``m`` is N.
-``use_backend()`` and HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small launch on turning the
-caller's metadata into a layout; none syncs, and both can be captured in a CUDA graph. Under ``torch.compile`` each
-is one operator, ``torch.ops.hybrid_mxfp8.sglang_grouped_quant`` and ``sglang_moe_grouped_gemm``.
+SGLang's names turned into this package's: its operand ``a`` is the weights, ``b`` the tokens, ``m``
+is N. ``use_backend()`` and HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small
+launch on turning the caller's metadata into a layout; none syncs, and both can be captured in a
+CUDA graph. Under ``torch.compile`` each is one operator,
+``torch.ops.hybrid_mxfp8.sglang_grouped_quant`` and ``sglang_moe_grouped_gemm``.
 
-What is assumed of device data, because to look would sync: rows are sorted by expert without gaps, so that
-``expert_offsets`` is the exclusive prefix sum of ``tokens_per_expert``; ``blockscale_offsets`` are multiples of 128
-whose experts don't overlap, in any order and with any gaps. On CPU tensors, where looking is free, the first
-assumption and the bounds of the second are checked. On a GPU, metadata that break them give wrong numbers but lead no
-kernel outside its buffers.
+What is assumed of device data, because to look would sync: rows are sorted by expert without gaps,
+so that ``expert_offsets`` is the exclusive prefix sum of ``tokens_per_expert``;
+``blockscale_offsets`` are multiples of 128 whose experts don't overlap, in any order and with any
+gaps. On CPU tensors, where looking is free, the first assumption and the bounds of the second are
+checked. On a GPU, metadata that break them give wrong numbers but lead no kernel outside its
+buffers.
 """
 
 from __future__ import annotations
@@ -60,12 +64,14 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
         input: (T, K) bf16, fp16 or fp32, K % 32 == 0, unit stride along K.
         tokens_per_expert: (E,) int32.
         expert_offsets: (E,) int32, the exclusive prefix sum of ``tokens_per_expert``.
-        blockscale_offsets: (E,) int32, the first row of each expert's scales in ``scale_factor``; multiples of 128.
-        quant_output: (T, K) float8_e4m3fn, contiguous; written. Rows that no expert owns keep what they hold. Neither it
-            nor ``scale_factor`` may overlap another argument.
-        scale_factor: (S, K/32) uint8, contiguous, S at least roundup(T, 128) and enough for every expert's rows rounded
-            up to 128; written, swizzled in 128x4 tiles, padding of each expert zero. Rows of no expert are unspecified.
-            With K % 128 != 0 it has roundup(K/32, 4) columns.
+        blockscale_offsets: (E,) int32, the first row of each expert's scales in ``scale_factor``;
+            multiples of 128.
+        quant_output: (T, K) float8_e4m3fn, contiguous; written. Rows that no expert owns keep what
+            they hold. Neither it nor ``scale_factor`` may overlap another argument.
+        scale_factor: (S, K/32) uint8, contiguous, S at least roundup(T, 128) and enough for every
+            expert's rows rounded up to 128; written, swizzled in 128x4 tiles, padding of each
+            expert zero. Rows of no expert are unspecified. With K % 128 != 0 it has roundup(K/32,
+            4) columns.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -115,7 +121,8 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     workspace: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply each expert's tokens by its weights: ``d[t] = b[t] @ a[e].T`` for rows t of expert e.
+    """Multiply each expert's tokens by its weights: ``d[t] = b[t] @ a[e].T`` for rows t of expert
+    e.
 
     Args:
         a: weights (E, N, K) float8_e4m3fn, contiguous, N % 8 == 0, K % 32 == 0.
@@ -123,11 +130,13 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
         sfa: scales of ``a``, (E, roundup(N, 128), K/32) uint8, swizzled, contiguous.
         sfb: scales of ``b``, (S, K/32) uint8, swizzled, contiguous; S as for the quantizer.
         expert_offsets: (E,) int32, the exclusive prefix sum of ``tokens_per_expert``.
-        blockscale_offsets: (E,) int32, the first row of each expert's scales in ``sfb``; multiples of 128.
+        blockscale_offsets: (E,) int32, the first row of each expert's scales in ``sfb``; multiples
+            of 128.
         tokens_per_expert: (E,) int32.
-        workspace: uint8, contiguous, of any shape and alignment; what the backend needs is taken from it, the rest is
-            not touched. Where it is too small, as SGLang's 16 MiB can be on other GPUs than SM100, memory is allocated
-            instead. Two streams must not share it. Under ``torch.compile`` it is not used.
+        workspace: uint8, contiguous, of any shape and alignment; what the backend needs is taken
+            from it, the rest is not touched. Where it is too small, as SGLang's 16 MiB can be on
+            other GPUs than SM100, memory is allocated instead. Two streams must not share it. Under
+            ``torch.compile`` it is not used.
         dtype: of the result: bf16, fp16 or fp32.
 
     Returns:
@@ -195,7 +204,8 @@ def _multiply(
 
 
 def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> torch.Tensor:
-    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same memory."""
+    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same
+    memory."""
     check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
     rows, cols = scales.shape
     if cols != scale_cols(k):
@@ -230,7 +240,8 @@ def _layout(
     num_tokens: int,
     num_scale_rows: int,
 ) -> GroupLayout:
-    """The layout that the caller's metadata describe: rows from the counts, scale positions as they are given."""
+    """The layout that the caller's metadata describe: rows from the counts, scale positions as they
+    are given."""
     if not tokens_per_expert.is_cuda:
         _check_on_host(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, num_scale_rows)
     buffer = build_around(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
@@ -244,7 +255,8 @@ def _check_on_host(
     num_tokens: int,
     num_scale_rows: int,
 ) -> None:
-    """On a CPU, where looking is free: that the offsets belong to the counts and leave each expert its rows."""
+    """On a CPU, where looking is free: that the offsets belong to the counts and leave each expert
+    its rows."""
     if not tokens_per_expert.numel():
         return
     tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
@@ -268,7 +280,8 @@ def _check_on_host(
 
 
 def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
-    """The first ``needed`` bytes of a workspace that start at an aligned address; None where there are too few."""
+    """The first ``needed`` bytes of a workspace that start at an aligned address; None where there
+    are too few."""
     flat = workspace.view(-1)
     skipped = -flat.data_ptr() % ALIGNMENT
     if not needed:
@@ -321,7 +334,8 @@ def _moe_grouped_gemm_fake(
 
 
 def _register() -> torch.library.Library:
-    """Define the operators, as :mod:`hybrid_mxfp8.ops.torch_library` does: e4m3 goes in as such or as bytes, into buffers as bytes."""
+    """Define the operators, as :mod:`hybrid_mxfp8.ops.torch_library` does: e4m3 goes in as such or
+    as bytes, into buffers as bytes."""
     library = torch.library.Library("hybrid_mxfp8", "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(

@@ -13,17 +13,20 @@ _PREFIX = "swiglu:"
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """``g * sigmoid(alpha * g) * (u + beta)`` of gate g and up u; with a limit, of min(g, limit) and u cut on both sides.
+    """``g * sigmoid(alpha * g) * (u + beta)`` of gate g and up u; with a limit, of min(g, limit)
+    and u cut on both sides.
 
-    Without arguments it is SwiGLU itself, silu(g) * u (Shazeer, arXiv:2002.05202), which vLLM and SGLang call ``silu``. The
-    experts of gpt-oss and MiniMax-M3 have alpha 1.702, beta 1 and limit 7, those of DeepSeek-V4 a limit alone; a model's
-    configuration has them as ``swiglu_alpha`` and ``swiglu_limit``.
+    Without arguments it is SwiGLU itself, silu(g) * u (Shazeer, arXiv:2002.05202), which vLLM and
+    SGLang call ``silu``. The experts of gpt-oss and MiniMax-M3 have alpha 1.702, beta 1 and limit
+    7, those of DeepSeek-V4 a limit alone; a model's configuration has them as ``swiglu_alpha`` and
+    ``swiglu_limit``.
 
     Attributes:
         alpha: factor of the gate in the sigmoid, above 0.
         beta: added to up.
         limit: above 0, or None. A gate of +Inf and an infinite up become the limit; NaN stays NaN.
-        spec: the same as a string, which all functions that take a SwiGLU take, too: operators take strings alone.
+        spec: the same as a string, which all functions that take a SwiGLU take, too: operators take
+            strings alone.
 
     Raises:
         TypeError, ValueError: a number that is no float, not finite, or not above 0.
@@ -58,7 +61,8 @@ NAMED = {"swiglu": PLAIN_SWIGLU, "swigluoai": SwiGLU(1.702, 1.0, 7.0)}
 
 
 def swiglu_of(activation: Any, also: str = "") -> SwiGLU:
-    """The SwiGLU that the argument ``activation`` stands for; ``also`` names what else it may be, in the error.
+    """The SwiGLU that the argument ``activation`` stands for; ``also`` names what else it may be,
+    in the error.
 
     Raises:
         ValueError: neither a name, nor a SwiGLU or its ``spec``.

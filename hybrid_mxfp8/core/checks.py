@@ -1,7 +1,7 @@
 """Argument checks. Each raises an error that names the argument, what was expected and what came.
 
-A wrong type or dtype is a TypeError, everything else a ValueError. All look at metadata only, never at
-device data.
+A wrong type or dtype is a TypeError, everything else a ValueError. All look at metadata only, never
+at device data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def check_tensor(
     dims: str,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """A tensor of one of ``dtypes``, of rank ``ndim`` (described by ``dims``), on ``device`` if given."""
+    """A tensor of one of ``dtypes``, of rank ``ndim`` (described by ``dims``), on ``device`` if
+    given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -104,7 +105,8 @@ def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | 
 
 
 def extent(x: torch.Tensor) -> int:
-    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one range."""
+    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one
+    range."""
     elements = x.numel()
     if elements and not x.is_contiguous():
         elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -149,9 +151,11 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
 
 
 def is_tracing(x: torch.Tensor) -> bool:
-    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake, meta, or inside vmap and the like.
+    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake, meta, or inside
+    vmap and the like.
 
-    Then the public functions go through the operators of ``ops.torch_library``, which PyTorch knows how to handle there.
+    Then the public functions go through the operators of ``ops.torch_library``, which PyTorch knows
+    how to handle there.
     """
     return (
         torch.compiler.is_compiling()

@@ -9,7 +9,8 @@ from hybrid_mxfp8.core.scale_layout import unswizzle_grouped_scales, unswizzle_s
 
 
 def scale_values(scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """E8M0 bytes as powers of two ``2**(b - 127)``, exact in fp32 (0 is subnormal there); 255 is NaN."""
+    """E8M0 bytes as powers of two ``2**(b - 127)``, exact in fp32 (0 is subnormal there); 255 is
+    NaN."""
     b = scales.to(torch.int32)
     bits = torch.where(b == 0, 0x00400000, b << 23)
     bits = torch.where(b == E8M0_NAN, 0x7FC00000, bits).to(torch.int32)
@@ -33,13 +34,15 @@ def dequantize_grouped(
     scale_offsets: torch.Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """values (T, K) e4m3 and swizzled scales (S, C) to (T, K) in ``dtype``; rows that no expert owns are zero."""
+    """values (T, K) e4m3 and swizzled scales (S, C) to (T, K) in ``dtype``; rows that no expert
+    owns are zero."""
     num_tokens, k = values.shape
     linear, owned = unswizzle_grouped_scales(scales, expert_offsets, scale_offsets, num_tokens, k // BLOCK_SIZE)
     return torch.where(owned.unsqueeze(1), dequantize(values, linear, dtype), 0)
 
 
 def dequantize_experts(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """values (E, N, K) e4m3 and swizzled scales (E, roundup(N, 128), C) to (E, N, K) in ``dtype``."""
+    """values (E, N, K) e4m3 and swizzled scales (E, roundup(N, 128), C) to (E, N, K) in
+    ``dtype``."""
     _, n, k = values.shape
     return dequantize(values, unswizzle_scales(scales, n, k // BLOCK_SIZE), dtype)

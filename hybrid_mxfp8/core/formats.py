@@ -61,7 +61,8 @@ def padded_scale_rows(rows: int) -> int:
 
 
 def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
-    """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device data.
+    """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device
+    data.
 
     Every expert with a token wastes at most 127 rows, and at most min(E, T) experts have one.
     """
@@ -69,7 +70,8 @@ def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
 
 
 def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
-    """The most tiles of ``block_t`` rows that T rows over E experts can need, each expert starting a new one."""
+    """The most tiles of ``block_t`` rows that T rows over E experts can need, each expert starting
+    a new one."""
     return (num_tokens + (block_t - 1) * min(num_experts, num_tokens)) // block_t
 
 

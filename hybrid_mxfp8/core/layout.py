@@ -22,17 +22,20 @@ class GroupLayout:
 
     Attributes:
         tokens_per_expert: (E,) int32.
-        expert_offsets: (E+1,) int32, exclusive prefix sum; the last entry is the number of rows in use.
+        expert_offsets: (E+1,) int32, exclusive prefix sum; the last entry is the number of rows in
+            use.
         scale_offsets: (E+1,) int32, exclusive prefix sum of roundup(tokens, 128), in rows.
         num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
 
-    :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data. One put
-    together by hand must obey the same sums. On CPU tensors, where looking is free, that is checked; on a GPU a layout
-    that does not gives wrong numbers, but leads no kernel outside its buffers.
+    :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data.
+    One put together by hand must obey the same sums. On CPU tensors, where looking is free, that is
+    checked; on a GPU a layout that does not gives wrong numbers, but leads no kernel outside its
+    buffers.
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous; ``num_tokens`` no int, negative
-            or too large for int32 offsets; on a CPU, numbers that are no layout of ``num_tokens`` rows.
+        TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous;
+            ``num_tokens`` no int, negative or too large for int32 offsets; on a CPU, numbers that
+            are no layout of ``num_tokens`` rows.
     """
 
     tokens_per_expert: torch.Tensor
@@ -99,10 +102,11 @@ class GroupLayout:
 
     @classmethod
     def from_counts(cls, tokens_per_expert: torch.Tensor, num_tokens: int) -> GroupLayout:
-        """The layout of ``tokens_per_expert`` (E,) int32 or int64 rows per expert, in a matrix of ``num_tokens`` rows.
+        """The layout of ``tokens_per_expert`` (E,) int32 or int64 rows per expert, in a matrix of
+        ``num_tokens`` rows.
 
-        Counts are device data and are not checked: negative ones act as 0, and rows beyond ``num_tokens``
-        are cut off, so that no later call can leave its buffers.
+        Counts are device data and are not checked: negative ones act as 0, and rows beyond
+        ``num_tokens`` are cut off, so that no later call can leave its buffers.
 
         Raises:
             TypeError: ``tokens_per_expert`` is no int32 or int64 tensor, or ``num_tokens`` no int.
@@ -112,10 +116,11 @@ class GroupLayout:
 
     @classmethod
     def from_ends(cls, offs: torch.Tensor, num_tokens: int) -> GroupLayout:
-        """The layout of ``offs`` (E,) int32 or int64: the end of each expert's rows, as ``torch._grouped_mm`` takes them.
+        """The layout of ``offs`` (E,) int32 or int64: the end of each expert's rows, as
+        ``torch._grouped_mm`` takes them.
 
-        Ends are device data and are not checked: one below its predecessor means an empty expert, one above
-        ``num_tokens`` is cut off.
+        Ends are device data and are not checked: one below its predecessor means an empty expert,
+        one above ``num_tokens`` is cut off.
 
         Raises:
             TypeError: ``offs`` is no int32 or int64 tensor, or ``num_tokens`` no int.
@@ -137,7 +142,8 @@ class GroupLayout:
 
     @classmethod
     def from_buffer(cls, layout: torch.Tensor, num_experts: int, num_tokens: int) -> GroupLayout:
-        """Views of the buffer (3E+2,) int32 that kernels write: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
+        """Views of the buffer (3E+2,) int32 that kernels write: tokens (E,), expert offsets (E+1,),
+        scale offsets (E+1,)."""
         # Tensor.split comes here by way of Python.
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
@@ -148,7 +154,8 @@ _launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
 
 
 def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> None:
-    """Have ``function`` build layouts on GPUs: (counts or ends (E,), T, whether ends) -> (3E+2,) int32.
+    """Have ``function`` build layouts on GPUs: (counts or ends (E,), T, whether ends) -> (3E+2,)
+    int32.
 
     No kernel is known to this package; the public functions say how one is launched.
     """
@@ -159,13 +166,15 @@ def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> 
 def group_offsets(
     counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), all int32, of (E,) counts or inclusive ends.
+    """tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), all int32, of (E,)
+    counts or inclusive ends.
 
-    Whatever the data, the result is a valid layout of ``num_tokens`` rows: negative counts act as 0, ends that
-    fall act as the largest before them, and no expert reaches beyond ``num_tokens``. So no kernel that trusts
-    the layout can leave its buffers.
+    Whatever the data, the result is a valid layout of ``num_tokens`` rows: negative counts act as
+    0, ends that fall act as the largest before them, and no expert reaches beyond ``num_tokens``.
+    So no kernel that trusts the layout can leave its buffers.
     """
-    # Clamped before it is summed: the sum of E counts of at most T fits int64, that of any E counts does not.
+    # Clamped before it is summed: the sum of E counts of at most T fits int64, that of any E counts
+    # does not.
     given = counts_or_ends.to(torch.int64).clamp(0, num_tokens)
     ends = given.cumsum(0).clamp_max(num_tokens)
     if from_ends and given.numel():
@@ -179,7 +188,8 @@ def group_offsets(
 def caller_offsets(
     tokens_per_expert: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors of a layout whose scales start where the caller says, (E,) int32, cut to 0 .. S.
+    """The three tensors of a layout whose scales start where the caller says, (E,) int32, cut to 0
+    .. S.
 
     The last scale offset is the largest end of the padded scales of an expert that has tokens.
     """

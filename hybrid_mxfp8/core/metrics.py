@@ -10,10 +10,11 @@ from hybrid_mxfp8.core.checks import fail
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
-    """``1 - 2<x,y> / (<x,x> + <y,y>)`` in float64: 0 for equal tensors, about half the squared relative error.
+    """``1 - 2<x,y> / (<x,x> + <y,y>)`` in float64: 0 for equal tensors, about half the squared
+    relative error.
 
-    The measure of DeepGEMM's and SGLang's tests; correct MXFP8 products of normal data are near 7e-4.
-    Two all-zero tensors differ by 0. Syncs with the device.
+    The measure of DeepGEMM's and SGLang's tests; correct MXFP8 products of normal data are near
+    7e-4. Two all-zero tensors differ by 0. Syncs with the device.
 
     Raises:
         TypeError: not tensors.
@@ -26,7 +27,8 @@ def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def signal_to_noise_db(signal: torch.Tensor, approximation: torch.Tensor) -> float:
-    """``10 log10(|signal|^2 / |signal - approximation|^2)`` in dB, in float64; inf for equal tensors. Syncs.
+    """``10 log10(|signal|^2 / |signal - approximation|^2)`` in dB, in float64; inf for equal
+    tensors. Syncs.
 
     Raises:
         TypeError: not tensors.

@@ -1,6 +1,7 @@
 """The two operands: GroupedMXFP8, tokens sorted by expert, and ExpertWeights.
 
-Their ``scales`` are always swizzled. Row-major scale tensors enter through ``from_linear_scales`` of either.
+Their ``scales`` are always swizzled. Row-major scale tensors enter through ``from_linear_scales``
+of either.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from hybrid_mxfp8.core.scale_layout import (
 
 
 class _Portable:
-    """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13 and older)."""
+    """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13
+    and older)."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "values": vars(self)["values"].view(torch.uint8)}
@@ -58,12 +60,14 @@ class GroupedMXFP8(_Portable):
 
     Attributes:
         values: (T, K) float8_e4m3fn, contiguous, K % 32 == 0.
-        scales: (S, C) uint8, E8M0 in 128x4 tiles, each expert from a new tile row; S = groups.scale_rows,
-            C = roundup(K/32, 4). Columns from K/32 on must hold zeros; padding rows may hold anything.
+        scales: (S, C) uint8, E8M0 in 128x4 tiles, each expert from a new tile row; S =
+            groups.scale_rows, C = roundup(K/32, 4). Columns from K/32 on must hold zeros; padding
+            rows may hold anything.
         groups: the layout; rows beyond its last expert hold nothing.
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
+        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one
+            that requires grad.
     """
 
     values: torch.Tensor
@@ -132,7 +136,8 @@ class GroupedMXFP8(_Portable):
             groups: the layout of the T rows, on the same device.
 
         Raises:
-            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad; no layout.
+            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
+                grad; no layout.
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
@@ -149,11 +154,12 @@ class ExpertWeights(_Portable):
 
     Attributes:
         values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
-        scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns from K/32 on must hold
-            zeros; padding rows may hold anything.
+        scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns
+            from K/32 on must hold zeros; padding rows may hold anything.
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one that requires grad.
+        TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one
+            that requires grad.
     """
 
     values: torch.Tensor
@@ -236,7 +242,8 @@ class ExpertWeights(_Portable):
             scales: (E, N, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
 
         Raises:
-            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires grad.
+            TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
+                grad.
         """
         _check_linear(values, scales, "E, N")
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales))

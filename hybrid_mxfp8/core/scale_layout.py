@@ -1,6 +1,8 @@
-"""Where scales lie: 128x4 tiles, for one matrix and for rows grouped by expert. In PyTorch, on any device.
+"""Where scales lie: 128x4 tiles, for one matrix and for rows grouped by expert. In PyTorch, on any
+device.
 
-The layout is that of CUTLASS and cuBLAS: ``formats.scale_offset`` states it for one scale, the functions here for tensors.
+The layout is that of CUTLASS and cuBLAS: ``formats.scale_offset`` states it for one scale, the
+functions here for tensors.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, SCALE_TILE_COLS, SCALE_T
 
 
 def swizzle_scales(linear: torch.Tensor) -> torch.Tensor:
-    """Row-major scales (..., rows, cols) uint8 to 128x4 tiles: (..., roundup(rows, 128), roundup(cols, 4)) uint8.
+    """Row-major scales (..., rows, cols) uint8 to 128x4 tiles: (..., roundup(rows, 128),
+    roundup(cols, 4)) uint8.
 
     The result's last two dimensions only count bytes: element (r, c) of the input is at byte
-    ``formats.scale_offset(r, c, C)`` of its matrix. Padding is zero. float8_e8m0fnu is accepted too.
+    ``formats.scale_offset(r, c, C)`` of its matrix. Padding is zero. float8_e8m0fnu is accepted
+    too.
 
     Raises:
         TypeError: the dtype is not uint8 or float8_e8m0fnu.
@@ -26,7 +30,8 @@ def swizzle_scales(linear: torch.Tensor) -> torch.Tensor:
     padded_rows, padded_cols = padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS)
     padded = linear.new_zeros(*batch, padded_rows, padded_cols)
     padded[..., :rows, :cols] = linear
-    # (row tile, row // 32 % 4, row % 32, column tile, column % 4), to be stored as (row tile, column tile, row % 32, ...).
+    # (row tile, row // 32 % 4, row % 32, column tile, column % 4), to be stored as (row tile,
+    # column tile, row % 32, ...).
     tiles = padded.reshape(
         *batch, padded_rows // SCALE_TILE_ROWS, 4, 32, padded_cols // SCALE_TILE_COLS, SCALE_TILE_COLS
     )
@@ -38,7 +43,8 @@ def unswizzle_scales(swizzled: torch.Tensor, rows: int, cols: int) -> torch.Tens
 
     Raises:
         TypeError: the dtype is not uint8 or float8_e8m0fnu, or ``rows`` or ``cols`` no int.
-        ValueError: the shape is not (..., roundup(rows, 128), roundup(cols, 4)), or ``rows`` or ``cols`` negative.
+        ValueError: the shape is not (..., roundup(rows, 128), roundup(cols, 4)), or ``rows`` or
+            ``cols`` negative.
     """
     check_int("rows", rows, 0)
     check_int("cols", cols, 0)
@@ -71,10 +77,11 @@ def _scale_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
 def scale_rows_of_tokens(
     expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert owns it (T,) bool.
+    """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert
+    owns it (T,) bool.
 
-    A scale row of an owned row is always one of the S that there are, whatever numbers a layout holds: on a GPU an index
-    out of range would end the process.
+    A scale row of an owned row is always one of the S that there are, whatever numbers a layout
+    holds: on a GPU an index out of range would end the process.
     """
     num_experts = expert_offsets.numel() - 1
     rows = torch.arange(num_tokens, device=expert_offsets.device)
@@ -87,7 +94,8 @@ def scale_rows_of_tokens(
 
 
 def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) -> torch.Tensor:
-    """Byte offsets (rows, num_cols) int64 of scales in 128x4 tiles: ``formats.scale_offset``, elementwise."""
+    """Byte offsets (rows, num_cols) int64 of scales in 128x4 tiles: ``formats.scale_offset``,
+    elementwise."""
     row = scale_rows.to(torch.int64).unsqueeze(1)
     col = torch.arange(num_cols, device=scale_rows.device).unsqueeze(0)
     tile = (row // SCALE_TILE_ROWS) * (padded_cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
@@ -97,9 +105,11 @@ def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) 
 def swizzle_grouped_scales(
     linear: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero; and which rows are owned, (T,).
+    """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero; and
+    which rows are owned, (T,).
 
-    No shape depends on device data, so nothing syncs: rows that no expert owns land in one row more, which is cut off.
+    No shape depends on device data, so nothing syncs: rows that no expert owns land in one row
+    more, which is cut off.
     """
     num_tokens, cols = linear.shape
     scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)
@@ -111,7 +121,8 @@ def swizzle_grouped_scales(
 def unswizzle_grouped_scales(
     scales: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse: (S, C) to (T, ``cols``) uint8, which hold anything where no expert owns the row; and which are owned, (T,)."""
+    """The inverse: (S, C) to (T, ``cols``) uint8, which hold anything where no expert owns the row;
+    and which are owned, (T,)."""
     scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
     offsets = swizzled_offsets(torch.where(owned, scale_row, 0), cols, scales.shape[1])
     # With no scale rows there is no owned row either.

@@ -1,4 +1,5 @@
-"""What a kernel package offers: a backend that multiplies, and a quantizer with all else that moves tokens.
+"""What a kernel package offers: a backend that multiplies, and a quantizer with all else that moves
+tokens.
 
 Neither launches anything: each function returns the steps of a plan.
 """
@@ -26,7 +27,8 @@ class Step(Protocol):
         ...
 
     def hooked(self) -> bool:
-        """Whether something, such as a profiler, is to see each launch, which only ``run`` shows it."""
+        """Whether something, such as a profiler, is to see each launch, which only ``run`` shows
+        it."""
         ...
 
 
@@ -57,7 +59,8 @@ class Backend(NamedTuple):
     Attributes:
         name: as users write it.
         about: one line for tables.
-        made_for: whether a device is one that it is meant for: if it can't run there, a warning is due.
+        made_for: whether a device is one that it is meant for: if it can't run there, a warning is
+            due.
         available: whether it can run at all on a device.
         can_run: whether it is available, and takes this problem.
         workspace_size: bytes of device memory that a call needs beside its output.
@@ -86,10 +89,12 @@ class Quantizer(NamedTuple):
         quantize: rows to e4m3 values and swizzled scales; T and E at least 1.
         group_offsets: (counts or ends (E,), layout (3E+2,) int32, T, whether ends).
         caller_layout: (counts (E,), first scale rows (E,), layout, T, S).
-        route: (topk_ids (M, top_k), sorted_token_ids (T,), inverse_permutation (M, top_k), layout, scratch, E).
+        route: (topk_ids (M, top_k), sorted_token_ids (T,), inverse_permutation (M, top_k), layout,
+            scratch, E).
         route_scratch: (choices, E) -> int32 elements of ``scratch``; never more for fewer choices.
         add_expert_bias: (y (T, N), inverse_permutation, topk_ids, bias (E, N)), in place.
-        combine: (y (T, H), inverse_permutation, topk_ids, topk_weights, bias or None, out (M, H), its row stride).
+        combine: (y (T, H), inverse_permutation, topk_ids, topk_weights, bias or None, out (M, H),
+            its row stride).
     """
 
     name: str

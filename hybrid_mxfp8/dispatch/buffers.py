@@ -1,7 +1,8 @@
 """What a plan knows of a tensor: everything but its address.
 
-A plan is made once for a signature and then run with other tensors of the same metadata. So what its launches read and
-write is said by places: the tensor of the call (by its index among those handed to ``run``), and the first byte in it.
+A plan is made once for a signature and then run with other tensors of the same metadata. So what
+its launches read and write is said by places: the tensor of the call (by its index among those
+handed to ``run``), and the first byte in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Buffer(NamedTuple):
         operand: index of the tensor, among those that the plan is run with.
         offset: bytes from that tensor's first.
         dtype: of the elements there.
-        shape: of the contiguous tensor there; of one that is handed in whole, its own, whatever its strides.
+        shape: of the contiguous tensor there; of one that is handed in whole, its own, whatever its
+            strides.
         aligned: whether the first byte is at a 16-byte boundary.
         whole: whether it is the tensor as handed in, and no part of it.
     """

@@ -79,7 +79,8 @@ class Program:
         self.num_buffers = num_buffers
 
     def overlap(self, code: int) -> tuple[int, int]:
-        """(index of a written buffer, index of one that it overlaps), from what ``run`` returned."""
+        """(index of a written buffer, index of one that it overlaps), from what ``run``
+        returned."""
         return divmod(code - 1, self.num_buffers)
 
 
@@ -207,7 +208,8 @@ def _kept(folder: Path, key: str) -> list[Path]:
     """The modules in the cache that are whole and nobody else's.
 
     Raises:
-        LauncherUnavailableError: someone else could have written what is there, or it can't be read.
+        LauncherUnavailableError: someone else could have written what is there, or it can't be
+            read.
     """
     try:
         paths = sorted(folder.glob(f"{key}-*.so"))

@@ -1,13 +1,14 @@
-"""A call's plan: its launches, made once for a signature and run with any tensors of that signature.
+"""A call's plan: its launches, made once for a signature and run with any tensors of that
+signature.
 
-    plan = PLANS.get(signature)         shapes, dtypes, strides, alignment, device, options, settings
-    if plan is None: ...                checks, choice of backend, configuration, compilation
-    plan.run(x, values, scales, ...)    one call into C, on the current stream
+    plan = PLANS.get(signature)        shapes, dtypes, strides, alignment, device, options, settings
+    if plan is None: ...               checks, choice of backend, configuration, compilation
+    plan.run(x, values, scales, ...)   one call into C, on the current stream
 
 A plan holds no tensor. Consecutive kernel launches become one program of the C launcher
 (:mod:`hybrid_mxfp8.dispatch.launcher`), which also checks that what is written overlaps nothing
-else. Where there is no launcher, or a profiler's hooks are installed, each step runs by itself: slower,
-with the same result.
+else. Where there is no launcher, or a profiler's hooks are installed, each step runs by itself:
+slower, with the same result.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ def _several_gpus() -> bool:
 
 
 def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """All of a tensor that a plan depends on: everything but its address, of which the alignment counts.
+    """All of a tensor that a plan depends on: everything but its address, of which the alignment
+    counts.
 
     Raises:
         TypeError: a fake tensor or another subclass that has no memory of its own.
@@ -226,7 +228,8 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
 
 @functools.cache
 def has_memory(kind: type) -> bool:
-    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or nothing."""
+    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or
+    nothing."""
     return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 

@@ -1,4 +1,5 @@
-"""What the host knows of a job: shapes, dtypes, options and the device. A choice may depend on nothing else."""
+"""What the host knows of a job: shapes, dtypes, options and the device. A choice may depend on
+nothing else."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class GemmBuffers(NamedTuple):
 
 
 Grouping = Literal["offsets", "counts", "uniform"]
-"""Where rows of experts start: at the offsets of a layout; behind counts, which the quantizer sums up and writes down as a
-layout; or every expert has as many rows, as weights have."""
+"""Where rows of experts start: at the offsets of a layout; behind counts, which the quantizer sums
+up and writes down as a layout; or every expert has as many rows, as weights have."""
 
 
 class QuantizeProblem(NamedTuple):

@@ -1,10 +1,11 @@
 """The backends and quantizers that there are, and the choice among them.
 
-``backend=`` beats ``use_backend()`` beats ``HYBRID_MXFP8_BACKEND`` beats auto. A backend that is asked for by name runs or
-raises; only auto looks further. The choice depends on shapes, dtypes and the device, never on device data.
+``backend=`` beats ``use_backend()`` beats ``HYBRID_MXFP8_BACKEND`` beats auto. A backend that is
+asked for by name runs or raises; only auto looks further. The choice depends on shapes, dtypes and
+the device, never on device data.
 
-A kernel package is imported by its name when it is first asked about, and offers a ``BACKEND``; so this package imports
-where Triton, a compiler or a GPU is missing.
+A kernel package is imported by its name when it is first asked about, and offers a ``BACKEND``; so
+this package imports where Triton, a compiler or a GPU is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ logger = logging.getLogger("hybrid_mxfp8")
 
 
 def _import(name: str) -> Any:
-    """The kernel package that offers a backend. Another project's breakage must not end a call that doesn't need it."""
+    """The kernel package that offers a backend. Another project's breakage must not end a call that
+    doesn't need it."""
     try:
         return importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend")
     except (ImportError, AttributeError) as error:  # missing, broken or too old
@@ -47,7 +49,8 @@ _backends = {"reference": reference_backend.BACKEND}
 
 
 def backend_of(name: str) -> Backend:
-    """The backend of this name; one that runs nothing and says why where its package can't be imported."""
+    """The backend of this name; one that runs nothing and says why where its package can't be
+    imported."""
     if name not in _backends:
         package = _import(name)
         _backends[name] = _unavailable(name, package) if isinstance(package, str) else package.BACKEND
@@ -82,7 +85,8 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("hybrid_m
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, in this thread or task, calls that name no backend use ``name``; ``"auto"`` or None chooses.
+    """Within the block, in this thread or task, calls that name no backend use ``name``; ``"auto"``
+    or None chooses.
 
     Raises:
         ValueError: no such backend.
@@ -95,7 +99,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> str:
-    """The backend that is asked for, or ``auto``: the argument, else use_backend(), else the environment.
+    """The backend that is asked for, or ``auto``: the argument, else use_backend(), else the
+    environment.
 
     Raises:
         ValueError: no such backend; the message lists the valid names.
@@ -109,7 +114,8 @@ def requested(backend: str | None) -> str:
 
 
 def settings(backend: str | None) -> tuple[object, ...]:
-    """All outside a call's other arguments that its plan depends on. Compared, not read: no name is checked here."""
+    """All outside a call's other arguments that its plan depends on. Compared, not read: no name is
+    checked here."""
     return backend, _override.get(), env.snapshot()
 
 
@@ -134,7 +140,8 @@ class Ready(NamedTuple):
 
 
 def choose_ready(problem: Problem, backend: str | None) -> Ready:
-    """The backend that runs this problem now. Auto passes over one that fails to get ready; a named one raises."""
+    """The backend that runs this problem now. Auto passes over one that fails to get ready; a named
+    one raises."""
     failed: dict[str, str] = {}
     while True:
         chosen = choose(problem, backend, failed)
@@ -174,7 +181,8 @@ def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, st
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Quantizer:
-    """The quantizer for calls that ask for ``backend`` on this device; raises as :func:`choose` does."""
+    """The quantizer for calls that ask for ``backend`` on this device; raises as :func:`choose`
+    does."""
     name = requested(backend)
     triton = backend_of("triton")
     ok, reason = triton.available(device)
@@ -203,7 +211,8 @@ def _log_choice(what: str, name: str, device: torch.device, reason: str, passed_
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, Support]:
-    """Each backend's name: whether it can run on ``device`` (default: the current GPU, else the CPU), and why or why not.
+    """Each backend's name: whether it can run on ``device`` (default: the current GPU, else the
+    CPU), and why or why not.
 
     Raises:
         ValueError: no such device.

@@ -19,8 +19,9 @@ from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 class MXFP8Experts(torch.nn.Module):
     """The experts of one MoE layer with MXFP8 weights; inference only.
 
-    Weights are buffers of bytes, values and swizzled scales, so that ``module.to(device)`` moves them and
-    ``module.to(torch.float16)`` leaves them as they are. Biases are buffers in the dtype they come in.
+    Weights are buffers of bytes, values and swizzled scales, so that ``module.to(device)`` moves
+    them and ``module.to(torch.float16)`` leaves them as they are. Biases are buffers in the dtype
+    they come in.
 
     Args:
         w13q: E experts of (2I, H), gate rows first, then up.
@@ -32,7 +33,8 @@ class MXFP8Experts(torch.nn.Module):
         backend: as in ``moe_forward``.
 
     Raises:
-        TypeError, ValueError: weights, biases or a workspace that don't fit together; no such activation or backend.
+        TypeError, ValueError: weights, biases or a workspace that don't fit together; no such
+            activation or backend.
     """
 
     w13_values: torch.Tensor
@@ -70,10 +72,12 @@ class MXFP8Experts(torch.nn.Module):
 
     @classmethod
     def from_weights(cls, w13: torch.Tensor, w2: torch.Tensor, **options: Any) -> MXFP8Experts:
-        """Quantize w13 (E, 2I, H) and w2 (E, H, I), bf16, fp16 or fp32; ``options`` as for the class.
+        """Quantize w13 (E, 2I, H) and w2 (E, H, I), bf16, fp16 or fp32; ``options`` as for the
+        class.
 
         Raises:
-            TypeError, ValueError: as ``quantize_weights`` raises, and weights that don't fit together.
+            TypeError, ValueError: as ``quantize_weights`` raises, and weights that don't fit
+                together.
         """
         backend = options.get("backend")
         for name, w in (("w13", w13), ("w2", w2)):

@@ -1,4 +1,5 @@
-"""Layouts built by a kernel, in one launch: what ``GroupLayout.from_counts`` and ``from_ends`` do on a GPU."""
+"""Layouts built by a kernel, in one launch: what ``GroupLayout.from_counts`` and ``from_ends`` do
+on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def build(given: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor
 def build_around(
     counts: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> torch.Tensor:
-    """The layout (3E+2,) int32 of counts (E,) whose scales start at ``scale_starts`` (E,), of S rows in all."""
+    """The layout (3E+2,) int32 of counts (E,) whose scales start at ``scale_starts`` (E,), of S
+    rows in all."""
     return _run(
         {"tokens_per_expert": counts, "blockscale_offsets": scale_starts},
         ("caller_layout", num_tokens, num_scale_rows),

@@ -1,6 +1,8 @@
-"""``grouped_gemm``: each expert's rows times its weights. Nothing but the reference backend's product syncs.
+"""``grouped_gemm``: each expert's rows times its weights. Nothing but the reference backend's
+product syncs.
 
-Under ``torch.compile``, and for fake and meta tensors, it is one operator of :mod:`hybrid_mxfp8.ops.torch_library`.
+Under ``torch.compile``, and for fake and meta tensors, it is one operator of
+:mod:`hybrid_mxfp8.ops.torch_library`.
 """
 
 from __future__ import annotations
@@ -43,17 +45,18 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
 
-    Equal calls give equal bytes. Within a configuration, which :func:`explain` prints and which depends on shapes alone,
-    so do an expert's rows whatever the others are.
+    Equal calls give equal bytes. Within a configuration, which :func:`explain` prints and which
+    depends on shapes alone, so do an expert's rows whatever the others are.
 
     Args:
         x: T tokens of K elements, sorted by expert.
         w: E experts of (N, K), N % 8 == 0; E = x.groups.num_experts.
         out_dtype: bf16, fp16 or fp32; accumulation is fp32 or better.
-        out: (T, N) of ``out_dtype``, contiguous, 16-byte aligned; written and returned. Must not overlap the operands.
-        workspace: uint8 buffer on x's device of at least :func:`grouped_gemm_workspace_size` bytes, 256-byte aligned.
-            Without it one is allocated if the backend needs any. Two streams must not share one; it must not overlap
-            the operands or ``out``.
+        out: (T, N) of ``out_dtype``, contiguous, 16-byte aligned; written and returned. Must not
+            overlap the operands.
+        workspace: uint8 buffer on x's device of at least :func:`grouped_gemm_workspace_size` bytes,
+            256-byte aligned. Without it one is allocated if the backend needs any. Two streams must
+            not share one; it must not overlap the operands or ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
 
     Returns:
@@ -61,7 +64,8 @@ def grouped_gemm(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: operands that don't fit together, or an ``out`` or ``workspace`` that doesn't fit.
+        ValueError: operands that don't fit together, or an ``out`` or ``workspace`` that doesn't
+            fit.
         BackendUnavailableError: the named backend can't run this problem here.
     """
     signature = plan = None
@@ -135,7 +139,8 @@ def _plan(
     workspace: torch.Tensor | None,
     backend: str | None,
 ) -> Plan:
-    """The launches of one product, of (x, its scales, three of the layout, w, its scales, out, workspace or nothing)."""
+    """The launches of one product, of (x, its scales, three of the layout, w, its scales, out,
+    workspace or nothing)."""
     chosen, needed, lasting = choose_ready(problem, backend)
     _check_buffers(problem, needed, out, workspace)
     operands = Operands()
@@ -210,15 +215,17 @@ def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype
 def grouped_gemm_workspace_size(
     w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> int:
-    """Bytes of ``workspace`` that suffice for :func:`grouped_gemm` of up to ``num_tokens`` rows by ``w``; 0 if none are needed.
+    """Bytes of ``workspace`` that suffice for :func:`grouped_gemm` of up to ``num_tokens`` rows by
+    ``w``; 0 if none are needed.
 
-    A smaller batch may take another configuration, or where the choice is free another backend, and need more than a
-    larger one. So this may be more than a call of ``num_tokens`` rows needs, and a call takes a workspace of what it
-    needs itself.
+    A smaller batch may take another configuration, or where the choice is free another backend, and
+    need more than a larger one. So this may be more than a call of ``num_tokens`` rows needs, and a
+    call takes a workspace of what it needs itself.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: ``num_tokens`` negative or too large for int32 offsets, or N not a multiple of 8.
+        ValueError: ``num_tokens`` negative or too large for int32 offsets, or N not a multiple of
+            8.
         BackendUnavailableError: the named backend can't run this problem here.
     """
     if not isinstance(w, ExpertWeights):
@@ -237,7 +244,8 @@ def grouped_gemm_workspace_size(
 def explain(
     x: GroupedMXFP8, w: ExpertWeights, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> str:
-    """Which backend :func:`grouped_gemm` would use for these operands, with which configuration, and why; one line.
+    """Which backend :func:`grouped_gemm` would use for these operands, with which configuration,
+    and why; one line.
 
     Raises as :func:`grouped_gemm` does.
     """

@@ -5,7 +5,8 @@
     h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
     y, topk_weights, w2_bias ──combine──► out
 
-Intermediates are offsets in the arena, never tensors: making a view costs the host more than an allocation.
+Intermediates are offsets in the arena, never tensors: making a view costs the host more than an
+allocation.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from hybrid_mxfp8.dispatch.registry import choose_quantizer, choose_ready
 class MoEShape(NamedTuple):
     """All of an MoE layer that sizes its intermediates, but for the number of tokens.
 
-    H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
+    H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E,
+    H, I).
     """
 
     experts: int
@@ -57,7 +59,8 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
 
     Raises:
         TypeError: not ExpertWeights.
-        ValueError: weights that are not (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of 32, on one device.
+        ValueError: weights that are not (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of
+            32, on one device.
     """
     for name, w in (("w13q", w13q), ("w2q", w2q)):
         if not isinstance(w, ExpertWeights):
@@ -83,7 +86,8 @@ def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
 
 
 class Backends(NamedTuple):
-    """What runs a layer: the quantizer, which also routes and combines, and the two products; see ``registry.Ready``."""
+    """What runs a layer: the quantizer, which also routes and combines, and the two products; see
+    ``registry.Ready``."""
 
     quantizer: Quantizer
     up: Backend
@@ -178,7 +182,8 @@ class LayerInputs(NamedTuple):
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
-    """The launches of one layer, of (arena, out, x, w13 and w2 with their scales, ids, weights, the biases that are given).
+    """The launches of one layer, of (arena, out, x, w13 and w2 with their scales, ids, weights, the
+    biases that are given).
 
     Raises:
         ValueError: more rows, padded to scale tiles, than int32 counts.

@@ -1,7 +1,8 @@
-"""``moe_forward``: an MoE layer from the router's choices to the weighted sum. All on the device, no host sync.
+"""``moe_forward``: an MoE layer from the router's choices to the weighted sum. All on the device,
+no host sync.
 
-Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``, and one more for each product
-whose kernel needs another before it (the cutlass backend, the Hopper kernel).
+Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``, and one
+more for each product whose kernel needs another before it (the cutlass backend, the Hopper kernel).
 """
 
 from __future__ import annotations
@@ -45,41 +46,48 @@ def moe_forward(
     backend: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The experts of an MoE layer: ``out[m] = sum_k topk_weights[m, k] * expert[topk_ids[m, k]](x[m])``.
+    """The experts of an MoE layer: ``out[m] = sum_k topk_weights[m, k] * expert[topk_ids[m,
+    k]](x[m])``.
 
-    An expert is ``w2 @ (silu(g) * u) + w2_bias`` with ``[g; u] = w13 @ x + w13_bias``, or has another activation of g and
-    u. Tokens and activations are quantized to MXFP8; products and the activation are computed in fp32, the sum over k too,
-    always in the order of k, so equal inputs give equal bits. Between the products rows are held in x's dtype.
+    An expert is ``w2 @ (silu(g) * u) + w2_bias`` with ``[g; u] = w13 @ x + w13_bias``, or has
+    another activation of g and u. Tokens and activations are quantized to MXFP8; products and the
+    activation are computed in fp32, the sum over k too, always in the order of k, so equal inputs
+    give equal bits. Between the products rows are held in x's dtype.
 
-    Against the layer of unquantized weights in fp64, normal data give a signal-to-noise ratio of 23.6 to 23.8 dB (measured
-    with H from 256 to 2048). The format allows no more: gate and up bring the noise of a product of MXFP8 operands each,
+    Against the layer of unquantized weights in fp64, normal data give a signal-to-noise ratio of
+    23.6 to 23.8 dB (measured with H from 256 to 2048). The format allows no more: gate and up bring
+    the noise of a product of MXFP8 operands each,
     28.5 dB, the operands of the second product 31.5 dB each, and their sum is at 23.7 dB.
 
-    Under ``torch.compile`` the whole layer is one operator, ``hybrid_mxfp8::moe_forward``: no graph break, and no
-    recompilation when routing changes. There the intermediates come from PyTorch's allocator and ``workspace`` is not used.
+    Under ``torch.compile`` the whole layer is one operator, ``hybrid_mxfp8::moe_forward``: no graph
+    break, and no recompilation when routing changes. There the intermediates come from PyTorch's
+    allocator and ``workspace`` is not used.
 
     Args:
         x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride.
-        w13q: E experts of (2I, H), the I rows of gate first, then those of up: transformers' ``gate_up_proj``, vLLM's w13.
+        w13q: E experts of (2I, H), the I rows of gate first, then those of up: transformers'
+            ``gate_up_proj``, vLLM's w13.
         w2q: E experts of (H, I), I % 32 == 0.
-        topk_ids: (M, top_k) int32 or int64; copied if not contiguous. Choices outside 0 .. E-1 (those of other ranks, or
-            padding) contribute nothing.
+        topk_ids: (M, top_k) int32 or int64; copied if not contiguous. Choices outside 0 .. E-1
+            (those of other ranks, or padding) contribute nothing.
         topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
-        activation: ``swiglu``, silu(g) * u; ``swigluoai``, that of gpt-oss and MiniMax-M3; or a :class:`SwiGLU`.
+        activation: ``swiglu``, silu(g) * u; ``swigluoai``, that of gpt-oss and MiniMax-M3; or a
+            :class:`SwiGLU`.
         w13_bias: (E, 2I), contiguous, added in fp32 in a launch of its own.
         w2_bias: (E, H), contiguous, added in fp32 by the combine.
         workspace: made for this shape and at least M tokens; then a call allocates only ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND. ``reference`` syncs.
-        out: (M, H) of x's dtype, unit column stride, rows apart; written and returned. It may be x itself, which is read
-            before anything is written; it must not overlap another argument, nor x in part.
+        out: (M, H) of x's dtype, unit column stride, rows apart; written and returned. It may be x
+            itself, which is read before anything is written; it must not overlap another argument,
+            nor x in part.
 
     Returns:
         (M, H) of x's dtype; zero where all choices of a token are dropped.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, stride, device or option; an argument that requires grad; a workspace that doesn't fit,
-            or that another thread is using.
+        ValueError: wrong shape, stride, device or option; an argument that requires grad; a
+            workspace that doesn't fit, or that another thread is using.
         BackendUnavailableError: the named backend can't run this here.
     """
     check_workspace(workspace)

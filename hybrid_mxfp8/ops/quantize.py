@@ -1,7 +1,8 @@
-"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. No device data is looked at, so nothing syncs.
+"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. No device data is looked at, so
+nothing syncs.
 
-Under ``torch.compile``, and for fake and meta tensors, each is one operator of :mod:`hybrid_mxfp8.ops.torch_library`; eager
-calls don't pay for PyTorch's dispatcher.
+Under ``torch.compile``, and for fake and meta tensors, each is one operator of
+:mod:`hybrid_mxfp8.ops.torch_library`; eager calls don't pay for PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -50,22 +51,24 @@ def quantize_grouped(
     """Quantize token rows, sorted by expert, to MXFP8.
 
     Args:
-        x: (R, K) bf16, fp16 or fp32, K % 32 == 0, any row stride, unit column stride. R = T unless ``row_index``
-            is given. With an activation: (R, 2K), gate in the first K columns.
-        groups: layout of the T output rows, on x's device; or the counts it would be built from, (E,) int32 or int64:
-            then T is the number of rows of x or of ``row_index``, and for a decode batch no launch is spent on the
-            layout, which the result holds.
+        x: (R, K) bf16, fp16 or fp32, K % 32 == 0, any row stride, unit column stride. R = T unless
+            ``row_index`` is given. With an activation: (R, 2K), gate in the first K columns.
+        groups: layout of the T output rows, on x's device; or the counts it would be built from,
+            (E,) int32 or int64: then T is the number of rows of x or of ``row_index``, and for a
+            decode batch no launch is spent on the layout, which the result holds.
         scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
-        row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 .. R-1 reads as zeros.
-        activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32; ``"swigluoai"``,
-            gpt-oss's, or another :class:`SwiGLU`.
-        out: an earlier result of the same shapes whose buffers are written instead of new ones; ``out.groups`` is not
-            used. They must not overlap the inputs.
-        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with the Triton kernel.
+        row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 ..
+            R-1 reads as zeros.
+        activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32;
+            ``"swigluoai"``, gpt-oss's, or another :class:`SwiGLU`.
+        out: an earlier result of the same shapes whose buffers are written instead of new ones;
+            ``out.groups`` is not used. They must not overlap the inputs.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with
+            the Triton kernel.
 
     Returns:
-        GroupedMXFP8 of values (T, K) and scales (S, C). Rows that no expert owns, and scale rows beyond
-        ``groups.scale_offsets[E]``, are not written; all other padding is zero.
+        GroupedMXFP8 of values (T, K) and scales (S, C). Rows that no expert owns, and scale rows
+        beyond ``groups.scale_offsets[E]``, are not written; all other padding is zero.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -93,7 +96,8 @@ def quantize_grouped(
 
 
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
-    """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4 tiles."""
+    """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4
+    tiles."""
     signature = (_INTO, settings(None), groups.num_tokens, groups.num_experts, *map(describe, (x, values, scales)))
     plan = PLANS.get(signature)
     if plan is None:
@@ -224,7 +228,8 @@ def plan_rows(
     scales: torch.Tensor,
     backend: str | None,
 ) -> Plan:
-    """The launches of one quantization, of (x, scales, values, two offsets or counts and layout, row_index or nothing)."""
+    """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
+    row_index or nothing)."""
     quantizer = choose_quantizer(rows.device, backend)
     operands = Operands()
     source = operands.add("x", x)

@@ -1,8 +1,10 @@
-"""``torch.ops.hybrid_mxfp8``: the public functions as PyTorch operators, which torch.compile and torch.export can trace.
+"""``torch.ops.hybrid_mxfp8``: the public functions as PyTorch operators, which torch.compile and
+torch.export can trace.
 
-Each takes plain tensors, returns new ones, and has a fake implementation that knows their shapes. The public functions
-call them only while something is being is_tracing: an eager call through the dispatcher would cost the host several
-microseconds more. No operator has a derivative; the public functions refuse inputs that require grad.
+Each takes plain tensors, returns new ones, and has a fake implementation that knows their shapes.
+The public functions call them only while something is being is_tracing: an eager call through the
+dispatcher would cost the host several microseconds more. No operator has a derivative; the public
+functions refuse inputs that require grad.
 
 | operator | of | returns |
 | --- | --- | --- |
@@ -12,9 +14,9 @@ microseconds more. No operator has a derivative; the public functions refuse inp
 | ``grouped_gemm`` | the function of this name | (T, N) |
 | ``moe_forward`` | the function of this name: one operator, so a compiled layer is dispatched once | (M, H) |
 
-Values of e4m3 come out as their bytes (uint8) and go in as bytes or as float8_e4m3fn: PyTorch lacks the arithmetic on float8
-with which opcheck compares. ``backend`` None means what is in force when the operator runs: ``use_backend()``, else the
-environment.
+Values of e4m3 come out as their bytes (uint8) and go in as bytes or as float8_e4m3fn: PyTorch lacks
+the arithmetic on float8 with which opcheck compares. ``backend`` None means what is in force when
+the operator runs: ``use_backend()``, else the environment.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ SCHEMAS = {
 def _group_offsets(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
     build = GroupLayout.from_ends if from_ends else GroupLayout.from_counts
     layout = build(counts_or_ends, num_tokens)
-    # A copy of what is already one buffer on a GPU: an operator must not return views of one another.
+    # A copy of what is already one buffer on a GPU: an operator must not return views of one
+    # another.
     return torch.cat([layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets])
 
 
@@ -88,7 +91,8 @@ def _quantize_grouped_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens = x.shape[0] if row_index is None else row_index.shape[0]
     k = x.shape[1] if activation is None else x.shape[1] // 2
-    # formats.grouped_scale_rows with a symbolic minimum: a plain one would tie the graph to T < E or T >= E.
+    # formats.grouped_scale_rows with a symbolic minimum: a plain one would tie the graph to T < E
+    # or T >= E.
     groups = torch.sym_min(tokens_per_expert.shape[0], num_tokens)
     scale_rows = (num_tokens + (SCALE_TILE_ROWS - 1) * groups) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
     return (
@@ -113,7 +117,8 @@ def _quantize_weights_fake(
 
 
 def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
-    """As float8_e4m3fn. Checked first: viewing another dtype's bytes would only change the shape."""
+    """As float8_e4m3fn. Checked first: viewing another dtype's bytes would only change the
+    shape."""
     check_tensor(name, values, dtypes=(torch.uint8, torch.float8_e4m3fn), ndim=ndim, dims=dims)
     return values.view(torch.float8_e4m3fn)
 

@@ -17,19 +17,22 @@ from hybrid_mxfp8.ops.layer import arena, check_rows, choose_backends, shape_of
 
 
 class MoEWorkspace:
-    """The intermediates of ``moe_forward`` for batches of up to ``max_tokens`` tokens, for layers of one shape.
+    """The intermediates of ``moe_forward`` for batches of up to ``max_tokens`` tokens, for layers
+    of one shape.
 
-    A call with it allocates nothing but its output. Layers that run one after another share one workspace.
+    A call with it allocates nothing but its output. Layers that run one after another share one
+    workspace.
 
-    Where a call comes on another stream than the one before, that stream waits for the earlier one's work (an event, no
-    sync of the host), so calls never overlap. Two threads at once are refused. A call that is being captured into a CUDA
-    graph waits for nothing. The graph keeps using the memory, so the workspace must live as long, and where the graph is
-    replayed is not seen: replays and calls must follow one another, as they do on one stream. A workspace that is used
-    without graphs may be dropped while its calls are still queued.
+    Where a call comes on another stream than the one before, that stream waits for the earlier
+    one's work (an event, no sync of the host), so calls never overlap. Two threads at once are
+    refused. A call that is being captured into a CUDA graph waits for nothing. The graph keeps
+    using the memory, so the workspace must live as long, and where the graph is replayed is not
+    seen: replays and calls must follow one another, as they do on one stream. A workspace that is
+    used without graphs may be dropped while its calls are still queued.
 
-    A copy, by ``copy.deepcopy`` or pickle, in this process or another, allocates memory of its own for the same batches. It
-    is on the original's device, or where the ``map_location`` of ``torch.load`` puts that device's tensors: the layer must
-    be there too.
+    A copy, by ``copy.deepcopy`` or pickle, in this process or another, allocates memory of its own
+    for the same batches. It is on the original's device, or where the ``map_location`` of
+    ``torch.load`` puts that device's tensors: the layer must be there too.
 
     Args:
         w13q: (E, 2I, H), of any layer of the shape.
@@ -37,7 +40,8 @@ class MoEWorkspace:
         max_tokens: the largest M, before routing.
         top_k: experts of a token.
         dtype: of the tokens: bf16, fp16 or fp32.
-        backend: as in ``moe_forward``; what another one that runs later needs beyond this is allocated once, and kept.
+        backend: as in ``moe_forward``; what another one that runs later needs beyond this is
+            allocated once, and kept.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -128,14 +132,16 @@ class MoEWorkspace:
             del self._threads[process]
 
     def _wait_for_last_stream(self, last: torch.cuda.Stream) -> None:
-        """Have the current stream wait for all that was queued where the workspace was used last."""
+        """Have the current stream wait for all that was queued where the workspace was used
+        last."""
         device = self.shape.device
         if torch._C._cuda_getCurrentRawStream(device.index) == last.cuda_stream or is_capturing(device):
             return
         stream = torch.cuda.current_stream(device)
         stream.wait_stream(last)
-        # Else PyTorch gives the memory out again, once it is free, where it was allocated, and beside calls that are
-        # still queued here. What was allocated on this stream is not recorded by it.
+        # Else PyTorch gives the memory out again, once it is free, where it was allocated, and
+        # beside calls that are still queued here. What was allocated on this stream is not recorded
+        # by it.
         for memory in self._memory():
             memory.record_stream(stream)
         self._stream = stream

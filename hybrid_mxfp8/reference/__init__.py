@@ -1,7 +1,8 @@
 """The PyTorch counterpart of every kernel: the truth that kernels are compared with.
 
-Every function works on CPU and CUDA tensors and gives the same bytes on both. Clarity over speed: nothing here is meant
-for a hot path, and ``grouped_matmul`` syncs with the device. May import: ``core``.
+Every function works on CPU and CUDA tensors and gives the same bytes on both. Clarity over speed:
+nothing here is meant for a hot path, and ``grouped_matmul`` syncs with the device. May import:
+``core``.
 """
 
 from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped, scale_values

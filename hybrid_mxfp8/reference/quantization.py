@@ -1,5 +1,5 @@
-"""Quantization in plain PyTorch, on CPU and CUDA tensors with the same bytes: integer arithmetic on fp32 bits and one
-multiplication by a power of two."""
+"""Quantization in plain PyTorch, on CPU and CUDA tensors with the same bytes: integer arithmetic on
+fp32 bits and one multiplication by a power of two."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ def quantize(x: torch.Tensor, scale_rounding: str = "rceil") -> tuple[torch.Tens
 
     Args:
         x: (..., K) bf16, fp16 or fp32, K % 32 == 0.
-        scale_rounding: ``rceil``, ``floor`` or ``even``; design and formulas in the numerics section of the README.
+        scale_rounding: ``rceil``, ``floor`` or ``even``; design and formulas in the numerics
+            section of the README.
 
     Returns:
-        values (..., K) float8_e4m3fn and row-major scales (..., K/32) uint8, E8M0. A block with a NaN or an
-        Inf has scale 255 and only NaN elements; a zero block has scale 0 and keeps its signs.
+        values (..., K) float8_e4m3fn and row-major scales (..., K/32) uint8, E8M0. A block with a
+        NaN or an Inf has scale 255 and only NaN elements; a zero block has scale 0 and keeps its
+        signs.
     """
     blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
-    # Integer comparison orders magnitudes as floats do, and puts NaN above Inf above all finite values.
+    # Integer comparison orders magnitudes as floats do, and puts NaN above Inf above all finite
+    # values.
     amax = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)
     exponent = ((amax + SCALE_ROUNDING_BIAS[scale_rounding]) >> 23) - 8
     finite = amax < FP32_INF_BITS
@@ -83,7 +86,8 @@ def quantize_rows(
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
-    """What the kernel does for grouped rows: gather, activation, quantization, scales in their places.
+    """What the kernel does for grouped rows: gather, activation, quantization, scales in their
+    places.
 
     Args:
         x: (R, K), or (R, 2K) with an activation; bf16, fp16 or fp32.

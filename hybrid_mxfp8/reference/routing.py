@@ -1,4 +1,5 @@
-"""Routing, expert bias and combine in plain PyTorch: the twins of the kernels, bit for bit, on any device."""
+"""Routing, expert bias and combine in plain PyTorch: the twins of the kernels, bit for bit, on any
+device."""
 
 from __future__ import annotations
 
@@ -15,14 +16,17 @@ def route(
     layout: torch.Tensor,
     scratch: torch.Tensor | None = None,
 ) -> None:
-    """Sort the (token, k) slots of a batch by expert, stably; arguments as for ``triton_kernels.route.route``.
+    """Sort the (token, k) slots of a batch by expert, stably; arguments as for
+    ``triton_kernels.route.route``.
 
     Args:
-        topk_ids: (M, top_k) int32 or int64; S = M * top_k slots. Outside 0 .. E-1: dropped, sorted behind all experts.
+        topk_ids: (M, top_k) int32 or int64; S = M * top_k slots. Outside 0 .. E-1: dropped, sorted
+            behind all experts.
         num_experts: E.
         sorted_token_ids: (S,) int32, written: the token of each row.
         inverse_permutation: (M, top_k) int32, written: the row of each slot, -1 for a dropped one.
-        layout: (3E+2,) int32, written: tokens (E,), expert offsets (E+1,), scale offsets (E+1,) of the rows.
+        layout: (3E+2,) int32, written: tokens (E,), expert offsets (E+1,), scale offsets (E+1,) of
+            the rows.
         scratch: not used.
     """
     ids = topk_ids.reshape(-1).to(torch.int64)
@@ -40,7 +44,8 @@ def route(
 def add_expert_bias(
     y: torch.Tensor, inverse_permutation: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor
 ) -> None:
-    """y[inverse_permutation[m, k]] += bias[topk_ids[m, k]], summed in fp32 and rounded to y's dtype.
+    """y[inverse_permutation[m, k]] += bias[topk_ids[m, k]], summed in fp32 and rounded to y's
+    dtype.
 
     Args:
         y: (T, N) bf16, fp16 or fp32; changed.
@@ -67,7 +72,8 @@ def combine(
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """out[m] = sum over k of topk_weights[m, k] * (y[inverse_permutation[m, k]] + bias[topk_ids[m, k]]), in fp32, in the order of k.
+    """out[m] = sum over k of topk_weights[m, k] * (y[inverse_permutation[m, k]] + bias[topk_ids[m,
+    k]]), in fp32, in the order of k.
 
     Args:
         y: (T, H) bf16, fp16 or fp32, T >= 1.

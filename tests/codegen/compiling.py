@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not there, as their launches describe them.
 
-A stub driver stands for a device of each architecture, so that the product's own shapes, configurations and argument
-specialisation reach Triton's compiler. Nothing runs.
+A stub driver stands for a device of each architecture, so that the product's own shapes,
+configurations and argument specialisation reach Triton's compiler. Nothing runs.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from hybrid_mxfp8.triton_kernels import abi, launch
 
 @pytest.fixture
 def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
-    """compile_for(arch, module, kernel name, call): what ``call`` launches of that kernel, compiled; one launch."""
+    """compile_for(arch, module, kernel name, call): what ``call`` launches of that kernel,
+    compiled; one launch."""
     if env.triton_interpret():
         pytest.skip("an interpreted function can't be compiled: unset TRITON_INTERPRET")
 

@@ -1,4 +1,5 @@
-"""What the Hopper grouped GEMM compiles to: asynchronous bf16 wgmma on register operands, TMA, no spills."""
+"""What the Hopper grouped GEMM compiles to: asynchronous bf16 wgmma on register operands, TMA, no
+spills."""
 
 from __future__ import annotations
 
@@ -25,13 +26,15 @@ AVERAGES = (1, 128, 1000)
 
 REGISTER_OPERAND = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16 \{[^}]*\}, \{[^}]*\}, %rd"
 WIDEST_STACK = 160
-"""Bytes: the widest tile is at the limit of registers. With Triton 3.9 row numbers are kept in memory, 72 bytes and for
-fp32 160; with 3.6 nothing is. :func:`local_accesses_among_products` says that the loop over K does not touch it."""
+"""Bytes: the widest tile is at the limit of registers. With Triton 3.9 row numbers are kept in
+memory, 72 bytes and for fp32 160; with 3.6 nothing is. :func:`local_accesses_among_products` says
+that the loop over K does not touch it."""
 
 
 @pytest.fixture
 def compile_product(compile_for: CompileFor) -> Callable[..., Compiled]:
-    """compile_product(config, dtype, n, k): the launch of the product, without that of the expansion before it."""
+    """compile_product(config, dtype, n, k): the launch of the product, without that of the
+    expansion before it."""
     hopper = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper")
 
     def compile_one(
@@ -106,7 +109,8 @@ def test_a_small_product_takes_a_small_grid(compile_product: Callable[..., Compi
 
 
 def test_spare_warps_expand_without_shared_memory(compile_product: Callable[..., Compiled], tmp_path: Path) -> None:
-    """Three copies of the code, each a warp's: words of codes in, 16 bytes out, then all of it fenced for TMA and counted."""
+    """Three copies of the code, each a warp's: words of codes in, 16 bytes out, then all of it
+    fenced for TMA and counted."""
     compiled = compile_product(select_hopper_config(1000 * E, E))
     code = disassembled(compiled, tmp_path)
     counted = [i for i, line in enumerate(code) if re.search(r"REDG\.E\.ADD|ATOMG.* RZ, ", line)]
@@ -138,7 +142,8 @@ def test_outputs_of_neighbouring_rows_are_stored_together(compile_product: Calla
 
 
 def test_wgmma_is_not_serialized(compile_product: Callable[..., Compiled], tmp_path: Path) -> None:
-    """ptxas says C7510 .. C7514 where it waits after each instruction, and C7508 where it ignores setmaxnreg."""
+    """ptxas says C7510 .. C7514 where it waits after each instruction, and C7508 where it ignores
+    setmaxnreg."""
     for average in (1, 1000):
         compiled = compile_product(select_hopper_config(average * E, E))
         source = tmp_path / f"{average}.ptx"
@@ -154,8 +159,9 @@ def test_wgmma_is_not_serialized(compile_product: Callable[..., Compiled], tmp_p
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_the_loop_over_k_frees_the_stages_it_passes(compile_product: Callable[..., Compiled], average: int) -> None:
-    """Not the stage that the tile began with, again and again: that starves the feeding warp after one round (seen
-    on an H100 as a hang at K = 7168, from a variable that Triton did not carry through the loop)."""
+    """Not the stage that the tile began with, again and again: that starves the feeding warp after
+    one round (seen on an H100 as a hang at K = 7168, from a variable that Triton did not carry
+    through the loop)."""
     intermediate = str(compile_product(select_hopper_config(average * E, E)).kernel.asm["ttgir"])
     loops = re.split(r"scf\.for %k_tile\b", intermediate)[1:]
     freed = 0
@@ -202,7 +208,8 @@ def test_expansion_reads_and_writes_16_bytes_at_once(
 def test_expansion_searches_experts_in_one_dimension(
     compile_expansion: Callable[..., Compiled], t: int, k: int, e: int
 ) -> None:
-    """A (rows, experts) sum in the layout of the scales went over the wrong lanes (Triton 3.6, E = 4, on an H100)."""
+    """A (rows, experts) sum in the layout of the scales went over the wrong lanes (Triton 3.6, E =
+    4, on an H100)."""
     intermediate = str(compile_expansion(t, k, e).kernel.asm["ttgir"])
     summed = re.findall(r"\}\) : \(tensor<([^,]*),", intermediate)
     assert summed
@@ -218,10 +225,13 @@ def straight(code: list[str]) -> list[str]:
 def test_partitions_are_handed_out_behind_barriers(
     compile_product: Callable[..., Compiled], average: int, tmp_path: Path
 ) -> None:
-    """Triton's code for it: a byte in shared memory says which partition a warp is to run. Racecheck calls that a race.
+    """Triton's code for it: a byte in shared memory says which partition a warp is to run.
+    Racecheck calls that a race.
 
-    There is no other store to shared memory in the kernel: all else is written by TMA, or is an operation on a barrier. Each write is followed by barrier 1 of all warps, and the read comes after one; between two writes is another
-    such barrier, which the others reach when they have read.
+    There is no other store to shared memory in the kernel: all else is written by TMA, or is an
+    operation on a barrier. Each write is followed by barrier 1 of all warps, and the read comes
+    after one; between two writes is another such barrier, which the others reach when they have
+    read.
     """
     code = disassembled(compile_product(select_hopper_config(average * E, E)), tmp_path)
     barrier = [i for i, line in enumerate(code) if re.fullmatch(r"BAR\.SYNC\.DEFER_BLOCKING 0x1", line)]
@@ -240,7 +250,8 @@ def test_partitions_are_handed_out_behind_barriers(
     first, last = writes
     for write in writes:
         assert write + 1 + len(straight(code[write + 1 :])) in barrier
-    # The one right after the first write lets the others read, the next lets them start, the third says they are done.
+    # The one right after the first write lets the others read, the next lets them start, the third
+    # says they are done.
     assert len([i for i in barrier if first < i < last]) == 3
     assert any("EXIT" in line for line in code[last : last + 4])
 
@@ -249,7 +260,8 @@ def test_partitions_are_handed_out_behind_barriers(
 def test_the_sanitizers_report_knows_the_lines_of_that_code(
     compile_product: Callable[..., Compiled], average: int, tmp_path: Path
 ) -> None:
-    """What racecheck would name: the lines that the kernel's stores to shared memory, and the read, are attributed to."""
+    """What racecheck would name: the lines that the kernel's stores to shared memory, and the read,
+    are attributed to."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compile_product(select_hopper_config(average * E, E)).kernel.asm["cubin"])
     tool = triton.knobs.nvidia.nvdisasm.path

@@ -1,4 +1,5 @@
-"""What routing, expert bias and combine compile to: no spills, wide accesses, a combine that rounds as its counterpart does."""
+"""What routing, expert bias and combine compile to: no spills, wide accesses, a combine that rounds
+as its counterpart does."""
 
 from __future__ import annotations
 
@@ -64,13 +65,15 @@ def test_route_of_any_number_of_experts(
 
 
 def test_route_writes_without_global_atomics(compile_route: Callable[..., Compiled]) -> None:
-    """Histograms may add in shared memory, where integers sum to the same in any order; no row depends on an order."""
+    """Histograms may add in shared memory, where integers sum to the same in any order; no row
+    depends on an order."""
     for name, tokens in LAUNCHES.items():
         assert compile_route(90, name, tokens, 8, 256, torch.int64).count(r"atom\.global|red\.global") == 0
 
 
 def test_a_batch_of_another_size_compiles_few_kernels(compile_route: Callable[..., Compiled]) -> None:
-    """The width of the comparison follows the batch up to 1024 slots, in powers of two; nothing else does."""
+    """The width of the comparison follows the batch up to 1024 slots, in powers of two; nothing
+    else does."""
     compiled = {id(compile_route(90, "rank_kernel", t, 8, 256, torch.int64).kernel) for t in range(1, 513, 15)}
     assert len(compiled) <= 6
     compiled = {id(compile_route(90, "scatter_kernel", t, 8, 256, torch.int64).kernel) for t in (600, 8192, 9999)}

@@ -1,7 +1,7 @@
 """The SM100 kernels as compiled: the instructions they must have, no spills, and what fits an SM.
 
-A representative few by default, a minute each; HYBRID_MXFP8_TEST_CONFIGS=all compiles every shipped configuration
-and output type with each mainloop.
+A representative few by default, a minute each; HYBRID_MXFP8_TEST_CONFIGS=all compiles every shipped
+configuration and output type with each mainloop.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def built(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nvidia_tool(name: str) -> str:
-    """NVIDIA's disassemblers: the compiler's own toolkit has them, if it is a whole one; so has Triton's wheel."""
+    """NVIDIA's disassemblers: the compiler's own toolkit has them, if it is a whole one; so has
+    Triton's wheel."""
     beside_nvcc = toolchain.find_cuda().home / "bin" / name
     if beside_nvcc.exists():
         return str(beside_nvcc)
@@ -185,7 +186,8 @@ def before_wait(sass: str) -> set[str]:
 
 
 def test_dependent_launch_waits(kernel: Kernel, sass: str, module: Any) -> None:
-    """From CUTLASS 4.6 on, where nothing reaches memory before the wait; in 4.2 the scheduler does."""
+    """From CUTLASS 4.6 on, where nothing reaches memory before the wait; in 4.2 the scheduler
+    does."""
     assert module.launches_dependently() == (kernel.cutlass.version >= (4, 6, 0))
     assert "ACQBULK" in sass
     assert (before_wait(sass) == set()) == module.launches_dependently()

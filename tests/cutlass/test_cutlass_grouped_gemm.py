@@ -161,7 +161,8 @@ def test_available_names_its_tools(tools: None) -> None:
 
 
 def test_without_compiler_built_modules_suffice(no_compiler: None) -> None:
-    """Of this source, and for the GPU or its family; without any the reason says what to install."""
+    """Of this source, and for the GPU or its family; without any the reason says what to
+    install."""
     ok, said = cutlass.availability(B300)
     assert not ok
     assert "pip install 'hybrid-mxfp8[nvcc]'" in said
@@ -251,8 +252,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
 def test_failed_build_is_not_tried_again(
     builds: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """The call that finds out raises and says what comes next; from then on it is a reason: auto goes
-    on with a warning, a backend asked for by name raises it. In another environment it is tried anew.
+    """The call that finds out raises and says what comes next; from then on it is a reason: auto
+    goes on with a warning, a backend asked for by name raises it. In another environment it is
+    tried anew.
     """
     assert choose(problem(), "auto").name == "cutlass"
     with pytest.raises(BackendUnavailableError, match=r"out of memory; .*the next call without a named backend"):
@@ -349,7 +351,8 @@ def operands(counts: list[int], n: int = 136, k: int = 96) -> tuple[mx.GroupedMX
 def test_call_hands_over_the_operands(
     module: Module, monkeypatch: pytest.MonkeyPatch, workspace: torch.Tensor | None
 ) -> None:
-    """In the order of the C++ entry; where tensors are does not matter here, so they are on the CPU."""
+    """In the order of the C++ entry; where tensors are does not matter here, so they are on the
+    CPU."""
     x, w = operands([3, 0, 5])
     out = torch.empty(8, 136, dtype=torch.bfloat16)
     monkeypatch.setattr(devices, "capability", lambda device: B200)

@@ -1,5 +1,5 @@
-"""The SM100 kernel's own arguments, on the CPU: CUTLASS's reference multiplies them and must find our
-product, and the TMA descriptors in them are as the kernel needs them.
+"""The SM100 kernel's own arguments, on the CPU: CUTLASS's reference multiplies them and must find
+our product, and the TMA descriptors in them are as the kernel needs them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def test_cutlass_reference_agrees_with_ours(reference, case: str) -> None:
 
 
 def test_reference_agrees_with_triton_interpreter(reference, tmp_path: Path) -> None:
-    """Quantized and multiplied by the Triton kernels, in a process of their own because the interpreter is chosen at import."""
+    """Quantized and multiplied by the Triton kernels, in a process of their own because the
+    interpreter is chosen at import."""
     file = tmp_path / "triton.pt"
     script = """
 import sys, torch, hybrid_mxfp8 as mx
@@ -121,7 +122,8 @@ torch.save([x.values, x.scales, groups.tokens_per_expert, w.values, w.scales, ou
 
 
 def test_wild_metadata_stays_inside_the_buffers(reference) -> None:
-    """Offsets no GroupLayout writes: an expert that does not fit is cut off or emptied, the others are unharmed."""
+    """Offsets no GroupLayout writes: an expert that does not fit is cut off or emptied, the others
+    are unharmed."""
     counts, n, k, num_tokens = [5, 130, 1, 64], 256, 128, 200
     x, w = operands(counts, n, k, num_tokens)
     expected = product(x, w)

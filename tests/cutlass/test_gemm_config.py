@@ -67,13 +67,15 @@ def test_many_tokens_take_pairs_of_sms() -> None:
 
 
 def test_bytes_are_counted_once() -> None:
-    """Active weights with their scales, tokens with theirs, and the output, by hand for one expert."""
+    """Active weights with their scales, tokens with theirs, and the output, by hand for one
+    expert."""
     e = estimate(CONFIGS[0], 1, 256, 512, 64, 148, 2)
     assert e.memory_cycles * 3800 == pytest.approx((256 * 512 + 64 * 512) * 33 / 32 + 64 * 256 * 2)
 
 
 def test_waves_by_hand() -> None:
-    """One expert, 4 x 128 weight rows and 128 tokens in tiles of 64: two token tiles and half a ragged one, so 12."""
+    """One expert, 4 x 128 weight rows and 128 tokens in tiles of 64: two token tiles and half a
+    ragged one, so 12."""
     e = estimate(GemmConfig(1, 64, (1, 1)), 1, 512, 512, 128, 8, 2)
     assert e.waves == 2
 

@@ -1,4 +1,5 @@
-"""launcher.c against a driver that records launches, and how its module is built, kept and refused."""
+"""launcher.c against a driver that records launches, and how its module is built, kept and
+refused."""
 
 from __future__ import annotations
 

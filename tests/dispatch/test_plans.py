@@ -283,7 +283,13 @@ def test_a_plan_keeps_no_tensor(kind: str, backend: str) -> None:
     arguments = make()
     alive = []
     for value in arguments.values():
-        parts = (value,) if isinstance(value, torch.Tensor) else (value.values, value.scales) if hasattr(value, "scales") else ()
+        parts = (
+            (value,)
+            if isinstance(value, torch.Tensor)
+            else (value.values, value.scales)
+            if hasattr(value, "scales")
+            else ()
+        )
         alive += [weakref.ref(tensor) for tensor in parts]
     assert len(alive) > 0
     function(**arguments, backend=backend)

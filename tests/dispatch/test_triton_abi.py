@@ -1,4 +1,5 @@
-"""A launch made from an Abi is, to the driver, the one that Triton's own launcher makes: byte by byte."""
+"""A launch made from an Abi is, to the driver, the one that Triton's own launcher makes: byte by
+byte."""
 
 from __future__ import annotations
 

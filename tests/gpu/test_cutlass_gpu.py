@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # Both accumulate products of e4m3 in fp32, in different orders.
 RELATIVE_TO_LARGEST = 2e-5
 
-# (E, N, K) of both products of the models, experts cut down where only their number is large, and odd sizes.
+# (E, N, K) of both products of the models, experts cut down where only their number is large, and
+# odd sizes.
 MODEL_SHAPES = [
     (256, 4096, 7168), (256, 7168, 2048), (384, 4096, 7168), (128, 3072, 4096), (128, 4096, 1536), (128, 1536, 2048),
     (128, 2048, 768), (160, 3072, 5120), (160, 5120, 1536), (128, 5760, 2880), (128, 2880, 2880), (16, 16384, 5120),
@@ -57,7 +58,8 @@ def operands(
     groups = layout(counts, num_tokens, device="cuda")
 
     def spread(*shape: int) -> torch.Tensor:
-        """Normal values whose blocks have different magnitudes, so that a scale taken from elsewhere shows."""
+        """Normal values whose blocks have different magnitudes, so that a scale taken from
+        elsewhere shows."""
         values = torch.randn(*shape[:-1], k // 32, 32, generator=generator, device="cuda")
         powers = torch.randint(-6, 7, (*shape[:-1], k // 32, 1), generator=generator, device="cuda")
         return (values * torch.exp2(powers)).reshape(shape)
@@ -82,17 +84,20 @@ def agree(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 SWIZZLE_128B = 3  # CU_TENSOR_MAP_SWIZZLE_128B
 BLACKWELL_SWIZZLES = [(4,), (5,), (6,)]
-"""CU_TENSOR_MAP_SWIZZLE_128B_ATOM_32B, _ATOM_32B_FLIP_8B and _ATOM_64B: compute capability 10 and later."""
+"""CU_TENSOR_MAP_SWIZZLE_128B_ATOM_32B, _ATOM_32B_FLIP_8B and _ATOM_64B: compute capability 10 and
+later."""
 
 
 def read_descriptor(block: str) -> dict[str, tuple[int, ...]]:
-    """What CuTe prints of a descriptor: lines of a name, spaces, and a number or a tuple of them."""
+    """What CuTe prints of a descriptor: lines of a name, spaces, and a number or a tuple of
+    them."""
     lines = re.findall(r"^(\w+)\s+\(?([\w,]+)\)?$", block, re.MULTILINE)
     return {name: tuple(int(number, 0) for number in numbers.split(",")) for name, numbers in lines}
 
 
 def encode(descriptor: dict[str, tuple[int, ...]]) -> int:
-    """The driver's answer to a descriptor as CuTe prints it, whose first stride is the size of an element; 0 is yes."""
+    """The driver's answer to a descriptor as CuTe prints it, whose first stride is the size of an
+    element; 0 is yes."""
     (rank,) = descriptor["dim"]
     u64, u32 = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
     memory = (ctypes.c_byte * 192)()  # a descriptor is 128 bytes, 64-byte aligned
@@ -114,10 +119,12 @@ def encode(descriptor: dict[str, tuple[int, ...]]) -> int:
 
 @pytest.mark.parametrize("out", ["bf16", "fp16", "fp32"])
 def test_host_side_takes_every_configuration(load, capfd: pytest.CaptureFixture[str], out: str) -> None:
-    """can_implement, the workspace's size and the encoding of every TMA descriptor, with no CUDA error.
+    """can_implement, the workspace's size and the encoding of every TMA descriptor, with no CUDA
+    error.
 
-    CuTe reports a descriptor that the driver refuses on stderr alone. Refused may be only what asks for a swizzle that
-    Blackwell brought, and each of these must pass with the swizzle of Hopper that is as wide.
+    CuTe reports a descriptor that the driver refuses on stderr alone. Refused may be only what asks
+    for a swizzle that Blackwell brought, and each of these must pass with the swizzle of Hopper
+    that is as wide.
     """
     check = load(cutlass_modules.host_side(out)).host_side
     buffer = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
@@ -163,7 +170,8 @@ def walk(module: Any, x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor
 @pytest.mark.parametrize("case", RAGGED)
 @pytest.mark.parametrize(("n", "k"), [(136, 96), (256, 128), (72, 2880)])
 def test_walker_agrees_with_triton(walker, case: str, n: int, k: int) -> None:
-    """The arguments that prepare wrote on the device, multiplied with FMAs, are the Triton backend's product."""
+    """The arguments that prepare wrote on the device, multiplied with FMAs, are the Triton
+    backend's product."""
     counts, num_tokens = RAGGED[case]
     x, w = operands(counts, n, k, num_tokens)
     if num_tokens == 0:
@@ -186,7 +194,8 @@ def test_walker_agrees_on_random_groups(walker, seed: int) -> None:
 
 
 def test_walker_follows_changing_counts_under_a_graph(walker) -> None:
-    """One captured launch of prepare and walker serves other counts: nothing of them is kept on the host."""
+    """One captured launch of prepare and walker serves other counts: nothing of them is kept on the
+    host."""
     counts = torch.tensor([7, 0, 130, 3], dtype=torch.int32, device="cuda")
     num_tokens, n, k = 160, 136, 96
     w = operands(counts.tolist(), n, k, num_tokens)[1]
@@ -235,7 +244,8 @@ def count_tiles(
     module: Any, counts: Sequence[int], n: int, config: tuple[int, int], cluster: tuple[int, int], sm_count: int,
     suffix: str = "",
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
-    """How often each CTA tile, (E, weight tiles, token tiles), is handed out, and how many tiles lie beyond."""
+    """How often each CTA tile, (E, weight tiles, token tiles), is handed out, and how many tiles
+    lie beyond."""
     cta_group, token_tile = config
     num_tokens = sum(counts)
     groups = layout(counts, num_tokens + 300, device="cuda")
@@ -272,7 +282,8 @@ SCHEDULED = [
 
 @pytest.mark.parametrize(("config", "cluster"), SCHEDULED, ids=str)
 def test_every_output_tile_is_handed_out_once(load, config: tuple[int, int], cluster: tuple[int, int]) -> None:
-    """Whatever the counts: empty experts first, last and in rows, clusters larger than an expert, one expert alone."""
+    """Whatever the counts: empty experts first, last and in rows, clusters larger than an expert,
+    one expert alone."""
     module = load(cutlass_modules.tile_scheduler())
     assert config[1] in TOKEN_TILES
     generator = torch.Generator().manual_seed(sum(config))

@@ -1,7 +1,7 @@
 """The SM100 kernel on the hardware it is made for, against float64 and the Triton backend.
 
-Not yet run: no GPU of compute capability 10.0 or 10.3 was at hand. ``python -m hybrid_mxfp8 warmup --out-dtypes
-bf16,fp16,fp32`` compiles its kernels ahead of time.
+Not yet run: no GPU of compute capability 10.0 or 10.3 was at hand. ``python -m hybrid_mxfp8 warmup
+--out-dtypes bf16,fp16,fp32`` compiles its kernels ahead of time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def product(
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel(module: str, dtype: torch.dtype, monkeypatch, rng: torch.Generator) -> None:
-    """Each tile with each output type: ragged, empty, N and K that fill no tile, and rows that no expert owns."""
+    """Each tile with each output type: ragged, empty, N and K that fill no tile, and rows that no
+    expert owns."""
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", module)
     for counts, num_tokens in cases.RAGGED.values():
         for n, k in SHAPES:
@@ -88,7 +89,8 @@ def test_thousands_of_experts(rng: torch.Generator) -> None:
 
 
 def test_dependent_launch_changes_nothing(monkeypatch, rng: torch.Generator) -> None:
-    """Back to back on one workspace, with and without the overlap of the two kernels: the same bytes."""
+    """Back to back on one workspace, with and without the overlap of the two kernels: the same
+    bytes."""
     xq, wq = operands([7, 0, 130, 3], 150, 1024, 512, rng)
     size = mx.grouped_gemm_workspace_size(wq, 150, backend="cutlass")
     workspace = torch.empty(size, dtype=torch.uint8, device=GPU)

@@ -1,4 +1,5 @@
-"""Plans on a GPU: what a call launches and allocates, hooks, streams, and Triton's launches in the launcher's place."""
+"""Plans on a GPU: what a call launches and allocates, hooks, streams, and Triton's launches in the
+launcher's place."""
 
 from __future__ import annotations
 
@@ -168,7 +169,8 @@ def test_the_recipe_of_cuda_graphs(layer: Layer, rng: torch.Generator) -> None:
 
 
 def test_a_workspace_waits_for_the_stream_of_its_last_call(layer: Layer) -> None:
-    """An event, no host sync: the second stream's call reads and writes the arena only behind the first's."""
+    """An event, no host sync: the second stream's call reads and writes the arena only behind the
+    first's."""
     expected = layer.forward().clone()
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()

@@ -1,4 +1,5 @@
-"""What the host decides for the grouped GEMM: formulation, tile, and how many tiles there may be."""
+"""What the host decides for the grouped GEMM: formulation, tile, and how many tiles there may
+be."""
 
 from __future__ import annotations
 

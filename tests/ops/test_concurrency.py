@@ -258,8 +258,9 @@ def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...], results: Any
 def test_a_spawned_child(
     interpreter: None, layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward, tally: Any
 ) -> None:
-    """Beside a thread of this process that computes the same, and with a workspace of its own: PyTorch
-    passes tensors to a child as shared memory, and the child must not write the parent's."""
+    """Beside a thread of this process that computes the same, and with a workspace of its own:
+    PyTorch passes tensors to a child as shared memory, and the child must not write the
+    parent's."""
     workspace = new_workspace()
     forward(workspace)
     for tensor in memory_of(workspace):

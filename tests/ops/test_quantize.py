@@ -86,7 +86,8 @@ ON_GPU = cases.device() == "cuda"
 
 @pytest.mark.parametrize("num_experts", [1, 3, 128, 256, 1000, 1024, 1500, 3000] if ON_GPU else [1, 2, 3, 127, 1024])
 def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: int, rng: torch.Generator) -> None:
-    """Every configuration, and both forms of groups: a layout, and counts that the kernel may scan."""
+    """Every configuration, and both forms of groups: a layout, and counts that the kernel may
+    scan."""
     shapes = [(64, 160), (64, 7168), (300, 7168), (3000, 160), (3000, 7168)] if ON_GPU else [(40, 64)]
     for num_tokens, k in shapes:
         owners = torch.randint(0, num_experts, (num_tokens,), generator=rng)

@@ -1,4 +1,5 @@
-"""Imports go one way: each package may import those of earlier layers, and modules import each other in no circle."""
+"""Imports go one way: each package may import those of earlier layers, and modules import each
+other in no circle."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, names: set[str]) -> Iterator[str]:
-    """Modules of the product that a file imports anywhere, also in functions; not those for type checkers alone."""
+    """Modules of the product that a file imports anywhere, also in functions; not those for type
+    checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,7 +1,9 @@
-"""What runs beside the main job: no network, no file outside the places that were named, no code out of data.
+"""What runs beside the main job: no network, no file outside the places that were named, no code
+out of data.
 
-Python's own audit events tell of every file that is opened to be written, every socket and every process. What
-compiled libraries do by themselves they do not tell, so the same job runs once more where the system lets no file grow.
+Python's own audit events tell of every file that is opened to be written, every socket and every
+process. What compiled libraries do by themselves they do not tell, so the same job runs once more
+where the system lets no file grow.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ ALLOWED = {
 
 
 def offences(source: str) -> set[str]:
-    """What a file imports or calls that its package should not, or only in places that are listed."""
+    """What a file imports or calls that its package should not, or only in places that are
+    listed."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -138,9 +141,11 @@ def places(tmp_path: Path) -> Path:
 
 
 def run(code: str, places: Path, **environment: str) -> str:
-    """What a fresh Python prints, with nothing of this process's environment but what it must have, and no GPU.
+    """What a fresh Python prints, with nothing of this process's environment but what it must have,
+    and no GPU.
 
-    With one PyTorch opens NVML through ctypes, and the CUDA driver makes a cache of its own in the home folder.
+    With one PyTorch opens NVML through ctypes, and the CUDA driver makes a cache of its own in the
+    home folder.
     """
     given = {"PATH": "/usr/bin:/bin", "HOME": str(places / "home"), "TMPDIR": str(places / "tmp")}
     given |= {
@@ -173,7 +178,8 @@ def below(folder: Path) -> set[str]:
 
 
 def test_the_main_job_touches_nothing(places: Path, interpreter: None) -> None:
-    """Quantize, multiply on each backend of a CPU, a whole MoE layer, what can run and why: no event of any kind."""
+    """Quantize, multiply on each backend of a CPU, a whole MoE layer, what can run and why: no
+    event of any kind."""
     assert audited(MAIN_JOB, places) == []
     assert below(places) == {"home", "tmp", "work", "work/named"}
 
@@ -216,7 +222,8 @@ def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
 
 
 def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path, tally: Tally) -> None:
-    """It starts nvcc and nothing else, and leaves no file in the home or among the temporary ones."""
+    """It starts nvcc and nothing else, and leaves no file in the home or among the temporary
+    ones."""
     settings: dict[str, Any] = {
         "HYBRID_MXFP8_CACHE_DIR": str(toolkit.folder / "cache"),
         "TOY": str(toolkit.folder / "toy.cu"),
@@ -239,7 +246,8 @@ def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path, t
 
 
 def test_bounds_are_what_was_tested() -> None:
-    """pyproject's lower bounds, the versions of `make test-oldest` and the page's first column say the same."""
+    """pyproject's lower bounds, the versions of `make test-oldest` and the page's first column say
+    the same."""
     page = (ROOT / "docs" / "compatibility.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][2:]
     oldest = {row[0]: row[1] for row in rows}

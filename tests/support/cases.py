@@ -193,7 +193,8 @@ def memory_of(workspace: mx.MoEWorkspace) -> list[torch.Tensor]:
 
 
 def forget_calls() -> None:
-    """Have the next call choose its backend and kernel anew: for tests that put something else in their place."""
+    """Have the next call choose its backend and kernel anew: for tests that put something else in
+    their place."""
     from hybrid_mxfp8.dispatch.plan import PLANS
 
     PLANS.clear()

@@ -1,4 +1,5 @@
-"""The kernels, launched one by one on given tensors: the one place that knows how their launches are described.
+"""The kernels, launched one by one on given tensors: the one place that knows how their launches
+are described.
 
 Tests go through the public functions where these reach what is tested.
 """
@@ -41,7 +42,8 @@ def quantize_steps(
     x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
     rounding: str = "rceil", row_index: torch.Tensor | None = None, swiglu: SwiGLU | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans itself."""
+    """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans
+    itself."""
     from hybrid_mxfp8.triton_kernels import quantize as module
 
     rows, k = values.shape

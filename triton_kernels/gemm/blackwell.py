@@ -1,13 +1,15 @@
-"""The ``scaled`` grouped GEMM for compute capability 10, with tensor descriptors: compiled and checked, not yet run.
+"""The ``scaled`` grouped GEMM for compute capability 10, with tensor descriptors: compiled and
+checked, not yet run.
 
-The tile product is that of ``grouped_gemm``, 128 weight rows by BLOCK_T tokens, but operands and weight scales come by
-TMA, so no thread computes addresses in the loop:
+The tile product is that of ``grouped_gemm``, 128 weight rows by BLOCK_T tokens, but operands and
+weight scales come by TMA, so no thread computes addresses in the loop:
 
-- weights (E*N, K) and tokens (T, K) as 2-D tiles. A tile that reaches past its expert loads its neighbour's rows; what
-  they compute lands in rows or columns of the tile that are not stored. Past the tensor or past K, TMA loads zeros.
-- scales in whole 128x4 tiles, as 2 x 256 bytes of a 5-D descriptor (a box of TMA is at most 256 wide), which go to tensor
-  memory as they lie. Tokens' scales do so from 128 tokens a tile on; narrower tiles start amid a 128x4 tile and load each
-  row's 4 bytes from its place.
+- weights (E*N, K) and tokens (T, K) as 2-D tiles. A tile that reaches past its expert loads its
+  neighbour's rows; what they compute lands in rows or columns of the tile that are not stored. Past
+  the tensor or past K, TMA loads zeros.
+- scales in whole 128x4 tiles, as 2 x 256 bytes of a 5-D descriptor (a box of TMA is at most 256
+  wide), which go to tensor memory as they lie. Tokens' scales do so from 128 tokens a tile on;
+  narrower tiles start amid a 128x4 tile and load each row's 4 bytes from its place.
 
 Large tiles split the loop between a loading warp and an issuing warp (``warp_specialize``).
 """
@@ -113,12 +115,13 @@ class BlackwellConfig:
 def select_blackwell_config(num_tokens: int, num_experts: int) -> BlackwellConfig:
     """Tile by the average number of tokens of an expert; pure, and modelled: nothing here has run.
 
-    Tiles of 128 tokens and more take the tokens' scales by TMA, too, so nothing stands in the loop that an MMA would
-    have to wait for. Narrower ones load each row's scales, an L2 latency a step: only 16 tokens, where the weights' bytes
-    are the limit, are worth that. From 17 tokens on 128x128x128 takes about 256 cycles a step where memory allows 640.
-    Stages fill the shared memory that a tile leaves, for weight streaming is a matter of bytes in flight: 95 KB at 16
-    tokens lets two programs share an SM of 228 KB; 203 KB at 256 leaves it one. Warp specialization needs scales by TMA.
-    128x256 fills the 512 columns of tensor memory.
+    Tiles of 128 tokens and more take the tokens' scales by TMA, too, so nothing stands in the loop
+    that an MMA would have to wait for. Narrower ones load each row's scales, an L2 latency a step:
+    only 16 tokens, where the weights' bytes are the limit, are worth that. From 17 tokens on
+    128x128x128 takes about 256 cycles a step where memory allows 640. Stages fill the shared memory
+    that a tile leaves, for weight streaming is a matter of bytes in flight: 95 KB at 16 tokens lets
+    two programs share an SM of 228 KB; 203 KB at 256 leaves it one. Warp specialization needs
+    scales by TMA. 128x256 fills the 512 columns of tensor memory.
     """
     average = num_tokens / max(num_experts, 1)
     if average <= 16:

@@ -1,12 +1,14 @@
-"""Tokens back to bf16 for tensor cores without block scales, and the list of token tiles, in one launch.
+"""Tokens back to bf16 for tensor cores without block scales, and the list of token tiles, in one
+launch.
 
-An e4m3 value times a power of two is exact in bf16 while it stays above 2**-133; only blocks with scale bytes
-0 to 2 can hold smaller elements, which are then off by at most 2**-134.
+An e4m3 value times a power of two is exact in bf16 while it stays above 2**-133; only blocks with
+scale bytes 0 to 2 can hold smaller elements, which are then off by at most 2**-134.
 
-Columns are written in the order in which wgmma's register operand wants them. A thread of a warpgroup holds 16
-neighbouring bytes of a weight row's 64, one load; as operand these are elements 2c, 2c+1, 2c+8, 2c+9 of four
-instructions 16 columns wide, c the thread's place in its quad. A product does not care about the order of K, so
-tokens follow the weights: column 16c + 4s + 2h + j of each 64 goes to place 16s + 8h + 2c + j.
+Columns are written in the order in which wgmma's register operand wants them. A thread of a
+warpgroup holds 16 neighbouring bytes of a weight row's 64, one load; as operand these are elements
+2c, 2c+1, 2c+8, 2c+9 of four instructions 16 columns wide, c the thread's place in its quad. A
+product does not care about the order of K, so tokens follow the weights: column 16c + 4s + 2h + j
+of each 64 goes to place 16s + 8h + 2c + j.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def _list_tiles(
         tl.store(entry + 3, tl.zeros_like(i), mask=wanted)
 
 
-# What changes with every batch is not specialized on, so that a new number of tokens compiles no new kernel.
+# What changes with every batch is not specialized on, so that a new number of tokens compiles no
+# new kernel.
 @triton.jit(
     do_not_specialize=[
         "expert_offsets_ptr",
@@ -92,8 +95,8 @@ def dequantize_tokens_kernel(
 ):
     """Grid ((row_programs + E) * column programs,).
 
-    Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed where programs reach: the last tile may
-    reach into them.
+    Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed where programs reach:
+    the last tile may reach into them.
     """
     padded_k = (K + 63) // 64 * 64
     column_programs = (padded_k + BLOCK_COLS - 1) // BLOCK_COLS
@@ -108,11 +111,12 @@ def dequantize_tokens_kernel(
         return
 
     used = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_tokens)
-    # Of many programs most may have nothing to do; a decode batch, with one row a program, would feel the wait.
+    # Of many programs most may have nothing to do; a decode batch, with one row a program, would
+    # feel the wait.
     if BLOCK_ROWS > 1 and pid * BLOCK_ROWS >= used + BLOCK_T:
         return
-    # A scalar search for each row: Triton 3.6 sums a (rows, experts) comparison over the wrong lanes when it
-    # recomputes it in the layout of the scales (seen with E = 4).
+    # A scalar search for each row: Triton 3.6 sums a (rows, experts) comparison over the wrong
+    # lanes when it recomputes it in the layout of the scales (seen with E = 4).
     lane = tl.arange(0, BLOCK_ROWS)
     row = pid * BLOCK_ROWS + lane
     owned_rows = tl.zeros_like(row)
@@ -164,7 +168,8 @@ class DequantizeConfig:
 def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False) -> DequantizeConfig:
     """Tile of the expansion; pure. Few rows: small programs, so that a decode batch fills the GPU.
 
-    Seen on an H100 in µs: T 32, K 7168 2.4; T 2048 17.7, 8192 66, and T 16384, K 2048 37.9 with 4x1024, the best of ten.
+    Seen on an H100 in µs: T 32, K 7168 2.4; T 2048 17.7, 8192 66, and T 16384, K 2048 37.9 with
+    4x1024, the best of ten.
     """
     columns = next_power_of_2(max(round_up(k, COLUMN_GROUP), 128))
     if interpreted:

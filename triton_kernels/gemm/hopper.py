@@ -1,22 +1,27 @@
 """Grouped GEMM for Hopper: e4m3 weights become bf16 in registers, on their way into wgmma.
 
-Hopper's matrix units know no block scales. Decoding is bound by the bytes of the weights, so these must stay 8 bits
-wide all the way to the registers; prefill is bound by wgmma, so the conversion must hide behind it. Hence:
+Hopper's matrix units know no block scales. Decoding is bound by the bytes of the weights, so these
+must stay 8 bits wide all the way to the registers; prefill is bound by wgmma, so the conversion
+must hide behind it. Hence:
 
-- Tokens, few bytes, are expanded to bf16 by a kernel before (``dequantize_tokens``), which also lists the token tiles. Where
-  tiles are widest it fused_dequantize those of the first tiles alone, and three spare warps the others, just ahead of their use.
-- One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16 tokens.
-- Two warpgroups multiply. Each turns its 64 weight rows into wgmma's register operand: 16 bytes a load, 5
-  instructions for 2 elements, the scale included; while one half of a stage is converted, the other is multiplied.
-- The grid is persistent, so the feeding warp runs ahead into the next tile while this one is stored. Tiles of few tokens
-  load and multiply less; those of the last turn are cut, so that no program waits for another's whole tile.
+- Tokens, few bytes, are expanded to bf16 by a kernel before (``dequantize_tokens``), which also
+  lists the token tiles. Where tiles are widest it fused_dequantize those of the first tiles alone,
+  and three spare warps the others, just ahead of their use.
+- One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16
+  tokens.
+- Two warpgroups multiply. Each turns its 64 weight rows into wgmma's register operand: 16 bytes a
+  load, 5 instructions for 2 elements, the scale included; while one half of a stage is converted,
+  the other is multiplied.
+- The grid is persistent, so the feeding warp runs ahead into the next tile while this one is
+  stored. Tiles of few tokens load and multiply less; those of the last turn are cut, so that no
+  program waits for another's whole tile.
 
-Rows of the weights and columns of K are dealt to threads so that no element ever changes threads: a thread loads 16
-neighbouring bytes of rows 2g and 2g+1, and holds neighbouring outputs in the end. ``dequantize_tokens`` says how the
-tokens follow that order of K.
+Rows of the weights and columns of K are dealt to threads so that no element ever changes threads: a
+thread loads 16 neighbouring bytes of rows 2g and 2g+1, and holds neighbouring outputs in the end.
+``dequantize_tokens`` says how the tokens follow that order of K.
 
-The product of code and scale is exact in bf16 from 2**-133 up; blocks with scale bytes 0 to 2 can hold smaller
-elements, which are then off by at most 2**-134. Scale 255 and NaN codes give NaN.
+The product of code and scale is exact in bf16 from 2**-133 up; blocks with scale bytes 0 to 2 can
+hold smaller elements, which are then off by at most 2**-134. Scale 255 and NaN codes give NaN.
 """
 
 from __future__ import annotations
@@ -46,8 +51,9 @@ _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 # ---------------------------------------------------------------- who holds what
 #
-# 8 warps w of lanes 4g + c, 128 weight rows. Fragment row 64i + 16w + 8b + g of wgmma is weight row 16w' + 2g + b,
-# with w' = 4i + w; fragment column 16s + 8h + 2c + j of 64 is the weights' column 16c + 4s + 2h + j.
+# 8 warps w of lanes 4g + c, 128 weight rows. Fragment row 64i + 16w + 8b + g of wgmma is weight row
+# 16w' + 2g + b, with w' = 4i + w; fragment column 16s + 8h + 2c + j of 64 is the weights' column
+# 16c + 4s + 2h + j.
 
 
 @gluon.constexpr_function
@@ -88,7 +94,8 @@ def _words_layout():
 
 @gluon.constexpr_function
 def _store_layout(tokens):
-    """(128, tokens) of y transposed: wgmma's accumulator by weight rows, neighbouring rows in one register pair."""
+    """(128, tokens) of y transposed: wgmma's accumulator by weight rows, neighbouring rows in one
+    register pair."""
     columns = [1] + [8 << i for i in range((tokens // 8).bit_length() - 1)]
     return gl.DistributedLinearLayout(
         reg_bases=[[1, 0]] + [[0, c] for c in columns],
@@ -101,8 +108,8 @@ def _store_layout(tokens):
 
 @gluon.constexpr_function
 def _token_blocks_layout():
-    """(32, 32): 1024 columns of a token as 32 blocks, by one warp. A lane holds 4 neighbours of each 16 columns, which
-    lie side by side in the order that ``dequantize_tokens`` writes."""
+    """(32, 32): 1024 columns of a token as 32 blocks, by one warp. A lane holds 4 neighbours of
+    each 16 columns, which lie side by side in the order that ``dequantize_tokens`` writes."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 16], [1, 0], [16, 0]],
         lane_bases=[[0, 4], [0, 8], [2, 0], [4, 0], [8, 0]],
@@ -129,7 +136,8 @@ def _expanded_layout():
 
 @gluon.jit
 def _times_scale(codes, b):
-    """e4m3 bytes times 2**(b - 127), as bf16; b int32 of the same shape, or one that broadcasts to it, along the last axis."""
+    """e4m3 bytes times 2**(b - 127), as bf16; b int32 of the same shape, or one that broadcasts to
+    it, along the last axis."""
     # The factor as bf16, twice in a word: b << 7, but 0x40, a subnormal, for 0 and NaN for 255.
     bits = gl.where(b == 255, 0x7FC0, gl.maximum(b << 7, 0x40))
     return gl.inline_asm_elementwise(
@@ -162,7 +170,8 @@ def _times_scale(codes, b):
 
 @gluon.jit
 def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
-    """(128, 64) e4m3 bytes times their scales, bytes 2 HALF and 2 HALF + 1 of ``words`` (128,), as wgmma's A."""
+    """(128, 64) e4m3 bytes times their scales, bytes 2 HALF and 2 HALF + 1 of ``words`` (128,), as
+    wgmma's A."""
     blocks_layout: gl.constexpr = _blocks_layout()
     blocks = gl.convert_layout(codes.reshape([128, 2, 32]), blocks_layout, assert_trivial=True)
     words = gl.convert_layout(words, gl.SliceLayout(1, gl.SliceLayout(2, blocks_layout)), assert_trivial=True)
@@ -181,8 +190,9 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _before(stage, STAGES: gl.constexpr):
-    """The stage that came before. Computed, not kept in a variable: one that starts as an alias of ``stage`` is not
-    carried through the loop (Triton 3.6 to 3.9 take it for unchanged), and every stage but the first is never freed."""
+    """The stage that came before. Computed, not kept in a variable: one that starts as an alias of
+    ``stage`` is not carried through the loop (Triton 3.6 to 3.9 take it for unchanged), and every
+    stage but the first is never freed."""
     return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
@@ -190,7 +200,8 @@ def _before(stage, STAGES: gl.constexpr):
 def _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
     """(tiles dealt whole, parts that each of the rest is cut into, how many there are of both).
 
-    Programs take turns; the last turn may be of few tiles. These are cut by tokens if then each program still gets at most one.
+    Programs take turns; the last turn may be of few tiles. These are cut by tokens if then each
+    program still gets at most one.
     """
     programs = gl.num_programs(0)
     tiles = num_t_tiles * num_n_tiles
@@ -206,7 +217,8 @@ def _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
 
 @gluon.jit
 def _tile_coordinates(index, whole, parts, num_n_tiles):
-    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of the next token tile."""
+    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of
+    the next token tile."""
     cut = gl.maximum(index - whole, 0)
     tile = gl.minimum(index, whole) + cut // parts
     t_tile = tile // num_n_tiles
@@ -215,7 +227,8 @@ def _tile_coordinates(index, whole, parts, num_n_tiles):
 
 @gluon.jit
 def _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T: gl.constexpr):
-    """(first row, end) of a tile or of its part; the end may be far beyond the tile, or before the first row."""
+    """(first row, end) of a tile or of its part; the end may be far beyond the tile, or before the
+    first row."""
     start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
     end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
     rows = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
@@ -245,7 +258,8 @@ def _take_slice(counter_ptr):
 
 @gluon.jit
 def _report_slice(done_ptr):
-    """Count a slice as written, after every lane's writes, for TMA units on other multiprocessors to read."""
+    """Count a slice as written, after every lane's writes, for TMA units on other multiprocessors
+    to read."""
     lane = _lanes()
     one = gl.inline_asm_elementwise(
         "fence.proxy.async; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
@@ -280,11 +294,12 @@ def _dequantize_slices(
     values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr, num_scale_rows, K, first_tile,
     BLOCK_T: gl.constexpr,
 ):  # fmt: skip
-    """One warp: tokens to bf16, as ``dequantize_tokens`` writes them, a slice of a tile after the other, until none is left.
+    """One warp: tokens to bf16, as ``dequantize_tokens`` writes them, a slice of a tile after the
+    other, until none is left.
 
-    It waits for nobody, and takes only what it then does, so that those who wait for it do get what they wait for,
-    however many programs of the grid are running. Rows past a tile's end are not waited for: they are multiplied as they
-    are, and give columns that are not stored.
+    It waits for nobody, and takes only what it then does, so that those who wait for it do get what
+    they wait for, however many programs of the grid are running. Rows past a tile's end are not
+    waited for: they are multiplied as they are, and give columns that are not stored.
     """
     num_t_tiles = gl.load(tiles_ptr)
     K = K // 32 * 32  # K % 32 == 0, said so that the compiler reads words
@@ -387,13 +402,14 @@ def _consume_tile(
     y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
     TOKENS: gl.constexpr, BOX: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One tile of 128 weight rows by at most TOKENS of the BOX tokens of a stage, stored; returns the ring's next stage
-    and phase."""
+    """One tile of 128 weight rows by at most TOKENS of the BOX tokens of a stage, stored; returns
+    the ring's next stage and phase."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     store_layout: gl.constexpr = _store_layout(TOKENS)
 
-    # wgmma reads a0 and a1 while it runs, so each is kept alive, and its stage held, until the next wait.
+    # wgmma reads a0 and a1 while it runs, so each is kept alive, and its stage held, until the next
+    # wait.
     acc = gl.zeros([128, TOKENS], gl.float32, mma)
     a1 = gl.zeros([128, 64], gl.bfloat16, a_layout)
     for k_tile in range(num_k_tiles):
@@ -425,8 +441,9 @@ def _consume_tile(
 
     y = acc.to(y_ptr.dtype.element_ty).reshape([2, 4, 2, 8, TOKENS]).permute(0, 1, 3, 2, 4).reshape([128, TOKENS])
     y = gl.convert_layout(y, store_layout, assert_trivial=True)
-    # Offsets in 32 bits from the tile's first row: in 64 bits they spill. They are the same for every tile, so the stride
-    # is hidden from the compiler, which would keep all products t N, and spill more.
+    # Offsets in 32 bits from the tile's first row: in 64 bits they spill. They are the same for
+    # every tile, so the stride is hidden from the compiler, which would keep all products t N, and
+    # spill more.
     stride = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [N], dtype=gl.int32, is_pure=False, pack=1) // 8 * 8
     n = n_tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, store_layout))
     t = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, store_layout))
@@ -440,7 +457,8 @@ def _consumer(
     y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
     BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Two warpgroups: empty the ring, tile after tile; an expert's last tile may be short and then takes less."""
+    """Two warpgroups: empty the ring, tile after tile; an expert's last tile may be short and then
+    takes less."""
     num_t_tiles = gl.load(tiles_ptr)
     num_n_tiles = (N + 127) // 128
     stage = 0
@@ -495,8 +513,10 @@ def hopper_gemm_kernel(
     STAGES: gl.constexpr,
     FUSED_DEQUANTIZE: gl.constexpr,
 ):
-    """Grid (multiprocessors,), 8 warps that multiply; one more feeds them, and with FUSED_DEQUANTIZE three more expand tokens."""
-    # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and not stored.
+    """Grid (multiprocessors,), 8 warps that multiply; one more feeds them, and with
+    FUSED_DEQUANTIZE three more expand tokens."""
+    # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and
+    # not stored.
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler pairs the stores
     tiles_ptr = workspace_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, BLOCK_K], w_desc.layout)
@@ -507,8 +527,9 @@ def hopper_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its message C7512).
-    # Tuples of arguments are written where they are used: kept in a variable, their constants become tensors.
+    # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its
+    # message C7512). Tuples of arguments are written where they are used: kept in a variable, their
+    # constants become tensors.
     if FUSED_DEQUANTIZE:
         dequantized_ptr = (workspace_ptr + tokens_at.to(gl.int64) * 256).to(gl.pointer_type(gl.bfloat16), bitcast=True)
         gl.warp_specialize(
@@ -573,7 +594,8 @@ def _box_layout(swizzle: int, element_bits: int) -> gl.NVMMASharedLayout:
 
 
 def _tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
-    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in swizzled lines."""
+    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in
+    swizzled lines."""
     size = buffer.dtype.itemsize
     swizzle = 0 if buffer.dtype == torch.int32 else min(box_columns * size, 128)
     return TensorMap(buffer, (rows, columns), (box_rows, box_columns), _box_layout(swizzle, 8 * size))
@@ -582,12 +604,14 @@ def _tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_colu
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:
     """The two launches of one product: tokens to bf16, then the product.
 
-    Weights and their scales are 16-byte aligned, and ``buffers.workspace`` has the bytes of the WorkspaceLayout.
+    Weights and their scales are 16-byte aligned, and ``buffers.workspace`` has the bytes of the
+    WorkspaceLayout.
     """
     assert config.is_valid(), config
     assert buffers.workspace is not None
     if triton_version() == (3, 8):
-        # It refuses to look at a stage as a smaller box, so there a tile of few tokens loads a whole one.
+        # It refuses to look at a stage as a smaller box, so there a tile of few tokens loads a
+        # whole one.
         config = replace(config, small_block_t=config.block_t)
     p, b, workspace, block_k = problem, buffers, buffers.workspace, config.block_k
     layout = WorkspaceLayout.of(p.num_tokens, p.num_experts, p.k, config)

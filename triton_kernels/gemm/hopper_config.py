@@ -1,4 +1,5 @@
-"""What the Hopper grouped GEMM decides on the host: tile, and what lies where in its workspace. Plain ints, no Gluon."""
+"""What the Hopper grouped GEMM decides on the host: tile, and what lies where in its workspace.
+Plain ints, no Gluon."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 from hybrid_mxfp8.core.formats import MAX_INT32, ceil_div, round_up, scale_cols, token_tiles_bound
 
 COLUMN_GROUP = 64
-"""Columns of expanded tokens that are reordered among themselves; rows are padded to whole groups."""
+"""Columns of expanded tokens that are reordered among themselves; rows are padded to whole
+groups."""
 
 AVERAGES = (56, 128)
 """Tokens an expert up to which select_hopper_config takes its first and its second tile."""
@@ -31,10 +33,12 @@ class HopperGemmConfig:
 
     Attributes:
         block_t: 16, 32, 64, 128 or 256.
-        small_block_t: 16, 32 or 64, at most ``block_t``: a tile of so few tokens loads and multiplies no more than these.
+        small_block_t: 16, 32 or 64, at most ``block_t``: a tile of so few tokens loads and
+            multiplies no more than these.
         block_k: 64 or 128.
         num_stages: depth of the ring in shared memory.
-        fused_dequantize: whether spare warps expand tokens beside the product; those that the first tiles need are expanded before.
+        fused_dequantize: whether spare warps expand tokens beside the product; those that the first
+            tiles need are expanded before.
     """
 
     block_t: int
@@ -64,40 +68,45 @@ class HopperGemmConfig:
 def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
 
-    What an expert gets beyond or below the average, the kernel sees: tiles of few tokens do less, and the last tiles
-    are cut so that all programs get one. Numbers: µs on an H100 (2026-11-24, torch 2.11, Triton 3.6, CUDA-graph replay,
-    normal data), the expansion of tokens included, (N, K, E) = (4096, 7168, 32) if not said otherwise; bench/results/
-    hopper_gemm_attempts.md has them all.
+    What an expert gets beyond or below the average, the kernel sees: tiles of few tokens do less,
+    and the last tiles are cut so that all programs get one. Numbers: µs on an H100 (2026-11-24,
+    torch 2.11, Triton 3.6, CUDA-graph replay, normal data), the expansion of tokens included, (N,
+    K, E) = (4096, 7168, 32) if not said otherwise; bench/results/ hopper_gemm_attempts.md has them
+    all.
     """
     average = num_tokens / max(num_experts, 1)
     if average <= AVERAGES[0]:
-        # T 32: 335; 337 with tiles of 16 alone. T 256: 342 and 345; all on one expert 38 and 107. T 1024: 368; 367 with
-        # small_block_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392 with tiles of 128. But no router spreads tokens evenly,
-        # and an expert of 65 takes two tiles. In another run, T 2048: 409 and with 128 421 where they are spread evenly,
-        # 474 and 417 where each goes to an expert at random; T 1792: 382 and 389, 400 and 402.
+        # T 32: 335; 337 with tiles of 16 alone. T 256: 342 and 345; all on one expert 38 and 107. T
+        # 1024: 368; 367 with small_block_t 32 and 6 stages. T 2048: 385; 395 with 6 stages; 392
+        # with tiles of 128. But no router spreads tokens evenly, and an expert of 65 takes two
+        # tiles. In another run, T 2048: 409 and with 128 421 where they are spread evenly, 474 and
+        # 417 where each goes to an expert at random; T 1792: 382 and 389, 400 and 402.
         return HopperGemmConfig(64, 16, 128, 5)
     if average <= AVERAGES[1]:
         # T 4096: 458; 660 with 256 tokens, half of them padding.
         return HopperGemmConfig(128, 64, 128, 4)
-    # T 8192: 700; 768 with all tokens expanded before; 878 with 128 tokens. T 16384, (7168, 2048, 8): 738, and 741 expanded
-    # before, in runs where torch's bf16 took 736 and 709.
+    # T 8192: 700; 768 with all tokens expanded before; 878 with 128 tokens. T 16384, (7168, 2048,
+    # 8): 738, and 741 expanded before, in runs where torch's bf16 took 736 and 709.
     return HopperGemmConfig(256, 64, 64, 5, fused_dequantize=True)
 
 
 def largest_batches(num_tokens: int, num_experts: int) -> tuple[int, ...]:
-    """Of the batches of up to ``num_tokens`` rows that the kernel takes, the largest of each configuration."""
+    """Of the batches of up to ``num_tokens`` rows that the kernel takes, the largest of each
+    configuration."""
     rows = min(num_tokens, MAX_TOKENS)
     ends = (average * max(num_experts, 1) for average in AVERAGES)
     return (*(end for end in ends if end < rows), rows)
 
 
 def tiles_at_once(programs: int, row_tiles: int) -> int:
-    """How many token tiles the first ``programs`` tiles are of, in the order in which the grid takes them."""
+    """How many token tiles the first ``programs`` tiles are of, in the order in which the grid
+    takes them."""
     return ceil_div(programs, row_tiles)
 
 
 def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
-    """Whether 32 bits reach every row of weights, every scale tile, and every output of 512 rows."""
+    """Whether 32 bits reach every row of weights, every scale tile, and every output of 512
+    rows."""
     scale_tiles = num_experts * ceil_div(n, 128) * (scale_cols(k) // 4)
     return num_tokens <= MAX_TOKENS and max(num_experts * n + 128, scale_tiles, 512 * n) <= MAX_INT32
 
@@ -109,7 +118,8 @@ class WorkspaceLayout:
     Attributes:
         num_tokens: T.
         padded_k: K rounded up to whole column groups.
-        max_tiles: the most token tiles that T rows over E experts can need, each expert starting a new one.
+        max_tiles: the most token tiles that T rows over E experts can need, each expert starting a
+            new one.
     """
 
     num_tokens: int
@@ -139,8 +149,9 @@ class WorkspaceLayout:
         return self.tokens_at + self.num_tokens * self.padded_k * 2
 
     def tiles(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(1 + max_tiles, 4) int32 view: the number of token tiles and the slices of rows that the product's spare warps have
-        taken; then of each tile its expert, first row, the expert's end row, and how many of its slices are written."""
+        """(1 + max_tiles, 4) int32 view: the number of token tiles and the slices of rows that the
+        product's spare warps have taken; then of each tile its expert, first row, the expert's end
+        row, and how many of its slices are written."""
         return workspace[: (1 + self.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
 
     def expanded(self, workspace: torch.Tensor) -> torch.Tensor:

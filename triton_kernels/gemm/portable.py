@@ -1,20 +1,22 @@
-"""Grouped GEMM through ``tl.dot_scaled``: y[t] = x[t] @ w[expert of t].T over ragged groups, one launch.
+"""Grouped GEMM through ``tl.dot_scaled``: y[t] = x[t] @ w[expert of t].T over ragged groups, one
+launch.
 
-The operands are swapped: 128 rows of weights fill the M side of the matrix unit and the tokens its N side,
-which goes down to 16. So an expert with few tokens still gets the native block-scaled MMA, which falls back
-to bf16 below 128 rows, and computes few columns in vain.
+The operands are swapped: 128 rows of weights fill the M side of the matrix unit and the tokens its
+N side, which goes down to 16. So an expert with few tokens still gets the native block-scaled MMA,
+which falls back to bf16 below 128 rows, and computes few columns in vain.
 
-A program finds its (expert, token tile) by scanning the groups: the host only knows a bound on the number of
-token tiles, and programs beyond the real number leave at once.
+A program finds its (expert, token tile) by scanning the groups: the host only knows a bound on the
+number of token tiles, and programs beyond the real number leave at once.
 
 Three formulations of one tile product, chosen by what the target has:
 
-- ``scaled``: ``tl.dot_scaled`` on the e4m3 operands and their scales (Blackwell; the interpreter from Triton 3.9 on)
-- ``bf16``: operands times scales in bf16 registers, then a bf16 ``tl.dot``. An e4m3 value times a power of two is
-  exact in bf16 while it stays above 2**-133; only blocks with scale bytes 0 to 2 (amax below 2**-115) can hold smaller
-  elements, which are then off by at most 2**-134.
-- ``fp32``: the same in fp32, exact always; for interpreters that lack ``tl.dot_scaled`` (3.7 and older) or round
-  scale bytes 0 and 255 (3.8)
+- ``scaled``: ``tl.dot_scaled`` on the e4m3 operands and their scales (Blackwell; the interpreter
+  from Triton 3.9 on)
+- ``bf16``: operands times scales in bf16 registers, then a bf16 ``tl.dot``. An e4m3 value times a
+  power of two is exact in bf16 while it stays above 2**-133; only blocks with scale bytes 0 to 2
+  (amax below 2**-115) can hold smaller elements, which are then off by at most 2**-134.
+- ``fp32``: the same in fp32, exact always; for interpreters that lack ``tl.dot_scaled`` (3.7 and
+  older) or round scale bytes 0 and 255 (3.8)
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ Formulation = Literal["scaled", "bf16", "fp32"]
 
 @triton.jit
 def find_tile(tile, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The expert of token tile ``tile``, the tile's place among that expert's, and the number of all token tiles."""
+    """The expert of token tile ``tile``, the tile's place among that expert's, and the number of
+    all token tiles."""
     e = tl.arange(0, EXPERTS)
     mask = e < num_experts
     starts = tl.load(expert_offsets_ptr + e, mask=mask, other=0)
@@ -101,7 +104,8 @@ def grouped_gemm_kernel(
     if pid // num_n_tiles >= num_tiles:
         return
 
-    # Rows are clamped to the buffers, so that a layout put together by hand can't lead outside them.
+    # Rows are clamped to the buffers, so that a layout put together by hand can't lead outside
+    # them.
     start = tl.load(expert_offsets_ptr + expert)
     end = tl.minimum(tl.load(expert_offsets_ptr + expert + 1), num_tokens)
     t = start + t_tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -161,8 +165,9 @@ def select_gemm_config(
 ) -> TritonGemmConfig:
     """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
 
-    8 warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens too, for some shapes),
-    and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit of registers: up to 16 bytes spill with 3.9.
+    8 warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens
+    too, for some shapes), and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit
+    of registers: up to 16 bytes spill with 3.9.
     """
     average = num_tokens / max(num_experts, 1)
     if interpreted:

@@ -1,6 +1,8 @@
-"""The end of an MoE layer: each token's rows, weighted and summed in fp32, in the order of its top-k. No atomics.
+"""The end of an MoE layer: each token's rows, weighted and summed in fp32, in the order of its
+top-k. No atomics.
 
-Compiled without fused multiply-adds, so that it rounds as its PyTorch counterpart does; memory is its limit either way.
+Compiled without fused multiply-adds, so that it rounds as its PyTorch counterpart does; memory is
+its limit either way.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 
 UNROLLED = tl.constexpr(16)
-"""Choices of a token that are unrolled, so that their loads overlap; each takes a tenth of a second to compile, or more."""
+"""Choices of a token that are unrolled, so that their loads overlap; each takes a tenth of a second
+to compile, or more."""
 
 
 @triton.jit

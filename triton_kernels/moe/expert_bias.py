@@ -1,7 +1,8 @@
-"""Adds each expert's bias to its rows, in place: what stands between the first product and its activation.
+"""Adds each expert's bias to its rows, in place: what stands between the first product and its
+activation.
 
-One program takes a slot of the routing and a stretch of columns: the slot knows its row and its expert, so no search
-through the layout is needed.
+One program takes a slot of the routing and a stretch of columns: the slot knows its row and its
+expert, so no search through the layout is needed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""Routing: the (token, k) slots of a batch sorted by expert, stably, with the sorted rows' layout. No atomics decide an order.
+"""Routing: the (token, k) slots of a batch sorted by expert, stably, with the sorted rows' layout.
+No atomics decide an order.
 
-A slot is one of a token's top-k choices: slot s belongs to token s // top_k. Its row is the number of slots that go
-before it, those of smaller experts and earlier ones of its own; slots to drop sort behind the last expert.
+A slot is one of a token's top-k choices: slot s belongs to token s // top_k. Its row is the number
+of slots that go before it, those of smaller experts and earlier ones of its own; slots to drop sort
+behind the last expert.
 
-- few slots: one launch. Every program counts, over all slots, what goes before each of a few of its own, and one
-  program more counts the experts' slots. That is S*S comparisons, spread over the whole GPU.
-- many: three launches. Blocks of slots are counted by expert, the counts are summed over the blocks, and each slot's
-  row is the start of its expert, plus those of it in earlier blocks, plus those before it in its own block.
+- few slots: one launch. Every program counts, over all slots, what goes before each of a few of its
+  own, and one program more counts the experts' slots. That is S*S comparisons, spread over the
+  whole GPU.
+- many: three launches. Blocks of slots are counted by expert, the counts are summed over the
+  blocks, and each slot's row is the start of its expert, plus those of it in earlier blocks, plus
+  those before it in its own block.
 """
 
 from __future__ import annotations
@@ -116,7 +120,8 @@ def sum_kernel(
     EXPERTS: tl.constexpr,  # of a program
     BLOCKS: tl.constexpr,  # summed at once
 ):
-    """Grid (BINS / EXPERTS,): a block's counts become those of all blocks before it; the first row, the totals."""
+    """Grid (BINS / EXPERTS,): a block's counts become those of all blocks before it; the first row,
+    the totals."""
     e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, loop_bound(num_blocks), BLOCKS):
@@ -175,7 +180,8 @@ def scatter_kernel(
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """Slots of a program, slots they are compared with at once, whether all of it is one launch, and its warps."""
+    """Slots of a program, slots they are compared with at once, whether all of it is one launch,
+    and its warps."""
 
     block: int
     chunk: int
@@ -184,16 +190,18 @@ class RouteConfig:
 
 
 ONE_LAUNCH_MAX_SLOTS = 4096
-"""S*S comparisons take an H100 about 4 us there (modelled: 4 instructions each), three launches as long."""
+"""S*S comparisons take an H100 about 4 us there (modelled: 4 instructions each), three launches as
+long."""
 
 
 def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
     """Tiles of the routing kernels; pure.
 
-    The rank kernel compares with at least as many slots at once as it has threads, so that its histogram holds none
-    twice. Its programs are small, so that few slots still spread over many SMs. 256x8 over 8 warps is what the
-    scatter kernel can hold in 53 registers at 256 experts; with 256x32 over 4 it takes 234, and at 1024 experts it spills. In
-    the interpreter a program costs milliseconds: few, large ones.
+    The rank kernel compares with at least as many slots at once as it has threads, so that its
+    histogram holds none twice. Its programs are small, so that few slots still spread over many
+    SMs. 256x8 over 8 warps is what the scatter kernel can hold in 53 registers at 256 experts; with
+    256x32 over 4 it takes 234, and at 1024 experts it spills. In the interpreter a program costs
+    milliseconds: few, large ones.
     """
     if num_slots <= ONE_LAUNCH_MAX_SLOTS:
         return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 128), 1024), True, 4)
@@ -222,7 +230,8 @@ def route(
     """Sort the slots of ``topk_ids`` by expert; what ``reference.routing.route`` computes.
 
     Args:
-        topk_ids: (M, top_k) int32 or int64, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1: dropped.
+        topk_ids: (M, top_k) int32 or int64, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1:
+            dropped.
         sorted_token_ids: (S,) int32, written: the token of each row.
         inverse_permutation: (M, top_k) int32, written: the row of each slot, -1 for a dropped one.
         layout: (3E+2,) int32, written: the layout of the rows.

@@ -91,7 +91,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_cache_that_others_can_write_is_not_loaded(
     toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, how: str, tally: Tally
 ) -> None:
-    """By any way in: nothing is loaded or written, and each says why and what to do; one word trusts it."""
+    """By any way in: nothing is loaded or written, and each says why and what to do; one word
+    trusts it."""
     change, message = REFUSED[how]
     jit.build(toolkit.source)
     change(toolkit.folder / "cache")
@@ -135,7 +136,8 @@ STRANGE: dict[str, Callable[[jit.Built], None]] = {
 def test_a_planted_module_is_built_anew(
     toolkit: FakeToolkit, as_root: None, how: str, caplog: pytest.LogCaptureFixture, tally: Tally
 ) -> None:
-    """A library that would run at once, with metadata to match, in a cache that is otherwise in order."""
+    """A library that would run at once, with metadata to match, in a cache that is otherwise in
+    order."""
     built = jit.build(toolkit.source)
     planted, mark = toolkit.folder / "planted.c", toolkit.folder / "mark"
     planted.write_text(PLANTED.replace("MARK", str(mark)))
@@ -165,7 +167,8 @@ def become(user: int, function: Callable[[], Any]) -> Any:
 
 
 def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None, tally: Tally) -> None:
-    """An image that root warmed up serves the user it runs as, who can add nothing; another user's does not."""
+    """An image that root warmed up serves the user it runs as, who can add nothing; another user's
+    does not."""
     jit.build(toolkit.source)
 
     def use() -> tuple[int, str]:
@@ -223,7 +226,8 @@ def test_a_link_and_a_sticky_folder_are_fine(
 def test_a_file_server_that_gives_files_to_nobody(
     toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, tally: Tally
 ) -> None:
-    """Root's new folder is nobody's where the server squashes root: said before compiling, not after."""
+    """Root's new folder is nobody's where the server squashes root: said before compiling, not
+    after."""
     make = Path.mkdir
 
     def squash(path: Path, *args: Any, **kwargs: Any) -> None:

@@ -185,7 +185,8 @@ def test_newest_copied_module_is_taken(toolkit: FakeToolkit, no_compiler: Path) 
 
 
 def test_each_change_gives_another_module(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of contents, settings, target, headers and versions; and each file of its own, by name too."""
+    """Of contents, settings, target, headers and versions; and each file of its own, by name
+    too."""
     file, own = toolkit.folder / "toy.cu", toolkit.folder / "own"
     own.mkdir()
     (own / "own.cuh").write_text("1")
@@ -247,7 +248,8 @@ def test_target_needs_a_compiler_that_knows_it(toolkit: FakeToolkit) -> None:
 def test_paths_that_are_names_and_nothing_more(
     toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, name: str, tally: Tally
 ) -> None:
-    """Cache, source, its headers and CUTLASS lie in folders of such a name: nvcc gets it as it is."""
+    """Cache, source, its headers and CUTLASS lie in folders of such a name: nvcc gets it as it
+    is."""
     folder = toolkit.folder / name
     (folder / "headers").mkdir(parents=True)
     shutil.copyfile(toolkit.folder / "toy.cu", folder / "toy.cu")
@@ -280,7 +282,8 @@ UNDEFINED = 'extern "C" int cuDriverGetVersion(int*);\nint ask(int* v) { return 
 
 @pytest.fixture
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a source, of a name that is nothing special to nvcc's shell, though it looks it."""
+    """A folder with a source, of a name that is nothing special to nvcc's shell, though it looks
+    it."""
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "cache"))
     try:
         toolchain.find_for("9.0")

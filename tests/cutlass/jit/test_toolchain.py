@@ -98,7 +98,8 @@ def test_what_a_version_has_and_lacks(site: Path, version: str, ragged: bool, hi
 def test_headers_that_are_not_used(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, problem: str
 ) -> None:
-    """A package of these is passed over, and named where there is no other; a chosen folder is refused."""
+    """A package of these is passed over, and named where there is no other; a chosen folder is
+    refused."""
     packages(site, deep_gemm=version)
     said = rf"no CUTLASS headers.*\(sgl-deep-gemm has {version}: {problem}.*pip install nvidia-cutlass"
     with pytest.raises(BackendUnavailableError, match=said):
