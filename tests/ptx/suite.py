@@ -176,7 +176,12 @@ def execute(run: Run) -> Record:
     except Fault as fault:
         last = str(fault).splitlines()[-1].strip()
         return Record(run.group, run.name, False, float("nan"), 0, 0, time.process_time() - started, last)
-    says = [line for result in results for line in (*result.races, *result.problems, *result.known)]
+    mark = "" if run.group == "faults" else "known: "
+    says = [
+        line
+        for result in results
+        for line in (*result.races, *result.problems, *(f"{mark}{known}" for known in result.known))
+    ]
     return Record(
         run.group,
         run.name,
