@@ -93,6 +93,7 @@ class Case:
         scale_shift: added to the exponents of the tokens' scales; large ones make fp16 overflow.
         padding_rows: scale byte of the tokens' and weights' rows of padding.
         padding_columns: scale byte of the columns of padding.
+        beyond: scale byte of the tokens' rows behind the last expert's; None: nobody wrote them, and none may be read.
     """
 
     shape: Shape
@@ -100,6 +101,7 @@ class Case:
     scale_shift: int = 0
     padding_rows: int = 0
     padding_columns: int = 0
+    beyond: int | None = None
     memory: GlobalMemory = field(default_factory=GlobalMemory)
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -147,7 +149,8 @@ class Case:
         for name, values in (("tokens", counts), ("expert_offsets", ends), ("scale_offsets", scale_ends)):
             self.buffers[name].view(np.int32)[: len(values)] = values
         used = self.memory.find(self.buffers["x_scales"].ctypes.data, 1, "x_scales")[0].written
-        used[:] = False  # rows beyond the last expert's are garbage
+        used[:] = self.beyond is not None
+        self.buffers["x_scales"][:] = self.beyond or 0
         for e, count in enumerate(counts):
             at = slice(int(scale_ends[e]) * shape.scale_columns, int(scale_ends[e + 1]) * shape.scale_columns)
             rows = self.x_scales[ends[e] : ends[e] + count]

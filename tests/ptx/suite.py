@@ -257,7 +257,7 @@ def versions() -> dict[str, str]:
     import triton as triton_module
 
     return {
-        "nvcc": product.headers.find_cuda().version_string,
+        "nvcc": product.toolchain.find_cuda().version_string,
         "ragged": f"CUTLASS {product.mainloop_headers('ragged').version_string}",
         "pointer_array": f"CUTLASS {product.mainloop_headers('pointer_array').version_string}",
         "triton": triton_module.__version__,
