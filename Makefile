@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-oldest sass sanitize fuzz lint clean
+.PHONY: help demo test test-triton test-oldest sass ptx sanitize fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ test-oldest: ## all tests with the oldest versions that pyproject.toml allows, P
 
 sass: $(VENV)/.ready ## compile and check every kernel of the CUTLASS backend: an hour on two cores
 	HYBRID_MXFP8_TEST_CONFIGS=all $(BIN)/pytest -q -n 2 tests/codegen/test_cutlass_sass.py
+
+# Options of tests/ptx/suite.py: PTX="--only triton --match TEXT --out FOLDER".
+PTX ?=
+ptx: $(VENV)/.ready ## run every kernel's PTX in an emulator, with no GPU: an hour on two cores; report in bench/results
+	$(BIN)/python tests/ptx/suite.py $(PTX)
 
 # SEED=... of a find's line reproduces it; further options of tests/support/fuzz.py in FUZZ.
 MINUTES ?= 30

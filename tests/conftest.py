@@ -98,6 +98,12 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["reference", "triton"] if INTERPRETED else ["reference"])
+def cpu_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that runs on the CPU."""
+    return str(request.param)
+
+
 @pytest.fixture(params=["portable"] if INTERPRETED else ["portable", "hopper"])
 def kernel(request: pytest.FixtureRequest, kernels_run: None, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kernel of the triton backend that multiplies here."""

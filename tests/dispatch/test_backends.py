@@ -311,9 +311,9 @@ def test_explain(rng: torch.Generator) -> None:
         assert "3.5 tokens an expert" in text
 
 
-def test_workspace_size(backend: str) -> None:
+def test_workspace_size(cpu_backend: str) -> None:
     wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
-    assert mx.grouped_gemm_workspace_size(wq, 7, backend=backend) == 0
+    assert mx.grouped_gemm_workspace_size(wq, 7, backend=cpu_backend) == 0
 
 
 def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:

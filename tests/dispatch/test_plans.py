@@ -86,33 +86,33 @@ def moved(value: Any) -> Any:
 
 
 def test_equal_calls_share_a_plan_wherever_their_buffers_are(
-    call: tuple[Callable[..., Any], Arguments], plans: list[Plan], backend: str
+    call: tuple[Callable[..., Any], Arguments], plans: list[Plan], cpu_backend: str
 ) -> None:
     function, arguments = call
-    first = result(function(**arguments, backend=backend))
+    first = result(function(**arguments, backend=cpu_backend))
     assert len(plans) == 1
     for _ in range(3):
         arguments = {name: moved(value) for name, value in arguments.items()}
-        assert all(map(torch.equal, result(function(**arguments, backend=backend)), first))
+        assert all(map(torch.equal, result(function(**arguments, backend=cpu_backend)), first))
     assert len(plans) == 1
 
 
 def test_other_contents_of_the_same_buffers_give_other_results(
-    call: tuple[Callable[..., Any], Arguments], plans: list[Plan], backend: str
+    call: tuple[Callable[..., Any], Arguments], plans: list[Plan], cpu_backend: str
 ) -> None:
     """A plan holds no device data."""
     function, arguments = call
     x = arguments["x"]
-    before = result(function(**arguments, backend=backend))
+    before = result(function(**arguments, backend=cpu_backend))
     (x.values.view(torch.uint8) if isinstance(x, mx.GroupedMXFP8) else x).copy_(
         torch.randint(0, 100, x.values.shape, dtype=torch.uint8)
         if isinstance(x, mx.GroupedMXFP8)
         else torch.randn(x.shape)
     )
-    after = result(function(**arguments, backend=backend))
+    after = result(function(**arguments, backend=cpu_backend))
     assert not all(map(torch.equal, before, after))
     PLANS.clear()
-    assert all(map(torch.equal, result(function(**arguments, backend=backend)), after))
+    assert all(map(torch.equal, result(function(**arguments, backend=cpu_backend)), after))
     assert len(plans) == 2
 
 
@@ -153,7 +153,7 @@ CHANGES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_a_plan_depends_on_is_in_its_signature(what: str, backend: str, plans: list[Plan]) -> None:
+def test_what_a_plan_depends_on_is_in_its_signature(what: str, cpu_backend: str, plans: list[Plan]) -> None:
     """In turns with another call it gives what it gives alone."""
     kind, change = CHANGES[what]
     function, make = CALLS[kind]
@@ -169,7 +169,7 @@ def test_what_a_plan_depends_on_is_in_its_signature(what: str, backend: str, pla
     def run(arguments: Arguments) -> list[torch.Tensor]:
         if kept is not None and arguments is changed:
             changed["x"].copy_(kept)
-        return [t.clone() for t in result(function(**arguments, backend=backend))]
+        return [t.clone() for t in result(function(**arguments, backend=cpu_backend))]
 
     alone = run(changed)
     PLANS.clear()
@@ -232,18 +232,18 @@ def test_a_wrong_call_raises_after_a_right_one_and_again(
             function(**{**arguments, **changed(arguments)})
 
 
-def test_overlap_is_checked_at_every_call(backend: str) -> None:
+def test_overlap_is_checked_at_every_call(cpu_backend: str) -> None:
     arguments = layer_arguments()
     memory = torch.empty(2 * 5 * H + 64, dtype=torch.bfloat16)
     x = memory[: 5 * H].view(5, H).copy_(arguments["x"])
     arguments["x"] = x
     apart = memory[5 * H : 2 * 5 * H].view(5, H)
     for _ in range(2):
-        expected = mx.moe_forward(**arguments, backend=backend, out=apart).clone()
+        expected = mx.moe_forward(**arguments, backend=cpu_backend, out=apart).clone()
         partly = memory[64 : 64 + 5 * H].view(5, H)
         with pytest.raises(ValueError, match=r"^out: must not overlap x, got addresses"):
-            mx.moe_forward(**arguments, backend=backend, out=partly)
-    assert torch.equal(mx.moe_forward(**arguments, backend=backend, out=x), expected)
+            mx.moe_forward(**arguments, backend=cpu_backend, out=partly)
+    assert torch.equal(mx.moe_forward(**arguments, backend=cpu_backend, out=x), expected)
 
 
 def test_fake_tensors_meet_no_plan_of_real_ones() -> None:
@@ -262,23 +262,21 @@ def test_fake_tensors_meet_no_plan_of_real_ones() -> None:
 
 def test_vmap_loops_over_the_operator() -> None:
     """Tensors inside vmap have no memory either."""
-    w = torch.randn(2, E, N, K)
-    values, scales = torch.vmap(lambda w: _bytes(mx.quantize_weights(w, backend="reference")))(w)
-    for i in range(2):
-        expected = _bytes(mx.quantize_weights(w[i], backend="reference"))
-        assert torch.equal(values[i], expected[0])
-        assert torch.equal(scales[i], expected[1])
+    arguments = layer_arguments()
+    xs = torch.randn(2, 5, H, dtype=torch.bfloat16)
+    rest = {name: value for name, value in arguments.items() if name != "x"}
 
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return mx.moe_forward(x, **rest, backend="reference")
 
-def _bytes(wq: mx.ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    return wq.values.view(torch.uint8), wq.scales
+    assert torch.equal(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
 
 
 # ---------------------------------------------------------------- what is kept
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_a_plan_keeps_no_tensor(kind: str, backend: str) -> None:
+def test_a_plan_keeps_no_tensor(kind: str, cpu_backend: str) -> None:
     function, make = CALLS[kind]
     arguments = make()
     alive = []
@@ -292,7 +290,7 @@ def test_a_plan_keeps_no_tensor(kind: str, backend: str) -> None:
         )
         alive += [weakref.ref(tensor) for tensor in parts]
     assert len(alive) > 0
-    function(**arguments, backend=backend)
+    function(**arguments, backend=cpu_backend)
     del arguments, value, parts
     gc.collect()
     assert [reference() for reference in alive] == [None] * len(alive)

@@ -93,10 +93,10 @@ def moe(layer: moe_truth.Layer, backend: str) -> tuple[Callable[..., torch.Tenso
 
 
 @pytest.mark.parametrize("how", ["counter", "aot_eager"])
-def test_moe_compiles_whole(backend: str, rng: torch.Generator, how: str) -> None:
+def test_moe_compiles_whole(cpu_backend: str, rng: torch.Generator, how: str) -> None:
     """fullgraph, with a residual around it, and the bits of the eager layer."""
     layer = moe_truth.make_layer(rng, bias=True, dropped=True)
-    experts, arguments = moe(layer, backend)
+    experts, arguments = moe(layer, cpu_backend)
 
     def block(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return x + experts(x * 2, ids, weights)

@@ -1,4 +1,5 @@
-"""Integer, floating-point, predicate and conversion instructions, lane by lane, and branches' ends."""
+"""Integer, floating-point, predicate and conversion instructions, lane by lane, and branches'
+ends."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def _pack(operands: Operands, put: Put, source: Vector, width: int) -> Closure:
 
 @instruction("cvta")
 def cvta(operands: Operands, ins: Instruction) -> Closure:
-    """Generic addresses of global memory are the addresses themselves, those of parameters lie in a window of their own."""
+    """Generic addresses of global memory are the addresses themselves, those of parameters lie in a
+    window of their own."""
     if "shared" in ins.name or "local" in ins.name:
         raise unknown(ins)
     if "param" in ins.parts:
@@ -127,7 +129,8 @@ def selp(operands: Operands, ins: Instruction) -> Closure:
 # ---------------------------------------------------------------- integers and floats
 
 NAN = np.uint32(0x7FFFFFFF).view(np.float32)
-"""What fp32 instructions answer for NaN, whatever its payload (PTX ISA, floating-point instructions)."""
+"""What fp32 instructions answer for NaN, whatever its payload (PTX ISA, floating-point
+instructions)."""
 
 
 def _canonical(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -142,7 +145,8 @@ def _canonical(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]
 
 @instruction("add", "sub")
 def add(operands: Operands, ins: Instruction) -> Closure:
-    """Integers wrap; floats round to nearest. Denormals are kept, with .ftz too: none of the runs depends on them."""
+    """Integers wrap; floats round to nearest. Denormals are kept, with .ftz too: none of the runs
+    depends on them."""
     if any(part in ("sat", "cc", "f16x2", "bf16x2", "bf16") for part in ins.parts):
         raise unknown(ins)
     function = np.add if ins.parts[0] == "add" else np.subtract
@@ -212,7 +216,8 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @instruction("div")
 def div(operands: Operands, ins: Instruction) -> Closure:
-    """Integers towards zero; fp32 correctly rounded, also where PTX allows an approximation (div.full, div.approx)."""
+    """Integers towards zero; fp32 correctly rounded, also where PTX allows an approximation
+    (div.full, div.approx)."""
     if ins.type in ("f32", "f64"):
         return _plain(operands, ins, _float_quotient)
     return _plain(operands, ins, _quotient)

@@ -1,7 +1,8 @@
-"""mbarriers, named and cluster barriers, fences, griddepcontrol and setmaxnreg: what orders threads and copies.
+"""mbarriers, named and cluster barriers, fences, griddepcontrol and setmaxnreg: what orders threads
+and copies.
 
-Every barrier carries clocks: who arrives publishes what it knows, who waits learns what the completed phase has gathered. A
-relaxed arrival publishes only what a fence released before it.
+Every barrier carries clocks: who arrives publishes what it knows, who waits learns what the
+completed phase has gathered. A relaxed arrival publishes only what a fence released before it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ MAX_TRANSACTIONS = (1 << 20) - 1
 class Mbarrier:
     """PTX ISA, mbarrier: a phase ends when no arrival and no transaction is outstanding.
 
-    ``gathered`` is what arrivals have published, ``completed`` what the last complete phase had. ``agent`` stands for the
-    copies that complete a phase, its time for the number of the phase.
+    ``gathered`` is what arrivals have published, ``completed`` what the last complete phase had.
+    ``agent`` stands for the copies that complete a phase, its time for the number of the phase.
     """
 
     count: int
@@ -61,7 +62,8 @@ class Mbarrier:
 
 
 def find(warp: Warp, address: int, clock: Clock, what: str) -> Mbarrier:
-    """The mbarrier at a shared address of the cluster, and whether its initialisation is known of."""
+    """The mbarrier at a shared address of the cluster, and whether its initialisation is known
+    of."""
     cta = warp.cta.cluster.cta(address >> RANK_SHIFT, what)
     offset = cta.shared.offset(address & OFFSET_MASK, 8, what)
     barrier = cta.mbarriers.get(offset)
@@ -116,8 +118,8 @@ def invalidate(operands: Operands, ins: Instruction) -> Closure:
 def try_wait(operands: Operands, ins: Instruction) -> Closure:
     """Whether the phase of a parity is complete.
 
-    With a time limit the thread may be suspended, so the lanes wait; without one the answer comes at once, and after a no
-    others run first.
+    With a time limit the thread may be suspended, so the lanes wait; without one the answer comes
+    at once, and after a no others run first.
     """
     if "parity" not in ins.parts:
         raise unknown(ins)
@@ -331,7 +333,8 @@ def fence(operands: Operands, ins: Instruction) -> Closure:
 
 @instruction("griddepcontrol")
 def grid_dependency(operands: Operands, ins: Instruction) -> Closure:
-    """wait: what the grid before wrote is visible to these lanes from here on. launch_dependents only lets others start."""
+    """wait: what the grid before wrote is visible to these lanes from here on. launch_dependents
+    only lets others start."""
     if ins.parts[1] == "launch_dependents":
         return lambda warp, mask: None
 

@@ -1,4 +1,5 @@
-"""PTX of the product's CUDA sources, compiled with the JIT's own flags and kept under the JIT's own key."""
+"""PTX of the product's CUDA sources, compiled with the JIT's own flags and kept under the JIT's own
+key."""
 
 from __future__ import annotations
 
@@ -12,13 +13,18 @@ import filelock
 
 from ptx import product
 
+FOR_LIBRARIES = ("-shared", "-Xcompiler=-fPIC", "-cudart=static", "-Xlinker=-z,defs")
+"""Flags of the JIT that say nothing of device code."""
+
 
 def compile_ptx(source: Any, cutlass: Any) -> str:
-    """What nvcc makes of a source of the JIT with some CUTLASS headers; from the cache if it was made before.
+    """What nvcc makes of a source of the JIT with some CUTLASS headers; from the cache if it was
+    made before.
 
-    The key covers the contents of the sources, flags and definitions, the headers and nvcc's version.
+    The key covers the contents of the sources, flags and definitions, the headers and nvcc's
+    version.
     """
-    cuda = product.headers.find_cuda()
+    cuda = product.toolchain.find_cuda()
     name = f"{source.name}-{source.key()}-cutlass{cutlass.identity}-nvcc{cuda.version_string}.ptx"
     kept = product.env.cache_dir() / "ptx" / name
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -33,12 +39,11 @@ def _compile(source: Any, cutlass: Any, cuda: Any, kept: Path) -> None:
     command = [
         str(cuda.nvcc),
         "-ptx",
-        "-std=c++17",
-        *product.jit.CUDA_FLAGS,
+        *(flag for flag in product.jit.FLAGS if flag not in FOR_LIBRARIES),
         *source.flags,
         f"-gencode=arch=compute_{number},code=compute_{number}",
         *(f"-D{key}={value}" for key, value in source.definitions),
-        *(f"-I{path}" for path in (*source.include, cutlass.include, _tvm_ffi_include())),
+        *(f"-I{path}" for path in (*source.include, cutlass.include, *_tvm_ffi_include())),
         str(source.file),
     ]
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
@@ -49,8 +54,7 @@ def _compile(source: Any, cutlass: Any, cuda: Any, kept: Path) -> None:
         os.replace(made, kept)
 
 
-def _tvm_ffi_include() -> Path:
-    folder = product.headers.package_folder("tvm_ffi")
-    if folder is None:
-        raise SystemExit("tvm-ffi is not installed: pip install apache-tvm-ffi")
-    return folder / "include"
+def _tvm_ffi_include() -> tuple[str, str]:
+    from tvm_ffi import libinfo
+
+    return libinfo.find_include_path(), libinfo.find_dlpack_include_path()

@@ -1,4 +1,5 @@
-"""A problem: operands from a seed, in the product's layouts, and how far a product may be from the truth.
+"""A problem: operands from a seed, in the product's layouts, and how far a product may be from the
+truth.
 
 The bytes and their layouts are made here from their definitions, not by the product.
 """
@@ -32,7 +33,8 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def swizzled(scales: np.ndarray, rows: int, padding_rows: int = 0, padding_columns: int = 0) -> np.ndarray:
-    """Row-major scales (R, K/32) as 128x4 tiles: offset = ((r//128) * (C//4) + c//4) * 512 + r%32 * 16 + r%128 // 32 * 4 + c%4.
+    """Row-major scales (R, K/32) as 128x4 tiles: offset = ((r//128) * (C//4) + c//4) * 512 + r%32 *
+    16 + r%128 // 32 * 4 + c%4.
 
     Args:
         scales: (R, K/32) bytes.
@@ -93,6 +95,8 @@ class Case:
         scale_shift: added to the exponents of the tokens' scales; large ones make fp16 overflow.
         padding_rows: scale byte of the tokens' and weights' rows of padding.
         padding_columns: scale byte of the columns of padding.
+        beyond: scale byte of the tokens' rows behind the last expert's; None: nobody wrote them,
+            and none may be read.
     """
 
     shape: Shape
@@ -100,6 +104,7 @@ class Case:
     scale_shift: int = 0
     padding_rows: int = 0
     padding_columns: int = 0
+    beyond: int | None = None
     memory: GlobalMemory = field(default_factory=GlobalMemory)
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -131,7 +136,8 @@ class Case:
         return self.buffers[name]
 
     def fill(self, counts: Sequence[int], call: int = 0) -> None:
-        """New tokens and counts in the same buffers, as a captured graph would see them; the product is not written yet."""
+        """New tokens and counts in the same buffers, as a captured graph would see them; the
+        product is not written yet."""
         shape = self.shape
         if len(counts) != shape.experts or sum(counts) > shape.tokens:
             raise ValueError(
@@ -147,7 +153,8 @@ class Case:
         for name, values in (("tokens", counts), ("expert_offsets", ends), ("scale_offsets", scale_ends)):
             self.buffers[name].view(np.int32)[: len(values)] = values
         used = self.memory.find(self.buffers["x_scales"].ctypes.data, 1, "x_scales")[0].written
-        used[:] = False  # rows beyond the last expert's are garbage
+        used[:] = self.beyond is not None
+        self.buffers["x_scales"][:] = self.beyond or 0
         for e, count in enumerate(counts):
             at = slice(int(scale_ends[e]) * shape.scale_columns, int(scale_ends[e + 1]) * shape.scale_columns)
             rows = self.x_scales[ends[e] : ends[e] + count]
@@ -174,7 +181,8 @@ class Case:
     def check(self) -> tuple[float, list[str]]:
         """The largest error in units of the bound, and what is wrong apart from it.
 
-        The bound is that of fp32 rounding after every step of K = 32, and the rounding of the output:
+        The bound is that of fp32 rounding after every step of K = 32, and the rounding of the
+        output:
 
             half_ulp(out) * |sum| + 2**-24 * (|sum after step 1| + |sum after step 2| + ...)
         """

@@ -1,6 +1,7 @@
 """What the lanes of a warp do together: elect, shuffles, votes, reductions and bar.warp.sync.
 
-A ``.sync`` instruction names its lanes, and exactly those must execute it. Only bar.warp.sync orders memory.
+A ``.sync`` instruction names its lanes, and exactly those must execute it. Only bar.warp.sync
+orders memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def _check_members(members: Value, warp: Warp, mask: int, what: str) -> None:
 
 @instruction("elect")
 def elect(operands: Operands, ins: Instruction) -> Closure:
-    """One lane of the mask. Which one PTX leaves open; a mask always elects the same, so it is drawn from the seed."""
+    """One lane of the mask. Which one PTX leaves open; a mask always elects the same, so it is
+    drawn from the seed."""
     pair = ins.operands[0]
     if not isinstance(pair, Pair):
         raise unknown(ins)

@@ -58,7 +58,8 @@ class Cta:
 
 
 class Cluster:
-    """CTAs that run at the same time and reach one another's shared memory; the rank counts along x first."""
+    """CTAs that run at the same time and reach one another's shared memory; the rank counts along x
+    first."""
 
     def __init__(self, launch: Launch, first: tuple[int, int], shape: tuple[int, int, int]) -> None:
         self.shape = shape

@@ -1,4 +1,5 @@
-"""The CUTLASS backend in the emulator: its two kernels, with the parameters that its host side makes for them."""
+"""The CUTLASS backend in the emulator: its two kernels, with the parameters that its host side
+makes for them."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def module_text(config: str, mainloop: str, out: str, arch: str = "10.0a") -> st
 
 
 whole_host = False
-"""Whether to compile the host side of all configurations at once, which pays from five of them on."""
+"""Whether to compile the host side of all configurations at once, which pays from five of them
+on."""
 
 
 @functools.cache
@@ -66,13 +68,14 @@ def host(mainloop: str, config: str, out: str) -> Any:
 def is_known(race: Race, program: Program, mainloop: str) -> bool:
     """Whether a race is one that CUTLASS's own source has.
 
-    In kernels of two SMs the barrier for the deallocation of tensor memory is initialised behind the last
-    ``fence.mbarrier_init`` (sm100_gemm_array_tma_warpspecialized.hpp, tmem_deallocation_result_barrier), and the cluster's
-    barrier that follows is a relaxed one, so nothing tells the other CTA of it. It arrives there at the end of the kernel.
+    In kernels of two SMs the barrier for the deallocation of tensor memory is initialised behind
+    the last ``fence.mbarrier_init`` (sm100_gemm_array_tma_warpspecialized.hpp,
+    tmem_deallocation_result_barrier), and the cluster's barrier that follows is a relaxed one, so
+    nothing tells the other CTA of it. It arrives there at the end of the kernel.
 
-    The pointer-array mainloop of 4.2 has one set of tensor maps for the loads of a CTA, and rewrites it for the next expert
-    after ``wait_group.read``, which covers stores alone. It relies on TMA having read the map of a load by then. The ragged
-    mainloop has a ring of maps.
+    The pointer-array mainloop of 4.2 has one set of tensor maps for the loads of a CTA, and
+    rewrites it for the next expert after ``wait_group.read``, which covers stores alone. It relies
+    on TMA having read the map of a load by then. The ragged mainloop has a ring of maps.
     """
     code = {ins.line: ins.name for ins in program.kernel.code}
     if race.kind == "use/initialise":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 
 class Fault(Exception):
-    """A program broke a rule of PTX, or reached what the emulator does not know; names what was expected and what came."""
+    """A program broke a rule of PTX, or reached what the emulator does not know; names what was
+    expected and what came."""
 
 
 class Diverged(Fault):
-    """A warp's instruction was reached by some of the lanes that must execute it together; the others may still come."""
+    """A warp's instruction was reached by some of the lanes that must execute it together; the
+    others may still come."""
 
 
 class UnknownInstruction(Fault):

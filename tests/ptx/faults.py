@@ -1,7 +1,9 @@
-"""Faults that a programmer, a compiler or a wrong layout could bring into the kernels: the emulator must report each.
+"""Faults that a programmer, a compiler or a wrong layout could bring into the kernels: the emulator
+must report each.
 
-A fault is an edit of a kernel's PTX or of its parameters. Places are found by what stands there, not by the numbers of lines or
-registers, which change with every compiler; an edit that finds no place fails.
+A fault is an edit of a kernel's PTX or of its parameters. Places are found by what stands there,
+not by the numbers of lines or registers, which change with every compiler; an edit that finds no
+place fails.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ def nth(pattern: str, number: int, replacement: str = "") -> Edit:
 
 
 def removed_wait(anchor: str, number: int = 1, back: int = 1) -> Edit:
-    """The blocking wait before the nth line that matches ``anchor``; with ``back`` 2, the one before that."""
+    """The blocking wait before the nth line that matches ``anchor``; with ``back`` 2, the one
+    before that."""
 
     def change(text: Text) -> None:
         at = text.find(anchor, number)
@@ -141,7 +144,8 @@ def transactions(by: int) -> Edit:
 
 
 def pointer(array: int) -> EditParams:
-    """The kernel's pointer to one of prepare's arrays (each 128 bytes in a workspace of up to 16 experts), an expert further."""
+    """The kernel's pointer to one of prepare's arrays (each 128 bytes in a workspace of up to 16
+    experts), an expert further."""
 
     def apply(params: np.ndarray, call: Any) -> None:
         wanted = call.case.buffers["workspace"].ctypes.data + 128 * array
@@ -168,7 +172,8 @@ def swizzle_of_tokens(params: np.ndarray, call: Any) -> None:
 
 
 SHAPE = Shape((3, 0, 130, 64), 136, 1056)
-"""More steps along K than the rings of operands are deep, and more tiles than there are accumulators."""
+"""More steps along K than the rings of operands are deep, and more tiles than there are
+accumulators."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,8 @@ def _count_of_named_barrier(text: Text) -> None:
 
 
 def _peer_bit(text: Text) -> None:
-    """Barriers' addresses keep the CTA's rank (bit 24): completions of the odd CTA's loads do not go to the even one."""
+    """Barriers' addresses keep the CTA's rank (bit 24): completions of the odd CTA's loads do not
+    go to the even one."""
     masks = [at for at, line in enumerate(text.lines) if re.search(r"and\.b32\s+%r\d+, %r\d+, -16777\d{3};", line)]
     if not masks:
         raise LookupError("the fault no longer applies: no mask of the peer bit")

@@ -1,7 +1,8 @@
-"""Small PTX programs for sm_90, one for each thing that the emulator and a Hopper GPU must agree on, byte by byte.
+"""Small PTX programs for sm_90, one for each thing that the emulator and a Hopper GPU must agree
+on, byte by byte.
 
-A program has one kernel (or two, the second launched programmatically), which writes an output buffer. Inputs are bytes from a
-seed; tensor maps describe the input or the output.
+A program has one kernel (or two, the second launched programmatically), which writes an output
+buffer. Inputs are bytes from a seed; tensor maps describe the input or the output.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Map:
 
 @dataclass(frozen=True)
 class Hopper:
-    """A program and its launch. The kernel takes the output, the input and the maps, in this order."""
+    """A program and its launch. The kernel takes the output, the input and the maps, in this
+    order."""
 
     name: str
     text: str
@@ -228,7 +230,8 @@ issued:
 
 
 def replaced_map() -> Hopper:
-    """A map is copied to shared memory, changed, copied to global memory and used: another address, extent and stride."""
+    """A map is copied to shared memory, changed, copied to global memory and used: another address,
+    extent and stride."""
     made = Map("in", 0, (64, 4), (64,), (64, 8))
     body = (
         INIT.format(count=1)
@@ -283,7 +286,8 @@ def phases() -> Hopper:
 
 
 def remote_arrive() -> Hopper:
-    """All threads of two CTAs arrive on the first one's barrier, whose CTA then writes what both stored."""
+    """All threads of two CTAs arrive on the first one's barrier, whose CTA then writes what both
+    stored."""
     body = (
         INIT.format(count=64)
         + """
@@ -346,7 +350,8 @@ def matrices() -> Iterator[Hopper]:
 
 
 def elected() -> Hopper:
-    """How many lanes are elected, twice, from all and from the upper 16, and whether the leader is in the mask and the same."""
+    """How many lanes are elected, twice, from all and from the upper 16, and whether the leader is
+    in the mask and the same."""
     body = """
     mov.u32 %r0, 0;
     mov.u32 %r1, 0;

@@ -1,7 +1,9 @@
-"""The table of instructions: a name's first part, and the function that turns an instruction into a closure.
+"""The table of instructions: a name's first part, and the function that turns an instruction into a
+closure.
 
-A closure takes a warp and the mask of the lanes that execute, and answers None when the instruction is done, a ``Wait`` when it
-cannot complete yet, ``YIELD`` when it is done but others should run first, or ``EXIT``.
+A closure takes a warp and the mask of the lanes that execute, and answers None when the instruction
+is done, a ``Wait`` when it cannot complete yet, ``YIELD`` when it is done but others should run
+first, or ``EXIT``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ BUILDERS: dict[str, Builder] = {}
 
 
 def instruction(*names: str) -> Callable[[Builder], Builder]:
-    """Register a builder for names, each the first parts of an instruction's name, joined by dots."""
+    """Register a builder for names, each the first parts of an instruction's name, joined by
+    dots."""
 
     def register(builder: Builder) -> Builder:
         for name in names:

@@ -149,7 +149,8 @@ ATOMIC: dict[str, Callable[[int, int], int]] = {
 
 @instruction("atom", "red")
 def atomic(operands: Operands, ins: Instruction) -> Closure:
-    """Integers in global or shared memory, lanes one after another. Acquires and releases, as all of ours do (acq_rel)."""
+    """Integers in global or shared memory, lanes one after another. Acquires and releases, as all
+    of ours do (acq_rel)."""
     kind = ins.type
     name = next((part for part in ins.parts[1:] if part in ATOMIC), "")
     if not name or kind[0] == "f":
@@ -191,8 +192,9 @@ def atomic(operands: Operands, ins: Instruction) -> Closure:
 
 # ---------------------------------------------------------------- matrices
 
-# PTX ISA, stmatrix and ldmatrix: matrix j of 8 x 8 two-byte elements has its row i at the address that lane 8 j + i gives; lane
-# 4 i + c holds elements 2 c and 2 c + 1 of row i in its register j, or of column i where .trans is given.
+# PTX ISA, stmatrix and ldmatrix: matrix j of 8 x 8 two-byte elements has its row i at the address
+# that lane 8 j + i gives; lane 4 i + c holds elements 2 c and 2 c + 1 of row i in its register j,
+# or of column i where .trans is given.
 
 
 def _matrix_cells(warp: Warp, addresses: np.ndarray, matrix: int, transposed: bool) -> np.ndarray:
@@ -248,9 +250,11 @@ def need_all(mask: int, ins: Instruction) -> None:
 
 
 def async_copy(operands: Operands, ins: Instruction) -> Closure:
-    """Copies of 4 to 16 bytes a lane from global to shared memory; what ``src-size`` leaves is zeros.
+    """Copies of 4 to 16 bytes a lane from global to shared memory; what ``src-size`` leaves is
+    zeros.
 
-    They belong to the generic proxy. A lane sees them after ``cp.async.wait_group``; the others after a barrier.
+    They belong to the generic proxy. A lane sees them after ``cp.async.wait_group``; the others
+    after a barrier.
     """
     destination, source = operands.address(ins.operands[0]), operands.address(ins.operands[1])
     size_operand = ins.operands[2]

@@ -1,8 +1,9 @@
 """Shared and global memory, byte by byte: who may read what, and which proxy last wrote it.
 
-Both remember which bytes were written: reading another is an error, as is any access outside the call's own buffers. Shared
-memory also remembers which bytes a thread wrote (the generic proxy) that no ``fence.proxy.async`` has published since; TMA
-and the tensor core (the async proxy) must not read those.
+Both remember which bytes were written: reading another is an error, as is any access outside the
+call's own buffers. Shared memory also remembers which bytes a thread wrote (the generic proxy) that
+no ``fence.proxy.async`` has published since; TMA and the tensor core (the async proxy) must not
+read those.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from ptx.errors import Fault
 from ptx.races import TOGETHER, Access, Races, Shadow
 
 SHARED_BASE = 1024
-"""Where a CTA's own shared memory begins: the first 1 KB belong to the system (CUDA C++ programming guide, "Reserved shared
-memory"). Kernels rely on 1024-byte alignment from there on, for swizzles act on addresses."""
+"""Where a CTA's own shared memory begins: the first 1 KB belong to the system (CUDA C++ programming
+guide, "Reserved shared memory"). Kernels rely on 1024-byte alignment from there on, for swizzles
+act on addresses."""
 
 RANK_SHIFT = 24
-"""An address in the cluster's shared window has the CTA's rank from this bit on: cute/arch/copy_sm100_tma.hpp clears bit 24 to
-address the even CTA of a pair (Sm100MmaPeerBitMask)."""
+"""An address in the cluster's shared window has the CTA's rank from this bit on:
+cute/arch/copy_sm100_tma.hpp clears bit 24 to address the even CTA of a pair
+(Sm100MmaPeerBitMask)."""
 
 OFFSET_MASK = (1 << RANK_SHIFT) - 1
 POISON = 0xA5
@@ -82,7 +85,8 @@ class SharedMemory:
         self.unfenced[cells] = 0
 
     def fence(self, access: Access, lanes: list[int]) -> None:
-        """fence.proxy.async: publishes the generic writes that the fencing lanes know of, their own included."""
+        """fence.proxy.async: publishes the generic writes that the fencing lanes know of, their own
+        included."""
         dirty = np.flatnonzero(self.unfenced)
         for value in map(int, np.unique(self.unfenced[dirty])):
             event = self.races.events[value >> 6]
@@ -110,7 +114,8 @@ class Buffer:
 class GlobalMemory:
     """The buffers of a call at their real addresses; everything else is poison.
 
-    ``hidden`` holds what a programmatic predecessor wrote, until the first ``griddepcontrol.wait`` shows it.
+    ``hidden`` holds what a programmatic predecessor wrote, until the first ``griddepcontrol.wait``
+    shows it.
     """
 
     def __init__(self) -> None:
@@ -140,7 +145,8 @@ class GlobalMemory:
     def withhold(self, before: dict[str, tuple[np.ndarray, np.ndarray]], races: Races, event: int) -> None:
         """As ``begin``, for a launch that may start before its predecessor has ended.
 
-        What the predecessor wrote is taken back until the launch waits for it, and its accesses count as ``event``.
+        What the predecessor wrote is taken back until the launch waits for it, and its accesses
+        count as ``event``.
         """
         for buffer in self.buffers:
             if buffer.shadow is None:

@@ -1,9 +1,11 @@
-"""What a Hopper GPU has, checked on one: the emulator and the GPU run the same PTX, and every byte must agree.
+"""What a Hopper GPU has, checked on one: the emulator and the GPU run the same PTX, and every byte
+must agree.
 
     python tests/ptx/on_hopper.py [--emulate]
 
-Needs a GPU of compute capability 9.0 and torch; the driver compiles the PTX. With --emulate only the emulator runs, on any machine,
-which shows that the programs themselves break no rule. Exits 1 if anything differs.
+Needs a GPU of compute capability 9.0 and torch; the driver compiles the PTX. With --emulate only
+the emulator runs, on any machine, which shows that the programs themselves break no rule. Exits 1
+if anything differs.
 """
 
 from __future__ import annotations
@@ -189,7 +191,8 @@ class Gpu:
 
 
 def product_on_gpu() -> list[tuple[str, list[str]]]:
-    """The quantizer and the router on the GPU, against the emulator's outputs and the reference's."""
+    """The quantizer and the router on the GPU, against the emulator's outputs and the
+    reference's."""
     import torch
 
     from ptx import sm90_kernels

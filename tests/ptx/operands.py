@@ -1,7 +1,8 @@
 """Operands as functions of a warp: what an instruction reads and where its result goes.
 
-Values are arrays of 32 lanes in the numpy type of the instruction; registers hold the unsigned type of their width. A wider
-or narrower register than the instruction's type is allowed for loads, stores, mov and cvt, as PTX allows it.
+Values are arrays of 32 lanes in the numpy type of the instruction; registers hold the unsigned type
+of their width. A wider or narrower register than the instruction's type is allowed for loads,
+stores, mov and cvt, as PTX allows it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT: dict[int, Any] = {16: np.float16, 32: np.float32, 64: np.float64}
 
 PARAMETERS = 0x7F00_0000_0000
-"""What a generic address of a kernel parameter has above its offset in the param space; far from any buffer of the host."""
+"""What a generic address of a kernel parameter has above its offset in the param space; far from
+any buffer of the host."""
 
 
 def dtype(kind: str) -> Any:

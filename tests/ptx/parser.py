@@ -1,7 +1,8 @@
 """PTX text to kernels: instructions with typed operands, registers, parameters and shared symbols.
 
-Inline assembly comes in braces with registers and labels of its own, so scopes nest and names shadow: every register is
-resolved to an index when it is read, every label once its kernel is complete. Source lines are kept for messages.
+Inline assembly comes in braces with registers and labels of its own, so scopes nest and names
+shadow: every register is resolved to an index when it is read, every label once its kernel is
+complete. Source lines are kept for messages.
 """
 
 from __future__ import annotations

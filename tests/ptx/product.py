@@ -5,53 +5,61 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT, ROOT / "tests" / "codegen"):
+for folder in (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "codegen"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import kernels as launches  # noqa: E402
 import torch  # noqa: E402
 from compiling import StubDriver  # noqa: E402
 
 import hybrid_mxfp8 as mx  # noqa: E402
-from hybrid_mxfp8 import env, moe_reference, reference  # noqa: E402
-from hybrid_mxfp8.config import GemmConfig  # noqa: E402
-from hybrid_mxfp8.cutlass_kernels import headers, jit  # noqa: E402
+from hybrid_mxfp8 import env, reference  # noqa: E402
+from hybrid_mxfp8.core.layout import GroupLayout  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.config import GemmConfig  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES  # noqa: E402
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit  # noqa: E402
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain  # noqa: E402
+from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap  # noqa: E402
 from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
-from hybrid_mxfp8.groups import GroupLayout  # noqa: E402
-from hybrid_mxfp8.triton_kernels import group_layout, grouped_gemm_blackwell, launch, quantize, route  # noqa: E402
+from hybrid_mxfp8.reference import routing  # noqa: E402
+from hybrid_mxfp8.triton_kernels import abi, group_layout  # noqa: E402
+from hybrid_mxfp8.triton_kernels.gemm import blackwell  # noqa: E402
+from hybrid_mxfp8.triton_kernels.moe import route  # noqa: E402
 
 __all__ = [
     "OUT_DTYPES",
     "ROOT",
     "BackendUnavailableError",
+    "Buffer",
     "GemmConfig",
     "GroupLayout",
     "StubDriver",
+    "TensorMap",
+    "abi",
+    "blackwell",
     "env",
     "gemm_source",
     "group_layout",
-    "grouped_gemm_blackwell",
-    "headers",
     "host_source",
+    "installed_headers",
     "jit",
-    "launch",
+    "launches",
     "mainloop_headers",
-    "moe_reference",
     "mx",
-    "quantize",
     "reference",
     "route",
+    "routing",
+    "toolchain",
 ]
 
 OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def host_source(only: tuple[str, str] | None = None) -> Any:
+def host_source(only: tuple[str, str] | None = None) -> jit.Source:
     """The host side for the product's JIT: of every configuration, or of one and an output type."""
     definitions = [("CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "1"), ("CUTLASS_ENABLE_GDC_FOR_SM100", "1")]
     name = "ptx_host"
@@ -64,10 +72,15 @@ def host_source(only: tuple[str, str] | None = None) -> Any:
     return jit.Source(name, Path(__file__).with_name("host.cu"), "9.0", tuple(definitions))
 
 
+def installed_headers(mainloop: str) -> list[toolchain.CutlassHeaders]:
+    """The installed CUTLASS headers that give a mainloop, ``ragged`` or ``pointer_array``."""
+    return [h for h in toolchain.cutlass_candidates() if not h.problem and h.ragged == (mainloop == "ragged")]
+
+
 @functools.cache
-def mainloop_headers(mainloop: str) -> headers.CutlassHeaders:
-    """The newest installed CUTLASS headers that give a mainloop, ``ragged`` or ``pointer_array``."""
-    fitting = [h for h in headers.installed_cutlass() if h.ragged == (mainloop == "ragged")]
+def mainloop_headers(mainloop: str) -> toolchain.CutlassHeaders:
+    """The newest of them."""
+    fitting = installed_headers(mainloop)
     if not fitting:
         raise SystemExit(
             f"no CUTLASS headers for the {mainloop} mainloop: pip install "

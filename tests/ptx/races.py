@@ -1,12 +1,13 @@
 """Races, found by happens-before.
 
-Whoever acts has a vector clock: the warps, each CTA's tcgen05 pipe, every bulk copy. An access is an event of its agent at
-a time of that agent's clock. Memory remembers for each cell who wrote it last and who read it since; an access that
-conflicts with a remembered one, and whose agent does not know of it, is a race, whatever the order of this very run.
+Whoever acts has a vector clock: the warps, each CTA's tcgen05 pipe, every bulk copy. An access is
+an event of its agent at a time of that agent's clock. Memory remembers for each cell who wrote it
+last and who read it since; an access that conflicts with a remembered one, and whose agent does not
+know of it, is a race, whatever the order of this very run.
 
-The 32 lanes of a warp share a clock, for they mostly act alike, but what one lane does alone the others know only after
-``bar.warp.sync`` or a barrier. So a warp takes 33 agents: one for what all lanes know of one another, and one a lane for what
-a lane that acted alone has published.
+The 32 lanes of a warp share a clock, for they mostly act alike, but what one lane does alone the
+others know only after ``bar.warp.sync`` or a barrier. So a warp takes 33 agents: one for what all
+lanes know of one another, and one a lane for what a lane that acted alone has published.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Access:
     event: int
     agent: int
     in_order: bool = True
-    """Whether the agent's own earlier accesses precede this one; not those of copies that run side by side."""
+    """Whether the agent's own earlier accesses precede this one; not those of copies that run side
+    by side."""
 
 
 @dataclass
@@ -119,7 +121,8 @@ class Shadow:
         races: where events are numbered and races reported.
         cells: bytes of shared or global memory, columns of tensor memory.
         name: of the memory, for messages.
-        readers: how many agents' reads are remembered side by side; with more agents, the last ones.
+        readers: how many agents' reads are remembered side by side; with more agents, the last
+            ones.
     """
 
     def __init__(self, races: Races, cells: int, name: str, readers: int = 8) -> None:
@@ -139,7 +142,8 @@ class Shadow:
     def write(
         self, cells: slice | np.ndarray, access: Access, lanes: int | np.ndarray = TOGETHER, *, repeats: bool = False
     ) -> None:
-        """An agent writes cells. ``repeats``: the bytes that are there already, which other threads may do at the same line."""
+        """An agent writes cells. ``repeats``: the bytes that are there already, which other threads
+        may do at the same line."""
         seen = self.written[cells]
         if repeats:
             line = self.races.events[access.event >> LANE_BITS].line

@@ -3,8 +3,10 @@
     python tests/ptx/run.py --backend cutlass --config 2sm_256x256x128_2x1 --mainloop ragged \
         --counts 3,0,129,64 --n 264 --k 352 --out-dtype bf16 --seed 5 [--pdl 0]
 
-The last line has the largest error in units of its bound, the races, the instructions of warps and the seconds. Exits 1 on any
-fault: a rule of PTX that is broken, a race, an error above the bound, rows that are missing or too many.
+The last line has the largest error in units of its bound, the races, the instructions of warps and
+the seconds. Exits 1 on any
+fault: a rule of PTX that is broken, a race, an error above the bound, rows that are missing or too
+    many.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A launch: clusters one after another, warps in an order drawn from a seed, preemptible after every instruction.
+"""A launch: clusters one after another, warps in an order drawn from a seed, preemptible after
+every instruction.
 
 Asynchronous operations (copies, the tensor core) land at a time of the scheduler's choice:
 
@@ -231,7 +232,8 @@ class Launch:
                 return
 
     def _check_parked(self, warp: Warp) -> None:
-        """Lanes may stand before an instruction that needs others only while these can still come."""
+        """Lanes may stand before an instruction that needs others only while these can still
+        come."""
         if warp.parked and not warp.waiting:
             pc, (mask, fault) = next(iter(warp.parked.items()))
             warp.pc = pc

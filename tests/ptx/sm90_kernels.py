@@ -1,7 +1,9 @@
-"""The product's quantizer and router, compiled for sm_90, in the emulator and against their PyTorch references.
+"""The product's quantizer and router, compiled for sm_90, in the emulator and against their PyTorch
+references.
 
-A case makes tensors, calls the product's launcher and the reference on equal inputs, and says which tensors must then be equal,
-byte by byte. On a Hopper GPU on_hopper.py makes the same calls for real.
+A case makes tensors, calls the product's launcher and the reference on equal inputs, and says which
+tensors must then be equal, byte by byte. On a Hopper GPU on_hopper.py makes the same calls for
+real.
 """
 
 from __future__ import annotations
@@ -24,20 +26,21 @@ class Kernels:
     """A call of the product's kernels.
 
     Attributes:
-        module: whose kernels are launched.
-        names: of the kernels.
-        call: the launcher, given the tensors.
+        steps: of the tensors: a function that makes launches of buffers, and the tensors that it
+            wants.
         inputs: tensors that are read.
         outputs: tensors that are written.
-        expected: what the reference writes to them; None where a byte is nobody's.
+        expected: what the reference writes to them; an output may be longer.
     """
 
-    module: Any
-    names: tuple[str, ...]
-    call: Callable[[dict[str, torch.Tensor]], object]
+    steps: Callable[[dict[str, torch.Tensor]], tuple[Any, ...]]
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def call(self, tensors: dict[str, torch.Tensor]) -> None:
+        """On a GPU's tensors."""
+        product.launches.launch(*self.steps(tensors))
 
 
 def _generator() -> torch.Generator:
@@ -54,20 +57,16 @@ def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16) -> Kernels
     _, offsets, scale_offsets = product.reference.group_offsets(tokens, rows, from_ends=False)
     scale_rows, columns = (rows + 127 * len(counts)) // 128 * 128, -(-k // 32 // 4) * 4
 
-    def call(t: dict[str, torch.Tensor]) -> None:
+    def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:
         groups = product.GroupLayout(t["tokens"], t["offsets"], t["scale_offsets"], rows)
-        product.quantize.quantize_grouped(
-            t["x"], groups, t["values"].view(torch.float8_e4m3fn), t["scales"],
-            scale_rounding=rounding, row_index=None, swiglu=None,
-        )  # fmt: skip
+        values = t["values"].view(torch.float8_e4m3fn)
+        return product.launches.quantize_steps(t["x"], groups, values, t["scales"], rounding)
 
     groups = product.GroupLayout(tokens, offsets, scale_offsets, rows)
     truth = product.mx.quantize_grouped(x, groups, scale_rounding=rounding, backend="reference")
     used = int(scale_offsets[-1])
     return Kernels(
-        product.quantize,
-        ("quantize_kernel",),
-        call,
+        steps,
         {"x": x, "tokens": tokens, "offsets": offsets, "scale_offsets": scale_offsets},
         {
             "values": torch.zeros(rows, k, dtype=torch.uint8),
@@ -83,18 +82,12 @@ def group_offsets(from_ends: bool) -> Kernels:
     given = torch.cumsum(values, 0, dtype=torch.int32) if from_ends else values
     buffer = torch.zeros(3 * 4 + 2, dtype=torch.int32)
 
-    def call(t: dict[str, torch.Tensor]) -> None:
-        made = product.group_layout.empty_layout
-        product.group_layout.empty_layout = lambda experts, device: t["layout"]
-        try:
-            product.group_layout.group_offsets(t["given"], 200, from_ends)
-        finally:
-            product.group_layout.empty_layout = made
+    def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+        made = product.group_layout.group_offsets
+        return lambda given, layout: made(given, layout, 200, from_ends), t["given"], t["layout"]
 
     truth = torch.cat(product.reference.group_offsets(given, 200, from_ends))
-    return Kernels(
-        product.group_layout, ("group_offsets_kernel",), call, {"given": given}, {"layout": buffer}, {"layout": truth}
-    )
+    return Kernels(steps, {"given": given}, {"layout": buffer}, {"layout": truth})
 
 
 def route(tokens: int, top_k: int, experts: int) -> Kernels:
@@ -103,19 +96,18 @@ def route(tokens: int, top_k: int, experts: int) -> Kernels:
     slots = tokens * top_k
     scratch = product.route.scratch_elements(slots, experts)
     outputs = {
-        "row_token": torch.zeros(slots, dtype=torch.int32),
-        "slot_row": torch.zeros(tokens, top_k, dtype=torch.int32),
+        "sorted_token_ids": torch.zeros(slots, dtype=torch.int32),
+        "inverse_permutation": torch.zeros(tokens, top_k, dtype=torch.int32),
         "layout": torch.zeros(3 * experts + 2, dtype=torch.int32),
     }
     expected = {name: torch.zeros_like(tensor) for name, tensor in outputs.items()}
-    product.moe_reference.route(ids, experts, expected["row_token"], expected["slot_row"], expected["layout"])
-
-    def call(t: dict[str, torch.Tensor]) -> None:
-        product.route.route(t["ids"], experts, t["row_token"], t["slot_row"], t["layout"], t["scratch"])
-
+    product.routing.route(ids, experts, *expected.values())
     outputs["scratch"] = torch.zeros(max(scratch, 4), dtype=torch.int32)
-    names = ("rank_kernel", "count_kernel", "sum_kernel", "scatter_kernel")
-    return Kernels(product.route, names, call, {"ids": ids}, outputs, expected)
+
+    def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+        return lambda *buffers: product.route.route(*buffers, experts), t["ids"], *(t[name] for name in outputs)
+
+    return Kernels(steps, {"ids": ids}, outputs, expected)
 
 
 CASES: dict[str, Callable[[], Kernels]] = {
@@ -140,7 +132,7 @@ def emulated(kernels: Kernels, memory: GlobalMemory | None = None) -> tuple[dict
         memory.add(name, data, written=name in kernels.inputs, writable=name in kernels.outputs)
     races: list[str] = []
     instructions = 0
-    for captured in capture(90, kernels.module, kernels.names, lambda: kernels.call(tensors)):
+    for captured in capture(90, *kernels.steps(tensors)):
         found = Races()
         memory.begin(found)
         launch = captured.launch(memory, races=found, seed=5)

@@ -1,9 +1,11 @@
-"""Every run of the kernels in the emulator, and every seeded fault; the record goes to bench/results.
+"""Every run of the kernels in the emulator, and every seeded fault; the record goes to
+bench/results.
 
     python tests/ptx/suite.py [--only PART] [--match TEXT] [--out FOLDER]
 
-Some runs renew their lines in the record, all of them the whole of it, and the table in docs/emulator.md with it. Compiles what
-is not in the cache: 48 modules of CUTLASS, half a minute each, and a host module for each mainloop.
+Some runs renew their lines in the record, all of them the whole of it, and the table in
+docs/emulator.md with it. Compiles what is not in the cache: 48 modules of CUTLASS, half a minute
+each, and a host module for each mainloop.
 """
 
 from __future__ import annotations
@@ -143,7 +145,8 @@ def triton(shape: Shape, arch: str, tile: int) -> Callable[[], list[Result]]:
 
 
 def sm90_runs() -> Iterator[Run]:
-    """The quantizer's and the router's kernels, as compiled for Hopper, against their references."""
+    """The quantizer's and the router's kernels, as compiled for Hopper, against their
+    references."""
     from ptx import sm90_kernels
 
     for name, make in sm90_kernels.CASES.items():
@@ -176,7 +179,12 @@ def execute(run: Run) -> Record:
     except Fault as fault:
         last = str(fault).splitlines()[-1].strip()
         return Record(run.group, run.name, False, float("nan"), 0, 0, time.process_time() - started, last)
-    says = [line for result in results for line in (*result.races, *result.problems, *result.known)]
+    mark = "" if run.group == "faults" else "known: "
+    says = [
+        line
+        for result in results
+        for line in (*result.races, *result.problems, *(f"{mark}{known}" for known in result.known))
+    ]
     return Record(
         run.group,
         run.name,
@@ -230,7 +238,8 @@ def update_page(text: str) -> None:
 
 
 def write(records: list[Record], folder: Path, *, whole: bool) -> None:
-    """The record of runs, as json and as tables; some of them replace those of before, all of them the whole record."""
+    """The record of runs, as json and as tables; some of them replace those of before, all of them
+    the whole record."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "emulator.json"
     if not whole and kept.is_file():
@@ -252,7 +261,7 @@ def versions() -> dict[str, str]:
     import triton as triton_module
 
     return {
-        "nvcc": product.headers.find_cuda().version_string,
+        "nvcc": product.toolchain.find_cuda().version_string,
         "ragged": f"CUTLASS {product.mainloop_headers('ragged').version_string}",
         "pointer_array": f"CUTLASS {product.mainloop_headers('pointer_array').version_string}",
         "triton": triton_module.__version__,

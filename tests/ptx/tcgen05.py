@@ -1,9 +1,12 @@
 """The fifth-generation tensor core: tensor memory, cp, block-scaled mma, commit, ld and st.
 
-cp, mma and commit run asynchronously, in the order of their issue, in a pipe of the CTA that issues them (PTX ISA, tcgen05 memory
-consistency: pipelined instructions); ld and st are warps' own and go on until their wait. With cta_group::2 the even CTA of
-a pair issues, and cp and mma act on both: each CTA holds half of A's rows and of D's, half of B's, its own rows' scales of A
-and all scales of B (cute/atom/mma_traits_sm100.hpp, MMA_Traits of SM100_MMA_MXF8F6F4_2x1SM_SS).
+cp, mma and commit run asynchronously, in the order of their issue, in a pipe of the CTA that issues
+them (PTX ISA, tcgen05 memory
+consistency: pipelined instructions); ld and st are warps' own and go on until their wait. With
+    cta_group::2 the even CTA of
+a pair issues, and cp and mma act on both: each CTA holds half of A's rows and of D's, half of B's,
+its own rows' scales of A and all scales of B (cute/atom/mma_traits_sm100.hpp, MMA_Traits of
+SM100_MMA_MXF8F6F4_2x1SM_SS).
 
 No hardware has confirmed what stands here; it follows the headers that are cited.
 """
@@ -219,9 +222,11 @@ class SharedDescriptor:
 
 @functools.lru_cache(maxsize=4096)
 def matrix_cells(descriptor: SharedDescriptor, rows: int, width: int) -> np.ndarray:
-    """(rows, width) offsets of bytes. Atoms are 8 rows high (PTX ISA, shared memory layout, K-major).
+    """(rows, width) offsets of bytes. Atoms are 8 rows high (PTX ISA, shared memory layout,
+    K-major).
 
-    SWIZZLE_128B (2): rows of 128 bytes, atoms ``stride`` apart, XORed as TMA does, on addresses. SWIZZLE_NONE (0): atoms of 8 rows
+    SWIZZLE_128B (2): rows of 128 bytes, atoms ``stride`` apart, XORed as TMA does, on addresses.
+        SWIZZLE_NONE (0): atoms of 8 rows
     by 16 bytes, ``leading`` apart along K and ``stride`` along the rows.
     """
     row, byte = np.arange(rows)[:, None], np.arange(width)[None, :]
@@ -270,7 +275,8 @@ def _single(mask: int, ins: Instruction) -> int:
 
 @instruction("tcgen05.cp")
 def copy(operands: Operands, ins: Instruction) -> Closure:
-    """32x128b.warpx4: 32 rows of 16 bytes from shared memory to 4 columns, the same in all four quadrants."""
+    """32x128b.warpx4: 32 rows of 16 bytes from shared memory to 4 columns, the same in all four
+    quadrants."""
     if "32x128b" not in ins.parts or "warpx4" not in ins.parts:
         raise unknown(ins)
     paired = _paired(ins)
@@ -298,10 +304,11 @@ def copy(operands: Operands, ins: Instruction) -> Closure:
 
 
 def scales(cta: Cta, column: int, rows: int, byte: int, access: Access, what: str) -> np.ndarray:
-    """e8m0 scales of rows: row r at lane r % 32 of column r / 32, one of its four bytes, the same in each quadrant.
+    """e8m0 scales of rows: row r at lane r % 32 of column r / 32, one of its four bytes, the same
+    in each quadrant.
 
-    cute/atom/mma_traits_sm100.hpp, tmem_sf_frg: scale factors lie in 32 lanes by columns of four and are broadcast to the
-    quadrants, which tcgen05.cp's warpx4 does.
+    cute/atom/mma_traits_sm100.hpp, tmem_sf_frg: scale factors lie in 32 lanes by columns of four
+    and are broadcast to the quadrants, which tcgen05.cp's warpx4 does.
     """
     columns = -(-rows // QUADRANT)
     cta.tensor.check(column, columns, what)
@@ -321,7 +328,8 @@ def scales(cta: Cta, column: int, rows: int, byte: int, access: Access, what: st
 def mma(operands: Operands, ins: Instruction) -> Closure:
     """D = A * B^T (+ D), rows of A and B scaled; K = 32, one fp32 rounding of the exact sum.
 
-    The order and the precision of the hardware's own sum are not known; a rounding a step is what the bound of the runs allows.
+    The order and the precision of the hardware's own sum are not known; a rounding a step is what
+    the bound of the runs allows.
     """
     kind = [part for part in ins.parts if part.startswith("kind::")]
     if kind != ["kind::mxf8f6f4"] or "block_scale" not in ins.parts or len(ins.operands) != 7:
@@ -343,7 +351,8 @@ def mma(operands: Operands, ins: Instruction) -> Closure:
         ctas = _ctas(warp, paired, "tcgen05.mma")
         if shape.m != DATA_PATHS * len(ctas):
             raise Fault(f"tcgen05.mma: expected M = {DATA_PATHS * len(ctas)} for {len(ctas)} CTAs, got {shape.m}")
-        # The instruction descriptor chooses the byte. CUTLASS repeats it in the addresses' highest bits, Triton leaves those 0.
+        # The instruction descriptor chooses the byte. CUTLASS repeats it in the addresses' highest
+        # bits, Triton leaves those 0.
         if (a_scale | b_scale) >> 30 and (a_scale >> 30, b_scale >> 30) != (shape.a_scale, shape.b_scale):
             raise Fault(
                 f"tcgen05.mma: the scales' addresses choose bytes {a_scale >> 30} and {b_scale >> 30}, the instruction "
@@ -383,7 +392,8 @@ def _accumulate(cta: Cta, column: int, n: int, product: np.ndarray, add: bool, a
 
 @instruction("tcgen05.commit")
 def commit(operands: Operands, ins: Instruction) -> Closure:
-    """Arrives on an mbarrier once all operations before it are complete; multicast, at the same offset in several CTAs."""
+    """Arrives on an mbarrier once all operations before it are complete; multicast, at the same
+    offset in several CTAs."""
     if "arrive::one" not in ins.name:
         raise unknown(ins)
     address = operands.address(ins.operands[0])
@@ -414,8 +424,8 @@ def commit(operands: Operands, ins: Instruction) -> Closure:
 class Loaded:
     """What tcgen05.ld has put into a register, until it is used.
 
-    CUTLASS uses registers without a tcgen05.wait::ld and leaves that to ptxas, which adds the wait. So the first use is a wait
-    of its own; a move is none.
+    CUTLASS uses registers without a tcgen05.wait::ld and leaves that to ptxas, which adds the wait.
+    So the first use is a wait of its own; a move is none.
     """
 
     __slots__ = ("data", "time", "warp")
@@ -437,11 +447,13 @@ class Loaded:
 
 
 def _places(shape: str, count: int, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """(registers, 32 lanes) data path and column of what each lane's register holds, from the address on.
+    """(registers, 32 lanes) data path and column of what each lane's register holds, from the
+    address on.
 
-    cute/atom/copy_traits_sm100.hpp. 32dp32b: lane t holds path t, register i column i. 16dp256b: lanes in fours hold a path, a lane
-    two neighbouring columns; registers go first over these two, then over the paths 8 apart, then over 8 columns. 16x32bx2: lanes
-    16 to 31 hold the paths of 0 to 15 again, ``split`` columns further.
+    cute/atom/copy_traits_sm100.hpp. 32dp32b: lane t holds path t, register i column i. 16dp256b:
+    lanes in fours hold a path, a lane two neighbouring columns; registers go first over these two,
+    then over the paths 8 apart, then over 8 columns. 16x32bx2: lanes 16 to 31 hold the paths of 0
+    to 15 again, ``split`` columns further.
     """
     i = np.arange(count)[:, None]
     if shape == "32x32b":

@@ -1,10 +1,11 @@
 """Tensor maps: the 128 bytes that describe a tensor to TMA, in a format of our own.
 
-The real format is not public; a kernel touches it only by ``tensormap.replace`` and TMA. host.cu writes the same format for
-CUTLASS. Bit 21 of the second 64-bit word is never used: hosts clear it, as a workaround for a driver's fault.
+The real format is not public; a kernel touches it only by ``tensormap.replace`` and TMA. host.cu
+writes the same format for CUTLASS. Bit 21 of the second 64-bit word is never used: hosts clear it,
+as a workaround for a driver's fault.
 
-A map in global memory that a kernel rewrites has a version. Who uses it must have acquired that version, by a
-``fence.proxy.tensormap`` that comes after the write and before the use.
+A map in global memory that a kernel rewrites has a version. Who uses it must have acquired that
+version, by a ``fence.proxy.tensormap`` that comes after the write and before the use.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def encode(
 
 @functools.lru_cache(maxsize=1024)
 def decode(raw: bytes) -> TensorMap:
-    """Read a map and check what TMA asks of it; strides and extents beyond the rank may be anything."""
+    """Read a map and check what TMA asks of it; strides and extents beyond the rank may be
+    anything."""
     fields = LAYOUT.unpack_from(raw)
     address, magic, type_, rank, swizzle, fill = fields[:6]
     if magic != MAGIC:
@@ -110,7 +112,8 @@ def decode(raw: bytes) -> TensorMap:
 
 @dataclass
 class Version:
-    """The contents of a map in global memory: how often it was written, and the event of the last time."""
+    """The contents of a map in global memory: how often it was written, and the event of the last
+    time."""
 
     number: int
     event: int
@@ -131,7 +134,8 @@ class Acquired:
 
 
 def fetch(warp: Warp, lane: int, address: int, access: Access) -> TensorMap:
-    """The map that a lane's TMA instruction uses, with the check that its contents are those last written."""
+    """The map that a lane's TMA instruction uses, with the check that its contents are those last
+    written."""
     launch = warp.cta.launch
     offset = address - PARAMETERS
     if 0 <= offset < launch.params.size:
@@ -195,7 +199,8 @@ def replace(operands: Operands, ins: Instruction) -> Closure:
 
 @instruction("tensormap.cp_fenceproxy")
 def copy_and_fence(operands: Operands, ins: Instruction) -> Closure:
-    """Copies a map from shared to global memory and releases it to the tensormap proxy; all lanes together."""
+    """Copies a map from shared to global memory and releases it to the tensormap proxy; all lanes
+    together."""
     to, source = operands.address(ins.operands[0]), operands.address(ins.operands[1])
 
     def execute(warp: Warp, mask: int) -> None:

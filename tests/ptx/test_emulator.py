@@ -1,4 +1,5 @@
-"""The emulator itself: its parser, its numbers, its memory and its races, on programs of a few lines. No compiler, no GPU."""
+"""The emulator itself: its parser, its numbers, its memory and its races, on programs of a few
+lines. No compiler, no GPU."""
 
 from __future__ import annotations
 

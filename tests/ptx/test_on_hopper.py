@@ -1,4 +1,5 @@
-"""On a Hopper GPU: the GPU and the emulator run the same PTX, and every byte agrees. See on_hopper.py."""
+"""On a Hopper GPU: the GPU and the emulator run the same PTX, and every byte agrees. See
+on_hopper.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """TMA: bulk tensor copies between global and shared memory, their swizzles, and bulk groups.
 
-A load belongs to the mbarrier that it completes on: what it wrote is known to those who wait for that phase. A store belongs
-to a bulk group of the thread that issued it: ``wait_group.read`` says that shared memory was read, ``wait_group`` that global
-memory was written. A copy acts when it lands, some time after it was issued, and knows what its issuer knew.
+A load belongs to the mbarrier that it completes on: what it wrote is known to those who wait for
+that phase. A store belongs to a bulk group of the thread that issued it: ``wait_group.read`` says
+that shared memory was read, ``wait_group`` that global memory was written. A copy acts when it
+lands, some time after it was issued, and knows what its issuer knew.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from ptx.tensormap import TensorMap
 from ptx.warp import Wait, Warp, lanes_of
 
 PAIR_BIT = 1
-"""With cta_group::2 the completion goes to the CTA of the pair whose rank's lowest bit is that of the mbarrier's address:
-CUTLASS clears it to signal the even one (cute/arch/copy_sm100_tma.hpp, Sm100MmaPeerBitMask)."""
+"""With cta_group::2 the completion goes to the CTA of the pair whose rank's lowest bit is that of
+the mbarrier's address: CUTLASS clears it to signal the even one (cute/arch/copy_sm100_tma.hpp,
+Sm100MmaPeerBitMask)."""
 
 
 def swizzle(address: np.ndarray, mode: int) -> np.ndarray:
     """Where a byte of a linear box goes; acts on addresses in shared memory.
 
-    Modes 1 to 3 XOR the 16-byte chunk's number with that of the 128-byte row: Swizzle<1|2|3, 4, 3>. 128B_ATOM_32B XORs 32-byte
-    chunks, Swizzle<2, 5, 2>. (cute/atom/copy_traits_sm90_tma_swizzle.hpp, get_tma_swizzle_bits and _base.)
+    Modes 1 to 3 XOR the 16-byte chunk's number with that of the 128-byte row: Swizzle<1|2|3, 4, 3>.
+    128B_ATOM_32B XORs 32-byte chunks, Swizzle<2, 5, 2>.
+    (cute/atom/copy_traits_sm90_tma_swizzle.hpp, get_tma_swizzle_bits and _base.)
     """
     if mode == 0:
         return address
@@ -54,7 +57,8 @@ def _rows(box: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _inside(made: TensorMap, at: list[int]) -> tuple[np.ndarray, np.ndarray, slice]:
-    """Rows of the box that are in bounds, the addresses of their first byte inside, and those bytes within a row."""
+    """Rows of the box that are in bounds, the addresses of their first byte inside, and those bytes
+    within a row."""
     low, high = max(at[0], 0), min(at[0] + made.box[0], made.dims[0])
     if high <= low:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), slice(0)
@@ -187,7 +191,8 @@ class Store:
 
 @dataclass
 class BulkGroups:
-    """One thread's bulk groups. The number of a group is the time of its copies on the two agents' clocks."""
+    """One thread's bulk groups. The number of a group is the time of its copies on the two agents'
+    clocks."""
 
     reads: int
     writes: int

@@ -13,12 +13,13 @@ from ptx.cutlass_backend import Result
 from ptx.races import Races
 from ptx.triton_launch import capture
 
-BLOCKS_T = (16, 32, 64, 128, 256)
+BLOCKS_T = (16, 128, 256)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a call is run: compute capability ``10.0`` or ``10.3``, completion and seed as in the scheduler.
+    """How a call is run: compute capability ``10.0`` or ``10.3``, completion and seed as in the
+    scheduler.
 
     ``block_t`` chooses the tile of tokens; None leaves that to the product.
     """
@@ -36,28 +37,29 @@ class Call:
         self, shape: Shape, options: Options, *, edit: Callable[[str], str] = str, case: Case | None = None
     ) -> None:
         self.options, self.edit = options, edit
-        self.case = case or Case(shape, options.seed)
-        module = product.grouped_gemm_blackwell
-        tile = options.block_t or max(sum(shape.counts) // shape.experts, 1)
-        config = module.select_blackwell_config(tile * shape.experts, shape.experts)
+        module = product.blackwell
+        tokens = options.block_t * shape.experts if options.block_t else shape.tokens
+        config = module.select_blackwell_config(tokens, shape.experts)
+        # A tile of 256 tokens loads two rows of scale tiles, the second maybe behind the last
+        # expert's: it must not matter.
+        self.case = case or Case(shape, options.seed, beyond=255 if config.block_t > 128 else None)
         fp8 = torch.float8_e4m3fn
-        tokens, offsets, scale_offsets = (
+        offsets = (
             self.tensor(name, torch.int32, shape.experts + more)
             for name, more in (("tokens", 0), ("expert_offsets", 1), ("scale_offsets", 1))
         )
-
-        def call() -> None:
-            module.grouped_gemm_blackwell(
-                self.tensor("x", fp8, shape.tokens, shape.k),
-                self.tensor("x_scales", torch.uint8, shape.scale_rows, shape.scale_columns),
-                product.GroupLayout(tokens, offsets, scale_offsets, shape.tokens),
-                self.tensor("w", fp8, shape.experts, shape.n, shape.k),
-                self.tensor("w_scales", torch.uint8, shape.experts, -(-shape.n // 128) * 128, shape.scale_columns),
-                self.tensor("out", product.OUT_DTYPES[shape.out], shape.tokens, shape.n),
-                config,
-            )
-
-        (self.captured,) = capture(int(options.arch.replace(".", "")), module, (KERNEL,), call)
+        x = product.mx.GroupedMXFP8(
+            self.tensor("x", fp8, shape.tokens, shape.k),
+            self.tensor("x_scales", torch.uint8, shape.scale_rows, shape.scale_columns),
+            product.GroupLayout(*offsets, shape.tokens),
+        )
+        w = product.mx.ExpertWeights(
+            self.tensor("w", fp8, shape.experts, shape.n, shape.k),
+            self.tensor("w_scales", torch.uint8, shape.experts, -(-shape.n // 128) * 128, shape.scale_columns),
+        )
+        out = self.tensor("out", product.OUT_DTYPES[shape.out], shape.tokens, shape.n)
+        steps = product.launches.product_steps(module.plan, x, w, out, config)
+        (self.captured,) = capture(int(options.arch.replace(".", "")), *steps)
         self.block_t = config.block_t
 
     def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -79,6 +81,3 @@ class Call:
         launch.run()
         error, problems = self.case.check()
         return Result(error, problems, [str(race) for race in races.found.values()], launch.instructions)
-
-
-KERNEL = "grouped_gemm_blackwell_kernel"

@@ -1,9 +1,10 @@
 """A warp: 32 lanes with registers, grouped by program counter, and what each knows of the others.
 
-A register is an array of 32 unsigned integers of its width; a predicate is one integer, a bit a lane. Lanes that stand at the
-same instruction form a group; the group with the lowest program counter goes first, so lanes meet again where they can, and
-a group that waits lets the others of its warp go on. Instructions that need lanes together (.sync, .aligned) hold a group
-until the rest has come.
+A register is an array of 32 unsigned integers of its width; a predicate is one integer, a bit a
+lane. Lanes that stand at the same instruction form a group; the group with the lowest program
+counter goes first, so lanes meet again where they can, and a group that waits lets the others of
+its warp go on. Instructions that need lanes together (.sync, .aligned) hold a group until the rest
+has come.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def lowest(mask: int) -> int:
 
 @dataclass
 class Wait:
-    """What an instruction answers that cannot complete yet: when it can, and what is left to do then."""
+    """What an instruction answers that cannot complete yet: when it can, and what is left to do
+    then."""
 
     ready: Callable[[], bool]
     resume: Callable[[], None]
@@ -76,7 +78,8 @@ class Warp:
         self.groups: dict[int, int] = {0: FULL}
         self.waiting: list[Waiting] = []
         self.parked: dict[int, tuple[int, Fault]] = {}
-        """Lanes that stand before an instruction which needs others too, and what is wrong if those never come."""
+        """Lanes that stand before an instruction which needs others too, and what is wrong if those
+        never come."""
         self.pc = 0
         self.thread = LANES + 32 * index
         self.agent = races.agents(WARP_AGENTS)

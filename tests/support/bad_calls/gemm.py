@@ -137,7 +137,8 @@ def _right(
         x = mx.GroupedMXFP8(g(plain.values, shift), g(plain.scales, shift), g.layout(plain.groups))
         wq = mx.ExpertWeights(g(w.values, shift), g(w.scales, shift))
         out = g.out(cases.poisoned_product(num_tokens, n, dtype))
-        space = None if workspace is None else g.out(u8(workspace))
+        needed = mx.grouped_gemm_workspace_size(wq, num_tokens, out_dtype=dtype)
+        space = None if workspace is None else g.out(u8(max(workspace, needed)))
 
         def check(result: torch.Tensor) -> None:
             assert result.data_ptr() == out.data_ptr()
@@ -223,7 +224,7 @@ ODD: list[Odd] = [
     _right("all experts empty", [0, 0, 0]),
     _right("rows that no expert owns", [1, 0, 1]),
     _right("the narrowest", [1], 1, n=8, k=32),
-    _right("a workspace that is not needed", COUNTS, workspace=4096),
-    _right("a workspace of nothing", COUNTS, workspace=0),
+    _right("a larger workspace than needed", COUNTS, workspace=4096),
+    _right("a workspace of just what is needed", COUNTS, workspace=0),
     *shapes("tensors", _multiply, _is_product),
 ]  # fmt: skip

@@ -134,11 +134,14 @@ def _tokens_from_linear(
 
 
 def _is_tokens(x: mx.GroupedMXFP8) -> bool:
-    return torch.equal(x.dequantize(), grouped().dequantize())
+    return torch.equal(x.dequantize().cpu(), grouped().dequantize())
 
 
 def _is_weights(w: mx.ExpertWeights) -> bool:
-    return torch.equal(w.scales, weights().scales) and torch.equal(w.values.view(U8), weights().values.view(U8))
+    expected = weights()
+    return torch.equal(w.scales.cpu(), expected.scales) and torch.equal(
+        w.values.cpu().view(U8), expected.values.view(U8)
+    )
 
 
 BYTES = torch.arange(130 * 5, dtype=torch.int32).reshape(130, 5).to(U8)
