@@ -107,10 +107,10 @@ def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | 
 def extent(x: torch.Tensor) -> int:
     """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one
     range."""
-    elements = x.numel()
-    if elements and not x.is_contiguous():
-        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return elements * x.element_size()
+    if x.is_contiguous() or not x.numel():
+        return int(x.nbytes)
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (1 + last) * x.element_size()
 
 
 def check_k(name: str, k: int) -> None:

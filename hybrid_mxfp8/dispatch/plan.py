@@ -13,6 +13,7 @@ slower, with the same result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -253,7 +254,8 @@ class PlanCache:
             return
         plans = self._plans
         while len(plans) >= self._capacity:
-            plans.pop(next(iter(plans)), None)
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread was faster
+                plans.pop(next(iter(plans)), None)
         plans[signature] = plan
 
     def clear(self) -> None:
