@@ -7,7 +7,8 @@ starts two kernels on torch's current stream.
 Whether a build works is known only once it was tried. So the call whose build fails raises, even
 where auto chose the backend; the failure is remembered, and :func:`can_run` says it from then on.
 
-Compiled and checked, not yet run: no GPU of compute capability 10.0 or 10.3 was at hand.
+Compiled, checked and run in an emulator of its PTX, not yet on hardware: no GPU of compute
+capability 10.0 or 10.3 was at hand. So a module is verified on the GPU before its first use.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TARGETS = {(10, 0): ("10.0a", "10.0f"), (10, 3): ("10.3a", "10.0f")}
 WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512
 """More bytes than any module needs, alignment included: tests/codegen asks each of them."""
 
-NOT_RUN = "compiled and checked, not yet run on hardware"
+NOT_RUN = "run in an emulator of its PTX, not yet on hardware; verified at first use"
 
 
 @dataclass(frozen=True)

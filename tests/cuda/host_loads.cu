@@ -48,10 +48,13 @@ void descriptors(ffi::TensorView x, ffi::TensorView x_scales, ffi::TensorView w,
   count[0] = encoded;
   count[1] = count[2] = 0;
   auto words = reinterpret_cast<uint64_t const*>(&params);
-  for (size_t word = 1; word < sizeof(params) / sizeof(uint64_t); ++word) {
-    bool found = (words[word] & ~kBit21) == kEncoded;
+  // A whole descriptor at its alignment, since the padding of `params` may hold words of old ones.
+  constexpr size_t kWords = sizeof(CUtensorMap) / sizeof(uint64_t), kStep = alignof(CUtensorMap) / sizeof(uint64_t);
+  for (size_t word = 0; word + kWords <= sizeof(params) / sizeof(uint64_t); word += kStep) {
+    bool found = (words[word + 1] & ~kBit21) == kEncoded;
+    for (size_t rest = 2; rest < kWords; ++rest) found = found && words[word + rest] == 0;
     count[1] += found;
-    count[2] += found && (words[word] & kBit21) != 0;
+    count[2] += found && (words[word + 1] & kBit21) != 0;
   }
 }
 

@@ -156,7 +156,7 @@ def test_old_headers_are_told(tools: None, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_available_names_its_tools(tools: None) -> None:
-    said = "CUTLASS 4.8.1 (ragged mainloop), nvcc 12.8.93, compiled and checked, not yet run on hardware"
+    said = f"CUTLASS 4.8.1 (ragged mainloop), nvcc 12.8.93, {cutlass.NOT_RUN}"
     assert cutlass.availability(B200) == (True, said)
 
 

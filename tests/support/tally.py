@@ -20,7 +20,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD = DOCS / "hostile_use.json"
 PAGE = DOCS / "hostile-use.md"
-BEGIN, END = "<!-- counts: made by tests/tally.py -->", "<!-- end of counts -->"
+BEGIN, END = "<!-- counts: made by tests/support/tally.py -->", "<!-- end of counts -->"
 
 KINDS = {
     "bad calls": "wrong calls, each refused by an error that names the argument",

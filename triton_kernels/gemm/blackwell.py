@@ -1,5 +1,5 @@
-"""The ``scaled`` grouped GEMM for compute capability 10, with tensor descriptors: compiled and
-checked, not yet run.
+"""The ``scaled`` grouped GEMM for compute capability 10, with tensor descriptors: compiled,
+checked and run in an emulator of its PTX, not yet on hardware.
 
 The tile product is that of ``grouped_gemm``, 128 weight rows by BLOCK_T tokens, but operands and
 weight scales come by TMA, so no thread computes addresses in the loop:
