@@ -3,6 +3,7 @@ spills."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -66,3 +67,19 @@ def test_shapes_off_the_tile(compile_for: CompileFor, block_t: int, n: int, k: i
     compiled = compile_case(compile_for, 100, block_t, n, k, e)
     assert compiled.resources(tmp_path).stack == 0
     assert compiled.count(r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale") > 0
+
+
+@pytest.mark.parametrize(("block_t", "stalls"), [(16, True), (128, False), (256, False)])
+def test_main_loop(compile_for: CompileFor, block_t: int, stalls: bool) -> None:
+    """From tiles of 128 tokens on, which expert sizes above 16 get, threads load no scales in the
+    loop over K and no step waits for its own MMA. The tile of 16 does both, which shows that the
+    two searches find them.
+    """
+    ttgir = compile_case(compile_for, 100, block_t).kernel.asm["ttgir"]
+    loops = re.findall(r"^( *)\S*(?:.* = )?scf\.for .*\n((?:\1 .*\n)+)", ttgir, re.MULTILINE)
+    bodies = [body for _, body in loops]
+    (main_loop,) = (body for body in bodies if "tc_gen5_mma_scaled" in body)
+    (done,) = re.findall(r"tc_gen5_mma_scaled .*?, (%\w+)\[%\w+\]", main_loop)
+    waits = f"wait_barrier {done}," in main_loop
+    loads = any(re.search(r"tt\.load|async_copy_global_to_local|local_load", body) for body in bodies)
+    assert (waits, loads) == (stalls, stalls)
