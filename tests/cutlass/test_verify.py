@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,16 +71,14 @@ def children(toolkit: FakeToolkit) -> int:
     ],
 )
 def test_the_outcome_is_kept(toolkit: FakeToolkit, kind: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    """For this process and others, which take no time for it."""
+    """For this process and others, which start no child for it."""
     with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
         first = run(toolkit, kind)
     assert "verifying toy" in caplog.text
     assert (first["ok"], first["reason"]) == (kind == "right", reason)
     assert first["gpu"] == "cpu"
-    start = time.monotonic()
     verify._run.cache_clear()
     assert run(toolkit, kind) == Child(run, toolkit, kind).result() == first
-    assert time.monotonic() - start < 5
     assert children(toolkit) == 1
     assert jit.build(toolkit.source).intact()
     facts = doctor.modules()
