@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -239,17 +240,19 @@ def update_page(text: str) -> None:
 
 def write(records: list[Record], folder: Path, *, whole: bool) -> None:
     """The record of runs, as json and as tables; some of them replace those of before, all of them
-    the whole record."""
+    the whole record. What the suite no longer has goes."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "emulator.json"
     if not whole and kept.is_file():
         before = [Record(**record) for record in json.loads(kept.read_text())["records"]]
         renewed = {(r.group, r.name): r for r in records}
+        runs = {(run.group, run.name) for part in PARTS.values() for run in part()}
+        before = [r for r in before if (r.group, r.name) in runs]
         records = [renewed.pop((r.group, r.name), r) for r in before] + list(renewed.values())
     passed = sum(r.passed for r in records)
     about = {"date": time.strftime("%Y-%m-%d"), **versions(), "runs": len(records), "failed": len(records) - passed}
     kept.write_text(json.dumps({**about, "records": [asdict(r) for r in records]}, indent=1) + "\n")
-    heading = ", ".join(f"{key} {value}" for key, value in about.items())
+    heading = textwrap.fill(", ".join(f"{key} {value}" for key, value in about.items()), 100)
     (folder / "emulator.md").write_text(f"# Runs in the emulator\n\n{heading}\n\n{table(records)}")
     if folder == product.ROOT / "bench" / "results":
         update_page(f"{heading}\n\n{summary(records)}")
