@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from ptx import tensormap
+from ptx import product, tensormap
 from ptx.case import swizzled
 from ptx.errors import Fault, Hang, UnknownInstruction
 from ptx.formats import E4M3, bf16_bits, e4m3_bits
@@ -136,7 +137,6 @@ def test_tensor_maps_leave_the_bit_that_hosts_clear() -> None:
 
 
 def test_conversions_round_to_nearest_even() -> None:
-    torch = pytest.importorskip("torch")
     values = torch.randn(4096, generator=torch.Generator().manual_seed(1)) * 2.0 ** torch.arange(-12, 20).repeat(128)
     ours = e4m3_bits(values.clamp(-448, 448).numpy())
     assert (ours == values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()).all()
@@ -146,9 +146,6 @@ def test_conversions_round_to_nearest_even() -> None:
 
 
 def test_scales_are_swizzled_as_the_product_swizzles_them() -> None:
-    torch = pytest.importorskip("torch")
-    from ptx import product
-
     scales = np.random.default_rng(1).integers(0, 255, (200, 11), dtype=np.uint8)
     theirs = product.mx.swizzle_scales(torch.from_numpy(scales)).reshape(-1).numpy()
     assert (swizzled(scales, 256) == theirs).all()

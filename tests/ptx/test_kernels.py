@@ -11,10 +11,8 @@ import dataclasses
 
 import pytest
 
-from ptx import product
+from ptx import cutlass_backend, product
 from ptx.case import Case, Shape
-
-cutlass_backend = pytest.importorskip("ptx.cutlass_backend")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from ptx import on_hopper
 from ptx.hopper_programs import Hopper, programs
 
-torch = pytest.importorskip("torch")
 PROGRAMS = programs()
 
 
