@@ -1,7 +1,8 @@
 """The SM100 kernels as compiled: the instructions they must have, no spills, and what fits an SM.
 
 A representative few by default, a minute each; HYBRID_MXFP8_TEST_CONFIGS=all compiles every shipped
-configuration and output type with each mainloop.
+configuration and output type with each mainloop. Run as a program, this writes the table of their
+figures in docs/cutlass-backend.md.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import itertools
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cutlass_modules
+import pages
 import pytest
 import torch
 
@@ -90,11 +93,9 @@ def nvidia_tool(name: str) -> str:
     return str(getattr(triton.knobs.nvidia, name).path)
 
 
-@pytest.fixture(scope="module")
-def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The GEMM kernel's instructions."""
-    folder = tmp_path_factory.mktemp("cubin")
-    subprocess.run([nvidia_tool("cuobjdump"), "-xelf", "all", built], cwd=folder, check=True, capture_output=True)
+def read_sass(library: Path, folder: Path) -> str:
+    """The GEMM kernel's instructions; ``folder`` is an empty one for its cubin."""
+    subprocess.run([nvidia_tool("cuobjdump"), "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
     cubin = max(folder.glob("*.cubin"), key=lambda file: file.stat().st_size)  # linking adds an empty one
     arch = re.search(r"sm_(\d+)", cubin.name)
     assert arch
@@ -107,13 +108,22 @@ def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return gemm
 
 
-@pytest.fixture(scope="module")
-def usage(built: Path) -> dict[str, int]:
+def read_usage(library: Path) -> dict[str, int]:
     """The GEMM kernel's registers, stack and so on."""
-    command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", built]
+    command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", library]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     (gemm,) = (after for name, after in itertools.pairwise(lines) if "GemmUniversal" in name)
     return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", gemm)}
+
+
+@pytest.fixture(scope="module")
+def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return read_sass(built, tmp_path_factory.mktemp("cubin"))
+
+
+@pytest.fixture(scope="module")
+def usage(built: Path) -> dict[str, int]:
+    return read_usage(built)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +131,14 @@ def module(built: Path) -> Any:
     import tvm_ffi
 
     return tvm_ffi.load_module(str(built))
+
+
+def tensor_memory_columns(sass: str) -> int:
+    """Of the 512 of an SM, what the kernel allocates, in units of 32 there."""
+    (units,) = set(
+        re.findall(r"UMOV (UR\d+), (0x[0-9a-f]+) ;(?:(?!UMOV).)*?UTCATOMSWS\S*FIND_AND_SET\S* UP\d, \1,", sass, re.S)
+    )
+    return 32 * int(units[1], 16)
 
 
 def instructions(sass: str, pattern: str) -> set[str]:
@@ -216,3 +234,32 @@ def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) 
         assert size == module.workspace_size(experts, 4096, 7168, 100_000, 148)
         assert size <= workspace_bound(experts, 64, cpu)
     assert GemmConfig.parse(kernel.module).module == kernel.module
+
+
+def test_tensor_memory_fits(sass: str) -> None:
+    """What of it is used is asserted in csrc, when the kernel is compiled."""
+    assert tensor_memory_columns(sass) <= 512
+
+
+def table() -> str:
+    """The figures of every kernel in the cache, as markdown."""
+    import tvm_ffi
+
+    lines = ["| kernel | registers | stages | shared memory, bytes | tensor memory, columns |", "|" + " --- |" * 5]
+    for kernel in kernels():
+        os.environ["HYBRID_MXFP8_CUTLASS_DIR"] = str(kernel.cutlass.include)
+        library = jit.build(source(kernel.module, kernel.out, kernel.arch)).library
+        module = tvm_ffi.load_module(str(library))
+        with tempfile.TemporaryDirectory() as folder:
+            columns = tensor_memory_columns(read_sass(library, Path(folder)))
+        figures = read_usage(library)["REG"], module.mainloop_stages(), module.shared_memory_bytes(), columns
+        lines.append(f"| {kernel} | {' | '.join(map(str, figures))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    headers = ", ".join(
+        f"CUTLASS {h.version_string} ({cutlass_modules.mainloop(h)})" for h in cutlass_modules.header_choices()
+    )
+    about = f"Made by `make sass` with nvcc {toolchain.find_cuda().version_string}, {headers}."
+    pages.replace("cutlass-backend.md", "sass", f"{about}\n\n{table()}")

@@ -12,6 +12,7 @@ for folder in (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "codegen"):
         sys.path.insert(0, str(folder))
 
 import kernels as launches  # noqa: E402
+import pages  # noqa: E402
 import torch  # noqa: E402
 from compiling import StubDriver  # noqa: E402
 
@@ -50,6 +51,7 @@ __all__ = [
     "launches",
     "mainloop_headers",
     "mx",
+    "pages",
     "reference",
     "route",
     "routing",

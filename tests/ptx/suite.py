@@ -1,7 +1,7 @@
 """Every run of the kernels in the emulator, and every seeded fault; the record goes to
 bench/results.
 
-    python tests/ptx/suite.py [--only PART] [--match TEXT] [--out FOLDER]
+    python tests/ptx/suite.py [--only PART] [--match TEXT] [--jobs N] [--out FOLDER]
 
 Some runs renew their lines in the record, all of them the whole of it, and the table in
 docs/emulator.md with it. Compiles what is not in the cache: 48 modules of CUTLASS, half a minute
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -230,14 +232,6 @@ def summary(records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update_page(text: str) -> None:
-    """Put the table between the marks of docs/emulator.md."""
-    page = product.ROOT / "docs" / "emulator.md"
-    start, end = "<!-- runs -->\n", "<!-- /runs -->"
-    before, rest = page.read_text().split(start)
-    page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
-
-
 def write(records: list[Record], folder: Path, *, whole: bool) -> None:
     """The record of runs, as json and as tables; some of them replace those of before, all of them
     the whole record. What the suite no longer has goes."""
@@ -255,7 +249,21 @@ def write(records: list[Record], folder: Path, *, whole: bool) -> None:
     heading = textwrap.fill(", ".join(f"{key} {value}" for key, value in about.items()), 100)
     (folder / "emulator.md").write_text(f"# Runs in the emulator\n\n{heading}\n\n{table(records)}")
     if folder == product.ROOT / "bench" / "results":
-        update_page(f"{heading}\n\n{summary(records)}")
+        product.pages.replace("emulator.md", "runs", f"{heading}\n\n{summary(records).rstrip()}")
+
+
+def in_processes(runs: list[Run], jobs: int) -> Iterator[Record]:
+    """The runs' records in order; forked, because a run is a closure."""
+    _chosen[:] = runs
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_execute_chosen, range(len(runs)))
+
+
+_chosen: list[Run] = []
+
+
+def _execute_chosen(number: int) -> Record:
+    return execute(_chosen[number])
 
 
 def versions() -> dict[str, str]:
@@ -279,22 +287,25 @@ def main() -> int:
     parser.add_argument("--only", choices=(*PARTS,), help="one part")
     parser.add_argument("--match", default="", help="only runs with this in their name or group")
     parser.add_argument("--out", type=Path, default=product.ROOT / "bench" / "results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
     given = parser.parse_args()
     cutlass_backend.whole_host = True
+    chosen = [
+        run
+        for part, runs in PARTS.items()
+        if given.only in (None, part)
+        for run in runs()
+        if given.match in f"{run.group} {run.name}"
+    ]
+
     records: list[Record] = []
-    for part, runs in PARTS.items():
-        if given.only not in (None, part):
-            continue
-        for run in runs():
-            if given.match not in f"{run.group} {run.name}":
-                continue
-            records.append(execute(run))
-            last = records[-1]
-            print(
-                f"{'ok  ' if last.passed else 'FAIL'} {last.group}: {last.name}: error {last.error:.3f}, {last.races} races, "
-                f"{last.instructions} instructions, {last.seconds:.1f} s {last.says[:150]}",
-                flush=True,
-            )
+    for record in in_processes(chosen, given.jobs):
+        records.append(record)
+        print(
+            f"{'ok  ' if record.passed else 'FAIL'} {record.group}: {record.name}: error {record.error:.3f}, "
+            f"{record.races} races, {record.instructions} instructions, {record.seconds:.1f} s {record.says[:150]}",
+            flush=True,
+        )
     write(records, given.out, whole=given.only is None and not given.match)
     failed = [record for record in records if not record.passed]
     print(f"{len(records)} runs, {len(failed)} failed")

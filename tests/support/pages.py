@@ -21,6 +21,13 @@ def blocks(page: str, language: str) -> list[str]:
     return found
 
 
+def replace(page: str, mark: str, text: str) -> None:
+    """Put ``text`` between the two comments with the mark, as runs that make a table do."""
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    before, rest = (DOCS / page).read_text().split(start)
+    (DOCS / page).write_text(f"{before}{start}\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
 def run_python(page: str) -> dict[str, Any]:
     """All Python of a page, as one program; the names it leaves."""
     names: dict[str, Any] = {}
