@@ -20,7 +20,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 import cutlass_modules
 

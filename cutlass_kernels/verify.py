@@ -12,6 +12,7 @@ failures that say nothing of the module, such as a GPU without free memory.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -157,12 +158,24 @@ def _name(device: torch.device) -> str:
 
 @functools.cache
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """NVIDIA's driver, as its kernel module says; empty where there is none."""
+    """NVIDIA's driver, as its kernel module says, or its library in a container that hides that;
+    empty where there is none."""
     try:
         match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
+        return match[1] if match else ""
+    except OSError:
+        return _nvml_driver_version()
+
+
+def _nvml_driver_version() -> str:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return ""
-    return match[1] if match else ""
+    text = ctypes.create_string_buffer(96)
+    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
+    nvml.nvmlShutdown()
+    return "" if failed else text.value.decode()
 
 
 # ---------------------------------------------------------------- the child

@@ -87,8 +87,8 @@ def test_a_weight_becomes_what_its_elements_and_scales_stand_for(
     assert_mxfp8(found, "w", exact, rounding)
 
 
-def test_on_each_backend_and_device(backend: str, rng: torch.Generator) -> None:
-    values, scales = random_fp8(rng, 2, 136, 160), random_scales(rng, (2, 136, 160))
+def test_on_each_backend_and_device(backend: str, device: str, rng: torch.Generator) -> None:
+    values, scales = random_fp8(rng, 2, 136, 160).to(device), random_scales(rng, (2, 136, 160)).to(device)
     wq = fp8_blocks.quantize_fp8_blocks(values, scales, backend=backend)
     expected = fp8_blocks.quantize_fp8_blocks(values, scales, backend="reference")
     assert same_bytes(wq.values, expected.values)
