@@ -101,7 +101,7 @@ class Result:
     races: list[str]
     instructions: int
     known: list[str] = field(default_factory=list)
-    """Races that are CUTLASS's own, see ``is_known``."""
+    """Races that are CUTLASS's own or Triton's, see each backend's ``is_known``."""
 
     @property
     def passed(self) -> bool:

@@ -27,7 +27,7 @@ from hybrid_mxfp8.cutlass_kernels.jit import toolchain  # noqa: E402
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap  # noqa: E402
 from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
 from hybrid_mxfp8.reference import routing  # noqa: E402
-from hybrid_mxfp8.triton_kernels import abi, group_layout  # noqa: E402
+from hybrid_mxfp8.triton_kernels import abi, group_layout, launch  # noqa: E402
 from hybrid_mxfp8.triton_kernels.gemm import blackwell  # noqa: E402
 from hybrid_mxfp8.triton_kernels.moe import route  # noqa: E402
 
@@ -48,6 +48,7 @@ __all__ = [
     "host_source",
     "installed_headers",
     "jit",
+    "launch",
     "launches",
     "mainloop_headers",
     "mx",
