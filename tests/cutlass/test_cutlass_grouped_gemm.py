@@ -21,6 +21,7 @@ from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import device as devices
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST
 from hybrid_mxfp8.dispatch.registry import Problem, _log_choice, choose
 from hybrid_mxfp8.errors import BackendUnavailableError
 
@@ -142,9 +143,9 @@ def copy_from_elsewhere(source: jit.Source) -> None:
     """Put a module that other versions built into the cache."""
     folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
     folder.mkdir(parents=True)
-    (folder / jit.LIBRARY).write_bytes(b"a library")
+    (folder / LIBRARY).write_bytes(b"a library")
     manifest = {**dict.fromkeys(jit.MANIFEST_STRINGS, ""), "sha256": hashlib.sha256(b"a library").hexdigest()}
-    (folder / jit.MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_old_headers_are_told(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:

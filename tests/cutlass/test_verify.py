@@ -18,6 +18,7 @@ from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.dispatch.module_cache import MANIFEST
 from hybrid_mxfp8.reference import grouped_matmul
 
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_the_child_reads_what_was_built(tmp_path: Path, monkeypatch: pytest.Monk
 
     names = ("HYBRID_MXFP8_CTA_GROUP", "HYBRID_MXFP8_TOKEN_TILE", "HYBRID_MXFP8_OUT")
     definitions = dict(zip(names, ("2", "128", "float"), strict=True))
-    (tmp_path / jit.MANIFEST).write_text(json.dumps({"definitions": definitions}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"definitions": definitions}))
     monkeypatch.setattr(tvm_ffi, "load_module", lambda path: Product(""))
     verify.main(str(tmp_path), "cpu")
     assert 0 < float(capsys.readouterr().out) < 1

@@ -32,6 +32,7 @@ from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.dispatch import module_cache
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 STRANGER = 12345
@@ -124,11 +125,11 @@ __attribute__((constructor)) static void run(void) { fclose(fopen("MARK", "w"));
 STRANGE: dict[str, Callable[[jit.Built], None]] = {
     "module of another": lambda built: give(built.folder),
     "library of another": lambda built: give(built.library),
-    "metadata of another": lambda built: give(built.folder / jit.MANIFEST),
+    "metadata of another": lambda built: give(built.folder / MANIFEST),
     "module open to all": lambda built: built.folder.chmod(0o777),
     "library open to all": lambda built: built.library.chmod(0o666),
     "library open to a group": lambda built: built.library.chmod(0o664),
-    "metadata open to all": lambda built: (built.folder / jit.MANIFEST).chmod(0o606),
+    "metadata open to all": lambda built: (built.folder / MANIFEST).chmod(0o606),
 }
 
 
@@ -142,9 +143,9 @@ def test_a_planted_module_is_built_anew(
     planted, mark = toolkit.folder / "planted.c", toolkit.folder / "mark"
     planted.write_text(PLANTED.replace("MARK", str(mark)))
     subprocess.run(["cc", "-shared", "-fPIC", planted, "-o", built.library], check=True)
-    manifest = json.loads((built.folder / jit.MANIFEST).read_text())
+    manifest = json.loads((built.folder / MANIFEST).read_text())
     manifest["sha256"] = hashlib.sha256(built.library.read_bytes()).hexdigest()
-    (built.folder / jit.MANIFEST).write_text(json.dumps(manifest))
+    (built.folder / MANIFEST).write_text(json.dumps(manifest))
     assert built.intact(), "a planted module that is this user's own would be loaded"
     STRANGE[how](built)
     assert not built.intact()
@@ -270,7 +271,7 @@ def at(step: str, patch: pytest.MonkeyPatch, event: Callable[[], None], *, after
         ours = {
             "mkdir": lambda: args[0].name.startswith(module_cache.BUILDING),
             "run": lambda: "-o" in args[0],
-            "chmod": lambda: args[0].name == jit.LIBRARY,
+            "chmod": lambda: args[0].name == LIBRARY,
         }.get(name, lambda: True)()
         if ours and not after:
             event()
@@ -416,7 +417,7 @@ def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int, tally: Tally) -> 
     """Neither a source from the future, nor a module older than its source."""
     os.utime(toolkit.folder / "toy.cu", (when, when))
     built = jit.build(toolkit.source)
-    for path in (built.library, built.folder / jit.MANIFEST, built.folder, toolkit.cache):
+    for path in (built.library, built.folder / MANIFEST, built.folder, toolkit.cache):
         os.utime(path, (when, when))
     assert answer(toolkit.source) == 42
     os.utime(toolkit.folder / "toy.cu")
@@ -427,14 +428,14 @@ def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int, tally: Tally) -> 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[jit.Built], None]:
     def damage(built: jit.Built) -> None:
-        file = built.folder / jit.MANIFEST
+        file = built.folder / MANIFEST
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
     return damage
 
 
 def manifest(content: bytes) -> Callable[[jit.Built], object]:
-    return lambda built: (built.folder / jit.MANIFEST).write_bytes(content)
+    return lambda built: (built.folder / MANIFEST).write_bytes(content)
 
 
 def library(change: Callable[[bytes], bytes]) -> Callable[[jit.Built], object]:
@@ -454,7 +455,7 @@ DAMAGE: dict[str, Callable[[jit.Built], object]] = {
     "digest of another type": edited(lambda m: m | {"sha256": [m["sha256"]]}),
     "no digest but null": edited(lambda m: m | {"sha256": None}),
     "another digest": edited(lambda m: m | {"sha256": "0" * 64}),
-    "metadata is a folder": lambda b: ((b.folder / jit.MANIFEST).unlink(), (b.folder / jit.MANIFEST).mkdir()),
+    "metadata is a folder": lambda b: ((b.folder / MANIFEST).unlink(), (b.folder / MANIFEST).mkdir()),
     "library is a folder": lambda b: (b.library.unlink(), b.library.mkdir()),
     "library is missing": lambda b: b.library.unlink(),
     "library is empty": library(lambda data: b""),
