@@ -11,11 +11,11 @@ import torch
 
 from hybrid_mxfp8 import calc_diff, signal_to_noise_db
 from hybrid_mxfp8.commands import cli
-from hybrid_mxfp8.commands.accuracy import command, formats, measure, transformers_model
+from hybrid_mxfp8.commands.accuracy import command, measure, transformers_model
 from hybrid_mxfp8.commands.demo import workload
 
 NAMES = ["bf16", "MXFP8 rceil", "MXFP8 floor", "MXFP8 even", "FP8 per row", "FP8 per tensor"]
-BY_NAME = {form.name: form for form in formats.FORMATS}
+BY_NAME = {form.name: form for form in measure.FORMATS}
 needs_transformers = pytest.mark.skipif(not transformers_model.installed(), reason="needs transformers")
 
 
@@ -102,10 +102,9 @@ def test_the_model_with_nothing_quantized_is_the_librarys() -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY)).float().eval()
     ids = torch.randint(0, 64, (1, 20))
-    seen: list[workload.Operands] = []
     with torch.no_grad():
         theirs = model(ids).logits
-        mine = transformers_model.logits(model, lambda x: x, ids, seen)
+    mine, seen = transformers_model.logits(model, lambda x: x, ids)
     assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     assert [(o.x.shape, o.w.shape, sum(o.rows)) for o in seen] == [
         ((40, 64), (4, 64, 64), 40),
