@@ -25,9 +25,6 @@ from dataclasses import dataclass
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
-CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
-"""Compute capabilities whose tensor cores take the kernel's instructions."""
-
 WEIGHT_ROWS = 128
 """Rows of the weights that one SM takes."""
 
