@@ -21,8 +21,6 @@ from hypothesis import HealthCheck, settings
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.dispatch.registry import AUTO, requested
 
-pytest_plugins = ["tally"]
-
 # Derandomized: the same examples each run, so that a failure is one everybody sees.
 settings.register_profile(
     "repeatable",

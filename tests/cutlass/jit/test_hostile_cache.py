@@ -25,7 +25,6 @@ from typing import Any
 import pytest
 from fake_toolkit import FakeToolkit, answer, open_fake_toolkit
 from forked import Child
-from tally import Tally
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands import doctor
@@ -90,7 +89,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_a_cache_that_others_can_write_is_not_loaded(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, how: str, tally: Tally
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, how: str
 ) -> None:
     """By any way in: nothing is loaded or written, and each says why and what to do; one word
     trusts it."""
@@ -114,7 +113,6 @@ def test_a_cache_that_others_can_write_is_not_loaded(
     monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
     assert answer(toolkit.source) == 42
     assert toolkit.compilations() == 1
-    tally("cache faults")
 
 
 PLANTED = """
@@ -135,7 +133,7 @@ STRANGE: dict[str, Callable[[jit.Built], None]] = {
 
 @pytest.mark.parametrize("how", STRANGE)
 def test_a_planted_module_is_built_anew(
-    toolkit: FakeToolkit, as_root: None, how: str, caplog: pytest.LogCaptureFixture, tally: Tally
+    toolkit: FakeToolkit, as_root: None, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A library that would run at once, with metadata to match, in a cache that is otherwise in
     order."""
@@ -156,7 +154,6 @@ def test_a_planted_module_is_built_anew(
     assert toolkit.compilations() == 2
     assert not mark.exists()
     assert toolkit.leftovers() == []
-    tally("cache faults")
 
 
 def become(user: int, function: Callable[[], Any]) -> Any:
@@ -167,7 +164,7 @@ def become(user: int, function: Callable[[], Any]) -> Any:
     return function()
 
 
-def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None, tally: Tally) -> None:
+def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None) -> None:
     """An image that root warmed up serves the user it runs as, who can add nothing; another user's
     does not."""
     jit.build(toolkit.source)
@@ -186,11 +183,10 @@ def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None, tally
     assert Child(become, STRANGER, lambda: jit.load(toolkit.source).answer()).result() == 42
     refused = Child(become, STRANGER + 1, lambda: jit.load(toolkit.source).answer()).result()
     assert "belongs to user 12345, not to user 12346" in refused
-    tally("cache faults", 3)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
-def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int, tally: Tally) -> None:
+def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int) -> None:
     """Whatever the umask, nobody else can write any of it, or hold a lock for ever."""
     before = os.umask(umask)
     try:
@@ -204,12 +200,9 @@ def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int, tally: 
         assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
     (lock,) = toolkit.cache.glob("*.lock")
     assert stat.S_IMODE(lock.stat().st_mode) & 0o077 == 0
-    tally("cache faults")
 
 
-def test_a_link_and_a_sticky_folder_are_fine(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
+def test_a_link_and_a_sticky_folder_are_fine(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home on another disk; and /tmp, where all can make files and none can replace another's."""
     jit.build(toolkit.source)
     link_away(toolkit.folder / "cache")
@@ -221,11 +214,10 @@ def test_a_link_and_a_sticky_folder_are_fine(
         monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder))
         assert answer(toolkit.source) == answer(toolkit.source) == 42
     assert toolkit.compilations() == 3
-    tally("cache faults", 3)
 
 
 def test_a_file_server_that_gives_files_to_nobody(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, tally: Tally
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None
 ) -> None:
     """Root's new folder is nobody's where the server squashes root: said before compiling, not
     after."""
@@ -239,7 +231,6 @@ def test_a_file_server_that_gives_files_to_nobody(
     with pytest.raises(BackendUnavailableError, match="belongs to user 65534, not to user 0"):
         jit.build(toolkit.source)
     assert toolkit.compilations() == 0
-    tally("cache faults")
 
 
 def test_the_switch_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +276,7 @@ def at(step: str, patch: pytest.MonkeyPatch, event: Callable[[], None], *, after
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool, tally: Tally) -> None:
+def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool) -> None:
     """The next build makes the module, or finds it whole, and removes what is old enough."""
 
     def run() -> None:
@@ -299,12 +290,11 @@ def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool, tally:
         os.utime(left, (0, 0))
     assert answer(toolkit.source) == 42
     assert toolkit.leftovers() == []
-    tally("cache faults")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, code: int, tally: Tally) -> None:
+def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, code: int) -> None:
     """A clear error, nothing left, and a module once it works again."""
 
     def fail() -> None:
@@ -317,11 +307,10 @@ def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, c
     assert f"cannot be written ({os.strerror(code)})" in str(caught.value)
     assert toolkit.modules() == toolkit.leftovers() == []
     assert jit.build(toolkit.source).intact()
-    tally("cache faults")
 
 
 @pytest.mark.parametrize("limit", [0, 100, 5000])
-def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int, tally: Tally) -> None:
+def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int) -> None:
     """A real limit, on this process and on the compiler: whoever meets it, nothing half is kept."""
 
     def run() -> str:
@@ -337,7 +326,6 @@ def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int, tally: Tally)
     assert "cannot be written" in said or "compiling toy failed" in said
     assert toolkit.modules() == toolkit.leftovers() == []
     assert answer(toolkit.source) == 42
-    tally("cache faults")
 
 
 # ---------------------------------------------------------------- places
@@ -365,14 +353,11 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_places_that_cannot_be_a_cache(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, place: str, tally: Tally
-) -> None:
+def test_places_that_cannot_be_a_cache(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(PLACES[place](toolkit.folder)))
     with pytest.raises(BackendUnavailableError, match=r"(cannot|can) be written .*HYBRID_MXFP8_CACHE_DIR"):
         jit.load(toolkit.source)
     assert doctor.modules()["modules"] == []
-    tally("cache faults")
 
 
 def no_password_entry(user: int) -> None:
@@ -395,7 +380,7 @@ def no_password_entry(user: int) -> None:
     ],
 )
 def test_where_the_cache_is(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str, tmp_path: Path, tally: Tally
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
     """Always an absolute path, also for a user with no home at all."""
     for name in ("HOME", "XDG_CACHE_HOME", "HYBRID_MXFP8_CACHE_DIR"):
@@ -406,14 +391,13 @@ def test_where_the_cache_is(
     monkeypatch.chdir(tmp_path)
     filled = expected.format(here=tmp_path, temporary=tempfile.gettempdir(), user=os.getuid())
     assert env.cache_dir() == Path(filled)
-    tally("cache faults")
 
 
 # ---------------------------------------------------------------- time and damage
 
 
 @pytest.mark.parametrize("when", [0, 4102444800], ids=["1970", "2100"])
-def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int, tally: Tally) -> None:
+def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int) -> None:
     """Neither a source from the future, nor a module older than its source."""
     os.utime(toolkit.folder / "toy.cu", (when, when))
     built = jit.build(toolkit.source)
@@ -423,7 +407,6 @@ def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int, tally: Tally) -> 
     os.utime(toolkit.folder / "toy.cu")
     assert answer(toolkit.source) == 42
     assert toolkit.compilations() == 1
-    tally("cache faults", 2)
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[jit.Built], None]:
@@ -468,7 +451,7 @@ DAMAGE: dict[str, Callable[[jit.Built], object]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str, tally: Tally) -> None:
+def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str) -> None:
     built = jit.build(toolkit.source)
     DAMAGE[how](built)
     assert not built.intact()
@@ -477,4 +460,3 @@ def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str, tally: Tally)
     assert toolkit.compilations() == 2
     assert doctor.modules()["modules"] == ["toy, CUTLASS 4.2.0, nvcc 13.0.88"]
     assert toolkit.leftovers() == [] or how == "the module is a file"
-    tally("cache faults")
