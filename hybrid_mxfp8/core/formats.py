@@ -15,7 +15,6 @@ BLOCK_SIZE: Final = 32
 
 E4M3_MAX: Final = 448.0
 E4M3_NAN: Final = 0x7F
-E8M0_BIAS: Final = 127
 E8M0_NAN: Final = 255
 
 SCALE_TILE_ROWS: Final = 128

@@ -10,8 +10,6 @@ import importlib.util
 
 import torch
 
-from hybrid_mxfp8 import env
-
 TRITON_MIN_CAPABILITY = (8, 9)
 """The first with instructions for e4m3."""
 
@@ -37,19 +35,6 @@ def multiprocessors(device: torch.device) -> int | None:
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def compiles_kernels(device: torch.device) -> bool:
-    """Whether this package's Triton kernels run compiled on ``device``; False for a CPU."""
-    found = capability(device)
-    return (
-        found is not None
-        and found >= TRITON_MIN_CAPABILITY
-        and torch.version.hip is None
-        and has_triton()
-        and not env.triton_interpret()
-    )
 
 
 def default_device() -> torch.device:
