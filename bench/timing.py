@@ -180,7 +180,6 @@ def host_us(
     sets: int,
     device_us: float,
     synchronize: Callable[[], None],
-    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Median over batches of an eager call's mean wall time, in µs; no garbage is collected."""
     batches = []
@@ -190,10 +189,10 @@ def host_us(
     try:
         for _ in range(wanted):
             synchronize()
-            start = clock()
+            start = time.perf_counter()
             for i in range(calls):
                 call(i % sets)
-            batches.append((clock() - start) / calls * 1e6)
+            batches.append((time.perf_counter() - start) / calls * 1e6)
     finally:
         if collecting:
             gc.enable()
@@ -207,7 +206,6 @@ def measure(
     device: Device,
     *,
     host: Sequence[str] = (),
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Result]:
     """Time the contenders against one another.
 
@@ -216,7 +214,6 @@ def measure(
         plan: how.
         device: where.
         host: names whose eager host time is wanted too.
-        clock: for host time, in seconds.
     """
     results: dict[str, Result] = {}
     replays: dict[str, Callable[[], None]] = {}
@@ -231,7 +228,7 @@ def measure(
             read = device.sample(replays[name])
             device.synchronize()
             if name in host:
-                host_times[name] = host_us(call, plan.sets, read() / plan.calls, device.synchronize, clock)
+                host_times[name] = host_us(call, plan.sets, read() / plan.calls, device.synchronize)
         except device.failures as error:
             replays.pop(name, None)
             results[name] = Result(None, failure=one_line(error))

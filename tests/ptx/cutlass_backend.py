@@ -43,10 +43,10 @@ def headers_of(mainloop: str) -> Iterator[None]:
 
 
 @functools.cache
-def module_text(config: str, mainloop: str, out: str, arch: str = "10.0a") -> str:
+def module_text(config: str, mainloop: str, out: str) -> str:
     """PTX of a configuration's module."""
     module = product.GemmConfig.parse(config).module
-    source = product.gemm_source(module, product.OUT_DTYPES[out], arch)
+    source = product.gemm_source(module, product.OUT_DTYPES[out], "10.0a")
     return compile_ptx(source, product.mainloop_headers(mainloop))
 
 

@@ -91,9 +91,9 @@ def every(pattern: str, replacement: str = "") -> Edit:
     return apply
 
 
-def nth(pattern: str, number: int, replacement: str = "") -> Edit:
-    """One match."""
-    return edit(lambda text: text.put(text.find(pattern, number), pattern, replacement))
+def nth(pattern: str, number: int) -> Edit:
+    """One match, removed."""
+    return edit(lambda text: text.put(text.find(pattern, number), pattern, ""))
 
 
 def removed_wait(anchor: str, number: int = 1, back: int = 1) -> Edit:
@@ -186,7 +186,6 @@ class Seeded:
     edit_params: EditParams | None = None
     backend: str = "cutlass"
     options: dict[str, Any] = field(default_factory=dict)
-    shape: Shape = SHAPE
 
 
 ONE = {"config": "1sm_128x128x128_1x1", "sms": 1}
@@ -350,11 +349,9 @@ def report(fault: Seeded) -> str:
     try:
         if fault.backend == "cutlass":
             options = cutlass_backend.Options(**{"seed": 3, **fault.options})
-            call: Any = cutlass_backend.Call(fault.shape, options, edit=fault.edit, edit_params=fault.edit_params)
+            call: Any = cutlass_backend.Call(SHAPE, options, edit=fault.edit, edit_params=fault.edit_params)
         else:
-            call = triton_backend.Call(
-                fault.shape, triton_backend.Options(**{"seed": 3, **fault.options}), edit=fault.edit
-            )
+            call = triton_backend.Call(SHAPE, triton_backend.Options(**{"seed": 3, **fault.options}), edit=fault.edit)
         result = call.run()
     except Hang as hang:
         return f"hang of {str(hang).count(chr(10))} warps"

@@ -121,9 +121,9 @@ CASES: dict[str, Callable[[], Kernels]] = {
 }
 
 
-def emulated(kernels: Kernels, memory: GlobalMemory | None = None) -> tuple[dict[str, torch.Tensor], list[str], int]:
+def emulated(kernels: Kernels) -> tuple[dict[str, torch.Tensor], list[str], int]:
     """The outputs after the launches, the races found, and the instructions run."""
-    memory = memory or GlobalMemory()
+    memory = GlobalMemory()
     tensors = {}
     for name, tensor in (kernels.inputs | kernels.outputs).items():
         data = aligned(tensor.numel() * tensor.element_size())

@@ -175,11 +175,11 @@ class Job:
     tests: tuple[str, ...]
 
 
-def find_sanitizer(path: str | None = None) -> str | None:
+def find_sanitizer() -> str | None:
     """compute-sanitizer on PATH, else in the CUDA toolkit."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=path) or shutil.which("compute-sanitizer", path=":".join(folders))
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=":".join(folders))
 
 
 def command(sanitizer: str, job: Job, pytest: str, record: Path) -> list[str]:
