@@ -67,6 +67,15 @@ def rng() -> torch.Generator:
 
 
 @pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A CUDA toolkit, CUTLASS, a source and a cache, all of them fake (FakeToolkit)."""
+    from fake_toolkit import open_fake_toolkit
+
+    with open_fake_toolkit(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
 def interpreter() -> None:
     """Skip where kernels can't run on the CPU."""
     if not INTERPRETED:

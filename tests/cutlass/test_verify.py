@@ -6,12 +6,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from fake_toolkit import FakeToolkit, open_fake_toolkit
+from fake_toolkit import FakeToolkit
 from forked import Child
 
 from hybrid_mxfp8.commands import doctor
@@ -38,13 +37,11 @@ print({"right": 0.25, "wrong numbers": 17.5, "nan": "nan", "a row without an exp
 """
 
 
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        monkeypatch.chdir(made.folder)
-        monkeypatch.setattr(verify, "SECONDS", 3.0 if "hang" in request.node.name else 60.0)
-        verify._run.cache_clear()
-        yield made
+@pytest.fixture(autouse=True)
+def _fresh(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.chdir(toolkit.folder)
+    monkeypatch.setattr(verify, "SECONDS", 3.0 if "hang" in request.node.name else 60.0)
+    verify._run.cache_clear()
 
 
 def run(toolkit: FakeToolkit, kind: str) -> verify.Record:

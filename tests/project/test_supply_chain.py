@@ -14,13 +14,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from audit import AUDIT
-from fake_toolkit import FakeToolkit, open_fake_toolkit
+from fake_toolkit import FakeToolkit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hybrid_mxfp8", "triton_kernels", "cutlass_kernels")
@@ -212,12 +211,6 @@ from pathlib import Path
 source = jit.Source("toy", Path(os.environ["TOY"]), "9.0", definitions=(("ANSWER", "42"),), include=())
 assert jit.load(source).answer() == 42
 """
-
-
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        yield made
 
 
 def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path) -> None:

@@ -18,12 +18,12 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_toolkit import FakeToolkit, answer, open_fake_toolkit
+from fake_toolkit import FakeToolkit, answer
 from forked import Child
 
 from hybrid_mxfp8 import env
@@ -36,12 +36,6 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 
 STRANGER = 12345
 """A user who is neither this one nor root."""
-
-
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture

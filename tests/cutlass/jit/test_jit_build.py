@@ -16,19 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_toolkit import MODULE, FakeToolkit, answer, open_fake_toolkit, wait_until
+from fake_toolkit import MODULE, FakeToolkit, answer, wait_until
 from forked import Child
 
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import module_cache
 from hybrid_mxfp8.errors import BackendUnavailableError
-
-
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture
