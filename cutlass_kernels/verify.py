@@ -168,6 +168,8 @@ def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 
 def _nvml_driver_version() -> str:
+    if not torch.cuda.is_available():
+        return ""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
