@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +97,7 @@ def _picture(jobs: Mapping[str, Series], kind: str, column: str, machine: str, p
 
     columns = min(len(jobs), 3)
     rows = -(-len(jobs) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.3 * rows + 1), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     names = list(dict.fromkeys(name for series in jobs.values() for name in series))
     handles: dict[str, Any] = {}
@@ -122,13 +121,12 @@ def _picture(jobs: Mapping[str, Series], kind: str, column: str, machine: str, p
         axis.set_visible(False)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
     what = (
-        "median; band: 10th to 90th percentile"
+        "time, median; band: 10th to 90th percentile"
         if column == "us"
         else "least time that memory and tensor cores allow, over the time"
     )
-    # About 16 characters an inch.
-    width = int(16 * figure.get_figwidth())
-    figure.suptitle(f"{JOBS[kind]}: {what}\n{textwrap.fill(machine, width)}", fontsize=8)
+    card, _, versions = machine.partition("), ")
+    figure.suptitle(f"{JOBS[kind]}: {what}\n{card})\n{versions}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

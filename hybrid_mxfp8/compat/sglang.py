@@ -2,7 +2,7 @@
 this package.
 
 Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import
-alone::
+alone:
 
     from hybrid_mxfp8.compat.sglang import (
         es_sm100_mxfp8_blockscaled_grouped_quant,
@@ -48,6 +48,8 @@ from hybrid_mxfp8.dispatch.plan import ALIGNMENT
 from hybrid_mxfp8.ops.group_layout import build_around
 from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm, grouped_gemm_bytes
 from hybrid_mxfp8.ops.quantize import quantize_into
+
+__all__ = ["es_sm100_mxfp8_blockscaled_grouped_quant", "es_sm100_mxfp8_blockscaled_moe_grouped_gemm"]
 
 
 def es_sm100_mxfp8_blockscaled_grouped_quant(
@@ -334,7 +336,7 @@ def _moe_grouped_gemm_fake(
 
 
 def _register() -> torch.library.Library:
-    """Define the operators, as :mod:`hybrid_mxfp8.ops.torch_library` does: e4m3 goes in as such or
+    """Define the operators, as ``hybrid_mxfp8.ops.torch_library`` does: e4m3 goes in as such or
     as bytes, into buffers as bytes."""
     library = torch.library.Library("hybrid_mxfp8", "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)

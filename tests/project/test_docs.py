@@ -1,8 +1,10 @@
-"""The pages in docs/: Python and commands run as printed, links lead somewhere."""
+"""The pages in docs/ and the examples: they run as printed, links lead somewhere, and the site has all."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -15,22 +17,36 @@ import pages
 import pytest
 import torch
 import transformers_models
-from pages import DOCS, blocks, run_python
+from pages import DOCS, ROOT, blocks, run_program, run_python
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
 
-PAGES = (
-    "accuracy.md",
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+RUN = {
     "checkpoints.md",
+    "environment.md",
     "expert-parallel.md",
+    "groups.md",
     "moe.md",
+    "numerics.md",
     "scale-layout.md",
     "sglang.md",
     "transformers.md",
+}
+"""Pages with Python, each run by a test below."""
+PUBLIC = (
+    "hybrid_mxfp8",
+    "hybrid_mxfp8.checkpoint",
+    "hybrid_mxfp8.compat.sglang",
+    "hybrid_mxfp8.integrations.transformers",
 )
+
+
+def test_every_page_with_python_is_run() -> None:
+    assert {page for page in PAGES if "```python" in (DOCS / page).read_text()} == RUN
 
 
 def run_shell(page: str) -> None:
@@ -61,6 +77,29 @@ def test_scale_layout(tmp_path: Path) -> None:
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """For pages whose point is no kernel: the interpreter takes its time."""
     monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
+
+
+@pytest.mark.usefixtures("_reference")
+def test_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_python("groups.md")
+    assert "False" not in capsys.readouterr().out
+    assert mx.calc_diff(names["out"], names["expected"]) < 1.5e-3
+
+
+@pytest.mark.usefixtures("_reference")
+def test_numerics(capsys: pytest.CaptureFixture[str]) -> None:
+    run_python("numerics.md")
+    kept = re.findall(r"^(\w+) +(\S+) dB$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in kept] == ["rceil", "floor", "even"]
+    assert all(29 < float(db) < 33 for _, db in kept)
+
+
+def test_environment(tmp_path: Path) -> None:
+    """In a process of its own: a choice is logged once, and the page sets up logging."""
+    (block,) = blocks("environment.md", "python")
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=True)
+    assert "INFO:hybrid_mxfp8:quantize on " in done.stderr
+    assert done.stdout.startswith("GroupedMXFP8(num_tokens=4")
 
 
 @pytest.mark.usefixtures("_reference")
@@ -146,8 +185,54 @@ def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "accuracy.json").exists()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.gpu
+def test_example_router_to_layer() -> None:
+    said = run_program(ROOT / "examples" / "router_to_layer.py")
+    assert said.startswith("(32, 256) torch.bfloat16: ")
+    assert float(re.findall(r"(\S+) dB", said)[0]) > 22.0
+
+
+@pytest.mark.gpu
+def test_example_cuda_graph() -> None:
+    """Three replays, each with the bytes of an eager call; without a GPU it says so."""
+    said = run_program(ROOT / "examples" / "cuda_graph.py")
+    replays = "".join(f"step {step}: as eager True\n" for step in range(3))
+    assert said == (replays if torch.cuda.is_available() else "needs a GPU: nothing was run\n")
+
+
+def test_example_transformers_model() -> None:
+    transformers_models.require()
+    first, generated = run_program(ROOT / "examples" / "transformers_model.py").splitlines()
+    assert first.startswith("the experts of 2 MoE layers take ")
+    assert len(json.loads(generated)) == 5 + 8
+
+
+def test_example_expert_parallel() -> None:
+    if torch.cuda.device_count() == 1:
+        pytest.skip("needs no GPU, or two")
+    said = run_program(ROOT / "examples" / "expert_parallel.py", ranks=2)
+    differences = dict(re.findall(r"rank (\d): calc_diff (-?\d\.\de[+-]\d+)", said))
+    assert differences.keys() == {"0", "1"}
+    assert max(map(float, differences.values())) < 3e-5
+
+
+@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in PAGES), "examples/README.md"])
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", (DOCS / page).read_text()):
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         if not target.startswith("https://"):
-            assert (DOCS / target).exists(), target
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_api_page_has_every_public_name_and_no_other() -> None:
+    public = [(module, name) for module in PUBLIC for name in importlib.import_module(module).__all__]
+    documented = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(f"{module}.{name}" for module, name in public if name != "__version__")
+    for module, name in public:
+        assert inspect.getdoc(getattr(importlib.import_module(module), name)), name
+
+
+def test_site_lists_every_page() -> None:
+    """`make docs` fails otherwise; here without what it needs."""
+    listed = re.findall(r"^ +- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {page for page in listed if page.startswith("docs/")} == {f"docs/{page}" for page in PAGES}
+    assert all((ROOT / page).exists() for page in listed)

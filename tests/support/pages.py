@@ -1,7 +1,9 @@
-"""What stands in the pages of docs/, as programs."""
+"""What stands in the pages of docs/ and in examples/, as programs."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -11,7 +13,8 @@ from typing import Any
 
 import torch
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -29,22 +32,38 @@ def replace(page: str, mark: str, text: str) -> None:
 
 
 def run_python(page: str) -> dict[str, Any]:
-    """All Python of a page, as one program; the names it leaves."""
+    """All Python of a page, block after block, as one program; the names it leaves.
+
+    Each block prints something. One that continues another says so in the text above it.
+    """
     names: dict[str, Any] = {}
-    exec(compile("\n".join(blocks(page, "python")), page, "exec"), names)
+    parts = re.split(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(parts) > 1, f"{page} has no python block"
+    for number, (text, block) in enumerate(zip(parts[::2], parts[1::2], strict=False)):
+        assert number == 0 or "continues" in text, f"{page}, block {number}: what does it continue?"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, f"{page}, block {number}", "exec"), names)
+        assert printed.getvalue(), f"{page}, block {number} prints nothing"
+        print(printed.getvalue(), end="")
     return names
+
+
+def run_program(program: Path, ranks: int = 1) -> str:
+    """What a program prints, on ``ranks`` processes."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    # The interpreter adds nothing here but a minute.
+    settings = {} if torch.cuda.is_available() else {"HYBRID_MXFP8_BACKEND": "reference"}
+    command = [sys.executable, *launcher, program]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def check_expert_parallel(parts: list[str], folder: Path) -> None:
     """The page's program on two ranks: their sums are one rank's, but for roundings of bf16."""
     program = folder / "page.py"
     program.write_text("\n".join(blocks("expert-parallel.md", "python")))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # The interpreter adds nothing here but a minute.
-    settings = {} if torch.cuda.is_available() else {"HYBRID_MXFP8_BACKEND": "reference"}
-    done = subprocess.run([*launcher, program], env=os.environ | settings, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
     # Ranks that print at once may share a line.
-    found = dict(re.findall(r"(rank \d, [a-z ]+): calc_diff (-?\d\.\de[+-]\d+)", done.stdout))
+    found = dict(re.findall(r"(rank \d, [a-z ]+): calc_diff (-?\d\.\de[+-]\d+)", run_program(program, ranks=2)))
     assert found.keys() == {f"rank {rank}, {part}" for rank in range(2) for part in parts}
     assert max(map(float, found.values())) < 3e-5, found
