@@ -1,4 +1,4 @@
-"""The pages in docs/ and the examples: they run as printed, links lead somewhere, and the site has all."""
+"""Pages and examples run as printed, links lead somewhere, and the site has every public name."""
 
 from __future__ import annotations
 
