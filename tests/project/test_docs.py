@@ -49,9 +49,9 @@ def test_every_page_with_python_is_run() -> None:
     assert {page for page in PAGES if "```python" in (DOCS / page).read_text()} == RUN
 
 
-def run_shell(page: str) -> None:
-    """The page's commands, all of which are this package's."""
-    for line in "".join(blocks(page, "sh")).splitlines():
+def run_shell(commands: str) -> None:
+    """A page's commands, all of which are this package's."""
+    for line in commands.splitlines():
         words = shlex.split(line)
         assert words[:3] == ["python", "-m", "hybrid_mxfp8"], line
         assert cli.main(words[3:]) == 0
@@ -147,21 +147,13 @@ def save_small_fp8_model(folder: Path) -> str:
 @pytest.mark.usefixtures("_reference")
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rng = torch.Generator().manual_seed(0)
-    shapes = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}
-    tensors = {
-        f"model.layers.0.experts.{e}.{name}.weight": torch.randn(shape, generator=rng).bfloat16()
-        for e in range(4)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, "model.safetensors")
     fp8 = save_small_fp8_model(Path("DeepSeek-V3"))
-    run_shell("checkpoints.md")
+    names = run_python("checkpoints.md", run_shell)
     assert checkpoint.find_experts("DeepSeek-V3-MXFP8") == {"model.layers.3.mlp.experts.*.up_proj.weight": (2, 64, 128)}
     with checkpoint.Checkpoint("DeepSeek-V3-MXFP8") as converted:
         assert converted.tensor(fp8).dtype == torch.bfloat16
-    names = run_python("checkpoints.md")
     assert checkpoint.find_experts("model-mxfp8.safetensors")["model.layers.0.experts.*.w1.weight"] == (4, 64, 128)
+    tensors = names["tensors"]
     w = torch.stack(
         [torch.cat([tensors[f"model.layers.0.experts.{e}.{name}.weight"] for name in ("w1", "w3")]) for e in range(4)]
     )
@@ -169,7 +161,7 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(names["w13"].scales, expected.scales)
     assert torch.equal(names["w13"].values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(names["mine"].values.view(torch.uint8), expected.values.view(torch.uint8)[2:4])
-    x = torch.randn(4, 128, generator=rng)
+    x = torch.randn(4, 128)
     one_each = torch.ones(4, dtype=torch.int32)
     y = names["grouped_gemm"](
         names["quantize_grouped"](x, one_each, backend="reference"), names["w13"], backend="reference"
@@ -180,7 +172,7 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the plot needs the bench extra")
     monkeypatch.chdir(tmp_path)
-    run_shell("accuracy.md")
+    run_shell("".join(blocks("accuracy.md", "sh")))
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "accuracy.json").exists()
 

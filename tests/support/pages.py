@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,25 @@ def replace(page: str, mark: str, text: str) -> None:
     (DOCS / page).write_text(f"{before}{start}\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
-def run_python(page: str) -> dict[str, Any]:
+def run_python(page: str, shell: Callable[[str], None] | None = None) -> dict[str, Any]:
     """All Python of a page, block after block, as one program; the names it leaves.
 
-    Each block prints something. One that continues another says so in the text above it.
+    Each block prints something. One that continues another says so in the text above it. ``shell``
+    gets the blocks of commands in between.
     """
     names: dict[str, Any] = {}
-    parts = re.split(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(parts) > 1, f"{page} has no python block"
-    for number, (text, block) in enumerate(zip(parts[::2], parts[1::2], strict=False)):
-        assert number == 0 or "continues" in text, f"{page}, block {number}: what does it continue?"
+    parts = re.split(r"^```(python|sh)\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for text, language, block in zip(parts[::3], parts[1::3], parts[2::3], strict=False):
+        if language == "sh":
+            if shell is not None:
+                shell(block)
+            continue
+        assert not names or "continues" in text, f"{page}: what does this continue?\n{block}"
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(block, f"{page}, block {number}", "exec"), names)
-        assert printed.getvalue(), f"{page}, block {number} prints nothing"
+            exec(compile(block, page, "exec"), names)
+        assert printed.getvalue(), f"{page}: this prints nothing\n{block}"
         print(printed.getvalue(), end="")
+    assert names, f"{page} has no python block"
     return names
 
 
