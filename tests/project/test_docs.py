@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.core.formats import scale_offset
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 RUN = {
@@ -65,12 +67,19 @@ def test_sglang() -> None:
     assert mx.calc_diff(d, truth) < 1e-3
 
 
-def test_scale_layout(tmp_path: Path) -> None:
+def test_scale_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture labels each row of a tile where its scales lie, 16 bytes a line."""
     run_python("scale-layout.md")
-    pytest.importorskip("matplotlib", reason="the picture needs the bench extra")
-    picture = tmp_path / "layout.png"
-    subprocess.run([sys.executable, DOCS / "scale_layout.py", picture], check=True, timeout=120)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    plt = pytest.importorskip("matplotlib.pyplot", reason="the picture needs the bench extra")
+    monkeypatch.setattr(sys, "argv", ["scale_layout.py", str(tmp_path / "layout.png")])
+    runpy.run_path(str(DOCS / "scale_layout.py"), run_name="__main__")
+    tile = plt.gcf().axes[0]
+    middles = {text.get_text(): text.get_position() for text in tile.texts}
+    at = {row: (scale_offset(row, 0, 4), scale_offset(row, 3, 4)) for row in range(128)}
+    expected = {f"row {row}": ((first + last + 1) / 2 % 16, first // 16 + 0.5) for row, (first, last) in at.items()}
+    assert middles == expected
+    plt.close("all")
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
