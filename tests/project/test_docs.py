@@ -42,6 +42,7 @@ RUN = {
 PUBLIC = (
     "hybrid_mxfp8",
     "hybrid_mxfp8.checkpoint",
+    "hybrid_mxfp8.checkpoint.fp8_blocks",
     "hybrid_mxfp8.compat.sglang",
     "hybrid_mxfp8.integrations.transformers",
 )
