@@ -165,7 +165,7 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A record that :func:`write_json` wrote.
+    """A record that ``write_json`` wrote.
 
     Raises:
         ValueError: the file is no such record.

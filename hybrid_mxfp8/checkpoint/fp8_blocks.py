@@ -18,6 +18,8 @@ from hybrid_mxfp8.core.formats import ceil_div, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights
 from hybrid_mxfp8.ops.quantize import quantize_weights
 
+__all__ = ["quantize_fp8_blocks"]
+
 if TYPE_CHECKING:
     from hybrid_mxfp8.checkpoint.reader import Checkpoint
 

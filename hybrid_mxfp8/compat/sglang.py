@@ -2,7 +2,7 @@
 this package.
 
 Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import
-alone::
+alone:
 
     from hybrid_mxfp8.compat.sglang import (
         es_sm100_mxfp8_blockscaled_grouped_quant,
@@ -51,6 +51,8 @@ from hybrid_mxfp8.ops.group_layout import build_around
 from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm, grouped_gemm_bytes
 from hybrid_mxfp8.ops.quantize import quantize_into
 from hybrid_mxfp8.ops.torch_library import define_operators
+
+__all__ = ["es_sm100_mxfp8_blockscaled_grouped_quant", "es_sm100_mxfp8_blockscaled_moe_grouped_gemm"]
 
 
 def es_sm100_mxfp8_blockscaled_grouped_quant(

@@ -41,6 +41,8 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, fail, resolve_device, short
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.ops.experts import MXFP8Experts
 
+__all__ = ["MemorySaved", "quantize_model_", "register"]
+
 NAME = "hybrid_mxfp8"
 """The value of ``experts_implementation``."""
 

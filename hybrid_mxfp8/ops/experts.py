@@ -28,7 +28,7 @@ class MXFP8Experts(torch.nn.Module):
         w2q: E experts of (H, I).
         w13_bias: (E, 2I) bf16, fp16 or fp32, or None.
         w2_bias: (E, H), or None.
-        activation: as in ``moe_forward``; also an attribute, a :class:`SwiGLU`.
+        activation: as in ``moe_forward``; also an attribute, a ``SwiGLU``.
         workspace: shared by the layers that run one after another, or None; also an attribute.
         backend: as in ``moe_forward``.
 

@@ -2,7 +2,7 @@
 product syncs.
 
 Under ``torch.compile``, and for fake and meta tensors, it is one operator of
-:mod:`hybrid_mxfp8.ops.torch_library`.
+``hybrid_mxfp8.ops.torch_library``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
 
-    Equal calls give equal bytes. Within a configuration, which :func:`explain` prints and which
+    Equal calls give equal bytes. Within a configuration, which ``explain`` prints and which
     depends on shapes alone, so do an expert's rows whatever the others are.
 
     Args:
@@ -54,7 +54,7 @@ def grouped_gemm(
         out_dtype: bf16, fp16 or fp32; accumulation is fp32 or better.
         out: (T, N) of ``out_dtype``, contiguous, 16-byte aligned; written and returned. Must not
             overlap the operands.
-        workspace: uint8 buffer on x's device of at least :func:`grouped_gemm_workspace_size` bytes,
+        workspace: uint8 buffer on x's device of at least ``grouped_gemm_workspace_size`` bytes,
             256-byte aligned. Without it one is allocated if the backend needs any. Two streams must
             not share one; it must not overlap the operands or ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
@@ -207,7 +207,7 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
 
 
 def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> int:
-    """Bytes of ``workspace`` that :func:`grouped_gemm` of just these operands needs."""
+    """Bytes of ``workspace`` that ``grouped_gemm`` of just these operands needs."""
     problem = _problem(x, w, out_dtype)
     return choose(problem).workspace_size(problem)
 
@@ -215,7 +215,7 @@ def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype
 def grouped_gemm_workspace_size(
     w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> int:
-    """Bytes of ``workspace`` that suffice for :func:`grouped_gemm` of up to ``num_tokens`` rows by
+    """Bytes of ``workspace`` that suffice for ``grouped_gemm`` of up to ``num_tokens`` rows by
     ``w``; 0 if none are needed.
 
     A smaller batch may take another configuration, or where the choice is free another backend, and
@@ -244,10 +244,10 @@ def grouped_gemm_workspace_size(
 def explain(
     x: GroupedMXFP8, w: ExpertWeights, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> str:
-    """Which backend :func:`grouped_gemm` would use for these operands, with which configuration,
+    """Which backend ``grouped_gemm`` would use for these operands, with which configuration,
     and why; one line.
 
-    Raises as :func:`grouped_gemm` does.
+    Raises as ``grouped_gemm`` does.
     """
     problem = _problem(x, w, out_dtype)
     chosen = choose(problem, backend)

@@ -72,7 +72,7 @@ def moe_forward(
             (those of other ranks, or padding) contribute nothing.
         topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
         activation: ``swiglu``, silu(g) * u; ``swigluoai``, that of gpt-oss and MiniMax-M3; or a
-            :class:`SwiGLU`.
+            ``SwiGLU``.
         w13_bias: (E, 2I), contiguous, added in fp32 in a launch of its own.
         w2_bias: (E, H), contiguous, added in fp32 by the combine.
         workspace: made for this shape and at least M tokens; then a call allocates only ``out``.

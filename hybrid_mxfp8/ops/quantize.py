@@ -2,7 +2,7 @@
 nothing syncs.
 
 Under ``torch.compile``, and for fake and meta tensors, each is one operator of
-:mod:`hybrid_mxfp8.ops.torch_library`; eager calls don't pay for PyTorch's dispatcher.
+``hybrid_mxfp8.ops.torch_library``; eager calls don't pay for PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def quantize_grouped(
         row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 ..
             R-1 reads as zeros.
         activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32;
-            ``"swigluoai"``, gpt-oss's, or another :class:`SwiGLU`.
+            ``"swigluoai"``, gpt-oss's, or another ``SwiGLU``.
         out: an earlier result of the same shapes whose buffers are written instead of new ones;
             ``out.groups`` is not used. They must not overlap the inputs.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with
@@ -152,7 +152,7 @@ def _signature(
 
 
 class Rows(NamedTuple):
-    """What the checks of :func:`quantize_grouped` find out."""
+    """What the checks of ``quantize_grouped`` find out."""
 
     num_tokens: int
     num_experts: int

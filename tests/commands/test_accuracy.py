@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,9 +162,13 @@ def test_command_prints_and_writes_what_it_measured(
 
 @needs_transformers
 def test_command_measures_a_transformers_model(
-    small: workload.Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: workload.Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    """No label of its picture lies over marks and lines: all are beside their axes."""
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
+    figures: list[Any] = []
+    save = matplotlib.Figure.savefig
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self)))
     assert cli.main(["accuracy", "--plot", str(tmp_path / "accuracy.png")]) == 0
     said = capsys.readouterr().out
     assert "RANDOM weights" in said
@@ -171,6 +176,9 @@ def test_command_measures_a_transformers_model(
     content = (tmp_path / "accuracy.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000
+    labels = [(text, axis) for axis in figures[0].axes for text in axis.texts]
+    assert len(labels) == len(NAMES) + 4 * (len(NAMES) - 1)
+    assert all(text.get_window_extent().x0 > axis.bbox.x1 for text, axis in labels)
 
 
 def test_figures_that_are_infinite_are_null_in_json() -> None:
