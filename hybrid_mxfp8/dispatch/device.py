@@ -11,6 +11,7 @@ import importlib.util
 import torch
 
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
 TRITON_MIN_CAPABILITY = (8, 9)
 """The first with instructions for e4m3."""
@@ -50,6 +51,11 @@ def compiles_kernels(device: torch.device) -> bool:
         and has_triton()
         and not env.triton_interpret()
     )
+
+
+def preferred_scale_group(device: torch.device) -> int:
+    """128 on Hopper, whose FP8 tensor cores know no block scales; else 32."""
+    return 128 if capability(device) == (9, 0) else BLOCK_SIZE
 
 
 def default_device() -> torch.device:
