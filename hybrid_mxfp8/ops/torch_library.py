@@ -76,8 +76,15 @@ def _quantize_grouped(
     else:
         num_tokens = check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)").shape[0]
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, num_tokens)
-    scaling = {"scale_rounding": scale_rounding, "scale_group": scale_group}
-    xq = quantize.quantize_grouped(x, groups, **scaling, row_index=row_index, activation=activation, backend=backend)
+    xq = quantize.quantize_grouped(
+        x,
+        groups,
+        scale_rounding=scale_rounding,
+        scale_group=scale_group,
+        row_index=row_index,
+        activation=activation,
+        backend=backend,
+    )
     return xq.values.view(torch.uint8), xq.scales
 
 
