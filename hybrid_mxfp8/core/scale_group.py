@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 
 from hybrid_mxfp8.core.checks import is_tracing
-from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_NAN, E8M0_NAN, SCALE_GROUPS
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_NAN, E8M0_NAN
 
 
 def largest_of_group(of_blocks: torch.Tensor, scale_group: int) -> torch.Tensor:
     """For each block of (..., K/32) the largest number in its group."""
     blocks, size = of_blocks.shape[-1], scale_group // BLOCK_SIZE
     padded = torch.nn.functional.pad(of_blocks, (0, -blocks % size))
-    largest = padded.unflatten(-1, (-1, size)).amax(-1)
+    largest: torch.Tensor = padded.unflatten(-1, (-1, size)).amax(-1)
     return largest.repeat_interleave(size, -1)[..., :blocks]
 
 
@@ -27,7 +27,7 @@ def find_scale_group(linear: torch.Tensor) -> int:
     if is_tracing(linear):
         return BLOCK_SIZE
     first = linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]
-    return SCALE_GROUPS[torch.equal(linear, first)]
+    return 128 if torch.equal(linear, first) else BLOCK_SIZE
 
 
 def regroup(values: torch.Tensor, linear: torch.Tensor, scale_group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,9 +66,9 @@ class MXFP8Experts(torch.nn.Module):
         self.register_buffer("w13_scales", w13q.scales)
         self.register_buffer("w2_values", w2q.values.view(torch.uint8))
         self.register_buffer("w2_scales", w2q.scales)
-        self._scale_groups = shape.scale_groups
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
+        self._scale_groups = shape.scale_groups
         self.activation = swiglu_of(activation)
         self.workspace = workspace
         self.backend = backend
@@ -78,8 +78,8 @@ class MXFP8Experts(torch.nn.Module):
         cls, w13: torch.Tensor, w2: torch.Tensor, *, scale_group: int | None = None, **options: Any
     ) -> MXFP8Experts:
         """Quantize w13 (E, 2I, H) and w2 (E, H, I), bf16, fp16 or fp32; ``options`` as for the
-        class. ``scale_group``: 32 or 128, as in ``quantize_weights``; None: 128 on Hopper, where
-        products of such weights run at the rate of FP8, and 32 elsewhere.
+        class. ``scale_group``: 32 or 128, as in ``quantize_weights``; None: 128 where the weights
+        are on Hopper, whose FP8 tensor cores know no block scales, and 32 elsewhere.
 
         Raises:
             TypeError, ValueError: as ``quantize_weights`` raises, and weights that don't fit
