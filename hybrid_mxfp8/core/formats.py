@@ -33,6 +33,9 @@ SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
 }
 """What is added to the fp32 bits of a block's amax before its exponent is taken."""
 
+SCALE_GROUPS: Final = (32, 128)
+"""Elements of K whose blocks share one scale: 128 is four neighbouring blocks with equal scales."""
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``value``."""

@@ -10,6 +10,8 @@ import importlib.util
 
 import torch
 
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
+
 TRITON_MIN_CAPABILITY = (8, 9)
 """The first with instructions for e4m3."""
 
@@ -35,6 +37,11 @@ def multiprocessors(device: torch.device) -> int | None:
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def preferred_scale_group(device: torch.device) -> int:
+    """128 on Hopper, whose FP8 tensor cores can sum four blocks of one scale; else 32."""
+    return 128 if capability(device) == (9, 0) else BLOCK_SIZE
 
 
 def default_device() -> torch.device:

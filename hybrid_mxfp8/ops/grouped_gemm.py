@@ -115,8 +115,8 @@ def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend
             out_dtype,
             x.groups.num_tokens,
             x.groups.tokens_per_expert.shape,
-            describe_operand(x.values, x.scales),
-            describe_operand(w.values, w.scales),
+            describe_operand(x),
+            describe_operand(w),
             None if out is None else (*describe(out), torch.is_grad_enabled()),  # type: ignore[misc]
             None if workspace is None else (describe(workspace), workspace.data_ptr() % ALIGNMENT),
         )
@@ -124,11 +124,13 @@ def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend
         return None
 
 
-def describe_operand(values: torch.Tensor, scales: torch.Tensor) -> tuple[Hashable, ...]:
+def describe_operand(operand: GroupedMXFP8 | ExpertWeights) -> tuple[Hashable, ...]:
     """As ``plan.describe``, of tensors known to be contiguous and of their dtypes."""
+    values, scales = operand.values, operand.scales
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")
-    return values.shape, values.device, values.data_ptr() & 15, scales.shape, scales.data_ptr() & 15
+    addresses = values.data_ptr() & 15, scales.data_ptr() & 15
+    return values.shape, values.device, scales.shape, addresses, operand.scale_group
 
 
 def _plan(
@@ -202,6 +204,7 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
         w.scales,
         out_dtype,
         backend,
+        min(x.scale_group, w.scale_group),
     )
     return product
 
@@ -215,8 +218,8 @@ def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype
 def grouped_gemm_workspace_size(
     w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> int:
-    """Bytes of ``workspace`` that suffice for ``grouped_gemm`` of up to ``num_tokens`` rows by
-    ``w``; 0 if none are needed.
+    """Bytes of ``workspace`` that suffice for ``grouped_gemm`` of up to ``num_tokens`` rows, in
+    groups of 32 or of 128, by ``w``; 0 if none are needed.
 
     A smaller batch may take another configuration, or where the choice is free another backend, and
     need more than a larger one. So this may be more than a call of ``num_tokens`` rows needs, and a
@@ -234,11 +237,14 @@ def grouped_gemm_workspace_size(
     check_n("w", w.n)
     problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
     asked = requested(backend)
-    chosen = choose(problem, asked)
-    free = [chosen]
-    if asked == AUTO:
-        free = [b for b in map(backend_of, NAMES) if b.available(problem.device)[0]]
-    return max(chosen.workspace_size(problem), *(b.workspace_bound(problem) for b in free))
+    sizes = []
+    for p in {problem, problem._replace(scale_group=w.scale_group)}:
+        chosen = choose(p, asked)
+        free = [chosen]
+        if asked == AUTO:
+            free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]]
+        sizes += [chosen.workspace_size(p), *(b.workspace_bound(p) for b in free)]
+    return max(sizes)
 
 
 def explain(
@@ -275,4 +281,4 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
     if k != x.k:
         fail("w", f"must have x's K = {x.k}", k)
     check_n("w", n)
-    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device)
+    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, min(x.scale_group, w.scale_group))
