@@ -5,7 +5,7 @@
     h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
     y, topk_weights, w2_bias ──combine──► out
 
-Intermediates are offsets in the arena, never tensors: making a view costs the host more than an
+Tokens that come in MXFP8 are gathered alone. Intermediates are offsets in the arena, never tensors: making a view costs the host more than an
 allocation.
 """
 
@@ -19,7 +19,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import MAX_INT32, grouped_scale_rows, round_up, scale_cols
-from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
@@ -170,7 +170,7 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) 
 class LayerInputs(NamedTuple):
     """What a layer reads, by the names that users know."""
 
-    x: torch.Tensor
+    x: torch.Tensor | MXFP8Tokens
     w13q: ExpertWeights
     w2q: ExpertWeights
     topk_ids: torch.Tensor
@@ -182,8 +182,8 @@ class LayerInputs(NamedTuple):
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
-    """The launches of one layer, of (arena, out, x, w13 and w2 with their scales, ids, weights, the
-    biases that are given).
+    """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales, ids,
+    weights, and what is given of the biases and x's scales).
 
     Raises:
         ValueError: more rows, padded to scale tiles, than int32 counts.
@@ -195,9 +195,10 @@ def plan_layer(
     a = arena(shape, num_tokens, backends)
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
-    same_rows = inputs.x.stride() == out.stride()
+    rows = inputs.x.values if isinstance(inputs.x, MXFP8Tokens) else inputs.x
+    same_rows = rows is inputs.x and rows.stride() == out.stride()
     y = operands.add("out", out, written=True, may_equal=2 if same_rows else -1)
-    x = operands.add("x", inputs.x)
+    x = operands.add("x", rows)
     w13 = operands.add("w13q.values", inputs.w13q.values), operands.add("w13q.scales", inputs.w13q.scales)
     w2 = operands.add("w2q.values", inputs.w2q.values), operands.add("w2q.scales", inputs.w2q.scales)
     ids = operands.add("topk_ids", inputs.topk_ids)
@@ -205,6 +206,8 @@ def plan_layer(
     w13_bias, w2_bias = inputs.w13_bias, inputs.w2_bias
     up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
     down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
+    x_scales = operands.add("x.scales", inputs.x.scales) if isinstance(inputs.x, MXFP8Tokens) else None
+    scale_stride = inputs.x.scales.stride(0) if isinstance(inputs.x, MXFP8Tokens) else 0
 
     quantizer, up, down = backends.quantizer, backends.up, backends.down
     up_problem, down_problem = shape.problems(num_tokens)
@@ -216,11 +219,12 @@ def plan_layer(
         target: tuple[Buffer, Buffer],
         *,
         gather: Buffer | None = None,
+        scales: Buffer | None = None,
         activation: SwiGLU | None = None,
     ) -> Steps:
         sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
-        problem = QuantizeProblem(*sizes, "rceil", activation)
-        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets)
+        problem = QuantizeProblem(*sizes, "rceil", activation, scale_stride=scale_stride)
+        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets, x_scales=scales)
         return quantizer.quantize(problem, buffers)
 
     def product(
@@ -231,7 +235,7 @@ def plan_layer(
 
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantize(x, inputs.x.stride(0), a.xq, gather=a.sorted_token_ids),
+        *quantize(x, rows.stride(0), a.xq, gather=a.sorted_token_ids, scales=x_scales),
         *product(up, up_problem, a.xq, w13, a.h),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantize(a.h, 2 * shape.intermediate, a.hq, activation=activation),

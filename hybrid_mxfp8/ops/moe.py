@@ -22,7 +22,7 @@ from hybrid_mxfp8.core.checks import (
     fail,
     is_tracing,
 )
-from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe
 from hybrid_mxfp8.dispatch.registry import requested, settings
 from hybrid_mxfp8.ops.grouped_gemm import describe_operand
@@ -33,7 +33,7 @@ _LAYER = object()
 
 
 def moe_forward(
-    x: torch.Tensor,
+    x: torch.Tensor | MXFP8Tokens,
     w13q: ExpertWeights,
     w2q: ExpertWeights,
     topk_ids: torch.Tensor,
@@ -64,7 +64,8 @@ def moe_forward(
     allocator and ``workspace`` is not used.
 
     Args:
-        x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride.
+        x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride; or MXFP8Tokens, such as
+            ``quantize_tokens`` makes, with the bits of the tokens that were quantized.
         w13q: E experts of (2I, H), the I rows of gate first, then those of up: transformers'
             ``gate_up_proj``, vLLM's w13.
         w2q: E experts of (H, I), I % 32 == 0.
@@ -100,11 +101,11 @@ def moe_forward(
         shape, swiglu = _check(inputs, activation)
         if out is not None:
             _check_out(out, x)
-        if is_tracing(x):
+        if is_tracing(x.values if isinstance(x, MXFP8Tokens) else x):
             return _forward_traced(inputs, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)
-            return torch.zeros_like(x) if out is None else out.zero_()
+            return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if out is None else out.zero_()
         if workspace is not None:
             workspace.check(shape, x.shape[0])
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
@@ -128,11 +129,23 @@ def _contiguous(inputs: LayerInputs) -> LayerInputs:
 
 def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorkspace | None) -> None:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    tensors = [out, x, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
+    quantized = isinstance(x, MXFP8Tokens)
+    tensors = [
+        out,
+        x.values if quantized else x,
+        w13q.values,
+        w13q.scales,
+        w2q.values,
+        w2q.scales,
+        topk_ids,
+        topk_weights,
+    ]
     if w13_bias is not None:
         tensors.append(w13_bias)
     if w2_bias is not None:
         tensors.append(w2_bias)
+    if quantized:
+        tensors.append(x.scales)
     if workspace is None:
         plan.run(torch.empty(plan.arena_bytes, dtype=torch.uint8, device=x.device), *tensors)
     else:
@@ -154,7 +167,7 @@ def _signature(
             torch.is_grad_enabled(),
             activation,
             None if workspace is None else (workspace.shape, workspace.max_tokens),
-            describe(x),
+            _describe_tokens(x),
             describe_operand(w13q.values, w13q.scales),
             describe_operand(w2q.values, w2q.scales),
             describe(topk_ids),
@@ -167,10 +180,20 @@ def _signature(
         return None
 
 
+def _describe_tokens(x: torch.Tensor | MXFP8Tokens) -> tuple[Hashable, ...] | None:
+    if isinstance(x, MXFP8Tokens):
+        return x.dtype, describe(x.values), describe(x.scales)
+    return describe(x)
+
+
 def _check(inputs: LayerInputs, activation: str | SwiGLU) -> tuple[MoEShape, SwiGLU]:
     """All that is read fits together."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+    if not isinstance(x, MXFP8Tokens):
+        check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+        if x.stride(1) != 1:
+            fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+        check_no_grad("x", x)
     device = x.device
     check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
     check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=device)
@@ -178,12 +201,11 @@ def _check(inputs: LayerInputs, activation: str | SwiGLU) -> tuple[MoEShape, Swi
     shape = shape_of(w13q, w2q, top_k, x.dtype)
     if shape.device != device:
         fail("w13q", f"must be on {device}, as x", shape.device)
-    check_shape("x", x, (num_tokens, shape.hidden), "(M, H) with topk_ids' M and w13q's H")
+    if x.shape != (num_tokens, shape.hidden):
+        expected = f"must have shape (M, H) with topk_ids' M and w13q's H = {(num_tokens, shape.hidden)}"
+        fail("x", expected, tuple(x.shape))
     check_shape("topk_weights", topk_weights, (num_tokens, top_k), "(M, top_k)")
     swiglu = swiglu_of(activation)
-    if x.stride(1) != 1:
-        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
-    check_no_grad("x", x)
     check_no_grad("topk_weights", topk_weights)
     check_biases(shape, w13_bias, w2_bias)
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
@@ -201,7 +223,7 @@ def check_biases(shape: MoEShape, w13_bias: torch.Tensor | None, w2_bias: torch.
             check_contiguous(name, bias)
 
 
-def _check_out(out: torch.Tensor, x: torch.Tensor) -> None:
+def _check_out(out: torch.Tensor, x: torch.Tensor | MXFP8Tokens) -> None:
     check_tensor("out", out, dtypes=(x.dtype,), ndim=2, dims="(M, H)", device=x.device)
     check_shape("out", out, (x.shape[0], x.shape[1]), "(M, H)")
     check_no_grad("out", out)
@@ -215,8 +237,9 @@ def _forward_traced(
     inputs: LayerInputs, activation: SwiGLU, out: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
+    quantized = isinstance(x, MXFP8Tokens)
     result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
-        x,
+        x.values.view(torch.uint8) if quantized else x,
         w13q.values,
         w13q.scales,
         w2q.values,
@@ -227,5 +250,7 @@ def _forward_traced(
         w2_bias,
         activation.spec,
         backend,
+        x.scales if quantized else None,
+        x.dtype if quantized else None,
     )
     return result if out is None else out.copy_(result)

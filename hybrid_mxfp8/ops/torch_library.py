@@ -13,6 +13,7 @@ functions refuse inputs that require grad.
 | ``quantize_weights`` | the function of this name | values (E, N, K), scales (E, roundup(N, 128), C), both uint8 |
 | ``grouped_gemm`` | the function of this name | (T, N) |
 | ``moe_forward`` | the function of this name: one operator, so a compiled layer is dispatched once | (M, H) |
+| ``pack_tokens`` | ``quantize_tokens``, and what ``ExpertParallelExperts`` sends | (R, bytes) uint8 |
 
 Values of e4m3 come out as their bytes (uint8) and go in as bytes or as float8_e4m3fn: PyTorch lacks
 the arithmetic on float8 with which opcheck compares. ``backend`` None means what is in force when
@@ -29,8 +30,9 @@ import torch
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
-from hybrid_mxfp8.ops import grouped_gemm, moe, quantize
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8, MXFP8Tokens
+from hybrid_mxfp8.core.token_record import TokenRecord
+from hybrid_mxfp8.ops import grouped_gemm, moe, quantize, tokens
 
 NAMESPACE = "hybrid_mxfp8"
 
@@ -42,7 +44,10 @@ SCHEMAS = {
     "grouped_gemm": "(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
     " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend) -> Tensor",
     "moe_forward": "(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
-    " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation, str? backend) -> Tensor",
+    " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation, str? backend,"
+    " Tensor? x_scales=None, ScalarType? x_dtype=None) -> Tensor",
+    "pack_tokens": "(Tensor x, Tensor? topk_ids, Tensor? topk_weights, SymInt num_records, SymInt num_experts,"
+    " str? backend) -> Tensor",
 }
 
 
@@ -170,9 +175,14 @@ def _moe_forward(
     w2_bias: torch.Tensor | None,
     activation: str,
     backend: str | None,
+    x_scales: torch.Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
+    given: torch.Tensor | MXFP8Tokens = x
+    if x_scales is not None:
+        given = MXFP8Tokens(_e4m3("x", x, 2, "(M, H)"), x_scales, x_dtype or torch.bfloat16)
     return moe.moe_forward(
-        x,
+        given,
         _weights("w13_values", w13_values, w13_scales),
         _weights("w2_values", w2_values, w2_scales),
         topk_ids,
@@ -196,8 +206,35 @@ def _moe_forward_fake(
     w2_bias: torch.Tensor | None,
     activation: str,
     backend: str | None,
+    x_scales: torch.Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=x_dtype or x.dtype)
+
+
+def _pack_tokens(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    num_records: int,
+    num_experts: int,
+    backend: str | None,
+) -> torch.Tensor:
+    return tokens.pack_tokens(
+        x, topk_ids, topk_weights, num_records=num_records, num_experts=num_experts, backend=backend
+    )
+
+
+def _pack_tokens_fake(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    num_records: int,
+    num_experts: int,
+    backend: str | None,
+) -> torch.Tensor:
+    record = TokenRecord(x.shape[1], 0 if topk_ids is None else topk_ids.shape[1])
+    return x.new_empty(num_records, record.size, dtype=torch.uint8)
 
 
 def _register() -> torch.library.Library:
@@ -209,6 +246,7 @@ def _register() -> torch.library.Library:
         "quantize_weights": (_quantize_weights, _quantize_weights_fake),
         "grouped_gemm": (_grouped_gemm, _grouped_gemm_fake),
         "moe_forward": (_moe_forward, _moe_forward_fake),
+        "pack_tokens": (_pack_tokens, _pack_tokens_fake),
     }
     for name, schema in SCHEMAS.items():
         real, fake = implementations[name]
