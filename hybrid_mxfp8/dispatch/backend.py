@@ -89,7 +89,7 @@ class Quantizer(NamedTuple):
         quantize: rows to e4m3 values and swizzled scales; T and E at least 1.
         group_offsets: (counts or ends (E,), layout (3E+2,) int32, T, whether ends).
         caller_layout: (counts (E,), first scale rows (E,), layout, T, S).
-        pack_tokens: (x (M, H), its row stride, topk_ids (M, top_k) and topk_weights, or None for both,
+        pack_tokens: (x (M, H), its row stride, topk_ids (M, top_k) and topk_weights, or None,
             records (R, bytes), E).
         route: (topk_ids (M, top_k), sorted_token_ids (T,), inverse_permutation (M, top_k), layout,
             scratch, E).

@@ -5,8 +5,8 @@
     h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
     y, topk_weights, w2_bias ──combine──► out
 
-Tokens that come in MXFP8 are gathered alone. Intermediates are offsets in the arena, never tensors: making a view costs the host more than an
-allocation.
+Tokens that come in MXFP8 are gathered, not quantized. Intermediates are offsets in the arena, never
+tensors: making a view costs the host more than an allocation.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ class LayerInputs(NamedTuple):
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
-    """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales, ids,
-    weights, and what is given of the biases and x's scales).
+    """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
+    ids, weights, and what is given of the biases and x's scales).
 
     Raises:
         ValueError: more rows, padded to scale tiles, than int32 counts.

@@ -50,19 +50,19 @@ def pack_tokens_kernel(
     tl.store(record_ptrs[:, None] + K + c[None, :], scale, mask=token[:, None] & (c < K // 32)[None, :])
 
     if TOP_K > 0:
-        if column_program == 0:
-            slot = tl.arange(0, SLOTS)
-            chosen = token[:, None] & (slot < TOP_K)[None, :]
-            source = row[:, None] * TOP_K + slot[None, :]
-            ids = tl.load(ids_ptr + source, mask=chosen, other=-1)
-            # Before they are cut to 32 bits; a record that holds no token chooses no expert.
-            ids = tl.where((ids >= 0) & (ids < num_experts), ids, -1).to(tl.int32)
-            weights = to_fp32(tl.load(weights_ptr + source, mask=chosen, other=0.0))
-            stored = (row < num_records)[:, None] & (slot < TOP_K)[None, :]
-            first_ids_ptr = (records_ptr + ids_at).to(tl.pointer_type(tl.int32))
-            ids_ptrs = first_ids_ptr + (row.to(tl.int64) * (record_size // 4))[:, None] + slot[None, :]
-            tl.store(ids_ptrs, ids, mask=stored)
-            tl.store(ids_ptrs + TOP_K, weights.to(tl.int32, bitcast=True), mask=stored)
+        slot = tl.arange(0, SLOTS)
+        # One of the programs that share a row writes its choices.
+        stored = (row < num_records)[:, None] & (slot < tl.where(column_program == 0, TOP_K, 0))[None, :]
+        chosen = stored & token[:, None]
+        source = row[:, None] * TOP_K + slot[None, :]
+        ids = tl.load(ids_ptr + source, mask=chosen, other=-1)
+        # Before they are cut to 32 bits; a record that holds no token chooses no expert.
+        ids = tl.where((ids >= 0) & (ids < num_experts), ids, -1).to(tl.int32)
+        weights = to_fp32(tl.load(weights_ptr + source, mask=chosen, other=0.0))
+        first_ids_ptr = (records_ptr + ids_at).to(tl.pointer_type(tl.int32))
+        ids_ptrs = first_ids_ptr + (row.to(tl.int64) * (record_size // 4))[:, None] + slot[None, :]
+        tl.store(ids_ptrs, ids, mask=stored)
+        tl.store(ids_ptrs + TOP_K, weights.to(tl.int32, bitcast=True), mask=stored)
 
 
 def pack_tokens(
