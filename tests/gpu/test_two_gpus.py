@@ -192,7 +192,8 @@ def test_operands_of_two_gpus_are_refused() -> None:
 @pytest.mark.slow
 def test_experts_of_one_layer_on_both(tmp_path: Path) -> None:
     """docs/expert-parallel.md, through NCCL, eager and replayed from a CUDA graph."""
-    pages.check_expert_parallel(["own tokens", "all tokens", "replayed", "tensor parallel"], tmp_path)
+    parts = ["all gather", "padded", "replayed", "all to all", "all tokens", "tensor parallel"]
+    pages.check_expert_parallel(parts, tmp_path)
 
 
 @pytest.mark.slow
