@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.token_record import TokenRecord
@@ -82,9 +83,7 @@ def gathered(mine: torch.Tensor) -> torch.Tensor:
     return everyone
 
 
-def contenders(
-    layer: ExpertParallelExperts, batch: Batch, first: int
-) -> dict[str, Callable[[int], torch.Tensor | Sequence[torch.Tensor]]]:
+def contenders(layer: ExpertParallelExperts, batch: Batch, first: int) -> dict[str, Callable[[int], Any]]:
     """Name to call: both layers, and each of their parts."""
     x, ids, weights = batch
     tokens, experts = x.shape[0], layer.experts
@@ -246,7 +245,7 @@ def main() -> None:
     ranks = arguments.ranks or torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, f"{folder}/store", arguments.out, models, tokens)
-        torch.multiprocessing.spawn(_run_rank, args=given, nprocs=ranks)
+        spawn(_run_rank, args=given, nprocs=ranks)
 
 
 if __name__ == "__main__":

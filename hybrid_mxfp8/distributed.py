@@ -222,15 +222,16 @@ class ExpertParallelExperts(torch.nn.Module):
         check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
         if x.shape[1] != hidden:
             fail("x", f"must have shape (M, H) with w13q's H = {hidden}", tuple(x.shape))
-        options = {"num_records": num_records, "num_experts": self.num_experts, "backend": self.experts.backend}
-        return pack_tokens(x, topk_ids, topk_weights, **options)
+        sizes = {"num_records": num_records, "num_experts": self.num_experts}
+        return pack_tokens(x, topk_ids, topk_weights, **sizes, backend=self.experts.backend)
 
     def _compute(self, received: torch.Tensor, x: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sum of the tokens in records: (records, H)."""
         record = TokenRecord(x.shape[1], topk_ids.shape[1])
         values, scales, ids, weights = record.split(received)
         # Numbers of other ranks' experts, and -1, fall outside those of this rank and are skipped.
-        return self.experts(MXFP8Tokens.unchecked(values, scales, x.dtype), ids - self._first, weights)
+        part: torch.Tensor = self.experts(MXFP8Tokens.unchecked(values, scales, x.dtype), ids - self._first, weights)
+        return part
 
     def _most_tokens(self, x: torch.Tensor) -> int:
         """The largest number of tokens of a rank."""
@@ -249,7 +250,7 @@ class ExpertParallelExperts(torch.nn.Module):
         sent_splits, received_splits = torch.stack((counts, arriving)).tolist()  # the one sync
         # Tokens in the order of the ranks they go to: a stable sort puts those that go first.
         order = torch.sort(goes.flatten(), descending=True, stable=True).indices[: sum(sent_splits)]
-        sent = records[order % max(x.shape[0], 1)]
+        sent = records.view(torch.int64)[order % max(x.shape[0], 1)].view(torch.uint8)  # wide copies
         received = records.new_empty(sum(received_splits), records.shape[1])
         dist.all_to_all_single(received, sent, received_splits, sent_splits, group=self.group)
         parts = self._compute(received, x, topk_ids)

@@ -179,6 +179,11 @@ class LayerInputs(NamedTuple):
     w2_bias: torch.Tensor | None
 
 
+def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of tokens, and the scales of those in MXFP8."""
+    return (x.values, x.scales) if isinstance(x, MXFP8Tokens) else (x, None)
+
+
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
@@ -195,8 +200,8 @@ def plan_layer(
     a = arena(shape, num_tokens, backends)
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
-    rows = inputs.x.values if isinstance(inputs.x, MXFP8Tokens) else inputs.x
-    same_rows = rows is inputs.x and rows.stride() == out.stride()
+    rows, linear_scales = parts_of(inputs.x)
+    same_rows = linear_scales is None and rows.stride() == out.stride()
     y = operands.add("out", out, written=True, may_equal=2 if same_rows else -1)
     x = operands.add("x", rows)
     w13 = operands.add("w13q.values", inputs.w13q.values), operands.add("w13q.scales", inputs.w13q.scales)
@@ -206,8 +211,8 @@ def plan_layer(
     w13_bias, w2_bias = inputs.w13_bias, inputs.w2_bias
     up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
     down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
-    x_scales = operands.add("x.scales", inputs.x.scales) if isinstance(inputs.x, MXFP8Tokens) else None
-    scale_stride = inputs.x.scales.stride(0) if isinstance(inputs.x, MXFP8Tokens) else 0
+    x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)
+    scale_stride = 0 if linear_scales is None else linear_scales.stride(0)
 
     quantizer, up, down = backends.quantizer, backends.up, backends.down
     up_problem, down_problem = shape.problems(num_tokens)

@@ -26,7 +26,7 @@ from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe
 from hybrid_mxfp8.dispatch.registry import requested, settings
 from hybrid_mxfp8.ops.grouped_gemm import describe_operand
-from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, plan_layer, shape_of
+from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, parts_of, plan_layer, shape_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
 _LAYER = object()
@@ -101,7 +101,7 @@ def moe_forward(
         shape, swiglu = _check(inputs, activation)
         if out is not None:
             _check_out(out, x)
-        if is_tracing(x.values if isinstance(x, MXFP8Tokens) else x):
+        if is_tracing(parts_of(x)[0]):
             return _forward_traced(inputs, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)
@@ -129,23 +129,14 @@ def _contiguous(inputs: LayerInputs) -> LayerInputs:
 
 def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorkspace | None) -> None:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    quantized = isinstance(x, MXFP8Tokens)
-    tensors = [
-        out,
-        x.values if quantized else x,
-        w13q.values,
-        w13q.scales,
-        w2q.values,
-        w2q.scales,
-        topk_ids,
-        topk_weights,
-    ]
+    rows, x_scales = parts_of(x)
+    tensors = [out, rows, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
     if w13_bias is not None:
         tensors.append(w13_bias)
     if w2_bias is not None:
         tensors.append(w2_bias)
-    if quantized:
-        tensors.append(x.scales)
+    if x_scales is not None:
+        tensors.append(x_scales)
     if workspace is None:
         plan.run(torch.empty(plan.arena_bytes, dtype=torch.uint8, device=x.device), *tensors)
     else:
@@ -237,9 +228,9 @@ def _forward_traced(
     inputs: LayerInputs, activation: SwiGLU, out: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    quantized = isinstance(x, MXFP8Tokens)
+    rows, x_scales = parts_of(x)
     result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
-        x.values.view(torch.uint8) if quantized else x,
+        rows if x_scales is None else rows.view(torch.uint8),
         w13q.values,
         w13q.scales,
         w2q.values,
@@ -250,7 +241,7 @@ def _forward_traced(
         w2_bias,
         activation.spec,
         backend,
-        x.scales if quantized else None,
-        x.dtype if quantized else None,
+        x_scales,
+        None if x_scales is None else x.dtype,
     )
     return result if out is None else out.copy_(result)
