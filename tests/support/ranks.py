@@ -114,6 +114,24 @@ def _check_refusals(experts: ExpertParallelExperts, batch: moe_truth.Layer) -> N
     for message, arguments in bad.items():
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             experts(*arguments)
+    padded = ExpertParallelExperts(experts.experts, num_experts=EXPERTS, max_tokens=1)
+    with pytest.raises(ValueError, match=r"^x: must have at most max_tokens = 1 rows, got 4$"):
+        padded(batch.x, batch.ids, batch.weights)
+    own, make, few = experts.experts, ExpertParallelExperts, torch.zeros(1, 64, 32)
+    refused: list[tuple[str, Callable[[], object]]] = [
+        ("experts: must be an MXFP8Experts", lambda: make(None, num_experts=EXPERTS)),  # type: ignore[arg-type]
+        ("experts: must be 10, numbers", lambda: make(own, num_experts=20)),
+        ("num_experts: must be at least one for each of 2 ranks, got 1", lambda: make.from_weights(few, few)),
+        ("num_experts: must be an int", lambda: make(own, num_experts=7.0)),  # type: ignore[arg-type]
+        ("dispatch: must be one of", lambda: make(own, num_experts=EXPERTS, dispatch="deepep")),
+        ("max_tokens: must be at least 1", lambda: make(own, num_experts=EXPERTS, max_tokens=0)),
+        ("max_tokens: must be None", lambda: make(own, num_experts=EXPERTS, dispatch="all_to_all", max_tokens=4)),
+        ("w2: must have w13's E = 2", lambda: make.from_weights(few.expand(2, 64, 32), few)),
+        ("names: must be a pair", lambda: make.from_checkpoint("nowhere", "experts")),  # type: ignore[arg-type]
+    ]
+    for message, call in refused:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call()
 
 
 def _check_checkpoint(folder: Path, whole: mx.MXFP8Experts, rank: int, ranks: int) -> None:
