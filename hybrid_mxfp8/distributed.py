@@ -25,7 +25,7 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_int, check_tensor, fail
 from hybrid_mxfp8.core.operands import MXFP8Tokens
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.ops.experts import MXFP8Experts
-from hybrid_mxfp8.ops.tokens import pack_tokens, sum_rows
+from hybrid_mxfp8.ops.tokens import check_tokens, pack_tokens, sum_rows
 
 Dispatch = Literal["all_gather", "all_to_all"]
 DISPATCHES: tuple[str, ...] = get_args(Dispatch)
@@ -202,9 +202,13 @@ class ExpertParallelExperts(torch.nn.Module):
                 ``max_tokens`` tokens.
             RuntimeError: another rank failed, or the group's timeout has passed.
         """
+        check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+        if x.shape[1] != self.experts.w2_values.shape[1]:
+            expected = f"must have shape (M, H) with the experts' H = {self.experts.w2_values.shape[1]}"
+            fail("x", expected, tuple(x.shape))
         if self.dispatch == "all_to_all":
             return self._all_to_all(x, topk_ids, topk_weights)
-        num_records = self.max_tokens or self._most_tokens(x)
+        num_records = self.max_tokens or self._most_tokens(x, topk_ids, topk_weights)
         sent = self._pack(x, topk_ids, topk_weights, num_records)
         if not sent.numel():
             return torch.empty_like(x)
@@ -218,10 +222,6 @@ class ExpertParallelExperts(torch.nn.Module):
     def _pack(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_records: int
     ) -> torch.Tensor:
-        hidden = self.experts.w2q.n
-        check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
-        if x.shape[1] != hidden:
-            fail("x", f"must have shape (M, H) with w13q's H = {hidden}", tuple(x.shape))
         sizes = {"num_records": num_records, "num_experts": self.num_experts}
         return pack_tokens(x, topk_ids, topk_weights, **sizes, backend=self.experts.backend)
 
@@ -233,10 +233,11 @@ class ExpertParallelExperts(torch.nn.Module):
         part: torch.Tensor = self.experts(MXFP8Tokens.unchecked(values, scales, x.dtype), ids - self._first, weights)
         return part
 
-    def _most_tokens(self, x: torch.Tensor) -> int:
+    def _most_tokens(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """The largest number of tokens of a rank."""
         if is_tracing(x):
             fail("max_tokens", "must be given under torch.compile", None)
+        check_tokens(x, topk_ids, topk_weights)  # before other ranks count on this one
         most = torch.tensor(x.shape[0], device="cpu")  # no rank waits for its GPU
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
         return int(most)

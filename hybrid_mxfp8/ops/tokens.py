@@ -75,7 +75,9 @@ def pack_tokens(
         except (AttributeError, RuntimeError, TypeError):
             signature = None
     if plan is None:
-        record = _check(x, topk_ids, topk_weights, num_records)
+        record = check_tokens(x, topk_ids, topk_weights)
+        if x.shape[0] > num_records:
+            fail("x", f"must have at most max_tokens = {num_records} rows", x.shape[0])
         if is_tracing(x):
             packed: torch.Tensor = torch.ops.hybrid_mxfp8.pack_tokens(
                 x, topk_ids, topk_weights, num_records, num_experts, backend
@@ -94,17 +96,14 @@ def pack_tokens(
     return records
 
 
-def _check(
-    x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None, num_records: int
-) -> TokenRecord:
+def check_tokens(x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None) -> TokenRecord:
+    """That they can be packed; the record they take."""
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
     check_no_grad("x", x)
     num_tokens, hidden = x.shape
     check_k("x", hidden)
     if x.stride(1) != 1 and x.numel():
         fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
-    if num_tokens > num_records:
-        fail("x", f"must have at most max_tokens = {num_records} rows", num_tokens)
     if topk_ids is None or topk_weights is None:
         return TokenRecord(hidden)
     check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=x.device)
