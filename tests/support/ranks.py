@@ -100,8 +100,8 @@ def _compare(
     if backend == "reference" and ranks == 2:
         assert torch.equal(y, expected), case
     elif y.numel():
-        assert mx.calc_diff(y, expected) < 1e-5, case
-        assert mx.calc_diff(y, whole(batch.x, batch.ids, batch.weights)) < 1e-5, case
+        assert mx.calc_diff(y, expected) < 2e-5, case
+        assert mx.calc_diff(y, whole(batch.x, batch.ids, batch.weights)) < 2e-5, case
 
 
 def _check_refusals(experts: ExpertParallelExperts, batch: moe_truth.Layer) -> None:
