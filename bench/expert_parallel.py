@@ -34,7 +34,7 @@ from hybrid_mxfp8.distributed import ExpertParallelExperts, experts_of_rank
 from hybrid_mxfp8.ops.tokens import pack_tokens
 
 from . import report, timing
-from .expert_parallel_model import table
+from .expert_parallel_model import estimate, table
 from .shapes import MODELS, ModelShape
 
 NAMES = ("Qwen3-30B-A3B", "DeepSeek-V3")
@@ -150,6 +150,10 @@ def measure(
     layers = {name: calls[name] for name in ("layer bf16", "layer mxfp8")}
     direct = ExpertParallelExperts(layer.experts, num_experts=layer.num_experts, dispatch="all_to_all")
     layers["layer all_to_all mxfp8"] = lambda i: direct(*batch)
+    modelled: dict[str, float] = {}
+    for name in ("bf16", "mxfp8"):
+        guess = estimate(model, tokens, ranks, mxfp8=name == "mxfp8", dispatch="all_gather")
+        modelled |= {f"layer {name}": round(guess.us, 1), f"communication {name}": round(guess.communication_us, 1)}
     us = {name: round(found.median_us, 2) for name, found in timings.items()}
     as_bf16 = sum(t[0].numel() * t.element_size() for t in batch)
     as_mxfp8 = TokenRecord(model.hidden, model.top_k).size
@@ -163,6 +167,7 @@ def measure(
             "reduce-scatter": (ranks - 1) * tokens * 2 * model.hidden,
         },
         "us": us,
+        "modelled_us": modelled,
         "p10_p90_us": {n: [round(t.p10_us, 2), round(t.p90_us, 2)] for n, t in timings.items()},
         "wall_us": {name: wall_us(call, device) for name, call in layers.items()},
         "calc_diff": difference,
@@ -200,7 +205,7 @@ def line(row: dict[str, Any]) -> str:
     share = sent["gather mxfp8"] / sent["gather bf16"]
     return (
         f"{row['model']} {row['tokens']} tokens x {row['ranks']}: {row['ratio']:.2f}x, communication"
-        f" {row['communication_share']:.0%}, {share:.2f} of the bytes; µs: {parts}"
+        f" {row['communication_share']:.0%}, {share:.2f} of the bytes; µs: {parts}; modelled {row['modelled_us']}"
     )
 
 
