@@ -2,8 +2,7 @@
 
     torchrun --standalone --nproc-per-node=2 examples/expert_parallel.py
 
-On GPUs through NCCL, on a CPU through gloo. docs/expert-parallel.md has other ways to split a
-layer.
+On GPUs through NCCL, on a CPU through gloo. docs/expert-parallel.md says more.
 """
 
 import os
@@ -12,20 +11,14 @@ import torch
 import torch.distributed as dist
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.distributed import ExpertParallelExperts
 
 E, H, INTER, TOP_K, M = 8, 256, 128, 2, 16  # M tokens on each rank
 
 
-def gather(mine: torch.Tensor) -> torch.Tensor:
-    """Every rank's rows: (M, ...) to (ranks * M, ...)."""
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return torch.cat(everyone)
-
-
 def main() -> None:
     """One layer, compared with the same layer on one rank."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -35,19 +28,13 @@ def main() -> None:
     torch.manual_seed(0)  # the same weights everywhere
     w13 = torch.randn(E, 2 * INTER, H, dtype=torch.bfloat16) / H**0.5
     w2 = torch.randn(E, H, INTER, dtype=torch.bfloat16) / INTER**0.5
-    first, end = rank * E // ranks, (rank + 1) * E // ranks
-    experts = mx.MXFP8Experts.from_weights(w13[first:end].to(device), w2[first:end].to(device))
+    experts = ExpertParallelExperts.from_weights(w13, w2, device=device, max_tokens=M)
 
     torch.manual_seed(1 + rank)  # tokens of its own
     x = torch.randn(M, H, dtype=torch.bfloat16).to(device)
     weights, ids = torch.rand(M, E).softmax(-1).topk(TOP_K)
     weights, ids = weights.to(device), ids.to(device)
-
-    # Ids are counted from this rank's first expert; those of other ranks fall outside and are
-    # skipped.
-    parts = experts(gather(x), gather(ids) - first, gather(weights))  # (ranks * M, H)
-    dist.all_reduce(parts)
-    y = parts[rank * M : (rank + 1) * M]
+    y = experts(x, ids, weights)  # tokens travel in MXFP8, results in bf16
 
     whole = mx.MXFP8Experts.from_weights(w13.to(device), w2.to(device))
     print(f"rank {rank}: calc_diff {mx.calc_diff(y, whole(x, ids, weights)):.1e}", flush=True)

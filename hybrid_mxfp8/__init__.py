@@ -19,7 +19,7 @@ from hybrid_mxfp8._version import __version__  # noqa: E402
 from hybrid_mxfp8.core.activation import SwiGLU  # noqa: E402
 from hybrid_mxfp8.core.layout import GroupLayout  # noqa: E402
 from hybrid_mxfp8.core.metrics import calc_diff, signal_to_noise_db  # noqa: E402
-from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8  # noqa: E402
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8, MXFP8Tokens  # noqa: E402
 from hybrid_mxfp8.core.scale_layout import swizzle_scales, unswizzle_scales  # noqa: E402
 from hybrid_mxfp8.dispatch.registry import backends, use_backend  # noqa: E402
 from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
@@ -28,6 +28,7 @@ from hybrid_mxfp8.ops.experts import MXFP8Experts  # noqa: E402
 from hybrid_mxfp8.ops.grouped_gemm import explain, grouped_gemm, grouped_gemm_workspace_size  # noqa: E402
 from hybrid_mxfp8.ops.moe import moe_forward  # noqa: E402
 from hybrid_mxfp8.ops.quantize import quantize_grouped, quantize_weights  # noqa: E402
+from hybrid_mxfp8.ops.tokens import quantize_tokens  # noqa: E402
 from hybrid_mxfp8.ops.workspace import MoEWorkspace  # noqa: E402
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "GroupLayout",
     "GroupedMXFP8",
     "MXFP8Experts",
+    "MXFP8Tokens",
     "MoEWorkspace",
     "SwiGLU",
     "__version__",
@@ -46,6 +48,7 @@ __all__ = [
     "grouped_gemm_workspace_size",
     "moe_forward",
     "quantize_grouped",
+    "quantize_tokens",
     "quantize_weights",
     "signal_to_noise_db",
     "swizzle_scales",

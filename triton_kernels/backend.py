@@ -24,7 +24,7 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_config import (
     select_hopper_config,
 )
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
-from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, route
+from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, pack_tokens, route
 
 
 def available(device: torch.device) -> Support:
@@ -128,6 +128,7 @@ QUANTIZER = Quantizer(
     quantize=quantize.quantize,
     group_offsets=group_layout.group_offsets,
     caller_layout=group_layout.caller_layout,
+    pack_tokens=pack_tokens.pack_tokens,
     route=route.route,
     route_scratch=route.scratch_elements,
     add_expert_bias=expert_bias.add_expert_bias,

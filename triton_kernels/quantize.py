@@ -131,6 +131,8 @@ def quantize_kernel(
     K,
     row_programs,
     column_programs,
+    x_scales_ptr,  # (R, K/32) uint8, row-major: x is e4m3 and copied, GATHER only; or None
+    scale_stride,  # bytes
     ROUNDING_BIAS: tl.constexpr,
     SCALE_GROUP: tl.constexpr,  # elements that share one scale: 32 or 128
     LAYOUT: tl.constexpr,
@@ -208,30 +210,33 @@ def quantize_kernel(
     col = column_program * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     x_ptrs = x_ptr + source[:, None] + col[None, :]
     mask = readable[:, None] & (col < K)[None, :]
-    x = to_fp32(tl.load(x_ptrs, mask=mask, other=0.0))
-    if SWIGLU:
-        up = to_fp32(tl.load(x_ptrs + K, mask=mask, other=0.0))
-        if LIMIT is not None:  # comparisons, not minima: they leave NaN as it is
-            x = tl.where(x > LIMIT, LIMIT, x)
-            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        if BETA != 0.0:  # adding 0 would lose the sign of -0
-            up += BETA
-        x = x / (1.0 + tl.exp(-ALPHA * x)) * up
-
-    GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
-    codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
-
-    codes = tl.reshape(codes, [BLOCK_ROWS, BLOCK_COLS])
+    c = column_program * SCALE_COLS + tl.arange(0, SCALE_COLS)
+    if x_scales_ptr is not None:
+        codes = tl.where(mask, tl.load(x_ptrs, mask=mask).to(tl.uint8, bitcast=True), 0)
+        scale_ptrs = x_scales_ptr + index.to(tl.int64)[:, None] * scale_stride + c[None, :]
+        scale = tl.load(scale_ptrs, mask=readable[:, None] & (c < K // 32)[None, :], other=0)
+    else:
+        x = to_fp32(tl.load(x_ptrs, mask=mask, other=0.0))
+        if SWIGLU:
+            up = to_fp32(tl.load(x_ptrs + K, mask=mask, other=0.0))
+            if LIMIT is not None:  # comparisons, not minima: they leave NaN as it is
+                x = tl.where(x > LIMIT, LIMIT, x)
+                up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+            if BETA != 0.0:  # adding 0 would lose the sign of -0
+                up += BETA
+            x = x / (1.0 + tl.exp(-ALPHA * x)) * up
+        GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
+        codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
+        codes = tl.reshape(codes, [BLOCK_ROWS, BLOCK_COLS])
+        # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants;
+        # but not where they share that of a group.
+        if SCALE_GROUP > 32:
+            scale = tl.broadcast_to(scale[:, :, None], [BLOCK_ROWS, GROUPS, SCALE_GROUP // 32])
+            scale = tl.where((c < K // 32)[None, :], tl.reshape(scale, [BLOCK_ROWS, SCALE_COLS]), 0)
     value_ptrs = values_ptr + row.to(tl.int64)[:, None] * K + col[None, :]
     stored = codes if INTERPRET else codes.to(tl.float8e4nv, bitcast=True)
     tl.store(value_ptrs, stored, mask=valid[:, None] & (col < K)[None, :])
 
-    c = column_program * SCALE_COLS + tl.arange(0, SCALE_COLS)
-    # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants; but
-    # not where they share that of a group.
-    if SCALE_GROUP > 32:
-        scale = tl.broadcast_to(scale[:, :, None], [BLOCK_ROWS, GROUPS, SCALE_GROUP // 32])
-        scale = tl.where((c < K // 32)[None, :], tl.reshape(scale, [BLOCK_ROWS, SCALE_COLS]), 0)
     offset = row_offset(scale_row, num_column_tiles)[:, None] + column_offset(c)[None, :]
     in_scales = valid & (scale_row >= 0) & (scale_row < num_scale_rows)
     tl.store(scales_ptr + offset, scale, mask=in_scales[:, None] & (c < num_column_tiles * 4)[None, :])
@@ -337,6 +342,8 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
         p.k,
         row_programs,
         column_programs,
+        b.x_scales,
+        1 if b.x_scales is None else p.scale_stride,
     )
     swiglu = p.activation
     constants = (

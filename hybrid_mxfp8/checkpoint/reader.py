@@ -220,6 +220,12 @@ def load_experts(
     return ExpertWeights.from_linear_scales(values, scales)
 
 
+def count_experts(path: str | Path, name: str) -> int:
+    """E of a name that :func:`load_experts` takes; only headers are read. Raises as it does."""
+    with Checkpoint(path) as checkpoint:
+        return len(_members(checkpoint, name))
+
+
 def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, force: bool = False) -> None:
     """Write experts to a safetensors file: each a stacked (E, N, K) tensor and its scales.
 

@@ -1,7 +1,8 @@
-"""The two operands: GroupedMXFP8, tokens sorted by expert, and ExpertWeights.
+"""The two operands, GroupedMXFP8, tokens sorted by expert, and ExpertWeights; and MXFP8Tokens, from
+before they are sorted.
 
-Their ``scales`` are always swizzled. Row-major scale tensors enter through ``from_linear_scales``
-of either.
+Operands' ``scales`` are always swizzled. Row-major scale tensors enter through
+``from_linear_scales`` of either; those of MXFP8Tokens stay row-major.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8.core.checks import (
+    FLOAT_DTYPES,
     check_contiguous,
     check_k,
     check_no_grad,
@@ -21,6 +23,7 @@ from hybrid_mxfp8.core.checks import (
     check_tensor,
     fail,
     resolve_device,
+    short,
 )
 from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
@@ -56,6 +59,74 @@ def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device:
     check_no_grad("values", values)
     check_k("values", values.shape[-1])
     check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
+
+
+@dataclass(frozen=True, eq=False)
+class MXFP8Tokens(_Portable):
+    """Token rows in MXFP8, in the order of the batch: what ``moe_forward`` takes in place of x.
+
+    Attributes:
+        values: (M, H) float8_e4m3fn, H % 32 == 0, any row stride, unit column stride.
+        scales: (M, H/32) uint8, E8M0, row-major and not swizzled, any row stride, unit column
+            stride.
+        dtype: what the tokens were: bf16, fp16 or fp32. The layer's result and its rows between the
+            products have it.
+        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales; not
+            looked at.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, shape, stride or device, or one that
+            requires grad.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype = torch.bfloat16
+    scale_group: int = BLOCK_SIZE
+
+    def __repr__(self) -> str:
+        shape = f"num_tokens={self.shape[0]}, hidden={self.shape[1]}, scale_group={self.scale_group}"
+        return f"MXFP8Tokens({shape}, dtype={short(self.dtype)}, device={str(self.device)!r})"
+
+    def __post_init__(self) -> None:
+        check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(M, H)")
+        num_tokens, hidden = self.values.shape
+        check_k("values", hidden)
+        check_no_grad("values", self.values)
+        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(M, H/32)", device=self.values.device)
+        check_shape("scales", self.scales, (num_tokens, hidden // BLOCK_SIZE), "(M, H/32)")
+        for name, tensor in (("values", self.values), ("scales", self.scales)):
+            if tensor.stride(1) != 1 and tensor.numel():
+                fail(name, "must have unit stride along its columns", f"strides {tensor.stride()}")
+        if self.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(self.dtype)}")
+        check_scale_group(self.scale_group)
+
+    @classmethod
+    def unchecked(
+        cls, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, scale_group: int = BLOCK_SIZE
+    ) -> MXFP8Tokens:
+        """Without the checks, for buffers that this package has just made or checked."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "scale_group", scale_group)
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        """(M, H)."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def dequantize(self) -> torch.Tensor:
+        """(M, H) fp32, exact."""
+        return dequantize(self.values, self.scales)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,8 @@ class Quantizer(NamedTuple):
         quantize: rows to e4m3 values and swizzled scales; T and E at least 1.
         group_offsets: (counts or ends (E,), layout (3E+2,) int32, T, whether ends).
         caller_layout: (counts (E,), first scale rows (E,), layout, T, S).
+        pack_tokens: (x (M, H), its row stride, topk_ids (M, top_k) and topk_weights, or None,
+            records (R, bytes), E).
         route: (topk_ids (M, top_k), sorted_token_ids (T,), inverse_permutation (M, top_k), layout,
             scratch, E).
         route_scratch: (choices, E) -> int32 elements of ``scratch``; never more for fewer choices.
@@ -102,6 +104,7 @@ class Quantizer(NamedTuple):
     quantize: Callable[[QuantizeProblem, QuantizeBuffers], Steps]
     group_offsets: Callable[[Buffer, Buffer, int, bool], Steps]
     caller_layout: Callable[[Buffer, Buffer, Buffer, int, int], Steps]
+    pack_tokens: Callable[[Buffer, int, Buffer | None, Buffer | None, Buffer, int, int], Steps]
     route: Callable[[Buffer, Buffer, Buffer, Buffer, Buffer, int], Steps]
     route_scratch: Callable[[int, int], int]
     add_expert_bias: Callable[[Buffer, Buffer, Buffer, Buffer], Steps]

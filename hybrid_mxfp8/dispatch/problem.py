@@ -70,6 +70,7 @@ class QuantizeProblem(NamedTuple):
         grouping: how rows belong to experts.
         expert_stride: elements from one expert of x to the next, of weights.
         scale_group: elements of a row whose blocks get one scale: 32 or 128.
+        scale_stride: bytes from one row of ``x_scales`` to the next.
     """
 
     num_rows: int
@@ -82,6 +83,7 @@ class QuantizeProblem(NamedTuple):
     grouping: Grouping = "offsets"
     expert_stride: int = 0
     scale_group: int = BLOCK_SIZE
+    scale_stride: int = 0
 
 
 class QuantizeBuffers(NamedTuple):
@@ -95,6 +97,7 @@ class QuantizeBuffers(NamedTuple):
     scale_offsets: Buffer | None = None  # (E+1,) int32, read with grouping "offsets"
     counts: Buffer | None = None  # (E,) int32 or int64, read with grouping "counts"
     layout: Buffer | None = None  # (3E+2,) int32, written with grouping "counts"
+    x_scales: Buffer | None = None  # (R, K/32) uint8, row-major: x is e4m3 and copied, with a row_index alone
 
 
 def split_layout(layout: Buffer, num_experts: int) -> tuple[Buffer, Buffer, Buffer]:

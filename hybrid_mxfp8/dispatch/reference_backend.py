@@ -29,6 +29,9 @@ def _quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> Steps:
         assert b.layout is not None
         _, expert_offsets, scale_offsets = split_layout(b.layout, p.num_experts)
         steps = _group_offsets(b.counts, b.layout, p.num_rows, False)
+    if b.x_scales is not None:
+        given = (b.x, b.x_scales, b.row_index, expert_offsets, scale_offsets, b.values, b.scales)
+        return *steps, Call(reference.gather_rows, given)
     source = (b.x, b.row_index, p.scale_rounding, p.scale_group, p.activation)
     return *steps, Call(reference.quantize_rows, (*source, expert_offsets, scale_offsets, b.values, b.scales))
 
@@ -64,6 +67,9 @@ QUANTIZER = Quantizer(
     quantize=_quantize,
     group_offsets=_group_offsets,
     caller_layout=_caller_layout,
+    pack_tokens=lambda x, stride, ids, weights, records, experts, scale_group: (
+        Call(reference.pack_tokens, (x, ids, weights, records, experts, scale_group)),
+    ),
     route=lambda ids, tokens, inverse, layout, scratch, experts: (
         Call(routing.route, (ids, experts, tokens, inverse, layout)),
     ),

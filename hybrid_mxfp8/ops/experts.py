@@ -8,7 +8,7 @@ import torch
 
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
-from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.core.scale_group import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
@@ -115,7 +115,9 @@ class MXFP8Experts(torch.nn.Module):
         bias = self.w13_bias is not None or self.w2_bias is not None
         return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, bias={bias}"
 
-    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | MXFP8Tokens, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
         """(M, H), (M, top_k), (M, top_k) to (M, H); see ``moe_forward``."""
         return moe_forward(
             x,

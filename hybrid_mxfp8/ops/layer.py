@@ -5,8 +5,8 @@
     h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
     y, topk_weights, w2_bias ──combine──► out
 
-Intermediates are offsets in the arena, never tensors: making a view costs the host more than an
-allocation.
+Tokens that come in MXFP8 are gathered, not quantized. Intermediates are offsets in the arena, never
+tensors: making a view costs the host more than an allocation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
-from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
@@ -172,7 +172,7 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) 
 class LayerInputs(NamedTuple):
     """What a layer reads, by the names that users know."""
 
-    x: torch.Tensor
+    x: torch.Tensor | MXFP8Tokens
     w13q: ExpertWeights
     w2q: ExpertWeights
     topk_ids: torch.Tensor
@@ -181,11 +181,16 @@ class LayerInputs(NamedTuple):
     w2_bias: torch.Tensor | None
 
 
+def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of tokens, and the scales of those in MXFP8."""
+    return (x.values, x.scales) if isinstance(x, MXFP8Tokens) else (x, None)
+
+
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
-    """The launches of one layer, of (arena, out, x, w13 and w2 with their scales, ids, weights, the
-    biases that are given).
+    """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
+    ids, weights, and what is given of the biases and x's scales).
 
     Raises:
         ValueError: more rows, padded to scale tiles, than int32 counts.
@@ -197,9 +202,10 @@ def plan_layer(
     a = arena(shape, num_tokens, backends)
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
-    same_rows = inputs.x.stride() == out.stride()
+    rows, linear_scales = parts_of(inputs.x)
+    same_rows = linear_scales is None and rows.stride() == out.stride()
     y = operands.add("out", out, written=True, may_equal=2 if same_rows else -1)
-    x = operands.add("x", inputs.x)
+    x = operands.add("x", rows)
     w13 = operands.add("w13q.values", inputs.w13q.values), operands.add("w13q.scales", inputs.w13q.scales)
     w2 = operands.add("w2q.values", inputs.w2q.values), operands.add("w2q.scales", inputs.w2q.scales)
     ids = operands.add("topk_ids", inputs.topk_ids)
@@ -207,6 +213,8 @@ def plan_layer(
     w13_bias, w2_bias = inputs.w13_bias, inputs.w2_bias
     up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
     down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
+    x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)
+    scale_stride = 0 if linear_scales is None else linear_scales.stride(0)
 
     quantizer, up, down = backends.quantizer, backends.up, backends.down
     up_problem, down_problem = shape.problems(num_tokens)
@@ -219,11 +227,13 @@ def plan_layer(
         scale_group: int,
         *,
         gather: Buffer | None = None,
+        scales: Buffer | None = None,
         activation: SwiGLU | None = None,
     ) -> Steps:
         sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
-        problem = QuantizeProblem(*sizes, "rceil", activation, scale_group=scale_group)
-        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets)
+        options = {"scale_group": scale_group, "scale_stride": scale_stride}
+        problem = QuantizeProblem(*sizes, "rceil", activation, **options)
+        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets, x_scales=scales)
         return quantizer.quantize(problem, buffers)
 
     def product(
@@ -234,7 +244,7 @@ def plan_layer(
 
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantize(x, inputs.x.stride(0), a.xq, up_problem.scale_group, gather=a.sorted_token_ids),
+        *quantize(x, rows.stride(0), a.xq, up_problem.scale_group, gather=a.sorted_token_ids, scales=x_scales),
         *product(up, up_problem, a.xq, w13, a.h),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantize(a.h, 2 * shape.intermediate, a.hq, down_problem.scale_group, activation=activation),

@@ -23,18 +23,19 @@ from hybrid_mxfp8.core.checks import (
     fail,
     is_tracing,
 )
-from hybrid_mxfp8.core.operands import ExpertWeights
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe
 from hybrid_mxfp8.dispatch.registry import requested, settings
 from hybrid_mxfp8.ops.grouped_gemm import describe_operand
-from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, plan_layer, shape_of
+from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, parts_of, plan_layer, shape_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
 _LAYER = object()
 
 
 def moe_forward(
-    x: torch.Tensor,
+    x: torch.Tensor | MXFP8Tokens,
     w13q: ExpertWeights,
     w2q: ExpertWeights,
     topk_ids: torch.Tensor,
@@ -66,7 +67,8 @@ def moe_forward(
     allocator and ``workspace`` is not used.
 
     Args:
-        x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride.
+        x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride; or MXFP8Tokens, such as
+            ``quantize_tokens`` makes, with the bits of the tokens that were quantized.
         w13q: E experts of (2I, H), the I rows of gate first, then those of up: transformers'
             ``gate_up_proj``, vLLM's w13.
         w2q: E experts of (H, I), I % 32 == 0.
@@ -105,11 +107,11 @@ def moe_forward(
         shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
             _check_out(out, x)
-        if is_tracing(x):
+        if is_tracing(parts_of(x)[0]):
             return _forward_traced(inputs, shape, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)
-            return torch.zeros_like(x) if out is None else out.zero_()
+            return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if out is None else out.zero_()
         if workspace is not None:
             workspace.check(shape, x.shape[0])
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
@@ -133,11 +135,14 @@ def _contiguous(inputs: LayerInputs) -> LayerInputs:
 
 def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorkspace | None) -> None:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    tensors = [out, x, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
+    rows, x_scales = parts_of(x)
+    tensors = [out, rows, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
     if w13_bias is not None:
         tensors.append(w13_bias)
     if w2_bias is not None:
         tensors.append(w2_bias)
+    if x_scales is not None:
+        tensors.append(x_scales)
     if workspace is None:
         plan.run(torch.empty(plan.arena_bytes, dtype=torch.uint8, device=x.device), *tensors)
     else:
@@ -159,7 +164,7 @@ def _signature(
             torch.is_grad_enabled(),
             options,
             None if workspace is None else (workspace.shape, workspace.max_tokens),
-            describe(x),
+            _describe_tokens(x),
             describe_operand(w13q),
             describe_operand(w2q),
             describe(topk_ids),
@@ -172,10 +177,20 @@ def _signature(
         return None
 
 
+def _describe_tokens(x: torch.Tensor | MXFP8Tokens) -> tuple[Hashable, ...] | None:
+    if isinstance(x, MXFP8Tokens):
+        return x.dtype, x.scale_group, describe(x.values), describe(x.scales)
+    return describe(x)
+
+
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:
     """All that is read fits together."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+    if not isinstance(x, MXFP8Tokens):
+        check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+        if x.stride(1) != 1:
+            fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+        check_no_grad("x", x)
     device = x.device
     check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
     check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=device)
@@ -183,22 +198,23 @@ def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | Non
     shape = shape_of(w13q, w2q, top_k, x.dtype)
     if shape.device != device:
         fail("w13q", f"must be on {device}, as x", shape.device)
-    check_shape("x", x, (num_tokens, shape.hidden), "(M, H) with topk_ids' M and w13q's H")
+    if x.shape != (num_tokens, shape.hidden):
+        expected = f"must have shape (M, H) with topk_ids' M and w13q's H = {(num_tokens, shape.hidden)}"
+        fail("x", expected, tuple(x.shape))
     check_shape("topk_weights", topk_weights, (num_tokens, top_k), "(M, top_k)")
     swiglu = swiglu_of(activation)
-    if x.stride(1) != 1:
-        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
-    check_no_grad("x", x)
     check_no_grad("topk_weights", topk_weights)
     check_biases(shape, w13_bias, w2_bias)
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
         if bias is not None:
             check_no_grad(name, bias)
+    w13_group, w2_group = shape.scale_groups
     if scale_group is not None:
         check_scale_group(scale_group)
-        w13_group, w2_group = shape.scale_groups
-        shape = shape._replace(scale_groups=(min(scale_group, w13_group), min(scale_group, w2_group)))
-    return shape, swiglu
+        w13_group, w2_group = min(scale_group, w13_group), min(scale_group, w2_group)
+    if isinstance(x, MXFP8Tokens):
+        w13_group = min(w13_group, x.scale_group)
+    return shape._replace(scale_groups=(w13_group, w2_group)), swiglu
 
 
 def check_biases(shape: MoEShape, w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None) -> None:
@@ -210,7 +226,7 @@ def check_biases(shape: MoEShape, w13_bias: torch.Tensor | None, w2_bias: torch.
             check_contiguous(name, bias)
 
 
-def _check_out(out: torch.Tensor, x: torch.Tensor) -> None:
+def _check_out(out: torch.Tensor, x: torch.Tensor | MXFP8Tokens) -> None:
     check_tensor("out", out, dtypes=(x.dtype,), ndim=2, dims="(M, H)", device=x.device)
     check_shape("out", out, (x.shape[0], x.shape[1]), "(M, H)")
     check_no_grad("out", out)
@@ -224,8 +240,9 @@ def _forward_traced(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
+    rows, x_scales = parts_of(x)
     result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
-        x,
+        rows if x_scales is None else rows.view(torch.uint8),
         w13q.values,
         w13q.scales,
         w2q.values,
@@ -237,5 +254,8 @@ def _forward_traced(
         activation.spec,
         backend,
         *shape.scale_groups,
+        x_scales,
+        None if x_scales is None else x.dtype,
+        x.scale_group if isinstance(x, MXFP8Tokens) else BLOCK_SIZE,
     )
     return result if out is None else out.copy_(result)

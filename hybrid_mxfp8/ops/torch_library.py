@@ -13,6 +13,7 @@ functions refuse inputs that require grad.
 | ``quantize_weights`` | the function of this name | values (E, N, K), scales (E, roundup(N, 128), C), both uint8 |
 | ``grouped_gemm`` | the function of this name | (T, N) |
 | ``moe_forward`` | the function of this name: one operator, so a compiled layer is dispatched once | (M, H) |
+| ``pack_tokens`` | ``quantize_tokens``, and what ``ExpertParallelExperts`` sends | (R, bytes) uint8 |
 
 Values of e4m3 come out as their bytes (uint8) and go in as bytes or as float8_e4m3fn: PyTorch lacks
 the arithmetic on float8 with which opcheck compares. ``backend`` None means what is in force when
@@ -29,8 +30,9 @@ import torch
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, SCALE_TILE_ROWS, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
-from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
-from hybrid_mxfp8.ops import grouped_gemm, moe, quantize
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8, MXFP8Tokens
+from hybrid_mxfp8.core.token_record import TokenRecord
+from hybrid_mxfp8.ops import grouped_gemm, moe, quantize, tokens
 
 NAMESPACE = "hybrid_mxfp8"
 
@@ -155,9 +157,15 @@ def _moe_forward(
     backend: str | None,
     w13_scale_group: int = BLOCK_SIZE,
     w2_scale_group: int = BLOCK_SIZE,
+    x_scales: torch.Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
+    x_scale_group: int = BLOCK_SIZE,
 ) -> torch.Tensor:
+    given: torch.Tensor | MXFP8Tokens = x
+    if x_scales is not None:
+        given = MXFP8Tokens(_e4m3("x", x, 2, "(M, H)"), x_scales, x_dtype or torch.bfloat16, x_scale_group)
     return moe.moe_forward(
-        x,
+        given,
         _weights("w13_values", w13_values, w13_scales, w13_scale_group),
         _weights("w2_values", w2_values, w2_scales, w2_scale_group),
         topk_ids,
@@ -170,7 +178,28 @@ def _moe_forward(
 
 
 def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    x_dtype = others[13] if len(others) > 13 else None
+    return x.new_empty(x.shape, dtype=x_dtype or x.dtype)
+
+
+def _pack_tokens(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    num_records: int,
+    num_experts: int,
+    backend: str | None,
+    scale_group: int = BLOCK_SIZE,
+) -> torch.Tensor:
+    sizes = {"num_records": num_records, "num_experts": num_experts, "scale_group": scale_group}
+    return tokens.pack_tokens(x, topk_ids, topk_weights, **sizes, backend=backend)
+
+
+def _pack_tokens_fake(
+    x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None, num_records: int, *others: Any
+) -> torch.Tensor:
+    record = TokenRecord(x.shape[1], 0 if topk_ids is None else topk_ids.shape[1])
+    return x.new_empty(num_records, record.size, dtype=torch.uint8)
 
 
 def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> torch.library.Library:
@@ -208,6 +237,9 @@ LIBRARY = define_operators(
         ),
         "moe_forward(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
         " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation,"
-        " str? backend, int w13_scale_group=32, int w2_scale_group=32) -> Tensor": (_moe_forward, _moe_forward_fake),
+        " str? backend, int w13_scale_group=32, int w2_scale_group=32, Tensor? x_scales=None,"
+        " ScalarType? x_dtype=None, int x_scale_group=32) -> Tensor": (_moe_forward, _moe_forward_fake),
+        "pack_tokens(Tensor x, Tensor? topk_ids, Tensor? topk_weights, SymInt num_records, SymInt num_experts,"
+        " str? backend, int scale_group=32) -> Tensor": (_pack_tokens, _pack_tokens_fake),
     }
 )

@@ -16,14 +16,24 @@ from hybrid_mxfp8.core.scale_layout import (
     unswizzle_scales,
 )
 from hybrid_mxfp8.reference.product import grouped_matmul
-from hybrid_mxfp8.reference.quantization import quantize, quantize_rows, quantize_weights, swiglu, write_grouped
+from hybrid_mxfp8.reference.quantization import (
+    gather_rows,
+    pack_tokens,
+    quantize,
+    quantize_rows,
+    quantize_weights,
+    swiglu,
+    write_grouped,
+)
 
 __all__ = [
     "dequantize",
     "dequantize_experts",
     "dequantize_grouped",
+    "gather_rows",
     "group_offsets",
     "grouped_matmul",
+    "pack_tokens",
     "quantize",
     "quantize_rows",
     "quantize_weights",

@@ -9,6 +9,7 @@ from hybrid_mxfp8.core.activation import PLAIN_SWIGLU, SwiGLU
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX, E4M3_NAN, E8M0_NAN, SCALE_ROUNDING_BIAS
 from hybrid_mxfp8.core.scale_group import largest_of_group
 from hybrid_mxfp8.core.scale_layout import swizzle_grouped_scales, swizzle_scales
+from hybrid_mxfp8.core.token_record import TokenRecord
 
 FP32_INF_BITS = 0x7F800000
 
@@ -111,6 +112,54 @@ def quantize_rows(
         x = torch.where(inside.unsqueeze(1), rows, 0)
     values, scales = quantize(x if activation is None else swiglu(x, activation), scale_rounding, scale_group)
     write_grouped(values, scales, expert_offsets, scale_offsets, out_values, out_scales)
+
+
+def gather_rows(
+    x_values: torch.Tensor,
+    x_scales: torch.Tensor,
+    row_index: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    out_values: torch.Tensor,
+    out_scales: torch.Tensor,
+) -> None:
+    """As :func:`quantize_rows`, of rows that are quantized: x_values (R, K) float8_e4m3fn and
+    x_scales (R, K/32) uint8, row-major."""
+    index = row_index.to(torch.int64)
+    values = x_values.view(torch.uint8)[index].view(torch.float8_e4m3fn)
+    write_grouped(values, x_scales[index], expert_offsets, scale_offsets, out_values, out_scales)
+
+
+def pack_tokens(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    records: torch.Tensor,
+    num_experts: int,
+    scale_group: int = BLOCK_SIZE,
+) -> None:
+    """Tokens to the records in which they travel; see ``core.token_record``.
+
+    Args:
+        x: (M, H) bf16, fp16 or fp32.
+        topk_ids: (M, top_k) int32 or int64, or None; outside 0 .. E-1: written as -1.
+        topk_weights: (M, top_k) bf16, fp16 or fp32, or None.
+        records: (R, bytes) uint8, R >= M, written; of those from M on only the ids, -1, and the
+            weights, 0.
+        num_experts: E.
+        scale_group: as for :func:`quantize`.
+    """
+    num_tokens, hidden = x.shape
+    top_k = 0 if topk_ids is None else topk_ids.shape[1]
+    values, scales, ids, weights = TokenRecord(hidden, top_k).split(records)
+    codes, linear = quantize(x, "rceil", scale_group)
+    values.view(torch.uint8)[:num_tokens] = codes.view(torch.uint8)
+    scales[:num_tokens] = linear
+    if topk_ids is not None and topk_weights is not None:
+        ids[:num_tokens] = torch.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1)
+        ids[num_tokens:] = -1
+        weights[:num_tokens] = topk_weights
+        weights[num_tokens:] = 0
 
 
 def quantize_weights(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from compiling import Compiled, CompileFor
 
-from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, route
+from hybrid_mxfp8.core.token_record import TokenRecord
+from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, pack_tokens, route
 
 META = torch.device("meta")
 
@@ -127,3 +128,22 @@ def test_expert_bias(compile_for: CompileFor, arch: int, tmp_path: Path) -> None
     assert compiled.resources(tmp_path).stack == 0
     assert compiled.count(r"ld\.global(\.\w+)*\.v4\.b32") == 2
     assert compiled.count(r"st\.global(\.\w+)*\.v4\.b32") == 1
+
+
+@pytest.mark.parametrize("tokens", [16, 8192])
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_pack_tokens(compile_for: CompileFor, arch: int, tokens: int, top_k: int, tmp_path: Path) -> None:
+    """Rows of bf16 are read 16 bytes at a time, and nothing spills."""
+
+    def call() -> None:
+        record = TokenRecord(7168, top_k)
+        x = torch.empty(tokens, 7168, dtype=torch.bfloat16, device=META)
+        ids = torch.empty(tokens, top_k, dtype=torch.int64, device=META) if top_k else None
+        weights = torch.empty(tokens, top_k, dtype=torch.float32, device=META) if top_k else None
+        kernels.pack_tokens(x, ids, weights, torch.empty(tokens, record.size, dtype=torch.uint8, device=META), 256)
+
+    compiled = compile_for(arch, pack_tokens, "pack_tokens_kernel", call)
+    resources = compiled.resources(tmp_path)
+    assert resources.stack == 0, "spills"
+    assert resources.registers <= 128
+    assert compiled.count(r"ld\.global(\.\w+)*\.v4\.b32") >= 1

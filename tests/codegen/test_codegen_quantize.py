@@ -13,6 +13,7 @@ from compiling import Compiled, CompileFor
 from hybrid_mxfp8.core.activation import NAMED, SwiGLU
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.triton_kernels import quantize
 
 E = 32
@@ -36,6 +37,7 @@ VARIANTS: dict[str, tuple[torch.dtype, bool, SwiGLU | None, int]] = {
 PACKED_CONVERSION = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 LOAD_16 = r"ld\.global(\.\w+)*\.v4\.b32"
 LOAD_1_OR_2 = r"ld\.global(\.\w+)*\.b(8|16)"
+LOAD_8 = r"ld\.global(\.\w+)*\.v2\.b32"
 STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
 STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
 
@@ -100,6 +102,39 @@ def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tm
     assert compiled.count(STORE_8) == (size == "decode")
     assert compiled.count(STORE_16) == zeros + elements // 16
     assert compiled.count(r"st\.global(\.\w+)*\.b16") == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_in_mxfp8_are_copied(compile_for: CompileFor, arch: int, size: str, tmp_path: Path) -> None:
+    """Gathered from records: 16 bytes at a time, and no arithmetic."""
+    t, record = SIZES[size], TokenRecord(K, 8)
+
+    def call() -> None:
+        meta = torch.device("meta")
+        values, x_scales, _, _ = record.split(torch.empty(t, record.size, dtype=torch.uint8, device=meta))
+        offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
+        kernels.quantize(
+            values,
+            GroupLayout(offsets[1:], offsets, offsets, t),
+            torch.empty(t, K, dtype=torch.float8_e4m3fn, device=meta),
+            torch.empty(grouped_scale_rows(t, E), scale_cols(K), dtype=torch.uint8, device=meta),
+            "rceil",
+            torch.empty(t, dtype=torch.int32, device=meta),
+            x_scales=x_scales,
+        )
+
+    compiled = compile_for(arch, quantize, "quantize_kernel", call)
+    assert compiled.count(r"cvt\.\S*e4m3\S*") == 0
+    resources = compiled.resources(tmp_path)
+    assert resources.stack == 0, "spills"
+    assert resources.registers <= 128
+    config = quantize.select_quantize_config(t, K, E)
+    elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
+    zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)
+    wide = elements // 16
+    assert (compiled.count(LOAD_16), compiled.count(STORE_16)) == (wide, zeros + wide)
+    assert (compiled.count(LOAD_8), compiled.count(STORE_8)) == ((1, 1) if size == "decode" else (0, 0))
+    assert compiled.count(LOAD_1_OR_2) == 1, "a scale"
 
 
 @pytest.mark.parametrize("e", [1, 8, 128, 1024])

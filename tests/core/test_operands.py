@@ -74,6 +74,8 @@ def test_operands_say_what_they_are_and_weights_move(device: str, rng: torch.Gen
     wq = mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
     xq = mx.quantize_grouped(torch.randn(7, 96, generator=rng), cases.layout([3, 0, 4]), backend="reference")
     assert repr(wq) == "ExpertWeights(num_experts=3, n=40, k=96, scale_group=32, device='cpu')"
+    tokens = mx.quantize_tokens(torch.randn(7, 96, generator=rng), backend="reference")
+    assert repr(tokens) == "MXFP8Tokens(num_tokens=7, hidden=96, scale_group=32, dtype=float32, device='cpu')"
     assert repr(xq) == "GroupedMXFP8(num_tokens=7, k=96, num_experts=3, scale_group=32, device='cpu')"
     same, elsewhere, there = wq.to("cpu"), wq.to(torch.device("meta")), wq.to(device)
     assert (same.values.data_ptr(), same.scales.data_ptr()) == (wq.values.data_ptr(), wq.scales.data_ptr())
@@ -97,10 +99,14 @@ def test_operands_travel(rng: torch.Generator) -> None:
     xq = mx.quantize_grouped(torch.randn(23, 96, generator=rng), cases.layout([20, 3]), backend="reference")
     wq = mx.quantize_weights(torch.randn(2, 16, 64, generator=rng), scale_group=128, backend="reference")
     file = io.BytesIO()
-    torch.save((xq, wq), file)
+    tokens = mx.quantize_tokens(torch.randn(5, 96, generator=rng), backend="reference")
+    all_of_them = (xq, wq, tokens)
+    torch.save(all_of_them, file)
     file.seek(0)
     saved = torch.load(file, weights_only=False)
-    for x, w in (pickle.loads(pickle.dumps((xq, wq))), copy.deepcopy((xq, wq)), saved):
+    for x, w, t in (pickle.loads(pickle.dumps(all_of_them)), copy.deepcopy(all_of_them), saved):
+        assert torch.equal(t.dequantize(), tokens.dequantize())
+        assert t.dtype == torch.float32
         cases.same_bytes(x, xq)
         cases.same_bytes(w, wq)
         assert (x.scale_group, w.scale_group, w.to("cpu").scale_group) == (32, 128, 128)

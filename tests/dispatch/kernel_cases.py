@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.triton_kernels.abi import Argument
 
@@ -41,14 +42,18 @@ def _numbering() -> Callable[..., Buffer]:
     return buffer
 
 
-def quantize(dtype: torch.dtype = BF16, aligned: bool = True, row_stride: int = K, swiglu: bool = False) -> Case:
+def quantize(
+    dtype: torch.dtype = BF16, aligned: bool = True, row_stride: int = K, swiglu: bool = False, copied: bool = False
+) -> Case:
     b = _numbering()
+    gather = swiglu or copied
     x = b(dtype, T, K, aligned=aligned, offset=0 if aligned else 2)
     arguments = (
-        *(x, row_stride, 0, b(I32, T) if swiglu else None, T, b(FP8, T, K), b(U8, S, 16, offset=256), S),
+        *(x, row_stride, 0, b(I32, T) if gather else None, T, b(FP8, T, K), b(U8, S, 16, offset=256), S),
         *(None, None, b(I32, E + 1), b(I32, E + 1, offset=36), T, E, 1, K, T, 1),
+        *((b(U8, T, K // 32, offset=K), row_stride) if copied else (None, 1)),
     )
-    constants = (0x1FFFFF, 32, "offsets", swiglu, swiglu, 1.702 if swiglu else 1.0, 0.0, 7.0 if swiglu else None)
+    constants = (0x1FFFFF, 32, "offsets", gather, swiglu, 1.702 if swiglu else 1.0, 0.0, 7.0 if swiglu else None)
     return Case(90, "quantize", "quantize_kernel", T + E, arguments, (*constants, E, 1, K, 16, False), {"num_warps": 2})
 
 
@@ -56,10 +61,17 @@ def quantize_counts() -> Case:
     b = _numbering()
     arguments = (
         *(b(torch.float32, T, K), K, 0, None, T, b(FP8, T, K), b(U8, S, 16), S, b(torch.int64, E), b(I32, 3 * E + 2)),
-        *(None, None, T, E, 1, K, T, 1),
+        *(None, None, T, E, 1, K, T, 1, None, 1),
     )
     constants = (0x1FFFFF, 128, "counts", False, False, 1.0, 0.0, None, E, 1, K, 16, False)
     return Case(90, "quantize", "quantize_kernel", T + E + 1, arguments, constants, {"num_warps": 2})
+
+
+def pack_tokens() -> Case:
+    b = _numbering()
+    size = TokenRecord(K, 4).size
+    arguments = (b(BF16, T, K), K, b(torch.int64, T, 4), b(BF16, T, 4), b(U8, T, size), T - 9, T, E, K, size, K + 16)
+    return Case(90, "moe.pack_tokens", "pack_tokens_kernel", T, arguments, (0x1FFFFF, 32, 4, 4, 1, K), {"num_warps": 2})
 
 
 def group_offsets() -> Case:
@@ -154,6 +166,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantize_unaligned": lambda: quantize(torch.float16, aligned=False, row_stride=K + 1),
     "quantize_swiglu": lambda: quantize(swiglu=True),
     "quantize_counts": quantize_counts,
+    "quantize_copied": lambda: quantize(FP8, row_stride=544, copied=True),
+    "pack_tokens": pack_tokens,
     "group_offsets": group_offsets,
     "rank": rank,
     "combine": combine,

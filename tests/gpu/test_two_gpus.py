@@ -11,6 +11,7 @@ import cutlass_modules
 import moe_truth
 import pages
 import pytest
+import ranks
 import sglang_case
 import torch
 from jobs import together
@@ -191,7 +192,25 @@ def test_operands_of_two_gpus_are_refused() -> None:
 @pytest.mark.slow
 def test_experts_of_one_layer_on_both(tmp_path: Path) -> None:
     """docs/expert-parallel.md, through NCCL, eager and replayed from a CUDA graph."""
-    pages.check_expert_parallel(["own tokens", "all tokens", "replayed", "tensor parallel"], tmp_path)
+    parts = ["all gather", "padded", "replayed", "all to all", "all tokens", "tensor parallel"]
+    pages.check_expert_parallel(parts, tmp_path)
+
+
+@pytest.mark.slow
+def test_experts_spread_over_both(kernel: str, tmp_path: Path) -> None:
+    """Through NCCL: every dispatch against one GPU, uneven tokens, compiled whole by inductor,
+    replayed from a CUDA graph with other tokens and other routing."""
+    assert ranks.on_ranks(ranks.check_layer, tmp_path, "cuda", "triton", str(tmp_path)) == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["dies", "raises"])
+def test_a_rank_that_fails_ends_the_other(how: str, tmp_path: Path) -> None:
+    """NCCL's watchdog ends its process after the group's timeout, unless an error comes first."""
+    timeout = 10
+    given = (tmp_path, "cuda", how, {"max_tokens": 4}, timeout)
+    first, _ = ranks.on_ranks(ranks.fail_on_rank_1, *given, timeout=timeout)
+    assert first is None or first[0] in ("RuntimeError", "DistBackendError")
 
 
 def test_sglang(kernel: str) -> None:

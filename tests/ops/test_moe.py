@@ -129,6 +129,28 @@ def test_a_dropped_choice_is_one_of_weight_zero(backend: str, device: str, rng: 
     assert torch.equal(run(nobodys, backend), torch.zeros_like(layer.x))
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_tokens_in_mxfp8_have_the_bits_of_those_quantized(
+    multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """As ``quantize_tokens`` leaves them, and in memory of their own: NaN, zeros, a part of a tile,
+    dropped choices, a workspace."""
+    shape = {**SIZE, "hidden": 160} if ON_GPU else {"tokens": 9, "hidden": 160, "top_k": 3}
+    layer = make(rng, device, **shape, dtype=dtype, bias=True, dropped=True)
+    layer.x[3], layer.x[4, 7] = 0.0, float("nan")
+    expected = run(layer, multiplier)
+    tokens = mx.quantize_tokens(layer.x, backend=multiplier)
+    assert (tokens.shape, tokens.dtype, tokens.device) == (layer.x.shape, dtype, layer.x.device)
+    assert mx.signal_to_noise_db(layer.x[:3].float(), tokens.dequantize()[:3]) > 28.0
+    apart = mx.MXFP8Tokens(tokens.values.clone().contiguous(), tokens.scales.contiguous(), dtype)
+    space = mx.MoEWorkspace(*quantized(layer), max_tokens=40, top_k=shape["top_k"], dtype=dtype, backend=multiplier)
+    for given in (tokens, apart):
+        for options in ({}, {"workspace": space}, {"out": torch.empty_like(layer.x)}):
+            y = run(dataclasses.replace(layer, x=given), multiplier, **options)
+            assert torch.equal(cases.bits(y), cases.bits(expected))
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 200, 3000] if ON_GPU else [17])
 def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: int) -> None:
     """Few and many tokens, one launch of routing and three; products differ in the order of

@@ -20,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core.token_record import TokenRecord
+from hybrid_mxfp8.reference import pack_tokens
 
 pytestmark = pytest.mark.usefixtures("kernels_run")
 dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
@@ -158,6 +160,38 @@ def test_gather(device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     inside = (index >= 0) & (index < 17)
     rows = torch.where(inside[:, None].to(device), x[index.clamp(0, 16).long().to(device)], 0)
     same_bytes(got, into_poison("reference", rows, groups))
+
+
+@pytest.mark.sanitizer
+@dtypes
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(("tokens", "k", "top_k"), [(1, 32, 0), (9, 160, 3), (70, 1056, 8), (0, 96, 2)])
+def test_tokens_in_records(
+    device: str, dtype: torch.dtype, tokens: int, k: int, top_k: int, group: int, rng: torch.Generator
+) -> None:
+    """Elements, scales and choices as the definition and the router have them; records beyond the
+    tokens choose nobody, and keep their other bytes."""
+    x = cases.random_rows(tokens, 2 * k, dtype, rng, device)[:, k:]
+    ids = torch.randint(-2, 12, (tokens, top_k), generator=rng)
+    if ids.numel():
+        ids[-1, 0] = 2**32 + 3
+    weights = torch.rand(tokens, top_k, generator=rng).to(dtype)
+    record, beyond = TokenRecord(k, top_k), 3
+    found = []
+    for records in (torch.full((tokens + beyond, record.size), cases.POISON, dtype=torch.uint8) for _ in range(2)):
+        found.append(records.to(device))
+    kernels.pack_tokens(x, ids.to(device), weights.to(device), found[0], 10, group)
+    pack_tokens(x, ids.to(device), weights.to(device), found[1], 10, group)
+    assert torch.equal(*found)
+    values, scales, got_ids, got_weights = (part.cpu() for part in record.split(found[0]))
+    codes, linear = truth.quantize(truth.doubles(x), group=group)
+    assert np.array_equal(truth.as_bytes(values[:tokens]), codes)
+    assert np.array_equal(truth.as_bytes(scales[:tokens]), linear)
+    assert torch.equal(got_ids[:tokens], torch.where((ids >= 0) & (ids < 10), ids, -1).int())
+    assert torch.equal(got_weights[:tokens], weights.float())
+    assert (got_ids[tokens:] == -1).all()
+    assert not got_weights[tokens:].any()
+    assert (truth.as_bytes(values[tokens:]) == cases.POISON).all()
 
 
 # ---------------------------------------------------------------- SwiGLU

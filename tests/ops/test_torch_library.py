@@ -29,6 +29,8 @@ CALLS = (
     "grouped_gemm",
     "moe_forward",
     "moe_forward bias",
+    "moe_forward tokens",
+    "pack_tokens",
 )
 
 
@@ -54,6 +56,7 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
     layer = moe_truth.make_layer(rng, tokens=3, experts=3, hidden=32, dropped=True, bias=True)
     experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend="reference")
     moe = (experts.w13_values, experts.w13_scales, experts.w2_values, experts.w2_scales, layer.ids, layer.weights)
+    tokens = mx.quantize_tokens(layer.x, backend="reference")
     return {
         "group_offsets counts": (counts, 9, False),
         "group_offsets ends": (layout[1][1:].clone(), 9, True),
@@ -71,6 +74,19 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
         ),
         "moe_forward": (layer.x, *moe, None, None, "swiglu", backend),
         "moe_forward bias": (layer.x, *moe, layer.w13_bias, layer.w2_bias, "swiglu", backend),
+        "moe_forward tokens": (
+            tokens.values.view(torch.uint8),
+            *moe,
+            None,
+            None,
+            "swiglu",
+            backend,
+            32,
+            32,
+            tokens.scales,
+            torch.float16,
+        ),
+        "pack_tokens": (layer.x, layer.ids, layer.weights, 5, 3, backend),
     }
 
 
@@ -99,7 +115,8 @@ def test_moe_compiles_whole(cpu_backend: str, rng: torch.Generator, how: str) ->
     experts, arguments = moe(layer, cpu_backend)
 
     def block(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return x + experts(x * 2, ids, weights)
+        y = x + experts(x * 2, ids, weights)
+        return y + experts(mx.quantize_tokens(y, backend=cpu_backend), ids, weights)
 
     counter = CompileCounter()
     compiled = torch.compile(block, fullgraph=True, backend=counter if how == "counter" else how)

@@ -127,7 +127,7 @@ def test_moe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_expert_parallel(tmp_path: Path) -> None:
     """Two ranks on the CPU; tests/gpu runs it on two GPUs."""
     assert shlex.split(*blocks("expert-parallel.md", "sh"))[0] == "torchrun"
-    pages.check_expert_parallel(["own tokens", "all tokens", "tensor parallel"], tmp_path)
+    pages.check_expert_parallel(["all gather", "padded", "all to all", "all tokens", "tensor parallel"], tmp_path)
 
 
 @pytest.mark.usefixtures("_reference")

@@ -19,7 +19,7 @@ LAYERS = (
     ("triton_kernels", "cutlass_kernels"),
     ("ops",),
     ("checkpoint", "compat"),
-    ("integrations",),
+    ("distributed", "integrations"),
     ("commands",),
     ("__init__", "__main__"),
 )

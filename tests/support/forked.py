@@ -1,4 +1,5 @@
-"""A function run in a forked child, which costs no import of torch and may be killed."""
+"""A function run in a forked child, which costs no import of torch and may be killed; or in a
+spawned one, which may use a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from typing import Any
 class Child:
     """Starts at once, in a session of its own, so that what it starts can be killed with it."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("fork")
+    def __init__(self, function: Callable[..., Any], *arguments: Any, spawned: bool = False) -> None:
+        context: Any = multiprocessing.get_context("spawn" if spawned else "fork")
         self._mine, theirs = context.Pipe(duplex=False)
         self.process: BaseProcess = context.Process(target=_run, args=(theirs, function, arguments))
         self.process.start()

@@ -41,7 +41,7 @@ def _buffers(tensors: Sequence[torch.Tensor | None]) -> tuple[list[Any], list[to
 def quantize_steps(
     x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
     rounding: str = "rceil", row_index: torch.Tensor | None = None, swiglu: SwiGLU | None = None,
-    scale_group: int = 32,
+    scale_group: int = 32, x_scales: torch.Tensor | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans
     itself."""
@@ -56,15 +56,31 @@ def quantize_steps(
         layout = torch.empty(3 * experts + 2, dtype=torch.int32, device=x.device)
     problem = QuantizeProblem(
         rows, experts, k, x.shape[0], x.stride(0), rounding, swiglu, "offsets" if counts is None else "counts",
-        scale_group=scale_group,
+        scale_group=scale_group, scale_stride=0 if x_scales is None else x_scales.stride(0),
     )  # fmt: skip
-    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout)
+    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout, x_scales)
     return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), *tensors
 
 
 def quantize(*arguments: Any, **options: Any) -> None:
     """As :func:`quantize_steps`, run."""
     launch(*quantize_steps(*arguments, **options))
+
+
+def pack_tokens(
+    x: torch.Tensor,
+    ids: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    records: torch.Tensor,
+    experts: int,
+    scale_group: int = 32,
+) -> None:
+    from hybrid_mxfp8.triton_kernels.moe import pack_tokens as module
+
+    def steps(x_: Any, records_: Any, ids_: Any = None, weights_: Any = None) -> Steps:
+        return module.pack_tokens(x_, x.stride(0), ids_, weights_, records_, experts, scale_group)
+
+    launch(steps, x, records, ids, weights)
 
 
 def quantize_weights_steps(

@@ -47,6 +47,7 @@ def meta(w: mx.ExpertWeights) -> mx.ExpertWeights:
 
 
 forward = refused(mx.moe_forward, _good)
+tokens = refused(mx.quantize_tokens, lambda: {"x": normal(M, H)})
 module = refused(mx.MXFP8Experts, lambda: {"w13q": w13(), "w2q": w2()})
 made = refused(mx.MXFP8Experts.from_weights, lambda: {"w13": normal(E, 2 * I, H), "w2": normal(E, H, I)})
 space = refused(mx.MoEWorkspace, lambda: {"w13q": w13(), "w2q": w2(), "max_tokens": M, "top_k": TOP_K})
@@ -70,6 +71,12 @@ BAD: list[Bad] = [
     *of_tensor(forward, "forward", "topk_weights", lambda: torch.ones(M, TOP_K), "(M, top_k)", FLOATS, (torch.float64, torch.int32), "", more="grad"),
     *of_tensor(forward, "forward", "out", lambda: normal(M, H), "(M, H)", "bfloat16", (torch.float32,), "must have unit stride along its columns", more="grad"),
     *(forward(f"x of shape {s}", ValueError, r"^x: must have shape \(M, H\)", x=torch.zeros(s)) for s in ((M + 1, H), (M - 1, H), (M, H + 32), (M, 0))),
+    forward("MXFP8 tokens of another H", ValueError, r"^x: must have shape \(M, H\) .* = \(7, 64\), got \(7, 32\)$", x=lambda: mx.quantize_tokens(normal(M, 32))),
+    forward("out of another dtype than MXFP8 tokens", TypeError, "^out: dtype must be float16", x=lambda: mx.quantize_tokens(normal(M, H, dtype=torch.float16)), out=normal(M, H)),
+    forward("workspace of another dtype than MXFP8 tokens", ValueError, "^workspace: must be made for dtype = float32", x=lambda: mx.quantize_tokens(normal(M, H, dtype=torch.float32)), workspace=_workspace()),
+    *of_tensor(tokens, "quantize_tokens", "x", lambda: normal(M, H), "(M, H)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", None, more="grad"),
+    *(tokens(f"quantize_tokens: H of {k}", ValueError, f"^x: K must be a positive multiple of 32, got {k}$", x=normal(M, k)) for k in (0, 33)),
+    tokens("quantize_tokens: backend unknown", ValueError, "^backend: must be one of", backend="vllm"),
     forward("ids of fewer tokens", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids(M - 1)),
     forward("ids transposed", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids().T),
     forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),

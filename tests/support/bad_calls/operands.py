@@ -38,6 +38,12 @@ def zeros(*shape: int, dtype: torch.dtype = U8) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def _before_routing() -> dict[str, Any]:
+    x = mx.quantize_tokens(normal(T, K), backend="reference")
+    return {"values": x.values, "scales": x.scales}
+
+
+unsorted = refused(mx.MXFP8Tokens, _before_routing)
 tokens, experts = refused(mx.GroupedMXFP8, _grouped), refused(mx.ExpertWeights, _weights)
 linear = refused(mx.ExpertWeights.from_linear_scales, _linear)
 arrived = refused(mx.GroupedMXFP8.from_linear_scales, _linear_tokens)
@@ -57,6 +63,12 @@ def _within(name: Any) -> None:
 within = refused(_within, lambda: {"name": "auto"})
 
 BAD: list[Bad] = [
+    *of_tensor(unsorted, "MXFP8Tokens", "values", lambda: _before_routing()["values"], "(M, H)", "float8_e4m3fn", (U8, torch.float32), "must have unit stride along its columns", "^scales: must be on meta", more="grad"),
+    *of_tensor(unsorted, "MXFP8Tokens", "scales", lambda: _before_routing()["scales"], "(M, H/32)", "uint8", (torch.int8, torch.float8_e8m0fnu), "must have unit stride along its columns", more=""),
+    unsorted("MXFP8Tokens: scales of fewer rows", ValueError, r"^scales: must have shape \(M, H/32\) = \(40, 3\), got \(39, 3\)$", scales=zeros(T - 1, 3)),
+    unsorted("MXFP8Tokens: scales swizzled", ValueError, r"^scales: must have shape \(M, H/32\)", scales=zeros(128, 4)),
+    unsorted("MXFP8Tokens: H of 40", ValueError, "^values: K must be a positive multiple of 32, got 40$", values=zeros(T, 40).view(E4M3)),
+    *(unsorted(f"MXFP8Tokens: dtype {d}", TypeError, "^dtype: must be bfloat16 or float16 or float32, got", dtype=d) for d in (torch.float64, E4M3, "bf16", None)),
     *of_tensor(tokens, "tokens", "values", lambda: grouped().values, "(T, K)", "float8_e4m3fn", (U8, torch.float32, torch.float8_e5m2), more="grad"),
     *of_tensor(tokens, "tokens", "scales", lambda: grouped().scales, "(S, C)", "uint8", (torch.int8, torch.float32), more=""),
     *of_tensor(experts, "weights", "values", lambda: weights().values, "(E, N, K)", "float8_e4m3fn", (U8, torch.float16, torch.float8_e5m2), place="^scales: must be on meta", more="grad"),

@@ -1,0 +1,188 @@
+"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel to their experts
+as such; and the two launches at both ends of the way. No device data is looked at."""
+
+from __future__ import annotations
+
+import torch
+
+from hybrid_mxfp8.core.checks import (
+    FLOAT_DTYPES,
+    check_k,
+    check_no_grad,
+    check_scale_group,
+    check_shape,
+    check_tensor,
+    fail,
+    is_tracing,
+)
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.core.operands import MXFP8Tokens
+from hybrid_mxfp8.core.token_record import TokenRecord
+from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
+
+_PACK, _SUM = object(), object()
+
+
+def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: str | None = None) -> MXFP8Tokens:
+    """Quantize tokens to MXFP8, to be sent to the ranks of their experts, and to be routed there.
+
+    ``moe_forward`` of the result is that of x, bit for bit, if ``scale_group`` is that of w13q: 33
+    bytes instead of 64 are sent for 32 elements of bf16.
+
+    Args:
+        x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride.
+        scale_group: elements of a row that share one scale, 32 or 128.
+        backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
+
+    Returns:
+        MXFP8Tokens of x's dtype. Values and scales are columns of one (M, H + H/32) buffer of
+        bytes, whose rows are padded to 16 bytes.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or stride; x requires grad.
+        BackendUnavailableError: the named backend can't run here.
+    """
+    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+    records = pack_tokens(
+        x, None, None, num_records=x.shape[0], num_experts=0, scale_group=scale_group, backend=backend
+    )
+    values, scales, _, _ = TokenRecord(x.shape[1]).split(records)
+    return MXFP8Tokens.unchecked(values, scales, x.dtype, scale_group)
+
+
+def pack_tokens(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    *,
+    num_records: int,
+    num_experts: int,
+    scale_group: int = BLOCK_SIZE,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Quantize tokens into the records in which they travel; see ``core.token_record``.
+
+    Args:
+        x: as for :func:`quantize_tokens`.
+        topk_ids: (M, top_k) int32 or int64; copied if not contiguous. Or None, as the weights.
+        topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
+        num_records: R >= M. Records from M on choose no expert, and hold nothing else.
+        num_experts: E; an id outside 0 .. E-1 becomes -1.
+        scale_group: as for :func:`quantize_tokens`.
+        backend: as for :func:`quantize_tokens`.
+
+    Returns:
+        (R, TokenRecord.size) uint8.
+
+    Raises:
+        As :func:`quantize_tokens`; ValueError also for more tokens than records.
+    """
+    if topk_ids is not None and topk_weights is not None:
+        topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+    signature = plan = None
+    if not torch.compiler.is_compiling():
+        try:
+            given = describe(x), describe(topk_ids), describe(topk_weights)
+            signature = (
+                _PACK,
+                settings(backend),
+                torch.is_grad_enabled(),
+                num_records,
+                num_experts,
+                scale_group,
+                given,
+            )
+            plan = PLANS.get(signature)
+        except (AttributeError, RuntimeError, TypeError):
+            signature = None
+    if plan is None:
+        record = check_tokens(x, topk_ids, topk_weights)
+        check_scale_group(scale_group)
+        if x.shape[0] > num_records:
+            fail("x", f"must have at most max_tokens = {num_records} rows", x.shape[0])
+        if is_tracing(x):
+            packed: torch.Tensor = torch.ops.hybrid_mxfp8.pack_tokens(
+                x, topk_ids, topk_weights, num_records, num_experts, backend, scale_group
+            )
+            return packed
+        records = torch.empty(num_records, record.size, dtype=torch.uint8, device=x.device)
+        plan = _plan_pack(x, topk_ids, topk_weights, records, num_experts, scale_group, backend)
+        if signature is not None:
+            PLANS.add(signature, plan)
+    else:
+        records = torch.empty(num_records, plan.result, dtype=torch.uint8, device=x.device)
+    if topk_ids is None or topk_weights is None:
+        plan.run(records, x)
+    else:
+        plan.run(records, x, topk_ids, topk_weights)
+    return records
+
+
+def check_tokens(x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None) -> TokenRecord:
+    """That they can be packed; the record they take."""
+    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+    check_no_grad("x", x)
+    num_tokens, hidden = x.shape
+    check_k("x", hidden)
+    if x.stride(1) != 1 and x.numel():
+        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    if topk_ids is None or topk_weights is None:
+        return TokenRecord(hidden)
+    check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=x.device)
+    check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=x.device)
+    check_shape("topk_ids", topk_ids, (num_tokens, topk_ids.shape[1]), "(M, top_k) with x's M")
+    check_shape("topk_weights", topk_weights, (num_tokens, topk_ids.shape[1]), "(M, top_k)")
+    check_no_grad("topk_weights", topk_weights)
+    return TokenRecord(hidden, topk_ids.shape[1])
+
+
+def _plan_pack(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    records: torch.Tensor,
+    num_experts: int,
+    scale_group: int,
+    backend: str | None,
+) -> Plan:
+    quantizer = choose_quantizer(x.device, backend)
+    operands = Operands()
+    target = operands.add("records", records, written=True)
+    source = operands.add("x", x)
+    ids = None if topk_ids is None else operands.add("topk_ids", topk_ids)
+    weights = None if topk_weights is None else operands.add("topk_weights", topk_weights)
+    given = (source, x.stride(0), ids, weights, target, num_experts, scale_group)
+    steps = quantizer.pack_tokens(*given) if records.numel() else ()
+    return Plan(x.device, operands, steps, result=records.shape[1])
+
+
+def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """out[m] = sum over k of y[rows[m, k]], in fp32, in the order of k.
+
+    Args:
+        y: (T, H) bf16, fp16 or fp32, contiguous.
+        rows: (M, n) int32, contiguous; outside 0 .. T-1: nothing.
+        backend: as for :func:`quantize_tokens`.
+
+    Returns:
+        (M, H) of y's dtype.
+    """
+    out = torch.empty(rows.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+    if not (y.numel() and rows.numel()):
+        return out.zero_()
+    ones = torch.ones(rows.shape, dtype=y.dtype, device=y.device)
+    signature = (_SUM, settings(backend), describe(y), describe(rows))
+    plan = PLANS.get(signature)
+    if plan is None:
+        operands = Operands()
+        target, source = operands.add("out", out, written=True), operands.add("y", y)
+        places, weights = operands.add("rows", rows), operands.add("weights", ones)
+        steps = choose_quantizer(y.device, backend).combine(
+            source, places, places, weights, None, target, out.stride(0)
+        )
+        plan = Plan(y.device, operands, steps)
+        PLANS.add(signature, plan)
+    plan.run(out, y, rows, ones)
+    return out

@@ -1,0 +1,213 @@
+"""Ranks of a process group, a process each, and what experts spread over them must do: through gloo
+on the CPU, through NCCL on as many GPUs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import moe_truth
+import pytest
+import torch
+import torch.distributed as dist
+from forked import Child
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import checkpoint
+from hybrid_mxfp8.checkpoint import reader
+from hybrid_mxfp8.distributed import ExpertParallelExperts, experts_of_rank
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 7, 256, 128, 3
+MAX_TOKENS = 16
+
+
+def on_ranks(
+    function: Callable[..., Any], folder: Path, device: str, *arguments: Any, ranks: int = 2, timeout: float = 60
+) -> list[Any]:
+    """function(rank, ranks, device of the rank, *arguments) on each; what they return, or their
+    tracebacks; None of one that was killed. ``timeout`` is the group's, in seconds."""
+    given = (ranks, device, str(folder / "store"), timeout, function, *arguments)
+    children = [Child(_rank, rank, *given, spawned=device == "cuda") for rank in range(ranks)]
+    return [child.result(timeout + 120) for child in children]
+
+
+def _rank(
+    rank: int, ranks: int, device: str, store: str, timeout: float, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    torch.set_num_threads(1)  # a fork's child has no pool of them
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    result = function(rank, ranks, device, *arguments)
+    dist.destroy_process_group()
+    return result
+
+
+# ---------------------------------------------------------------- one layer on all ranks
+
+
+def _layer(tokens: int, seed: int, device: str) -> moe_truth.Layer:
+    rng = torch.Generator().manual_seed(seed)
+    shape = {"tokens": tokens, "experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K}
+    return moe_truth.to(moe_truth.make_layer(rng, **shape, bias=True, dropped=True), device)
+
+
+def check_layer(rank: int, ranks: int, device: str, backend: str, folder: str) -> bool:
+    """Every dispatch, for several spreads of tokens over ranks, against the layer on one rank."""
+    weights = _layer(1, 0, device)
+    given = {"w13_bias": weights.w13_bias, "w2_bias": weights.w2_bias, "backend": backend}
+    whole = mx.MXFP8Experts.from_weights(weights.w13, weights.w2, **given)
+    options: list[dict[str, Any]] = [{}, {"max_tokens": MAX_TOKENS}, {"dispatch": "all_to_all"}]
+    spreads = ([13, 7], [0, 5], [MAX_TOKENS, 1], [4, 4])
+    for option in options:
+        experts = ExpertParallelExperts.from_weights(weights.w13, weights.w2, **option, **given)
+        for tokens in spreads:
+            batch = _layer(tokens[rank], 1 + rank, device)
+            y = experts(batch.x, batch.ids, batch.weights)
+            _compare(y, whole, batch, ranks, backend, f"{option} {tokens}")
+        nobody = _layer(0, 0, device)
+        assert experts(nobody.x, nobody.ids, nobody.weights).shape == (0, HIDDEN)
+    _check_refusals(experts, batch)
+    _check_checkpoint(Path(folder), whole, rank, ranks)
+    _check_compiled(weights, given, rank, device)
+    if device == "cuda":
+        _check_graph(weights, given, whole, rank, ranks, backend)
+    return True
+
+
+def _compare(
+    y: torch.Tensor, whole: mx.MXFP8Experts, batch: moe_truth.Layer, ranks: int, backend: str, case: str
+) -> None:
+    """The reference's bits: each rank's part, rounded, then their sum, rounded. Kernels choose
+    tiles by the number of rows, so theirs may differ from those on one rank by roundings."""
+    parts = []
+    for rank in range(ranks):
+        own = experts_of_rank(EXPERTS, rank, ranks)
+        ids = torch.where((batch.ids >= own.start) & (batch.ids < own.stop), batch.ids, -1)
+        parts.append(whole(batch.x, ids, batch.weights).float())
+    expected = sum(parts, torch.zeros_like(parts[0])).to(y.dtype)
+    assert y.shape == expected.shape, case
+    if backend == "reference" and ranks == 2:
+        assert torch.equal(y, expected), case
+    elif y.numel():
+        assert mx.calc_diff(y, expected) < 2e-5, case
+        assert mx.calc_diff(y, whole(batch.x, batch.ids, batch.weights)) < 2e-5, case
+
+
+def _check_refusals(experts: ExpertParallelExperts, batch: moe_truth.Layer) -> None:
+    """Before anything is sent: the group is of use afterwards."""
+    bad = {
+        "x: must have shape": (batch.x[:, :32], batch.ids, batch.weights),
+        "topk_weights: must have shape": (batch.x, batch.ids, batch.weights[:, :1]),
+        "topk_ids: dtype must be": (batch.x, batch.ids.float(), batch.weights),
+    }
+    for message, arguments in bad.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            experts(*arguments)
+    padded = ExpertParallelExperts(experts.experts, num_experts=EXPERTS, max_tokens=1)
+    with pytest.raises(ValueError, match=r"^x: must have at most max_tokens = 1 rows, got 4$"):
+        padded(batch.x, batch.ids, batch.weights)
+    own, make, few = experts.experts, ExpertParallelExperts, torch.zeros(1, 64, 32)
+    refused: list[tuple[str, Callable[[], object]]] = [
+        ("experts: must be an MXFP8Experts", lambda: make(None, num_experts=EXPERTS)),  # type: ignore[arg-type]
+        ("experts: must be 10, numbers", lambda: make(own, num_experts=20)),
+        ("num_experts: must be at least one for each of 2 ranks, got 1", lambda: make.from_weights(few, few)),
+        ("num_experts: must be an int", lambda: make(own, num_experts=7.0)),  # type: ignore[arg-type]
+        ("dispatch: must be one of", lambda: make(own, num_experts=EXPERTS, dispatch="deepep")),
+        ("max_tokens: must be at least 1", lambda: make(own, num_experts=EXPERTS, max_tokens=0)),
+        ("max_tokens: must be None", lambda: make(own, num_experts=EXPERTS, dispatch="all_to_all", max_tokens=4)),
+        ("w2: must have w13's E = 2", lambda: make.from_weights(few.expand(2, 64, 32), few)),
+        ("names: must be a pair", lambda: make.from_checkpoint("nowhere", "experts")),  # type: ignore[arg-type]
+    ]
+    for message, call in refused:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call()
+
+
+def _check_checkpoint(folder: Path, whole: mx.MXFP8Experts, rank: int, ranks: int) -> None:
+    """A rank reads the bytes of its own experts alone."""
+    file = folder / "experts.safetensors"
+    if rank == 0:
+        checkpoint.save_experts(file, {"w13": whole.w13q, "w2": whole.w2q})
+    dist.barrier()
+    read: list[int | None] = []
+    matrix = reader._matrix
+    reader._matrix = lambda opened, name, index: read.append(index) or matrix(opened, name, index)  # type: ignore
+    experts = ExpertParallelExperts.from_checkpoint(file, ("w13", "w2"), max_tokens=4)
+    reader._matrix = matrix
+    own = experts_of_rank(EXPERTS, rank, ranks)
+    assert set(read) == set(own)
+    assert torch.equal(experts.experts.w13_values, whole.w13_values[own.start : own.stop].cpu())
+    assert torch.equal(experts.experts.w2_scales, whole.w2_scales[own.start : own.stop].cpu())
+
+
+def _check_compiled(weights: moe_truth.Layer, given: dict[str, Any], rank: int, device: str) -> None:
+    """One graph, no break, the bits of the eager module."""
+    experts = ExpertParallelExperts.from_weights(weights.w13, weights.w2, max_tokens=MAX_TOKENS, **given)
+    how = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(experts, fullgraph=True, backend=how)
+    for tokens in ([13, 7], [2, 9]):
+        batch = _layer(tokens[rank], 3 + rank, device)
+        y = compiled(batch.x, batch.ids, batch.weights)
+        assert torch.equal(y, experts(batch.x, batch.ids, batch.weights)), f"compiled {tokens}"
+
+
+def _check_graph(
+    weights: moe_truth.Layer, given: dict[str, Any], whole: mx.MXFP8Experts, rank: int, ranks: int, backend: str
+) -> None:
+    """Captured with tokens of its own on each rank, replayed with others and with other routing."""
+    if backend == "reference":
+        return  # it syncs
+    experts = ExpertParallelExperts.from_weights(weights.w13, weights.w2, max_tokens=MAX_TOKENS, **given)
+    batch = _layer(11 + rank, 5 + rank, "cuda")
+    experts(batch.x, batch.ids, batch.weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = experts(batch.x, batch.ids, batch.weights)
+    for seed in range(3):
+        other = _layer(11 + rank, 10 * seed + rank, "cuda")
+        batch.x.copy_(other.x)
+        batch.ids.copy_(other.ids)
+        batch.weights.copy_(other.weights)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, experts(batch.x, batch.ids, batch.weights)), f"replay {seed}"
+        _compare(y, whole, batch, ranks, backend, f"replay {seed}")
+    graph.reset()  # NCCL waits for the graphs that hold its communicator before it lets go of it
+
+
+# ---------------------------------------------------------------- a rank that fails
+
+
+def fail_on_rank_1(
+    rank: int, ranks: int, device: str, how: str, option: dict[str, Any], timeout: float
+) -> tuple[str, float]:
+    """After a good call rank 1 dies, or is refused its call and lives on: how a rank's next call
+    ends, and after how many seconds."""
+    weights = _layer(4, 0, device)
+    experts = ExpertParallelExperts.from_weights(weights.w13, weights.w2, **option, backend="reference")
+    experts(weights.x, weights.ids, weights.weights)
+    dist.barrier()
+    if rank == 1 and how == "dies":
+        os._exit(1)
+    start = time.monotonic()
+    try:
+        experts(weights.x, weights.ids, weights.weights if rank == 0 else weights.weights[:, :1])
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except (RuntimeError, ValueError) as error:
+        if rank == 1:
+            time.sleep(timeout + 2)  # in no collective, until rank 0 has given up
+        return type(error).__name__, time.monotonic() - start
+    return "no error", time.monotonic() - start
