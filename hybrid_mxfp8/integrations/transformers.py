@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
@@ -103,31 +104,39 @@ def experts_forward(
 class _Version(NamedTuple):
     """Changes when a parameter is written to or gets other memory, but for writes to its data."""
 
+    storage: int
     address: int
     version: int
-    device: torch.device
 
     @classmethod
     def of(cls, parameter: torch.Tensor) -> _Version:
-        return cls(parameter.data_ptr(), parameter._version, parameter.device)
+        return cls(parameter.untyped_storage()._cdata, parameter.data_ptr(), parameter._version)
 
 
 class _Cached(NamedTuple):
-    """Experts, and what they were made of: another parameter at the same address is not the same.
+    """Experts, and what they were made of: another parameter in the same memory is not the same,
+    nor is other memory at the same address, as ``module.half().bfloat16()`` may get.
 
-    References are weak, so that a parameter that was replaced does not keep its memory. A copy of
-    the module quantizes anew.
+    References are weak, so that a parameter that was replaced does not keep its memory; while one
+    to a storage is held, no other storage gets its number. A copy of the module quantizes anew.
     """
 
     versions: tuple[_Version, ...]
     experts: MXFP8Experts
     parameters: tuple[weakref.ref[torch.Tensor], ...]
+    storages: tuple[StorageWeakRef, ...]
+
+    @classmethod
+    def of(cls, experts: MXFP8Experts, parameters: list[torch.Tensor]) -> _Cached:
+        storages = tuple(StorageWeakRef(parameter.untyped_storage()) for parameter in parameters)
+        return cls(tuple(map(_Version.of, parameters)), experts, tuple(map(weakref.ref, parameters)), storages)
 
     def __reduce__(self) -> tuple[type[_Cached], tuple[Any, ...]]:
-        return type(self), ((), self.experts, ())
+        return type(self), ((), self.experts, (), ())
 
-    def are_of(self, versions: tuple[_Version, ...], parameters: list[torch.Tensor]) -> bool:
+    def are_of(self, parameters: list[torch.Tensor]) -> bool:
         """Whether the experts are those of these parameters, as they are now."""
+        versions = tuple(map(_Version.of, parameters))
         return self.versions == versions and all(map(operator.is_, (p() for p in self.parameters), parameters))
 
 
@@ -175,9 +184,8 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     if (where := _unproven(parameters)) is not None:
         fail("experts", f"must be quantized by quantize_model_(model) {where}", type(module).__name__)
     cached: _Cached | None = getattr(module, _CACHE, None)
-    versions = tuple(_Version.of(parameter) for parameter in parameters)
-    if cached is None or not cached.are_of(versions, parameters):
-        cached = _Cached(versions, _quantize(module), tuple(map(weakref.ref, parameters)))
+    if cached is None or not cached.are_of(parameters):
+        cached = _Cached.of(_quantize(module), parameters)
         # Past nn.Module.__setattr__, which would make it a submodule.
         object.__setattr__(module, _CACHE, cached)
     return cached.experts

@@ -296,6 +296,7 @@ def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend:
         ValueError: wrong shape, stride or option.
         BackendUnavailableError: the named backend can't run here.
     """
+    (w,) = arrived(w)
     check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
     check_no_grad("w", w)
     check_scale_rounding(scale_rounding)

@@ -277,6 +277,17 @@ def test_what_is_seen_of_a_parameter(experts: Module) -> None:
     assert torch.equal(experts(*arguments()), 4 * first)
 
 
+def test_other_memory_at_the_same_address_is_quantized(experts: Module) -> None:
+    """As a module may get that goes to another dtype and back; parameter and version stay."""
+    memory = experts.down_proj.detach().clone().view(torch.int16).numpy()
+    experts.down_proj.data = torch.from_numpy(memory).view(torch.bfloat16)
+    first, address = experts(*arguments()), experts.down_proj.data_ptr()
+    memory[:] = (torch.from_numpy(memory).view(torch.bfloat16) * 2).view(torch.int16).numpy()
+    experts.down_proj.data = torch.from_numpy(memory).view(torch.bfloat16)
+    assert experts.down_proj.data_ptr() == address
+    assert torch.equal(experts(*arguments()), 2 * first)
+
+
 def test_inference_tensors_count_no_writes_and_are_refused(experts: Module) -> None:
     """Other parameters count those made in inference mode, too."""
     with torch.inference_mode():
