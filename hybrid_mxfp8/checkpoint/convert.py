@@ -24,9 +24,10 @@ import torch
 from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, Checkpoint, is_mxfp8, read_json, scale_entry
-from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, in_order, layout_of, matches
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, layout_of, matches
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
+from hybrid_mxfp8.ops.experts import gate_then_up
 from hybrid_mxfp8.ops.quantize import quantize_weights
 
 QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json", "quantize_config.json")
@@ -301,7 +302,7 @@ class _Conversion:
                     self.progress(entry.name, num_bytes)
             for entry in copied:
                 tensor = self.checkpoint.tensor(entry.name)
-                writer.append(entry.name, in_order(tensor) if entry.name in p.interleaved else tensor)
+                writer.append(entry.name, gate_then_up(tensor, -1) if entry.name in p.interleaved else tensor)
                 self.progress(entry.name, entry.num_bytes)
             for entry in dropped:
                 self.progress(entry.name, entry.num_bytes)

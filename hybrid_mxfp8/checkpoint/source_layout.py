@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import torch
-
 from hybrid_mxfp8.checkpoint.reader import read_json
 
 CONFIG_FILE: Final = "config.json"
@@ -73,8 +71,3 @@ def layout_of(checkpoint: Path) -> SourceLayout:
 def bias_names(weight: str) -> tuple[str, str]:
     """What the bias of a weight may be called."""
     return f"{weight}_bias", f"{weight.removesuffix('weight')}bias"
-
-
-def in_order(x: torch.Tensor) -> torch.Tensor:
-    """Of a bias (..., 2I) with gate and up in turns: all of gate, then all of up."""
-    return torch.cat((x[..., ::2], x[..., 1::2]), -1)

@@ -25,9 +25,10 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
 """The buffers of :class:`MXFP8Experts` that hold bytes, and what those stand for."""
 
 
-def gate_then_up(w13: torch.Tensor) -> torch.Tensor:
-    """Rows of gate and up in turns, (E, 2I, ...), to the I rows of gate, then those of up."""
-    return torch.cat((w13[:, ::2], w13[:, 1::2]), 1)
+def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """2I entries along a negative ``dim``, gate and up in turns, to all I of gate, then those of
+    up."""
+    return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
 def _weights(name: str, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
@@ -124,8 +125,8 @@ class MXFP8Experts(torch.nn.Module):
         if transposed:
             w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
         if interleaved:
-            w13 = gate_then_up(w13)
-            w13_bias = None if w13_bias is None else gate_then_up(w13_bias)
+            w13 = gate_then_up(w13, -2)
+            w13_bias = None if w13_bias is None else gate_then_up(w13_bias, -1)
         backend = options.get("backend")
         whole = (w.detach().contiguous() if transposed else w.detach() for w in (w13, w2))
         w13q, w2q = (quantize_weights(w, backend=backend) for w in whole)
@@ -151,15 +152,15 @@ class MXFP8Experts(torch.nn.Module):
         """As any module, but for the dtypes of bytes: copied by value, they would become others."""
         *_, error_msgs = args
         for name, dtype in BYTES.items():
-            given = state_dict.get(prefix + name)
+            key = prefix + name
+            given = state_dict.get(key)
             if not isinstance(given, torch.Tensor):
                 continue
             if given.dtype in (torch.uint8, dtype):
-                state_dict[prefix + name] = given.view(torch.uint8).contiguous()
+                state_dict[key] = given.view(torch.uint8).contiguous()
             else:
-                error_msgs.append(
-                    f"{prefix}{name}: dtype must be uint8 or {short(dtype)}, got {short(state_dict.pop(prefix + name).dtype)}"
-                )
+                error_msgs.append(f"{key}: dtype must be uint8 or {short(dtype)}, got {short(given.dtype)}")
+                del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,9 @@ def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize(("name", "backend"), [("Mixtral", "triton"), *((name, "reference") for name in models.NAMES)])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("Mixtral", "triton"), ("gpt-oss", "triton"), *((name, "reference") for name in models.NAMES)]
+)
 def test_logits_are_those_of_grouped_mm(name: str, backend: str, request: pytest.FixtureRequest) -> None:
     """Within the noise of the format; without its experts the model is somewhere else."""
     if backend == "triton":
