@@ -165,7 +165,8 @@ def _unproven(parameters: list[torch.Tensor]) -> str | None:
 
     FSDP gathers into the same tensor and restores its version, DTensor hands out a new one each
     time, and collectives write without counting: all of them need a process group. A compiled or
-    captured forward is not asked again, and inference tensors count no writes.
+    captured forward is not asked again, inference tensors count no writes, and other processes
+    count their own.
     """
     if torch.compiler.is_compiling():
         return "before torch.compile traces them"
@@ -175,6 +176,8 @@ def _unproven(parameters: list[torch.Tensor]) -> str | None:
         return "before a CUDA graph captures them"
     if any(p.is_inference() for p in parameters):
         return "if they are inference tensors, which count no writes"
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+        return "if other processes share their memory"
     return None
 
 
@@ -226,7 +229,7 @@ def why_not(module: torch.nn.Module) -> str | None:
         return "it has no gate"
     if _activation(module) is None:
         if getattr(type(module), "_apply_gate", None) is not _default_apply_gate or not module.is_concatenated:
-            return f"its gate function is no SwiGLU of rows {'one after another' if module.is_concatenated else 'in turns'}"
+            return f"its gate function is no SwiGLU{'' if module.is_concatenated else ' of rows in turns'}"
         name = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
         return f"its activation is {name}, not SiLU"
     _, down, *_ = _parameters(module)

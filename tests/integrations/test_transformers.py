@@ -304,6 +304,12 @@ def test_inference_tensors_count_no_writes_and_are_refused(experts: Module) -> N
             experts(*arguments())
 
 
+def test_parameters_that_other_processes_share_are_refused(experts: Module) -> None:
+    experts.share_memory()
+    with pytest.raises(ValueError, match=r"^experts: must be quantized by quantize_model_\(model\) if other proc"):
+        experts(*arguments())
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_after_a_forward_quantizes_its_own(experts: Module, make_copy: Callable[[Module], Module]) -> None:
     first = experts(*arguments())
