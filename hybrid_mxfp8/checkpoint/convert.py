@@ -2,13 +2,13 @@
 
 Enters: a safetensors file, or a folder of them. Leaves: the same with each expert matrix replaced
 by its e4m3 elements and ``NAME_scale_inv``, on request with other FP8 matrices as bf16, all else
-byte for byte. Memory stays bounded whatever the size of a tensor: matrices are converted in
+byte for byte. Experts kept as (E, K, N), or with gate and up rows in turns, leave as (E, N, K) with
+all gate rows first. Memory stays bounded whatever the size of a tensor: matrices are converted in
 blocks of rows, and tensors that stay are copied one at a time.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import json
 import math
@@ -24,11 +24,12 @@ import torch
 from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, Checkpoint, is_mxfp8, read_json, scale_entry
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, layout_of, matches
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
+from hybrid_mxfp8.ops.experts import gate_then_up
 from hybrid_mxfp8.ops.quantize import quantize_weights
 
-CONFIG_FILE: Final = "config.json"
 QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json", "quantize_config.json")
 """Files of their own in which exporters describe a quantization; the result has none."""
 
@@ -57,10 +58,12 @@ class Options:
     scale_rounding: str = "rceil"
     device: torch.device | None = None  # where to quantize; None means the CPU
     others_to_bf16: bool = False  # FP8 matrices in blocks of 128x128 that no pattern matches
+    transposed: tuple[str, ...] | None = None  # stacks kept as (E, K, N); None: as config.json says
+    interleaved: tuple[str, ...] | None = None  # weights with gate and up rows in turns; None: likewise
 
     def match(self, name: str) -> bool:
         """Whether a tensor of this name is meant."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        return matches(name, self.patterns)
 
 
 @dataclass
@@ -73,11 +76,20 @@ class Plan:
     dropped: list[Entry] = field(default_factory=list)  # scales of FP8 tensors that are converted
     kept: list[str] = field(default_factory=list)  # names of copied ones that match but are no matrices
     scales: dict[str, Entry] = field(default_factory=dict)  # the dropped ones, by their weights' names
+    transposed: set[str] = field(default_factory=set)  # names of quantized stacks (E, K, N)
+    interleaved: set[str] = field(default_factory=set)  # names of weights and biases to be put in order
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, as they are in the source."""
         return sum(e.num_bytes for part in (self.quantized, self.widened, self.copied, self.dropped) for e in part)
+
+    def shape(self, entry: Entry) -> tuple[int, ...]:
+        """Of a tensor in the result: (..., N, K)."""
+        if entry.name not in self.transposed:
+            return entry.shape
+        experts, k, n = entry.shape
+        return experts, n, k
 
 
 @dataclass
@@ -101,6 +113,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """
     found = Plan()
     entries = [checkpoint.entry(name) for name in checkpoint.names]
+    _find_layout(found, checkpoint, entries, options)
     for entry in entries:
         scales = block_scales(checkpoint, entry)
         if scales and (_is_quantized(entry, options) or _is_widened(entry, options)):
@@ -110,19 +123,70 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         if entry.name in dropped:
             found.dropped.append(entry)
         elif _is_quantized(entry, options):
-            _check_source(checkpoint, entry, entry.name in found.scales)
+            _check_source(checkpoint, entry, found)
             found.quantized.append(entry)
         elif entry.name in found.scales:
             found.widened.append(entry)
         else:
             found.copied.append(entry)
-            if options.match(entry.name):
+            if options.match(entry.name) and entry.name not in found.interleaved:
                 found.kept.append(entry.name)
     if not found.quantized:
         shown = ", ".join(checkpoint.names[:3]) + (", ..." if len(checkpoint.names) > 3 else "")
         raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
-    _check_last_dimensions({entry.name: entry.shape for entry in entries}, found.quantized)
     return found
+
+
+def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], options: Options) -> None:
+    """Which tensors that will be quantized are not (E, N, K) with gate before up.
+
+    Raises:
+        ValueError: an option's pattern that matches none of them, or experts that are (E, K, N) by
+            their shapes and not by the layout, or the other way round.
+    """
+    known = layout_of(checkpoint.path)
+    transposed = known.transposed if options.transposed is None else options.transposed
+    interleaved = known.interleaved if options.interleaved is None else options.interleaved
+    quantized = {entry.name for entry in entries if _is_quantized(entry, options)}
+    stacks = {e.name: e.shape for e in entries if len(e.shape) == 3}
+    found.transposed = {name for name in quantized & stacks.keys() if matches(name, transposed)}
+    found.interleaved = {name for name in quantized if matches(name, interleaved)}
+    for option, given, names in (
+        ("transposed", options.transposed, found.transposed),
+        ("interleaved", options.interleaved, found.interleaved),
+    ):
+        if given and not names:
+            what = "stack of three dimensions" if option == "transposed" else "matrix"
+            raise ValueError(f"--{option}: no {what} that --experts matches has a name like {' or '.join(given)}")
+    for up in (name for name in stacks if "gate_up_proj" in name):
+        down = up.replace("gate_up_proj", "down_proj")
+        if down in stacks and quantized & {up, down}:
+            _check_last_dimensions(*((name, stacks[name], matches(name, transposed)) for name in (up, down)))
+    shapes = {entry.name: entry.shape for entry in entries}
+    for weight in entries:
+        if weight.name in found.interleaved:
+            n = found.shape(weight)[-2]
+            found.interleaved |= {name for name in bias_names(weight.name) if shapes.get(name, (0,))[-1:] == (n,)}
+
+
+def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
+    """That fused experts will be (E, N, K): gate_up_proj (E, 2I, H) beside down_proj (E, H, I).
+
+    Each is given by name, shape and whether it will be transposed. By their own shapes alone (E, K,
+    N) look like any others, and would be quantized along N.
+    """
+    (a, b), (c, d) = (shape[:0:-1] if transposed else shape[1:] for _, shape, transposed in (up, down))
+    if (b != 2 * c or a != d) and up[2] == down[2]:
+        return
+    if up[2] and down[2]:
+        hint = "they look like (E, N, K), which --transposed, or config.json's model_type, says they are not"
+    elif up[2] or down[2]:
+        hint = "--transposed must match both"
+    else:
+        hint = "they look like (E, K, N): give --transposed, and --interleaved if gate and up rows take turns"
+    raise ValueError(
+        f"{up[0]}: must be (E, N, K) = (E, 2I, H), as {down[0]} is (E, H, I), got {up[1]} and {down[1]}: {hint}"
+    )
 
 
 def _is_quantized(entry: Entry, options: Options) -> bool:
@@ -133,8 +197,8 @@ def _is_widened(entry: Entry, options: Options) -> bool:
     return options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
 
 
-def _check_source(checkpoint: Checkpoint, entry: Entry, fp8: bool) -> None:
-    _, dtype, shape = entry
+def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
+    dtype, shape, fp8 = entry.dtype, found.shape(entry), entry.name in found.scales
     place, scale_name = checkpoint.place(entry.name), checkpoint.scale_of(entry.name)
     if dtype not in SOURCE_DTYPES and not fp8:
         quantized = dtype.startswith("F8") or dtype == "U8"
@@ -143,26 +207,16 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, fp8: bool) -> None:
     if len(shape) > 3:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
     if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
-        raise ValueError(f"{place}: must have K, its last dimension, a positive multiple of {BLOCK_SIZE}, got {shape}")
+        which = "second" if entry.name in found.transposed else "last"
+        raise ValueError(
+            f"{place}: must have K, its {which} dimension, a positive multiple of {BLOCK_SIZE}, got {entry.shape}"
+        )
+    if entry.name in found.interleaved and shape[-2] % 2:
+        raise ValueError(f"{place}: must have an even N for gate and up rows in turns, got {shape}")
+    if fp8 and entry.name in found.transposed | found.interleaved:
+        raise ValueError(f"{place}: FP8 in blocks of 128x128 must be (E, N, K) with all gate rows first")
     if scale_name is not None and not fp8:
         raise ValueError(f"{place}: has scales, {scale_name}, so it is quantized already")
-
-
-def _check_last_dimensions(shapes: dict[str, tuple[int, ...]], quantized: Sequence[Entry]) -> None:
-    """That fused experts are (E, N, K): gate_up_proj (E, 2I, H) beside down_proj (E, H, I).
-
-    By their own shapes alone (E, K, N) look like any others, and would be quantized along N.
-    """
-    for entry in quantized:
-        up, down = entry.name.replace("down_proj", "gate_up_proj"), entry.name.replace("gate_up_proj", "down_proj")
-        if up == down or len(shapes.get(up, ())) != 3 or len(shapes.get(down, ())) != 3:
-            continue
-        (_, a, b), (_, c, d) = shapes[up], shapes[down]
-        if b == 2 * c and a == d:
-            raise ValueError(
-                f"{up}: must be (E, N, K) = (E, 2I, H), as {down} is (E, H, I), got {shapes[up]} and {shapes[down]}: they "
-                "look like (E, K, N), and have to be transposed first"
-            )
 
 
 def convert(
@@ -230,7 +284,8 @@ class _Conversion:
             [entry for entry in part if self.checkpoint.file(entry.name) == file]
             for part in (p.quantized, p.widened, p.copied, p.dropped)
         )
-        after = [e for q in quantized for e in (Entry(q.name, "F8_E4M3", q.shape), scale_entry(q.name, q.shape))]
+        shapes = {q.name: p.shape(q) for q in quantized}
+        after = [e for name, shape in shapes.items() for e in (Entry(name, "F8_E4M3", shape), scale_entry(name, shape))]
         entries = [*copied, *(Entry(entry.name, "BF16", entry.shape) for entry in widened), *after]
         scales = [p.scales[entry.name] for entry in quantized if entry.name in p.scales]
         summary.expert_bytes_before += sum(e.num_bytes for e in [*quantized, *scales])
@@ -246,7 +301,8 @@ class _Conversion:
                     writer.append(entry.name, w.bfloat16())
                     self.progress(entry.name, num_bytes)
             for entry in copied:
-                writer.append(entry.name, self.checkpoint.tensor(entry.name))
+                tensor = self.checkpoint.tensor(entry.name)
+                writer.append(entry.name, gate_then_up(tensor, -1) if entry.name in p.interleaved else tensor)
                 self.progress(entry.name, entry.num_bytes)
             for entry in dropped:
                 self.progress(entry.name, entry.num_bytes)
@@ -272,16 +328,17 @@ class _Conversion:
 
     def blocks(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor, int]]:
         """A tensor's matrices in blocks: which one, its rows (R, K), their bytes in the source."""
-        shape, scales = entry.shape, self.planned.scales.get(entry.name)
+        shape, scales = self.planned.shape(entry), self.planned.scales.get(entry.name)
         n, k = shape[-2:]
-        rows = max(1, BLOCK_ELEMENTS // k)
+        turns = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
+        rows = max(1, BLOCK_ELEMENTS // k // turns)
         if scales:
             rows = max(1, rows // BLOCK) * BLOCK  # a block begins where one of the source's does
         item = entry.num_bytes // math.prod(shape)
         for e in range(shape[0]) if len(shape) == 3 else (None,):
-            for start in range(0, n, rows):
-                end = min(start + rows, n)
-                w = self.rows(entry.name, e, start, end)
+            for turn, start in itertools.product(range(turns), range(0, n // turns, rows)):
+                end = min(start + rows, n // turns)
+                w = self.rows(entry.name, e, start * turns, end * turns)[turn::turns]
                 if scales:
                     w = dequantize(w, self.rows(scales.name, e, start // BLOCK, ceil_div(end, BLOCK)))
                 yield "" if e is None else f"[{e}]", w, (end - start) * k * item
@@ -289,7 +346,13 @@ class _Conversion:
     def rows(self, name: str, e: int | None, start: int, end: int) -> torch.Tensor:
         """Rows of a matrix, or of one of a stack."""
         part = self.checkpoint.part(name)
-        tensor: torch.Tensor = part[start:end] if e is None else part[e : e + 1, start:end][0]
+        tensor: torch.Tensor
+        if e is None:
+            tensor = part[start:end]
+        elif name in self.planned.transposed:
+            tensor = part[e : e + 1, :, start:end][0].T.contiguous()
+        else:
+            tensor = part[e : e + 1, start:end][0]
         return tensor.to(self.options.device or "cpu")
 
 
@@ -340,7 +403,7 @@ def _other_files(folder: Path) -> list[Path]:
     """What is neither a tensor's nor made anew: tokenizer, licence, folders and the like."""
     made = (INDEX_FILE, CONFIG_FILE, *QUANTIZATION_FILES)
     others = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors" and path.name not in made]
-    for path in others:
+    for path in itertools.chain(others, *(other.rglob("*") for other in others if other.is_dir())):
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{path}: is a link to nothing")
     return [path for path in others if path.is_file() or path.is_dir()]

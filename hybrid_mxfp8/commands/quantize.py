@@ -30,6 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--experts", action="append", required=True, metavar="PATTERN", help=patterns)
     others = "write FP8 matrices (128x128 blocks) that no PATTERN matches as bf16; default: copy them"
     add("--others-to-bf16", action="store_true", help=others)
+    known = "default: as the model_type in config.json says; may be given again"
+    add(
+        "--transposed",
+        action="append",
+        metavar="PATTERN",
+        help=f"stacks kept as (E, K, N), as gpt-oss has them; {known}",
+    )
+    in_turns = "weights whose gate and up rows take turns, as gpt-oss's do; their biases are put in order, too"
+    add("--interleaved", action="append", metavar="PATTERN", help=f"{in_turns}; {known}")
     add("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
     add("--force", action="store_true", help="replace OUT if it exists")
     add("--device", choices=("cuda", "cpu"), help="where to quantize (default: the GPU if there is one)")
@@ -72,7 +81,8 @@ def _convert(args: argparse.Namespace) -> Summary:
         raise FileNotFoundError(f"{args.source}: no such file or folder")
     check_target(args.source, args.target, args.force)
     device = default_device() if args.device is None else resolve_device(args.device)
-    options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16)
+    transposed, interleaved = (None if p is None else tuple(p) for p in (args.transposed, args.interleaved))
+    options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16, transposed, interleaved)
     with Checkpoint(args.source) as checkpoint:
         planned = plan(checkpoint, options)
         unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
@@ -119,6 +129,12 @@ def describe(summary: Summary, target: Path) -> str:
     ]
     lost = f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
     lines.append(lost if math.isfinite(summary.worst_db) else "no matrix lost anything")
+    if found.transposed:
+        lines.append(f"transposed from (E, K, N): {len(found.transposed)}, {min(found.transposed)} among them")
+    if found.interleaved:
+        lines.append(
+            f"gate and up rows put one after another: {len(found.interleaved)}, {min(found.interleaved)} among them"
+        )
     if found.widened:
         lines.append(f"other FP8 tensors written as bf16: {len(found.widened)}, {found.widened[0].name} among them")
     if found.kept:

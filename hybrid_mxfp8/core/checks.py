@@ -6,6 +6,7 @@ at device data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -36,6 +37,9 @@ def check_tensor(
     given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
+    if not is_tracing(value) and not has_memory(type(value)):
+        hint = next((f", of which .{way}() is one" for way in ("to_local", "wait") if hasattr(value, way)), "")
+        raise TypeError(f"{name}: must be a tensor with memory of its own, got {type(value).__name__}{hint}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: dtype must be {' or '.join(map(short, dtypes))}, got {short(value.dtype)}")
     if value.layout != torch.strided:
@@ -170,6 +174,22 @@ def is_tracing(x: torch.Tensor) -> bool:
         or isinstance(x, FakeTensor)
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
+
+
+@functools.cache
+def has_memory(kind: type) -> bool:
+    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or
+    nothing."""
+    return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
+
+
+def arrived(*values: Any) -> tuple[Any, ...]:
+    """The same, once there: functional collectives return tensors that have no memory until they
+    are waited for."""
+    for value in values:  # nearly always plain tensors, in every call
+        if type(value) is not torch.Tensor and isinstance(value, torch.Tensor) and hasattr(value, "wait"):
+            return tuple(v.wait() if isinstance(v, torch.Tensor) and hasattr(v, "wait") else v for v in values)
+    return values
 
 
 def check_no_buffer(name: str, value: object) -> None:

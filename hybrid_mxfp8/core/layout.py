@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import check_contiguous, check_num_tokens, check_shape, check_tensor, fail, is_tracing
+from hybrid_mxfp8.core.checks import (
+    arrived,
+    check_contiguous,
+    check_num_tokens,
+    check_shape,
+    check_tensor,
+    fail,
+    is_tracing,
+)
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
 
 
@@ -130,7 +138,8 @@ class GroupLayout:
 
     @classmethod
     def _build(cls, name: str, given: Any, num_tokens: Any, *, from_ends: bool) -> GroupLayout:
-        given = check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        (given,) = arrived(given)
+        check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
         check_num_tokens(num_tokens, given.shape[0])
         if is_tracing(given):
             layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)

@@ -15,6 +15,7 @@ import torch
 
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
+    arrived,
     check_contiguous,
     check_k,
     check_no_grad,
@@ -226,11 +227,25 @@ class GroupedMXFP8(_Portable):
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
+        values, scales = arrived(values, scales)
         _check_linear(values, scales, "T", groups.device)
         swizzled, _ = swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
         )
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzled, groups, scale_group)
+
+
+def check_weights(values: torch.Tensor, scales: torch.Tensor, owner: str = "") -> None:
+    """The tensors of an :class:`ExpertWeights`, called ``owner`` + ``values`` and ``scales``."""
+    name, scales_name, dims = f"{owner}values", f"{owner}scales", "(E, roundup(N, 128), C)"
+    check_tensor(name, values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+    num_experts, n, k = values.shape
+    check_k(name, k)
+    check_contiguous(name, values)
+    check_no_grad(name, values)
+    check_tensor(scales_name, scales, dtypes=(torch.uint8,), ndim=3, dims=dims, device=values.device)
+    check_shape(scales_name, scales, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
+    check_contiguous(scales_name, scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,23 +273,7 @@ class ExpertWeights(_Portable):
         return f"ExpertWeights({shape}, scale_group={self.scale_group}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
-        check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
-        num_experts, n, k = self.values.shape
-        check_k("values", k)
-        check_contiguous("values", self.values)
-        check_no_grad("values", self.values)
-        check_tensor(
-            "scales",
-            self.scales,
-            dtypes=(torch.uint8,),
-            ndim=3,
-            dims="(E, roundup(N, 128), C)",
-            device=self.values.device,
-        )
-        check_shape(
-            "scales", self.scales, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), C)"
-        )
-        check_contiguous("scales", self.scales)
+        check_weights(self.values, self.scales)
         check_scale_group(self.scale_group)
 
     @classmethod
@@ -363,6 +362,7 @@ class ExpertWeights(_Portable):
             TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
                 grad.
         """
+        values, scales = arrived(values, scales)
         _check_linear(values, scales, "E, N")
         scale_group = find_scale_group(scales.view(torch.uint8))
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), scale_group)

@@ -14,7 +14,6 @@ slower, with the same result.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Hashable, Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.core.checks import extent, fail
+from hybrid_mxfp8.core.checks import extent, fail, has_memory
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
@@ -225,13 +224,6 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
     if not has_memory(type(x)):
         raise TypeError(f"{type(x).__name__} is described by no signature")
     return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
-
-
-@functools.cache
-def has_memory(kind: type) -> bool:
-    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or
-    nothing."""
-    return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
 class PlanCache:

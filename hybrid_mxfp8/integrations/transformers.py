@@ -11,13 +11,15 @@
 Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the
 originals, and again when a parameter has been replaced or written to in place. Writes through
 ``parameter.data`` are not seen, as PyTorch does not count them: write ``parameter.copy_(new)``
-under ``torch.no_grad()``, or replace the parameter. Attention, routers and shared experts stay as
-they are.
+under ``torch.no_grad()``, or replace the parameter. Where other changes would not be seen either,
+under torch.compile, with torch.distributed and in CUDA graphs, ``quantize_model_`` must come first,
+and an error says so. Attention, routers and shared experts stay as they are.
 
 Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its
-gate is SwiGLU, plain or as in MiniMax-M3 and DeepSeek-V4, with gate and up concatenated, and H
-and I multiples of 32; also if loaded in FP8 with blocks of 128x128. Others raise a ValueError
-that says what differs.
+gate is SwiGLU, plain or as in gpt-oss, MiniMax-M3 and DeepSeek-V4, and H and I are multiples of
+32; also if loaded in FP8 with blocks of 128x128. Experts kept as (E, K, N), and gate and up rows in
+turns, are recognised by what the module says of itself. Others raise a ValueError that says what
+differs. With tensor or expert parallelism each rank quantizes its own shard.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
@@ -91,8 +94,8 @@ def experts_forward(
     (M, H), ids and weights (M, top_k) come (M, H) of hidden_states' dtype.
 
     Raises:
-        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or under
-            torch.compile experts that have not been quantized yet.
+        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or experts
+            that ``quantize_model_`` has to quantize first.
     """
     experts = getattr(module, _OWNED, None) or _quantized(module)
     result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
@@ -102,33 +105,39 @@ def experts_forward(
 class _Version(NamedTuple):
     """Changes when a parameter is written to or gets other memory, but for writes to its data."""
 
+    storage: int
     address: int
     version: int
-    device: torch.device
 
     @classmethod
     def of(cls, parameter: torch.Tensor) -> _Version:
-        # Inference tensors count no versions; they are written to in inference mode only.
-        version = 0 if parameter.is_inference() else parameter._version
-        return cls(parameter.data_ptr(), version, parameter.device)
+        return cls(parameter.untyped_storage()._cdata, parameter.data_ptr(), parameter._version)
 
 
 class _Cached(NamedTuple):
-    """Experts, and what they were made of: another parameter at the same address is not the same.
+    """Experts, and what they were made of: another parameter in the same memory is not the same,
+    nor is other memory at the same address, as ``module.half().bfloat16()`` may get.
 
-    References are weak, so that a parameter that was replaced does not keep its memory. A copy of
-    the module quantizes anew.
+    References are weak, so that a parameter that was replaced does not keep its memory; while one
+    to a storage is held, no other storage gets its number. A copy of the module quantizes anew.
     """
 
     versions: tuple[_Version, ...]
     experts: MXFP8Experts
     parameters: tuple[weakref.ref[torch.Tensor], ...]
+    storages: tuple[StorageWeakRef, ...]
+
+    @classmethod
+    def of(cls, experts: MXFP8Experts, parameters: list[torch.Tensor]) -> _Cached:
+        storages = tuple(StorageWeakRef(parameter.untyped_storage()) for parameter in parameters)
+        return cls(tuple(map(_Version.of, parameters)), experts, tuple(map(weakref.ref, parameters)), storages)
 
     def __reduce__(self) -> tuple[type[_Cached], tuple[Any, ...]]:
-        return type(self), ((), self.experts, ())
+        return type(self), ((), self.experts, (), ())
 
-    def are_of(self, versions: tuple[_Version, ...], parameters: list[torch.Tensor]) -> bool:
+    def are_of(self, parameters: list[torch.Tensor]) -> bool:
         """Whether the experts are those of these parameters, as they are now."""
+        versions = tuple(map(_Version.of, parameters))
         return self.versions == versions and all(map(operator.is_, (p() for p in self.parameters), parameters))
 
 
@@ -142,21 +151,45 @@ def _parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _parameters(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [getattr(module, name) for name in _parameter_names(module)]
+    """In the order of their names."""
+    return [_local(module, name) for name in _parameter_names(module)]
+
+
+def _local(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A parameter; of a DTensor this rank's shard."""
+    parameter = getattr(module, name)
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
+
+
+def _unproven(parameters: list[torch.Tensor]) -> str | None:
+    """Where a copy of the parameters may go stale with nothing to show it; None if nowhere.
+
+    FSDP gathers into the same tensor and restores its version, DTensor hands out a new one each
+    time, and collectives write without counting: all of them need a process group. A compiled or
+    captured forward is not asked again, inference tensors count no writes, and other processes
+    count their own.
+    """
+    if torch.compiler.is_compiling():
+        return "before torch.compile traces them"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "where torch.distributed is in use (FSDP: before fully_shard)"
+    if any(p.is_cuda for p in parameters) and torch.cuda.is_current_stream_capturing():
+        return "before a CUDA graph captures them"
+    if any(p.is_inference() for p in parameters):
+        return "if they are inference tensors, which count no writes"
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+        return "if other processes share their memory"
+    return None
 
 
 def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     """The module's experts, from the cache while its parameters are those that were quantized."""
-    cached: _Cached | None = getattr(module, _CACHE, None)
-    if torch.compiler.is_compiling():
-        if cached is None:
-            how = "quantize_model_(model), or one eager forward"
-            fail("experts", f"must be quantized before torch.compile traces them ({how})", type(module).__name__)
-        return cached.experts
     parameters = _parameters(module) if _has_experts(module) else []  # then _quantize says what is wrong
-    versions = tuple(_Version.of(parameter) for parameter in parameters)
-    if cached is None or not cached.are_of(versions, parameters):
-        cached = _Cached(versions, _quantize(module), tuple(map(weakref.ref, parameters)))
+    if (where := _unproven(parameters)) is not None:
+        fail("experts", f"must be quantized by quantize_model_(model) {where}", type(module).__name__)
+    cached: _Cached | None = getattr(module, _CACHE, None)
+    if cached is None or not cached.are_of(parameters):
+        cached = _Cached.of(_quantize(module), parameters)
         # Past nn.Module.__setattr__, which would make it a submodule.
         object.__setattr__(module, _CACHE, cached)
     return cached.experts
@@ -166,15 +199,18 @@ def _activation(module: torch.nn.Module) -> SwiGLU | None:
     """The activation of an experts module; None if its gate function is no SwiGLU.
 
     Found by trying, not by the class's name: with the module's numbers, its function and ours agree
-    on values on both sides of the limit.
+    on values on both sides of the limit, in the order of rows that the module says it has.
     """
-    given = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
-    found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in given]
+    numbers = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
+    found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in numbers]
     alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}
     line = torch.linspace(-30, 30, 121, dtype=torch.float32, device="cpu")  # limits are 7 to 10
-    gate_up = torch.cartesian_prod(line, line)
+    gate, up = torch.cartesian_prod(line, line).T.reshape(2, -1, 1).expand(-1, -1, 2).clone()
+    gate[:, 1] *= -1
+    gate_up = torch.cat((gate, up), 1)
+    given = gate_up if module.is_concatenated else torch.stack((gate, up), 2).flatten(1)
     try:
-        theirs = module._apply_gate(gate_up)  # type: ignore[operator]
+        theirs = module._apply_gate(given)  # type: ignore[operator]
         for activation in itertools.starmap(SwiGLU, itertools.product(alphas, (0.0, 1.0), {*found[2:], None})):
             ours = reference.swiglu(gate_up, activation)
             if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5):
@@ -192,15 +228,14 @@ def why_not(module: torch.nn.Module) -> str | None:
         return f"{option} is not supported"
     if not getattr(module, "has_gate", False):
         return "it has no gate"
-    if not getattr(module, "is_concatenated", False):
-        return "its gate and up rows are interleaved"
     if _activation(module) is None:
-        if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-            return "its gate function is no SwiGLU"
+        if getattr(type(module), "_apply_gate", None) is not _default_apply_gate or not module.is_concatenated:
+            return f"its gate function is no SwiGLU{'' if module.is_concatenated else ' of rows in turns'}"
         name = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
         return f"its activation is {name}, not SiLU"
-    down = module.down_proj
-    assert isinstance(down, torch.Tensor)
+    _, down, *_ = _parameters(module)
+    if down.shape[0] != getattr(module, "num_experts", down.shape[0]):
+        return f"{down.shape[0]} of its {module.num_experts} experts are here"
     hidden, intermediate = sorted((1, 2), reverse=bool(module.is_transposed))
     if down.shape[hidden] % BLOCK_SIZE or down.shape[intermediate] % BLOCK_SIZE:
         return f"its H = {down.shape[hidden]} and I = {down.shape[intermediate]} are not both multiples of {BLOCK_SIZE}"
@@ -222,13 +257,14 @@ def _unknown_option(module: torch.nn.Module) -> str | None:
 
 def _why_not_fp8(module: torch.nn.Module, intermediate: int) -> str | None:
     for name, scale_name in zip(WEIGHTS, FP8_SCALES, strict=True):
-        weight, scale = getattr(module, name), getattr(module, scale_name, None)
+        weight, scale = _local(module, name), _local(module, scale_name)
         expected = scales_shape(weight.shape)
         if weight.dtype != torch.float8_e4m3fn or not isinstance(scale, torch.Tensor) or scale.shape != expected:
             return f"its {name} is not FP8 with a scale for each block of {BLOCK}x{BLOCK}"
     if intermediate % BLOCK:  # a block of scales would be gate's and up's
         return f"it is FP8 and its I = {intermediate} is no multiple of {BLOCK}"
-    return "it is FP8 with a bias or transposed" if module.is_transposed or module.has_bias else None
+    other = module.is_transposed or module.has_bias or not module.is_concatenated
+    return "it is FP8 with a bias, transposed or interleaved" if other else None
 
 
 def _quantize(
@@ -247,16 +283,22 @@ def _quantize(
             group = scale_group or preferred_scale_group(device or _parameters(module)[0].device)
             options: dict[str, Any] = {"scale_group": group, "device": device, "backend": backend}
             w13q, w2q = (
-                quantize_fp8_blocks(getattr(module, w), getattr(module, s), **options)
+                quantize_fp8_blocks(_local(module, w), _local(module, s), **options)
                 for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
             )
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
-        if module.is_transposed:
-            w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
-        bias = dict(zip(("w13_bias", "w2_bias"), biases, strict=False))
+        w13_bias, w2_bias = biases or (None, None)
         return MXFP8Experts.from_weights(
-            w13, w2, **bias, scale_group=scale_group, activation=activation, backend=backend
+            w13,
+            w2,
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
+            transposed=bool(module.is_transposed),
+            interleaved=not module.is_concatenated,
+            scale_group=scale_group,
+            activation=activation,
+            backend=backend,
         )
 
 
@@ -302,7 +344,8 @@ def quantize_model_(
     Afterwards the state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on)
     in place of the parameters, and ``save_pretrained`` and another implementation are refused;
     the way back is to load the model again. FP8 experts are quantized from what they stand for,
-    one at a time.
+    one at a time. Of a model with tensor or expert parallelism each rank quantizes its shard; FSDP
+    must come after this, and leaves quantized experts whole on each rank.
 
     Args:
         model: a PreTrainedModel.
@@ -317,8 +360,9 @@ def quantize_model_(
 
     Raises:
         ImportError: no transformers whose models take a registered name, as they do from 5.7 on.
-        ValueError: no such device or group, no MoE layer, one that can't be quantized or is
-            offloaded, or a model that is quantized already; then nothing has been changed.
+        ValueError: no such device or group, no MoE layer, one that can't be quantized, is offloaded
+            or is under FSDP, a model that is quantized already or no PreTrainedModel; then nothing
+            has been changed.
     """
     from tqdm import tqdm
 
@@ -332,12 +376,17 @@ def quantize_model_(
             fail("model", "must have experts that are not quantized yet", f"{type(model).__name__}, quantized already")
         what = "MoE layers that transformers dispatches through its ExpertsInterface"
         fail("model", f"must have {what}", type(model).__name__)
-    in_memory = any(not p.is_meta for p in model.parameters()) or not (where is None or where.type == "meta")
+    if not hasattr(model, "set_experts_implementation"):
+        fail("model", "must be a PreTrainedModel, not what wraps one", type(model).__name__)
+    if (name := _fully_sharded(model)) is not None:
+        fail("model", "must be quantized before FSDP shards it: quantize_model_, then fully_shard", f"FSDP at {name!r}")
+    offloading = any(hasattr(m, "_hf_hook") for m in model.modules())  # accelerate's
+    some_memory = any(not p.is_meta for p in model.parameters()) or not (where is None or where.type == "meta")
     for name, module in found:
         reason = why_not(module)
         if reason is not None:
             fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
-        if in_memory and any(p.is_meta for p in _parameters(module)):
+        if (some_memory or offloading) and any(p.is_meta for p in _parameters(module)):
             fail("model", "must have all experts in memory, not offloaded by a device_map", f"{name} on meta")
     model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     before = after = 0
@@ -350,6 +399,8 @@ def quantize_model_(
             module.register_parameter(parameter, None)
         object.__setattr__(module, _CACHE, None)
         module.add_module(_OWNED, experts)
+        module.register_forward_pre_hook(_refuse_other_forward)
+        module.register_load_state_dict_pre_hook(_refuse_originals)
         _forbid_what_needs_the_originals(model)
     saved = MemorySaved(len(found), before, after)
     logger.info("%s", saved)
@@ -362,6 +413,31 @@ def _forbid_what_needs_the_originals(model: torch.nn.Module) -> None:
         for name, refuse in (("save_pretrained", _refuse_to_save), ("set_experts_implementation", _refuse_another)):
             if hasattr(module, name):
                 object.__setattr__(module, name, refuse)
+
+
+def _fully_sharded(model: torch.nn.Module) -> str | None:
+    """The name of a module within that FSDP manages, with experts inside; None if there is none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    with_experts = ((n, m) for n, m in model.named_modules() if any(map(_has_experts, m.modules())))
+    return next((n for n, m in with_experts if isinstance(m, (FSDPModule, FullyShardedDataParallel))), None)
+
+
+def _refuse_other_forward(module: torch.nn.Module, args: object) -> None:
+    """Whoever changed the implementation: the others would look for parameters that are gone."""
+    _refuse_another(module.config._experts_implementation)  # type: ignore[union-attr]
+
+
+def _refuse_originals(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
+    """With ``strict=False`` new unquantized experts would be passed over, and the old ones stay."""
+    names = [prefix + name for name in (*WEIGHTS, *BIASES, *FP8_SCALES)]
+    if (given := next((name for name in names if name in state_dict), None)) is not None:
+        raise ValueError(
+            f"state_dict: must hold quantized experts, {prefix}{_OWNED}.w13_values and so on, for a model that"
+            f" quantize_model_ has been through, got {given}: load it into a new model and quantize that"
+        )
 
 
 def _refuse_to_save(*args: object, **options: object) -> NoReturn:

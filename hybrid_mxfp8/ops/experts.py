@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_contiguous, check_tensor, short
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.core.scale_group import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
@@ -17,13 +18,36 @@ from hybrid_mxfp8.ops.moe import check_biases, moe_forward
 from hybrid_mxfp8.ops.quantize import quantize_weights
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
+BYTES: Final[Mapping[str, torch.dtype]] = {
+    "w13_values": torch.float8_e4m3fn,
+    "w13_scales": torch.float8_e8m0fnu,
+    "w2_values": torch.float8_e4m3fn,
+    "w2_scales": torch.float8_e8m0fnu,
+}
+"""The buffers of :class:`MXFP8Experts` that hold bytes, and what those stand for."""
+
+
+def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """2I entries along a negative ``dim``, gate and up in turns, to all I of gate, then those of
+    up."""
+    return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
+
+
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int) -> ExpertWeights:
+    """Of a module's buffers, which anyone may have replaced: plans take them for contiguous."""
+    check_contiguous(f"{name}_values", values)
+    check_contiguous(f"{name}_scales", scales)
+    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, scale_group)
+
 
 class MXFP8Experts(torch.nn.Module):
     """The experts of one MoE layer with MXFP8 weights; inference only.
 
     Weights are buffers of bytes, values and swizzled scales, so that ``module.to(device)`` moves
     them and ``module.to(torch.float16)`` leaves them as they are. Biases are buffers in the dtype
-    they come in. The weights' ``scale_group`` is found anew when a state_dict is loaded.
+    they come in. ``load_state_dict`` takes values and scales as bytes or in the dtypes that they
+    stand for, float8_e4m3fn and float8_e8m0fnu, and keeps the bytes; it refuses other dtypes, and
+    finds the weights' ``scale_group`` anew.
 
     Args:
         w13q: E experts of (2I, H), gate rows first, then up.
@@ -75,45 +99,79 @@ class MXFP8Experts(torch.nn.Module):
 
     @classmethod
     def from_weights(
-        cls, w13: torch.Tensor, w2: torch.Tensor, *, scale_group: int | None = None, **options: Any
+        cls,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        transposed: bool = False,
+        interleaved: bool = False,
+        scale_group: int | None = None,
+        **options: Any,
     ) -> MXFP8Experts:
-        """Quantize w13 (E, 2I, H) and w2 (E, H, I), bf16, fp16 or fp32; ``options`` as for the
-        class. ``scale_group``: 32 or 128, as in ``quantize_weights``; None: 128 where the weights
-        are on Hopper, whose FP8 tensor cores know no block scales, and 32 elsewhere.
+        """Quantize w13 (E, 2I, H) and w2 (E, H, I), bf16, fp16 or fp32.
+
+        Args:
+            w13: gate rows first, then up.
+            w2: the second product's weights.
+            w13_bias: (E, 2I), in w13's order of rows, or None.
+            transposed: w13 is (E, H, 2I) and w2 (E, I, H).
+            interleaved: gate and up rows of w13 and its bias take turns, gate first. gpt-oss is
+                both.
+            scale_group: 32 or 128, as in ``quantize_weights``; None: 128 where the weights are on
+                Hopper, whose FP8 tensor cores know no block scales, and 32 elsewhere.
+            options: as for the class.
 
         Raises:
             TypeError, ValueError: as ``quantize_weights`` raises, and weights that don't fit
                 together.
         """
-        backend = options.get("backend")
+        dims = "(E, K, N)" if transposed else "(E, N, K)"
         for name, w in (("w13", w13), ("w2", w2)):
-            check_tensor(name, w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
+            check_tensor(name, w, dtypes=FLOAT_DTYPES, ndim=3, dims=dims)
+        if transposed:
+            w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+        if interleaved:
+            w13 = gate_then_up(w13, -2)
+            w13_bias = None if w13_bias is None else gate_then_up(w13_bias, -1)
+        backend = options.get("backend")
         group = preferred_scale_group(w13.device) if scale_group is None else scale_group
-        w13q, w2q = (quantize_weights(w.detach(), scale_group=group, backend=backend) for w in (w13, w2))
-        return cls(w13q, w2q, **options)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        w13_group, w2_group = (find_scale_group(w.linear_scales()) for w in (self.w13q, self.w2q))
-        self._scale_groups = w13_group, w2_group
+        whole = (w.detach().contiguous() if transposed else w.detach() for w in (w13, w2))
+        w13q, w2q = (quantize_weights(w, scale_group=group, backend=backend) for w in whole)
+        return cls(w13q, w2q, w13_bias=w13_bias, **options)
 
     @property
     def w13q(self) -> ExpertWeights:
         """(E, 2I, H), the buffers' memory."""
-        values = self.w13_values.view(torch.float8_e4m3fn)
-        return ExpertWeights.unchecked(values, self.w13_scales, self._scale_groups[0])
+        return _weights("w13", self.w13_values, self.w13_scales, self._scale_groups[0])
 
     @property
     def w2q(self) -> ExpertWeights:
         """(E, H, I), the buffers' memory."""
-        values = self.w2_values.view(torch.float8_e4m3fn)
-        return ExpertWeights.unchecked(values, self.w2_scales, self._scale_groups[1])
+        return _weights("w2", self.w2_values, self.w2_scales, self._scale_groups[1])
 
     def extra_repr(self) -> str:
         """Shapes, for ``print(module)``."""
         experts, hidden, intermediate = self.w2_values.shape
         bias = self.w13_bias is not None or self.w2_bias is not None
         return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, bias={bias}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module, but for the dtypes of bytes: copied by value, they would become others."""
+        *_, error_msgs = args
+        for name, dtype in BYTES.items():
+            key = prefix + name
+            given = state_dict.get(key)
+            if not isinstance(given, torch.Tensor):
+                continue
+            if given.dtype in (torch.uint8, dtype):
+                state_dict[key] = given.view(torch.uint8).contiguous()
+            else:
+                error_msgs.append(f"{key}: dtype must be uint8 or {short(dtype)}, got {short(given.dtype)}")
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        w13_group, w2_group = (find_scale_group(w.linear_scales()) for w in (self.w13q, self.w2q))
+        self._scale_groups = w13_group, w2_group
 
     def forward(
         self, x: torch.Tensor | MXFP8Tokens, topk_ids: torch.Tensor, topk_weights: torch.Tensor

@@ -19,7 +19,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
-from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
@@ -66,6 +66,7 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     for name, w in (("w13q", w13q), ("w2q", w2q)):
         if not isinstance(w, ExpertWeights):
             raise TypeError(f"{name}: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
+        check_weights(w.values, w.scales, f"{name}.")  # buffers of a module may have been replaced
     experts, hidden, intermediate = w2q.values.shape
     if not experts:
         fail("w13q", "must have at least 1 expert", 0)

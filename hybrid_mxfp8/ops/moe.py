@@ -15,6 +15,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
+    arrived,
     check_contiguous,
     check_no_grad,
     check_scale_group,
@@ -98,6 +99,7 @@ def moe_forward(
         BackendUnavailableError: the named backend can't run this here.
     """
     check_workspace(workspace)
+    x, topk_ids, topk_weights = arrived(x, topk_ids, topk_weights)
     inputs = LayerInputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
     signature = plan = None
     if not torch.compiler.is_compiling():

@@ -15,6 +15,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
+    arrived,
     check_aligned,
     check_contiguous,
     check_k,
@@ -79,6 +80,7 @@ def quantize_grouped(
         ValueError: wrong shape, stride, device or option.
         BackendUnavailableError: the named backend can't run here.
     """
+    x, groups, row_index = arrived(x, groups, row_index)
     signature = plan = None
     if not torch.compiler.is_compiling():
         signature = _signature(x, groups, (scale_rounding, scale_group), row_index, activation, out, backend)
@@ -305,6 +307,7 @@ def quantize_weights(
         ValueError: wrong shape, stride or option.
         BackendUnavailableError: the named backend can't run here.
     """
+    (w,) = arrived(w)
     check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
     check_no_grad("w", w)
     check_scale_rounding(scale_rounding)

@@ -186,6 +186,91 @@ def test_experts_whose_last_dimension_is_n_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def gpt_oss(hidden: int, intermediate: int) -> dict[str, torch.Tensor]:
+    """A layer's experts as gpt-oss keeps them: (E, K, N), gate and up in turns."""
+    rng = torch.Generator().manual_seed(0)
+    up, down = (
+        torch.randn(2, hidden, 2 * intermediate, generator=rng),
+        torch.randn(2, intermediate, hidden, generator=rng),
+    )
+    biases = torch.randn(2, 2 * intermediate, generator=rng), torch.randn(2, hidden, generator=rng)
+    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    tensors = zip(names, (up.bfloat16(), down.bfloat16(), *biases), strict=True)
+    return {f"layers.0.mlp.experts.{name}": t for name, t in tensors}
+
+
+BY_OPTION = ("--transposed", "*_proj", "--interleaved", "*.gate_up_proj")
+SAID = {
+    "by config.json": ({"model_type": "gpt_oss"}, ()),
+    "by that of a part": ({"model_type": "other", "text_config": {"model_type": "gpt_oss"}}, ()),
+    "by option": ({"model_type": "other"}, BY_OPTION),
+    "without config.json": (None, BY_OPTION),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 2**20], ids=lambda n: f"{n} rows a block")
+@pytest.mark.parametrize("how", SAID)
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
+def test_experts_as_gpt_oss_keeps_them(
+    folder: bool,
+    how: str,
+    rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They leave as (E, N, K) with all gate rows first, biases too, as the transformers integration
+    quantizes them; whatever the blocks."""
+    monkeypatch.setattr(convert, "BLOCK_ELEMENTS", rows * 64)
+    tensors, (config, words) = gpt_oss(64, 96), SAID[how]
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "a.safetensors")
+    if config is not None:
+        (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    source, target = tmp_path / "in", tmp_path / "out"
+    if not folder:
+        source, target = source / "a.safetensors", tmp_path / "out.safetensors"
+    with mx.use_backend("reference"):
+        assert quantize(source, target, *ALL, *words) == 0
+    up, down, up_bias, down_bias = tensors.values()
+    names = list(tensors)
+    expected = mx.MXFP8Experts.from_weights(
+        up, down, w13_bias=up_bias, transposed=True, interleaved=True, backend="reference"
+    )
+    for name, w in ((names[0], expected.w13q), (names[1], expected.w2q)):
+        found = checkpoint.load_experts(target, name)
+        assert same_bytes(found.values, w.values)
+        assert same_bytes(found.scales, w.scales)
+    with safe_open(target / "a.safetensors" if folder else target, framework="pt") as file:
+        assert torch.equal(file.get_tensor(names[2]), expected.w13_bias)
+        assert torch.equal(file.get_tensor(names[3]), down_bias)
+    said = capsys.readouterr().out
+    assert f"transposed from (E, K, N): 2, {names[1]} among them" in said
+    assert f"gate and up rows put one after another: 2, {names[0]} among them" in said
+    assert f"1 matching vectors and biases stay as they were, {names[3]} among them" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--transposed", "*gate_up"), "--transposed: no stack of three dimensions that --experts matches has a name like *gate_up"),
+        (("--interleaved", "*_bias"), "--interleaved: no matrix that --experts matches has a name like *_bias"),
+        (("--transposed", "*gate_up_proj"), "got (2, 64, 192) and (2, 96, 64): --transposed must match both"),
+        (BY_OPTION[2:], "(2, 64, 192) and (2, 96, 64): they look like (E, K, N): give --transposed, and --interleaved if"),
+        (("--transposed", "*"), "got (2, 192, 64) and (2, 64, 96): they look like (E, N, K), which --transposed, or"),
+    ],
+)  # fmt: skip
+def test_layouts_that_are_none(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = gpt_oss(64, 96)
+    if "look like (E, N, K)" in message:
+        tensors = {name: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert message in refused((tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL, *words), capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
 @pytest.mark.parametrize("hidden", [32, 64, 128, 256])
 def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: Path) -> None:
     """Also where sizes happen to be equal, and where two layers' would fit the other way."""

@@ -252,6 +252,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
     "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
     "tokenizer that is away": (instead("tokenizer.json", lambda at: at.symlink_to("absent")), "tokenizer.json: is a link to nothing"),
+    "a subfolder's file that is away": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "file").symlink_to("absent")), "sub/file: is a link to nothing"),
 }  # fmt: skip
 
 

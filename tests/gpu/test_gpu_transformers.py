@@ -98,3 +98,25 @@ def test_compiled(model: Any) -> None:
     got = compiled(prompt, use_cache=False).logits
     assert mx.signal_to_noise_db(model(prompt, use_cache=False).logits, got) > 35.0
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_captured(model: Any) -> None:
+    """Once quantized in place; lazily quantized experts would be captured as they are now."""
+    model.set_experts_implementation("hybrid_mxfp8")
+    experts = models.experts_modules(model)[0]
+    x = torch.randn(5, model.config.hidden_size, device=GPU).bfloat16()
+    routed = (x, torch.arange(10, device=GPU).view(5, 2) % 4, torch.full((5, 2), 0.5, device=GPU))
+    expected = experts(*routed)
+    with (
+        pytest.raises(ValueError, match=r"quantized by quantize_model_.* before a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        experts(*routed)
+    integration.quantize_model_(model, progress=False)
+    experts(*routed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = experts(*routed)
+    graph.replay()
+    assert torch.equal(captured, expected)

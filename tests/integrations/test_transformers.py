@@ -69,7 +69,9 @@ def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize(("name", "backend"), [("Mixtral", "triton"), *((name, "reference") for name in models.NAMES)])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("Mixtral", "triton"), ("gpt-oss", "triton"), *((name, "reference") for name in models.NAMES)]
+)
 def test_logits_are_those_of_grouped_mm(name: str, backend: str, request: pytest.FixtureRequest) -> None:
     """Within the noise of the format; without its experts the model is somewhere else."""
     if backend == "triton":
@@ -100,15 +102,15 @@ def test_generate(model: Module) -> None:
 def test_quantize_model_in_place(model: Module) -> None:
     """The same bits as lazily; the originals are gone; the numbers are those of the tensors."""
     lazy = logits(model, "hybrid_mxfp8")
-    before = sum(p.nbytes for p in models.expert_weights(model))
+    before = sum(p.nbytes for m in models.experts_modules(model) for p in m.parameters())
     model.set_experts_implementation("grouped_mm")
     saved = integration.quantize_model_(model, progress=False)
     assert torch.equal(logits(model), lazy)
     assert not [name for name, _ in model.named_parameters() if "experts.gate_up_proj" in name]
     assert all(getattr(module, integration._CACHE) is None for module in models.experts_modules(model))
     buffers = [b for name, b in model.named_buffers() if ".mxfp8." in name]
-    assert saved.layers * 4 == len(buffers)
-    assert (saved.bytes_before, saved.bytes_after) == (before, sum(b.numel() for b in buffers))
+    assert len(buffers) == saved.layers * (6 if models.experts_modules(model)[0].has_bias else 4)
+    assert (saved.bytes_before, saved.bytes_after) == (before, sum(b.nbytes for b in buffers))
     assert saved.ratio == saved.bytes_after / before < 0.6  # scales of small matrices are padded to whole tiles
     state = {name: t.clone() for name, t in model.state_dict().items()}
     for buffer in buffers:
@@ -138,6 +140,27 @@ def test_quantized_model_refuses_what_needs_the_originals(tmp_path: Path) -> Non
         integration.quantize_model_(torch.nn.Linear(4, 4), progress=False)
 
 
+def test_quantized_experts_refuse_what_goes_round_the_model() -> None:
+    """Another implementation set on what holds the model; new unquantized experts, which
+    ``strict=False`` would pass over."""
+    model = models.make("Mixtral")
+    original = {name: t.clone() for name, t in model.state_dict().items()}
+    integration.quantize_model_(model.model, progress=False)
+    model.set_experts_implementation("hybrid_mxfp8")
+    kept = logits(model)
+    for strict in (True, False):
+        with pytest.raises(
+            ValueError, match=r"^state_dict: must hold quantized .*got model\.layers\.0\..*gate_up_proj:"
+        ):
+            model.load_state_dict(original, strict=strict)
+    assert torch.equal(logits(model), kept)
+    with pytest.raises(ValueError, match=r"^experts_implementation: must be 'hybrid_mxfp8' .*got 'grouped_mm'"):
+        logits(model, "grouped_mm")
+    wrapped = torch.nn.Sequential(models.make("Mixtral"))
+    with pytest.raises(ValueError, match=r"^model: must be a PreTrainedModel, not what wraps one, got Sequential"):
+        integration.quantize_model_(wrapped, progress=False)
+
+
 def last(model: Module) -> Module:
     return models.experts_modules(model)[-1]
 
@@ -149,10 +172,11 @@ def last(model: Module) -> Module:
         (lambda m: last(m).to("meta"), {}, r"all experts in memory, not offloaded .*model\.layers\.1\..* on meta"),
         (lambda m: last(m).to("meta"), {"device": "cpu"}, "all experts in memory"),
         (lambda m: m.to("meta"), {"device": "cpu"}, "all experts in memory"),
+        (lambda m: setattr(m.to("meta"), "_hf_hook", "accelerate's"), {}, r"not offloaded .*model\.layers\.0\..* on meta"),
         (lambda m: None, {"device": "nowhere"}, r"^device: must be a torch\.device"),
         (lambda m: None, {"scale_group": 64}, r"^scale_group: must be 32 or 128, got 64"),
     ],
-    ids=["no SwiGLU", "offloaded", "offloaded, to the CPU", "meta, to the CPU", "no device", "no such group"],
+    ids=["no SwiGLU", "offloaded", "offloaded, to the CPU", "meta, to the CPU", "all offloaded", "no device", "no such group"],
 )  # fmt: skip
 def test_model_that_can_not_be_quantized_stays_as_it_was(
     change: Callable[[Module], object], options: dict[str, Any], message: str, tmp_path: Path
@@ -258,14 +282,35 @@ def test_what_is_seen_of_a_parameter(experts: Module) -> None:
     assert torch.equal(experts(*arguments()), 4 * first)
 
 
-def test_inference_tensors_are_quantized_once(experts: Module, quantized: list[Module]) -> None:
-    """They count no writes."""
+def test_other_memory_at_the_same_address_is_quantized(experts: Module) -> None:
+    """As a module may get that goes to another dtype and back; parameter and version stay."""
+    memory = experts.down_proj.detach().clone().view(torch.int16).numpy()
+    experts.down_proj.data = torch.from_numpy(memory).view(torch.bfloat16)
+    first, address = experts(*arguments()), experts.down_proj.data_ptr()
+    memory[:] = (torch.from_numpy(memory).view(torch.bfloat16) * 2).view(torch.int16).numpy()
+    experts.down_proj.data = torch.from_numpy(memory).view(torch.bfloat16)
+    assert experts.down_proj.data_ptr() == address
+    assert torch.equal(experts(*arguments()), 2 * first)
+
+
+def test_inference_tensors_count_no_writes_and_are_refused(experts: Module) -> None:
+    """Other parameters count those made in inference mode, too."""
     with torch.inference_mode():
-        for name in integration.WEIGHTS:
-            setattr(experts, name, parameter(getattr(experts, name).clone()))
+        first = experts(*arguments())
+        experts.down_proj.mul_(2)
+        assert torch.equal(experts(*arguments()), 2 * first)
+        experts.down_proj = parameter(experts.down_proj.clone())
         assert experts.down_proj.is_inference()
-        assert torch.equal(experts(*arguments()), experts(*arguments()))
-    assert len(quantized) == 1
+        with pytest.raises(
+            ValueError, match=r"^experts: must be quantized by quantize_model_\(model\) if they are inf"
+        ):
+            experts(*arguments())
+
+
+def test_parameters_that_other_processes_share_are_refused(experts: Module) -> None:
+    experts.share_memory()
+    with pytest.raises(ValueError, match=r"^experts: must be quantized by quantize_model_\(model\) if other proc"):
+        experts(*arguments())
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -278,17 +323,24 @@ def test_a_copy_after_a_forward_quantizes_its_own(experts: Module, make_copy: Ca
     assert torch.equal(experts(*arguments()), first)
 
 
-def test_compiled_experts(experts: Module) -> None:
-    """fullgraph once they have been quantized; before that an error says what to do."""
-    for prepared in (False, True):
+@pytest.mark.parametrize(("backend", "fullgraph"), [("eager", True), ("aot_eager", True), ("aot_eager", False)])
+def test_compiled_experts(backend: str, fullgraph: bool) -> None:
+    """In one graph once they have been quantized in place; before that an error says what to do,
+    also after an eager forward."""
+    model = models.make("Mixtral")
+    expected = logits(model, "hybrid_mxfp8")
+    for quantized_in_place in (False, True):
         torch._dynamo.reset()
-        expected = experts(*arguments()) if prepared else None
-        compiled = torch.compile(experts, fullgraph=True, backend="eager")
-        if prepared:
-            assert torch.equal(compiled(*arguments()), expected)
+        compiled = torch.compile(model, fullgraph=fullgraph, backend=backend)
+        if quantized_in_place:
+            integration.quantize_model_(model, progress=False)
+            got = compiled(models.prompt(), use_cache=False).logits
+            assert mx.signal_to_noise_db(expected, got) > 35.0
         else:
-            with pytest.raises(Exception, match=r"experts: must be quantized before torch\.compile"):
-                compiled(*arguments())
+            with pytest.raises(
+                Exception, match=r"experts: must be quantized by quantize_model_\(model\) before torch\.co"
+            ):
+                compiled(models.prompt(), use_cache=False)
     torch._dynamo.reset()
 
 
@@ -331,7 +383,8 @@ def cut_after_silu(module: Module, gate_up: torch.Tensor) -> torch.Tensor:
     [
         (lambda e: setattr(e, "has_gate", False), "it has no gate"),
         (lambda e: (delattr(e, "gate_up_proj"), setattr(e, "has_gate", False)), "it has no gate"),  # as Nemotron's
-        (lambda e: setattr(e, "is_concatenated", False), "its gate and up rows are interleaved"),
+        (lambda e: setattr(e, "is_concatenated", False), "its gate function is no SwiGLU of rows in turns"),
+        (lambda e: setattr(e, "num_experts", 8), "4 of its 8 experts are here"),
         (lambda e: setattr(e, "act_fn", torch.nn.GELU()), "its activation is GELU, not SiLU"),
         (lambda e: e.__dict__.update(_modules={}, act_fn=torch.nn.functional.gelu), "its activation is gelu, not SiLU"),
         (lambda e: with_gate(e, None), "its gate function is no SwiGLU"),
@@ -353,6 +406,8 @@ GATES = {
     "deepseek_v4.DeepseekV4Experts": mx.SwiGLU(limit=7.0),
     "glm5_next.Glm5NextTextExperts": mx.SwiGLU(limit=7.0),
     "hy_v4.HYV4Experts": mx.SwiGLU(limit=7.0),
+    "gpt_oss.GptOssExperts": mx.SwiGLU(1.702, 1.0, 7.0),
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": mx.SwiGLU(1.702, 1.0, 7.0),
 }
 """Experts with gate functions of their own, or SiLU as a function, in transformers 5.24."""
 
@@ -369,8 +424,7 @@ def test_gate_functions_of_their_own(name: str) -> None:
         _experts_implementation="eager",
     )
     experts = getattr(module, class_name)(config)
-    for weight in experts.parameters():
-        weight.normal_(std=4.0 * weight.shape[2] ** -0.5)
+    models.fill(experts, 4.0)
     experts = experts.bfloat16()
     assert integration.why_not(experts) is None
     quantized = integration._quantize(experts)
@@ -438,8 +492,8 @@ def test_fp8_scales_written_in_place_are_seen(fp8: Module) -> None:
         (lambda e: setattr(e, "down_proj_scale_inv", None), "its down_proj is not FP8 with a scale for each block"),
         (lambda e: setattr(e, "gate_up_proj_scale_inv", parameter(torch.ones(8, 2, 1))), "its gate_up_proj is not FP8"),
         (lambda e: setattr(e, "gate_up_proj", parameter(torch.zeros(8, 256, 256))), "its gate_up_proj is not FP8"),
-        (lambda e: setattr(e, "has_bias", True), "it is FP8 with a bias or transposed"),
-        (lambda e: setattr(e, "is_transposed", True), "it is FP8 with a bias or transposed"),
+        (lambda e: setattr(e, "has_bias", True), "it is FP8 with a bias, transposed or interleaved"),
+        (lambda e: setattr(e, "is_transposed", True), "it is FP8 with a bias, transposed or interleaved"),
     ],
     ids=["no scales", "scales of rows", "one of two", "bias", "transposed"],
 )

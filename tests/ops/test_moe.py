@@ -6,6 +6,7 @@ Errors and overlaps are in test_bad_calls.py, copies and threads in test_concurr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import cases
@@ -292,6 +293,78 @@ def test_module_survives_a_state_dict_and_a_change_of_dtype(rng: torch.Generator
     assert torch.equal(two(layer.x, layer.ids, layer.weights), y)
     assert torch.equal(one.to(torch.float16)(layer.x, layer.ids, layer.weights), y)
     assert one.w13_values.dtype == torch.uint8
+
+
+def module_of(layer: Layer, **options: Any) -> mx.MXFP8Experts:
+    return mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend="reference", **options)
+
+
+DTYPES = {"values": (torch.uint8, torch.float8_e4m3fn), "scales": (torch.uint8, torch.float8_e8m0fnu)}
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("handed_out", [0, 1], ids=["bytes", "float8"])
+def test_module_loads_bytes_of_every_dtype_they_come_in(assign: bool, handed_out: int, rng: torch.Generator) -> None:
+    """Those of ExpertWeights and of files; inside another module, too. Copied by value, float8 in
+    uint8 is another number."""
+    layer = make(rng, "cpu")
+    other = dataclasses.replace(layer, w13=layer.w13.flip(0), w2=layer.w2.flip(0))
+    one, two = (torch.nn.ModuleList([module_of(each)]) for each in (layer, other))
+    state = {name: t.view(DTYPES[name.rpartition("_")[2]][handed_out]) for name, t in one.state_dict().items()}
+    assert str(two.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
+    for name, loaded in two.state_dict().items():
+        assert loaded.dtype == torch.uint8
+        assert torch.equal(loaded, one.state_dict()[name])
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("name", ["w13_values", "w2_scales"])
+def test_module_refuses_other_dtypes(name: str, assign: bool, rng: torch.Generator) -> None:
+    layer = make(rng, "cpu")
+    module = module_of(layer)
+    before = {key: t.clone() for key, t in module.state_dict().items()}
+    expected = {"w13_values": "uint8 or float8_e4m3fn", "w2_scales": "uint8 or float8_e8m0fnu"}[name]
+    with pytest.raises(RuntimeError, match=f"{name}: dtype must be {expected}, got bfloat16"):
+        module.load_state_dict(before | {name: before[name].bfloat16()}, assign=assign, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["w13_values", "w13_scales", "w2_values", "w2_scales"])
+def test_module_reads_no_strided_views(name: str, multiplier: str, rng: torch.Generator) -> None:
+    """Assigned by load_state_dict they are copied; set as an attribute they are refused, though a
+    plan of these shapes is there."""
+    layer = make(rng, "cpu")
+    module = module_of(layer)
+    module.backend = multiplier
+    y = module(layer.x, layer.ids, layer.weights)
+    state = module.state_dict()
+    wide = torch.full((*state[name].shape, 2), 127, dtype=torch.uint8)
+    wide[..., 0] = state[name]
+    module.load_state_dict(dict(state) | {name: wide[..., 0]}, assign=True)
+    assert torch.equal(module(layer.x, layer.ids, layer.weights), y)
+    setattr(module, name, wide[..., 0])
+    with pytest.raises(ValueError, match=f"^{name}: must be contiguous"):
+        module(layer.x, layer.ids, layer.weights)
+
+
+def test_module_from_transposed_and_interleaved_weights(rng: torch.Generator) -> None:
+    """As gpt-oss keeps them: (E, K, N), gate and up in turns, in the bias, too."""
+    layer = make(rng, "cpu", bias=True)
+    expected = module_of(layer, w13_bias=layer.w13_bias, w2_bias=layer.w2_bias).state_dict()
+    in_turns = [t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) for t in (layer.w13, layer.w13_bias)]
+    for transposed, interleaved in itertools.product((False, True), repeat=2):
+        w13, bias = in_turns if interleaved else (layer.w13, layer.w13_bias)
+        w13, w2 = (w.transpose(1, 2).contiguous() if transposed else w for w in (w13, layer.w2))
+        given = mx.MXFP8Experts.from_weights(
+            w13,
+            w2,
+            w13_bias=bias,
+            w2_bias=layer.w2_bias,
+            transposed=transposed,
+            interleaved=interleaved,
+            backend="reference",
+        ).state_dict()
+        assert all(torch.equal(given[name], t) for name, t in expected.items())
 
 
 def test_module_asks_its_backend_to_quantize(rng: torch.Generator) -> None:

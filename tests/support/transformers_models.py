@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-NAMES = ("Qwen3-MoE", "Mixtral", "DeepSeek-V3")
+NAMES = ("Qwen3-MoE", "Mixtral", "DeepSeek-V3", "gpt-oss")
 PROMPT_LENGTH = 7
 
 MIN_SNR_DB = 18.0
@@ -57,6 +57,9 @@ def make(name: str, device: str = "cpu", scale: int = 1, seed: int = 0) -> Any:
     elif name == "Mixtral":
         config = transformers.MixtralConfig(**size, intermediate_size=96 * scale, num_local_experts=4)
         model = transformers.MixtralForCausalLM(config)
+    elif name == "gpt-oss":
+        config = transformers.GptOssConfig(**size, head_dim=16, intermediate_size=96 * scale, num_local_experts=4)
+        model = transformers.GptOssForCausalLM(config)
     else:
         config = transformers.DeepseekV3Config(
             **size,
@@ -76,9 +79,16 @@ def make(name: str, device: str = "cpu", scale: int = 1, seed: int = 0) -> Any:
         model = transformers.DeepseekV3ForCausalLM(config)
     with torch.no_grad():
         # The default initialization leaves experts that add next to nothing to the residual stream.
-        for parameter in expert_weights(model):
-            parameter.normal_(std=2.0 * parameter.shape[2] ** -0.5)
+        for module in experts_modules(model):
+            fill(module, 2.0)
     return model.to(device=device, dtype=torch.bfloat16).eval()
+
+
+def fill(experts: torch.nn.Module, gain: float) -> None:
+    """Normal weights, whose products have ``gain`` times their input's deviation, and biases."""
+    for parameter in experts.parameters():
+        is_weight = parameter.ndim == 3
+        parameter.normal_(std=gain * parameter.shape[1 if experts.is_transposed else 2] ** -0.5 if is_weight else 1.0)
 
 
 def with_fp8_experts(model: Any) -> Any:

@@ -1,0 +1,73 @@
+"""How a checkpoint keeps its experts: MXFP8 is (E, N, K), with all gate rows before all up rows.
+
+Some models keep (E, K, N), and some have gate and up rows in turns, which no shape shows. Which of
+them do so is known from ``model_type`` in their ``config.json``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from hybrid_mxfp8.checkpoint.reader import read_json
+
+CONFIG_FILE: Final = "config.json"
+
+Patterns = tuple[str, ...]
+"""Of names of tensors, as in a shell."""
+
+
+class SourceLayout(NamedTuple):
+    """Weights that are not kept as MXFP8 is.
+
+    Attributes:
+        transposed: stacks (E, K, N).
+        interleaved: those whose rows, of N, are a gate's and an up's in turns, gate first. Their
+            biases are, too.
+    """
+
+    transposed: Patterns = ()
+    interleaved: Patterns = ()
+
+
+_FUSED: Final = ("*.experts.gate_up_proj", "*.experts.down_proj")
+_W13_IN_TURNS: Final = SourceLayout(interleaved=("*.experts.w13_weight",))
+
+OF_MODELS: Final[Mapping[str, SourceLayout]] = {
+    "gpt_oss": SourceLayout(_FUSED, _FUSED[:1]),
+    "inkling_mm_model": _W13_IN_TURNS,
+    "inkling2": _W13_IN_TURNS,
+    "inkling2_text": _W13_IN_TURNS,
+    "llama4": SourceLayout(_FUSED),
+    "llama4_text": SourceLayout(_FUSED),
+    "openai_privacy_filter": SourceLayout(_FUSED),
+}
+"""By ``model_type``."""
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether one of the patterns means a tensor of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def layout_of(checkpoint: Path) -> SourceLayout:
+    """What the ``config.json`` in a checkpoint's folder, or beside a file, says by its
+    ``model_type`` or that of one of its parts.
+
+    Raises:
+        ValueError: a ``config.json`` that is no JSON.
+    """
+    file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
+    config: Any = read_json(file) if file.exists() else None
+    if not isinstance(config, dict):
+        return SourceLayout()
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    types = [kind for part in parts if isinstance(kind := part.get("model_type"), str)]
+    return next((OF_MODELS[kind] for kind in types if kind in OF_MODELS), SourceLayout())
+
+
+def bias_names(weight: str) -> tuple[str, str]:
+    """What the bias of a weight may be called."""
+    return f"{weight}_bias", f"{weight.removesuffix('weight')}bias"

@@ -1,0 +1,150 @@
+"""Models of transformers that torch.distributed has split: FSDP, tensor and expert parallelism.
+
+Ranks are forked processes that talk by gloo, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers_models as models
+from forked import Child
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.integrations import transformers as integration
+
+if not torch.distributed.is_available():
+    pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
+
+NOT_PROVEN = r"ValueError: experts: must be quantized by quantize_model_(model) where torch.distributed is in use"
+
+
+def in_ranks(world: int, store: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function`` returns in each of ``world`` processes of one group."""
+    models.require()
+    ranks = [Child(_rank, rank, world, str(store), function, arguments) for rank in range(world)]
+    results = [rank.result(100) for rank in ranks]
+    assert not [result for result in results if isinstance(result, str)], results
+    return results
+
+
+def _rank(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+    torch._C._get_accelerator = lambda check=False: torch.device("cpu")  # by which transformers makes its meshes
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    integration.register()
+    with torch.no_grad(), mx.use_backend("reference"):
+        return function(*arguments)
+
+
+def error_of(function: Callable[..., object], *arguments: object) -> str:
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def quantized(model: torch.nn.Module) -> Any:
+    return integration.quantize_model_(model, progress=False)
+
+
+# ---------------------------------------------------------------- FSDP
+
+
+def _fsdp() -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(model: Any) -> Any:
+        model.set_experts_implementation("hybrid_mxfp8")
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    first, last, prompt = models.make("Mixtral"), models.make("Mixtral"), models.prompt()
+    quantized(first)
+    expected = first(prompt).logits
+    return {
+        "without": error_of(sharded(last), prompt),
+        "afterwards": error_of(quantized, last),
+        "before": torch.equal(sharded(first)(prompt).logits, expected),
+    }
+
+
+def test_fsdp_gathers_unseen_so_experts_are_quantized_before_it(tmp_path: Path) -> None:
+    """Into the same parameter, with the version it had: a copy can't be proven to be current."""
+    (found,) = in_ranks(1, tmp_path / "store", _fsdp)
+    assert found["without"].startswith(f"{NOT_PROVEN} (FSDP: before fully_shard)")
+    assert found["afterwards"].startswith(
+        "ValueError: model: must be quantized before FSDP shards it: quantize_model_,"
+    )
+    assert found["before"]
+
+
+# ---------------------------------------------------------------- tensor and expert parallelism
+
+
+def _parallel(name: str, sizes: dict[str, int]) -> dict[str, Any]:
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    model = models.make(name, scale=2)
+    config, _, meshes = type(model).prepare_distribute_model(DistributedConfig(**sizes))
+    model = type(model).maybe_distribute_model(model, config, meshes)
+    routing, prompt = models.Routing(model), models.prompt()
+    model.set_experts_implementation("grouped_mm")
+    expected = model(prompt).logits
+    model.set_experts_implementation("hybrid_mxfp8")
+    routing.replay()
+    without = error_of(model, prompt)
+
+    calls: list[torch.nn.Module] = []
+    quantize = integration._quantize
+    integration._quantize = lambda module, *args: (calls.append(module), quantize(module, *args))[1]
+    saved, logits = quantized(model), []
+    for _ in range(3):
+        routing.replay()
+        logits.append(model(prompt).logits)
+    shapes = [tuple(m.mxfp8.w13_values.shape) for m in models.experts_modules(model)]
+    return {
+        "without": without,
+        "calls": len(calls),
+        "bytes": (saved.bytes_before, saved.bytes_after),
+        "shapes": shapes,
+        "again": all(torch.equal(again, logits[0]) for again in logits),
+        "snr": float(mx.signal_to_noise_db(expected, logits[0])),
+        "logits": logits[0].float().tolist(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "whole", "local"),
+    [
+        ("Qwen3-MoE", {"tp_size": 2}, (8, 128, 128), (8, 64, 128)),
+        ("Qwen3-MoE", {"tp_size": 2, "ep_size": 2}, (8, 128, 128), (4, 128, 128)),
+        ("gpt-oss", {"tp_size": 2, "ep_size": 2}, (4, 384, 128), (2, 384, 128)),
+    ],
+    ids=["tensor", "expert", "expert, gpt-oss"],
+)
+def test_each_rank_quantizes_its_shard_once(
+    name: str, sizes: dict[str, int], whole: tuple[int, ...], local: tuple[int, ...], tmp_path: Path
+) -> None:
+    models.require()
+    pytest.importorskip("transformers.distributed.mixin", reason="a newer transformers has DistributedConfig")
+    ranks = in_ranks(2, tmp_path / "store", _parallel, name, sizes)
+    assert ranks[0]["logits"] == ranks[1]["logits"]
+    for found in ranks:
+        assert found["without"].startswith(NOT_PROVEN)
+        assert found["calls"] == 2  # layers
+        assert found["shapes"] == [local, local]
+        weights = 2 * whole[0] * whole[1] * whole[2] * 3 // 2  # elements of two layers
+        biases = 2 * whole[0] * (whole[1] + whole[2]) if name == "gpt-oss" else 0
+        assert found["bytes"][0] == (weights + biases) * 2 // 2  # of two bytes, on two ranks
+        assert found["bytes"][1] < 0.6 * found["bytes"][0]
+        assert found["again"]
+        assert found["snr"] > models.MIN_SNR_DB
