@@ -1,0 +1,217 @@
+"""The Hopper FP8 grouped GEMM alone, at each tile, beside the bf16 kernel, torch and DeepGEMM.
+
+One process, one GPU, CUDA-graph replay, contenders in turns, medians. The weights of each shape
+exceed the L2 cache, so inputs are not rotated. Prints a line a case, and JSON at the end.
+
+    python -m bench.hopper_fp8 --shapes 0 --tokens 256,1024 --even
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core.scale_layout import unswizzle_grouped_scales
+from hybrid_mxfp8.dispatch.plan import Operands
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.gemm import hopper_fp8
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8 import HopperFp8Config
+
+SHAPES = ((32, 4096, 7168), (8, 7168, 2048), (128, 1536, 2048))
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
+FEW = [
+    HopperFp8Config(4, 32, 32, 16, 12),
+    HopperFp8Config(8, 32, 32, 16, 8),
+    HopperFp8Config(8, 64, 64, 16, 7),
+    HopperFp8Config(4, 64, 64, 16, 10),
+]
+MANY = [
+    HopperFp8Config(8, 64, 64, 16, 7),
+    HopperFp8Config(8, 128, 128, 32, 5),
+    HopperFp8Config(8, 128, 64, 32, 5),
+    HopperFp8Config(8, 256, 128, 32, 4),
+]
+
+
+def regrouped(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, K) e4m3 and (R, K/32) bytes with one scale, the largest, for four blocks; K % 128 == 0."""
+    r, blocks = scales.shape
+    s = scales.view(r, blocks // 4, 4)
+    largest = s.amax(-1, keepdim=True)
+    down = torch.exp2(-(largest.int() - s.int()).float()).view(r, blocks, 1)
+    out = torch.empty_like(values)
+    for i in range(0, r, 65536):
+        rows = values[i : i + 65536].float().view(-1, blocks, 32) * down[i : i + 65536]
+        out[i : i + 65536] = rows.view(-1, blocks * 32).to(torch.float8_e4m3fn)
+    return out, largest.expand(r, blocks // 4, 4).reshape(r, blocks).contiguous()
+
+
+def weights(e: int, n: int, k: int) -> tuple[torch.Tensor, mx.ExpertWeights]:
+    w = torch.randn(e, n, k, dtype=torch.bfloat16, device="cuda") * k**-0.5
+    wq = mx.quantize_weights(w)
+    linear = torch.stack([mx.unswizzle_scales(wq.scales[i], n, k // 32) for i in range(e)]).view(e * n, -1)
+    v, s = regrouped(wq.values.view(e * n, k), linear)
+    return w, mx.ExpertWeights.from_linear_scales(v.view(e, n, k), s.view(e, n, -1))
+
+
+def linear_scales(x: mx.GroupedMXFP8) -> torch.Tensor:
+    g = x.groups
+    return unswizzle_grouped_scales(x.scales, g.expert_offsets, g.scale_offsets, g.num_tokens, x.k // 32)[0]
+
+
+def tokens(x: torch.Tensor, counts: torch.Tensor) -> mx.GroupedMXFP8:
+    groups = mx.GroupLayout.from_counts(counts, x.shape[0])
+    xq = mx.quantize_grouped(x, groups)
+    v, s = regrouped(xq.values, linear_scales(xq))
+    return mx.GroupedMXFP8.from_linear_scales(v, s, groups)
+
+
+def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: HopperFp8Config) -> Callable[[], None]:
+    e, n, k = w.values.shape
+    g = x.groups
+    given = [x.values, x.scales, g.tokens_per_expert, g.expert_offsets, g.scale_offsets, w.values, w.scales, y]
+    operands = Operands()
+    buffers = GemmBuffers(*[operands.add("tensor", t) for t in given], None)
+    problem = Problem(e, n, k, g.num_tokens, y.dtype, y.device)
+    steps = hopper_fp8.plan(problem, buffers, config)
+    return lambda: [step.run(given, y.device) for step in steps][0]
+
+
+def error_db(y: torch.Tensor, x: mx.GroupedMXFP8, w: mx.ExpertWeights, counts: Sequence[int]) -> float:
+    """Of the first and last rows of some experts, against fp64 of the same operands."""
+    signal = noise = 0.0
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    scales = linear_scales(x)
+    for e in sorted({0, 1, len(counts) // 2, len(counts) - 1}):
+        rows = sorted({*range(max(ends[e] - counts[e], 0), ends[e])})
+        rows = rows[:4] + rows[-4:]
+        if not rows:
+            continue
+        xs = torch.exp2(scales[rows].double() - 127).repeat_interleave(32, 1)
+        ws = mx.unswizzle_scales(w.scales[e], w.values.shape[1], x.k // 32)
+        ws = torch.exp2(ws.double() - 127).repeat_interleave(32, 1)
+        exact = (x.values[rows].double() * xs) @ (w.values[e].double() * ws).T
+        signal += float((exact**2).sum())
+        noise += float(((exact - y[rows].double()) ** 2).sum())
+    return 10 * float(torch.log10(torch.tensor(signal / noise)))
+
+
+def measure(calls: dict[str, Callable[[], object]], reps: int) -> dict[str, float]:
+    """µs a call: medians of graph replays, contenders in turns."""
+    graphs = {}
+    for name, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(4):
+                call()
+        graphs[name] = graph
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(reps):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / 4)
+    return {name: statistics.median(v) for name, v in times.items()}
+
+
+def deep_gemm_call(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, per: int) -> Callable[[], object] | None:
+    """DeepGEMM's contiguous FP8 grouped GEMM on zeros' scales of one: time alone counts."""
+    try:
+        import deep_gemm
+    except ImportError:
+        return None
+    e, n, k = w.shape
+    fw = (w.to(torch.float8_e4m3fn), torch.ones(e, n // 128, k // 128, device="cuda"))
+    fx = (x.to(torch.float8_e4m3fn), torch.ones(x.shape[0], k // 128, device="cuda"))
+    index = torch.arange(e, device="cuda", dtype=torch.int32).repeat_interleave(per)
+    return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(fx, fw, y, index)
+
+
+def case(w: torch.Tensor, wq: mx.ExpertWeights, per: int, even: bool, configs: Sequence[HopperFp8Config], reps: int) -> dict[str, object]:
+    e, n, k = w.shape
+    counts = torch.full((e,), per, dtype=torch.int32)
+    if not even:
+        generator = torch.Generator().manual_seed(per)
+        counts = torch.bincount(torch.randint(0, e, (e * per,), generator=generator), minlength=e).to(torch.int32)
+    t = e * per
+    x = torch.randn(t, k, dtype=torch.bfloat16, device="cuda")
+    xq = tokens(x, counts.cuda())
+    y = torch.empty(t, n, dtype=torch.bfloat16, device="cuda")
+    calls: dict[str, Callable[[], object]] = {}
+    db: dict[str, float] = {}
+    size = mx.grouped_gemm_workspace_size(wq, t)
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
+    calls["bf16 kernel"] = lambda: mx.grouped_gemm(xq, wq, out=y, workspace=workspace if size else None)
+    calls["bf16 kernel"]()
+    db["bf16 kernel"] = error_db(y, xq, wq, counts.tolist())
+    ends = counts.cumsum(0).to(torch.int32).cuda()
+    wt = w.transpose(1, 2)
+    calls["torch bf16"] = lambda: torch._grouped_mm(x, wt, offs=ends)
+    for config in configs:
+        name = f"{16 * config.num_warps}x{config.block_t}/{config.chunk}/{config.small_t} s{config.num_stages}"
+        call = launch(xq, wq, y, config)
+        y.fill_(float("nan"))
+        try:
+            call()
+            torch.cuda.synchronize()
+        except triton.runtime.errors.OutOfResources as error:
+            print("  ", name, error, flush=True)
+            continue
+        db[name] = error_db(y, xq, wq, counts.tolist())
+        calls[name] = call
+    if per % 128 == 0 and even and (call := deep_gemm_call(w, x, y, per)):
+        calls["DeepGEMM"] = call
+    us = measure(calls, reps)
+    base = us["bf16 kernel"]
+    kind = "even" if even else "random"
+    print(f"E{e} N{n} K{k} {per:5d} {kind:6s} | " + " | ".join(
+        f"{name} {v:7.1f} us {base / v:4.2f}x {2e-6 * t * n * k / v:5.0f} TF {db.get(name, 0):3.0f} dB" for name, v in us.items()
+    ), flush=True)  # fmt: skip
+    return {"e": e, "n": n, "k": k, "per": per, "counts": kind, "us": us, "db": db}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="0,1,2", help="indices into SHAPES")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--even", action="store_true", help="even counts alone")
+    parser.add_argument("--configs", default="", help="Python list of HopperFp8Config argument tuples")
+    parser.add_argument("--reps", type=int, default=9)
+    parser.add_argument("--out")
+    a = parser.parse_args()
+    torch.manual_seed(0)
+    began = time.time()
+    print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)
+    rows = []
+    for i in map(int, a.shapes.split(",")):
+        w, wq = weights(*SHAPES[i])
+        for per in map(int, a.tokens.split(",")):
+            configs = FEW if per < 64 else FEW[2:] + MANY[1:] if per == 64 else MANY[1:]
+            if a.configs:
+                configs = [HopperFp8Config(*c) for c in eval(a.configs)]
+            for even in (True,) if a.even or per == 1 else (True, False):
+                rows.append(case(w, wq, per, even, configs, a.reps))
+                torch.cuda.empty_cache()
+        del w, wq
+        torch.cuda.empty_cache()
+    print(f"{time.time() - began:.0f} s")
+    if a.out:
+        with open(a.out, "w") as file:
+            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file)
+
+
+if __name__ == "__main__":
+    main()
