@@ -418,5 +418,6 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     experts = max(next_power_of_2(p.num_experts), 32)
     piece = 64 * 2 // p.out_dtype.itemsize
     constants = (experts, config.block_t, config.chunk, config.small_t, config.box, piece, config.num_warps, config.num_stages)
-    options = (("num_warps", config.num_warps),)
+    # With 8 warps in all Triton would ask for 256 registers a thread, one more than there are.
+    options = (("num_warps", config.num_warps), ("maxnreg", 168 if config.num_warps == 8 else 128))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)
