@@ -130,9 +130,7 @@ def _producer(
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 for i in gl.static_range(BLOCK_T // BOX):
-                    mbarrier.expect(
-                        bar, (BLOCK_N + (i + 1) * BOX) * 128 + (1 + SCALE_TILES) * 512, pred=boxes == i + 1
-                    )
+                    mbarrier.expect(bar, (BLOCK_N + (i + 1) * BOX) * 128 + (1 + SCALE_TILES) * 512, pred=boxes == i + 1)
                 _tma_load(w_desc, [w_row, k_tile * 128], bar, w_ring.index(stage))
                 for i in gl.static_range(BLOCK_T // BOX):
                     x = x_ring.index(stage).slice(i * BOX, BOX, dim=0)
@@ -211,12 +209,15 @@ def _multiply(w, x, FIRST: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.conste
 
 
 @gluon.jit
-def _promote(acc, p, w_scales, x_scales, FIRST: gl.constexpr, COLUMNS: gl.constexpr):
+def _promote(acc, p, w_scales, x_scales, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PROBE: gl.constexpr):
     """acc plus what _multiply started, scaled."""
     p = warpgroup_mma_wait(0, deps=(p,))
     rows = w_scales.load(gl.SliceLayout(1, acc.type.layout))
     columns = x_scales.slice(FIRST, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
-    acc += p * rows[:, None] * columns[None, :]
+    if PROBE & 1:
+        acc += p
+    else:
+        acc += p * rows[:, None] * columns[None, :]
     # So that the next product starts after these sums: else there would be two p at a time.
     return warpgroup_mma_wait(0, deps=(acc,))
 
@@ -245,6 +246,7 @@ def _store(y_ptr, acc, start, rows, n_first, N, FIRST: gl.constexpr, COLUMNS: gl
 def _consume_tile(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile, N, num_k_tiles,
     CHUNK: gl.constexpr, CHUNKS: gl.constexpr, PIECE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    PROBE: gl.constexpr,
 ):  # fmt: skip
     """One tile of up to CHUNK * CHUNKS tokens, stored; returns the ring's next stage and phase."""
     mma: gl.constexpr = _accumulator(CHUNK, WARPS)
@@ -260,13 +262,15 @@ def _consume_tile(
         mbarrier.wait(ready.index(stage), phase)
         next_stage, next_phase = _advance(stage, phase, STAGES)
         mbarrier.wait(full.index(next_stage), next_phase)
-        acc0 = _promote(acc0, p, w_scales, x_scales, 0, CHUNK)
+        acc0 = _promote(acc0, p, w_scales, x_scales, 0, CHUNK, PROBE)
         if CHUNKS == 2:
             p = _multiply(w, x, CHUNK, CHUNK, WARPS)
-            acc1 = _promote(acc1, p, w_scales, x_scales, CHUNK, CHUNK)
+            acc1 = _promote(acc1, p, w_scales, x_scales, CHUNK, CHUNK, PROBE)
         # Each thread by itself: nobody waits for the others.
         async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
         stage, phase = next_stage, next_phase
+    if PROBE & 2:
+        rows -= 1 << 20
     _store(y_ptr, acc0, start, rows, n_tile * (16 * WARPS), N, 0, CHUNK, PIECE, WARPS)
     if CHUNKS == 2:
         _store(y_ptr, acc1, start, rows, n_tile * (16 * WARPS), N, CHUNK, CHUNK, PIECE, WARPS)
@@ -277,7 +281,7 @@ def _consume_tile(
 def _consumer(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
     BLOCK_T: gl.constexpr, CHUNK: gl.constexpr, SMALL_T: gl.constexpr, PIECE: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, PROBE: gl.constexpr,
 ):  # fmt: skip
     """Empty the ring, tile after tile."""
     stage = 0
@@ -288,22 +292,24 @@ def _consumer(
         if SMALL_T < CHUNK and rows <= SMALL_T:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, SMALL_T, 1, PIECE, WARPS, STAGES,
+                N, num_k_tiles, SMALL_T, 1, PIECE, WARPS, STAGES, PROBE,
             )  # fmt: skip
         elif CHUNK < BLOCK_T and rows <= CHUNK:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, CHUNK, 1, PIECE, WARPS, STAGES,
+                N, num_k_tiles, CHUNK, 1, PIECE, WARPS, STAGES, PROBE,
             )  # fmt: skip
         else:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, CHUNK, BLOCK_T // CHUNK, PIECE, WARPS, STAGES,
+                N, num_k_tiles, CHUNK, BLOCK_T // CHUNK, PIECE, WARPS, STAGES, PROBE,
             )  # fmt: skip
         start, rows, n_tile, piece = _announced(info_ring.index(stage), WARPS)
 
 
-@gluon.jit(do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_experts", "num_tokens", "N", "num_k_tiles"])
+@gluon.jit(
+    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_experts", "num_tokens", "N", "num_k_tiles"]
+)
 def hopper_fp8_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     w_desc,  # (E*N, K) e4m3, boxes of (16 WARPS, 128)
@@ -324,6 +330,7 @@ def hopper_fp8_gemm_kernel(
     PIECE: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROBE: gl.constexpr,
 ):
     """Grid (multiprocessors,); WARPS multiply, one feeds them, one converts scales."""
     BLOCK_N: gl.constexpr = 16 * WARPS
@@ -350,7 +357,7 @@ def hopper_fp8_gemm_kernel(
             (
                 _consumer,
                 (y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-                 BLOCK_T, CHUNK, SMALL_T, PIECE, WARPS, STAGES),
+                 BLOCK_T, CHUNK, SMALL_T, PIECE, WARPS, STAGES, PROBE),
             ),
             (
                 _producer,
@@ -386,6 +393,7 @@ class HopperFp8Config:
     chunk: int
     small_t: int
     num_stages: int
+    probe: int = 0
 
     @property
     def box(self) -> int:
@@ -417,7 +425,17 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     )
     experts = max(next_power_of_2(p.num_experts), 32)
     piece = 64 * 2 // p.out_dtype.itemsize
-    constants = (experts, config.block_t, config.chunk, config.small_t, config.box, piece, config.num_warps, config.num_stages)
+    constants = (
+        experts,
+        config.block_t,
+        config.chunk,
+        config.small_t,
+        config.box,
+        piece,
+        config.num_warps,
+        config.num_stages,
+        config.probe,
+    )
     # With 8 warps in all Triton would ask for 256 registers a thread, one more than there are.
     options = (("num_warps", config.num_warps), ("maxnreg", 168 if config.num_warps == 8 else 128))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)
