@@ -10,6 +10,8 @@ for one token of 8 experts, as a layer with one token has, other ones in each of
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
 import json
 import math
 import statistics
@@ -24,22 +26,12 @@ from hybrid_mxfp8.core.scale_layout import unswizzle_grouped_scales
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.gemm import hopper_fp8
-from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8 import HopperFp8Config
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config, select_hopper_fp8_config
 
 SHAPES = ((32, 4096, 7168), (8, 7168, 2048), (128, 1536, 2048))
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
-FEW = [
-    HopperFp8Config(4, 32, 32, 16, 16),
-    HopperFp8Config(8, 32, 32, 16, 9),
-    HopperFp8Config(4, 64, 64, 16, 12),
-    HopperFp8Config(8, 64, 64, 16, 8),
-]
-MANY = [
-    HopperFp8Config(8, 64, 64, 16, 8),
-    HopperFp8Config(8, 128, 128, 32, 6),
-    HopperFp8Config(8, 128, 64, 32, 6),
-    HopperFp8Config(8, 256, 128, 32, 4),
-]
+CONFIGS = tuple(select_hopper_fp8_config(average, 1) for average in (1, 64, 1000))
+"""Each that is ever chosen."""
 
 
 def regrouped(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,8 +166,7 @@ def case(
     wt = w.transpose(1, 2)
     calls["torch bf16"] = [lambda end=end: torch._grouped_mm(x, wt, offs=end) for end in ends]
     for config in configs:
-        name = f"{16 * config.num_warps}x{config.block_t}/{config.chunk}/{config.small_t} s{config.num_stages}"
-        name += f" p{config.probe}" * bool(config.probe)
+        name = "{}/{}/{} s{}".format(*dataclasses.astuple(config))
         calls[name] = [launch(q, wq, y, config) for q in xq]
     for name in list(calls):
         y.fill_(float("nan"))
@@ -213,12 +204,10 @@ def main() -> None:
     began = time.time()
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)
     rows = []
+    configs = [HopperFp8Config(*c) for c in ast.literal_eval(a.configs)] if a.configs else CONFIGS
     for i in map(int, a.shapes.split(",")):
         w, wq = weights(*SHAPES[i])
         for per in map(int, a.tokens.split(",")):
-            configs = FEW if per < 64 else FEW[2:] + MANY[1:] if per == 64 else MANY[1:]
-            if a.configs:
-                configs = [HopperFp8Config(*c) for c in eval(a.configs)]
             for even in (True,) if a.even or per < 2 else (True, False):
                 rows.append(case(w, wq, per, even, configs, a.reps))
                 torch.cuda.empty_cache()

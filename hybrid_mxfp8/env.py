@@ -5,7 +5,7 @@
 | ``HYBRID_MXFP8_BACKEND`` | ``auto`` (default), ``cutlass``, ``triton``, ``reference`` | the backend where neither ``backend=`` nor ``use_backend()`` names one |
 | ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
 | ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch between the CUTLASS backend's two kernels |
-| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernel; 0 takes the portable one instead |
+| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``bf16``, ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernels: the FP8 one for operands of scale group 128, else the bf16 one; bf16: that one for all; 0: the portable one |
 | ``HYBRID_MXFP8_VERIFY`` | ``1`` (default), ``0`` | whether a module of the CUTLASS backend is compared with the reference before its first use on a GPU |
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
@@ -97,9 +97,9 @@ def verify() -> bool:
     return _switch("HYBRID_MXFP8_VERIFY", default="1")
 
 
-def hopper_gemm() -> bool:
-    """HYBRID_MXFP8_HOPPER_GEMM: False only for 0, ValueError for neither 0 nor 1."""
-    return _switch("HYBRID_MXFP8_HOPPER_GEMM", default="1")
+def hopper_gemm() -> str:
+    """HYBRID_MXFP8_HOPPER_GEMM: 1, bf16 or 0; ValueError for anything else."""
+    return _choice("HYBRID_MXFP8_HOPPER_GEMM", "1", "bf16", "0")
 
 
 def trust_cache() -> bool:
@@ -108,10 +108,15 @@ def trust_cache() -> bool:
 
 
 def _switch(name: str, default: str) -> bool:
+    return _choice(name, default, "1" if default == "0" else "0") == "1"
+
+
+def _choice(name: str, default: str, *others: str) -> str:
     value = (os.environ.get(name) or default).strip()
-    if value not in ("0", "1"):
-        raise ValueError(f"{name}: must be 0 or 1, got {value!r}")
-    return value == "1"
+    if value not in (default, *others):
+        allowed = sorted((default, *others))
+        raise ValueError(f"{name}: must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
+    return value
 
 
 def cutlass_dir() -> Path | None:

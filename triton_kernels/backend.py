@@ -6,6 +6,7 @@ May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -22,6 +23,11 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_config import (
     hopper_takes,
     largest_batches,
     select_hopper_config,
+)
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import (
+    HopperFp8Config,
+    hopper_fp8_takes,
+    select_hopper_fp8_config,
 )
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED
 from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, pack_tokens, route
@@ -44,10 +50,20 @@ def available(device: torch.device) -> Support:
     return True, f"compute capability {text}"
 
 
-def _hopper_config(problem: Problem) -> HopperGemmConfig | None:
-    """The tile of the Hopper kernel for a problem; None where another kernel runs it."""
+def _hopper_fp8_config(problem: Problem) -> HopperFp8Config | None:
+    """The tile of the Hopper FP8 kernel for a problem; None where another kernel runs it."""
     p = problem
-    if INTERPRETED or p.capability != (9, 0) or not env.hopper_gemm():
+    if INTERPRETED or p.capability != (9, 0) or p.scale_group != 128 or env.hopper_gemm() != "1":
+        return None
+    if not hopper_fp8_takes(p.num_tokens, p.num_experts, p.n, p.k):
+        return None
+    return select_hopper_fp8_config(p.num_tokens, p.num_experts)
+
+
+def _hopper_config(problem: Problem) -> HopperGemmConfig | None:
+    """The tile of the Hopper bf16 kernel for a problem; None where another kernel runs it."""
+    p = problem
+    if INTERPRETED or p.capability != (9, 0) or env.hopper_gemm() == "0" or _hopper_fp8_config(p):
         return None
     if not hopper_takes(p.num_tokens, p.num_experts, p.n, p.k):
         return None
@@ -55,11 +71,9 @@ def _hopper_config(problem: Problem) -> HopperGemmConfig | None:
 
 
 @functools.cache
-def _hopper_kernels() -> ModuleType:
-    """Imported where it can run alone: Gluon's names differ from one Triton to the next."""
-    from hybrid_mxfp8.triton_kernels.gemm import hopper
-
-    return hopper
+def _hopper_kernels(name: str) -> ModuleType:
+    """Imported where they can run alone: Gluon's names differ from one Triton to the next."""
+    return importlib.import_module(f"hybrid_mxfp8.triton_kernels.gemm.{name}")
 
 
 def _blackwell_config(problem: Problem) -> blackwell.BlackwellConfig | None:
@@ -93,22 +107,34 @@ def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
     """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the
     portable kernel."""
     weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
+    tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
+    fp8_config = _hopper_fp8_config(problem)
+    if fp8_config is not None and weights_aligned and tokens_aligned:
+        fp8_launches: Steps = _hopper_kernels("hopper_fp8").plan(problem, buffers, fp8_config)
+        return fp8_launches
     hopper_config = _hopper_config(problem)
     if hopper_config is not None and weights_aligned:
-        launches: Steps = _hopper_kernels().plan(problem, buffers, hopper_config)
+        launches: Steps = _hopper_kernels("hopper").plan(problem, buffers, hopper_config)
         return launches
     blackwell_config = _blackwell_config(problem)
-    tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
     if blackwell_config is not None and weights_aligned and tokens_aligned:
         return blackwell.plan(problem, buffers, blackwell_config)
     return portable.plan(problem, buffers)
 
 
 def explain(problem: Problem) -> str:
-    """The configuration of whichever kernel takes the problem."""
-    config = _hopper_config(problem) or _blackwell_config(problem) or portable.config_for(problem)
+    """The configuration of whichever kernel takes the problem, and on Hopper why that kernel."""
+    fp8, bf16 = _hopper_fp8_config(problem), _hopper_config(problem)
+    config = fp8 or bf16 or _blackwell_config(problem) or portable.config_for(problem)
     average = problem.num_tokens / max(problem.num_experts, 1)
-    return f"{config}, for {average:.1f} tokens an expert on average"
+    why = ""
+    if fp8:
+        why = "; multiplied in FP8: four blocks share each scale"
+    elif bf16 and problem.scale_group == 128:
+        why = "; multiplied in bf16: HYBRID_MXFP8_HOPPER_GEMM=bf16, or too large for the FP8 kernel"
+    elif bf16:
+        why = "; multiplied in bf16: every block has its own scale (scale_group 32)"
+    return f"{config}, for {average:.1f} tokens an expert on average{why}"
 
 
 BACKEND = Backend(

@@ -24,7 +24,8 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variables", "read", "expected"),
     [
         ({}, env.pdl, True),
-        ({}, env.hopper_gemm, True),
+        ({}, env.hopper_gemm, "1"),
+        ({"HYBRID_MXFP8_HOPPER_GEMM": "bf16 "}, env.hopper_gemm, "bf16"),
         ({}, env.trust_cache, False),
         ({}, env.config, None),
         ({}, env.cutlass_dir, None),
@@ -68,10 +69,11 @@ def test_a_childs_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", ["2", "true", "on", "-1", "0 1"])
 @pytest.mark.parametrize("read", [env.pdl, env.hopper_gemm, env.trust_cache], ids=lambda read: read.__name__)
-def test_wrong_switch(read: Callable[[], bool], value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_switch(read: Callable[[], object], value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"HYBRID_MXFP8_{read.__name__.upper()}"
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"^{name}: must be 0 or 1, got '{value}'$"):
+    allowed = "0, 1 or bf16" if read is env.hopper_gemm else "0 or 1"
+    with pytest.raises(ValueError, match=f"^{name}: must be {allowed}, got '{value}'$"):
         read()
 
 

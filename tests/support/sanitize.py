@@ -54,6 +54,7 @@ ERROR_EXIT = 86
 
 ONLY_ON: dict[str, tuple[tuple[int, int], ...]] = {
     "hopper_gemm_kernel": ((9, 0),),
+    "hopper_fp8_gemm_kernel": ((9, 0),),
     "dequantize_tokens_kernel": ((9, 0),),
     "grouped_gemm_blackwell_kernel": ((10, 0), (10, 3)),
 }

@@ -26,20 +26,27 @@ hold smaller elements, which are then off by at most 2**-134. Scale 255 and NaN 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, ceil_div
-from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
+from hybrid_mxfp8.core.formats import ceil_div
+from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.device import multiprocessors
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import dequantize_tokens
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
+from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
+    SCALE_WORDS,
+    advance,
+    split_last_wave,
+    tensor_map,
+    tile_coordinates,
+    tma_load,
+)
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch, triton_version
 
 SLICE = gl.constexpr(4)
@@ -47,7 +54,6 @@ SLICE = gl.constexpr(4)
 
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 """Its second name is that before 3.7."""
-_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before 3.7
 
 # ---------------------------------------------------------------- who holds what
 #
@@ -183,46 +189,11 @@ def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _advance(stage, phase, STAGES: gl.constexpr):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
 def _before(stage, STAGES: gl.constexpr):
     """The stage that came before. Computed, not kept in a variable: one that starts as an alias of
     ``stage`` is not carried through the loop (Triton 3.6 to 3.9 take it for unchanged), and every
     stage but the first is never freed."""
     return gl.where(stage == 0, STAGES - 1, stage - 1)
-
-
-@gluon.jit
-def _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
-    """(tiles dealt whole, parts that each of the rest is cut into, how many there are of both).
-
-    Programs take turns; the last turn may be of few tiles. These are cut by tokens if then each
-    program still gets at most one.
-    """
-    programs = gl.num_programs(0)
-    tiles = num_t_tiles * num_n_tiles
-    whole = tiles // programs * programs
-    rest = tiles - whole
-    parts = 1
-    if BLOCK_T >= 128:
-        parts = gl.where(rest * 2 <= programs, 2, 1)
-    if BLOCK_T >= 256:
-        parts = gl.where(rest * 4 <= programs, 4, parts)
-    return whole, parts, whole + rest * parts
-
-
-@gluon.jit
-def _tile_coordinates(index, whole, parts, num_n_tiles):
-    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of
-    the next token tile."""
-    cut = gl.maximum(index - whole, 0)
-    tile = gl.minimum(index, whole) + cut // parts
-    t_tile = tile // num_n_tiles
-    return t_tile, tile - t_tile * num_n_tiles, cut % parts
 
 
 @gluon.jit
@@ -355,12 +326,12 @@ def _produce_tile(
             k = k_tile * 128 + part * BLOCK_K
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, 128 * BLOCK_K + TOKENS * BLOCK_K * 2 + (512 if part == 0 else 0))
-            _tma_load(w_desc, [w_row, k], bar, w_ring.index(stage))
-            _tma_load(x_desc, [start, k], bar, _tokens_of(x_ring, stage, TOKENS, BLOCK_K))
+            tma_load(w_desc, [w_row, k], bar, w_ring.index(stage))
+            tma_load(x_desc, [start, k], bar, _tokens_of(x_ring, stage, TOKENS, BLOCK_K))
             if part == 0:
                 scales = scale_ring.index(stage)
-                _tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, scales)
-            stage, phase = _advance(stage, phase, STAGES)
+                tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, scales)
+            stage, phase = advance(stage, phase, STAGES)
     return stage, phase
 
 
@@ -375,9 +346,9 @@ def _producer(
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    whole, parts, count = _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
+    whole, parts, count = split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = _tile_coordinates(index, whole, parts, num_n_tiles)
+        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
         start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
         if start < end:
             expert = gl.load(tiles_ptr + 4 + t_tile * 4)
@@ -426,7 +397,7 @@ def _consume_tile(
         acc, a1 = warpgroup_mma_wait(1, deps=(acc, a1))
         mbarrier.arrive(empty.index(_before(stage, STAGES)), pred=k_tile > 0)
         if BLOCK_K == 64:
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
             codes1 = w_ring.index(stage).load(_codes_layout(BLOCK_K))
             x1 = _tokens_of(x_ring, stage, BOX, BLOCK_K).slice(0, TOKENS, dim=0)
@@ -435,7 +406,7 @@ def _consume_tile(
         acc, a0 = warpgroup_mma_wait(1, deps=(acc, a0))
         if BLOCK_K == 64:
             mbarrier.arrive(empty.index(_before(stage, STAGES)))
-        stage, phase = _advance(stage, phase, STAGES)
+        stage, phase = advance(stage, phase, STAGES)
     acc, a1 = warpgroup_mma_wait(0, deps=(acc, a1))
     mbarrier.arrive(empty.index(_before(stage, STAGES)))
 
@@ -463,9 +434,9 @@ def _consumer(
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 0
-    whole, parts, count = _split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
+    whole, parts, count = split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = _tile_coordinates(index, whole, parts, num_n_tiles)
+        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
         start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
         if start < end:
             if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
@@ -585,22 +556,6 @@ def hopper_gemm_kernel(
 # ---------------------------------------------------------------- launches
 
 
-SCALE_WORDS = SCALE_TILE_BYTES // 4
-
-
-@functools.cache
-def _box_layout(swizzle: int, element_bits: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=2)
-
-
-def _tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
-    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in
-    swizzled lines."""
-    size = buffer.dtype.itemsize
-    swizzle = 0 if buffer.dtype == torch.int32 else min(box_columns * size, 128)
-    return TensorMap(buffer, (rows, columns), (box_rows, box_columns), _box_layout(swizzle, 8 * size))
-
-
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:
     """The two launches of one product: tokens to bf16, then the product.
 
@@ -628,10 +583,10 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
     arguments = (
         b.out,
         workspace,
-        _tensor_map(w_bytes, p.num_experts * p.n, p.k, 128, block_k),
-        _tensor_map(w_scale_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
-        _tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
-        _tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
+        tensor_map(w_bytes, p.num_experts * p.n, p.k, 128, block_k),
+        tensor_map(w_scale_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
+        tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
         b.x_values,
         b.x_scales,
         b.expert_offsets,

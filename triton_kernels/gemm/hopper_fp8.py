@@ -16,9 +16,6 @@ The units sum the products of 128 elements in about 14 bits below the largest of
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,20 +24,21 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.device import multiprocessors
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
-from hybrid_mxfp8.triton_kernels.gemm.hopper import (
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config
+from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
     SCALE_WORDS,
-    _advance,
-    _split_last_wave,
-    _tensor_map,
-    _tile_coordinates,
-    _tma_load,
+    advance,
+    split_last_wave,
+    tensor_map,
+    tile_coordinates,
+    tma_load,
 )
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 
 
 @gluon.constexpr_function
-def _accumulator(columns, warps):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 32])
+def _accumulator(columns):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, columns, 32])
 
 
 @gluon.jit
@@ -94,18 +92,17 @@ def _announced(info, WARPS: gl.constexpr):
 def _producer(
     w_desc, w_scales_desc, x_desc, x_scales_desc, w_ring, x_ring, raw_w_ring, raw_x_ring, info_ring, full, empty,
     expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-    EXPERTS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
+    EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: keep the ring full, tile after tile."""
     SCALE_TILES: gl.constexpr = (BLOCK_T + 127) // 128
-    num_n_tiles = (N + BLOCK_N - 1) // BLOCK_N
-    row_tiles = (N + 127) // 128
+    num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
     e, starts, ends, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
-    whole, parts, count = _split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
+    whole, parts, count = split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = _tile_coordinates(index, whole, parts, num_n_tiles)
+        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
         e, starts, ends, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
         upto = gl.associative_scan(tiles, 0, _add)
         expert = gl.sum((upto <= t_tile).to(gl.int32), 0)
@@ -118,8 +115,8 @@ def _producer(
         start = first + within
         rows = gl.minimum(end - start, width)
         if rows > 0:
-            w_row = expert * N + n_tile * BLOCK_N
-            w_scale_tile = (expert * row_tiles + n_tile * BLOCK_N // 128) * num_k_tiles
+            w_row = expert * N + n_tile * 128
+            w_scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
             scale_row = gl.load(scale_offsets_ptr + expert) + within
             x_scale_tile = scale_row // 128 * num_k_tiles
             piece = scale_row % 128 // 32
@@ -130,17 +127,17 @@ def _producer(
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 for i in gl.static_range(BLOCK_T // BOX):
-                    mbarrier.expect(bar, (BLOCK_N + (i + 1) * BOX) * 128 + (1 + SCALE_TILES) * 512, pred=boxes == i + 1)
-                _tma_load(w_desc, [w_row, k_tile * 128], bar, w_ring.index(stage))
+                    mbarrier.expect(bar, (128 + (i + 1) * BOX) * 128 + (1 + SCALE_TILES) * 512, pred=boxes == i + 1)
+                tma_load(w_desc, [w_row, k_tile * 128], bar, w_ring.index(stage))
                 for i in gl.static_range(BLOCK_T // BOX):
                     x = x_ring.index(stage).slice(i * BOX, BOX, dim=0)
-                    _tma_load(x_desc, [start + i * BOX, k_tile * 128], bar, x, pred=i < boxes)
-                _tma_load(w_scales_desc, [w_scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
+                    tma_load(x_desc, [start + i * BOX, k_tile * 128], bar, x, pred=i < boxes)
+                tma_load(w_scales_desc, [w_scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
                 for i in gl.static_range(SCALE_TILES):
                     raw = raw_x_ring.index(stage).slice(i, 1, dim=0)
                     x_tile = x_scale_tile + i * num_k_tiles + k_tile
-                    _tma_load(x_scales_desc, [x_tile, 0], bar, raw)
-                stage, phase = _advance(stage, phase, STAGES)
+                    tma_load(x_scales_desc, [x_tile, 0], bar, raw)
+                stage, phase = advance(stage, phase, STAGES)
     mbarrier.wait(empty.index(stage), phase)
     _announce(info_ring.index(stage), 0, 0, 0, 0)
     mbarrier.arrive(full.index(stage), count=1)
@@ -149,7 +146,7 @@ def _producer(
 @gluon.jit
 def _scaler(
     raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, num_k_tiles,
-    BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: the scales of each stage to fp32."""
     stage = 0
@@ -161,13 +158,8 @@ def _scaler(
             mbarrier.wait(full.index(stage), phase)
             w = _scale_pieces(raw_w_ring.index(stage))
             out = w_scale_ring.index(stage)
-            if BLOCK_N == 128:
-                for i in gl.static_range(4):
-                    _put(out, i, w[i])
-            else:
-                upper = n_tile % 2 == 1
-                for i in gl.static_range(2):
-                    _put(out, i, gl.where(upper, w[i + 2], w[i]))
+            for i in gl.static_range(4):
+                _put(out, i, w[i])
             out = x_scale_ring.index(stage)
             x = _scale_pieces(raw_x_ring.index(stage).slice(0, 1, dim=0))
             if BLOCK_T > 128:
@@ -180,7 +172,7 @@ def _scaler(
                         values = gl.where(piece == by, x[i + by], values)
                 _put(out, i, values)
             mbarrier.arrive(ready.index(stage), count=1)
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(full.index(stage), phase)
         start, rows, n_tile, piece = _announced(info_ring.index(stage), 1)
 
@@ -202,41 +194,37 @@ def _put(out, i: gl.constexpr, values):
 
 
 @gluon.jit
-def _multiply(w, x, FIRST: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+def _multiply(w, x, FIRST: gl.constexpr, COLUMNS: gl.constexpr):
     """Start w times rows FIRST to FIRST + COLUMNS of x."""
-    p = gl.zeros([16 * WARPS, COLUMNS], gl.float32, _accumulator(COLUMNS, WARPS))
+    p = gl.zeros([128, COLUMNS], gl.float32, _accumulator(COLUMNS))
     return warpgroup_mma(w, x.slice(FIRST, COLUMNS, dim=0).permute((1, 0)), p, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _promote(acc, p, w_scales, x_scales, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PROBE: gl.constexpr):
+def _promote(acc, p, w_scales, x_scales, FIRST: gl.constexpr, COLUMNS: gl.constexpr):
     """acc plus what _multiply started, scaled."""
     p = warpgroup_mma_wait(0, deps=(p,))
     rows = w_scales.load(gl.SliceLayout(1, acc.type.layout))
     columns = x_scales.slice(FIRST, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
-    if PROBE & 1:
-        acc += p
-    else:
-        acc += p * rows[:, None] * columns[None, :]
+    acc += p * rows[:, None] * columns[None, :]
     # So that the next product starts after these sums: else there would be two p at a time.
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
 @gluon.jit
-def _store(y_ptr, acc, start, rows, n_first, N, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr,
-           WARPS: gl.constexpr):  # fmt: skip
+def _store(y_ptr, acc, start, rows, n_first, N, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr):  # fmt: skip
     """Tokens FIRST to FIRST + COLUMNS of a tile, PIECE at a time through shared memory."""
     if COLUMNS > PIECE:
-        left, right = acc.reshape([16 * WARPS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
-        half: gl.constexpr = _accumulator(COLUMNS // 2, WARPS)
+        left, right = acc.reshape([128, 2, COLUMNS // 2]).permute(0, 2, 1).split()
+        half: gl.constexpr = _accumulator(COLUMNS // 2)
         left = gl.convert_layout(left, half, assert_trivial=True)
         right = gl.convert_layout(right, half, assert_trivial=True)
-        _store(y_ptr, left, start, rows, n_first, N, FIRST, COLUMNS // 2, PIECE, WARPS)
-        _store(y_ptr, right, start, rows, n_first, N, FIRST + COLUMNS // 2, COLUMNS // 2, PIECE, WARPS)
+        _store(y_ptr, left, start, rows, n_first, N, FIRST, COLUMNS // 2, PIECE)
+        _store(y_ptr, right, start, rows, n_first, N, FIRST + COLUMNS // 2, COLUMNS // 2, PIECE)
     else:
-        layout: gl.constexpr = gl.BlockedLayout([8, 1], [2 * WARPS, 16 // WARPS], [1, WARPS], [0, 1])
+        layout: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
         y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), layout)
-        n = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, layout))
+        n = gl.arange(0, 128, layout=gl.SliceLayout(1, layout))
         t = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
         y_rows = y_ptr + start.to(gl.int64) * N + n_first
         gl.store(y_rows + (t[None, :] * N + n[:, None]), y, mask=(n < N - n_first)[:, None] & (t < rows)[None, :])
@@ -245,66 +233,63 @@ def _store(y_ptr, acc, start, rows, n_first, N, FIRST: gl.constexpr, COLUMNS: gl
 @gluon.jit
 def _consume_tile(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile, N, num_k_tiles,
-    CHUNK: gl.constexpr, CHUNKS: gl.constexpr, PIECE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-    PROBE: gl.constexpr,
+    CHUNK: gl.constexpr, CHUNKS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of up to CHUNK * CHUNKS tokens, stored; returns the ring's next stage and phase."""
-    mma: gl.constexpr = _accumulator(CHUNK, WARPS)
-    acc0 = gl.zeros([16 * WARPS, CHUNK], gl.float32, mma)
+    mma: gl.constexpr = _accumulator(CHUNK)
+    acc0 = gl.zeros([128, CHUNK], gl.float32, mma)
     if CHUNKS == 2:
-        acc1 = gl.zeros([16 * WARPS, CHUNK], gl.float32, mma)
+        acc1 = gl.zeros([128, CHUNK], gl.float32, mma)
     for k_tile in range(num_k_tiles):
         w, x = w_ring.index(stage), x_ring.index(stage)
         w_scales, x_scales = w_scale_ring.index(stage), x_scale_ring.index(stage)
-        p = _multiply(w, x, 0, CHUNK, WARPS)
+        p = _multiply(w, x, 0, CHUNK)
         # Triton lets all warps meet before it waits. Here, where each has a product to wait for,
         # that costs nothing; and so the next stage is waited for here, too.
         mbarrier.wait(ready.index(stage), phase)
-        next_stage, next_phase = _advance(stage, phase, STAGES)
+        next_stage, next_phase = advance(stage, phase, STAGES)
         mbarrier.wait(full.index(next_stage), next_phase)
-        acc0 = _promote(acc0, p, w_scales, x_scales, 0, CHUNK, PROBE)
+        acc0 = _promote(acc0, p, w_scales, x_scales, 0, CHUNK)
         if CHUNKS == 2:
-            p = _multiply(w, x, CHUNK, CHUNK, WARPS)
-            acc1 = _promote(acc1, p, w_scales, x_scales, CHUNK, CHUNK, PROBE)
+            p = _multiply(w, x, CHUNK, CHUNK)
+            acc1 = _promote(acc1, p, w_scales, x_scales, CHUNK, CHUNK)
         # Each thread by itself: nobody waits for the others.
         async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
         stage, phase = next_stage, next_phase
-    if PROBE & 2:
-        rows -= 1 << 20
-    _store(y_ptr, acc0, start, rows, n_tile * (16 * WARPS), N, 0, CHUNK, PIECE, WARPS)
+    _store(y_ptr, acc0, start, rows, n_tile * 128, N, 0, CHUNK, PIECE)
     if CHUNKS == 2:
-        _store(y_ptr, acc1, start, rows, n_tile * (16 * WARPS), N, CHUNK, CHUNK, PIECE, WARPS)
+        _store(y_ptr, acc1, start, rows, n_tile * 128, N, CHUNK, CHUNK, PIECE)
     return stage, phase
 
 
 @gluon.jit
 def _consumer(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, CHUNK: gl.constexpr, SMALL_T: gl.constexpr, PIECE: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, PROBE: gl.constexpr,
+    BLOCK_T: gl.constexpr, CHUNK: gl.constexpr, SMALL_T: gl.constexpr, PIECE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Empty the ring, tile after tile."""
     stage = 0
     phase = 0
     mbarrier.wait(full.index(stage), phase)
-    start, rows, n_tile, piece = _announced(info_ring.index(stage), WARPS)
+    start, rows, n_tile, piece = _announced(info_ring.index(stage), 8)
     while rows > 0:
         if SMALL_T < CHUNK and rows <= SMALL_T:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, SMALL_T, 1, PIECE, WARPS, STAGES, PROBE,
+                N, num_k_tiles, SMALL_T, 1, PIECE, STAGES,
             )  # fmt: skip
         elif CHUNK < BLOCK_T and rows <= CHUNK:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, CHUNK, 1, PIECE, WARPS, STAGES, PROBE,
+                N, num_k_tiles, CHUNK, 1, PIECE, STAGES,
             )  # fmt: skip
         else:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, CHUNK, BLOCK_T // CHUNK, PIECE, WARPS, STAGES, PROBE,
+                N, num_k_tiles, CHUNK, BLOCK_T // CHUNK, PIECE, STAGES,
             )  # fmt: skip
-        start, rows, n_tile, piece = _announced(info_ring.index(stage), WARPS)
+        start, rows, n_tile, piece = _announced(info_ring.index(stage), 8)
 
 
 @gluon.jit(
@@ -312,7 +297,7 @@ def _consumer(
 )
 def hopper_fp8_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
-    w_desc,  # (E*N, K) e4m3, boxes of (16 WARPS, 128)
+    w_desc,  # (E*N, K) e4m3, boxes of (128, 128)
     w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
     x_desc,  # (T, K) e4m3, boxes of (BOX, 128)
     x_scales_desc,  # (scale tiles, 128) int32
@@ -328,21 +313,18 @@ def hopper_fp8_gemm_kernel(
     SMALL_T: gl.constexpr,
     BOX: gl.constexpr,
     PIECE: gl.constexpr,
-    WARPS: gl.constexpr,
     STAGES: gl.constexpr,
-    PROBE: gl.constexpr,
 ):
-    """Grid (multiprocessors,); WARPS multiply, one feeds them, one converts scales."""
-    BLOCK_N: gl.constexpr = 16 * WARPS
+    """Grid (multiprocessors,); 8 warps multiply, one feeds them, one converts scales."""
     SCALE_TILES: gl.constexpr = (BLOCK_T + 127) // 128
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
     words: gl.constexpr = w_scales_desc.layout
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_N, 128], w_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], w_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_T, 128], x_desc.layout)
     raw_w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
     raw_x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, SCALE_TILES, 128], words)
-    w_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], plain)
+    w_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
     x_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_T], plain)
     info_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -351,24 +333,24 @@ def hopper_fp8_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=32 * WARPS)
+        mbarrier.init(empty.index(i), count=256)
     gl.warp_specialize(
         [
             (
                 _consumer,
                 (y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-                 BLOCK_T, CHUNK, SMALL_T, PIECE, WARPS, STAGES, PROBE),
+                 BLOCK_T, CHUNK, SMALL_T, PIECE, STAGES),
             ),
             (
                 _producer,
                 (w_desc, w_scales_desc, x_desc, x_scales_desc, w_ring, x_ring, raw_w_ring, raw_x_ring, info_ring, full,
                  empty, expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-                 EXPERTS, BLOCK_N, BLOCK_T, BOX, STAGES),
+                 EXPERTS, BLOCK_T, BOX, STAGES),
             ),
             (
                 _scaler,
                 (raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, num_k_tiles,
-                 BLOCK_N, BLOCK_T, STAGES),
+                 BLOCK_T, STAGES),
             ),
         ],
         [1, 1],
@@ -376,46 +358,20 @@ def hopper_fp8_gemm_kernel(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HopperFp8Config:
-    """A tile of ``16 * num_warps`` weight rows by ``block_t`` tokens, in stages of 128 columns.
-
-    Attributes:
-        num_warps: that multiply, 4 or 8.
-        block_t: tokens of a tile: 32 to 256.
-        chunk: tokens of one product: ``block_t``, or half of it.
-        small_t: a tile of so few tokens multiplies no more than these.
-        num_stages: depth of the ring in shared memory.
-    """
-
-    num_warps: int
-    block_t: int
-    chunk: int
-    small_t: int
-    num_stages: int
-    probe: int = 0
-
-    @property
-    def box(self) -> int:
-        """Tokens that TMA loads at once; a tile loads as many times as it needs."""
-        return max(self.block_t // 8, 16)
-
-
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tuple[KernelLaunch, ...]:
     """The launch of one product."""
     p, b = problem, buffers
-    block_n = 16 * config.num_warps
     row_tiles, num_k_tiles = ceil_div(p.n, 128), ceil_div(p.k, 128)
-    tiles = min(ceil_div(p.num_tokens, config.block_t) + p.num_experts, p.num_tokens) * ceil_div(p.n, block_n)
+    tiles = min(ceil_div(p.num_tokens, config.block_t) + p.num_experts, p.num_tokens) * ceil_div(p.n, 128)
     programs = min(multiprocessors(p.device) or 1, tiles)
     w_words, x_words = (scales._replace(dtype=torch.int32) for scales in (b.w_scales, b.x_scales))
     x_tiles = b.x_scales.shape[0] // 128 * num_k_tiles
     arguments = (
         b.out,
-        _tensor_map(b.w_values, p.num_experts * p.n, p.k, block_n, 128),
-        _tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
-        _tensor_map(b.x_values, p.num_tokens, p.k, config.box, 128),
-        _tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
+        tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        tensor_map(b.x_values, p.num_tokens, p.k, config.box, 128),
+        tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         b.expert_offsets,
         b.scale_offsets,
         p.num_experts,
@@ -432,10 +388,8 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
         config.small_t,
         config.box,
         piece,
-        config.num_warps,
         config.num_stages,
-        config.probe,
     )
-    # With 8 warps in all Triton would ask for 256 registers a thread, one more than there are.
-    options = (("num_warps", config.num_warps), ("maxnreg", 168 if config.num_warps == 8 else 128))
+    # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
+    options = (("num_warps", 8), ("maxnreg", 168))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)
