@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,6 @@ import torch
 import triton
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.core.scale_layout import unswizzle_grouped_scales
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.gemm import hopper_fp8
@@ -34,37 +34,13 @@ CONFIGS = tuple(select_hopper_fp8_config(average, 1) for average in (1, 64, 1000
 """Each that is ever chosen."""
 
 
-def regrouped(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, K) e4m3 and (R, K/32) bytes with one scale, the largest, for four blocks; K % 128 == 0."""
-    r, blocks = scales.shape
-    s = scales.view(r, blocks // 4, 4)
-    largest = s.amax(-1, keepdim=True)
-    down = torch.exp2(-(largest.int() - s.int()).float()).view(r, blocks, 1)
-    out = torch.empty_like(values)
-    for i in range(0, r, 65536):
-        rows = values[i : i + 65536].float().view(-1, blocks, 32) * down[i : i + 65536]
-        out[i : i + 65536] = rows.view(-1, blocks * 32).to(torch.float8_e4m3fn)
-    return out, largest.expand(r, blocks // 4, 4).reshape(r, blocks).contiguous()
-
-
 def weights(e: int, n: int, k: int) -> tuple[torch.Tensor, mx.ExpertWeights]:
     w = torch.randn(e, n, k, dtype=torch.bfloat16, device="cuda") * k**-0.5
-    wq = mx.quantize_weights(w)
-    linear = torch.stack([mx.unswizzle_scales(wq.scales[i], n, k // 32) for i in range(e)]).view(e * n, -1)
-    v, s = regrouped(wq.values.view(e * n, k), linear)
-    return w, mx.ExpertWeights.from_linear_scales(v.view(e, n, k), s.view(e, n, -1))
-
-
-def linear_scales(x: mx.GroupedMXFP8) -> torch.Tensor:
-    g = x.groups
-    return unswizzle_grouped_scales(x.scales, g.expert_offsets, g.scale_offsets, g.num_tokens, x.k // 32)[0]
+    return w, mx.quantize_weights(w, scale_group=128)
 
 
 def tokens(x: torch.Tensor, counts: torch.Tensor) -> mx.GroupedMXFP8:
-    groups = mx.GroupLayout.from_counts(counts, x.shape[0])
-    xq = mx.quantize_grouped(x, groups)
-    v, s = regrouped(xq.values, linear_scales(xq))
-    return mx.GroupedMXFP8.from_linear_scales(v, s, groups)
+    return mx.quantize_grouped(x, mx.GroupLayout.from_counts(counts, x.shape[0]), scale_group=128)
 
 
 def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: HopperFp8Config) -> Callable[[], None]:
@@ -73,9 +49,9 @@ def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: Hop
     given = [x.values, x.scales, g.tokens_per_expert, g.expert_offsets, g.scale_offsets, w.values, w.scales, y]
     operands = Operands()
     buffers = GemmBuffers(*[operands.add("tensor", t) for t in given], None)
-    problem = Problem(e, n, k, g.num_tokens, y.dtype, y.device)
-    steps = hopper_fp8.plan(problem, buffers, config)
-    return lambda: [step.run(given, y.device) for step in steps][0]
+    problem = Problem(e, n, k, g.num_tokens, y.dtype, y.device, scale_group=128)
+    (step,) = hopper_fp8.plan(problem, buffers, config)
+    return lambda: step.run(given, y.device)
 
 
 def error_db(y: torch.Tensor, x: mx.GroupedMXFP8, w: mx.ExpertWeights, counts: Sequence[int]) -> float:
@@ -83,7 +59,7 @@ def error_db(y: torch.Tensor, x: mx.GroupedMXFP8, w: mx.ExpertWeights, counts: S
     to bf16."""
     signal = noise = 0.0
     ends = torch.tensor(counts).cumsum(0).tolist()
-    scales = linear_scales(x)
+    scales = x.linear_scales()
     hit = [e for e, count in enumerate(counts) if count]
     for e in hit[:2] + hit[-2:]:
         rows = [*range(ends[e] - counts[e], ends[e])]
@@ -166,7 +142,7 @@ def case(
     wt = w.transpose(1, 2)
     calls["torch bf16"] = [lambda end=end: torch._grouped_mm(x, wt, offs=end) for end in ends]
     for config in configs:
-        name = "{}/{}/{} s{}".format(*dataclasses.astuple(config))
+        name = "{}/{}x{}/{} s{}".format(*dataclasses.astuple(config))
         calls[name] = [launch(q, wq, y, config) for q in xq]
     for name in list(calls):
         y.fill_(float("nan"))
@@ -200,6 +176,7 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=9)
     parser.add_argument("--out")
     a = parser.parse_args()
+    os.environ["HYBRID_MXFP8_HOPPER_GEMM"] = "bf16"  # what mx.grouped_gemm takes; tiles are launched by themselves
     torch.manual_seed(0)
     began = time.time()
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)

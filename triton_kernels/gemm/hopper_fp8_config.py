@@ -18,13 +18,15 @@ class HopperFp8Config:
 
     Attributes:
         block_t: tokens of a tile: 32, 64, 128 or 256.
-        chunk: tokens of one product: ``block_t``, or half of it, at most 128.
+        chunk: tokens of one product, two of which run at a time: ``block_t`` or a part of it.
+        steps: stages after which all products are waited for: 1 or 2.
         small_t: a tile of so few tokens multiplies no more than these: 16 or 32, at most ``chunk``.
         num_stages: depth of the ring in shared memory.
     """
 
     block_t: int
     chunk: int
+    steps: int
     small_t: int
     num_stages: int
 
@@ -45,11 +47,13 @@ class HopperFp8Config:
         """The single statement of what the kernel takes."""
         return (
             self.block_t in (32, 64, 128, 256)
-            and self.chunk in (self.block_t, self.block_t // 2)
-            and self.chunk <= 128
+            and self.chunk in (32, 64, 128)
+            and self.chunk <= self.block_t
+            and self.steps in (1, 2)
+            and self.steps * self.block_t // self.chunk >= 2
             and self.small_t in (16, 32)
             and self.small_t <= self.chunk
-            and self.num_stages >= 2
+            and self.num_stages >= 3
             and self.shared_memory <= SHARED_MEMORY
         )
 
@@ -64,16 +68,16 @@ def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Conf
     average = num_tokens / max(num_experts, 1)
     if average <= 16:
         # 16: 335; 337 with 64 weight rows, 340 with 64 tokens.
-        return HopperFp8Config(32, 32, 16, 9)
+        return HopperFp8Config(32, 32, 2, 16, 9)
     if average <= 64:
         # 64: 369; 370 with 256 tokens, 453 with 64, which half of the experts exceed.
-        return HopperFp8Config(128, 128, 32, 6)
+        return HopperFp8Config(128, 128, 2, 32, 6)
     if average <= 192 or average > 512:
         # 128: 457, and 508 with 128 tokens. 2048: 4668 and 4996. That 192 tokens, 4 deviations
         # below 256, fit one tile is modelled.
-        return HopperFp8Config(256, 128, 32, 4)
+        return HopperFp8Config(256, 64, 1, 32, 4)
     # 256: 763, and 859 with 256 tokens, of which half of the experts need a second tile.
-    return HopperFp8Config(128, 128, 32, 6)
+    return HopperFp8Config(128, 128, 2, 32, 6)
 
 
 def hopper_fp8_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:

@@ -18,6 +18,7 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 
 @gluon.jit
 def advance(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage, and the parity of the round that it is in."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
