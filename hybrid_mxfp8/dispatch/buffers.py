@@ -7,6 +7,7 @@ handed to ``run``), and the first byte in it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,3 +59,43 @@ class TensorMap(NamedTuple):
     shape: tuple[int, ...]
     box: tuple[int, ...]
     layout: Any = None
+
+
+class Metadata(NamedTuple):
+    """A tensor without its memory: what a plan may be made of."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: torch.device
+    address: int = 0
+
+    def stride(self, dim: int | None = None) -> Any:
+        """As a tensor's."""
+        return self.strides if dim is None else self.strides[dim]
+
+    def data_ptr(self) -> int:
+        """The address, modulo 16."""
+        return self.address
+
+
+def contiguous(dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> Any:
+    """Metadata of a matrix that is allocated for each call."""
+    return Metadata(dtype, shape, (shape[1], 1), device)
+
+
+def metadata(value: Any) -> Any:
+    """A tensor's Metadata; an operand or a layout with Metadata for tensors; what else there is, as
+    it is."""
+    if isinstance(value, torch.Tensor):
+        return Metadata(value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16)
+    if dataclasses.is_dataclass(value):
+        copy = object.__new__(type(value))
+        vars(copy).update({name: metadata(field) for name, field in vars(value).items()})
+        return copy
+    return value
+
+
+def of_rows(tensor: Any, rows: int) -> Any:
+    """Metadata with another first dimension; None for None."""
+    return None if tensor is None else tensor._replace(shape=(rows, *tensor.shape[1:]))

@@ -67,16 +67,25 @@ class Program:
     """All launches of a plan, as ``run`` reads them; it must outlive every ``run``.
 
     Attributes:
+        words: as :func:`program_words` gives them.
         address: of the words, for ``run``.
         num_buffers: addresses that ``run`` takes.
+        run: of the Launcher.
+
+    Raises:
+        ValueError: a word is out of range, or a launch has more parameters than launcher.c holds.
+        LauncherUnavailableError: as :func:`load`.
     """
 
-    __slots__ = ("_words", "address", "num_buffers")
+    __slots__ = ("address", "num_buffers", "run", "words")
 
-    def __init__(self, words: array[int], num_buffers: int) -> None:
-        self._words = words
-        self.address = words.buffer_info()[0]
-        self.num_buffers = num_buffers
+    def __init__(self, words: array[int]) -> None:
+        self.words = words
+        self.address, length = words.buffer_info()
+        self.num_buffers = words[1]
+        launcher = load()
+        launcher.verify(self.address, length)
+        self.run = launcher.run
 
     def overlap(self, code: int) -> tuple[int, int]:
         """(index of a written buffer, index of one that it overlaps), from what ``run``
@@ -84,12 +93,12 @@ class Program:
         return divmod(code - 1, self.num_buffers)
 
 
-def program(
+def program_words(
     device_index: int,
     extents: Sequence[int],
     written: Sequence[tuple[int, int]],
     launches: Sequence[Sequence[int]],
-) -> Program:
+) -> list[int]:
     """Put a program together.
 
     Args:
@@ -99,21 +108,14 @@ def program(
             same memory as, else -1). A buffer that overlaps it in any other way is refused by
             ``run``, also one that starts where it does.
         launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them.
-
-    Raises:
-        ValueError: a word is out of range, or a launch has more parameters than launcher.c holds.
-        LauncherUnavailableError: as :func:`load`.
     """
-    head = [device_index, len(extents), *extents, len(written)]
+    words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
-        head += pair
-    head.append(len(launches))
-    words = array("q", head)
+        words += pair
+    words.append(len(launches))
     for launch in launches:
-        words.extend(launch)
-    made = Program(words, len(extents))
-    load().verify(made.address, len(words))
-    return made
+        words += launch
+    return words
 
 
 def launch_words(

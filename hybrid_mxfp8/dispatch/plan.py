@@ -1,9 +1,13 @@
 """A call's plan: its launches, made once for a signature and run with any tensors of that
 signature.
 
-    plan = PLANS.get(signature)        shapes, dtypes, strides, alignment, device, options, settings
-    if plan is None: ...               checks, choice of backend, configuration, compilation
-    plan.run(x, values, scales, ...)   one call into C, on the current stream
+    plan = PLANS.get(signature, sizes)   shapes, dtypes, strides, alignment, device, options, settings
+    if plan is None: ...                 checks, choice of backend, configuration, compilation
+    plan.run(x, values, scales, ...)     one call into C, on the current stream
+
+``sizes`` are what changes from batch to batch, such as T; the signature leaves them out. From one
+plan follow those of other sizes (:mod:`hybrid_mxfp8.dispatch.trace`), so sizes never seen cost some
+microseconds, unless they take another tile or kernel.
 
 A plan holds no tensor. Consecutive kernel launches become one program of the C launcher
 (:mod:`hybrid_mxfp8.dispatch.launcher`), which also checks that what is written overlaps nothing
@@ -15,9 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
-from collections.abc import Hashable, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +32,7 @@ from hybrid_mxfp8.core.checks import extent, fail
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.trace import LEAST, Trace, value_of
 
 ALIGNMENT = 256
 """Bytes; what starts at such a boundary can be read by every kernel and by TMA."""
@@ -78,16 +85,27 @@ class Operands:
 
 
 class Plan:
-    """The launches of one signature.
+    """The launches of one signature and its sizes.
 
     Attributes:
         operands: what ``run`` takes, in order.
         arena_bytes: of the operand named ``workspace``; 0 if there is none.
-        result: what else the caller needs, such as shapes of outputs.
+        result: what else the caller needs, such as the shape of an output.
         lasting: whether another call of its signature would be planned alike.
     """
 
-    __slots__ = ("_device", "_hooked", "_index", "_parts", "arena_bytes", "lasting", "operands", "result")
+    __slots__ = (
+        "_hooked",
+        "_index",
+        "_make",
+        "_parts",
+        "arena_bytes",
+        "device",
+        "lasting",
+        "operands",
+        "result",
+        "steps",
+    )
 
     def __init__(
         self,
@@ -96,19 +114,19 @@ class Plan:
         steps: Steps,
         *,
         arena_bytes: int = 0,
-        result: Any = None,
+        result: Any = (),
         lasting: bool = True,
     ) -> None:
-        self.lasting = lasting
+        self.device = device
         self.operands = tuple(operands.list)
+        self.steps = steps
         self.arena_bytes = arena_bytes
         self.result = result
-        self._device = device
+        self.lasting = lasting
         self._index = -1 if device.index is None else device.index
-        self._parts = _programs(device, self.operands, steps)
-        # A program checks for overlaps before it launches, so one must come first.
-        first, first_steps = self._parts[0] if self._parts else (None, ())
-        self._hooked = first_steps[0].hooked if first is not None else _always
+        self._parts: list[tuple[launcher.Program | None, Steps]] | None = None
+        self._hooked: Callable[[], bool] = _always
+        self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def run(self, *tensors: torch.Tensor) -> None:
         """Make the launches on the current stream.
@@ -116,38 +134,52 @@ class Plan:
         Raises:
             ValueError: what is written overlaps another operand.
         """
+        if self._parts is None:
+            self._prepare()
         if not self._hooked():
             if _several_gpus() and self._index != torch.cuda.current_device():
-                with torch.cuda.device(self._device):
+                with torch.cuda.device(self.device):
                     self._launch(tensors)
             else:
                 self._launch(tensors)
             return
         self._check_overlap(tensors)
-        if self._device.type == "cuda":
-            with torch.cuda.device(self._device):
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
                 self._run_steps(tensors)
         else:
             self._run_steps(tensors)
 
+    def _prepare(self) -> None:
+        parts = [
+            (None if words is None else launcher.Program(array("q", words)), steps)
+            for words, steps in program_words(self.device, self.operands, self.steps)
+        ]
+        # A program checks for overlaps before it launches, so one must come first.
+        if parts and parts[0][0] is not None:
+            self._hooked = self.steps[0].hooked
+        self._parts = parts
+
     def _launch(self, tensors: tuple[torch.Tensor, ...]) -> None:
         stream = _current_stream(self._index)  # type: ignore[misc]
         addresses = [tensor.data_ptr() for tensor in tensors]
-        for program, steps in self._parts:
+        for program, steps in self._parts:  # type: ignore[union-attr]
             if program is None:
                 for step in steps:
-                    step.run(tensors, self._device)
-            elif launcher.load().run(program.address, stream, *addresses):
+                    step.run(tensors, self.device)
+            elif program.run(program.address, stream, *addresses):
                 self._check_overlap(tensors)
                 raise AssertionError("the launcher saw an overlap that is none")
 
     def _run_steps(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        for _, steps in self._parts:
-            for step in steps:
-                step.run(tensors, self._device)
+        for step in self.steps:
+            step.run(tensors, self.device)
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
-        """As the launcher does it."""
+        """As the launcher does it; a template's plan gets its operands and steps first."""
+        if self._make is not None:
+            made = self._make()
+            self.operands, self.steps, self._make = made.operands, made.steps, None
         spans = [(t.data_ptr(), t.data_ptr() + o.extent) for t, o in zip(tensors, self.operands, strict=True)]
         for written, (start, end) in enumerate(spans):
             operand = self.operands[written]
@@ -172,33 +204,21 @@ def _always() -> bool:
     return True
 
 
-def _programs(
+def program_words(
     device: torch.device, operands: tuple[Operand, ...], steps: Steps
-) -> list[tuple[launcher.Program | None, Steps]]:
-    """Steps in runs: those that the C launcher makes together, and those that must be called."""
-    parts: list[tuple[launcher.Program | None, Steps]] = []
+) -> list[tuple[list[int] | None, Steps]]:
+    """Steps in runs: those that the C launcher makes together, with their program's words, and
+    those that must be called."""
+    runs: list[tuple[list[int] | None, Steps]] = []
     extents = [operand.extent for operand in operands]
     written = [(i, operand.may_equal) for i, operand in enumerate(operands) if operand.written]
-    launches: list[Sequence[int]] = []
-    together: list[Any] = []
-
-    def close() -> None:
-        if launches:
-            program = launcher.program(device.index or 0, extents, written, launches)
-            parts.append((program, tuple(together)))
-            launches.clear()
-            together.clear()
-
-    for step in steps:
-        words = step.encode(device)
-        if words is None:
-            close()
-            parts.append((None, (step,)))
-        else:
-            launches.append(words)
-            together.append(step)
-    close()
-    return parts
+    for called, group in itertools.groupby(
+        ((step.encode(device), step) for step in steps), lambda pair: pair[0] is None
+    ):
+        launches, together = zip(*group, strict=True)
+        words = None if called else launcher.program_words(device.index or 0, extents, written, launches)
+        runs.append((words, together))
+    return runs
 
 
 _gpus: list[int] = []
@@ -227,6 +247,17 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
     return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
 
 
+def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
+    """The same but for the first dimension, which is one of the sizes; or ``rows`` is, and here is
+    whether they are equal."""
+    if x is None:
+        return None
+    if not has_memory(type(x)):
+        raise TypeError(f"{type(x).__name__} is described by no signature")
+    first, *others = x.shape
+    return rows == first, x.dtype, *others, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+
+
 @functools.cache
 def has_memory(kind: type) -> bool:
     """Whether tensors of a type are what they seem: those that intercept operators wrap others, or
@@ -234,34 +265,104 @@ def has_memory(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
+class Template:
+    """A plan as a function of its sizes, for those that meet the conditions that it was made under.
+
+    Raises:
+        TypeError: sizes can't be followed through ``make``, or to words of one program.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], make: Callable[..., Plan]) -> None:
+        trace = Trace(sizes)
+        plan = make(*trace.sizes)
+        [(words, _)] = program_words(plan.device, plan.operands, plan.steps) or [(None, ())]
+        if words is None or not plan.lasting:
+            raise TypeError("")
+        self._make = make
+        self._fill = trace.compiled(words, (plan.arena_bytes, *plan.result))
+        self._words = array("q", map(value_of, words))
+        self._device, self._hooked = plan.device, plan.steps[0].hooked
+
+    def plan(self, sizes: tuple[int, ...]) -> Plan | None:
+        """The plan of these sizes; None if they need another template."""
+        words = self._words[:]
+        result = self._fill(words, *sizes)
+        if result is None:
+            return None
+        plan = Plan(self._device, Operands(), (), arena_bytes=result[0], result=result[1:])
+        plan._parts = [(launcher.Program(words), ())]
+        plan._hooked = self._hooked
+        plan._make = functools.partial(self._make, *sizes)
+        return plan
+
+
 class PlanCache:
-    """Plans by signature; full, it drops the oldest."""
+    """Plans by signature and sizes; full, it drops the oldest."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._plans: dict[Hashable, Plan] = {}
+        self._templates: dict[Hashable, tuple[Template, ...] | None] = {}  # None: has none
 
-    def get(self, signature: Hashable) -> Plan | None:
+    def get(self, signature: Hashable, sizes: tuple[int, ...] = ()) -> Plan | None:
         """The plan; None for a signature that can't be hashed, such as one of symbolic shapes."""
         try:
-            return self._plans.get(signature)
+            plan = self._plans.get((signature, sizes))
         except TypeError:
             return None
+        if plan is None:
+            for template in self._templates.get(signature) or ():
+                plan = template.plan(sizes)
+                if plan is not None:
+                    self.add(signature, plan, sizes)
+                    break
+        return plan
 
-    def add(self, signature: Hashable, plan: Plan) -> None:
+    def make(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan:
+        """The plan ``make(*sizes)``, kept unless the signature is None.
+
+        ``make`` holds no tensor, and all else that it depends on is in the signature.
+        """
+        plan = None
+        if signature is not None and min(sizes) >= LEAST:
+            plan = self._make_template(signature, sizes, make)
+        if plan is None:
+            plan = make(*sizes)
+        if signature is not None:
+            self.add(signature, plan, sizes)
+        return plan
+
+    def _make_template(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan | None:
+        templates = self._templates.get(signature, ())
+        if templates is None or len(templates) >= MAX_TEMPLATES:
+            return None
+        try:
+            template = Template(sizes, make)
+        except (AttributeError, TypeError):  # raised by a Size
+            self._keep(self._templates, signature, None)
+            return None
+        self._keep(self._templates, signature, (*templates, template))
+        return template.plan(sizes)
+
+    def add(self, signature: Hashable, plan: Plan, sizes: tuple[int, ...] = ()) -> None:
         """Keep a plan, if it is a lasting one."""
-        if not plan.lasting:
-            return
-        plans = self._plans
-        while len(plans) >= self._capacity:
+        if plan.lasting:
+            self._keep(self._plans, (signature, sizes), plan)
+
+    def _keep(self, kept: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+        while len(kept) >= self._capacity:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread was faster
-                plans.pop(next(iter(plans)), None)
-        plans[signature] = plan
+                kept.pop(next(iter(kept)), None)
+        kept[key] = value
 
     def clear(self) -> None:
         """Forget all plans."""
         self._plans.clear()
+        self._templates.clear()
 
+
+MAX_TEMPLATES = 16
+"""Of a signature: one for each choice of tiles and kernels."""
 
 PLANS = PlanCache(4096)
 """Of every public function; some kilobytes each."""

@@ -7,6 +7,7 @@ Under ``torch.compile``, and for fake and meta tensors, each is one operator of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, sca
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.buffers import contiguous, metadata, of_rows
+from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe_rows
 from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
 
@@ -77,33 +79,37 @@ def quantize_grouped(
     """
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature = _signature(x, groups, scale_rounding, row_index, activation, out, backend)
-        plan = None if signature is None else PLANS.get(signature)
+        signature, sizes = _signature(x, groups, scale_rounding, row_index, activation, out, backend)
+        plan = PLANS.get(signature, sizes)
     if plan is None:
-        job = _check(x, groups, scale_rounding, row_index, activation)
+        rows = _check(x, groups, scale_rounding, row_index, activation)
         if is_tracing(x):
             check_no_buffer("out", out)
-            return _quantize_traced(x, groups, job, row_index, backend)
+            return _quantize_traced(x, groups, rows, row_index, backend)
         if out is not None:
-            _check_out(out, job)
-        values, scales = _buffers(job, out)
-        plan = plan_rows(x, groups, job, row_index, values, scales, backend)
-        if signature is not None:
-            PLANS.add(signature, plan)
+            _check_out(out, rows)
+        buffers = (None, None) if out is None else (metadata(out.values), metadata(out.scales))
+        given = (metadata(x), metadata(groups), rows, metadata(row_index), *buffers, backend)
+        plan = PLANS.make(signature, _sizes(x, rows.num_tokens, out), functools.partial(_plan_of_sizes, *given))
+    if out is None:
+        num_tokens, k, scale_rows, scale_columns = plan.result
+        values = torch.empty((num_tokens, k), dtype=E4M3, device=x.device)
+        scales = torch.empty((scale_rows, scale_columns), dtype=torch.uint8, device=x.device)
     else:
-        values, scales = _buffers(plan.result, out)
+        values, scales = out.values, out.scales
     return _run(plan, x, groups, row_index, values, scales)
 
 
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4
     tiles."""
-    signature = (_INTO, settings(None), groups.num_tokens, groups.num_experts, *map(describe, (x, values, scales)))
-    plan = PLANS.get(signature)
+    sizes = (x.shape[0], groups.num_tokens, scales.shape[0])
+    signature = (_INTO, settings(None), groups.num_experts, *map(describe_rows, (x, values, scales)))
+    plan = PLANS.get(signature, sizes)
     if plan is None:
-        job = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
-        plan = plan_rows(x, groups, job, None, values, scales, None)
-        PLANS.add(signature, plan)
+        rows = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
+        given = (metadata(x), metadata(groups), rows, None, metadata(values), metadata(scales), None)
+        plan = PLANS.make(signature, sizes, functools.partial(_plan_of_sizes, *given))
     _run(plan, x, groups, None, values, scales)
 
 
@@ -131,24 +137,39 @@ def _run(
 
 def _signature(
     x: Any, groups: Any, scale_rounding: Any, row_index: Any, activation: Any, out: Any, backend: Any
-) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on; None for what has none, such as fake tensors."""
+) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
+    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
+    tensors."""
     try:
-        return (
+        if type(groups) is GroupLayout:
+            num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]
+            layout: object = (num_experts, groups.tokens_per_expert.device)
+        else:
+            num_tokens, num_experts = (x if row_index is None else row_index).shape[0], groups.shape[0]
+            layout = describe(groups)
+        buffers = None
+        if out is not None:
+            scale_rows = grouped_scale_rows(num_tokens, num_experts)
+            buffers = type(out), describe_rows(out.values, num_tokens), describe_rows(out.scales, scale_rows)
+        signature = (
             _ROWS,
             settings(backend),
             torch.is_grad_enabled(),
             scale_rounding,
             activation,
-            describe(x),
-            (groups.num_tokens, groups.tokens_per_expert.shape[0], groups.device)
-            if type(groups) is GroupLayout
-            else describe(groups),
-            describe(row_index),
-            None if out is None else (describe(out.values), describe(out.scales), type(out)),
+            describe_rows(x, num_tokens),
+            layout,
+            describe_rows(row_index, num_tokens),
+            buffers,
         )
-    except (AttributeError, RuntimeError, TypeError):
-        return None
+        return signature, _sizes(x, num_tokens, out)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None, ()
+
+
+def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[int, int, int]:
+    """R, T and S; T once more where S follows from it."""
+    return x.shape[0], num_tokens, num_tokens if out is None else out.scales.shape[0]
 
 
 class Rows(NamedTuple):
@@ -212,11 +233,27 @@ def _check_out(out: GroupedMXFP8, rows: Rows) -> None:
     check_aligned("out", out.scales)
 
 
-def _buffers(rows: Rows, out: GroupedMXFP8 | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if out is not None:
-        return out.values, out.scales
-    values = torch.empty((rows.num_tokens, rows.k), dtype=E4M3, device=rows.device)
-    return values, torch.empty(rows.scales_shape, dtype=torch.uint8, device=rows.device)
+def _plan_of_sizes(
+    x: Any,
+    groups: Any,
+    rows: Rows,
+    row_index: Any,
+    values: Any,
+    scales: Any,
+    backend: str | None,
+    num_source_rows: int,
+    num_tokens: int,
+    num_scale_rows: int,
+) -> Plan:
+    """The plan of R, T and S, from Metadata of other sizes; without ``values`` both buffers are
+    allocated for each call."""
+    rows = rows._replace(num_tokens=num_tokens)
+    if values is None:
+        values = contiguous(E4M3, (num_tokens, rows.k), rows.device)
+        scales = contiguous(torch.uint8, rows.scales_shape, rows.device)
+    else:
+        values, scales = of_rows(values, num_tokens), of_rows(scales, num_scale_rows)
+    return plan_rows(of_rows(x, num_source_rows), groups, rows, of_rows(row_index, num_tokens), values, scales, backend)
 
 
 def plan_rows(
@@ -254,7 +291,7 @@ def plan_rows(
         steps = quantizer.quantize(problem, buffers)
     elif buffers.counts is not None and buffers.layout is not None:
         steps = quantizer.group_offsets(buffers.counts, buffers.layout, rows.num_tokens, False)
-    return Plan(rows.device, operands, steps, result=rows)
+    return Plan(rows.device, operands, steps, result=(rows.num_tokens, rows.k, *rows.scales_shape))
 
 
 def _quantize_traced(
