@@ -79,11 +79,6 @@ class Metadata(NamedTuple):
         return self.address
 
 
-def contiguous(dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> Any:
-    """Metadata of a matrix that is allocated for each call."""
-    return Metadata(dtype, shape, (shape[1], 1), device)
-
-
 def metadata(value: Any) -> Any:
     """A tensor's Metadata; an operand or a layout with Metadata for tensors; what else there is, as
     it is."""

@@ -1,13 +1,13 @@
 """A call's plan: its launches, made once for a signature and run with any tensors of that
 signature.
 
-    plan = PLANS.get(signature, sizes)   shapes, dtypes, strides, alignment, device, options, settings
-    if plan is None: ...                 checks, choice of backend, configuration, compilation
-    plan.run(x, values, scales, ...)     one call into C, on the current stream
+    plan = PLANS.get(signature, (T,))  shapes, dtypes, strides, alignment, device, options, settings
+    if plan is None: ...               checks, choice of backend, configuration, compilation
+    plan.run(x, values, scales, ...)   one call into C, on the current stream
 
-``sizes`` are what changes from batch to batch, such as T; the signature leaves them out. From one
-plan follow those of other sizes (:mod:`hybrid_mxfp8.dispatch.trace`), so sizes never seen cost some
-microseconds, unless they take another tile or kernel.
+What changes from batch to batch, such as T, is no part of the signature. Once there is a plan,
+those of other sizes follow from it (:mod:`hybrid_mxfp8.dispatch.trace`) in microseconds, unless
+they take another tile or kernel.
 
 A plan holds no tensor. Consecutive kernel launches become one program of the C launcher
 (:mod:`hybrid_mxfp8.dispatch.launcher`), which also checks that what is written overlaps nothing
@@ -94,19 +94,6 @@ class Plan:
         lasting: whether another call of its signature would be planned alike.
     """
 
-    __slots__ = (
-        "_hooked",
-        "_index",
-        "_make",
-        "_parts",
-        "arena_bytes",
-        "device",
-        "lasting",
-        "operands",
-        "result",
-        "steps",
-    )
-
     def __init__(
         self,
         device: torch.device,
@@ -144,21 +131,34 @@ class Plan:
                 self._launch(tensors)
             return
         self._check_overlap(tensors)
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                self._run_steps(tensors)
-        else:
-            self._run_steps(tensors)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            for step in self.steps:
+                step.run(tensors, self.device)
+
+    def is_one_program(self) -> bool:
+        """Whether the C launcher makes all of its launches, with nothing in between."""
+        self._prepare()
+        return [program is None for program, _ in self._parts or ()] == [False]
 
     def _prepare(self) -> None:
-        parts = [
-            (None if words is None else launcher.Program(array("q", words)), steps)
-            for words, steps in program_words(self.device, self.operands, self.steps)
-        ]
+        runs = self.words()
+        self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
         # A program checks for overlaps before it launches, so one must come first.
-        if parts and parts[0][0] is not None:
+        if runs and runs[0][0] is not None:
             self._hooked = self.steps[0].hooked
-        self._parts = parts
+
+    def words(self) -> list[tuple[list[int] | None, Steps]]:
+        """Steps in runs: those that the C launcher makes together, with their program's words, and
+        those that must be called."""
+        runs: list[tuple[list[int] | None, Steps]] = []
+        extents = [operand.extent for operand in self.operands]
+        written = [(i, operand.may_equal) for i, operand in enumerate(self.operands) if operand.written]
+        encoded = ((step.encode(self.device), step) for step in self.steps)
+        for called, group in itertools.groupby(encoded, lambda pair: pair[0] is None):
+            launches, steps = zip(*group, strict=True)
+            index = self.device.index or 0
+            runs.append((None if called else launcher.program_words(index, extents, written, launches), steps))
+        return runs
 
     def _launch(self, tensors: tuple[torch.Tensor, ...]) -> None:
         stream = _current_stream(self._index)  # type: ignore[misc]
@@ -170,10 +170,6 @@ class Plan:
             elif program.run(program.address, stream, *addresses):
                 self._check_overlap(tensors)
                 raise AssertionError("the launcher saw an overlap that is none")
-
-    def _run_steps(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        for step in self.steps:
-            step.run(tensors, self.device)
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
         """As the launcher does it; a template's plan gets its operands and steps first."""
@@ -204,38 +200,17 @@ def _always() -> bool:
     return True
 
 
-def program_words(
-    device: torch.device, operands: tuple[Operand, ...], steps: Steps
-) -> list[tuple[list[int] | None, Steps]]:
-    """Steps in runs: those that the C launcher makes together, with their program's words, and
-    those that must be called."""
-    runs: list[tuple[list[int] | None, Steps]] = []
-    extents = [operand.extent for operand in operands]
-    written = [(i, operand.may_equal) for i, operand in enumerate(operands) if operand.written]
-    for called, group in itertools.groupby(
-        ((step.encode(device), step) for step in steps), lambda pair: pair[0] is None
-    ):
-        launches, together = zip(*group, strict=True)
-        words = None if called else launcher.program_words(device.index or 0, extents, written, launches)
-        runs.append((words, together))
-    return runs
-
-
-_gpus: list[int] = []
-
-
+@functools.cache
 def _several_gpus() -> bool:
-    if not _gpus:
-        _gpus.append(torch.cuda.device_count())
-    return _gpus[0] > 1
+    return torch.cuda.device_count() > 1
 
 
 # ---------------------------------------------------------------- signatures and the cache
 
 
-def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """All of a tensor that a plan depends on: everything but its address, of which the alignment
-    counts.
+def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
+    """All of a tensor that a plan depends on but for the address, of which the alignment counts,
+    and the first dimension, which is one of the sizes: only whether that is ``rows``.
 
     Raises:
         TypeError: a fake tensor or another subclass that has no memory of its own.
@@ -244,18 +219,13 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
         return None
     if not has_memory(type(x)):
         raise TypeError(f"{type(x).__name__} is described by no signature")
-    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
-
-
-def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
-    """The same but for the first dimension, which is one of the sizes; or ``rows`` is, and here is
-    whether they are equal."""
-    if x is None:
-        return None
-    if not has_memory(type(x)):
-        raise TypeError(f"{type(x).__name__} is described by no signature")
     first, *others = x.shape
     return rows == first, x.dtype, *others, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+
+
+def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
+    """The same of a tensor whose first dimension is no size either."""
+    return None if x is None else (x.shape[0], describe_rows(x))
 
 
 @functools.cache
@@ -269,19 +239,17 @@ class Template:
     """A plan as a function of its sizes, for those that meet the conditions that it was made under.
 
     Raises:
-        TypeError: sizes can't be followed through ``make``, or to words of one program.
+        AttributeError, TypeError: ``make`` does with sizes what a trace can't follow.
     """
 
     def __init__(self, sizes: tuple[int, ...], make: Callable[..., Plan]) -> None:
         trace = Trace(sizes)
         plan = make(*trace.sizes)
-        [(words, _)] = program_words(plan.device, plan.operands, plan.steps) or [(None, ())]
-        if words is None or not plan.lasting:
-            raise TypeError("")
-        self._make = make
-        self._fill = trace.compiled(words, (plan.arena_bytes, *plan.result))
+        [(words, steps)] = plan.words()
+        assert words is not None
+        self._make, self._device, self._hooked = make, plan.device, steps[0].hooked
         self._words = array("q", map(value_of, words))
-        self._device, self._hooked = plan.device, plan.steps[0].hooked
+        self._fill = trace.compiled(words, (plan.arena_bytes, *plan.result))
 
     def plan(self, sizes: tuple[int, ...]) -> Plan | None:
         """The plan of these sizes; None if they need another template."""
@@ -302,7 +270,7 @@ class PlanCache:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._plans: dict[Hashable, Plan] = {}
-        self._templates: dict[Hashable, tuple[Template, ...] | None] = {}  # None: has none
+        self._templates: dict[Hashable, tuple[Template, ...]] = {}
 
     def get(self, signature: Hashable, sizes: tuple[int, ...] = ()) -> Plan | None:
         """The plan; None for a signature that can't be hashed, such as one of symbolic shapes."""
@@ -311,7 +279,7 @@ class PlanCache:
         except TypeError:
             return None
         if plan is None:
-            for template in self._templates.get(signature) or ():
+            for template in self._templates.get(signature, ()):
                 plan = template.plan(sizes)
                 if plan is not None:
                     self.add(signature, plan, sizes)
@@ -319,30 +287,19 @@ class PlanCache:
         return plan
 
     def make(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan:
-        """The plan ``make(*sizes)``, kept unless the signature is None.
+        """The plan ``make(*sizes)``, kept unless the signature is None, and with it the template of
+        others.
 
         ``make`` holds no tensor, and all else that it depends on is in the signature.
         """
-        plan = None
-        if signature is not None and min(sizes) >= LEAST:
-            plan = self._make_template(signature, sizes, make)
-        if plan is None:
-            plan = make(*sizes)
-        if signature is not None:
+        plan = make(*sizes)
+        if signature is not None and plan.lasting:
             self.add(signature, plan, sizes)
+            templates = self._templates.get(signature, ())
+            if min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
+                with contextlib.suppress(AttributeError, TypeError):
+                    self._keep(self._templates, signature, (*templates, Template(sizes, make)))
         return plan
-
-    def _make_template(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan | None:
-        templates = self._templates.get(signature, ())
-        if templates is None or len(templates) >= MAX_TEMPLATES:
-            return None
-        try:
-            template = Template(sizes, make)
-        except (AttributeError, TypeError):  # raised by a Size
-            self._keep(self._templates, signature, None)
-            return None
-        self._keep(self._templates, signature, (*templates, template))
-        return template.plan(sizes)
 
     def add(self, signature: Hashable, plan: Plan, sizes: tuple[int, ...] = ()) -> None:
         """Keep a plan, if it is a lasting one."""

@@ -24,7 +24,7 @@ from hybrid_mxfp8.core.checks import (
     is_tracing,
 )
 from hybrid_mxfp8.core.operands import ExpertWeights
-from hybrid_mxfp8.dispatch.buffers import contiguous, metadata, of_rows
+from hybrid_mxfp8.dispatch.buffers import Metadata, metadata, of_rows
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_rows
 from hybrid_mxfp8.dispatch.registry import requested, settings
 from hybrid_mxfp8.ops.grouped_gemm import describe_operand
@@ -110,7 +110,7 @@ def moe_forward(
         if workspace is not None:
             workspace.check(shape, x.shape[0])
         inputs = _contiguous(inputs)
-        target = contiguous(x.dtype, x.shape, x.device) if out is None else metadata(out)
+        target = Metadata(x.dtype, x.shape, (x.shape[1], 1), x.device) if out is None else metadata(out)
         given = (LayerInputs(*map(metadata, inputs)), shape, swiglu, target, backend)
         plan = PLANS.make(signature, (x.shape[0],), functools.partial(_plan_of_sizes, *given))
     else:

@@ -31,7 +31,7 @@ from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, sca
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.buffers import contiguous, metadata, of_rows
+from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
 from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe_rows
 from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
@@ -88,9 +88,9 @@ def quantize_grouped(
             return _quantize_traced(x, groups, rows, row_index, backend)
         if out is not None:
             _check_out(out, rows)
-        buffers = (None, None) if out is None else (metadata(out.values), metadata(out.scales))
-        given = (metadata(x), metadata(groups), rows, metadata(row_index), *buffers, backend)
-        plan = PLANS.make(signature, _sizes(x, rows.num_tokens, out), functools.partial(_plan_of_sizes, *given))
+        buffers = None if out is None else (metadata(out.values), metadata(out.scales))
+        given = (metadata(x), metadata(groups), rows, metadata(row_index), buffers, backend)
+        plan = PLANS.make(signature, _sizes(x, rows.num_tokens, out), functools.partial(plan_rows, *given))
     if out is None:
         num_tokens, k, scale_rows, scale_columns = plan.result
         values = torch.empty((num_tokens, k), dtype=E4M3, device=x.device)
@@ -108,8 +108,8 @@ def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, sc
     plan = PLANS.get(signature, sizes)
     if plan is None:
         rows = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
-        given = (metadata(x), metadata(groups), rows, None, metadata(values), metadata(scales), None)
-        plan = PLANS.make(signature, sizes, functools.partial(_plan_of_sizes, *given))
+        given = (metadata(x), metadata(groups), rows, None, (metadata(values), metadata(scales)), None)
+        plan = PLANS.make(signature, sizes, functools.partial(plan_rows, *given))
     _run(plan, x, groups, None, values, scales)
 
 
@@ -233,45 +233,32 @@ def _check_out(out: GroupedMXFP8, rows: Rows) -> None:
     check_aligned("out", out.scales)
 
 
-def _plan_of_sizes(
+def plan_rows(
     x: Any,
     groups: Any,
     rows: Rows,
     row_index: Any,
-    values: Any,
-    scales: Any,
+    out: tuple[Any, Any] | None,
     backend: str | None,
     num_source_rows: int,
     num_tokens: int,
     num_scale_rows: int,
 ) -> Plan:
-    """The plan of R, T and S, from Metadata of other sizes; without ``values`` both buffers are
-    allocated for each call."""
-    rows = rows._replace(num_tokens=num_tokens)
-    if values is None:
-        values = contiguous(E4M3, (num_tokens, rows.k), rows.device)
-        scales = contiguous(torch.uint8, rows.scales_shape, rows.device)
-    else:
-        values, scales = of_rows(values, num_tokens), of_rows(scales, num_scale_rows)
-    return plan_rows(of_rows(x, num_source_rows), groups, rows, of_rows(row_index, num_tokens), values, scales, backend)
-
-
-def plan_rows(
-    x: torch.Tensor,
-    groups: GroupLayout | torch.Tensor,
-    rows: Rows,
-    row_index: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    backend: str | None,
-) -> Plan:
     """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
-    row_index or nothing)."""
+    row_index or nothing); from Metadata of other R, T and S, without ``out`` (values, scales) for
+    buffers that are allocated for each call."""
     quantizer = choose_quantizer(rows.device, backend)
+    rows = rows._replace(num_tokens=num_tokens)
     operands = Operands()
-    source = operands.add("x", x)
-    scale_target = operands.add("out", scales, written=True, label="its own scales")
-    buffers = QuantizeBuffers(source, operands.add("out", values, written=True), scale_target)
+    source = operands.add("x", of_rows(x, num_source_rows))
+    if out is None:
+        scale_target = operands.buffer("out", torch.uint8, rows.scales_shape)
+        value_target = operands.buffer("out", E4M3, (num_tokens, rows.k))
+    else:
+        values, scales = of_rows(out[0], num_tokens), of_rows(out[1], num_scale_rows)
+        scale_target = operands.add("out", scales, written=True, label="its own scales")
+        value_target = operands.add("out", values, written=True)
+    buffers = QuantizeBuffers(source, value_target, scale_target)
     if isinstance(groups, GroupLayout):
         buffers = buffers._replace(
             expert_offsets=operands.add("expert_offsets", groups.expert_offsets),
@@ -282,10 +269,10 @@ def plan_rows(
         layout = operands.buffer("layout", torch.int32, (3 * rows.num_experts + 2,))
         buffers = buffers._replace(counts=counts, layout=layout)
     if row_index is not None:
-        buffers = buffers._replace(row_index=operands.add("row_index", row_index))
+        buffers = buffers._replace(row_index=operands.add("row_index", of_rows(row_index, num_tokens)))
     steps: Steps = ()
     if rows.num_tokens and rows.num_experts:
-        shape = (rows.num_tokens, rows.num_experts, rows.k, x.shape[0], x.stride(0))
+        shape = (rows.num_tokens, rows.num_experts, rows.k, num_source_rows, x.stride(0))
         grouping: Grouping = "counts" if buffers.counts else "offsets"
         problem = QuantizeProblem(*shape, rows.scale_rounding, rows.activation, grouping)
         steps = quantizer.quantize(problem, buffers)

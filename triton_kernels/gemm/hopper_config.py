@@ -129,11 +129,6 @@ class WorkspaceLayout:
         """The layout for T tokens of K columns in tiles of ``config.block_t``."""
         return cls(num_tokens, round_up(k, COLUMN_GROUP), token_tiles_bound(num_tokens, num_experts, config.block_t))
 
-    @classmethod
-    def size_of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> int:
-        """Bytes of the workspace of such a call."""
-        return cls.of(num_tokens, num_experts, k, config).size
-
     @property
     def tokens_at(self) -> int:
         """Where the expanded tokens start: a multiple of 256 bytes."""
