@@ -98,9 +98,7 @@ class GroupedMXFP8(_Portable):
     def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "__dict__", {"values": values, "scales": scales, "groups": groups})
         return self
 
     @property

@@ -209,8 +209,8 @@ def _several_gpus() -> bool:
 
 
 def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
-    """All of a tensor that a plan depends on but for the address, of which the alignment counts,
-    and the first dimension, which is one of the sizes: only whether that is ``rows``.
+    """All of a vector or matrix that a plan depends on but for the address, of which the alignment
+    counts, and the first dimension, which is one of the sizes: only whether that is ``rows``.
 
     Raises:
         TypeError: a fake tensor or another subclass that has no memory of its own.
@@ -219,13 +219,14 @@ def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hash
         return None
     if not has_memory(type(x)):
         raise TypeError(f"{type(x).__name__} is described by no signature")
-    first, *others = x.shape
-    return rows == first, x.dtype, *others, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+    shape = x.shape
+    width = shape[-1] if len(shape) > 1 else 0
+    return shape[0] == rows, width, x.dtype, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
 
 
 def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """The same of a tensor whose first dimension is no size either."""
-    return None if x is None else (x.shape[0], describe_rows(x))
+    """The same of any tensor, with its shape."""
+    return None if x is None else (x.shape, describe_rows(x))
 
 
 @functools.cache

@@ -84,7 +84,7 @@ def grouped_gemm(
         given = (problem, metadata(x), metadata(w), metadata(workspace), backend)
         plan = PLANS.make(signature, _sizes(x, workspace), functools.partial(_plan, *given))
     num_tokens, n, workspace_bytes = plan.result
-    y = torch.empty((num_tokens, n), dtype=out_dtype, device=x.values.device) if out is None else out
+    y = torch.empty(num_tokens, n, dtype=out_dtype, device=x.values.device) if out is None else out
     groups = x.groups
     layout = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
     tensors = (x.values, x.scales, *layout, w.values, w.scales, y)
@@ -111,8 +111,7 @@ def _signature(
             settings(backend),
             out_dtype,
             x.groups.tokens_per_expert.shape,
-            describe_rows(x.values, num_tokens),
-            describe_rows(x.scales),
+            describe_operand(x.values, x.scales, num_tokens),
             describe_operand(w.values, w.scales),
             None if out is None else (*describe_rows(out, num_tokens), torch.is_grad_enabled()),  # type: ignore[misc]
             None if workspace is None else (describe_rows(workspace), workspace.data_ptr() % ALIGNMENT),
@@ -128,11 +127,14 @@ def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, i
     return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
 
 
-def describe_operand(values: torch.Tensor, scales: torch.Tensor) -> tuple[Hashable, ...]:
-    """As ``plan.describe``, of tensors known to be contiguous and of their dtypes."""
+def describe_operand(values: torch.Tensor, scales: torch.Tensor, rows: int | None = None) -> tuple[Hashable, ...]:
+    """As ``plan.describe``, or with ``rows`` as ``plan.describe_rows``, of tensors known to be
+    contiguous and of their dtypes."""
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")
-    return values.shape, values.device, values.data_ptr() & 15, scales.shape, scales.data_ptr() & 15
+    shape, scales_shape = values.shape, scales.shape
+    known = (shape, scales_shape) if rows is None else (shape[0] == rows, shape[-1], scales_shape[-1])
+    return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15
 
 
 def _plan(

@@ -115,7 +115,7 @@ def moe_forward(
         plan = PLANS.make(signature, (x.shape[0],), functools.partial(_plan_of_sizes, *given))
     else:
         inputs = _contiguous(inputs)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
     _run(plan, inputs, y, workspace)
     return y
 
