@@ -110,7 +110,7 @@ class KernelLaunch(NamedTuple):
             elif specialized or argument is None:
                 key.append(argument)
             else:
-                key.append(-(2**31) <= argument < 2**31)
+                key.append(-(2**31) <= argument <= 2**31 - 1)
         return tuple(key)
 
     def _compile(self, device: torch.device) -> Compiled:

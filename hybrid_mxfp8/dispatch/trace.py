@@ -40,9 +40,9 @@ class Trace:
             self._lines[f"{self._known[text]._name} = {text}"] = None
         return self._known[text]
 
-    def decide(self, text: str, answer: object) -> None:
+    def decide(self, text: str, answer: bool) -> None:
         """An answer that holds for some sizes only."""
-        self._lines[f"if ({text}) != {answer!r}: return None"] = None
+        self._lines[f"if {'not ' if answer else ''}{text}: return None"] = None
 
     def compiled(self, words: Sequence[Any], result: Sequence[Any]) -> Callable[..., tuple[int, ...] | None]:
         """A function (words, *sizes) that writes those of ``words`` that depend on sizes, and
@@ -120,7 +120,7 @@ class Size:
     def bit_length(self) -> int:
         """An int: sizes of another length are not for this trace."""
         length: int = self._value.bit_length()
-        self._trace.decide(f"{self._name}.bit_length()", length)
+        self._trace.decide(f"{self._name}.bit_length() == {length}", True)
         return length
 
     def __repr__(self) -> str:
