@@ -51,8 +51,9 @@ class Launcher(NamedTuple):
     """The functions of launcher.c.
 
     Attributes:
-        run: ``run(program.address, stream, *addresses)``, ints all: 0, or :meth:`Program.overlap`
-            tells what the code means, and nothing was launched. RuntimeError: from the driver.
+        run: ``run(program.address, stream, *addresses)``, ints all: 0; or 1 + i * (how many) + j,
+            and nothing was launched, since buffer i, which is written, overlaps buffer j.
+            RuntimeError: from the driver.
         check: ``check(function, *sizes)``: RuntimeError unless the kernel with this handle of the
             driver has parameters of these sizes in bytes, and no more.
         verify: ``verify(address, length)``: ValueError unless the words there are a program.
@@ -69,7 +70,6 @@ class Program:
     Attributes:
         words: as :func:`program_words` gives them.
         address: of the words, for ``run``.
-        num_buffers: addresses that ``run`` takes.
         run: of the Launcher.
 
     Raises:
@@ -77,20 +77,14 @@ class Program:
         LauncherUnavailableError: as :func:`load`.
     """
 
-    __slots__ = ("address", "num_buffers", "run", "words")
+    __slots__ = ("address", "run", "words")
 
     def __init__(self, words: array[int]) -> None:
         self.words = words
         self.address, length = words.buffer_info()
-        self.num_buffers = words[1]
         launcher = load()
         launcher.verify(self.address, length)
         self.run = launcher.run
-
-    def overlap(self, code: int) -> tuple[int, int]:
-        """(index of a written buffer, index of one that it overlaps), from what ``run``
-        returned."""
-        return divmod(code - 1, self.num_buffers)
 
 
 def program_words(
