@@ -6,7 +6,7 @@ compiled to a function that computes a plan's words from other sizes, in microse
 meet a condition with another answer, such as those of another tile, are not for that function.
 
 What a Size can't follow raises TypeError, so nothing that depends on one is ever taken for
-constant: it has no hash, and is no index, word or argument of the compiler.
+constant: it has no hash and no text, and is no index, word or argument of the compiler.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Size:
         return 0 - self  # type: ignore[no-any-return]
 
     def __bool__(self) -> bool:
-        return self != 0
+        return bool(self != 0)
 
     def bit_length(self) -> int:
         """An int: sizes of another length are not for this trace."""
@@ -124,4 +124,4 @@ class Size:
         return length
 
     def __repr__(self) -> str:
-        return repr(self._value)
+        raise TypeError("a size has no text: a name made of it would stand for one size alone")
