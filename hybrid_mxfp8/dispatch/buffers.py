@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,15 +82,19 @@ class Metadata(NamedTuple):
 def metadata(value: Any) -> Any:
     """A tensor's Metadata; an operand or a layout with Metadata for tensors; what else there is, as
     it is."""
-    if isinstance(value, torch.Tensor):
-        return Metadata(value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16)
-    if dataclasses.is_dataclass(value):
-        copy = object.__new__(type(value))
-        vars(copy).update({name: metadata(field) for name, field in vars(value).items()})
-        return copy
-    return value
+    return _change(torch.Tensor, lambda t: Metadata(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16), value)
 
 
-def of_rows(tensor: Any, rows: int) -> Any:
-    """Metadata with another first dimension; None for None."""
-    return None if tensor is None else tensor._replace(shape=(rows, *tensor.shape[1:]))
+def of_rows(value: Any, rows: int) -> Any:
+    """The same Metadata with another first dimension."""
+    return _change(Metadata, lambda m: m._replace(shape=(rows, *m.shape[1:])), value)
+
+
+def _change(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, kind):
+        return function(value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    copy = object.__new__(type(value))
+    vars(copy).update({name: _change(kind, function, field) for name, field in vars(value).items()})
+    return copy

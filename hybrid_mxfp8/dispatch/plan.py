@@ -38,6 +38,7 @@ ALIGNMENT = 256
 """Bytes; what starts at such a boundary can be read by every kernel and by TMA."""
 
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_address = torch.Tensor.data_ptr
 
 
 class Operand(NamedTuple):
@@ -123,17 +124,24 @@ class Plan:
         """
         if self._parts is None:
             self._prepare()
-        if not self._hooked():
-            if _several_gpus() and self._index != torch.cuda.current_device():
-                with torch.cuda.device(self.device):
-                    self._launch(tensors)
-            else:
-                self._launch(tensors)
+        if self._hooked():
+            self._check_overlap(tensors)
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                for step in self.steps:
+                    step.run(tensors, self.device)
             return
-        self._check_overlap(tensors)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            for step in self.steps:
-                step.run(tensors, self.device)
+        if _several_gpus() and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self.run(*tensors)
+        stream = _current_stream(self._index)  # type: ignore[misc]
+        addresses = tuple(map(_address, tensors))
+        for program, steps in self._parts:  # type: ignore[union-attr]
+            if program is None:
+                for step in steps:
+                    step.run(tensors, self.device)
+            elif program.run(program.address, stream, *addresses):
+                self._check_overlap(tensors)
+                raise AssertionError("the launcher saw an overlap that is none")
 
     def is_one_program(self) -> bool:
         """Whether the C launcher makes all of its launches, with nothing in between."""
@@ -159,17 +167,6 @@ class Plan:
             index = self.device.index or 0
             runs.append((None if called else launcher.program_words(index, extents, written, launches), steps))
         return runs
-
-    def _launch(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        stream = _current_stream(self._index)  # type: ignore[misc]
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        for program, steps in self._parts:  # type: ignore[union-attr]
-            if program is None:
-                for step in steps:
-                    step.run(tensors, self.device)
-            elif program.run(program.address, stream, *addresses):
-                self._check_overlap(tensors)
-                raise AssertionError("the launcher saw an overlap that is none")
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
         """As the launcher does it; a template's plan gets its operands and steps first."""

@@ -113,7 +113,7 @@ def _signature(
             x.groups.tokens_per_expert.shape,
             describe_operand(x.values, x.scales, num_tokens),
             describe_operand(w.values, w.scales),
-            None if out is None else (*describe_rows(out, num_tokens), torch.is_grad_enabled()),  # type: ignore[misc]
+            None if out is None else (describe_rows(out, num_tokens), torch.is_grad_enabled()),
             None if workspace is None else (describe_rows(workspace), workspace.data_ptr() % ALIGNMENT),
         )
         return signature, _sizes(x, workspace)
