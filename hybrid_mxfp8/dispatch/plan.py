@@ -226,6 +226,16 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
     return None if x is None else (x.shape, describe_rows(x))
 
 
+def describe_operand(values: torch.Tensor, scales: torch.Tensor, rows: int | None = None) -> tuple[Hashable, ...]:
+    """As :func:`describe`, or with ``rows`` as :func:`describe_rows`, of tensors known to be
+    contiguous and of their dtypes."""
+    if not (has_memory(type(values)) and has_memory(type(scales))):
+        raise TypeError("tensors without memory are described by no signature")
+    shape, scales_shape = values.shape, scales.shape
+    known = (shape, scales_shape) if rows is None else (shape[0] == rows, shape[-1], scales_shape[-1])
+    return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15
+
+
 @functools.cache
 def has_memory(kind: type) -> bool:
     """Whether tensors of a type are what they seem: those that intercept operators wrap others, or

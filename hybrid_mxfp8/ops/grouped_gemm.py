@@ -29,7 +29,7 @@ from hybrid_mxfp8.core.checks import (
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
-from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe_rows, has_memory
+from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, choose_ready, requested, settings
 
@@ -125,16 +125,6 @@ def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, i
     """T, S, and bytes of a workspace that is given; else S once more."""
     num_scale_rows = x.scales.shape[0]
     return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
-
-
-def describe_operand(values: torch.Tensor, scales: torch.Tensor, rows: int | None = None) -> tuple[Hashable, ...]:
-    """As ``plan.describe``, or with ``rows`` as ``plan.describe_rows``, of tensors known to be
-    contiguous and of their dtypes."""
-    if not (has_memory(type(values)) and has_memory(type(scales))):
-        raise TypeError("tensors without memory are described by no signature")
-    shape, scales_shape = values.shape, scales.shape
-    known = (shape, scales_shape) if rows is None else (shape[0] == rows, shape[-1], scales_shape[-1])
-    return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15
 
 
 def _plan(

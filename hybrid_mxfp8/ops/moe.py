@@ -25,9 +25,8 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.operands import ExpertWeights
 from hybrid_mxfp8.dispatch.buffers import Metadata, metadata, of_rows
-from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_rows
+from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import requested, settings
-from hybrid_mxfp8.ops.grouped_gemm import describe_operand
 from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, plan_layer, shape_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 

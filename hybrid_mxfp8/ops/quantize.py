@@ -32,7 +32,7 @@ from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
-from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe_rows
+from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
 
@@ -150,8 +150,10 @@ def _signature(
             layout = describe(groups)
         buffers = None
         if out is not None:
-            scale_rows = grouped_scale_rows(num_tokens, num_experts)
-            buffers = type(out), describe_rows(out.values, num_tokens), describe_rows(out.scales, scale_rows)
+            if type(out) is not GroupedMXFP8:
+                return None, ()
+            fits = out.scales.shape[0] == grouped_scale_rows(num_tokens, num_experts)
+            buffers = fits, describe_operand(out.values, out.scales, num_tokens)
         signature = (
             _ROWS,
             settings(backend),
