@@ -150,10 +150,10 @@ class Plan:
 
     def _prepare(self) -> None:
         runs = self.words()
-        self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
         # A program checks for overlaps before it launches, so one must come first.
         if runs and runs[0][0] is not None:
             self._hooked = self.steps[0].hooked
+        self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
 
     def words(self) -> list[tuple[list[int] | None, Steps]]:
         """Steps in runs: those that the C launcher makes together, with their program's words, and
