@@ -41,13 +41,13 @@ def gpu(arch: int) -> Iterator[None]:
     use_gpu(arch)
     with contextlib.ExitStack() as stack:
         for module in (device, problem, triton, cutlass):
-            stack.enter_context(mock.patch.object(module, "capability", lambda _: capability))
-        stack.enter_context(mock.patch.object(hopper, "multiprocessors", lambda _: 132))
+            stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
+        stack.enter_context(mock.patch.object(hopper, "multiprocessors", return_value=132))
         stack.enter_context(mock.patch.object(abi, "abi_of", abi_of))
-        stack.enter_context(mock.patch.object(torch.cuda, "device", lambda _: contextlib.nullcontext()))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: 0))
-        stack.enter_context(mock.patch.object(plan, "_current_stream", lambda _: 0))
-        stack.enter_context(mock.patch.object(plan, "_several_gpus", lambda: False))
+        stack.enter_context(mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
+        stack.enter_context(mock.patch.object(plan, "_current_stream", return_value=0))
+        stack.enter_context(mock.patch.object(plan, "_several_gpus", return_value=False))
         yield
     PLANS.clear()
 
@@ -176,7 +176,7 @@ def test_hooks_see_a_followed_plan_as_any_other() -> None:
         assert (followed.operands, followed.steps) == (whole.operands, whole.steps)
         with (
             mock.patch.object(type(whole.steps[0]), "run", lambda step, *given: triton_launches.append((step, *given))),
-            mock.patch.object(followed, "_hooked", lambda: True),
+            mock.patch.object(followed, "_hooked", return_value=True),
         ):
             followed.run(*tensors)
     assert triton_launches == [(whole.steps[0], tensors, torch.device("cpu"))]
