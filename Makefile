@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-oldest sass ptx sanitize fuzz lint clean
+.PHONY: help demo test test-triton test-oldest sass ptx sanitize fuzz lint docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,14 @@ lint: $(VENV)/.ready-lint ## ruff and mypy
 	$(BIN)/ruff format --check .
 	.ci/typecheck $(BIN)
 
+# The pages keep their places, so that links from one to another lead where they lead in the repository.
+PAGES := README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs examples bench/README.md bench/results
+docs: $(VENV)/.ready-docs ## the documentation as a site, build/site/index.html; a broken link or an undocumented name fails
+	$(BIN)/pytest -q tests/project/test_docs.py -k api_page
+	rm -rf build/pages && mkdir -p build/pages
+	tar -cf - $(PAGES) | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) .venv-triton-* .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -64,4 +72,8 @@ $(VENV)/.ready: pyproject.toml .ci/venv
 
 $(VENV)/.ready-lint: $(VENV)/.ready
 	$(BIN)/pip install -q --ignore-installed ruff==0.17.6 mypy==2.4.1
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/pip install -q -e '.[docs]'
 	touch $@

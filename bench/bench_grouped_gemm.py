@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ MEMORY_SHARE = 0.8
 
 BACKENDS = ("cutlass", "triton")
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -42,36 +45,40 @@ class Weights:
     wq: Sequence[mx.ExpertWeights]
 
 
-class WeightStore:
-    """Makes weights, and keeps the last ones: consecutive cases often share them."""
+class Kept(Generic[T]):
+    """Holds the last value that was made: consecutive cases often share it."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, int, int, int] | None = None
-        self._weights: Weights | None = None
+        self.key: tuple[int, ...] | None = None
+        self._value: T | None = None
 
-    def get(self, num_experts: int, n: int, k: int, sets: int, device: str) -> Weights:
-        """Weights of this shape; other ones are freed first."""
-        key = (num_experts, n, k, sets)
-        if self._key != key or self._weights is None:
+    def get(self, key: tuple[int, ...], make: Callable[[], T]) -> T:
+        """The value of this key; another one is freed before it is made."""
+        if self.key != key or self._value is None:
             self.clear()
             if torch.cuda.is_available():
                 # Cached blocks of other sizes would leave no room for these.
                 torch.cuda.empty_cache()
-            w = [torch.empty(num_experts, n, k, dtype=torch.bfloat16, device=device).normal_() for _ in range(sets)]
-            self._weights = Weights(w, [mx.quantize_weights(each) for each in w])
-            self._key = key
-        return self._weights
+            self._value, self.key = make(), key
+        return self._value
 
     def clear(self) -> None:
-        """Free them."""
-        self._key = self._weights = None
+        """Free it."""
+        self.key = self._value = None
 
-    def kept_bytes(self, num_experts: int, n: int, k: int) -> int:
-        """Memory of the kept weights if they have this shape; else they are freed."""
-        if self._key is None or self._key[:3] != (num_experts, n, k):
-            self.clear()
-            return 0
-        return self._key[3] * all_weight_bytes(num_experts, n, k)
+
+def make_weights(num_experts: int, n: int, k: int, sets: int, device: str) -> Weights:
+    """Random normal ones."""
+    w = [torch.empty(num_experts, n, k, dtype=torch.bfloat16, device=device).normal_() for _ in range(sets)]
+    return Weights(w, [mx.quantize_weights(each) for each in w])
+
+
+def kept_bytes(store: Kept[Weights], num_experts: int, n: int, k: int) -> int:
+    """Memory of the kept weights if they have this shape; else they are freed."""
+    if store.key is None or store.key[:3] != (num_experts, n, k):
+        store.clear()
+        return 0
+    return store.key[3] * all_weight_bytes(num_experts, n, k)
 
 
 def weight_bytes(num_experts: int, n: int, k: int) -> int:
@@ -163,11 +170,12 @@ def usable_backends(device: torch.device) -> tuple[list[str], list[Absent]]:
     return usable, [Absent(f"grouped_gemm ({name})", answers[name][1]) for name in BACKENDS if name not in usable]
 
 
-def make_inputs(case: Case, store: WeightStore, l2_bytes: int, device: str) -> tuple[GemmInputs, list[torch.Tensor]]:
+def make_inputs(case: Case, store: Kept[Weights], l2_bytes: int, device: str) -> tuple[GemmInputs, list[torch.Tensor]]:
     """All sets of a case, and the (E,) counts tensors that their layouts came from."""
     sets, weight_sets = plan_sets(case, l2_bytes)
     counts, groups = layouts(case, sets, device)
-    weights = store.get(case.num_experts, case.n, case.k, weight_sets, device)
+    shape = (case.num_experts, case.n, case.k, weight_sets)
+    weights = store.get(shape, lambda: make_weights(*shape, device))
     x = list(torch.empty(sets, case.num_tokens, case.k, dtype=torch.bfloat16, device=device).normal_())
     inputs = GemmInputs(
         x=x,
@@ -185,7 +193,7 @@ def prepare(
     case: Case,
     capability: tuple[int, int],
     l2_bytes: int,
-    store: WeightStore,
+    store: Kept[Weights],
     device: str = "cuda",
     note: str = "",
 ) -> Prepared:

@@ -18,7 +18,7 @@ import torch
 import hybrid_mxfp8 as mx
 
 from . import work
-from .bench_grouped_gemm import BACKENDS, MEMORY_SHARE, weight_bytes
+from .bench_grouped_gemm import BACKENDS, MEMORY_SHARE, Kept, weight_bytes
 from .bench_quantize import SEED, Prepared
 from .peers import Absent, Contender, Field
 from .shapes import Case
@@ -51,40 +51,21 @@ class Inputs:
     counts: list[int]
 
 
-class LayerStore:
-    """Makes layers, and keeps the last one: consecutive cases share it."""
+def make_layer(experts: int, intermediate: int, hidden: int, device: str) -> Layer:
+    """Scaled so that activations stay near 1."""
+    w13, w2 = (
+        torch.empty(experts, n, k, dtype=torch.bfloat16, device=device).normal_(std=k**-0.5)
+        for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    return Layer(w13, w2, mx.quantize_weights(w13), mx.quantize_weights(w2))
 
-    def __init__(self) -> None:
-        self._key: tuple[int, int, int] | None = None
-        self._layer: Layer | None = None
 
-    def get(self, case: Case, device: str) -> Layer:
-        """The layer of this case's shape; another one is freed first."""
-        key = (case.num_experts, case.n, case.k)
-        if self._key != key or self._layer is None:
-            self.clear()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            experts, intermediate, hidden = key
-            # Scaled so that activations stay near 1.
-            w13, w2 = (
-                torch.empty(experts, n, k, dtype=torch.bfloat16, device=device).normal_(std=k**-0.5)
-                for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
-            )
-            self._layer = Layer(w13, w2, mx.quantize_weights(w13), mx.quantize_weights(w2))
-            self._key = key
-        return self._layer
-
-    def clear(self) -> None:
-        """Free it."""
-        self._key = self._layer = None
-
-    def kept_bytes(self, case: Case) -> int:
-        """Memory of the kept layer if it has this shape; otherwise it is freed, and it is 0."""
-        if self._key is None or self._key[1:] != (case.n, case.k):
-            self.clear()
-            return 0
-        return layer_bytes(dataclasses.replace(case, num_experts=self._key[0]))
+def kept_bytes(store: Kept[Layer], case: Case) -> int:
+    """Memory of the kept layer if it has this shape; otherwise it is freed, and it is 0."""
+    if store.key is None or store.key[1:] != (case.n, case.k):
+        store.clear()
+        return 0
+    return layer_bytes(dataclasses.replace(case, num_experts=store.key[0]))
 
 
 def why_not() -> str | None:
@@ -241,13 +222,14 @@ def _transformers(case: Case, layer: Layer, inputs: Inputs) -> Contender:
     )
 
 
-def prepare(case: Case, l2_bytes: int, store: LayerStore, device: str = "cuda", note: str = "") -> Prepared:
+def prepare(case: Case, l2_bytes: int, store: Kept[Layer], device: str = "cuda", note: str = "") -> Prepared:
     """Inputs and contenders of a case that fits (see :func:`fit`).
 
     Raises:
         ImportError: no transformers 5, whose layer is the baseline.
     """
-    layer = store.get(case, device)
+    shape = (case.num_experts, case.n, case.k)
+    layer = store.get(shape, lambda: make_layer(*shape, device))
     sets = plan_sets(case, l2_bytes)
     inputs = make_inputs(case, sets, device)
     baseline = _transformers(case, layer, inputs)

@@ -12,7 +12,7 @@ import torch
 import hybrid_mxfp8 as mx
 
 from . import work
-from .bench_grouped_gemm import WeightStore, check_product, make_inputs, our_gemm, usable_backends
+from .bench_grouped_gemm import Kept, Weights, check_product, make_inputs, our_gemm, usable_backends
 from .bench_quantize import Prepared
 from .peers import Contender, Field, GemmInputs, bf16_grouped_mm
 from .shapes import Case
@@ -43,7 +43,7 @@ def prepare(
     case: Case,
     capability: tuple[int, int],
     l2_bytes: int,
-    store: WeightStore,
+    store: Kept[Weights],
     device: str = "cuda",
     note: str = "",
 ) -> Prepared:

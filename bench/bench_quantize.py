@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,17 @@ def layouts(case: Case, sets: int, device: str) -> tuple[list[torch.Tensor], lis
     return counts, [mx.GroupLayout.from_counts(c, case.num_tokens) for c in counts]
 
 
+def sampled_rows(out: mx.GroupedMXFP8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Some row numbers (R,), and what ``out`` holds there: codes (R, K), row-major scales."""
+    tokens, groups = out.values.shape[0], out.groups
+    rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=out.values.device).long()
+    scale_rows, _ = reference.scale_rows_of_tokens(
+        groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows
+    )
+    offsets = reference.swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
+    return rows, out.values[rows], out.scales.reshape(-1)[offsets]
+
+
 def check_rows(expected: Callable[[torch.Tensor], torch.Tensor], out: mx.GroupedMXFP8) -> Callable[[], str]:
     """A check that sampled rows of ``out`` hold the bytes that the PyTorch reference gives.
 
@@ -87,16 +98,9 @@ def check_rows(expected: Callable[[torch.Tensor], torch.Tensor], out: mx.Grouped
     """
 
     def check() -> str:
-        tokens = out.values.shape[0]
-        rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=out.values.device).long()
+        rows, values, scales = sampled_rows(out)
         codes, linear = reference.quantize(expected(rows), "rceil")
-        wrong = int((codes.view(torch.uint8) != out.values[rows].view(torch.uint8)).sum())
-        groups = out.groups
-        scale_rows, _ = reference.scale_rows_of_tokens(
-            groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows
-        )
-        offsets = reference.swizzled_offsets(scale_rows[rows], linear.shape[1], out.scales.shape[1])
-        wrong += int((linear != out.scales.reshape(-1)[offsets]).sum())
+        wrong = int((codes.view(torch.uint8) != values.view(torch.uint8)).sum()) + int((linear != scales).sum())
         if wrong:
             raise AssertionError(f"{wrong} bytes of {len(rows)} sampled rows differ from the reference")
         return f"{len(rows)} sampled rows equal the reference bitwise"
@@ -108,16 +112,8 @@ def check_swiglu(x: torch.Tensor, out: mx.GroupedMXFP8) -> Callable[[], str]:
     """A check by signal-to-noise: exp, and so bytes, may differ from PyTorch's."""
 
     def check() -> str:
-        tokens = out.values.shape[0]
-        rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=x.device).long()
-        truth = reference.swiglu(x[rows])
-        groups = out.groups
-        scale_rows, _ = reference.scale_rows_of_tokens(
-            groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows
-        )
-        offsets = reference.swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
-        got = reference.dequantize(out.values[rows], out.scales.reshape(-1)[offsets])
-        decibels = mx.signal_to_noise_db(truth, got)
+        rows, values, scales = sampled_rows(out)
+        decibels = mx.signal_to_noise_db(reference.swiglu(x[rows]), reference.dequantize(values, scales))
         if decibels < 25.0:
             raise AssertionError(f"signal-to-noise is {decibels:.1f} dB, expected the format's 30 or so")
         return f"{decibels:.1f} dB against fp32"
@@ -131,86 +127,53 @@ def prepare(case: Case, capability: tuple[int, int], l2_bytes: int, device: str 
     counts, groups = layouts(case, sets, device)
     width = case.k * (2 if case.variant == "swiglu" else 1)
     x = torch.empty(sets, case.num_tokens, width, dtype=torch.bfloat16, device=device).normal_()
-    out = [output(g, case.k) for g in groups]
-    host_counts = counts_of_set(case, 0)
-    builder = {"plain": _plain, "counts": _counts, "gather": _gather, "swiglu": _swiglu}[case.variant]
-    field, baseline = builder(case, list(x), counts, groups, out, host_counts, capability, l2_bytes)
-    return Prepared(case, field, baseline, sets, work.quantize(host_counts, case.k))
+    inputs = QuantizeInputs(list(x), groups, [output(g, case.k) for g in groups], counts, counts_of_set(case, 0))
+    job = work.quantize(inputs.host_counts, case.k)
+    if case.variant == "plain":
+        field, baseline = _plain(inputs, job, capability, l2_bytes)
+    else:
+        field, baseline = {"counts": _counts, "gather": _gather, "swiglu": _swiglu}[case.variant](inputs, job)
+    return Prepared(case, field, baseline, sets, job)
 
 
-def _plain(
-    case: Case,
-    x: list[torch.Tensor],
-    counts: list[torch.Tensor],
-    groups: list[mx.GroupLayout],
-    out: list[mx.GroupedMXFP8],
-    host_counts: Sequence[int],
-    capability: tuple[int, int],
-    l2_bytes: int,
-) -> tuple[Field, str]:
-    job = work.quantize(host_counts, case.k)
-    copy = bf16_copy(job.bytes, len(x), x[0].device)
-    ours = Contender(
-        OURS,
-        lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]),
-        job,
-        ours=True,
-        check=check_rows(lambda rows: x[0][rows], out[0]),
-    )
+def _alone(inputs: QuantizeInputs, job: Work, name: str, note: str = "") -> Contender:
+    """The plain job."""
+    x, groups, out = inputs.x, inputs.groups, inputs.out
+    check = check_rows(lambda rows: x[0][rows], out[0])
+    call = lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i])  # noqa: E731
+    return Contender(name, call, job, ours=True, note=note, check=check)
+
+
+def _plain(inputs: QuantizeInputs, job: Work, capability: tuple[int, int], l2_bytes: int) -> tuple[Field, str]:
+    copy = bf16_copy(job.bytes, len(inputs.x), inputs.x[0].device)
+    ours = _alone(inputs, job, OURS)
+    field: Field = [ours]
     if job.bytes <= WARM_SHARE * l2_bytes:
-        warm = Contender(
-            WARM,
-            lambda i: mx.quantize_grouped(x[0], groups[0], out=out[0]),
-            job,
-            ours=True,
-            warm=True,
-            note="one input set over and over: what a layer finds that the kernel before it left in L2",
-        )
-        return [ours, warm, copy, *quantize_peers(QuantizeInputs(x, groups, out, host_counts), capability)], copy.name
-    return [ours, copy, *quantize_peers(QuantizeInputs(x, groups, out, host_counts), capability)], copy.name
+        note = "one input set over and over: what a layer finds that the kernel before it left in L2"
+        field.append(Contender(WARM, lambda i: ours.call(0), job, ours=True, warm=True, note=note))
+    return [*field, copy, *quantize_peers(inputs, capability)], copy.name
 
 
-def _counts(
-    case: Case,
-    x: list[torch.Tensor],
-    counts: list[torch.Tensor],
-    groups: list[mx.GroupLayout],
-    out: list[mx.GroupedMXFP8],
-    host_counts: Sequence[int],
-    capability: tuple[int, int],
-    l2_bytes: int,
-) -> tuple[Field, str]:
-    job = work.quantize(host_counts, case.k)
-    tokens = case.num_tokens
+def _counts(inputs: QuantizeInputs, job: Work) -> tuple[Field, str]:
+    x, counts, out = inputs.x, inputs.counts, inputs.out
 
     def layout_first(i: int) -> object:
-        return mx.quantize_grouped(x[i], mx.GroupLayout.from_counts(counts[i], tokens), out=out[i])
+        return mx.quantize_grouped(x[i], mx.GroupLayout.from_counts(counts[i], x[i].shape[0]), out=out[i])
 
-    check = check_rows(lambda rows: x[0][rows], out[0])
-    alone = Contender(ALONE, lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]), job, ours=True, check=check)
-    of_counts = Contender(
-        FROM_COUNTS, lambda i: mx.quantize_grouped(x[i], counts[i], out=out[i]), job, ours=True, check=check
-    )
-    return [of_counts, Contender(LAYOUT_FIRST, layout_first, job, ours=True, check=check), alone], alone.name
+    alone = _alone(inputs, job, ALONE)
+    calls = {FROM_COUNTS: lambda i: mx.quantize_grouped(x[i], counts[i], out=out[i]), LAYOUT_FIRST: layout_first}
+    ours = [Contender(name, call, job, ours=True, check=alone.check) for name, call in calls.items()]
+    return [*ours, alone], alone.name
 
 
-def _gather(
-    case: Case,
-    x: list[torch.Tensor],
-    counts: list[torch.Tensor],
-    groups: list[mx.GroupLayout],
-    out: list[mx.GroupedMXFP8],
-    host_counts: Sequence[int],
-    capability: tuple[int, int],
-    l2_bytes: int,
-) -> tuple[Field, str]:
+def _gather(inputs: QuantizeInputs, job: Work) -> tuple[Field, str]:
     """The gather reads a random permutation: every row is read once, as in the plain job."""
-    tokens = case.num_tokens
-    generator = torch.Generator(device=x[0].device).manual_seed(SEED)
-    order = [torch.randperm(tokens, device=x[0].device, generator=generator).to(torch.int32) for _ in x]
+    x, groups, out = inputs.x, inputs.groups, inputs.out
+    (tokens, k), device = x[0].shape, x[0].device
+    generator = torch.Generator(device=device).manual_seed(SEED)
+    order = [torch.randperm(tokens, device=device, generator=generator).to(torch.int32) for _ in x]
     gathered = torch.empty_like(x[0])
-    job = work.quantize(host_counts, case.k, gather=True)
-    plain = work.quantize(host_counts, case.k)
+    with_index = work.quantize(inputs.host_counts, k, gather=True)
 
     def unfused(i: int) -> object:
         torch.index_select(x[i], 0, order[i], out=gathered)
@@ -220,59 +183,39 @@ def _gather(
     fused = Contender(
         GATHER,
         lambda i: mx.quantize_grouped(x[i], groups[i], row_index=order[i], out=out[i]),
-        job,
+        with_index,
         ours=True,
         check=check,
     )
-    baseline = Contender(
-        "index_select, then quantize_grouped",
-        unfused,
-        work.copy(tokens * case.k) + job,
-        note="bf16 intermediate",
-        check=check,
-    )
-    alone = Contender(
-        ALONE,
-        lambda i: mx.quantize_grouped(x[i], groups[i], out=out[i]),
-        plain,
-        ours=True,
-        note="no gather",
-        check=check_rows(lambda rows: x[0][rows], out[0]),
-    )
-    return [fused, baseline, alone], baseline.name
+    both = work.copy(tokens * k) + with_index
+    baseline = Contender("index_select, then quantize_grouped", unfused, both, note="bf16 intermediate", check=check)
+    return [fused, baseline, _alone(inputs, job, ALONE, note="no gather")], baseline.name
 
 
-def _swiglu(
-    case: Case,
-    x: list[torch.Tensor],
-    counts: list[torch.Tensor],
-    groups: list[mx.GroupLayout],
-    out: list[mx.GroupedMXFP8],
-    host_counts: Sequence[int],
-    capability: tuple[int, int],
-    l2_bytes: int,
-) -> tuple[Field, str]:
+def _swiglu(inputs: QuantizeInputs, job: Work) -> tuple[Field, str]:
     from .silu_mul import silu_mul
 
-    tokens = case.num_tokens
-    product = torch.empty(tokens, case.k, dtype=torch.bfloat16, device=x[0].device)
+    x, groups, out = inputs.x, inputs.groups, inputs.out
+    tokens, k = x[0].shape[0], x[0].shape[1] // 2
+    product = torch.empty(tokens, k, dtype=torch.bfloat16, device=x[0].device)
 
     def unfused(i: int) -> object:
         silu_mul(x[i], product)
         return mx.quantize_grouped(product, groups[i], out=out[i])
 
     check = check_swiglu(x[0], out[0])
+    fused_job = work.quantize(inputs.host_counts, k, swiglu=True)
     fused = Contender(
         SWIGLU,
         lambda i: mx.quantize_grouped(x[i], groups[i], activation="swiglu", out=out[i]),
-        work.quantize(host_counts, case.k, swiglu=True),
+        fused_job,
         ours=True,
         check=check,
     )
     baseline = Contender(
         "silu_mul, then quantize_grouped",
         unfused,
-        work.silu_mul(tokens, case.k) + work.quantize(host_counts, case.k),
+        work.silu_mul(tokens, k) + job,
         note="one silu_mul kernel, bf16 intermediate",
         check=check,
     )

@@ -19,6 +19,7 @@ import torch
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm as launcher
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.dispatch.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
@@ -45,13 +46,14 @@ def main() -> None:
         x = mx.quantize_grouped(torch.randn(num_tokens, k, device="cuda"), groups)
         w = mx.quantize_weights(torch.randn(num_experts, n, k, device="cuda", dtype=torch.bfloat16))
         out = torch.empty(num_tokens, n, dtype=torch.bfloat16, device="cuda")
-        size = launcher.workspace_size(num_experts, n, k, num_tokens, out.dtype, out.device)
+        size = launcher.workspace_size(Problem(num_experts, n, k, num_tokens, out.dtype, out.device))
+        offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
         for workspace in (torch.empty(size, dtype=torch.uint8, device="cuda"), None):
             times = []
             for _ in range(BATCHES):
                 start = time.perf_counter()
                 for _ in range(CALLS):
-                    launcher.grouped_gemm(x, w, out, workspace)
+                    launcher.launch(x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
                 times.append((time.perf_counter() - start) / CALLS * 1e6)
                 torch.cuda.synchronize()
             times.sort()

@@ -139,7 +139,7 @@ class Prediction:
         return self.bytes / self.us / 1e6
 
 
-def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: int, out_itemsize: int = 2) -> Prediction:
+def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: int) -> Prediction:
     """Time of one grouped GEMM.
 
     Args:
@@ -148,7 +148,6 @@ def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: in
         counts: (E,) tokens of each expert.
         n: N.
         k: K.
-        out_itemsize: bytes of an output element.
     """
     along_n, along_tokens = config.cluster
     weight_clusters = math.ceil(math.ceil(n / WEIGHT_ROWS) / along_n)
@@ -167,7 +166,7 @@ def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: in
     def us(cycles: float) -> float:
         return cycles / card.clock_ghz / 1000
 
-    job = work.gemm(counts, n, k, out_itemsize=out_itemsize)
+    job = work.gemm(counts, n, k)
     compute_us = us(waves * (steps * max(mma, fetch) + exposed))
     memory_us = job.bytes / card.streaming_tb_s / 1e6
     return Prediction(
@@ -222,9 +221,9 @@ def against_published(card: Card = B200) -> list[tuple[Published, Prediction]]:
     return [(p, predict(card, p.config, p.counts, p.n, p.k)) for p in PUBLISHED]
 
 
-def random_counts(tokens: int, experts: int, seed: int = 0) -> tuple[int, ...]:
+def random_counts(tokens: int, experts: int) -> tuple[int, ...]:
     """(E,) counts of rows that each pick an expert at random, as select_config expects."""
-    draws = np.random.default_rng(seed).multinomial(tokens, np.full(experts, 1 / experts))
+    draws = np.random.default_rng(0).multinomial(tokens, np.full(experts, 1 / experts))
     return tuple(int(c) for c in draws)
 
 

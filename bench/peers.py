@@ -8,10 +8,11 @@ asked for.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import work
 from .limits import Precision
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     import hybrid_mxfp8 as mx
+
+
+SGLANG = "sglang.jit_kernel.mxfp8"
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ Field = list["Contender | Absent"]
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """Rotating sets of a quantize case: x (T, K) bf16, its groups, our outputs, (E,) counts."""
+    """Rotating sets of a quantize case: x (T, K) bf16, its groups, our outputs, (E,) counts on the
+    GPU, and those of set 0 on the host."""
 
     x: Sequence[torch.Tensor]
     groups: Sequence[mx.GroupLayout]
     out: Sequence[mx.GroupedMXFP8]
-    counts: Sequence[int]
+    counts: Sequence[torch.Tensor]
+    host_counts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,17 @@ def _not_installed(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else "not installed"
 
 
+def _function(module: str, name: str, reason: str | None = None) -> Any:
+    """A function of an installed package; else a string that says why not, ``reason`` if given."""
+    package = module.partition(".")[0]
+    if reason := _not_installed(package) or reason:
+        return reason
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        return f"this {package} has no {name} ({error})"
+
+
 def bf16_copy(num_bytes: int, sets: int, device: torch.device) -> Contender:
     """A copy that moves ``num_bytes`` in all, half read and half written, in bf16."""
     import torch
@@ -116,15 +133,9 @@ def quantize_peers(inputs: QuantizeInputs, capability: tuple[int, int]) -> Field
 
 def _sglang_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) -> Contender | Absent:
     name = "SGLang jit_kernel.mxfp8"
-    reason = _not_installed("sglang") or _needs_sm100(capability)
-    if reason:
-        return Absent(name, reason)
-    try:
-        from sglang.jit_kernel.mxfp8 import (  # type: ignore[import-not-found,unused-ignore]
-            es_sm100_mxfp8_blockscaled_grouped_quant as quantize,
-        )
-    except ImportError as error:
-        return Absent(name, f"this SGLang has no jit_kernel.mxfp8 ({error})")
+    quantize = _function(SGLANG, "es_sm100_mxfp8_blockscaled_grouped_quant", _needs_sm100(capability))
+    if isinstance(quantize, str):
+        return Absent(name, quantize)
     import torch
 
     values = [torch.empty_like(o.values) for o in inputs.out]
@@ -142,37 +153,29 @@ def _sglang_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) -> Con
         )
 
     k = inputs.x[0].shape[1]
-    return Contender(name, call, work.quantize(inputs.counts, k), note="padding scales left unwritten")
+    return Contender(name, call, work.quantize(inputs.host_counts, k), note="padding scales left unwritten")
 
 
 def _flashinfer_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) -> Contender | Absent:
     name = "FlashInfer mxfp8_quantize"
-    reason = _not_installed("flashinfer") or _needs_sm100(capability)
-    if not reason and len(inputs.counts) > 1:
-        reason = "quantizes one matrix, not ragged groups: takes part at E = 1"
-    if reason:
-        return Absent(name, reason)
-    try:
-        from flashinfer import mxfp8_quantize  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        return Absent(name, f"this FlashInfer has no mxfp8_quantize ({error})")
+    ragged = "quantizes one matrix, not ragged groups: takes part at E = 1" if len(inputs.host_counts) > 1 else None
+    mxfp8_quantize = _function("flashinfer", "mxfp8_quantize", _needs_sm100(capability) or ragged)
+    if isinstance(mxfp8_quantize, str):
+        return Absent(name, mxfp8_quantize)
     k = inputs.x[0].shape[1]
     return Contender(
-        name, lambda i: mxfp8_quantize(inputs.x[i], True), work.quantize(inputs.counts, k), note="allocates its outputs"
+        name,
+        lambda i: mxfp8_quantize(inputs.x[i], True),
+        work.quantize(inputs.host_counts, k),
+        note="allocates its outputs",
     )
 
 
 def _torchao_quantize(inputs: QuantizeInputs) -> Contender | Absent:
     name = "torchao triton_to_mxfp8_dim0"
-    reason = _not_installed("torchao")
-    if reason:
-        return Absent(name, reason)
-    try:
-        from torchao.prototype.mx_formats.kernels import (  # type: ignore[import-not-found,unused-ignore]
-            triton_to_mxfp8_dim0,
-        )
-    except ImportError as error:
-        return Absent(name, f"this torchao has no triton_to_mxfp8_dim0 ({error})")
+    triton_to_mxfp8_dim0 = _function("torchao.prototype.mx_formats.kernels", "triton_to_mxfp8_dim0")
+    if isinstance(triton_to_mxfp8_dim0, str):
+        return Absent(name, triton_to_mxfp8_dim0)
     k = inputs.x[0].shape[1]
     tokens = inputs.x[0].shape[0]
     unswizzled = Work(tokens * k * (work.BF16 + 1) + tokens * k // 32)
@@ -276,17 +279,10 @@ def _torch_mxfp8(inputs: GemmInputs, capability: tuple[int, int]) -> Contender |
 def _sglang_gemm(inputs: GemmInputs, capability: tuple[int, int]) -> Contender | Absent:
     name = "SGLang jit_kernel.mxfp8"
     _, n, k = inputs.wq[0].values.shape
-    reason = _not_installed("sglang") or _needs_sm100(capability)
-    if not reason and (n % 128 or k % 128):
-        reason = f"needs N and K that are multiples of 128, got {n} and {k}"
-    if reason:
-        return Absent(name, reason)
-    try:
-        from sglang.jit_kernel.mxfp8 import (  # type: ignore[import-not-found,unused-ignore]
-            es_sm100_mxfp8_blockscaled_moe_grouped_gemm as gemm,
-        )
-    except ImportError as error:
-        return Absent(name, f"this SGLang has no jit_kernel.mxfp8 ({error})")
+    odd = f"needs N and K that are multiples of 128, got {n} and {k}" if n % 128 or k % 128 else None
+    gemm = _function(SGLANG, "es_sm100_mxfp8_blockscaled_moe_grouped_gemm", _needs_sm100(capability) or odd)
+    if isinstance(gemm, str):
+        return Absent(name, gemm)
     import torch
 
     workspace = torch.empty(2**30, dtype=torch.uint8, device=inputs.x[0].device)

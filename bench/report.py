@@ -97,9 +97,9 @@ def describe_machine(commit_label: str | None = None) -> dict[str, Any]:
     }
 
 
-def _round(value: float | None, digits: int = 4) -> float | None:
-    """To significant digits: what timing can tell apart."""
-    return None if value is None else float(f"{value:.{digits}g}")
+def _round(value: float | None) -> float | None:
+    """To four significant digits: what timing can tell apart."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def make_row(
@@ -165,7 +165,7 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A record that :func:`write_json` wrote.
+    """A record that ``write_json`` wrote.
 
     Raises:
         ValueError: the file is no such record.
@@ -176,14 +176,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def _cell(value: float | str | None, digits: int = 3) -> str:
+def _cell(value: float | str | None) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
         return value.replace("|", "\\|")
-    if value >= 10 ** (digits - 1):
-        return f"{value:.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[float | str | None]]) -> list[str]:

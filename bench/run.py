@@ -19,8 +19,8 @@ from typing import Any
 from hybrid_mxfp8.commands.bench import add_arguments
 
 from . import bench_grouped_gemm, bench_moe, bench_pipeline, bench_quantize, model, plots, report, targets
-from .bench_grouped_gemm import WeightStore
-from .bench_moe import LayerStore
+from .bench_grouped_gemm import Kept, Weights
+from .bench_moe import Layer
 from .bench_quantize import Prepared
 from .limits import Limits, measure_limits
 from .peers import Absent, Contender
@@ -194,8 +194,8 @@ class Suite:
         self._quick = quick
         self._place = place
         self._free_bytes = free_bytes
-        self._store = WeightStore()
-        self._layers = LayerStore()
+        self._store: Kept[Weights] = Kept()
+        self._layers: Kept[Layer] = Kept()
 
     def close(self) -> None:
         """Free what is kept."""
@@ -268,11 +268,11 @@ class Suite:
             return bench_quantize.prepare(case, capability, self._l2_bytes, self._place)
         if case.kind == "moe":
             self._store.clear()
-            kept = self._layers.kept_bytes(case)
+            kept = bench_moe.kept_bytes(self._layers, case)
             fitted, note = bench_moe.fit(case, self._l2_bytes, self._free_bytes() + kept)
             return bench_moe.prepare(fitted, self._l2_bytes, self._layers, self._place, note)
         self._layers.clear()
-        kept = self._store.kept_bytes(case.num_experts, case.n, case.k)
+        kept = bench_grouped_gemm.kept_bytes(self._store, case.num_experts, case.n, case.k)
         fitted, note = bench_grouped_gemm.fit(case, self._l2_bytes, self._free_bytes() + kept)
         build = bench_grouped_gemm.prepare if case.kind == "gemm" else bench_pipeline.prepare
         return build(fitted, capability, self._l2_bytes, self._store, self._place, note)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from .work import Work
 
 Call = Callable[[int], object]
@@ -130,30 +132,12 @@ class CudaDevice:
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         """See :class:`Device`."""
+        from triton.errors import TritonError
+
         # NotImplementedError, BackendUnavailableError and torch's out-of-memory error are
         # RuntimeErrors.
-        return (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ImportError,
-            OSError,
-            AssertionError,
-            *_triton_errors(),
-        )
-
-
-def _triton_errors() -> tuple[type[Exception], ...]:
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        try:
-            from triton.runtime.errors import OutOfResources
-        except ImportError:
-            return ()
-        return (OutOfResources,)
-    return (TritonError,)
+        wrong = (TypeError, ValueError, AttributeError, ImportError, AssertionError)
+        return (RuntimeError, OSError, TritonError, *wrong)
 
 
 def num_sets(bytes_per_set: int, l2_bytes: int) -> int:
@@ -173,20 +157,10 @@ def plan(sets: int, job: Work, quick: bool) -> Plan:
     return Plan(sets, passes * sets, 300e3, 5, 40)
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear interpolation between the nearest ranks."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def summarize(samples_us: Sequence[float]) -> Timing:
     """Median and spread."""
-    return Timing(
-        statistics.median(samples_us), percentile(samples_us, 10), percentile(samples_us, 90), tuple(samples_us)
-    )
+    p10, median, p90 = np.percentile(samples_us, (10, 50, 90)).tolist()
+    return Timing(median, p10, p90, tuple(samples_us))
 
 
 def ratio(baseline: Timing, contender: Timing) -> float:
@@ -206,7 +180,6 @@ def host_us(
     sets: int,
     device_us: float,
     synchronize: Callable[[], None],
-    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Median over batches of an eager call's mean wall time, in µs; no garbage is collected."""
     batches = []
@@ -216,10 +189,10 @@ def host_us(
     try:
         for _ in range(wanted):
             synchronize()
-            start = clock()
+            start = time.perf_counter()
             for i in range(calls):
                 call(i % sets)
-            batches.append((clock() - start) / calls * 1e6)
+            batches.append((time.perf_counter() - start) / calls * 1e6)
     finally:
         if collecting:
             gc.enable()
@@ -233,7 +206,6 @@ def measure(
     device: Device,
     *,
     host: Sequence[str] = (),
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Result]:
     """Time the contenders against one another.
 
@@ -242,7 +214,6 @@ def measure(
         plan: how.
         device: where.
         host: names whose eager host time is wanted too.
-        clock: for host time, in seconds.
     """
     results: dict[str, Result] = {}
     replays: dict[str, Callable[[], None]] = {}
@@ -257,7 +228,7 @@ def measure(
             read = device.sample(replays[name])
             device.synchronize()
             if name in host:
-                host_times[name] = host_us(call, plan.sets, read() / plan.calls, device.synchronize, clock)
+                host_times[name] = host_us(call, plan.sets, read() / plan.calls, device.synchronize)
         except device.failures as error:
             replays.pop(name, None)
             results[name] = Result(None, failure=one_line(error))

@@ -31,22 +31,20 @@ def _active(counts: Sequence[int]) -> int:
     return sum(c > 0 for c in counts)
 
 
-def quantize(
-    counts: Sequence[int], k: int, *, itemsize: int = BF16, gather: bool = False, swiglu: bool = False
-) -> Work:
+def quantize(counts: Sequence[int], k: int, *, gather: bool = False, swiglu: bool = False) -> Work:
     """T*K read (twice that for gate and up), T*K codes and whole scale tiles written."""
     tokens = sum(counts)
-    read = tokens * k * itemsize * (2 if swiglu else 1) + (tokens * INT32 if gather else 0)
+    read = tokens * k * BF16 * (2 if swiglu else 1) + (tokens * INT32 if gather else 0)
     scales = sum(padded_scale_rows(c) for c in counts) * scale_cols(k)
     return Work(read + tokens * k + scales)
 
 
-def gemm(counts: Sequence[int], n: int, k: int, *, out_itemsize: int = BF16) -> Work:
+def gemm(counts: Sequence[int], n: int, k: int) -> Work:
     """Codes and scales of active experts' weights and of tokens, and the output; 2*T*N*K flops."""
     tokens = sum(counts)
     weights = _active(counts) * (n * k + padded_scale_rows(n) * scale_cols(k))
     rows = tokens * (k + scale_cols(k))
-    return Work(weights + rows + tokens * n * out_itemsize, 2 * tokens * n * k)
+    return Work(weights + rows + tokens * n * BF16, 2 * tokens * n * k)
 
 
 def gemm_bf16(counts: Sequence[int], n: int, k: int) -> Work:
@@ -75,11 +73,11 @@ def moe_bf16(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: 
     return Work(weights + 2 * num_tokens * hidden * BF16, 6 * sum(counts) * hidden * intermediate)
 
 
-def copy(elements: int, itemsize: int = BF16) -> Work:
+def copy(elements: int) -> Work:
     """Each element read and written."""
-    return Work(2 * elements * itemsize)
+    return Work(2 * elements * BF16)
 
 
-def silu_mul(tokens: int, k: int, itemsize: int = BF16) -> Work:
+def silu_mul(tokens: int, k: int) -> Work:
     """Gate and up read, their product written."""
-    return Work(3 * tokens * k * itemsize)
+    return Work(3 * tokens * k * BF16)

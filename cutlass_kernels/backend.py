@@ -16,8 +16,8 @@ BACKEND = Backend(
     made_for=lambda device: capability(device) in CUTLASS_CAPABILITIES,
     available=lambda device: grouped_gemm.availability(capability(device)),
     can_run=grouped_gemm.can_run,
-    workspace_size=lambda p: grouped_gemm.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, p.out_dtype, p.device),
-    workspace_bound=lambda p: grouped_gemm.workspace_bound(p.num_experts, p.num_tokens, p.device),
+    workspace_size=grouped_gemm.workspace_size,
+    workspace_bound=grouped_gemm.workspace_bound,
     plan=lambda problem, buffers: (Call(grouped_gemm.launch, tuple(buffers)),),
     explain=grouped_gemm.explain,
 )

@@ -25,9 +25,6 @@ from dataclasses import dataclass
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
-CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
-"""Compute capabilities whose tensor cores take the kernel's instructions."""
-
 WEIGHT_ROWS = 128
 """Rows of the weights that one SM takes."""
 
@@ -201,11 +198,9 @@ def select_estimate(
     return _select(num_experts, n, k, token_bucket(num_tokens), sm_count, out_bytes)
 
 
-def select_config(
-    num_experts: int, n: int, k: int, num_tokens: int, sm_count: int = SM_COUNT, out_bytes: int = 2
-) -> GemmConfig:
+def select_config(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int = SM_COUNT) -> GemmConfig:
     """As :func:`select_estimate`, the configuration alone."""
-    return select_estimate(num_experts, n, k, num_tokens, sm_count, out_bytes).config
+    return select_estimate(num_experts, n, k, num_tokens, sm_count).config
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,27 +14,20 @@ capability 10.0 or 10.3 was at hand. So a module is verified on the GPU before i
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.formats import MAX_INT32, padded_scale_rows, scale_cols
-from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, SM_COUNT, Estimate, GemmConfig, estimate, select_estimate
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import device as devices
+from hybrid_mxfp8.dispatch.problem import Problem, Support
 from hybrid_mxfp8.errors import BackendUnavailableError
-
-if TYPE_CHECKING:
-    from hybrid_mxfp8.dispatch.problem import Problem
-
-Support = tuple[bool, str]
-"""Whether it can, and why or why not."""
 
 OUT_TYPES = {
     torch.bfloat16: ("bf16", "cutlass::bfloat16_t"),
@@ -52,8 +45,7 @@ WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512
 NOT_RUN = "run in an emulator of its PTX, not yet on hardware; verified at first use"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a problem is launched."""
 
     module: Any  # tvm-ffi's; exports grouped_gemm and workspace_size
@@ -62,7 +54,7 @@ class Plan:
     workspace_bytes: int  # what a launch needs, exactly
 
 
-def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device) -> Plan:
+def make_plan(p: Problem) -> Plan:
     """The plan of a problem with at least one expert and token; compiles its module if need be.
 
     Raises:
@@ -70,11 +62,13 @@ def make_plan(num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torc
             wrong on this GPU (see verify.py). It is not tried again in this environment: from then
             on :func:`can_run` says no.
     """
-    config = _choose(num_experts, n, k, num_tokens, out_dtype, device)[0].config
-    module = _module(config.module, out_dtype, devices.capability(device))
-    _check_verified(config.module, out_dtype, device)
-    sm_count = _sm_count(device)
-    return Plan(module, config.cluster, sm_count, module.workspace_size(num_experts, n, k, num_tokens, sm_count))
+    config = _choose(p)[0].config
+    module = _module(config.module, p.out_dtype, p.capability)
+    _check_verified(config.module, p.out_dtype, p.device)
+    sm_count = _sm_count(p.device)
+    return Plan(
+        module, config.cluster, sm_count, module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, sm_count)
+    )
 
 
 def launch(
@@ -102,10 +96,10 @@ def launch(
         ValueError, TypeError: operands that do not fit; C++ checks them.
     """
     num_experts, n, k = w_values.shape
-    num_tokens = x_values.shape[0]
-    if num_experts == 0 or num_tokens == 0:
+    problem = Problem(num_experts, n, k, x_values.shape[0], out.dtype, out.device)
+    if nothing_to_compute(problem):
         return
-    plan = make_plan(num_experts, n, k, num_tokens, out.dtype, out.device)
+    plan = make_plan(problem)
     if workspace is None:
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=out.device)
     # e4m3 travels as bytes: not every torch exports it through DLPack.
@@ -115,35 +109,27 @@ def launch(
     plan.module.grouped_gemm(x_bytes, x_scales, w_bytes, w_scales, *offsets, out, workspace, *how)
 
 
-def grouped_gemm(xq: GroupedMXFP8, wq: ExpertWeights, out: torch.Tensor, workspace: torch.Tensor | None) -> None:
-    """As :func:`launch`, of quantized operands."""
-    groups = xq.groups
-    offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
-    launch(xq.values, xq.scales, *offsets, wq.values, wq.scales, out, workspace)
+def nothing_to_compute(p: Problem) -> bool:
+    """Whether the result has no elements."""
+    return p.num_experts == 0 or p.num_tokens == 0
 
 
-def workspace_size(
-    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device
-) -> int:
+def workspace_size(p: Problem) -> int:
     """Exact bytes of ``workspace``; compiles the module if need be.
 
     Raises:
         BackendUnavailableError: as :func:`make_plan`.
     """
-    if num_experts == 0 or num_tokens == 0:
-        return 0
-    return make_plan(num_experts, n, k, num_tokens, out_dtype, device).workspace_bytes
+    return 0 if nothing_to_compute(p) else make_plan(p).workspace_bytes
 
 
-def workspace_bound(num_experts: int, num_tokens: int, device: torch.device) -> int:
-    """Bytes that suffice for every call of up to ``num_tokens`` rows; compiles nothing.
+def workspace_bound(p: Problem) -> int:
+    """Bytes that suffice for every call of up to as many rows; compiles nothing.
 
     A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers,
     strides and layouts for each expert. The rows only decide on the module.
     """
-    if num_experts == 0 or num_tokens == 0:
-        return 0
-    return WORKSPACE_OF_SM * _sm_count(device) + WORKSPACE_OF_EXPERT * num_experts
+    return 0 if nothing_to_compute(p) else WORKSPACE_OF_SM * _sm_count(p.device) + WORKSPACE_OF_EXPERT * p.num_experts
 
 
 def availability(capability: tuple[int, int] | None) -> Support:
@@ -174,8 +160,8 @@ def can_run(problem: Problem) -> Support:
     if ok:
         ok, reason = takes(problem.n, problem.k, problem.out_dtype)
     failed = _failed_builds(problem.capability) if ok else {}
-    if failed and problem.num_experts and problem.num_tokens:
-        module = _choose_for(problem)[0].config.module, problem.out_dtype
+    if failed and not nothing_to_compute(problem):
+        module = _choose(problem)[0].config.module, problem.out_dtype
         if module in failed:
             return False, failed[module]
     return ok, reason
@@ -198,9 +184,9 @@ def takes(n: int, k: int, out_dtype: torch.dtype) -> Support:
 
 def explain(problem: Problem) -> str:
     """The configuration that a call would use, and why."""
-    if problem.num_experts == 0 or problem.num_tokens == 0:
+    if nothing_to_compute(problem):
         return "nothing to compute, nothing is launched"
-    chosen, forced = _choose_for(problem)
+    chosen, forced = _choose(problem)
     said = f"{chosen}{', forced by HYBRID_MXFP8_CONFIG' if forced else ''} ({NOT_RUN})"
     try:
         return "; ".join(filter(None, (said, toolchain.find_cutlass().hint)))
@@ -225,11 +211,9 @@ def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
     )
 
 
-def _choose(
-    num_experts: int, n: int, k: int, num_tokens: int, out_dtype: torch.dtype, device: torch.device
-) -> tuple[Estimate, bool]:
+def _choose(p: Problem) -> tuple[Estimate, bool]:
     """The configuration, and whether HYBRID_MXFP8_CONFIG forced it."""
-    shape = (num_experts, n, k, num_tokens, _sm_count(device), out_dtype.itemsize)
+    shape = (p.num_experts, p.n, p.k, p.num_tokens, _sm_count(p.device), p.out_dtype.itemsize)
     forced = env.config()
     if forced is None:
         return select_estimate(*shape), False
@@ -238,10 +222,6 @@ def _choose(
     except ValueError as error:
         raise ValueError(f"HYBRID_MXFP8_CONFIG: {error}") from None
     return estimate(config, *shape), True
-
-
-def _choose_for(problem: Problem) -> tuple[Estimate, bool]:
-    return _choose(problem.num_experts, problem.n, problem.k, problem.num_tokens, problem.out_dtype, problem.device)
 
 
 def _sm_count(device: torch.device) -> int:
@@ -274,15 +254,19 @@ def _failed_builds(capability: Capability | None) -> dict[tuple[str, torch.dtype
     return _failures.get((capability, _environment()), {})
 
 
-def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) -> Any:
+def _check_not_failed(module: str, out_dtype: torch.dtype, capability: Capability | None) -> Capability:
+    assert capability is not None, "availability() asks for a GPU"
+    if why := _failed_builds(capability).get((module, out_dtype)):
+        raise BackendUnavailableError(why)
+    return capability
+
+
+def _module(module: str, out_dtype: torch.dtype, found: Capability | None) -> Any:
     """The module, the capability's or its family's; built now if neither is there."""
-    key = module, out_dtype, capability
+    key = module, out_dtype, found
     if key in _modules:
         return _modules[key]
-    assert capability is not None, "availability() asks for a GPU"
-    failed = _failed_builds(capability)
-    if (module, out_dtype) in failed:
-        raise BackendUnavailableError(failed[module, out_dtype])
+    capability = _check_not_failed(module, out_dtype, found)
     try:
         _modules[key] = jit.load(_source(module, out_dtype, capability))
     except BackendUnavailableError as error:
@@ -295,11 +279,7 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
     be."""
     if (module, out_dtype, device) in _verified or not env.verify():
         return
-    capability = devices.capability(device)
-    assert capability is not None, "availability() asks for a GPU"
-    failed = _failed_builds(capability)
-    if (module, out_dtype) in failed:
-        raise BackendUnavailableError(failed[module, out_dtype])
+    capability = _check_not_failed(module, out_dtype, devices.capability(device))
     built = jit.build(_source(module, out_dtype, capability))
     record = verify.find(built, device)
     if record is None:

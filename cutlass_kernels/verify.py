@@ -33,9 +33,9 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.cutlass_kernels.config import SM_COUNT, GemmConfig
-from hybrid_mxfp8.cutlass_kernels.jit.build import MANIFEST, Built
+from hybrid_mxfp8.cutlass_kernels.jit.build import Built
 from hybrid_mxfp8.dispatch import device as devices
-from hybrid_mxfp8.dispatch.module_cache import build_once, trust_problem
+from hybrid_mxfp8.dispatch.module_cache import MANIFEST, build_once, trust_problem
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.reference import grouped_matmul, quantize, swizzle_scales, write_grouped
 
@@ -168,6 +168,8 @@ def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 
 def _nvml_driver_version() -> str:
+    if not torch.cuda.is_available():
+        return ""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -18,21 +18,29 @@ from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, padded_scale_rows, scale
 
 COUNTS, K = (5, 0, 130), 320
 """Two experts with tokens and one without; 10 scale columns, stored as 12."""
+BYTES_A_LINE = 16
+BANDS = ("#9ecae1", "#a1d99b", "#fdd0a2", "#dadaeb")
+"""Of rows 0 to 31, 32 to 63, 64 to 95 and 96 to 127 of a tile."""
 
 
 def draw_tile(axes: Axes) -> None:
-    """One 128x4 tile: where the byte of each row and column lies."""
-    offsets = [[scale_offset(row, col, 4) for col in range(4)] for row in range(128)]
-    axes.imshow(offsets, aspect="auto", cmap="viridis", interpolation="nearest")
-    for row in range(0, 128, 4):
+    """One 128x4 tile as it lies in memory, 16 bytes a line: where each row's 4 scales are."""
+    for row in range(128):
         for col in range(4):
-            shade = "white" if offsets[row][col] < 300 else "black"
-            # In the middle of rows row .. row + 3, of which it is the first's.
-            axes.text(col, row + 1.5, str(offsets[row][col]), ha="center", va="center", fontsize=6, color=shade)
-    axes.set_xticks(range(4), [f"c % 4 = {col}" for col in range(4)])
-    axes.set_yticks([0, 32, 64, 96, 124])
-    axes.set_ylabel("row in the tile")
-    axes.set_title(f"one tile: byte (of {SCALE_TILE_BYTES}) of scales in rows 0, 4, 8 ...")
+            y, x = divmod(scale_offset(row, col, 4), BYTES_A_LINE)
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=BANDS[row // 32], linewidth=0))
+            if col == 0:
+                axes.text(x + 2, y + 0.5, f"row {row}", ha="center", va="center", fontsize=7)
+    lines = SCALE_TILE_BYTES // BYTES_A_LINE
+    axes.hlines(range(lines), 0, BYTES_A_LINE, color="white", linewidth=0.8)
+    axes.set_xlim(0, BYTES_A_LINE)
+    axes.set_ylim(lines, 0)
+    axes.set_xticks([x + 0.5 for x in range(BYTES_A_LINE)], [str(x % 4) for x in range(BYTES_A_LINE)], fontsize=7)
+    axes.set_yticks([y + 0.5 for y in range(lines)], [str(y * BYTES_A_LINE) for y in range(lines)], fontsize=7)
+    axes.tick_params(length=0)
+    axes.set_xlabel("scale column c % 4")
+    axes.set_ylabel("byte of the line's first scale")
+    axes.set_title(f"One tile in memory: {SCALE_TILE_BYTES} bytes, 128 rows of 4", fontsize=10)
 
 
 def draw_buffer(axes: Axes) -> None:
@@ -45,27 +53,27 @@ def draw_buffer(axes: Axes) -> None:
             real = min(tokens - row, 128)
             for col in range(0, stored, 4):
                 y, number = first_row + row, scale_offset(first_row + row, col, stored) // SCALE_TILE_BYTES
-                axes.add_patch(Rectangle((col, y), 4, 128, facecolor="#eeeeee", edgecolor="black"))
+                axes.add_patch(Rectangle((col, y), 4, 128, facecolor="#eeeeee"))
                 width = min(max(used - col, 0), 4)
                 axes.add_patch(Rectangle((col, y), width, real, facecolor=plt.cm.tab10(expert), alpha=0.55))
-                axes.text(col + 2, y + 64, f"tile {number}", ha="center", va="center", fontsize=9)
-        if rows:
-            axes.text(
-                -0.25, first_row + rows / 2, f"expert {expert}\n{tokens} tokens", ha="right", va="center", fontsize=9
-            )
+                axes.add_patch(Rectangle((col, y), 4, 128, fill=False, edgecolor="black"))
+                axes.text(col + 1, y + 64, f"tile {number}", ha="center", va="center", fontsize=9)
+        text = f"expert {expert}:\n{tokens} tokens" if rows else f"expert {expert}:\nno tokens,\nno tile"
+        axes.text(stored + 0.2, first_row + rows / 2, text, ha="left", va="center", fontsize=9)
         first_row += rows
     axes.set_xlim(0, stored)
     axes.set_ylim(first_row, 0)
-    axes.set_xticks(range(0, stored + 1, 4))
-    axes.set_yticks([])
-    axes.set_xlabel(f"scale column c; K = {K} fills {used}, {stored} are stored")
-    axes.set_title("a grouped operand: tiles along K first, each expert from a new tile; grey: zeros")
+    axes.set_xticks([col + 0.5 for col in range(stored)], [str(col) for col in range(stored)])
+    axes.set_yticks(range(0, first_row + 1, 128))
+    axes.set_ylabel("scale row")
+    axes.set_xlabel(f"scale column c; K = {K} fills {used} of {stored}")
+    axes.set_title("A grouped operand: tiles along K first; coloured: scales; grey: zeros", fontsize=10)
 
 
 def main() -> None:
     """Write the picture."""
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("scale_layout.png")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.5), width_ratios=(1, 1.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 7), width_ratios=(1, 1.3), layout="constrained")
     draw_tile(left)
     draw_buffer(right)
     figure.savefig(target, dpi=110)

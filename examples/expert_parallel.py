@@ -18,9 +18,9 @@ E, H, INTER, TOP_K, M = 8, 256, 128, 2, 16  # M tokens on each rank
 
 def gather(mine: torch.Tensor) -> torch.Tensor:
     """Every rank's rows: (M, ...) to (ranks * M, ...)."""
-    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:])
-    dist.all_gather_into_tensor(everyone, mine)
-    return everyone
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.cat(everyone)
 
 
 def main() -> None:

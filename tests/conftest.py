@@ -21,8 +21,6 @@ from hypothesis import HealthCheck, settings
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.dispatch.registry import AUTO, requested
 
-pytest_plugins = ["tally"]
-
 # Derandomized: the same examples each run, so that a failure is one everybody sees.
 settings.register_profile(
     "repeatable",
@@ -66,6 +64,15 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def rng() -> torch.Generator:
     """A seeded CPU generator."""
     return torch.Generator().manual_seed(20240917)
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A CUDA toolkit, CUTLASS, a source and a cache, all of them fake (FakeToolkit)."""
+    from fake_toolkit import open_fake_toolkit
+
+    with open_fake_toolkit(monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture

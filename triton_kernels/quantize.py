@@ -61,14 +61,14 @@ def _scale_rows_from_counts(row, ends, scale_ends):
 
 
 @triton.jit
-def _quantize_blocks(x, ROUNDING_BIAS: tl.constexpr):
-    """x (R, B, 32) fp32 to codes (R, B, 32) and scales (R, B), both uint8."""
+def _quantize_groups(x, ROUNDING_BIAS: tl.constexpr):
+    """x (R, G, SCALE_GROUP) fp32 to codes of its shape and scales (R, G), both uint8."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(bits, 2)  # as integers: a float maximum would drop NaN
     finite = amax < 0x7F800000
     scale = tl.where(finite, tl.maximum(((amax + ROUNDING_BIAS) >> 23) - 8, 0), 255)
     inverse = tl.where(finite, (254 - scale) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    # A block with NaN or Inf is multiplied by NaN; 0x7F, the code wanted, is e4m3's NaN without
+    # A group with NaN or Inf is multiplied by NaN; 0x7F, the code wanted, is e4m3's NaN without
     # sign.
     codes = to_e4m3_codes(x * inverse[:, :, None])
     return tl.where(finite[:, :, None], codes, 0x7F).to(tl.uint8), scale.to(tl.uint8)
@@ -131,6 +131,7 @@ def quantize_kernel(
     row_programs,
     column_programs,
     ROUNDING_BIAS: tl.constexpr,
+    SCALE_GROUP: tl.constexpr,  # elements that share one scale: 32 or 128
     LAYOUT: tl.constexpr,
     GATHER: tl.constexpr,
     SWIGLU: tl.constexpr,  # whether rows are gate and up; then the three numbers below
@@ -216,15 +217,20 @@ def quantize_kernel(
             up += BETA
         x = x / (1.0 + tl.exp(-ALPHA * x)) * up
 
-    codes, scale = _quantize_blocks(tl.reshape(x, [BLOCK_ROWS, SCALE_COLS, 32]), ROUNDING_BIAS)
+    GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
+    codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
 
     codes = tl.reshape(codes, [BLOCK_ROWS, BLOCK_COLS])
     value_ptrs = values_ptr + row.to(tl.int64)[:, None] * K + col[None, :]
     stored = codes if INTERPRET else codes.to(tl.float8e4nv, bitcast=True)
     tl.store(value_ptrs, stored, mask=valid[:, None] & (col < K)[None, :])
 
-    # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants.
     c = column_program * SCALE_COLS + tl.arange(0, SCALE_COLS)
+    # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants; but
+    # not where they share that of a group.
+    if SCALE_GROUP > 32:
+        scale = tl.broadcast_to(scale[:, :, None], [BLOCK_ROWS, GROUPS, SCALE_GROUP // 32])
+        scale = tl.where((c < K // 32)[None, :], tl.reshape(scale, [BLOCK_ROWS, SCALE_COLS]), 0)
     offset = row_offset(scale_row, num_column_tiles)[:, None] + column_offset(c)[None, :]
     in_scales = valid & (scale_row >= 0) & (scale_row < num_scale_rows)
     tl.store(scales_ptr + offset, scale, mask=in_scales[:, None] & (c < num_column_tiles * 4)[None, :])
@@ -333,6 +339,7 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
     swiglu = p.activation
     constants = (
         SCALE_ROUNDING_BIAS[p.scale_rounding],
+        p.scale_group,
         p.grouping,
         b.row_index is not None,
         swiglu is not None,

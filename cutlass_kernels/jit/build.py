@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -30,15 +29,13 @@ from typing import Any
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.cutlass_kernels.jit.toolchain import CudaCompiler, CutlassHeaders
-from hybrid_mxfp8.dispatch.module_cache import BUILDING, build_once, check_trusted, trust_problem
+from hybrid_mxfp8.dispatch.module_cache import BUILDING, LIBRARY, Module, build_once, check_trusted, write_manifest
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 logger = logging.getLogger("hybrid_mxfp8")
 
 CSRC = Path(__file__).parent.parent / "csrc"
-LIBRARY = "module.so"
-MANIFEST = "build.json"
-MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc", "sha256")
+MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc")
 """What every manifest has, as strings."""
 
 FLAGS = (
@@ -93,40 +90,13 @@ class Source:
         return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Built:
-    """A module's folder in the cache."""
-
-    folder: Path
-
-    @property
-    def library(self) -> Path:
-        """The shared library."""
-        return self.folder / LIBRARY
+class Built(Module):
+    """A module of the CUTLASS backend in the cache."""
 
     def manifest(self) -> dict[str, Any]:
-        """What it was built from, and its library's digest; empty if unreadable or damaged."""
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        whole = isinstance(manifest, dict) and all(isinstance(manifest.get(key), str) for key in MANIFEST_STRINGS)
-        return manifest if whole else {}
-
-    def trust_problem(self) -> str:
-        """Why it is not loaded although it is there: others own it or can write it; or empty."""
-        paths = (self.folder, self.library, self.folder / MANIFEST)
-        return next(filter(None, map(trust_problem, paths)), "")
-
-    def intact(self) -> bool:
-        """Whether the library is the one that was built, by this user or root."""
-        if self.trust_problem():
-            return False
-        expected = self.manifest().get("sha256")
-        try:
-            return expected is not None and expected == _digest(self.library)
-        except OSError:
-            return False
+        """As any module's; empty if a string of a build of ours is missing, too."""
+        manifest = super().manifest()
+        return manifest if all(isinstance(manifest.get(key), str) for key in MANIFEST_STRINGS) else {}
 
 
 def cache() -> Path:
@@ -194,17 +164,7 @@ def load(source: Source) -> Any:
     Raises:
         BackendUnavailableError: as :func:`build`, or the library does not load.
     """
-    return _load(build(source).library)
-
-
-@functools.cache
-def _load(library: Path) -> Any:
-    import tvm_ffi
-
-    try:
-        return tvm_ffi.load_module(str(library))
-    except (RuntimeError, OSError) as error:
-        raise BackendUnavailableError(f"{library} does not load; delete its folder to rebuild: {error}") from error
+    return build(source).load()
 
 
 def _folders(pattern: str) -> Iterator[Built]:
@@ -249,15 +209,14 @@ def _compile(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, folder
     if done.returncode != 0:
         log.write_text(output, encoding="utf-8")
         raise BackendUnavailableError(f"compiling {source.name} failed: {_first_error(output)} (all of it in {log})")
-    manifest = {
-        "name": source.name,
-        "arch": source.arch,
-        "definitions": dict(source.definitions),
-        "cutlass": cutlass.version_string,
-        "nvcc": cuda.version_string,
-        "sha256": _digest(folder / LIBRARY),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    write_manifest(
+        folder,
+        name=source.name,
+        arch=source.arch,
+        definitions=dict(source.definitions),
+        cutlass=cutlass.version_string,
+        nvcc=cuda.version_string,
+    )
     log.unlink(missing_ok=True)
 
 
@@ -291,7 +250,3 @@ def _first_error(output: str) -> str:
             if re.search(pattern, line) and not line.startswith(("#", "File ")):
                 return line
     return next((line for line in reversed(lines) if line), "no output")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from hybrid_mxfp8.checkpoint.writer import Entry
-from hybrid_mxfp8.core.checks import check_k, check_shape, check_tensor
-from hybrid_mxfp8.core.formats import ceil_div, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.checks import check_k, check_scale_group, check_shape, check_tensor
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights
 from hybrid_mxfp8.ops.quantize import quantize_weights
+
+__all__ = ["quantize_fp8_blocks"]
 
 if TYPE_CHECKING:
     from hybrid_mxfp8.checkpoint.reader import Checkpoint
@@ -57,6 +59,7 @@ def quantize_fp8_blocks(
     scales: torch.Tensor,
     *,
     scale_rounding: str = "rceil",
+    scale_group: int = BLOCK_SIZE,
     device: torch.device | None = None,
     backend: str | None = None,
 ) -> ExpertWeights:
@@ -69,6 +72,7 @@ def quantize_fp8_blocks(
         scales: (E, ceil(N/128), ceil(K/128)) fp32, bf16 or float8_e8m0fnu, which multiply.
         scale_rounding: ``rceil``, which loses nothing where the scales are powers of two; ``floor``
             or ``even``.
+        scale_group: 32 or 128, as for ``quantize_weights``.
         device: where experts are quantized and the result is; default: where ``values`` are.
         backend: as for ``quantize_weights``.
 
@@ -83,13 +87,15 @@ def quantize_fp8_blocks(
     check_tensor("scales", scales, dtypes=dtypes, ndim=3, dims=dims, device=values.device)
     num_experts, n, k = values.shape
     check_k("values", k)
+    check_scale_group(scale_group)
     check_shape("scales", scales, scales_shape(values.shape), dims)
     device = values.device if device is None else device
     out = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn, device=device)
     out_scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=device)
     for e in range(num_experts):
         w = dequantize(values[e].detach().to(device), scales[e].detach().to(device))
-        wq = quantize_weights(w.unsqueeze(0), scale_rounding=scale_rounding, backend=backend)
+        w = w.unsqueeze(0)
+        wq = quantize_weights(w, scale_rounding=scale_rounding, scale_group=scale_group, backend=backend)
         out[e].view(torch.uint8).copy_(wq.values[0].view(torch.uint8))
         out_scales[e].copy_(wq.scales[0])
-    return ExpertWeights.unchecked(out, out_scales)
+    return ExpertWeights.unchecked(out, out_scales, scale_group)

@@ -9,7 +9,7 @@ multiply the elements by 2^(b-127), row-major. The scales are called
   files; read as well, F8_E8M0 as well as U8
 
 All multiply, in spite of ``_inv``. Scales on disk are always row-major, those of an
-:class:`ExpertWeights` always swizzled: no function here takes or returns a bare scale tensor, so
+``ExpertWeights`` always swizzled: no function here takes or returns a bare scale tensor, so
 the two can't be taken for one another. Where N % 128 == 0 and K % 128 == 0 both have the same
 shape.
 """
@@ -130,11 +130,11 @@ class Checkpoint:
 
 
 def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
-    """The MXFP8 experts of a checkpoint: names that :func:`load_experts` takes, with (E, N, K).
+    """The MXFP8 experts of a checkpoint: names that ``load_experts`` takes, with (E, N, K).
 
     Stacked (E, N, K) tensors are listed by name; (N, K) matrices whose names differ in one number
     after ``experts.``, under a name with ``*`` in its place. Other quantized weights are not
-    listed: attention's, or those whose scales are not MXFP8's. Raises as :class:`Checkpoint` does.
+    listed: attention's, or those whose scales are not MXFP8's. Raises as ``Checkpoint`` does.
     """
     stacks: dict[str, tuple[int, int, int]] = {}
     with Checkpoint(path) as checkpoint:

@@ -1,16 +1,28 @@
-"""Aligned plain-text tables for the terminal."""
+"""Wrapped text and aligned plain-text tables for the terminal."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
+WIDTH = 100
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
-    """Columns as wide as their widest cell, two spaces apart, flush right but those of ``left``."""
+
+def wrap(text: str, indent: str = "") -> str:
+    """Lines of at most WIDTH columns; those after the first are indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent)
+
+
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), title: str = ""
+) -> str:
+    """Columns as wide as their widest cell, two spaces apart, flush right but those of ``left``;
+    above them a title."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+    above = [wrap(title), ""] if title else []
+    return "\n".join([*above, line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -2,7 +2,7 @@
 this package.
 
 Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import
-alone::
+alone:
 
     from hybrid_mxfp8.compat.sglang import (
         es_sm100_mxfp8_blockscaled_grouped_quant,
@@ -24,6 +24,8 @@ buffers.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -48,6 +50,9 @@ from hybrid_mxfp8.dispatch.plan import ALIGNMENT
 from hybrid_mxfp8.ops.group_layout import build_around
 from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm, grouped_gemm_bytes
 from hybrid_mxfp8.ops.quantize import quantize_into
+from hybrid_mxfp8.ops.torch_library import define_operators
+
+__all__ = ["es_sm100_mxfp8_blockscaled_grouped_quant", "es_sm100_mxfp8_blockscaled_moe_grouped_gemm"]
 
 
 def es_sm100_mxfp8_blockscaled_grouped_quant(
@@ -155,21 +160,6 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     rank = workspace.ndim if isinstance(workspace, torch.Tensor) else 1
     check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=rank, dims="(bytes,)")
     check_contiguous("workspace", workspace)
-    return _multiply(a, b, sfa, sfb, expert_offsets, blockscale_offsets, tokens_per_expert, workspace, dtype)
-
-
-def _multiply(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    workspace: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The product; without a workspace one is allocated."""
     check_tensor("a", a, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
     num_experts, n, k = a.shape
     device = a.device
@@ -188,14 +178,14 @@ def _multiply(
     check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
-    if workspace is not None and workspace.device != device:
+    if workspace.device != device:
         fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
     if is_tracing(b):  # meta or fake: nothing to compute
         return b.new_empty(num_tokens, n, dtype=dtype)
     check_aligned("sfb", sfb)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0])
     x, w = GroupedMXFP8.unchecked(b, scales, groups), ExpertWeights(a, sfa)
-    memory = None if workspace is None else _aligned_part(workspace, grouped_gemm_bytes(x, w, dtype))
+    memory = _aligned_part(workspace, grouped_gemm_bytes(x, w, dtype))
     if memory is not None:
         read = {"a": a, "b": b, "sfa": sfa, "sfb": sfb}
         metadata = {"tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
@@ -241,42 +231,20 @@ def _layout(
     num_scale_rows: int,
 ) -> GroupLayout:
     """The layout that the caller's metadata describe: rows from the counts, scale positions as they
-    are given."""
-    if not tokens_per_expert.is_cuda:
-        _check_on_host(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, num_scale_rows)
+    are given. On a CPU, where looking is free, the offsets must belong to the counts and leave each
+    expert its rows."""
+    if tokens_per_expert.numel() and not tokens_per_expert.is_cuda:
+        tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
+        if not torch.equal(offsets[:-1], expert_offsets):
+            expected = f"must be the exclusive prefix sum of tokens_per_expert, {offsets[:-1].tolist()}"
+            fail("expert_offsets", expected, expert_offsets.tolist())
+        starts = blockscale_offsets.long()
+        ends = starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
+        if (starts % SCALE_TILE_ROWS).any() or starts.amin() < 0 or ends.amax() > num_scale_rows:
+            expected = f"must be multiples of 128 that leave each expert its rows among {num_scale_rows}"
+            fail("blockscale_offsets", expected, blockscale_offsets.tolist())
     buffer = build_around(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
     return GroupLayout.from_buffer(buffer, tokens_per_expert.shape[0], num_tokens)
-
-
-def _check_on_host(
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    num_tokens: int,
-    num_scale_rows: int,
-) -> None:
-    """On a CPU, where looking is free: that the offsets belong to the counts and leave each expert
-    its rows."""
-    if not tokens_per_expert.numel():
-        return
-    tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
-    if not torch.equal(offsets[:-1], expert_offsets):
-        fail(
-            "expert_offsets",
-            f"must be the exclusive prefix sum of tokens_per_expert, {offsets[:-1].tolist()}",
-            expert_offsets.tolist(),
-        )
-    ends = blockscale_offsets.to(torch.int64) + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
-    if (
-        (blockscale_offsets % SCALE_TILE_ROWS).any()
-        or int(blockscale_offsets.amin()) < 0
-        or int(ends.amax()) > num_scale_rows
-    ):
-        fail(
-            "blockscale_offsets",
-            f"must be multiples of 128 that leave each expert its rows among {num_scale_rows}",
-            blockscale_offsets.tolist(),
-        )
 
 
 def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
@@ -292,67 +260,30 @@ def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
 # ---------------------------------------------------------------- operators
 
 
-def _grouped_quant_operator(
-    input: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    quant_output: torch.Tensor,
-    scale_factor: torch.Tensor,
-) -> None:
-    values = quant_output.view(torch.float8_e4m3fn)
-    es_sm100_mxfp8_blockscaled_grouped_quant(
-        input, tokens_per_expert, expert_offsets, blockscale_offsets, values, scale_factor
-    )
+def _grouped_quant(*arguments: torch.Tensor) -> None:
+    *inputs, values, scales = arguments
+    es_sm100_mxfp8_blockscaled_grouped_quant(*[*inputs, values.view(torch.float8_e4m3fn), scales])
 
 
-def _moe_grouped_gemm_operator(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
-    return _multiply(a, b, sfa, sfb, expert_offsets, blockscale_offsets, tokens_per_expert, None, dtype)
+def _moe_grouped_gemm(*arguments: Any) -> torch.Tensor:
+    a, b, *others, dtype = arguments
+    operands = [a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn), *others]
+    no_workspace = a.new_empty(0, dtype=torch.uint8)
+    return es_sm100_mxfp8_blockscaled_moe_grouped_gemm(*[*operands, no_workspace, dtype])
 
 
-def _moe_grouped_gemm_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    blockscale_offsets: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return b.new_empty(b.shape[0], a.shape[1], dtype=dtype)
+def _moe_grouped_gemm_fake(a: torch.Tensor, b: torch.Tensor, *others: Any) -> torch.Tensor:
+    return b.new_empty(b.shape[0], a.shape[1], dtype=others[-1])
 
 
-def _register() -> torch.library.Library:
-    """Define the operators, as :mod:`hybrid_mxfp8.ops.torch_library` does: e4m3 goes in as such or
-    as bytes, into buffers as bytes."""
-    library = torch.library.Library("hybrid_mxfp8", "FRAGMENT")
-    tags = (torch.Tag.pt2_compliant_tag,)
-    library.define(
+LIBRARY = define_operators(
+    {
         "sglang_grouped_quant(Tensor input, Tensor tokens_per_expert, Tensor expert_offsets, Tensor blockscale_offsets,"
-        " Tensor(a!) quant_output, Tensor(b!) scale_factor) -> ()",
-        tags=tags,
-    )
-    library.define(
+        " Tensor(a!) quant_output, Tensor(b!) scale_factor) -> ()": (_grouped_quant, lambda *arguments: None),
         "sglang_moe_grouped_gemm(Tensor a, Tensor b, Tensor sfa, Tensor sfb, Tensor expert_offsets,"
-        " Tensor blockscale_offsets, Tensor tokens_per_expert, ScalarType dtype) -> Tensor",
-        tags=tags,
-    )
-    library.impl("sglang_grouped_quant", _grouped_quant_operator, "CompositeExplicitAutograd")
-    library.impl("sglang_moe_grouped_gemm", _moe_grouped_gemm_operator, "CompositeExplicitAutograd")
-    torch.library.register_fake("hybrid_mxfp8::sglang_grouped_quant", lambda *arguments: None, lib=library)
-    torch.library.register_fake("hybrid_mxfp8::sglang_moe_grouped_gemm", _moe_grouped_gemm_fake, lib=library)
-    return library
-
-
-LIBRARY = _register()
+        " Tensor blockscale_offsets, Tensor tokens_per_expert, ScalarType dtype) -> Tensor": (
+            _moe_grouped_gemm,
+            _moe_grouped_gemm_fake,
+        ),
+    }
+)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_ROUNDINGS, SCALE_TILE_ROWS
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that can be quantized, and that a product can be written in."""
@@ -129,6 +129,13 @@ def check_scale_rounding(value: Any) -> str:
     """One of the three roundings."""
     if not isinstance(value, str) or value not in SCALE_ROUNDINGS:
         fail("scale_rounding", f"must be one of {', '.join(SCALE_ROUNDINGS)}", repr(value))
+    return value
+
+
+def check_scale_group(value: Any) -> int:
+    """32, or 128: four blocks with one scale."""
+    if type(value) is not int or value not in SCALE_GROUPS:
+        fail("scale_group", f"must be {' or '.join(map(str, SCALE_GROUPS))}", repr(value))
     return value
 
 

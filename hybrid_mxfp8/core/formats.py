@@ -15,7 +15,6 @@ BLOCK_SIZE: Final = 32
 
 E4M3_MAX: Final = 448.0
 E4M3_NAN: Final = 0x7F
-E8M0_BIAS: Final = 127
 E8M0_NAN: Final = 255
 
 SCALE_TILE_ROWS: Final = 128
@@ -33,6 +32,9 @@ SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
     "even": 0x080000,  # amax first rounded half up to e4m3's 3 mantissa bits
 }
 """What is added to the fp32 bits of a block's amax before its exponent is taken."""
+
+SCALE_GROUPS: Final = (32, 128)
+"""Elements of K whose blocks share one scale: 128 is four neighbouring blocks with equal scales."""
 
 
 def round_up(value: int, multiple: int) -> int:

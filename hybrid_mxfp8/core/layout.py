@@ -27,7 +27,7 @@ class GroupLayout:
         scale_offsets: (E+1,) int32, exclusive prefix sum of roundup(tokens, 128), in rows.
         num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
 
-    :meth:`from_counts` and :meth:`from_ends` make layouts that are valid whatever the device data.
+    ``from_counts`` and ``from_ends`` make layouts that are valid whatever the device data.
     One put together by hand must obey the same sums. On CPU tensors, where looking is free, that is
     checked; on a GPU a layout that does not gives wrong numbers, but leads no kernel outside its
     buffers.

@@ -36,8 +36,11 @@ def signal_to_noise_db(signal: torch.Tensor, approximation: torch.Tensor) -> flo
     """
     _check_pair(signal=signal, approximation=approximation)
     s = signal.detach().double()
-    noise = float((s - approximation.detach().double()).square().sum())
-    power = float(s.square().sum())
+    return decibels(float(s.square().sum()), float((s - approximation.detach().double()).square().sum()))
+
+
+def decibels(power: float, noise: float) -> float:
+    """``10 log10(power / noise)``; inf without noise, -inf without power."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(power / noise) if power else -math.inf

@@ -6,6 +6,7 @@ of either.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,17 @@ from hybrid_mxfp8.core.checks import (
     check_contiguous,
     check_k,
     check_no_grad,
+    check_scale_group,
     check_shape,
     check_tensor,
     fail,
     resolve_device,
 )
-from hybrid_mxfp8.core.dequantize import dequantize_experts, dequantize_grouped
+from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.metrics import decibels
+from hybrid_mxfp8.core.scale_group import find_scale_group, regroup
 from hybrid_mxfp8.core.scale_layout import (
     swizzle_grouped_scales,
     swizzle_scales,
@@ -64,6 +68,8 @@ class GroupedMXFP8(_Portable):
             groups.scale_rows, C = roundup(K/32, 4). Columns from K/32 on must hold zeros; padding
             rows may hold anything.
         groups: the layout; rows beyond its last expert hold nothing.
+        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales. The
+            scales are not looked at: a kernel may read one of the four.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one
@@ -73,10 +79,11 @@ class GroupedMXFP8(_Portable):
     values: torch.Tensor
     scales: torch.Tensor
     groups: GroupLayout
+    scale_group: int = BLOCK_SIZE
 
     def __repr__(self) -> str:
         shape = f"num_tokens={self.groups.num_tokens}, k={self.k}, num_experts={self.groups.num_experts}"
-        return f"GroupedMXFP8({shape}, device={str(self.device)!r})"
+        return f"GroupedMXFP8({shape}, scale_group={self.scale_group}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, GroupLayout):
@@ -93,12 +100,16 @@ class GroupedMXFP8(_Portable):
         check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device)
         check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
         check_contiguous("scales", self.scales)
+        check_scale_group(self.scale_group)
 
     @classmethod
-    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+    def unchecked(
+        cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout, scale_group: int = BLOCK_SIZE
+    ) -> GroupedMXFP8:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        object.__setattr__(self, "__dict__", {"values": values, "scales": scales, "groups": groups})
+        fields = {"values": values, "scales": scales, "groups": groups, "scale_group": scale_group}
+        object.__setattr__(self, "__dict__", fields)
         return self
 
     @property
@@ -123,7 +134,9 @@ class GroupedMXFP8(_Portable):
         return torch.where(owned.unsqueeze(1), linear, 0)
 
     @classmethod
-    def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout) -> GroupedMXFP8:
+    def from_linear_scales(
+        cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout, *, scale_group: int = BLOCK_SIZE
+    ) -> GroupedMXFP8:
         """Tokens that arrive quantized, from another rank or another kernel, with row-major scales.
 
         Some dozen launches of PyTorch's, no sync; the values are not copied.
@@ -132,10 +145,11 @@ class GroupedMXFP8(_Portable):
             values: (T, K) float8_e4m3fn, or its bytes as uint8; sorted by expert, K % 32 == 0.
             scales: (T, K/32) float8_e8m0fnu, or its bytes as uint8; row-major, not swizzled.
             groups: the layout of the T rows, on the same device.
+            scale_group: of the scales, as for the class; it is not looked up, which would sync.
 
         Raises:
             TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
-                grad; no layout.
+                grad; no layout; no such group.
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
@@ -143,7 +157,7 @@ class GroupedMXFP8(_Portable):
         swizzled, _ = swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
         )
-        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzled, groups)
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzled, groups, scale_group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +168,8 @@ class ExpertWeights(_Portable):
         values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
         scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns
             from K/32 on must hold zeros; padding rows may hold anything.
+        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales. The
+            scales are not looked at: a kernel may read one of the four.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one
@@ -162,10 +178,11 @@ class ExpertWeights(_Portable):
 
     values: torch.Tensor
     scales: torch.Tensor
+    scale_group: int = BLOCK_SIZE
 
     def __repr__(self) -> str:
         shape = f"num_experts={self.num_experts}, n={self.n}, k={self.k}"
-        return f"ExpertWeights({shape}, device={str(self.device)!r})"
+        return f"ExpertWeights({shape}, scale_group={self.scale_group}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
         check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
@@ -185,13 +202,15 @@ class ExpertWeights(_Portable):
             "scales", self.scales, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), C)"
         )
         check_contiguous("scales", self.scales)
+        check_scale_group(self.scale_group)
 
     @classmethod
-    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
+    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, scale_group: int = BLOCK_SIZE) -> ExpertWeights:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "scale_group", scale_group)
         return self
 
     @property
@@ -221,7 +240,34 @@ class ExpertWeights(_Portable):
             ValueError: no such device; a dtype is none, and would turn bytes into numbers.
         """
         device = resolve_device(device)
-        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device))
+        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group)
+
+    def regrouped(self, scale_group: int) -> tuple[ExpertWeights, float]:
+        """The weights with one scale a group, the largest of its blocks', and the signal-to-noise
+        ratio of that in dB: inf where no value changed. Syncs.
+
+        Elements under a smaller scale than their group's are rounded once where they leave e4m3's
+        range downwards. Values that are NaN before or after don't count for the ratio: a block of
+        scale 255 makes its group NaN, which a product of the row is anyway. One expert at a time,
+        in float64. Weights that have the group already keep their tensors, as do those that get
+        groups of 32.
+
+        Raises:
+            ValueError: ``scale_group`` is neither 32 nor 128.
+        """
+        if check_scale_group(scale_group) <= self.scale_group:
+            return ExpertWeights.unchecked(self.values, self.scales, scale_group), math.inf
+        values, scales = torch.empty_like(self.values), torch.empty_like(self.scales)
+        power = noise = 0.0
+        for e, linear in enumerate(self.linear_scales()):
+            new_values, new_linear = regroup(self.values[e], linear, scale_group)
+            before = dequantize(self.values[e], linear, torch.float64)
+            change = dequantize(new_values, new_linear, torch.float64).sub_(before)
+            power += float(before.square_().nansum())
+            noise += float(change.square_().nansum())
+            values[e].view(torch.uint8).copy_(new_values.view(torch.uint8))
+            scales[e] = swizzle_scales(new_linear)
+        return ExpertWeights.unchecked(values, scales, scale_group), decibels(power, noise)
 
     def dequantize(self) -> torch.Tensor:
         """(E, N, K) fp32, exact."""
@@ -233,7 +279,8 @@ class ExpertWeights(_Portable):
 
     @classmethod
     def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
-        """Weights from a checkpoint's row-major scales.
+        """Weights from a checkpoint's row-major scales. They are looked at once, which syncs: where
+        all have groups of 128 the result says so.
 
         Args:
             values: (E, N, K) float8_e4m3fn, or its bytes as uint8.
@@ -244,4 +291,5 @@ class ExpertWeights(_Portable):
                 grad.
         """
         _check_linear(values, scales, "E, N")
-        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales))
+        scale_group = find_scale_group(scales.view(torch.uint8))
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), scale_group)

@@ -39,7 +39,7 @@ def swizzle_scales(linear: torch.Tensor) -> torch.Tensor:
 
 
 def unswizzle_scales(swizzled: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """The inverse of :func:`swizzle_scales`: row-major (..., rows, cols) uint8 without padding.
+    """The inverse of ``swizzle_scales``: row-major (..., rows, cols) uint8 without padding.
 
     Raises:
         TypeError: the dtype is not uint8 or float8_e8m0fnu, or ``rows`` or ``cols`` no int.

@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 
-from hybrid_mxfp8 import env
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
 TRITON_MIN_CAPABILITY = (8, 9)
 """The first with instructions for e4m3."""
@@ -39,17 +39,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
-def compiles_kernels(device: torch.device) -> bool:
-    """Whether this package's Triton kernels run compiled on ``device``; False for a CPU."""
-    found = capability(device)
-    return (
-        found is not None
-        and found >= TRITON_MIN_CAPABILITY
-        and torch.version.hip is None
-        and has_triton()
-        and not env.triton_interpret()
-    )
+def preferred_scale_group(device: torch.device) -> int:
+    """128 on Hopper, whose FP8 tensor cores can sum four blocks of one scale; else 32."""
+    return 128 if capability(device) == (9, 0) else BLOCK_SIZE
 
 
 def default_device() -> torch.device:

@@ -1,15 +1,10 @@
 """Builds, loads and feeds ``launcher.c``, which makes all launches of a plan in one call.
 
 The module is built once a machine, in 0.2 s, with the C compiler that Triton itself uses and the
-``cuda.h`` of Triton's wheel; the driver is opened when first used. It is kept as one file:
-
-    <cache_dir>/launcher/<key>-<digest of the file>.so
-
-The key covers the source, both headers, the flags, the processor and the C library; not the
-compiler, since any makes the same interface: a machine without one takes what was built before.
-A build works in a private folder and ends in a rename, so a file is there whole or not at all, and
-two processes that build at once both end with a good one. Only what matches its digest is loaded,
-and only if nobody but this user or root can have written it.
+``cuda.h`` of Triton's wheel; the driver is opened when first used. It is kept in
+``<cache_dir>/launcher/<key>/``, by the rules of :mod:`hybrid_mxfp8.dispatch.module_cache`. The key
+covers the source, both headers, the flags, the processor and the C library; not the compiler, since
+any makes the same interface: a machine without one takes what was built before.
 
 Where there is no launcher, :func:`load` says why, and Triton's own makes the launches: slower, with
 the same result.
@@ -20,18 +15,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import os
 import platform
 import shutil
-import stat
 import subprocess
-import tempfile
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, Module, build_once, check_trusted, write_manifest
+from hybrid_mxfp8.errors import BackendUnavailableError
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
@@ -148,33 +142,29 @@ def _load_once() -> Launcher | str:
         return str(error)
 
 
-def _load() -> Launcher:
+def _module() -> tuple[Module, tuple[str, ...]]:
+    """Where the launcher is kept, and what its compiler is told beside the source."""
     cuda, tvm_ffi = _package("triton") / "backends/nvidia/include", _package("tvm_ffi")
     cuda_header, tvm_ffi_header = cuda / "cuda.h", tvm_ffi / "include/tvm/ffi/c_api.h"
     for wheel, header in (("triton", cuda_header), ("apache-tvm-ffi", tvm_ffi_header)):
         if not header.is_file():
             raise LauncherUnavailableError(f"{header} is missing: pip install --force-reinstall {wheel}")
-    folder, key = env.cache_dir() / "launcher", _key(cuda_header, tvm_ffi_header)
-    for path in _kept(folder, key):
-        try:
-            return _open(path)
-        except OSError:  # built for a newer C library, say: what is built here replaces it
-            continue
-    path = _build(folder, key, cuda, tvm_ffi)
+    options = (f"-I{cuda}", f"-I{tvm_ffi / 'include'}", f"-L{tvm_ffi / 'lib'}", "-ltvm_ffi", "-ldl")
+    return Module(env.cache_dir() / "launcher" / _key(cuda_header, tvm_ffi_header)), options
+
+
+def _load() -> Launcher:
+    module, options = _module()
+    cache = module.folder.parent
     try:
-        return _open(path)
-    except OSError as error:
-        raise LauncherUnavailableError(f"{path} was built but does not load: {_first_line(error)}") from error
-
-
-def _open(path: Path) -> Launcher:
-    import tvm_ffi
-
-    try:
-        module = tvm_ffi.load_module(str(path))
-        return Launcher(module.run, module.check, module.verify)
-    except (RuntimeError, AttributeError) as error:  # tvm-ffi's own error for what dlopen refuses
-        raise OSError(_first_line(error)) from error
+        check_trusted(cache.parent, cache)
+        if not module.intact():
+            compiler = _compiler()
+            build_once(module.folder, lambda folder: _compile(compiler, options, folder), module.intact)
+        functions = module.load()
+    except BackendUnavailableError as error:
+        raise LauncherUnavailableError(str(error)) from error
+    return Launcher(functions.run, functions.check, functions.verify)
 
 
 def _package(name: str) -> Path:
@@ -193,96 +183,22 @@ def _key(*headers: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- the cache
-
-
-def _digest(library: bytes) -> str:
-    return hashlib.sha256(library).hexdigest()[:32]
-
-
-def _kept(folder: Path, key: str) -> list[Path]:
-    """The modules in the cache that are whole and nobody else's.
-
-    Raises:
-        LauncherUnavailableError: someone else could have written what is there, or it can't be
-            read.
-    """
-    try:
-        paths = sorted(folder.glob(f"{key}-*.so"))
-        if paths:
-            _check_owner(folder, *paths)
-        return [path for path in paths if path.stem == f"{key}-{_digest(path.read_bytes())}"]
-    except OSError as error:
-        raise LauncherUnavailableError(
-            f"{error.filename} can't be read ({error.strerror}): set HYBRID_MXFP8_CACHE_DIR to a folder that can"
-        ) from error
-
-
-def _check_owner(folder: Path, *files: Path) -> None:
-    if env.trust_cache():
-        return
-    for path in (folder.parent, folder, *files):
-        if problem := writable_by_others(path):
-            raise LauncherUnavailableError(
-                f"the cache is not loaded: {problem}: make it yours alone (chown, chmod go-w), or set "
-                "HYBRID_MXFP8_CACHE_DIR to a folder that is"
-            )
-
-
-def writable_by_others(path: Path) -> str:
-    """Why code at ``path`` may be someone else's; empty if only this user or root can write it."""
-    found = path.stat()
-    if found.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to user {found.st_uid}, not to user {os.geteuid()}, who runs this, or to root"
-    sticky_folder = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky_folder:
-        return f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
-    return ""
-
-
-# ---------------------------------------------------------------- one build
-
-
 def _compiler() -> str:
     """As Triton chooses it: CC, else gcc, else clang."""
-    environment = env.child_environment()
-    compiler = environment.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = env.child_environment().get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise LauncherUnavailableError("no C compiler: install gcc or clang, or set CC")
     return compiler
 
 
-def _build(folder: Path, key: str, cuda: Path, tvm_ffi: Path) -> Path:
-    compiler = _compiler()
+def _compile(compiler: str, options: Sequence[str], folder: Path) -> None:
+    command = [compiler, *FLAGS, str(SOURCE), "-o", str(folder / LIBRARY), *options]
     try:
-        for missing in (folder.parent, folder):
-            missing.mkdir(0o755, parents=True, exist_ok=True)
-        _check_owner(folder)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as private:
-            made = Path(private) / "launcher.so"
-            command = [compiler, *FLAGS, str(SOURCE), f"-I{cuda}", f"-I{tvm_ffi / 'include'}", "-o", str(made)]
-            command += [f"-L{tvm_ffi / 'lib'}", "-ltvm_ffi", "-ldl"]
-            _compile(command)
-            made.chmod(0o755)  # a lenient umask lets others write
-            final = folder / f"{key}-{_digest(made.read_bytes())}.so"
-            os.replace(made, final)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise LauncherUnavailableError(
-            f"the cache folder {folder} can't be written ({error.strerror}): set HYBRID_MXFP8_CACHE_DIR to one that can"
-        ) from error
-    return final
-
-
-def _compile(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, env=env.child_environment(), capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise LauncherUnavailableError(f"the C compiler {command[0]} does not run: {error.strerror}") from error
+        raise LauncherUnavailableError(f"the C compiler {compiler} does not run: {error.strerror}") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line), "".join(lines[:1]) or f"exit code {done.returncode}")
-        raise LauncherUnavailableError(f"{command[0]} can't compile {SOURCE.name}: {first.strip()}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise LauncherUnavailableError(f"{compiler} can't compile {SOURCE.name}: {first.strip()}")
+    write_manifest(folder, compiler=compiler)

@@ -5,7 +5,8 @@ files on the way to it must belong to this user or to root, and nobody else may 
 them. A folder with the sticky bit, such as ``/tmp``, may be open to all: nobody can replace
 another's files in it. Symbolic links are followed; they must not be someone else's either.
 
-A build works in a private folder and ends in one rename, so a module is there whole or not at all.
+A module is a folder of its own with the library and a manifest, which has the library's digest. A
+build works in a private folder and ends in one rename, so a module is there whole or not at all.
 A file lock makes other processes wait meanwhile. Where a network file system does not honour it,
 two builds run, and the second finds the first one's module in place.
 """
@@ -13,28 +14,95 @@ two builds run, and the second finds the first one's module in place.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 import logging
 import os
-import secrets
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-import filelock
+from typing import Any
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 logger = logging.getLogger("hybrid_mxfp8")
 
+LIBRARY = "module.so"
+MANIFEST = "build.json"
+
 BUILDING = ".building-"
 """How the names of private folders begin."""
 
 ABANDONED_SECONDS = 3600.0
 """A private folder older than this was left by a build that was killed."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled module's folder."""
+
+    folder: Path
+
+    @property
+    def library(self) -> Path:
+        """The shared library, which exports functions through tvm-ffi."""
+        return self.folder / LIBRARY
+
+    def manifest(self) -> dict[str, Any]:
+        """What it was built from, and its library's digest; empty if unreadable or damaged."""
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str) else {}
+
+    def trust_problem(self) -> str:
+        """Why it is not loaded although it is there: others own it or can write it; or empty."""
+        paths = (self.folder, self.library, self.folder / MANIFEST)
+        return next(filter(None, map(trust_problem, paths)), "")
+
+    def intact(self) -> bool:
+        """Whether the library is the one that was built, by this user or root."""
+        if self.trust_problem():
+            return False
+        try:
+            return self.manifest().get("sha256") == _digest(self.library)
+        except OSError:
+            return False
+
+    def load(self) -> Any:
+        """The tvm-ffi module; loaded once in a process.
+
+        Raises:
+            BackendUnavailableError: the library does not load.
+        """
+        return _load(self.library)
+
+
+@functools.cache
+def _load(library: Path) -> Any:
+    import tvm_ffi
+
+    try:
+        return tvm_ffi.load_module(str(library))
+    except (RuntimeError, OSError) as error:
+        raise BackendUnavailableError(f"{library} does not load; delete its folder to rebuild: {error}") from error
+
+
+def write_manifest(folder: Path, **about: Any) -> None:
+    """The last step of a build: say what the library in ``folder`` was built from."""
+    manifest = {**about, "sha256": _digest(folder / LIBRARY)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def trust_problem(path: Path) -> str:
@@ -121,7 +189,7 @@ def _build(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool
 
 
 def _private_folder(folder: Path) -> Path:
-    return folder.with_name(f"{BUILDING}{folder.name}-{secrets.token_hex(8)}")
+    return folder.with_name(f"{BUILDING}{folder.name}-{os.urandom(8).hex()}")
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -140,6 +208,8 @@ def _make_folder(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One build of a module at a time; the system frees the lock of a process that dies."""
+    import filelock
+
     lock = filelock.FileLock(f"{folder}.lock", mode=0o600, thread_local=False)
     try:
         lock.acquire(timeout=0)

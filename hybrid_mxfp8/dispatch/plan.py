@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_mxfp8.core.checks import extent, fail
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
@@ -226,14 +227,15 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
     return None if x is None else (x.shape, describe_rows(x))
 
 
-def describe_operand(values: torch.Tensor, scales: torch.Tensor, rows: int | None = None) -> tuple[Hashable, ...]:
+def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = None) -> tuple[Hashable, ...]:
     """As :func:`describe`, or with ``rows`` as :func:`describe_rows`, of tensors known to be
     contiguous and of their dtypes."""
+    values, scales = operand.values, operand.scales
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")
     shape, scales_shape = values.shape, scales.shape
     known = (shape, scales_shape) if rows is None else (shape[0] == rows, shape[-1], scales_shape[-1])
-    return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15
+    return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15, operand.scale_group
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from hybrid_mxfp8.core.activation import SwiGLU
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.device import capability
 
@@ -16,7 +17,11 @@ Support = tuple[bool, str]
 
 
 class Problem(NamedTuple):
-    """A grouped GEMM: (T, K) rows of E experts times their (N, K) weights."""
+    """A grouped GEMM: (T, K) rows of E experts times their (N, K) weights.
+
+    ``scale_group``: 128 where four neighbouring blocks of a row have equal scales, in both
+        operands; else 32. A kernel may ignore it.
+    """
 
     num_experts: int
     n: int
@@ -24,6 +29,7 @@ class Problem(NamedTuple):
     num_tokens: int
     out_dtype: torch.dtype
     device: torch.device
+    scale_group: int = BLOCK_SIZE
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -63,6 +69,7 @@ class QuantizeProblem(NamedTuple):
         activation: rows are [gate | up] of 2K columns, and this is quantized; or None.
         grouping: how rows belong to experts.
         expert_stride: elements from one expert of x to the next, of weights.
+        scale_group: elements of a row whose blocks get one scale: 32 or 128.
     """
 
     num_rows: int
@@ -74,6 +81,7 @@ class QuantizeProblem(NamedTuple):
     activation: SwiGLU | None = None
     grouping: Grouping = "offsets"
     expert_stride: int = 0
+    scale_group: int = BLOCK_SIZE
 
 
 class QuantizeBuffers(NamedTuple):

@@ -21,7 +21,7 @@ def _plan(problem: Problem, buffers: GemmBuffers) -> Steps:
 def _quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> Steps:
     p, b = problem, buffers
     if p.grouping == "uniform":
-        return (Call(reference.quantize_weights, (b.x, b.values, b.scales, p.scale_rounding)),)
+        return (Call(reference.quantize_weights, (b.x, b.values, b.scales, p.scale_rounding, p.scale_group)),)
     steps: Steps = ()
     expert_offsets, scale_offsets = b.expert_offsets, b.scale_offsets
     if p.grouping == "counts":
@@ -29,8 +29,8 @@ def _quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> Steps:
         assert b.layout is not None
         _, expert_offsets, scale_offsets = split_layout(b.layout, p.num_experts)
         steps = _group_offsets(b.counts, b.layout, p.num_rows, False)
-    rows = (b.x, b.row_index, p.scale_rounding, p.activation, expert_offsets, scale_offsets, b.values, b.scales)
-    return *steps, Call(reference.quantize_rows, rows)
+    source = (b.x, b.row_index, p.scale_rounding, p.scale_group, p.activation)
+    return *steps, Call(reference.quantize_rows, (*source, expert_offsets, scale_offsets, b.values, b.scales))
 
 
 def _group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> Steps:

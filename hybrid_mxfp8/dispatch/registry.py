@@ -181,7 +181,7 @@ def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, st
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Quantizer:
-    """The quantizer for calls that ask for ``backend`` on this device; raises as :func:`choose`
+    """The quantizer for calls that ask for ``backend`` on this device; raises as ``choose``
     does."""
     name = requested(backend)
     triton = backend_of("triton")

@@ -37,9 +37,12 @@ import torch
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
 from hybrid_mxfp8.core.activation import SwiGLU
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, fail, resolve_device, short
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_scale_group, fail, resolve_device, short
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.ops.experts import MXFP8Experts
+
+__all__ = ["MemorySaved", "quantize_model_", "register"]
 
 NAME = "hybrid_mxfp8"
 """The value of ``experts_implementation``."""
@@ -228,7 +231,12 @@ def _why_not_fp8(module: torch.nn.Module, intermediate: int) -> str | None:
     return "it is FP8 with a bias or transposed" if module.is_transposed or module.has_bias else None
 
 
-def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch.device | None = None) -> MXFP8Experts:
+def _quantize(
+    module: torch.nn.Module,
+    backend: str | None = None,
+    device: torch.device | None = None,
+    scale_group: int | None = None,
+) -> MXFP8Experts:
     reason = why_not(module)
     if reason is not None:
         fail("experts", "must be SwiGLU experts", f"{type(module).__name__}: {reason}")
@@ -236,8 +244,10 @@ def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch
     assert activation is not None, "why_not has found one"
     with torch.no_grad():
         if _is_fp8(module):
+            group = scale_group or preferred_scale_group(device or _parameters(module)[0].device)
+            options: dict[str, Any] = {"scale_group": group, "device": device, "backend": backend}
             w13q, w2q = (
-                quantize_fp8_blocks(getattr(module, w), getattr(module, s), device=device, backend=backend)
+                quantize_fp8_blocks(getattr(module, w), getattr(module, s), **options)
                 for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
             )
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
@@ -245,7 +255,9 @@ def _quantize(module: torch.nn.Module, backend: str | None = None, device: torch
         if module.is_transposed:
             w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
         bias = dict(zip(("w13_bias", "w2_bias"), biases, strict=False))
-        return MXFP8Experts.from_weights(w13, w2, **bias, activation=activation, backend=backend)
+        return MXFP8Experts.from_weights(
+            w13, w2, **bias, scale_group=scale_group, activation=activation, backend=backend
+        )
 
 
 @dataclass(frozen=True)
@@ -281,6 +293,7 @@ def quantize_model_(
     *,
     device: torch.device | str | None = None,
     progress: bool = True,
+    scale_group: int | None = None,
     backend: str | None = None,
 ) -> MemorySaved:
     """Quantize the experts of every MoE layer in place and switch the model to this implementation.
@@ -296,18 +309,22 @@ def quantize_model_(
         device: where each layer's experts are quantized and stay; default: where they are. From a
             model on the CPU, a GPU thus gets one layer's unquantized experts at a time.
         progress: show a progress bar on stderr.
+        scale_group: of the weights, as in ``MXFP8Experts.from_weights``: None: 128 on Hopper, else
+            32.
         backend: of the quantization and the forward; None: as everywhere.
 
     Returns the memory saved; ``print`` it for a sentence.
 
     Raises:
         ImportError: no transformers whose models take a registered name, as they do from 5.7 on.
-        ValueError: no such device, no MoE layer, one that can't be quantized or is offloaded, or a
-            model that is quantized already; then nothing has been changed.
+        ValueError: no such device or group, no MoE layer, one that can't be quantized or is
+            offloaded, or a model that is quantized already; then nothing has been changed.
     """
     from tqdm import tqdm
 
     register()
+    if scale_group is not None:
+        check_scale_group(scale_group)
     where = None if device is None else resolve_device(device)
     found = [(name, m) for name, m in model.named_modules() if _has_experts(m)]
     if not found:
@@ -326,7 +343,7 @@ def quantize_model_(
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
         before += sum(p.nbytes for p in _parameters(module))
-        experts = _quantize(module, backend, where)
+        experts = _quantize(module, backend, where, scale_group)
         after += sum(buffer.nbytes for buffer in experts.buffers())
         # The names stay, as parameters that are None, for code that looks for them.
         for parameter in _parameter_names(module):

@@ -2,7 +2,7 @@
 product syncs.
 
 Under ``torch.compile``, and for fake and meta tensors, it is one operator of
-:mod:`hybrid_mxfp8.ops.torch_library`.
+``hybrid_mxfp8.ops.torch_library``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
 
-    Equal calls give equal bytes. Within a configuration, which :func:`explain` prints and which
+    Equal calls give equal bytes. Within a configuration, which ``explain`` prints and which
     depends on shapes alone, so do an expert's rows whatever the others are.
 
     Args:
@@ -56,7 +56,7 @@ def grouped_gemm(
         out_dtype: bf16, fp16 or fp32; accumulation is fp32 or better.
         out: (T, N) of ``out_dtype``, contiguous, 16-byte aligned; written and returned. Must not
             overlap the operands.
-        workspace: uint8 buffer on x's device of at least :func:`grouped_gemm_workspace_size` bytes,
+        workspace: uint8 buffer on x's device of at least ``grouped_gemm_workspace_size`` bytes,
             256-byte aligned. Without it one is allocated if the backend needs any. Two streams must
             not share one; it must not overlap the operands or ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
@@ -111,8 +111,8 @@ def _signature(
             settings(backend),
             out_dtype,
             x.groups.tokens_per_expert.shape,
-            describe_operand(x.values, x.scales, num_tokens),
-            describe_operand(w.values, w.scales),
+            describe_operand(x, num_tokens),
+            describe_operand(w),
             None if out is None else (describe_rows(out, num_tokens), torch.is_grad_enabled()),
             None if workspace is None else (describe_rows(workspace), workspace.data_ptr() % ALIGNMENT),
         )
@@ -199,12 +199,13 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
         w.scales,
         out_dtype,
         backend,
+        min(x.scale_group, w.scale_group),
     )
     return product
 
 
 def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> int:
-    """Bytes of ``workspace`` that :func:`grouped_gemm` of just these operands needs."""
+    """Bytes of ``workspace`` that ``grouped_gemm`` of just these operands needs."""
     problem = _problem(x, w, out_dtype)
     return choose(problem).workspace_size(problem)
 
@@ -212,8 +213,8 @@ def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype
 def grouped_gemm_workspace_size(
     w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> int:
-    """Bytes of ``workspace`` that suffice for :func:`grouped_gemm` of up to ``num_tokens`` rows by
-    ``w``; 0 if none are needed.
+    """Bytes of ``workspace`` that suffice for ``grouped_gemm`` of up to ``num_tokens`` rows, in
+    groups of 32 or of 128, by ``w``; 0 if none are needed.
 
     A smaller batch may take another configuration, or where the choice is free another backend, and
     need more than a larger one. So this may be more than a call of ``num_tokens`` rows needs, and a
@@ -231,20 +232,23 @@ def grouped_gemm_workspace_size(
     check_n("w", w.n)
     problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
     asked = requested(backend)
-    chosen = choose(problem, asked)
-    free = [chosen]
-    if asked == AUTO:
-        free = [b for b in map(backend_of, NAMES) if b.available(problem.device)[0]]
-    return max(chosen.workspace_size(problem), *(b.workspace_bound(problem) for b in free))
+    sizes = []
+    for p in {problem, problem._replace(scale_group=w.scale_group)}:
+        chosen = choose(p, asked)
+        free = [chosen]
+        if asked == AUTO:
+            free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]]
+        sizes += [chosen.workspace_size(p), *(b.workspace_bound(p) for b in free)]
+    return max(sizes)
 
 
 def explain(
     x: GroupedMXFP8, w: ExpertWeights, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> str:
-    """Which backend :func:`grouped_gemm` would use for these operands, with which configuration,
+    """Which backend ``grouped_gemm`` would use for these operands, with which configuration,
     and why; one line.
 
-    Raises as :func:`grouped_gemm` does.
+    Raises as ``grouped_gemm`` does.
     """
     problem = _problem(x, w, out_dtype)
     chosen = choose(problem, backend)
@@ -272,4 +276,4 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
     if k != x.k:
         fail("w", f"must have x's K = {x.k}", k)
     check_n("w", n)
-    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device)
+    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, min(x.scale_group, w.scale_group))

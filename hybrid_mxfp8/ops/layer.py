@@ -18,7 +18,7 @@ import torch
 
 from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
-from hybrid_mxfp8.core.formats import MAX_INT32, grouped_scale_rows, round_up, scale_cols
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights
 from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
@@ -37,7 +37,7 @@ class MoEShape(NamedTuple):
     """All of an MoE layer that sizes its intermediates, but for the number of tokens.
 
     H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E,
-    H, I).
+    H, I). ``scale_groups`` are those of x and w13, and of the activation and w2.
     """
 
     experts: int
@@ -46,12 +46,13 @@ class MoEShape(NamedTuple):
     top_k: int
     dtype: torch.dtype
     device: torch.device
+    scale_groups: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)
 
     def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
         """The two products for M = ``num_tokens``."""
-        rows = num_tokens * self.top_k
-        up = Problem(self.experts, 2 * self.intermediate, self.hidden, rows, self.dtype, self.device)
-        return up, Problem(self.experts, self.hidden, self.intermediate, rows, self.dtype, self.device)
+        rest = (num_tokens * self.top_k, self.dtype, self.device)
+        up = Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, self.scale_groups[0])
+        return up, Problem(self.experts, self.hidden, self.intermediate, *rest, self.scale_groups[1])
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
@@ -75,7 +76,8 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     check_n("w2q", hidden)
     if w2q.values.device != w13q.values.device:
         fail("w2q", f"must be on {w13q.values.device}, as w13q", w2q.values.device)
-    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device)
+    scale_groups = (w13q.scale_group, w2q.scale_group)
+    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, scale_groups)
 
 
 def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
@@ -214,12 +216,13 @@ def plan_layer(
         source: Buffer,
         stride: int,
         target: tuple[Buffer, Buffer],
+        scale_group: int,
         *,
         gather: Buffer | None = None,
         activation: SwiGLU | None = None,
     ) -> Steps:
         sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
-        problem = QuantizeProblem(*sizes, "rceil", activation)
+        problem = QuantizeProblem(*sizes, "rceil", activation, scale_group=scale_group)
         buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets)
         return quantizer.quantize(problem, buffers)
 
@@ -231,10 +234,10 @@ def plan_layer(
 
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantize(x, inputs.x.stride(0), a.xq, gather=a.sorted_token_ids),
+        *quantize(x, inputs.x.stride(0), a.xq, up_problem.scale_group, gather=a.sorted_token_ids),
         *product(up, up_problem, a.xq, w13, a.h),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
-        *quantize(a.h, 2 * shape.intermediate, a.hq, activation=activation),
+        *quantize(a.h, 2 * shape.intermediate, a.hq, down_problem.scale_group, activation=activation),
         *product(down, down_problem, a.hq, w2, a.y),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )

@@ -18,6 +18,7 @@ from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_contiguous,
     check_no_grad,
+    check_scale_group,
     check_shape,
     check_tensor,
     fail,
@@ -43,6 +44,7 @@ def moe_forward(
     activation: str | SwiGLU = "swiglu",
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
+    scale_group: int | None = None,
     workspace: MoEWorkspace | None = None,
     backend: str | None = None,
     out: torch.Tensor | None = None,
@@ -73,9 +75,12 @@ def moe_forward(
             (those of other ranks, or padding) contribute nothing.
         topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
         activation: ``swiglu``, silu(g) * u; ``swigluoai``, that of gpt-oss and MiniMax-M3; or a
-            :class:`SwiGLU`.
+            ``SwiGLU``.
         w13_bias: (E, 2I), contiguous, added in fp32 in a launch of its own.
         w2_bias: (E, H), contiguous, added in fp32 by the combine.
+        scale_group: None: tokens and activation get the groups of the weights that they meet. 32:
+            groups of 32, whatever the weights have. 128 is as None: one operand in groups of 128
+            is of no use.
         workspace: made for this shape and at least M tokens; then a call allocates only ``out``.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND. ``reference`` syncs.
         out: (M, H) of x's dtype, unit column stride, rows apart; written and returned. It may be x
@@ -95,14 +100,14 @@ def moe_forward(
     inputs = LayerInputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature = _signature(inputs, activation, out, workspace, backend)
+        signature = _signature(inputs, (activation, scale_group), out, workspace, backend)
         plan = None if signature is None else PLANS.get(signature, (x.shape[0],))
     if plan is None:
-        shape, swiglu = _check(inputs, activation)
+        shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
             _check_out(out, x)
         if is_tracing(x):
-            return _forward_traced(inputs, swiglu, out, backend)
+            return _forward_traced(inputs, shape, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)
             return torch.zeros_like(x) if out is None else out.zero_()
@@ -151,7 +156,7 @@ def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorks
 
 
 def _signature(
-    inputs: LayerInputs, activation: Any, out: Any, workspace: MoEWorkspace | None, backend: Any
+    inputs: LayerInputs, options: tuple[Any, ...], out: Any, workspace: MoEWorkspace | None, backend: Any
 ) -> tuple[Hashable, ...] | None:
     """All that checks and launches depend on but for M; None for what has none, such as fake
     tensors."""
@@ -164,11 +169,11 @@ def _signature(
             _LAYER,
             settings(backend),
             torch.is_grad_enabled(),
-            activation,
+            options,
             describe_rows(x),
             None if workspace is None else (workspace.shape, num_tokens <= workspace.max_tokens),
-            describe_operand(w13q.values, w13q.scales),
-            describe_operand(w2q.values, w2q.scales),
+            describe_operand(w13q),
+            describe_operand(w2q),
             describe_rows(topk_ids, num_tokens),
             describe_rows(topk_weights, num_tokens),
             describe(w13_bias),
@@ -179,7 +184,7 @@ def _signature(
         return None
 
 
-def _check(inputs: LayerInputs, activation: str | SwiGLU) -> tuple[MoEShape, SwiGLU]:
+def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:
     """All that is read fits together."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
@@ -201,6 +206,10 @@ def _check(inputs: LayerInputs, activation: str | SwiGLU) -> tuple[MoEShape, Swi
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
         if bias is not None:
             check_no_grad(name, bias)
+    if scale_group is not None:
+        check_scale_group(scale_group)
+        w13_group, w2_group = shape.scale_groups
+        shape = shape._replace(scale_groups=(min(scale_group, w13_group), min(scale_group, w2_group)))
     return shape, swiglu
 
 
@@ -224,7 +233,7 @@ def _check_out(out: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def _forward_traced(
-    inputs: LayerInputs, activation: SwiGLU, out: torch.Tensor | None, backend: str | None
+    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
@@ -239,5 +248,6 @@ def _forward_traced(
         w2_bias,
         activation.spec,
         backend,
+        *shape.scale_groups,
     )
     return result if out is None else out.copy_(result)

@@ -2,7 +2,7 @@
 nothing syncs.
 
 Under ``torch.compile``, and for fake and meta tensors, each is one operator of
-:mod:`hybrid_mxfp8.ops.torch_library`; eager calls don't pay for PyTorch's dispatcher.
+``hybrid_mxfp8.ops.torch_library``; eager calls don't pay for PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from hybrid_mxfp8.core.checks import (
     check_k,
     check_no_buffer,
     check_no_grad,
+    check_scale_group,
     check_scale_rounding,
     check_shape,
     check_tensor,
     fail,
     is_tracing,
 )
-from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
@@ -45,6 +46,7 @@ def quantize_grouped(
     groups: GroupLayout | torch.Tensor,
     *,
     scale_rounding: str = "rceil",
+    scale_group: int = BLOCK_SIZE,
     row_index: torch.Tensor | None = None,
     activation: str | SwiGLU | None = None,
     out: GroupedMXFP8 | None = None,
@@ -59,12 +61,14 @@ def quantize_grouped(
             (E,) int32 or int64: then T is the number of rows of x or of ``row_index``, and for a
             decode batch no launch is spent on the layout, which the result holds.
         scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
+        scale_group: 32; or 128: the scale of four neighbouring blocks follows from the amax of them
+            all, as FP8 tensor cores want it of both operands. Still MXFP8, for every backend.
         row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 ..
             R-1 reads as zeros.
         activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32;
-            ``"swigluoai"``, gpt-oss's, or another :class:`SwiGLU`.
+            ``"swigluoai"``, gpt-oss's, or another ``SwiGLU``.
         out: an earlier result of the same shapes whose buffers are written instead of new ones;
-            ``out.groups`` is not used. They must not overlap the inputs.
+            ``out.groups`` and ``out.scale_group`` are not used. They must not overlap the inputs.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with
             the Triton kernel.
 
@@ -79,10 +83,10 @@ def quantize_grouped(
     """
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature, sizes = _signature(x, groups, scale_rounding, row_index, activation, out, backend)
+        signature, sizes = _signature(x, groups, (scale_rounding, scale_group), row_index, activation, out, backend)
         plan = PLANS.get(signature, sizes)
     if plan is None:
-        rows = _check(x, groups, scale_rounding, row_index, activation)
+        rows = _check(x, groups, scale_rounding, scale_group, row_index, activation)
         if is_tracing(x):
             check_no_buffer("out", out)
             return _quantize_traced(x, groups, rows, row_index, backend)
@@ -92,7 +96,7 @@ def quantize_grouped(
         given = (metadata(x), metadata(groups), rows, metadata(row_index), buffers, backend)
         plan = PLANS.make(signature, _sizes(x, rows.num_tokens, out), functools.partial(plan_rows, *given))
     if out is None:
-        num_tokens, k, scale_rows, scale_columns = plan.result
+        num_tokens, k, scale_rows, scale_columns, _ = plan.result
         # Unpacked: PyTorch takes 1.2 µs longer to parse a tuple.
         values = torch.empty(num_tokens, k, dtype=E4M3, device=x.device)
         scales = torch.empty(scale_rows, scale_columns, dtype=torch.uint8, device=x.device)
@@ -133,11 +137,11 @@ def _run(
         plan.run(*inputs)
     else:
         plan.run(*inputs, row_index)
-    return GroupedMXFP8.unchecked(values, scales, layout)
+    return GroupedMXFP8.unchecked(values, scales, layout, plan.result[-1])
 
 
 def _signature(
-    x: Any, groups: Any, scale_rounding: Any, row_index: Any, activation: Any, out: Any, backend: Any
+    x: Any, groups: Any, scaling: tuple[Any, Any], row_index: Any, activation: Any, out: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
     """All that checks and launches depend on, and the sizes; None for what has none, such as fake
     tensors."""
@@ -153,12 +157,12 @@ def _signature(
             if type(out) is not GroupedMXFP8:
                 return None, ()
             fits = out.scales.shape[0] == grouped_scale_rows(num_tokens, num_experts)
-            buffers = fits, describe_operand(out.values, out.scales, num_tokens)
+            buffers = fits, describe_operand(out, num_tokens)
         signature = (
             _ROWS,
             settings(backend),
             torch.is_grad_enabled(),
-            scale_rounding,
+            scaling,
             activation,
             describe_rows(x, num_tokens),
             layout,
@@ -176,7 +180,7 @@ def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[
 
 
 class Rows(NamedTuple):
-    """What the checks of :func:`quantize_grouped` find out."""
+    """What the checks of ``quantize_grouped`` find out."""
 
     num_tokens: int
     num_experts: int
@@ -184,6 +188,7 @@ class Rows(NamedTuple):
     scale_rounding: str
     activation: SwiGLU | None
     device: torch.device
+    scale_group: int = BLOCK_SIZE
 
     @property
     def scales_shape(self) -> tuple[int, int]:
@@ -195,6 +200,7 @@ def _check(
     x: torch.Tensor,
     groups: GroupLayout | torch.Tensor,
     scale_rounding: str,
+    scale_group: int,
     row_index: torch.Tensor | None,
     activation: str | SwiGLU | None,
 ) -> Rows:
@@ -209,6 +215,7 @@ def _check(
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=device)
     check_no_grad("x", x)
     check_scale_rounding(scale_rounding)
+    check_scale_group(scale_group)
     swiglu = None if activation is None else swiglu_of(activation, "None, ")
     num_tokens, width = x.shape
     if swiglu is not None and width % 2:
@@ -224,7 +231,7 @@ def _check(
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
-    return Rows(num_tokens, num_experts, k, scale_rounding, swiglu, device)
+    return Rows(num_tokens, num_experts, k, scale_rounding, swiglu, device, scale_group)
 
 
 def _check_out(out: GroupedMXFP8, rows: Rows) -> None:
@@ -277,11 +284,11 @@ def plan_rows(
     if rows.num_tokens and rows.num_experts:
         shape = (rows.num_tokens, rows.num_experts, rows.k, num_source_rows, x.stride(0))
         grouping: Grouping = "counts" if buffers.counts else "offsets"
-        problem = QuantizeProblem(*shape, rows.scale_rounding, rows.activation, grouping)
+        problem = QuantizeProblem(*shape, rows.scale_rounding, rows.activation, grouping, scale_group=rows.scale_group)
         steps = quantizer.quantize(problem, buffers)
     elif buffers.counts is not None and buffers.layout is not None:
         steps = quantizer.group_offsets(buffers.counts, buffers.layout, rows.num_tokens, False)
-    return Plan(rows.device, operands, steps, result=(rows.num_tokens, rows.k, *rows.scales_shape))
+    return Plan(rows.device, operands, steps, result=(num_tokens, rows.k, *rows.scales_shape, rows.scale_group))
 
 
 def _quantize_traced(
@@ -301,16 +308,20 @@ def _quantize_traced(
         row_index,
         None if rows.activation is None else rows.activation.spec,
         backend,
+        rows.scale_group,
     )
-    return GroupedMXFP8.unchecked(values.view(E4M3), scales, layout)
+    return GroupedMXFP8.unchecked(values.view(E4M3), scales, layout, rows.scale_group)
 
 
-def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend: str | None = None) -> ExpertWeights:
+def quantize_weights(
+    w: torch.Tensor, *, scale_rounding: str = "rceil", scale_group: int = BLOCK_SIZE, backend: str | None = None
+) -> ExpertWeights:
     """Quantize expert weights to MXFP8, with the kernel that quantizes tokens.
 
     Args:
         w: (E, N, K) bf16, fp16 or fp32, K % 32 == 0, unit stride along K.
         scale_rounding: ``rceil``, ``floor`` or ``even``.
+        scale_group: 32 or 128, as in :func:`quantize_grouped`.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND.
 
     Returns:
@@ -324,26 +335,32 @@ def quantize_weights(w: torch.Tensor, *, scale_rounding: str = "rceil", backend:
     check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
     check_no_grad("w", w)
     check_scale_rounding(scale_rounding)
+    check_scale_group(scale_group)
     num_experts, n, k = w.shape
     check_k("w", k)
     if w.stride(2) != 1 and w.numel():
         fail("w", "must have unit stride along K", f"strides {w.stride()}")
     if is_tracing(w):
-        values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend)
-        return ExpertWeights.unchecked(values.view(E4M3), scales)
+        values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend, scale_group)
+        return ExpertWeights.unchecked(values.view(E4M3), scales, scale_group)
     values = torch.empty(num_experts, n, k, dtype=E4M3, device=w.device)
     scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=w.device)
-    signature = (_WEIGHTS, settings(backend), scale_rounding, describe(w))
+    signature = (_WEIGHTS, settings(backend), scale_rounding, scale_group, describe(w))
     plan = PLANS.get(signature)
     if plan is None:
-        plan = _plan_weights(w, values, scales, scale_rounding, backend)
+        plan = _plan_weights(w, values, scales, scale_rounding, scale_group, backend)
         PLANS.add(signature, plan)
     plan.run(w, values, scales)
-    return ExpertWeights(values, scales)
+    return ExpertWeights(values, scales, scale_group)
 
 
 def _plan_weights(
-    w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, scale_rounding: str, backend: str | None
+    w: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    scale_rounding: str,
+    scale_group: int,
+    backend: str | None,
 ) -> Plan:
     quantizer = choose_quantizer(w.device, backend)
     operands = Operands()
@@ -351,6 +368,7 @@ def _plan_weights(
     target = operands.add("values", values, written=True), operands.add("scales", scales, written=True)
     num_experts, n, k = w.shape
     rows = num_experts * n
-    problem = QuantizeProblem(rows, num_experts, k, rows, w.stride(1), scale_rounding, None, "uniform", w.stride(0))
+    sizes = (rows, num_experts, k, rows, w.stride(1))
+    problem = QuantizeProblem(*sizes, scale_rounding, None, "uniform", w.stride(0), scale_group)
     steps = quantizer.quantize(problem, QuantizeBuffers(source, *target)) if rows else ()
     return Plan(w.device, operands, steps)

@@ -2,7 +2,7 @@
 torch.export can trace.
 
 Each takes plain tensors, returns new ones, and has a fake implementation that knows their shapes.
-The public functions call them only while something is being is_tracing: an eager call through the
+The public functions call them only while something is being traced: an eager call through the
 dispatcher would cost the host several microseconds more. No operator has a derivative; the public
 functions refuse inputs that require grad.
 
@@ -21,29 +21,18 @@ the operator runs: ``use_backend()``, else the environment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_tensor
-from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, SCALE_TILE_ROWS, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.ops import grouped_gemm, moe, quantize
 
 NAMESPACE = "hybrid_mxfp8"
-
-SCHEMAS = {
-    "group_offsets": "(Tensor counts_or_ends, SymInt num_tokens, bool from_ends) -> Tensor",
-    "quantize_grouped": "(Tensor x, Tensor tokens_per_expert, Tensor expert_offsets, Tensor scale_offsets,"
-    " str scale_rounding, Tensor? row_index, str? activation, str? backend) -> (Tensor, Tensor)",
-    "quantize_weights": "(Tensor w, str scale_rounding, str? backend) -> (Tensor, Tensor)",
-    "grouped_gemm": "(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
-    " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend) -> Tensor",
-    "moe_forward": "(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
-    " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation, str? backend) -> Tensor",
-}
 
 
 def _group_offsets(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
@@ -67,6 +56,7 @@ def _quantize_grouped(
     row_index: torch.Tensor | None,
     activation: str | None,
     backend: str | None,
+    scale_group: int = BLOCK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if row_index is None:
         num_tokens = check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)").shape[0]
@@ -74,21 +64,21 @@ def _quantize_grouped(
         num_tokens = check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)").shape[0]
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, num_tokens)
     xq = quantize.quantize_grouped(
-        x, groups, scale_rounding=scale_rounding, row_index=row_index, activation=activation, backend=backend
+        x,
+        groups,
+        scale_rounding=scale_rounding,
+        scale_group=scale_group,
+        row_index=row_index,
+        activation=activation,
+        backend=backend,
     )
     return xq.values.view(torch.uint8), xq.scales
 
 
 def _quantize_grouped_fake(
-    x: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    scale_offsets: torch.Tensor,
-    scale_rounding: str,
-    row_index: torch.Tensor | None,
-    activation: str | None,
-    backend: str | None,
+    x: torch.Tensor, tokens_per_expert: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    row_index, activation = others[3:5]
     num_tokens = x.shape[0] if row_index is None else row_index.shape[0]
     k = x.shape[1] if activation is None else x.shape[1] // 2
     # formats.grouped_scale_rows with a symbolic minimum: a plain one would tie the graph to T < E
@@ -101,14 +91,14 @@ def _quantize_grouped_fake(
     )
 
 
-def _quantize_weights(w: torch.Tensor, scale_rounding: str, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    wq = quantize.quantize_weights(w, scale_rounding=scale_rounding, backend=backend)
+def _quantize_weights(
+    w: torch.Tensor, scale_rounding: str, backend: str | None, scale_group: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wq = quantize.quantize_weights(w, scale_rounding=scale_rounding, scale_group=scale_group, backend=backend)
     return wq.values.view(torch.uint8), wq.scales
 
 
-def _quantize_weights_fake(
-    w: torch.Tensor, scale_rounding: str, backend: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_weights_fake(w: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     num_experts, n, k = w.shape
     return (
         w.new_empty(num_experts, n, k, dtype=torch.uint8),
@@ -123,8 +113,8 @@ def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor
     return values.view(torch.float8_e4m3fn)
 
 
-def _weights(name: str, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
-    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales)
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int) -> ExpertWeights:
+    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group)
 
 
 def _grouped_gemm(
@@ -137,24 +127,17 @@ def _grouped_gemm(
     w_scales: torch.Tensor,
     out_dtype: torch.dtype,
     backend: str | None,
+    scale_group: int = BLOCK_SIZE,
 ) -> torch.Tensor:
     x_values = _e4m3("x_values", x_values, 2, "(T, K)")
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, x_values.shape[0])
-    x = GroupedMXFP8(x_values, x_scales, groups)
-    return grouped_gemm.grouped_gemm(x, _weights("w_values", w_values, w_scales), out_dtype=out_dtype, backend=backend)
+    x = GroupedMXFP8(x_values, x_scales, groups, scale_group)
+    w = _weights("w_values", w_values, w_scales, scale_group)
+    return grouped_gemm.grouped_gemm(x, w, out_dtype=out_dtype, backend=backend)
 
 
-def _grouped_gemm_fake(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    scale_offsets: torch.Tensor,
-    w_values: torch.Tensor,
-    w_scales: torch.Tensor,
-    out_dtype: torch.dtype,
-    backend: str | None,
-) -> torch.Tensor:
+def _grouped_gemm_fake(x_values: torch.Tensor, *others: Any) -> torch.Tensor:
+    w_values, _, out_dtype = others[4:7]
     return x_values.new_empty(x_values.shape[0], w_values.shape[1], dtype=out_dtype)
 
 
@@ -170,11 +153,13 @@ def _moe_forward(
     w2_bias: torch.Tensor | None,
     activation: str,
     backend: str | None,
+    w13_scale_group: int = BLOCK_SIZE,
+    w2_scale_group: int = BLOCK_SIZE,
 ) -> torch.Tensor:
     return moe.moe_forward(
         x,
-        _weights("w13_values", w13_values, w13_scales),
-        _weights("w2_values", w2_values, w2_scales),
+        _weights("w13_values", w13_values, w13_scales, w13_scale_group),
+        _weights("w2_values", w2_values, w2_scales, w2_scale_group),
         topk_ids,
         topk_weights,
         activation=activation,
@@ -184,38 +169,45 @@ def _moe_forward(
     )
 
 
-def _moe_forward_fake(
-    x: torch.Tensor,
-    w13_values: torch.Tensor,
-    w13_scales: torch.Tensor,
-    w2_values: torch.Tensor,
-    w2_scales: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    activation: str,
-    backend: str | None,
-) -> torch.Tensor:
+def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-def _register() -> torch.library.Library:
-    """Define the operators. They live as long as the Library object does."""
+def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> torch.library.Library:
+    """Define operators by their schemas, each with its implementation and its fake one; they live
+    as long as what is returned."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "group_offsets": (_group_offsets, _group_offsets_fake),
-        "quantize_grouped": (_quantize_grouped, _quantize_grouped_fake),
-        "quantize_weights": (_quantize_weights, _quantize_weights_fake),
-        "grouped_gemm": (_grouped_gemm, _grouped_gemm_fake),
-        "moe_forward": (_moe_forward, _moe_forward_fake),
-    }
-    for name, schema in SCHEMAS.items():
-        real, fake = implementations[name]
-        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for schema, (real, fake) in operators.items():
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        name = schema.partition("(")[0]
         library.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return library
 
 
-LIBRARY = _register()
+LIBRARY = define_operators(
+    {
+        "group_offsets(Tensor counts_or_ends, SymInt num_tokens, bool from_ends) -> Tensor": (
+            _group_offsets,
+            _group_offsets_fake,
+        ),
+        "quantize_grouped(Tensor x, Tensor tokens_per_expert, Tensor expert_offsets, Tensor scale_offsets,"
+        " str scale_rounding, Tensor? row_index, str? activation, str? backend, int scale_group=32) -> (Tensor, Tensor)": (
+            _quantize_grouped,
+            _quantize_grouped_fake,
+        ),
+        "quantize_weights(Tensor w, str scale_rounding, str? backend, int scale_group=32) -> (Tensor, Tensor)": (
+            _quantize_weights,
+            _quantize_weights_fake,
+        ),
+        "grouped_gemm(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
+        " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend,"
+        " int scale_group=32) -> Tensor": (
+            _grouped_gemm,
+            _grouped_gemm_fake,
+        ),
+        "moe_forward(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
+        " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation,"
+        " str? backend, int w13_scale_group=32, int w2_scale_group=32) -> Tensor": (_moe_forward, _moe_forward_fake),
+    }
+)

@@ -40,8 +40,8 @@ class MoEWorkspace:
         max_tokens: the largest M, before routing.
         top_k: experts of a token.
         dtype: of the tokens: bf16, fp16 or fp32.
-        backend: as in ``moe_forward``; what another one that runs later needs beyond this is
-            allocated once, and kept.
+        backend: as in ``moe_forward``; what another one that runs later, or weights of another
+            ``scale_group``, need beyond this is allocated once, and kept.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -102,6 +102,7 @@ class MoEWorkspace:
         Raises:
             ValueError: a layer of another shape, or more tokens than ``max_tokens``.
         """
+        shape = shape._replace(scale_groups=self.shape.scale_groups)  # what other groups need more is allocated once
         if shape != self.shape:
             given = {f: v for f, v, own in zip(shape._fields, shape, self.shape, strict=True) if v != own}
             expected = ", ".join(f"{field} = {short(value)}" for field, value in given.items())

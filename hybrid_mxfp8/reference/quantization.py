@@ -7,28 +7,32 @@ import torch
 
 from hybrid_mxfp8.core.activation import PLAIN_SWIGLU, SwiGLU
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX, E4M3_NAN, E8M0_NAN, SCALE_ROUNDING_BIAS
+from hybrid_mxfp8.core.scale_group import largest_of_group
 from hybrid_mxfp8.core.scale_layout import swizzle_grouped_scales, swizzle_scales
 
 FP32_INF_BITS = 0x7F800000
 
 
-def quantize(x: torch.Tensor, scale_rounding: str = "rceil") -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    x: torch.Tensor, scale_rounding: str = "rceil", scale_group: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize rows to MXFP8.
 
     Args:
         x: (..., K) bf16, fp16 or fp32, K % 32 == 0.
         scale_rounding: ``rceil``, ``floor`` or ``even``; design and formulas in the numerics
             section of the README.
+        scale_group: elements whose blocks get one scale: 32 or 128.
 
     Returns:
-        values (..., K) float8_e4m3fn and row-major scales (..., K/32) uint8, E8M0. A block with a
-        NaN or an Inf has scale 255 and only NaN elements; a zero block has scale 0 and keeps its
-        signs.
+        values (..., K) float8_e4m3fn and row-major scales (..., K/32) uint8, E8M0. A group with a
+        NaN or an Inf has scale 255 and only NaN elements; a group of zeros has scale 0 and keeps
+        its signs.
     """
     blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
     # Integer comparison orders magnitudes as floats do, and puts NaN above Inf above all finite
     # values.
-    amax = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)
+    amax = largest_of_group((blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1), scale_group)
     exponent = ((amax + SCALE_ROUNDING_BIAS[scale_rounding]) >> 23) - 8
     finite = amax < FP32_INF_BITS
     scales = torch.where(finite, exponent.clamp_min(0), E8M0_NAN)
@@ -80,6 +84,7 @@ def quantize_rows(
     x: torch.Tensor,
     row_index: torch.Tensor | None,
     scale_rounding: str,
+    scale_group: int,
     activation: SwiGLU | None,
     expert_offsets: torch.Tensor,
     scale_offsets: torch.Tensor,
@@ -93,6 +98,7 @@ def quantize_rows(
         x: (R, K), or (R, 2K) with an activation; bf16, fp16 or fp32.
         row_index: (T,) int32, the source of each row, or None; one outside 0 .. R-1 reads as zeros.
         scale_rounding: as for :func:`quantize`.
+        scale_group: as for :func:`quantize`.
         activation: what is quantized of [gate | up], or None.
         expert_offsets: (E+1,) int32.
         scale_offsets: (E+1,) int32.
@@ -103,14 +109,16 @@ def quantize_rows(
         inside = (row_index >= 0) & (row_index < x.shape[0])
         rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(row_index.shape[0], x.shape[1])
         x = torch.where(inside.unsqueeze(1), rows, 0)
-    values, scales = quantize(x if activation is None else swiglu(x, activation), scale_rounding)
+    values, scales = quantize(x if activation is None else swiglu(x, activation), scale_rounding, scale_group)
     write_grouped(values, scales, expert_offsets, scale_offsets, out_values, out_scales)
 
 
-def quantize_weights(w: torch.Tensor, out_values: torch.Tensor, out_scales: torch.Tensor, scale_rounding: str) -> None:
+def quantize_weights(
+    w: torch.Tensor, out_values: torch.Tensor, out_scales: torch.Tensor, scale_rounding: str, scale_group: int
+) -> None:
     """w (E, N, K) to ``out_values`` (E, N, K) and ``out_scales`` (E, roundup(N, 128), C)."""
     # One expert at a time: fp32 copies of all weights would be several times their size.
     for e in range(w.shape[0]):
-        values, scales = quantize(w[e], scale_rounding)
+        values, scales = quantize(w[e], scale_rounding, scale_group)
         out_values[e].view(torch.uint8).copy_(values.view(torch.uint8))
         out_scales[e] = swizzle_scales(scales)

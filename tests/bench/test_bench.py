@@ -22,8 +22,9 @@ import transformers_models
 from hybrid_mxfp8.commands import bench as bench_command
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["bench_grouped_gemm", "bench_moe", "bench_quantize", "limits", "report", "run", "shapes", "timing", "work"]
-gemm, moe, quantize, limits, report, run, shapes, timing, work = (
+BENCHES = ["bench_grouped_gemm", "bench_moe", "bench_quantize"]
+NAMES = [*BENCHES, "limits", "plots", "report", "run", "shapes", "timing", "work"]
+gemm, moe, quantize, limits, plots, report, run, shapes, timing, work = (
     importlib.import_module(f"hybrid_mxfp8.bench.{name}") for name in NAMES
 )
 Case = shapes.Case
@@ -191,6 +192,20 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch):
     assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokens", "n", "k", "experts", "job"),
+    [
+        ("gemm", 128, 4096, 7168, 256, ("DeepSeek-V3, gate and up\n256 experts, top-8", 16)),
+        ("pipeline", 64, 7168, 2048, 32, ("DeepSeek-V3, down\n32 of 256 experts, top-8", 64)),
+        ("quantize", 4, 0, 2880, 128, ("gpt-oss-120b, before gate and up\n128 experts, top-4", 1)),
+        ("moe", 16, 768, 2048, 128, ("Qwen3-30B-A3B\n128 experts, top-8", 16)),
+        ("gemm", 1024, 4096, 4096, 64, None),
+    ],
+)
+def test_a_panel_names_the_model_and_counts_tokens_before_routing(kind, tokens, n, k, experts, job):
+    assert plots.job_of({"kind": kind, "tokens": tokens, "n": n, "k": k, "experts": experts}) == job
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -199,7 +214,7 @@ def test_a_run_leaves_a_record_a_table_and_pictures(suite, monkeypatch, tmp_path
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[bench]")
     machine = {"gpu": "NVIDIA H100", "capability": [9, 0], "sms": 132, "driver": "580.1", "torch": "2", "triton": "3"}
     machine |= {"hybrid_mxfp8": "0.1.0", "date": "2030-01-02T03:04:05+00:00", "l2_bytes": 1000}
-    chosen = [Case("quantize", "test", t, 0, 64, 2) for t in (4, 8, 16)] + [Case("gemm", "test", 4, 16, 64, 2)]
+    chosen = [Case("quantize", "test", t, 0, 4096, 8) for t in (4, 8, 16)] + [Case("gemm", "test", 4, 16, 64, 2)]
     monkeypatch.setattr(run, "why_not", lambda: None)
     monkeypatch.setattr(run, "CudaDevice", EveryCallTakes10Us)
     monkeypatch.setattr(run, "measure_limits", lambda *arguments: HOPPER)

@@ -93,6 +93,11 @@ def test_on_each_backend_and_device(backend: str, device: str, rng: torch.Genera
     expected = fp8_blocks.quantize_fp8_blocks(values, scales, backend="reference")
     assert same_bytes(wq.values, expected.values)
     assert same_bytes(wq.scales, expected.scales)
+    powers = random_scales(rng, (2, 136, 160), E8M0)
+    of_128 = fp8_blocks.quantize_fp8_blocks(values, powers, scale_group=128, backend=backend)
+    assert of_128.scale_group == 128
+    assert same_bytes(of_128.scales, mx.quantize_weights(truth(values, powers), scale_group=128).scales)
+    assert torch.equal(of_128.dequantize(), truth(values, powers))
     on_meta = fp8_blocks.quantize_fp8_blocks(values, scales, device=torch.device("meta"))
     assert on_meta.values.is_meta
     assert (on_meta.num_experts, on_meta.n, on_meta.k) == (2, 136, 160)

@@ -19,7 +19,6 @@ import torch
 from files import quantize, same_experts
 from forked import Child
 from safetensors.torch import load_file, save_file
-from tally import Tally
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import atomic, convert
@@ -115,7 +114,7 @@ HEADERS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("how", HEADERS)
-def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
+def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Loading names the file and the fault, converting does the same and writes nothing."""
     lie, how_written, message = HEADERS[how]
     path = write(tmp_path / "lie.safetensors", lie, **how_written)
@@ -125,7 +124,6 @@ def test_headers_that_lie(how: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert quantize(path, tmp_path / "out.safetensors", "--experts", "*") == 2
     assert "quantize: " in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [path]
-    tally("file faults")
 
 
 def test_the_file_without_lies(tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_the_file_without_lies(tmp_path: Path) -> None:
     assert loaded.values.view(torch.uint8).flatten().tolist() == list(DATA[:VALUES])
 
 
-def test_cut_anywhere(tmp_path: Path, tally: Tally) -> None:
+def test_cut_anywhere(tmp_path: Path) -> None:
     """At every one of its bytes."""
     path = write(tmp_path / "cut.safetensors", header())
     whole = path.read_bytes()
@@ -143,10 +141,9 @@ def test_cut_anywhere(tmp_path: Path, tally: Tally) -> None:
         with pytest.raises(ValueError, match="is no complete safetensors file") as caught:
             checkpoint.load_experts(path, "w")
         assert str(path) in str(caught.value)
-    tally("file faults", len(whole))
 
 
-def test_any_flipped_bit_of_the_header(tmp_path: Path, tally: Tally) -> None:
+def test_any_flipped_bit_of_the_header(tmp_path: Path) -> None:
     """A named error; or the same experts, where a bit means nothing, as one of ``format``."""
     path = write(tmp_path / "flip.safetensors", {"__metadata__": {"format": "pt"}, **header()})
     whole = path.read_bytes()
@@ -167,10 +164,9 @@ def test_any_flipped_bit_of_the_header(tmp_path: Path, tally: Tally) -> None:
             survived += 1
             assert same_experts(loaded, truth)
     assert survived < len(bits) / 10
-    tally("file faults", len(bits))
 
 
-def test_numbers_of_experts_without_end(tmp_path: Path, tally: Tally) -> None:
+def test_numbers_of_experts_without_end(tmp_path: Path) -> None:
     """The missing one is found without listing all that would be before the last."""
     for number, message in (("999999999", "number 1 is missing"), ("9" * 5000, "has no scales")):
         names = ["x.experts.0.w", f"x.experts.{number}.w"]
@@ -179,7 +175,6 @@ def test_numbers_of_experts_without_end(tmp_path: Path, tally: Tally) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             checkpoint.load_experts(path, "x.experts.*.w")
         assert str(path) in str(caught.value) or "number 1" in message
-        tally("file faults")
 
 
 # ---------------------------------------------------------------- folders and links
@@ -261,9 +256,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("how", [*FOLDERS, *CONFIGS])
-def test_folders_that_lie(
-    folder: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
-) -> None:
+def test_folders_that_lie(folder: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, message = (FOLDERS | CONFIGS)[how]
     change(folder)
     if how in FOLDERS:
@@ -274,13 +267,12 @@ def test_folders_that_lie(
     assert str(folder) in said
     assert message.rpartition(": ")[2].split("\\")[0].split(".*")[-1] in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    tally("file faults")
 
 
 @pytest.mark.parametrize(
     "make", [os.mkfifo, Path.mkdir, lambda at: at.symlink_to("/dev/zero")], ids=["pipe", "folder", "device"]
 )
-def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: Tally) -> None:
+def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path) -> None:
     """Named itself or found in a folder; a pipe that is opened would wait for ever."""
     path = tmp_path / "m.safetensors"
     make(path)
@@ -289,7 +281,6 @@ def test_what_is_no_file(make: Callable[[Path], object], tmp_path: Path, tally: 
             checkpoint.load_experts(path, "w")
     with pytest.raises(ValueError, match=r"m.safetensors: is no regular file"):
         checkpoint.load_experts(tmp_path, "w")
-    tally("file faults")
 
 
 def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
@@ -310,7 +301,7 @@ def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["itself", "by dots", "by a link", "by a hard link", "by a link to its folder"])
-def test_input_that_is_the_output(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
+def test_input_that_is_the_output(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a").mkdir()
     source = tmp_path / "a" / "m.safetensors"
     save_file({"w": torch.randn(2, 32)}, source)
@@ -329,7 +320,6 @@ def test_input_that_is_the_output(way: str, tmp_path: Path, capsys: pytest.Captu
     assert quantize(source, target, "--experts", "*", "--force") == 2
     assert "IN and OUT must not be the same" in capsys.readouterr().err
     assert source.read_bytes() == before
-    tally("file faults")
 
 
 # ---------------------------------------------------------------- what can't be written
@@ -347,7 +337,7 @@ def files_up_to(limit: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("limit", [0, 7, 100, 300, 2000, 150_000])
-def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally) -> None:
+def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the header, a tensor, at the end: the error names the file, and nothing is left."""
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file({"w": torch.randn(4, 256, 64), "v": torch.randn(30_000)}, source)
@@ -360,25 +350,21 @@ def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFix
         checkpoint.save_experts(target, {"w": w})
     assert list(tmp_path.iterdir()) == [source]
     assert quantize(source, target, "--experts", "w") == 0
-    tally("file faults", 2)
 
 
 @pytest.mark.parametrize("limit", [0, 200, 600, 700])
 def test_a_disk_that_fills_with_a_folder(
-    folder: Path, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
+    folder: Path, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with files_up_to(limit):
         assert quantize(folder, tmp_path / "out", *ALL) == 2
     assert "can't be written: File too large: '" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    tally("file faults")
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_disk_that_fails_at_last(
-    step: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
+def test_a_disk_that_fails_at_last(step: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When all is written, and the system only then says that it is not."""
 
     def fail(*arguments: Any) -> None:
@@ -392,10 +378,9 @@ def test_a_disk_that_fails_at_last(
         writer.append("w", torch.zeros(4, dtype=torch.uint8))
     assert caught.value.errno == code
     assert list(tmp_path.iterdir()) == []
-    tally("file faults")
 
 
-def test_a_folder_that_is_read_only(tally: Tally) -> None:
+def test_a_folder_that_is_read_only() -> None:
     def run(target: Path) -> tuple[int, list[str]]:
         if os.geteuid() == 0:
             os.seteuid(65534)  # whom file modes stop
@@ -409,29 +394,24 @@ def test_a_folder_that_is_read_only(tally: Tally) -> None:
         Path(closed).chmod(0o555)
         target = Path(closed, "m.safetensors")
         assert Child(run, target).result() == (errno.EACCES, ["can't be written: Permission denied", str(target)])
-    tally("file faults")
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "lone \ud800 surrogate"])
-def test_names_that_the_format_cannot_hold(name: str, tmp_path: Path, tally: Tally) -> None:
+def test_names_that_the_format_cannot_hold(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't hold a tensor of the name"):
         SafetensorsWriter(tmp_path / "m.safetensors", [Entry(name, "U8", (4,))], {})
     w = mx.quantize_weights(torch.ones(1, 8, 32), backend="reference")
     with pytest.raises(ValueError, match="tensor"):
         checkpoint.save_experts(tmp_path / "m.safetensors", {name: w})
     assert list(tmp_path.iterdir()) == []
-    tally("file faults", 2)
 
 
-def test_a_header_that_the_library_would_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
+def test_a_header_that_the_library_would_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybrid_mxfp8.checkpoint.writer.MAX_HEADER_BYTES", 100)
     with pytest.raises(
         ValueError, match=r"m.safetensors: its header would have 112 bytes, of which the format allows 100"
     ):
         SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w" * 55, "U8", (4,))], {})
-    tally("file faults")
 
 
 # ---------------------------------------------------------------- runs that end early
@@ -465,7 +445,7 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path, tally: Tally) -> None:
+def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> None:
     """By Ctrl-C or a scheduler: all is removed; killed: the next run does it. No OUT appears."""
     for number in (signal.SIGTERM, signal.SIGINT):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
@@ -477,23 +457,19 @@ def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path, tal
     assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
-    tally("file faults", 3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_is_to_be_replaced_stays_until_then(
-    folder: Path, number: signal.Signals, tmp_path: Path, tally: Tally
-) -> None:
+def test_what_is_to_be_replaced_stays_until_then(folder: Path, number: signal.Signals, tmp_path: Path) -> None:
     for source, target in ((folder, tmp_path / "out"), (folder / "1.safetensors", tmp_path / "out.safetensors")):
         assert quantize(source, target, *ALL) == 0
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         converting(source, target, number=number, call=2, force=True)
         assert {path: path.read_bytes() for path in before} == before
-        tally("file faults")
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["an earlier process of this number", "a process that is gone"])
-def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path, tally: Tally) -> None:
+def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path) -> None:
     """In a container the next process often has the last one's number. A living one's stay."""
     process = os.getpid() if own else Child(os.getpid).result()
     prefix = atomic._prefix(tmp_path / "out")
@@ -510,7 +486,6 @@ def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path, tally: T
     assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert not left.exists()
     assert all(other.is_dir() for other in others)
-    tally("file faults")
 
 
 def test_one_result_is_written_once_at_a_time(tmp_path: Path) -> None:
@@ -525,9 +500,7 @@ def test_one_result_is_written_once_at_a_time(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_take_its_place(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
+def test_a_folder_that_cannot_take_its_place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that was to be replaced is put back."""
     target = tmp_path / "out"
     assert quantize(folder, target, *ALL) == 0
@@ -543,18 +516,14 @@ def test_a_folder_that_cannot_take_its_place(
     assert quantize(folder, target, *ALL, "--force") == 2
     assert (target / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
-    tally("file faults")
 
 
-def test_a_link_is_not_replaced_by_a_folder(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Tally
-) -> None:
+def test_a_link_is_not_replaced_by_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before the work, not after it."""
     assert quantize(folder, tmp_path / "real", *ALL) == 0
     (tmp_path / "out").symlink_to(tmp_path / "real")
     assert quantize(folder, tmp_path / "out", *ALL, "--force") == 2
     assert "is a link to a folder, which --force does not replace" in capsys.readouterr().err
-    tally("file faults")
 
 
 def test_a_conversion_again_adds_to_the_first(folder: Path, tmp_path: Path) -> None:

@@ -69,11 +69,6 @@ def test_each_tile(compile_product: Callable[..., Compiled], arch: int, block_t:
     check(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("block_t", BLOCKS)
-def test_tile_of_each_configuration(block_t: int) -> None:
-    assert grouped_gemm.select_gemm_config(E * block_t, E, "scaled").block_t == block_t
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("block_t", [16, 128])
 def test_output_dtypes(

@@ -19,16 +19,18 @@ E = 32
 SIZES = {"decode": 64, "prefill": 16384}
 K = 7168
 
-VARIANTS: dict[str, tuple[torch.dtype, bool, SwiGLU | None]] = {
-    "bf16": (torch.bfloat16, False, None),
-    "fp16": (torch.float16, False, None),
-    "fp32": (torch.float32, False, None),
-    "gather": (torch.bfloat16, True, None),
-    "swiglu": (torch.bfloat16, False, NAMED["swiglu"]),
-    "gather swiglu": (torch.bfloat16, True, NAMED["swiglu"]),
-    "swigluoai": (torch.bfloat16, False, NAMED["swigluoai"]),
+VARIANTS: dict[str, tuple[torch.dtype, bool, SwiGLU | None, int]] = {
+    "bf16": (torch.bfloat16, False, None, 32),
+    "fp16": (torch.float16, False, None, 32),
+    "fp32": (torch.float32, False, None, 32),
+    "gather": (torch.bfloat16, True, None, 32),
+    "swiglu": (torch.bfloat16, False, NAMED["swiglu"], 32),
+    "gather swiglu": (torch.bfloat16, True, NAMED["swiglu"], 32),
+    "swigluoai": (torch.bfloat16, False, NAMED["swigluoai"], 32),
+    "gather 128": (torch.bfloat16, True, None, 128),
+    "swiglu 128": (torch.bfloat16, False, NAMED["swiglu"], 128),
 }
-"""dtype, gather, swiglu."""
+"""dtype, gather, swiglu, elements with one scale."""
 
 
 PACKED_CONVERSION = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
@@ -39,8 +41,9 @@ STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
 
 
 def grouped(
-    t: int, dtype: torch.dtype, gather: bool, swiglu: SwiGLU | None, k: int = K, e: int = E, stride: int = 0
-) -> None:
+    t: int, dtype: torch.dtype, gather: bool, swiglu: SwiGLU | None, group: int = 32, *,
+    k: int = K, e: int = E, stride: int = 0,
+) -> None:  # fmt: skip
     meta = torch.device("meta")
     width = k if swiglu is None else 2 * k
     x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device=meta)
@@ -53,6 +56,7 @@ def grouped(
         "rceil",
         torch.empty(t, dtype=torch.int32, device=meta) if gather else None,
         swiglu,
+        group,
     )
 
 
@@ -80,8 +84,8 @@ def check(compiled: Compiled, folder: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tmp_path: Path) -> None:
-    dtype, gather, swiglu = VARIANTS[variant]
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(SIZES[size], dtype, gather, swiglu))
+    dtype, _, swiglu, _ = VARIANTS[variant]
+    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(SIZES[size], *VARIANTS[variant]))
     check(compiled, tmp_path)
     config = quantize.select_quantize_config(SIZES[size], K, E)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
@@ -129,7 +133,7 @@ def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int]
 @pytest.mark.parametrize("k", [544, 992, 2880])
 def test_wide_accesses_where_k_is_no_multiple_of_128(compile_for: CompileFor, arch: int, k: int) -> None:
     """K % 32 is enough: each row starts at a 16-byte boundary, and no 16 bytes straddle K."""
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, None, k))
+    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, None, k=k))
     assert compiled.count(LOAD_16) > 0
     assert compiled.count(LOAD_1_OR_2) == 0
 

@@ -24,6 +24,7 @@ from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source, workspace_bound
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
+from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.slow
@@ -232,7 +233,7 @@ def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) 
     cpu = torch.device("cpu")  # with as many SMs as a B200
     for experts, size in zip((1, 32, 4096), sizes, strict=True):
         assert size == module.workspace_size(experts, 4096, 7168, 100_000, 148)
-        assert size <= workspace_bound(experts, 64, cpu)
+        assert size <= workspace_bound(Problem(experts, 4096, 7168, 64, torch.bfloat16, cpu))
     assert GemmConfig.parse(kernel.module).module == kernel.module
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hybrid_mxfp8 import calc_diff, signal_to_noise_db
 from hybrid_mxfp8.commands import cli
-from hybrid_mxfp8.commands.accuracy import command, formats, measure, transformers_model
+from hybrid_mxfp8.commands.accuracy import command, measure, transformers_model
 from hybrid_mxfp8.commands.demo import workload
 
 NAMES = ["bf16", "MXFP8 rceil", "MXFP8 floor", "MXFP8 even", "FP8 per row", "FP8 per tensor"]
-BY_NAME = {form.name: form for form in formats.FORMATS}
+BY_NAME = {form.name: form for form in measure.FORMATS}
 needs_transformers = pytest.mark.skipif(not transformers_model.installed(), reason="needs transformers")
 
 
@@ -102,10 +103,9 @@ def test_the_model_with_nothing_quantized_is_the_librarys() -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY)).float().eval()
     ids = torch.randint(0, 64, (1, 20))
-    seen: list[workload.Operands] = []
     with torch.no_grad():
         theirs = model(ids).logits
-        mine = transformers_model.logits(model, lambda x: x, ids, seen)
+    mine, seen = transformers_model.logits(model, lambda x: x, ids)
     assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     assert [(o.x.shape, o.w.shape, sum(o.rows)) for o in seen] == [
         ((40, 64), (4, 64, 64), 40),
@@ -162,9 +162,13 @@ def test_command_prints_and_writes_what_it_measured(
 
 @needs_transformers
 def test_command_measures_a_transformers_model(
-    small: workload.Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: workload.Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    """No label of its picture lies over marks and lines: all are beside their axes."""
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
+    figures: list[Any] = []
+    save = matplotlib.Figure.savefig
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self)))
     assert cli.main(["accuracy", "--plot", str(tmp_path / "accuracy.png")]) == 0
     said = capsys.readouterr().out
     assert "RANDOM weights" in said
@@ -172,6 +176,9 @@ def test_command_measures_a_transformers_model(
     content = (tmp_path / "accuracy.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000
+    labels = [(text, axis) for axis in figures[0].axes for text in axis.texts]
+    assert len(labels) == len(NAMES) + 4 * (len(NAMES) - 1)
+    assert all(text.get_window_extent().x0 > axis.bbox.x1 for text, axis in labels)
 
 
 def test_figures_that_are_infinite_are_null_in_json() -> None:

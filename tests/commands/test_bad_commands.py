@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tally import Tally
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import reader as checkpoint
@@ -83,9 +82,7 @@ def run(words: Sequence[str]) -> int:
 
 
 @pytest.mark.parametrize(("line", "message"), COMMANDS, ids=[line or "nothing" for line, _ in COMMANDS])
-def test_wrong_words(
-    line: str, message: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str], tally: Tally
-) -> None:
+def test_wrong_words(line: str, message: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, the reason on stderr, no traceback and nothing written."""
     before = sorted(files["tmp"].iterdir())
     assert run([word.format(**files) for word in line.split()]) == 2
@@ -93,7 +90,6 @@ def test_wrong_words(
     assert re.search(message, said.err), said.err
     assert "Traceback" not in said.err
     assert sorted(files["tmp"].iterdir()) == before
-    tally("bad calls")
 
 
 @pytest.mark.parametrize("command", ["demo --synthetic", "quantize {file} {tmp}/out --experts *"])
@@ -102,19 +98,17 @@ def test_a_gpu_that_is_not_there(
     files: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    tally: Tally,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run([*(word.format(**files) for word in command.split()), "--device", "cuda"]) == 2
     assert "device: there are 0 GPUs that this PyTorch can use, got 'cuda'" in capsys.readouterr().err
-    tally("bad calls")
 
 
 # ---------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize("value", ["bogus", "cuda", "auto,triton", "0", "none"])
-def test_wrong_backend_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
+def test_wrong_backend_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every function that chooses says so; a name given to the call is not affected."""
     x, counts = torch.ones(3, 32), torch.tensor([3], dtype=torch.int32)
     w = mx.quantize_weights(torch.ones(1, 8, 32), backend="reference")
@@ -137,7 +131,6 @@ def test_wrong_backend_in_the_environment(value: str, monkeypatch: pytest.Monkey
     for call in calls:
         with pytest.raises(ValueError, match=f"^HYBRID_MXFP8_BACKEND: must be one of .* got '{value}'$"):
             call()
-        tally("bad calls")
     assert mx.grouped_gemm(xq, w, backend="reference").shape == (3, 8)
     with mx.use_backend("reference"):
         assert mx.grouped_gemm(xq, w).shape == (3, 8)
@@ -177,14 +170,11 @@ LOADED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("what", "changes", "error", "message"), LOADED, ids=[row[0] for row in LOADED])
-def test_load_experts(
-    what: str, changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, tally: Tally
-) -> None:
+def test_load_experts(what: str, changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
     path = tmp_path / "experts.safetensors"
     checkpoint.save_experts(path, {"w": weights()})
     with pytest.raises(error, match=message):
         checkpoint.load_experts(**{"path": path, "names": "w", **changes})
-    tally("bad calls")
 
 
 SAVED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
@@ -201,10 +191,9 @@ SAVED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("what", "experts", "error", "message"), SAVED, ids=[row[0] for row in SAVED])
 def test_save_experts(
-    what: str, experts: Callable[[], Any], error: type[Exception], message: str, tmp_path: Path, tally: Tally
+    what: str, experts: Callable[[], Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     """Refused before anything is written."""
     with pytest.raises(error, match=message):
         checkpoint.save_experts(tmp_path / "experts.safetensors", experts())
     assert not list(tmp_path.iterdir())
-    tally("bad calls")

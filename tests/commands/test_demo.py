@@ -15,11 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_mxfp8 import GroupLayout
-from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.commands import cli, tables
 from hybrid_mxfp8.commands.demo import command, measure, workload
-from hybrid_mxfp8.commands.demo.encoder import EncoderConfig, encode
-from hybrid_mxfp8.commands.tables import format_table
 
 
 @pytest.fixture
@@ -31,7 +28,7 @@ def operands() -> workload.Operands:
 
 
 def reference_run(operands: workload.Operands) -> measure.Run:
-    return measure.run_backend(operands.x, operands.w, operands.groups(), "reference")
+    return measure.run_backend(operands, "reference")
 
 
 # ---------------------------------------------------------------- figures
@@ -49,7 +46,7 @@ def test_quality_tells_experts_apart(operands: workload.Operands) -> None:
     noisy = operands.x.clone()
     noisy[5:] *= 1.1
     product = measure.grouped_product(noisy, operands.w, operands.rows)
-    first, second = measure.quality(operands.x, operands.w, operands.rows, noisy, operands.w, product)
+    first, second = measure.quality(operands, noisy, operands.w, product)
     assert (first.x_db, first.w_db, first.product_db) == (math.inf, math.inf, math.inf)
     assert first.product_diff == pytest.approx(0, abs=1e-15)
     assert first.good
@@ -61,14 +58,15 @@ def test_quality_tells_experts_apart(operands: workload.Operands) -> None:
 def test_mxfp8_keeps_its_promised_operand_quality() -> None:
     """Elements of one magnitude just above a power of two round worst; even they keep 24 dB."""
     x, w = torch.full((1, 32), 1.0625 + 2.0**-20), torch.ones(1, 8, 32)
-    run = reference_run(workload.Operands("", x, w, (1,)))
-    (q,) = measure.quality(x, w, (1,), run.x.dequantize(), run.w.dequantize(), run.product)
+    gemm = workload.Operands("", x, w, (1,))
+    run = reference_run(gemm)
+    (q,) = measure.quality(gemm, run.x.dequantize(), run.w.dequantize(), run.product)
     assert measure.OPERAND_FLOOR_DB <= q.x_db < 25
 
 
 def test_agreement_sees_a_product_beyond_its_bound(operands: workload.Operands) -> None:
     run = reference_run(operands)
-    (same,) = measure.agreements([run, reference_run(operands)])
+    same = measure.agreement(run, reference_run(operands))
     assert (same.same_operands, same.largest, same.of_bound, same.good) == (True, 0.0, 0.0, True)
     product = run.product.clone()
     product[6, 3] += 0.25
@@ -76,8 +74,6 @@ def test_agreement_sees_a_product_beyond_its_bound(operands: workload.Operands) 
     assert found.largest == pytest.approx(0.25, rel=1e-5)
     assert found.of_bound > 1
     assert not found.good
-    runs = [dataclasses.replace(run, backend=name) for name in "abc"]
-    assert [(a.first, a.second) for a in measure.agreements(runs)] == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def test_agreement_sees_one_other_byte_but_in_scale_rows_that_no_expert_has(operands: workload.Operands) -> None:
@@ -87,11 +83,10 @@ def test_agreement_sees_one_other_byte_but_in_scale_rows_that_no_expert_has(oper
         getattr(getattr(other, operand), part).view(torch.uint8).view(-1)[3] ^= 1
         found = measure.agreement(run, other)
         assert (found.same_operands, found.good) == (False, False)
-    x, w = torch.ones(130, 32), torch.ones(2, 8, 32)
-    groups = GroupLayout.from_counts(torch.tensor([130, 0], dtype=torch.int32), 130)
-    run, other = (measure.run_backend(x, w, groups, "reference") for _ in range(2))
-    used = int(groups.scale_offsets[-1])
-    assert used < groups.scale_rows
+    gemm = workload.Operands("", torch.ones(130, 32), torch.ones(2, 8, 32), (130, 0))
+    run, other = reference_run(gemm), reference_run(gemm)
+    used = int(run.x.groups.scale_offsets[-1])
+    assert used < run.x.groups.scale_rows
     other.x.scales[used:] = 77
     assert measure.agreement(run, other).same_operands
 
@@ -136,7 +131,7 @@ def test_encoder_equals_pytorchs_transformer_layer() -> None:
             weights |= {f"encoder.layer.{index}.{name}.weight": w, f"encoder.layer.{index}.{name}.bias": b}
     ids = torch.tensor([1, 4, 4, 9, 0, 7])
     with torch.no_grad():
-        seen = encode(weights, EncoderConfig(2, 4, 1e-12), ids)
+        seen = workload.encode(weights, ids, num_layers=2, num_heads=4)
         tables = [weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")]
         norm = [weights[f"embeddings.LayerNorm.{name}"] for name in ("weight", "bias")]
         embedded = tables[0][ids] + tables[1][: len(ids)] + tables[2][0]
@@ -147,13 +142,6 @@ def test_encoder_equals_pytorchs_transformer_layer() -> None:
             inner = torch.nn.functional.gelu(layer.linear1(mid))
             torch.testing.assert_close(intermediate, inner[0], rtol=1e-4, atol=1e-5)
             x = layer(x)
-
-
-@pytest.mark.parametrize(("key", "value"), [("model_type", "llama"), ("hidden_act", "relu")])
-def test_encoder_refuses_another_model(key: str, value: str) -> None:
-    config = {"model_type": "bert", "hidden_act": "gelu", "num_hidden_layers": 1, "num_attention_heads": 1}
-    with pytest.raises(ValueError, match=rf"config: {key} must be '\w+', got '{value}'"):
-        EncoderConfig.from_json({**config, "layer_norm_eps": 1e-12, key: value})
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -219,7 +207,7 @@ def test_exit_code_and_report(
         return dataclasses.replace(run, product=run.product * factor)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the command sets it, which must not outlast the test
-    monkeypatch.setattr(command, "runnable_backends", lambda gemm, device: ["reference"])
+    monkeypatch.setattr(command, "runnable_backends", lambda gemm: ["reference"])
     run_backend = measure.run_backend
     monkeypatch.setattr(measure, "run_backend", noisy)
     assert cli.main(SMALL) == int(factor != 1)
@@ -253,12 +241,12 @@ def test_end_to_end(tmp_path: Path) -> None:
         "triton / reference",
     ):
         assert expected in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= command.WIDTH
+    assert max(map(len, done.stdout.splitlines())) <= tables.WIDTH
     assert done.stdout.split("\n\n")[-1].startswith("On synthetic numbers, MXFP8 products keep")
 
 
 def test_table_is_aligned() -> None:
     rows = [("a", "1"), ("long", "1,000")]
-    assert format_table(("name", "n"), rows) == "name      n\n----  -----\na         1\nlong  1,000"
+    assert tables.format_table(("name", "n"), rows) == "name      n\n----  -----\na         1\nlong  1,000"
     with pytest.raises(ValueError, match=r"zip\(\) argument"):
-        format_table(("a", "b"), [("1",)])
+        tables.format_table(("a", "b"), [("1",)])

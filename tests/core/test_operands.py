@@ -73,8 +73,8 @@ def test_tokens_from_linear_scales_and_back(case: str, k: int, device: str, rng:
 def test_operands_say_what_they_are_and_weights_move(device: str, rng: torch.Generator) -> None:
     wq = mx.quantize_weights(torch.randn(3, 40, 96, generator=rng), backend="reference")
     xq = mx.quantize_grouped(torch.randn(7, 96, generator=rng), cases.layout([3, 0, 4]), backend="reference")
-    assert repr(wq) == "ExpertWeights(num_experts=3, n=40, k=96, device='cpu')"
-    assert repr(xq) == "GroupedMXFP8(num_tokens=7, k=96, num_experts=3, device='cpu')"
+    assert repr(wq) == "ExpertWeights(num_experts=3, n=40, k=96, scale_group=32, device='cpu')"
+    assert repr(xq) == "GroupedMXFP8(num_tokens=7, k=96, num_experts=3, scale_group=32, device='cpu')"
     same, elsewhere, there = wq.to("cpu"), wq.to(torch.device("meta")), wq.to(device)
     assert (same.values.data_ptr(), same.scales.data_ptr()) == (wq.values.data_ptr(), wq.scales.data_ptr())
     assert elsewhere.values.is_meta
@@ -95,7 +95,7 @@ def test_weights_move_to_devices_alone(given: object, rng: torch.Generator) -> N
 def test_operands_travel(rng: torch.Generator) -> None:
     """Pickled, deep-copied and saved: the same bytes, checked again on arrival."""
     xq = mx.quantize_grouped(torch.randn(23, 96, generator=rng), cases.layout([20, 3]), backend="reference")
-    wq = mx.quantize_weights(torch.randn(2, 16, 64, generator=rng), backend="reference")
+    wq = mx.quantize_weights(torch.randn(2, 16, 64, generator=rng), scale_group=128, backend="reference")
     file = io.BytesIO()
     torch.save((xq, wq), file)
     file.seek(0)
@@ -103,5 +103,6 @@ def test_operands_travel(rng: torch.Generator) -> None:
     for x, w in (pickle.loads(pickle.dumps((xq, wq))), copy.deepcopy((xq, wq)), saved):
         cases.same_bytes(x, xq)
         cases.same_bytes(w, wq)
+        assert (x.scale_group, w.scale_group, w.to("cpu").scale_group) == (32, 128, 128)
         assert torch.equal(x.groups.expert_offsets, xq.groups.expert_offsets)
         assert x.groups.num_tokens == 23

@@ -21,6 +21,7 @@ from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import device as devices
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST
 from hybrid_mxfp8.dispatch.registry import Problem, _log_choice, choose
 from hybrid_mxfp8.errors import BackendUnavailableError
 
@@ -142,9 +143,9 @@ def copy_from_elsewhere(source: jit.Source) -> None:
     """Put a module that other versions built into the cache."""
     folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
     folder.mkdir(parents=True)
-    (folder / jit.LIBRARY).write_bytes(b"a library")
+    (folder / LIBRARY).write_bytes(b"a library")
     manifest = {**dict.fromkeys(jit.MANIFEST_STRINGS, ""), "sha256": hashlib.sha256(b"a library").hexdigest()}
-    (folder / jit.MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_old_headers_are_told(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,7 @@ WORKS, FAILS = "2sm_256x256x128", "2sm_256x128x128"
 def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
     """What a call begins with: the plan."""
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", config)
-    return cutlass.workspace_size(3, 136, 96, 8, torch.bfloat16, GPU)
+    return cutlass.workspace_size(problem(num_experts=3, n=136, k=96, num_tokens=8))
 
 
 def test_failed_build_is_not_tried_again(
@@ -342,9 +343,14 @@ def test_nothing_is_verified_while_a_stream_is_captured(
 # ---------------------------------------------------------------- calls
 
 
-def operands(counts: list[int], n: int = 136, k: int = 96) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
-    x = mx.quantize_grouped(torch.ones(sum(counts), k), layout(counts), backend="reference")
-    return x, mx.quantize_weights(torch.ones(len(counts), n, k), backend="reference")
+def launch(counts: list[int], out: torch.Tensor, workspace: torch.Tensor | None) -> mx.GroupLayout:
+    """Launch a product of N = 136 and K = 96; returns the layout that was passed."""
+    x = mx.quantize_grouped(torch.ones(sum(counts), 96), layout(counts), backend="reference")
+    w = mx.quantize_weights(torch.ones(len(counts), 136, 96), backend="reference")
+    groups = x.groups
+    offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
+    cutlass.launch(x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
+    return groups
 
 
 @pytest.mark.parametrize("workspace", [torch.empty(3148, dtype=torch.uint8), None], ids=["given", "allocated"])
@@ -353,18 +359,16 @@ def test_call_hands_over_the_operands(
 ) -> None:
     """In the order of the C++ entry; where tensors are does not matter here, so they are on the
     CPU."""
-    x, w = operands([3, 0, 5])
     out = torch.empty(8, 136, dtype=torch.bfloat16)
     monkeypatch.setattr(devices, "capability", lambda device: B200)
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "2sm_256x128x128_4x1")
     monkeypatch.setenv("HYBRID_MXFP8_PDL", "0")
-    cutlass.grouped_gemm(x, w, out, workspace)
+    groups = launch([3, 0, 5], out, workspace)
     (call,) = module.calls
     assert [tuple(t.shape) for t in call[:9]] == [
-        (8, 96), (x.groups.scale_rows, 4), (3, 136, 96), (3, 256, 4), (3,), (4,), (4,), (8, 136), (3148,),
+        (8, 96), (groups.scale_rows, 4), (3, 136, 96), (3, 256, 4), (3,), (4,), (4,), (8, 136), (3148,),
     ]  # fmt: skip
     assert call[0].dtype == call[2].dtype == torch.uint8
-    groups = x.groups
     offsets = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
     assert [t.data_ptr() for t in call[4:7]] == [t.data_ptr() for t in offsets]
     assert call[7] is out
@@ -373,18 +377,22 @@ def test_call_hands_over_the_operands(
 
 
 def test_nothing_to_compute_launches_nothing(module: Module) -> None:
-    x, w = operands([0, 0])
-    cutlass.grouped_gemm(x, w, torch.empty(0, 136, dtype=torch.bfloat16), None)
+    launch([0, 0], torch.empty(0, 136, dtype=torch.bfloat16), None)
     assert module.calls == []
-    assert cutlass.workspace_size(2, 136, 96, 0, torch.bfloat16, GPU) == 0
+    assert cutlass.workspace_size(problem(num_tokens=0)) == 0
     assert "nothing" in cutlass.explain(problem(num_tokens=0))
 
 
 def test_workspace_bound_asks_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are compiled, and which one a smaller batch takes is not asked."""
     monkeypatch.delattr(cutlass, "_module")
-    assert cutlass.workspace_bound(3, 8, GPU) == cutlass.workspace_bound(3, 1 << 20, GPU) == 148 * 8192 + 3 * 512
-    assert cutlass.workspace_bound(3, 0, GPU) == cutlass.workspace_bound(0, 8, GPU) == 0
+    for num_experts, num_tokens, expected in (
+        (3, 8, 148 * 8192 + 3 * 512),
+        (3, 1 << 20, 148 * 8192 + 3 * 512),
+        (3, 0, 0),
+        (0, 8, 0),
+    ):
+        assert cutlass.workspace_bound(problem(num_experts=num_experts, num_tokens=num_tokens)) == expected
 
 
 def test_explain_says_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,18 +6,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from fake_toolkit import FakeToolkit, open_fake_toolkit
+from fake_toolkit import FakeToolkit
 from forked import Child
 
 from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.dispatch.module_cache import MANIFEST
 from hybrid_mxfp8.reference import grouped_matmul
 
 CPU = torch.device("cpu")
@@ -37,13 +37,11 @@ print({"right": 0.25, "wrong numbers": 17.5, "nan": "nan", "a row without an exp
 """
 
 
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        monkeypatch.chdir(made.folder)
-        monkeypatch.setattr(verify, "SECONDS", 3.0 if "hang" in request.node.name else 60.0)
-        verify._run.cache_clear()
-        yield made
+@pytest.fixture(autouse=True)
+def _fresh(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.chdir(toolkit.folder)
+    monkeypatch.setattr(verify, "SECONDS", 3.0 if "hang" in request.node.name else 60.0)
+    verify._run.cache_clear()
 
 
 def run(toolkit: FakeToolkit, kind: str) -> verify.Record:
@@ -203,7 +201,7 @@ def test_the_child_reads_what_was_built(tmp_path: Path, monkeypatch: pytest.Monk
 
     names = ("HYBRID_MXFP8_CTA_GROUP", "HYBRID_MXFP8_TOKEN_TILE", "HYBRID_MXFP8_OUT")
     definitions = dict(zip(names, ("2", "128", "float"), strict=True))
-    (tmp_path / jit.MANIFEST).write_text(json.dumps({"definitions": definitions}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"definitions": definitions}))
     monkeypatch.setattr(tvm_ffi, "load_module", lambda path: Product(""))
     verify.main(str(tmp_path), "cpu")
     assert 0 < float(capsys.readouterr().out) < 1

@@ -48,7 +48,7 @@ def quantize(dtype: torch.dtype = BF16, aligned: bool = True, row_stride: int = 
         *(x, row_stride, 0, b(I32, T) if swiglu else None, T, b(FP8, T, K), b(U8, S, 16, offset=256), S),
         *(None, None, b(I32, E + 1), b(I32, E + 1, offset=36), T, E, 1, K, T, 1),
     )
-    constants = (0x1FFFFF, "offsets", swiglu, swiglu, 1.702 if swiglu else 1.0, 0.0, 7.0 if swiglu else None)
+    constants = (0x1FFFFF, 32, "offsets", swiglu, swiglu, 1.702 if swiglu else 1.0, 0.0, 7.0 if swiglu else None)
     return Case(90, "quantize", "quantize_kernel", T + E, arguments, (*constants, E, 1, K, 16, False), {"num_warps": 2})
 
 
@@ -58,7 +58,7 @@ def quantize_counts() -> Case:
         *(b(torch.float32, T, K), K, 0, None, T, b(FP8, T, K), b(U8, S, 16), S, b(torch.int64, E), b(I32, 3 * E + 2)),
         *(None, None, T, E, 1, K, T, 1),
     )
-    constants = (0x1FFFFF, "counts", False, False, 1.0, 0.0, None, E, 1, K, 16, False)
+    constants = (0x1FFFFF, 128, "counts", False, False, 1.0, 0.0, None, E, 1, K, 16, False)
     return Case(90, "quantize", "quantize_kernel", T + E + 1, arguments, constants, {"num_warps": 2})
 
 

@@ -16,6 +16,7 @@ from stand_ins import pretend_capability, replace_backend
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch import registry
 from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.dispatch.registry import NAMES, _log_choice, backend_of, choose, choose_quantizer, requested
@@ -294,6 +295,13 @@ def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_refuses_other_devices() -> None:
     assert backend_of("triton").available(torch.device("meta"))[0] is False
+
+
+def test_devices_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [resolve_device(f"cuda:{index}").index for index in range(2)] == [0, 1]
+    with pytest.raises(ValueError, match=r"^device: there are 2 GPUs that this PyTorch can use, got 'cuda:2'"):
+        resolve_device("cuda:2")
 
 
 def test_explain(rng: torch.Generator) -> None:

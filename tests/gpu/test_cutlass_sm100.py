@@ -12,7 +12,8 @@ import torch
 from products import check_product
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, CUTLASS_CAPABILITIES, MODULES
+from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, MODULES
+from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.dispatch.registry import backend_of
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import cases
 import moe_truth
@@ -66,10 +65,7 @@ class Job:
             assert torch.equal(got, wanted)
 
 
-CALLS_OF_A_JOB = 3
-
-
-def test_two_streams_with_their_own_workspaces(tally: Any) -> None:
+def test_two_streams_with_their_own_workspaces() -> None:
     """Interleaved from one thread, nothing waits: both streams' kernels run beside one another."""
     jobs, streams = [Job(1), Job(2)], [torch.cuda.Stream(), torch.cuda.Stream()]
     for _ in range(3):
@@ -84,10 +80,9 @@ def test_two_streams_with_their_own_workspaces(tally: Any) -> None:
         torch.cuda.synchronize()
         for job in jobs:
             job.check()
-    tally("concurrent calls", 3 * 20 * 2 * CALLS_OF_A_JOB)
 
 
-def test_threads_with_streams_of_their_own(tally: Any) -> None:
+def test_threads_with_streams_of_their_own() -> None:
     """All come to every kernel at once, with nothing known of earlier calls."""
     jobs = [Job(seed) for seed in range(4)]
     streams = [torch.cuda.Stream() for _ in jobs]
@@ -103,10 +98,9 @@ def test_threads_with_streams_of_their_own(tally: Any) -> None:
     together(len(jobs), work)
     for job in jobs:
         job.check()
-    tally("concurrent calls", len(jobs) * 25 * CALLS_OF_A_JOB)
 
 
-def test_a_thread_whose_first_act_is_a_launch(tally: Any) -> None:
+def test_a_thread_whose_first_act_is_a_launch() -> None:
     """It has no CUDA context yet, and nothing that it calls allocates: the launcher must find
     one."""
     job = Job(9)
@@ -116,22 +110,20 @@ def test_a_thread_whose_first_act_is_a_launch(tally: Any) -> None:
         pool.submit(job.run).result(60)
     torch.cuda.synchronize()
     job.check()
-    tally("concurrent calls", CALLS_OF_A_JOB)
 
 
-def test_capture_while_another_stream_runs(tally: Any) -> None:
+def test_capture_while_another_stream_runs() -> None:
     """A graph is captured while a thread launches on another stream; then both run at once."""
     job, other = Job(3), Job(4)
     stream, stop, started = torch.cuda.Stream(), threading.Event(), threading.Event()
 
-    def keep_busy() -> int:
-        calls = 0
+    def keep_busy() -> None:
         with torch.cuda.stream(stream):
-            while not stop.is_set() and calls < 20_000:
+            for _ in range(7000):
+                if stop.is_set():
+                    break
                 other.run()
-                calls += CALLS_OF_A_JOB
                 started.set()
-        return calls
 
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(keep_busy)
@@ -145,14 +137,13 @@ def test_capture_while_another_stream_runs(tally: Any) -> None:
                 graph.replay()
         finally:
             stop.set()
-        calls = busy.result(120)
+        busy.result(120)
     torch.cuda.synchronize()
     job.check()
     other.check()
-    tally("concurrent calls", calls + 20 * CALLS_OF_A_JOB)
 
 
-def test_a_workspace_on_another_stream_waits_for_its_last_call(tally: Any) -> None:
+def test_a_workspace_on_another_stream_waits_for_its_last_call() -> None:
     """Without a sync of the host: streams take turns with one workspace, each behind a pile of
     work."""
     job, streams = Job(5), [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
@@ -168,10 +159,9 @@ def test_a_workspace_on_another_stream_waits_for_its_last_call(tally: Any) -> No
     for out, batch in zip(outs, batches, strict=True):
         alone = mx.moe_forward(batch.x, job.w13q, job.w2q, batch.ids, batch.weights, backend="triton")
         assert torch.equal(cases.bits(out), cases.bits(alone))
-    tally("concurrent calls", 6)
 
 
-def test_warm_up_on_the_default_stream_then_on_a_side_stream_then_capture(tally: Any) -> None:
+def test_warm_up_on_the_default_stream_then_on_a_side_stream_then_capture() -> None:
     """PyTorch's recipe for CUDA graphs."""
     job, side = Job(11), torch.cuda.Stream()
     job.run()
@@ -186,10 +176,9 @@ def test_warm_up_on_the_default_stream_then_on_a_side_stream_then_capture(tally:
     job.spoil()
     graph.replay()
     job.check()
-    tally("concurrent calls", 5 * CALLS_OF_A_JOB)
 
 
-def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None:
+def test_a_workspace_is_dropped_while_another_stream_uses_it() -> None:
     """Its memory is given out again where it was made only once the other stream's call is done
     with it."""
     job, stream = Job(10), torch.cuda.Stream()
@@ -211,10 +200,9 @@ def test_a_workspace_is_dropped_while_another_stream_uses_it(tally: Any) -> None
         torch.cuda.synchronize()
         assert all(bool((t == 0xA5).all()) for t in filled)  # else the call has written memory of somebody else
         assert torch.equal(cases.bits(job.out), job.expected[0])
-    tally("concurrent calls", 3)
 
 
-def test_a_workspace_is_captured_and_used_eagerly(tally: Any) -> None:
+def test_a_workspace_is_captured_and_used_eagerly() -> None:
     """Eager calls before, after and between replays stay where they were; a capture may come
     first."""
     job = Job(6)
@@ -226,10 +214,9 @@ def test_a_workspace_is_captured_and_used_eagerly(tally: Any) -> None:
             job.spoil()
             run()
             job.check()
-    tally("concurrent calls", 7 * CALLS_OF_A_JOB)
 
 
-def test_workers_quantize_for_the_gpu(tally: Any) -> None:
+def test_workers_quantize_for_the_gpu() -> None:
     """A DataLoader's workers, forked after CUDA was initialized here, quantize on the CPU; the
     product is the GPU's."""
     torch.zeros(1, device=GPU)
@@ -244,7 +231,6 @@ def test_workers_quantize_for_the_gpu(tally: Any) -> None:
         assert torch.equal(mx.grouped_gemm(cases.to_device(xq, GPU), wq, backend="triton"), expected)
         count += 1
     assert count == len(dataset)
-    tally("concurrent calls", count)
 
 
 FORKED = """
@@ -285,10 +271,9 @@ print("parent", bool((out == 64).all()), flush=True)
 """
 
 
-def test_a_child_forked_after_cuda_was_initialized_is_told_so(tally: Any) -> None:
+def test_a_child_forked_after_cuda_was_initialized_is_told_so() -> None:
     """PyTorch's own error, also where every buffer is given and every kernel known; the parent goes
     on."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=180)
     lines = done.stdout.split("\n")
     assert lines[:-1] == ["quantize_grouped True", "grouped_gemm True", "from_counts True", "parent True"], done.stderr
-    tally("concurrent calls", 6)

@@ -7,8 +7,6 @@ checked.
 
 from __future__ import annotations
 
-from typing import Any
-
 import cases
 import pytest
 import torch
@@ -58,7 +56,7 @@ def check_repeats(y: torch.Tensor, period: torch.Tensor, rows: int = PERIOD) -> 
 
 
 @pytest.mark.parametrize("gigabytes", [24], indirect=True)
-def test_tokens_beyond_2_31_elements(gigabytes: None, kernel: str, tally: Any) -> None:
+def test_tokens_beyond_2_31_elements(gigabytes: None, kernel: str) -> None:
     """T*K, and twice as many bytes where tokens are expanded to bf16."""
     k = 7168
     xq, one = repeated((FAR // k // PERIOD + 1) * PERIOD, k)
@@ -69,11 +67,10 @@ def test_tokens_beyond_2_31_elements(gigabytes: None, kernel: str, tally: Any) -
     mx.grouped_gemm(one, wq, out=expected, backend="triton")
     check_product(expected, one, wq, [PERIOD])
     check_repeats(y, expected)
-    tally("sizes")
 
 
 @pytest.mark.parametrize("gigabytes", [24], indirect=True)
-def test_outputs_beyond_2_31_elements(gigabytes: None, kernel: str, tally: Any) -> None:
+def test_outputs_beyond_2_31_elements(gigabytes: None, kernel: str) -> None:
     """T*N."""
     n = 8200
     xq, one = repeated((FAR // n // PERIOD + 1) * PERIOD, 96)
@@ -84,11 +81,10 @@ def test_outputs_beyond_2_31_elements(gigabytes: None, kernel: str, tally: Any) 
     mx.grouped_gemm(one, wq, out=expected, backend="triton")
     check_product(expected, one, wq, [PERIOD])
     check_repeats(y, expected)
-    tally("sizes")
 
 
 @pytest.mark.parametrize("gigabytes", [24], indirect=True)
-def test_weights_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator, tally: Any) -> None:
+def test_weights_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator) -> None:
     """E*N*K: each expert's rows beside a call of that expert alone."""
     e, n, k = 75, 4104, 7168
     wq = weights(e, n, k)
@@ -102,11 +98,10 @@ def test_weights_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.G
         mx.grouped_gemm(alone, one, out=expected, backend="triton")
         check_product(expected, alone, one, [3])
         assert torch.equal(y[3 * expert : 3 * expert + 3], expected), f"expert {expert}"
-    tally("sizes")
 
 
 @pytest.mark.parametrize("gigabytes", [30], indirect=True)
-def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator, tally: Any) -> None:
+def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.Generator) -> None:
     """A million rows of 2048 columns before and after the products: tokens repeat, so what comes
     out must."""
     experts, hidden, intermediate, top_k, period = 4, 2048, 64, 2, 4096
@@ -125,10 +120,9 @@ def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.G
     many = (x.repeat(times, 1), w13q, w2q, ids.repeat(times, 1), scores.repeat(times, 1))
     y = mx.moe_forward(*many, backend="triton")
     check_repeats(y, expected, period)
-    tally("sizes")
 
 
-def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator, tally: Any) -> None:
+def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator) -> None:
     experts, tokens = 64, 1_000_000
     x = cases.random_rows(tokens, 64, torch.bfloat16, rng, GPU)
     ids = torch.randint(-1, experts + 1, (tokens, 2), generator=rng).to(GPU)
@@ -138,11 +132,10 @@ def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator, tally: A
     y = mx.moe_forward(x, w13q, w2q, ids, scores, backend="triton")
     expected = mx.moe_forward(x, w13q, w2q, ids, scores, backend="reference")
     assert mx.signal_to_noise_db(expected, y) > 35.0
-    tally("sizes")
 
 
 @pytest.mark.parametrize("gigabytes", [30], indirect=True)
-def test_quantized_beyond_2_31_elements(gigabytes: None, rng: torch.Generator, tally: Any) -> None:
+def test_quantized_beyond_2_31_elements(gigabytes: None, rng: torch.Generator) -> None:
     """Offsets beyond int32 in x, values and weights, checked in every row."""
     k, pattern = 7168, 1024
     base = cases.random_rows(pattern, k, torch.bfloat16, rng, GPU)
@@ -157,4 +150,3 @@ def test_quantized_beyond_2_31_elements(gigabytes: None, rng: torch.Generator, t
     for expert in range(times):
         assert torch.equal(cases.bits(wq.values[expert]), cases.bits(codes))
         assert torch.equal(wq.scales[expert], mx.swizzle_scales(scales))
-    tally("sizes", 2)

@@ -9,6 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +120,9 @@ def test_quantize_model_in_place(model: Module) -> None:
 def test_quantized_model_refuses_what_needs_the_originals(tmp_path: Path) -> None:
     """transformers would load what it saved with random experts. A copy refuses, too."""
     model = models.make("Mixtral")
-    integration.quantize_model_(model, progress=False, backend="reference")
+    integration.quantize_model_(model, progress=False, scale_group=128, backend="reference")
     assert {module.mxfp8.backend for module in models.experts_modules(model)} == {"reference"}
+    assert {module.mxfp8.w2q.scale_group for module in models.experts_modules(model)} == {128}
     kept = logits(model, "hybrid_mxfp8")
     other = r"experts_implementation: must be 'hybrid_mxfp8' .*got 'grouped_mm': load"
     for quantized in (model, model.model, copy.deepcopy(model)):
@@ -148,11 +150,12 @@ def last(model: Module) -> Module:
         (lambda m: last(m).to("meta"), {"device": "cpu"}, "all experts in memory"),
         (lambda m: m.to("meta"), {"device": "cpu"}, "all experts in memory"),
         (lambda m: None, {"device": "nowhere"}, r"^device: must be a torch\.device"),
+        (lambda m: None, {"scale_group": 64}, r"^scale_group: must be 32 or 128, got 64"),
     ],
-    ids=["no SwiGLU", "offloaded", "offloaded, to the CPU", "meta, to the CPU", "no device"],
+    ids=["no SwiGLU", "offloaded", "offloaded, to the CPU", "meta, to the CPU", "no device", "no such group"],
 )  # fmt: skip
 def test_model_that_can_not_be_quantized_stays_as_it_was(
-    change: Callable[[Module], object], options: dict[str, str], message: str, tmp_path: Path
+    change: Callable[[Module], object], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     """On meta are the layers that a device_map offloads."""
     model = models.make("Mixtral")

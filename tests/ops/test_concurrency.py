@@ -20,7 +20,7 @@ import moe_truth
 import pytest
 import torch
 from cases import memory_of
-from jobs import CALLS_OF_A_JOB, Quantized, forget_everything, job, same, together
+from jobs import Quantized, forget_everything, job, same, together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid_mxfp8 as mx
@@ -29,7 +29,7 @@ THREADS = 3
 pytestmark = pytest.mark.skipif(cases.device() == "cuda", reason="of a CPU: set TRITON_INTERPRET=1")
 
 
-def test_threads_get_what_one_thread_gets(backend: str, tally: Any) -> None:
+def test_threads_get_what_one_thread_gets(backend: str) -> None:
     """Triton's interpreter keeps its place in the grid in a global: without a lock, threads compute
     each other's tiles. In the first round nothing is cached, and all probe and choose at once."""
     rounds = 1 if backend == "triton" else 5
@@ -38,7 +38,6 @@ def test_threads_get_what_one_thread_gets(backend: str, tally: Any) -> None:
     results = together(THREADS, lambda seed: [job(seed, backend) for _ in range(rounds)])
     for got, wanted in zip(results, expected, strict=True):
         assert all(same(one, wanted) for one in got)
-    tally("concurrent calls", THREADS * rounds * CALLS_OF_A_JOB)
 
 
 # ---------------------------------------------------------------- workspaces
@@ -75,12 +74,11 @@ def forward(layer: moe_truth.Layer, weights: tuple[mx.ExpertWeights, mx.ExpertWe
     return call
 
 
-def test_threads_with_their_own_workspaces(new_workspace: Any, forward: Forward, tally: Any) -> None:
+def test_threads_with_their_own_workspaces(new_workspace: Any, forward: Forward) -> None:
     workspaces = [new_workspace() for _ in range(THREADS)]
     expected = {tokens: forward(None, tokens) for tokens in range(1, 7)}
     for results in together(THREADS, lambda i: [forward(workspaces[i], 1 + (i + step) % 6) for step in range(12)]):
         assert all(torch.equal(y, expected[y.shape[0]]) for y in results)
-    tally("concurrent calls", THREADS * 12)
 
 
 class Pause(TorchDispatchMode):
@@ -97,7 +95,7 @@ class Pause(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, forward: Forward, tally: Any) -> None:
+def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, forward: Forward) -> None:
     """The second call comes while the first is between its steps: it raises, and the first is
     right."""
     workspace, pause, expected = new_workspace(), Pause(), forward()
@@ -115,7 +113,6 @@ def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, for
         pause.go_on.set()
         assert torch.equal(running.result(60), expected)
     assert torch.equal(forward(workspace), expected)
-    tally("concurrent calls", 2)
 
 
 def test_a_call_that_fails_gives_the_workspace_back(
@@ -145,7 +142,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_workspace_computes_in_its_own_memory(
-    way: str, layer: moe_truth.Layer, new_workspace: Any, forward: Forward, tally: Any
+    way: str, layer: moe_truth.Layer, new_workspace: Any, forward: Forward
 ) -> None:
     """Tokens choose other experts than before the copy: what an earlier call left there would be
     wrong."""
@@ -159,7 +156,6 @@ def test_a_copy_of_a_workspace_computes_in_its_own_memory(
         assert torch.equal(forward(twin, ids=ids), forward(ids=ids))
     assert same(memory_of(workspace), held)
     assert torch.equal(forward(workspace), forward())
-    tally("concurrent calls", 3)
 
 
 def test_a_pickled_workspace_holds_no_memory(weights: Any) -> None:
@@ -190,7 +186,7 @@ def test_a_copied_module_computes_the_same(way: str, layer: moe_truth.Layer, wei
 # ---------------------------------------------------------------- processes
 
 
-def test_workers_of_a_data_loader(backend: str, tally: Any) -> None:
+def test_workers_of_a_data_loader(backend: str) -> None:
     """Forked after this process has used the library; operands come back through shared memory,
     whole."""
     dataset = Quantized(backend)
@@ -201,7 +197,6 @@ def test_workers_of_a_data_loader(backend: str, tally: Any) -> None:
     for got, wanted in zip(loader, expected, strict=True):
         cases.same_bytes(got, wanted)
         assert got.groups.expert_offsets.tolist() == wanted.groups.expert_offsets.tolist()
-    tally("concurrent calls", len(expected))
 
 
 def in_child(seed: int, backend: str, results: Any) -> None:
@@ -227,7 +222,7 @@ def children(method: str, work: Callable[..., None], *arguments: tuple[Any, ...]
     return got
 
 
-def test_forked_children(backend: str, tally: Any) -> None:
+def test_forked_children(backend: str) -> None:
     """Two at once, while a thread of this process holds the lock of the interpreter's launches: it
     is not in the children, and would never let go there."""
     expected = {seed: [t.numpy().tobytes() for t in job(seed, backend)] for seed in range(2)}
@@ -246,7 +241,6 @@ def test_forked_children(backend: str, tally: Any) -> None:
             assert dict(children("fork", in_child, (0, backend), (1, backend))) == expected
         finally:
             done.set()
-    tally("concurrent calls", 2 * CALLS_OF_A_JOB)
 
 
 def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...], results: Any) -> None:
@@ -256,7 +250,7 @@ def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...], results: Any
 
 
 def test_a_spawned_child(
-    interpreter: None, layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward, tally: Any
+    interpreter: None, layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward
 ) -> None:
     """Beside a thread of this process that computes the same, and with a workspace of its own:
     PyTorch passes tensors to a child as shared memory, and the child must not write the
@@ -281,4 +275,3 @@ def test_a_spawned_child(
         busy.result(60)
     assert got == [cases.bits(forward(ids=ids)).numpy().tobytes(), *(t.numpy().tobytes() for t in job(0, "triton"))]
     assert same(memory_of(workspace), held)
-    tally("concurrent calls", CALLS_OF_A_JOB + 2)

@@ -68,7 +68,7 @@ def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: 
     ids=str,
 )
 def test_a_bad_row_spoils_only_itself(
-    multiplier: str, device: str, size: str, dtype: torch.dtype, rng: torch.Generator, tally: Any
+    multiplier: str, device: str, size: str, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     """NaN or Inf in some rows: those are NaN all along, all others have the bytes they have
     without."""
@@ -88,13 +88,12 @@ def test_a_bad_row_spoils_only_itself(
         spoilt[rows] = True
         assert bool(torch.isnan(y[spoilt]).all()), poison
         assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), poison
-        tally("poisoned rows", len(rows))
 
 
 @pytest.mark.parametrize("n", [40, 136])
 @pytest.mark.parametrize("size", COUNTS)
 def test_a_bad_expert_spoils_only_its_rows(
-    multiplier: str, device: str, size: str, n: int, rng: torch.Generator, tally: Any
+    multiplier: str, device: str, size: str, n: int, rng: torch.Generator
 ) -> None:
     """Weights, or scales, all NaN. A tile of 128 weight rows reaches into the next expert."""
     counts = COUNTS[size]
@@ -110,7 +109,6 @@ def test_a_bad_expert_spoils_only_its_rows(
         spoilt[ends[expert] : ends[expert + 1]] = True
         assert bool(torch.isnan(y[spoilt]).all()), (expert, what)
         assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), (expert, what)
-        tally("poisoned rows", counts[expert])
 
 
 def layer_of(
@@ -131,9 +129,7 @@ def layer_of(
 
 
 @pytest.mark.parametrize("tokens", [5, 500] if ON_GPU else [5])
-def test_bad_tokens_and_experts_of_a_layer(
-    multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
-) -> None:
+def test_bad_tokens_and_experts_of_a_layer(multiplier: str, device: str, tokens: int, rng: torch.Generator) -> None:
     """A bad token reaches its own output, a bad expert the tokens that chose it, and nothing
     else."""
     layer, w13q, w2q, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=3)
@@ -142,7 +138,6 @@ def test_bad_tokens_and_experts_of_a_layer(
     def check(y: torch.Tensor, spoilt: torch.Tensor) -> None:
         assert bool(torch.isnan(y[spoilt]).all())
         assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt]))
-        tally("poisoned rows", int(spoilt.sum()))
 
     live = (layer.ids >= 0) & (layer.ids < 3)
     for bad in (float("nan"), float("inf")):
@@ -184,9 +179,7 @@ SCALE_BYTES = (0, 1, 2, NEUTRAL, 254, 255)
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
-def test_scale_bytes_at_both_ends(
-    multiplier: str, device: str, dtype: torch.dtype, rng: torch.Generator, tally: Any
-) -> None:
+def test_scale_bytes_at_both_ends(multiplier: str, device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     """Each by each: subnormal, overflowing and NaN products, as float64 has them."""
     for x_byte, w_byte in itertools.product(SCALE_BYTES, repeat=2):
         x, w, counts = scale_byte_operands(x_byte, w_byte, rng)
@@ -194,7 +187,6 @@ def test_scale_bytes_at_both_ends(
         tolerances.check_gemm(y, x, w, counts, bf16_formulation=through_bf16(multiplier))
         if 255 in (x_byte, w_byte):
             assert bool(torch.isnan(y).all())
-            tally("poisoned rows", y.shape[0])
 
 
 @pytest.mark.parametrize("side", ["x", "w"])
@@ -282,7 +274,7 @@ def repeats(device: str, backend: str) -> int:
     return 5 if (device, backend) == ("cpu", "triton") else 100
 
 
-def test_quantize_repeats_its_bytes(backend: str, device: str, rng: torch.Generator, tally: Any) -> None:
+def test_quantize_repeats_its_bytes(backend: str, device: str, rng: torch.Generator) -> None:
     counts, k = ([3, 0, 30], 96) if device == "cpu" else (torch.randint(0, 200, (32,), generator=rng).tolist(), 2048)
     x = cases.random_rows(sum(counts) + 7, k, torch.bfloat16, rng, device)
     x[7, 3] = float("nan")
@@ -290,30 +282,25 @@ def test_quantize_repeats_its_bytes(backend: str, device: str, rng: torch.Genera
     first = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=backend)
     for _ in range(repeats(device, backend)):
         cases.same_bytes(mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=backend), first)
-    tally("repeats", repeats(device, backend))
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 300] if ON_GPU else [10])
-def test_gemm_repeats_its_bytes(multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any) -> None:
+def test_gemm_repeats_its_bytes(multiplier: str, device: str, tokens: int, rng: torch.Generator) -> None:
     counts, n, k = ([3, 0, 10], 40, 160) if device == "cpu" else ([tokens, 0, 2 * tokens, 1] * 4, 1032, 1056)
     xq, wq = operands(counts, sum(counts), n, k, rng, device)
     first = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier)
     for _ in range(repeats(device, multiplier)):
         assert torch.equal(mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier), first)
-    tally("repeats", repeats(device, multiplier))
 
 
 @pytest.mark.parametrize("tokens", [3, 1500] if ON_GPU else [3])
-def test_moe_forward_repeats_its_bytes(
-    multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
-) -> None:
+def test_moe_forward_repeats_its_bytes(multiplier: str, device: str, tokens: int, rng: torch.Generator) -> None:
     """One launch of routing, and three."""
     shape = {"experts": 3} if device == "cpu" else {"experts": 16, "hidden": 256, "intermediate": 128, "top_k": 4}
     *_, forward = layer_of(device, multiplier, rng, tokens=tokens, **shape)
     first = forward()
     for _ in range(repeats(device, multiplier)):
         assert torch.equal(forward(), first)
-    tally("repeats", repeats(device, multiplier))
 
 
 @pytest.fixture
@@ -359,7 +346,7 @@ class Company:
         return list(y[: sum(counts)].split(counts))
 
 
-def check_any_company(c: Company, rng: torch.Generator, tally: Any) -> None:
+def check_any_company(c: Company, rng: torch.Generator) -> None:
     """An expert's rows have the same bytes alone, in any order, padded, split, and beside other
     rows and other weights."""
     experts = list(range(len(c.rows)))
@@ -368,7 +355,6 @@ def check_any_company(c: Company, rng: torch.Generator, tally: Any) -> None:
     def check(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], how: str) -> None:
         for e, (a, b) in enumerate(zip(got, wanted, strict=True)):
             assert torch.equal(bits(a), bits(b)), f"{how}: place {e}"
-        tally("rearrangements")
 
     for _ in range(3):
         order = torch.randperm(len(experts), generator=rng).tolist()
@@ -434,7 +420,7 @@ def pin(kernel: str, configuration: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("place", range(5 if ON_GPU else 2))
 def test_any_company_with_a_kernel(
-    kernel: str, device: str, place: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, tally: Any
+    kernel: str, device: str, place: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is promised: within a configuration, an expert's rows are the same bytes whatever stands
     beside them."""
@@ -443,18 +429,16 @@ def test_any_company_with_a_kernel(
         pytest.skip("no such configuration here")
     pin(kernel, configured[place], monkeypatch)
     counts, n, k = ([5, 18, 0, 2], 16, 64) if device == "cpu" else ([5, 33, 0, 2, 300], 136, 288)
-    check_any_company(make_company(counts, n, k, torch.float32, rng, device, "triton"), rng, tally)
+    check_any_company(make_company(counts, n, k, torch.float32, rng, device, "triton"), rng)
 
 
-def test_any_company_with_the_reference(device: str, rng: torch.Generator, tally: Any) -> None:
+def test_any_company_with_the_reference(device: str, rng: torch.Generator) -> None:
     """Its sums are float64, and rounded once."""
     c = make_company([5, 33, 0, 2, 70], 72, 160, torch.bfloat16, rng, device, "reference")
-    check_any_company(c, rng, tally)
+    check_any_company(c, rng)
 
 
-def test_any_configuration(
-    kernel: str, device: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, tally: Any
-) -> None:
+def test_any_configuration(kernel: str, device: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than is promised: a kernel's tiles add up K in the same order, to the same bytes."""
     counts, n, k = ([5, 18, 0, 2], 16, 64) if device == "cpu" else ([5, 33, 0, 2, 300], 136, 1056)
     c = make_company(counts, n, k, torch.float32, rng, device, "triton")
@@ -464,13 +448,10 @@ def test_any_configuration(
         products.append(torch.cat(c.product(c.rows, range(len(counts)))))
     different = [int((y != products[0]).sum()) for y in products]
     assert different == [0] * len(products), f"{kernel}: elements that differ from the first: {different}"
-    tally("rearrangements", len(products) - 1)
 
 
 @pytest.mark.parametrize("tokens", [5, 400] if ON_GPU else [5])
-def test_a_tokens_choices_in_any_company(
-    multiplier: str, device: str, tokens: int, rng: torch.Generator, tally: Any
-) -> None:
+def test_a_tokens_choices_in_any_company(multiplier: str, device: str, tokens: int, rng: torch.Generator) -> None:
     """moe_forward of a batch, and of its tokens in another order: the same bytes."""
     *_, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=4)
     expected = forward()
@@ -478,4 +459,3 @@ def test_a_tokens_choices_in_any_company(
         assert torch.equal(forward(order.to(device)), expected[order.to(device)])
     if tokens < 100:  # a configuration given
         assert torch.equal(torch.cat([forward([i]) for i in range(tokens)]), expected)
-    tally("rearrangements", 4)

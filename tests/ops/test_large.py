@@ -7,8 +7,6 @@ tests/gpu/test_gpu_sizes.py fills them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import cases
 import kernels
 import pytest
@@ -27,7 +25,7 @@ ON_GPU = cases.device() == "cuda"
 @pytest.mark.parametrize("gigabytes", [16], indirect=True)
 @pytest.mark.parametrize("stride", [2**30 + 8, FAR + 8])
 def test_row_strides_beyond_int32(
-    gigabytes: None, backend: str, device: str, stride: int, rng: torch.Generator, tally: Any
+    gigabytes: None, backend: str, device: str, stride: int, rng: torch.Generator
 ) -> None:
     """A stride that fits int32 and whose multiples don't, and one that doesn't."""
     rows = cases.random_rows(3, 64, torch.bfloat16, rng, device)
@@ -39,13 +37,10 @@ def test_row_strides_beyond_int32(
         cases.same_bytes(got, mx.quantize_grouped(rows, groups, out=cases.poisoned_output(groups, 64), backend=backend))
     got = mx.quantize_grouped(x, groups, activation="swiglu", backend=backend).dequantize()
     assert torch.equal(got, mx.quantize_grouped(rows, groups, activation="swiglu", backend=backend).dequantize())
-    tally("sizes", 3)
 
 
 @pytest.mark.parametrize("gigabytes", [16], indirect=True)
-def test_gather_of_rows_beyond_int32(
-    gigabytes: None, kernels_run: None, device: str, rng: torch.Generator, tally: Any
-) -> None:
+def test_gather_of_rows_beyond_int32(gigabytes: None, kernels_run: None, device: str, rng: torch.Generator) -> None:
     k = 4096
     x = torch.empty(FAR // k + 5, k, dtype=torch.bfloat16, device=device)
     index = torch.tensor([x.shape[0] - 1, 0, FAR // k], dtype=torch.int32, device=device)
@@ -54,11 +49,10 @@ def test_gather_of_rows_beyond_int32(
     groups = cases.layout([3], device=device)
     got = mx.quantize_grouped(x, groups, row_index=index, backend="triton")
     assert torch.equal(got.dequantize(), mx.quantize_grouped(rows, groups, backend="reference").dequantize())
-    tally("sizes")
 
 
 @pytest.mark.parametrize("gigabytes", [16], indirect=True)
-def test_weights_beyond_int32(gigabytes: None, multiplier: str, device: str, rng: torch.Generator, tally: Any) -> None:
+def test_weights_beyond_int32(gigabytes: None, multiplier: str, device: str, rng: torch.Generator) -> None:
     """2^32 weights of 4096 experts, of which the first, one in the middle and the last are used."""
     e, n, k = 4096, 1024, 1024
     used = [0, 2049, e - 1]
@@ -72,13 +66,10 @@ def test_weights_beyond_int32(gigabytes: None, multiplier: str, device: str, rng
     assert wq.values.numel() == 2 * FAR
     y = mx.grouped_gemm(xq, wq, out_dtype=torch.float32, backend=multiplier)
     check_product(y, few, small, [1, 1, 1], multiplier)
-    tally("sizes")
 
 
 @pytest.mark.parametrize("gigabytes", [8], indirect=True)
-def test_sums_of_rows_beyond_int32(
-    gigabytes: None, kernels_run: None, device: str, rng: torch.Generator, tally: Any
-) -> None:
+def test_sums_of_rows_beyond_int32(gigabytes: None, kernels_run: None, device: str, rng: torch.Generator) -> None:
     """The layer's last step, and the bias before it, at rows whose offset is beyond."""
     h = 1024
     y = torch.empty(FAR // h + 9, h, dtype=torch.bfloat16, device=device)
@@ -96,23 +87,19 @@ def test_sums_of_rows_beyond_int32(
     kernels.combine(y, used, ids, weights, bias, got)
     routing.combine(rows, near, ids, weights, bias, expected)
     assert torch.equal(got, expected)
-    tally("sizes", 2)
 
 
 @pytest.mark.parametrize("experts", [1024, 4096] if ON_GPU else [1024])
-def test_a_thousand_experts_with_a_token_each(
-    multiplier: str, device: str, experts: int, rng: torch.Generator, tally: Any
-) -> None:
+def test_a_thousand_experts_with_a_token_each(multiplier: str, device: str, experts: int, rng: torch.Generator) -> None:
     """Interpreted, every sixteenth: a program is 10 ms. And all tokens with one expert."""
     step = 16 if (device, multiplier) == ("cpu", "triton") else 1
     alone = [int(e % step == 0) for e in range(experts)]
     for each in (alone, [0] * 700 + [sum(alone)] + [0] * (experts - 701)):
         check(*operands(each, sum(each), 8, 32, rng, device), each, torch.float32, multiplier)
-        tally("sizes")
 
 
 @pytest.mark.parametrize("spread", ["skewed", "one expert"] if ON_GPU else ["skewed"])
-def test_a_million_tokens(device: str, spread: str, rng: torch.Generator, tally: Any) -> None:
+def test_a_million_tokens(device: str, spread: str, rng: torch.Generator) -> None:
     """On a CPU quantized and multiplied by the reference: 256 experts, of which one has half or
     all."""
     backend, t, e, k = "triton" if device == "cuda" else "reference", 1_000_000, 256, 32
@@ -131,7 +118,6 @@ def test_a_million_tokens(device: str, spread: str, rng: torch.Generator, tally:
     for rows in torch.arange(t, device=device).split(100_000):  # row by row, not group by group
         exact = (x[rows][:, None, :] * w[expert[rows]]).sum(-1)
         torch.testing.assert_close(y[rows].double(), exact, rtol=1e-5, atol=1e-4)
-    tally("sizes", 2)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2**31 - 129, 2**31 - 128])

@@ -31,14 +31,16 @@ def make(rng: torch.Generator, device: str, **shape: Any) -> Layer:
     return moe_truth.to(moe_truth.make_layer(rng, **shape), device)
 
 
-def quantized(layer: Layer) -> tuple[mx.ExpertWeights, mx.ExpertWeights]:
-    return mx.quantize_weights(layer.w13, backend="reference"), mx.quantize_weights(layer.w2, backend="reference")
+def quantized(layer: Layer, group: int = 32) -> tuple[mx.ExpertWeights, mx.ExpertWeights]:
+    w13q, w2q = (mx.quantize_weights(w, scale_group=group, backend="reference") for w in (layer.w13, layer.w2))
+    return w13q, w2q
 
 
-def run(layer: Layer, backend: str | None, **options: Any) -> torch.Tensor:
+def run(layer: Layer, backend: str | None, *, group: int = 32, **options: Any) -> torch.Tensor:
+    """With weights in groups of ``group``."""
     bias = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
     batch = (layer.ids, layer.weights)
-    return mx.moe_forward(layer.x, *quantized(layer), *batch, backend=backend, **{**bias, **options})
+    return mx.moe_forward(layer.x, *quantized(layer, group), *batch, backend=backend, **{**bias, **options})
 
 
 def first(layer: Layer, tokens: int) -> Layer:
@@ -59,9 +61,10 @@ def test_signal_to_noise(
     multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype, bias: bool, dropped: bool
 ) -> None:
     layer = make(rng, device, **SIZE, dtype=dtype, bias=bias, dropped=dropped)
-    y = run(layer, multiplier)
-    assert y.dtype == dtype
-    assert snr(layer, y) > MIN_SNR_DB
+    for group in (32, 128):
+        y = run(layer, multiplier, group=group)
+        assert y.dtype == dtype
+        assert snr(layer, y) > MIN_SNR_DB
 
 
 @pytest.mark.parametrize(
@@ -137,12 +140,25 @@ def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: 
         assert mx.signal_to_noise_db(expected, run(layer, backend)) > 40.0
 
 
+@pytest.mark.parametrize("groups", [(32, 32), (128, 32), (32, 128)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_a_layer_is_its_steps(multiplier: str, device: str, rng: torch.Generator, bias: bool) -> None:
-    """The public functions one after the other, with the rounding that saturates nothing: the same
-    bits."""
-    layer = make(rng, device, tokens=11, hidden=96, bias=bias, dropped=True)
-    assert torch.equal(run(layer, multiplier), moe_truth.forward_in_steps(layer, *quantized(layer), multiplier))
+def test_a_layer_is_its_steps(
+    multiplier: str, device: str, rng: torch.Generator, bias: bool, groups: tuple[int, int]
+) -> None:
+    """The public functions one after the other, with the rounding that saturates nothing, and the
+    groups of the weights: the same bits. As a module, too, and with groups of 32 asked for."""
+    layer = moe_truth.make_layer(
+        rng, tokens=11, hidden=160, intermediate=96, bias=bias, dropped=True, dtype=torch.float32
+    )
+    layer = moe_truth.to(moe_truth.spread_scales(layer, rng), device)
+    weights = (quantized(layer, groups[0])[0], quantized(layer, groups[1])[1])
+    batch = (layer.x, layer.ids, layer.weights)
+    options = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias, "backend": multiplier}
+    y = mx.MXFP8Experts(*weights, **options)(*batch)
+    assert torch.equal(y, moe_truth.forward_in_steps(layer, *weights, multiplier, scale_groups=groups))
+    in_32 = mx.moe_forward(batch[0], *weights, *batch[1:], scale_group=32, **options)
+    assert torch.equal(in_32, moe_truth.forward_in_steps(layer, *weights, multiplier))
+    assert groups[1] == 32 or not torch.equal(in_32, y)
 
 
 def test_buffers_with_strides(backend: str, device: str, rng: torch.Generator) -> None:

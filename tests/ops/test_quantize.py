@@ -24,49 +24,64 @@ import hybrid_mxfp8 as mx
 pytestmark = pytest.mark.usefixtures("kernels_run")
 dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
 roundings = pytest.mark.parametrize("rounding", truth.ROUNDINGS)
+scale_groups = pytest.mark.parametrize("group", [32, 128])
 
 
 def into_poison(
     backend: str, x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, rounding: str = "rceil",
-    row_index: torch.Tensor | None = None,
+    row_index: torch.Tensor | None = None, group: int = 32,
 ) -> mx.GroupedMXFP8:  # fmt: skip
     """Quantize into buffers that held poison."""
     rows = x.shape[0] if row_index is None else row_index.shape[0]
     layout = groups if isinstance(groups, mx.GroupLayout) else mx.GroupLayout.from_counts(groups, rows)
     out = cases.poisoned_output(layout, x.shape[1])
-    got = mx.quantize_grouped(x, groups, scale_rounding=rounding, row_index=row_index, out=out, backend=backend)
+    options = {"scale_rounding": rounding, "scale_group": group, "row_index": row_index}
+    got = mx.quantize_grouped(x, groups, **options, out=out, backend=backend)
+    assert got.scale_group == group
     assert (got.values.data_ptr(), got.scales.data_ptr()) == (out.values.data_ptr(), out.scales.data_ptr())
     return got
 
 
 def check(
-    x: torch.Tensor, groups: mx.GroupLayout, rounding: str = "rceil", row_index: torch.Tensor | None = None
-) -> mx.GroupedMXFP8:
+    x: torch.Tensor, groups: mx.GroupLayout, rounding: str = "rceil", row_index: torch.Tensor | None = None,
+    group: int = 32,
+) -> mx.GroupedMXFP8:  # fmt: skip
     """The kernel against the reference."""
-    got = into_poison("triton", x, groups, rounding, row_index)
-    same_bytes(got, into_poison("reference", x, groups, rounding, row_index))
+    got = into_poison("triton", x, groups, rounding, row_index, group)
+    same_bytes(got, into_poison("reference", x, groups, rounding, row_index, group))
     return got
 
 
 @pytest.mark.sanitizer
 @dtypes
-def test_zero_tiny_and_non_finite_blocks(device: str, dtype: torch.dtype) -> None:
-    x = cases.special_rows(dtype)
-    expected = into_poison("reference", x, cases.layout([3, 5]))
-    same_bytes(check(x.to(device), cases.layout([3, 5], device=device)), expected)
+@roundings
+@scale_groups
+def test_zero_tiny_and_non_finite_blocks(device: str, dtype: torch.dtype, rounding: str, group: int) -> None:
+    """NaN and Inf spread over their group, of which the last of a row is one block."""
+    special = cases.special_rows(dtype)
+    x = torch.cat([special, special.flip(0)[:, :32]], dim=1)
+    groups = cases.layout([3, 5])
+    got = check(x.to(device), groups if device == "cpu" else cases.layout([3, 5], device=device), rounding, None, group)
+    codes, scales = truth.quantize(truth.doubles(x), rounding, group)
+    values, stored = truth.grouped_bytes(codes, scales, [3, 5], groups.scale_rows, cases.POISON)
+    assert np.array_equal(truth.as_bytes(got.values), values)
+    assert np.array_equal(truth.as_bytes(got.scales).reshape(-1), stored)
+    assert (scales == 255).sum() == (4 if group == 32 else 8) + 2
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("k", [32, 160, 2880])
 @pytest.mark.parametrize("name", cases.RAGGED)
-def test_ragged(device: str, name: str, k: int, rng: torch.Generator) -> None:
+@scale_groups
+def test_ragged(device: str, name: str, k: int, group: int, rng: torch.Generator) -> None:
     """Rows beyond the groups and slack keep their poison, all other padding is zero."""
     counts, num_tokens = cases.RAGGED[name]
     k = min(k, 256) if device == "cpu" else k
     x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
     groups = cases.layout(counts, num_tokens, device)
-    got = check(x, groups)
-    values, stored = truth.grouped_bytes(*truth.quantize(truth.doubles(x)), counts, groups.scale_rows, cases.POISON)
+    got = check(x, groups, group=group)
+    content = truth.quantize(truth.doubles(x), group=group)
+    values, stored = truth.grouped_bytes(*content, counts, groups.scale_rows, cases.POISON)
     assert np.array_equal(truth.as_bytes(got.values), values)
     assert np.array_equal(truth.as_bytes(got.scales).reshape(-1), stored)
 
@@ -74,11 +89,13 @@ def test_ragged(device: str, name: str, k: int, rng: torch.Generator) -> None:
 @settings(max_examples=25 if cases.device() == "cuda" else 15)
 @given(
     shape=cases.ragged(), k=st.sampled_from([32, 64, 96, 128, 288, 1056]), dtype=st.sampled_from(cases.DTYPES),
-    rounding=st.sampled_from(truth.ROUNDINGS), seed=st.integers(0, 2**31),
+    rounding=st.sampled_from(truth.ROUNDINGS), group=st.sampled_from([32, 128]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_layout(device: str, shape: cases.Ragged, k: int, dtype: torch.dtype, rounding: str, seed: int) -> None:
+def test_any_layout(
+    device: str, shape: cases.Ragged, k: int, dtype: torch.dtype, rounding: str, group: int, seed: int
+) -> None:
     x = cases.random_rows(shape.num_tokens, k, dtype, torch.Generator().manual_seed(seed), device)
-    check(x, cases.layout(shape.counts, shape.num_tokens, device), rounding)
+    check(x, cases.layout(shape.counts, shape.num_tokens, device), rounding, None, group)
 
 
 ON_GPU = cases.device() == "cuda"
@@ -94,10 +111,11 @@ def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: i
         counts = torch.bincount(owners, minlength=num_experts).to(device)
         x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
         groups = mx.GroupLayout.from_counts(counts, num_tokens)
-        expected = into_poison("reference", x, groups)
+        group = 32 if num_experts % 2 else 128
+        expected = into_poison("reference", x, groups, group=group)
         few = ON_GPU or num_experts < 200
         for form in (groups, counts, counts.int()) if few else (counts.int(),):
-            got = into_poison("triton", x, form)
+            got = into_poison("triton", x, form, group=group)
             same_bytes(got, expected)
             for name in ("tokens_per_expert", "expert_offsets", "scale_offsets"):
                 assert torch.equal(getattr(got.groups, name), getattr(groups, name))
@@ -156,9 +174,16 @@ ACTIVATIONS = {
 @pytest.mark.sanitizer
 @dtypes
 @pytest.mark.parametrize(
-    ("name", "rounding"), [*(("swiglu", r) for r in truth.ROUNDINGS), *((a, "rceil") for a in list(ACTIVATIONS)[1:])]
+    ("name", "rounding", "group"),
+    [
+        *(("swiglu", rounding, 32) for rounding in truth.ROUNDINGS),
+        *((activation, "rceil", 32) for activation in list(ACTIVATIONS)[1:]),
+        ("swiglu", "rceil", 128),
+    ],
 )
-def test_swiglu(backend: str, device: str, dtype: torch.dtype, name: str, rounding: str, rng: torch.Generator) -> None:
+def test_swiglu(
+    backend: str, device: str, dtype: torch.dtype, name: str, rounding: str, group: int, rng: torch.Generator
+) -> None:
     """Against float64, within what an exponential and a division may be off; see swiglu_truth.py.
 
     A limit meets both signs of gate and up, and the cut values themselves.
@@ -170,7 +195,7 @@ def test_swiglu(backend: str, device: str, dtype: torch.dtype, name: str, roundi
     x[tenth, ::3] = 7.0
     x = x.to(dtype)
     groups = cases.layout(counts, device=device)
-    options = {"activation": activation, "scale_rounding": rounding, "backend": backend}
+    options = {"activation": activation, "scale_rounding": rounding, "scale_group": group, "backend": backend}
     got = mx.quantize_grouped(x.to(device), groups, out=cases.poisoned_output(groups, 160), **options)
     swiglu_truth.check(got, x, counts, rounding, activation=activation)
     named = mx.quantize_grouped(x.to(device), groups, **{**options, "activation": "swigluoai"})
@@ -227,17 +252,22 @@ def test_swiglu_of_gathered_rows_with_strides(device: str, form: str, rng: torch
 @pytest.mark.parametrize(
     ("e", "n", "k"), [(1, 1, 32), (3, 8, 96), (2, 136, 160), (2, 128, 128), (1, 300, 1056), (5, 40, 64)]
 )
-def test_weights(device: str, e: int, n: int, k: int, rounding: str, rng: torch.Generator) -> None:
+@scale_groups
+def test_weights(device: str, e: int, n: int, k: int, rounding: str, group: int, rng: torch.Generator) -> None:
     """Into poison, so that every padding byte is seen to be written."""
     w = cases.random_rows(e * n, k, torch.bfloat16, rng, device).reshape(e, n, k)
-    expected = mx.quantize_weights(w, scale_rounding=rounding, backend="reference")
-    same_bytes(mx.quantize_weights(w, scale_rounding=rounding, backend="triton"), expected)
+    expected, got = (
+        mx.quantize_weights(w, scale_rounding=rounding, scale_group=group, backend=backend)
+        for backend in ("reference", "triton")
+    )
+    same_bytes(got, expected)
+    assert got.scale_group == group
     values, scales = torch.empty_like(expected.values), torch.full_like(expected.scales, cases.POISON)
     values.view(torch.uint8).fill_(cases.POISON)
-    kernels.quantize_weights(w, values, scales, rounding)
+    kernels.quantize_weights(w, values, scales, rounding, group)
     same_bytes(mx.ExpertWeights(values, scales), expected)
     for expert in range(e):
-        codes, linear = truth.quantize(truth.doubles(w[expert]), rounding)
+        codes, linear = truth.quantize(truth.doubles(w[expert]), rounding, group)
         assert np.array_equal(truth.as_bytes(expected.values[expert]), codes)
         assert np.array_equal(truth.as_bytes(expected.scales[expert]).reshape(-1), truth.swizzle(linear))
 

@@ -58,8 +58,8 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
         "group_offsets counts": (counts, 9, False),
         "group_offsets ends": (layout[1][1:].clone(), 9, True),
         "quantize_grouped": (x, *full_layout, "rceil", None, None, backend),
-        "quantize_grouped gather swiglu": (x, *full_layout, "even", index, "swiglu", backend),
-        "quantize_weights": (w, "floor", backend),
+        "quantize_grouped gather swiglu": (x, *full_layout, "even", index, "swiglu", backend, 128),
+        "quantize_weights": (w, "floor", backend, 128),
         "grouped_gemm": (
             xq.values.view(torch.uint8),
             xq.scales,
@@ -87,7 +87,7 @@ def test_opcheck(backend: str, device: str, rng: torch.Generator, call: str, mon
 
 def moe(layer: moe_truth.Layer, backend: str) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
     experts = mx.MXFP8Experts.from_weights(
-        layer.w13, layer.w2, w13_bias=layer.w13_bias, w2_bias=layer.w2_bias, backend=backend
+        layer.w13, layer.w2, w13_bias=layer.w13_bias, w2_bias=layer.w2_bias, scale_group=128, backend=backend
     )
     return experts, (layer.x, layer.ids, layer.weights)
 
@@ -128,9 +128,11 @@ def from_layout(x: torch.Tensor, counts: torch.Tensor, w: torch.Tensor, index: t
 
 
 def from_counts(x: torch.Tensor, counts: torch.Tensor, w: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    xq = mx.quantize_grouped(x, counts, row_index=index, activation="swiglu")
-    assert xq.values.dtype == torch.float8_e4m3fn
-    return mx.grouped_gemm(xq, mx.quantize_weights(w[:, :, : x.shape[1] // 2]), out_dtype=torch.float32)
+    xq = mx.quantize_grouped(x, counts, row_index=index, activation="swiglu", scale_group=128)
+    assert (xq.values.dtype, xq.scale_group) == (torch.float8_e4m3fn, 128)
+    return mx.grouped_gemm(
+        xq, mx.quantize_weights(w[:, :, : x.shape[1] // 2], scale_group=128), out_dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("function", [from_layout, from_counts])

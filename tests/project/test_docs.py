@@ -1,10 +1,13 @@
-"""The pages in docs/: Python and commands run as printed, links lead somewhere."""
+"""Pages and examples run as printed, links lead somewhere, and the site has every public name."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,27 +18,43 @@ import pages
 import pytest
 import torch
 import transformers_models
-from pages import DOCS, blocks, run_python
+from pages import DOCS, ROOT, blocks, run_program, run_python
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
+from hybrid_mxfp8.core.formats import scale_offset
 
-PAGES = (
-    "accuracy.md",
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+RUN = {
     "checkpoints.md",
+    "environment.md",
     "expert-parallel.md",
+    "groups.md",
     "moe.md",
+    "numerics.md",
     "scale-layout.md",
     "sglang.md",
     "transformers.md",
+}
+"""Pages with Python, each run by a test below."""
+PUBLIC = (
+    "hybrid_mxfp8",
+    "hybrid_mxfp8.checkpoint",
+    "hybrid_mxfp8.checkpoint.fp8_blocks",
+    "hybrid_mxfp8.compat.sglang",
+    "hybrid_mxfp8.integrations.transformers",
 )
 
 
-def run_shell(page: str) -> None:
-    """The page's commands, all of which are this package's."""
-    for line in "".join(blocks(page, "sh")).splitlines():
+def test_every_page_with_python_is_run() -> None:
+    assert {page for page in PAGES if "```python" in (DOCS / page).read_text()} == RUN
+
+
+def run_shell(commands: str) -> None:
+    """A page's commands, all of which are this package's."""
+    for line in commands.splitlines():
         words = shlex.split(line)
         assert words[:3] == ["python", "-m", "hybrid_mxfp8"], line
         assert cli.main(words[3:]) == 0
@@ -49,18 +68,48 @@ def test_sglang() -> None:
     assert mx.calc_diff(d, truth) < 1e-3
 
 
-def test_scale_layout(tmp_path: Path) -> None:
+def test_scale_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture labels each row of a tile where its scales lie, 16 bytes a line."""
     run_python("scale-layout.md")
-    pytest.importorskip("matplotlib", reason="the picture needs the bench extra")
-    picture = tmp_path / "layout.png"
-    subprocess.run([sys.executable, DOCS / "scale_layout.py", picture], check=True, timeout=120)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    plt = pytest.importorskip("matplotlib.pyplot", reason="the picture needs the bench extra")
+    monkeypatch.setattr(sys, "argv", ["scale_layout.py", str(tmp_path / "layout.png")])
+    runpy.run_path(str(DOCS / "scale_layout.py"), run_name="__main__")
+    tile = plt.gcf().axes[0]
+    middles = {text.get_text(): text.get_position() for text in tile.texts}
+    at = {row: (scale_offset(row, 0, 4), scale_offset(row, 3, 4)) for row in range(128)}
+    expected = {f"row {row}": ((first + last + 1) / 2 % 16, first // 16 + 0.5) for row, (first, last) in at.items()}
+    assert middles == expected
+    plt.close("all")
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """For pages whose point is no kernel: the interpreter takes its time."""
     monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
+
+
+@pytest.mark.usefixtures("_reference")
+def test_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_python("groups.md")
+    assert "False" not in capsys.readouterr().out
+    assert mx.calc_diff(names["out"], names["expected"]) < 1.5e-3
+
+
+@pytest.mark.usefixtures("_reference")
+def test_numerics(capsys: pytest.CaptureFixture[str]) -> None:
+    run_python("numerics.md")
+    kept = re.findall(r"^(\w+) +(\S+) dB$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in kept] == ["rceil", "floor", "even"]
+    assert all(29 < float(db) < 33 for _, db in kept)
+
+
+def test_environment(tmp_path: Path) -> None:
+    """In a process of its own: a choice is logged once, and the page sets up logging."""
+    (block,) = blocks("environment.md", "python")
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=True)
+    assert "INFO:hybrid_mxfp8:quantize on " in done.stderr
+    assert done.stdout.startswith("GroupedMXFP8(num_tokens=4")
 
 
 @pytest.mark.usefixtures("_reference")
@@ -108,21 +157,13 @@ def save_small_fp8_model(folder: Path) -> str:
 @pytest.mark.usefixtures("_reference")
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rng = torch.Generator().manual_seed(0)
-    shapes = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}
-    tensors = {
-        f"model.layers.0.experts.{e}.{name}.weight": torch.randn(shape, generator=rng).bfloat16()
-        for e in range(4)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, "model.safetensors")
     fp8 = save_small_fp8_model(Path("DeepSeek-V3"))
-    run_shell("checkpoints.md")
+    names = run_python("checkpoints.md", run_shell)
     assert checkpoint.find_experts("DeepSeek-V3-MXFP8") == {"model.layers.3.mlp.experts.*.up_proj.weight": (2, 64, 128)}
     with checkpoint.Checkpoint("DeepSeek-V3-MXFP8") as converted:
         assert converted.tensor(fp8).dtype == torch.bfloat16
-    names = run_python("checkpoints.md")
     assert checkpoint.find_experts("model-mxfp8.safetensors")["model.layers.0.experts.*.w1.weight"] == (4, 64, 128)
+    tensors = names["tensors"]
     w = torch.stack(
         [torch.cat([tensors[f"model.layers.0.experts.{e}.{name}.weight"] for name in ("w1", "w3")]) for e in range(4)]
     )
@@ -130,7 +171,7 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(names["w13"].scales, expected.scales)
     assert torch.equal(names["w13"].values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(names["mine"].values.view(torch.uint8), expected.values.view(torch.uint8)[2:4])
-    x = torch.randn(4, 128, generator=rng)
+    x = torch.randn(4, 128)
     one_each = torch.ones(4, dtype=torch.int32)
     y = names["grouped_gemm"](
         names["quantize_grouped"](x, one_each, backend="reference"), names["w13"], backend="reference"
@@ -141,13 +182,59 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the plot needs the bench extra")
     monkeypatch.chdir(tmp_path)
-    run_shell("accuracy.md")
+    run_shell("".join(blocks("accuracy.md", "sh")))
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "accuracy.json").exists()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.gpu
+def test_example_router_to_layer() -> None:
+    said = run_program(ROOT / "examples" / "router_to_layer.py")
+    assert said.startswith("(32, 256) torch.bfloat16: ")
+    assert float(re.findall(r"(\S+) dB", said)[0]) > 22.0
+
+
+@pytest.mark.gpu
+def test_example_cuda_graph() -> None:
+    """Three replays, each with the bytes of an eager call; without a GPU it says so."""
+    said = run_program(ROOT / "examples" / "cuda_graph.py")
+    replays = "".join(f"step {step}: as eager True\n" for step in range(3))
+    assert said == (replays if torch.cuda.is_available() else "needs a GPU: nothing was run\n")
+
+
+def test_example_transformers_model() -> None:
+    transformers_models.require()
+    first, generated = run_program(ROOT / "examples" / "transformers_model.py").splitlines()
+    assert first.startswith("the experts of 2 MoE layers take ")
+    assert len(json.loads(generated)) == 5 + 8
+
+
+def test_example_expert_parallel() -> None:
+    if torch.cuda.device_count() == 1:
+        pytest.skip("needs no GPU, or two")
+    said = run_program(ROOT / "examples" / "expert_parallel.py", ranks=2)
+    differences = dict(re.findall(r"rank (\d): calc_diff (-?\d\.\de[+-]\d+)", said))
+    assert differences.keys() == {"0", "1"}
+    assert max(map(float, differences.values())) < 3e-5
+
+
+@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in PAGES), "examples/README.md"])
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", (DOCS / page).read_text()):
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         if not target.startswith("https://"):
-            assert (DOCS / target).exists(), target
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_api_page_has_every_public_name_and_no_other() -> None:
+    public = [(module, name) for module in PUBLIC for name in importlib.import_module(module).__all__]
+    documented = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(f"{module}.{name}" for module, name in public if name != "__version__")
+    for module, name in public:
+        assert inspect.getdoc(getattr(importlib.import_module(module), name)), name
+
+
+def test_site_lists_every_page() -> None:
+    """`make docs` fails otherwise; here without what it needs."""
+    listed = re.findall(r"^ +- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {page for page in listed if page.startswith("docs/")} == {f"docs/{page}" for page in PAGES}
+    assert all((ROOT / page).exists() for page in listed)

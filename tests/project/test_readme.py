@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from pages import run_python
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
@@ -17,10 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs_and_multiplies() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 1
-    names: dict[str, Any] = {}
-    exec(compile(blocks[0], "README.md", "exec"), names)
+    names = run_python("../README.md")
     x, w, y = names["x"].float(), names["w"].float(), names["y"]
     truth = torch.cat([x[0:3] @ w[0].T, x[3:8] @ w[2].T, x[8:9] @ w[3].T])
     assert y.shape == (9, 512)

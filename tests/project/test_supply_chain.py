@@ -14,14 +14,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from audit import AUDIT
-from fake_toolkit import FakeToolkit, open_fake_toolkit
-from tally import Tally
+from fake_toolkit import FakeToolkit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hybrid_mxfp8", "triton_kernels", "cutlass_kernels")
@@ -48,6 +46,7 @@ FORBIDDEN_CALLS = {
     *("numpy.load", "np.load", "os.system", "os.popen", "os.startfile"),
 }
 ALLOWED = {
+    "ctypes": {"cutlass_kernels/verify.py"},  # NVML's version of the driver, on a GPU
     # nvcc: a build; its version. This Python: a module tried out.
     "subprocess": {
         *(f"cutlass_kernels/{name}.py" for name in ("jit/build", "jit/toolchain", "verify")),
@@ -215,13 +214,7 @@ assert jit.load(source).answer() == 42
 """
 
 
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        yield made
-
-
-def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path, tally: Tally) -> None:
+def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path) -> None:
     """It starts nvcc and nothing else, and leaves no file in the home or among the temporary
     ones."""
     settings: dict[str, Any] = {
@@ -239,7 +232,6 @@ def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path, t
     outside = [what for what in written if not Path(what).is_relative_to(toolkit.folder / "cache")]
     assert outside == []
     assert below(places) == {"home", "tmp", "work", "work/named"}
-    tally("cache faults")
 
 
 # ---------------------------------------------------------------- versions

@@ -17,8 +17,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 QUOTED = [line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")]
 
 
-def x(columns: int = 64, rows: int = 3) -> torch.Tensor:
-    return torch.ones(rows, columns, dtype=torch.bfloat16)
+def x(columns: int = 64) -> torch.Tensor:
+    return torch.ones(3, columns, dtype=torch.bfloat16)
 
 
 def operands(n: int = 16, k: int = 64) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:

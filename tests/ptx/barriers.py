@@ -109,7 +109,11 @@ def invalidate(operands: Operands, ins: Instruction) -> Closure:
             barrier = find(warp, where, warp.view(mask), "mbarrier.inval")
             if barrier.transactions:
                 raise Fault(f"mbarrier.inval: {barrier.transactions} bytes are still outstanding")
-            del warp.cta.mbarriers[own_offset(warp.cta, where, 8, "mbarrier.inval")]
+            offset = own_offset(warp.cta, where, 8, "mbarrier.inval")
+            del warp.cta.mbarriers[offset]
+            warp.cta.invalidated[offset] = warp.races.event(
+                warp.agent, warp.now, f"{warp.where()} line {warp.line}", warp.line
+            )
 
     return execute
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptx.formats import E4M3, E8M0, bf16_bits
+from ptx.formats import E4M3, E8M0
 from ptx.memory import GlobalMemory, aligned
 
 BLOCK = 32
@@ -234,10 +234,3 @@ def _codes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Every e4m3 code but NaN, alike often."""
     codes = rng.integers(0, 254, shape, dtype=np.uint8)
     return np.where(codes >= 127, codes + 1, codes).astype(np.uint8)
-
-
-def rounded(values: np.ndarray, out: str) -> np.ndarray:
-    """fp32 values as an output type's bytes."""
-    if out == "bf16":
-        return bf16_bits(values.astype(np.float32)).view(np.uint8)
-    return values.astype(np.float16 if out == "fp16" else np.float32).view(np.uint8)

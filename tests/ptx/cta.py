@@ -28,6 +28,7 @@ class Cta:
         self.tensor = TensorMemory(launch.races, f"tensor memory {name}")
         self.pipe = Pipe(launch.races, f"tcgen05 {name}")
         self.mbarriers: dict[int, Mbarrier] = {}
+        self.invalidated: dict[int, int] = {}  # offsets, and the event of each mbarrier.inval
         self.barriers = [Barrier() for _ in range(16)]
         self.acquired_maps: dict[int, list[Any]] = {}
         registers = len(launch.program.kernel.registers)

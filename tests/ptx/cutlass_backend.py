@@ -43,10 +43,10 @@ def headers_of(mainloop: str) -> Iterator[None]:
 
 
 @functools.cache
-def module_text(config: str, mainloop: str, out: str, arch: str = "10.0a") -> str:
+def module_text(config: str, mainloop: str, out: str) -> str:
     """PTX of a configuration's module."""
     module = product.GemmConfig.parse(config).module
-    source = product.gemm_source(module, product.OUT_DTYPES[out], arch)
+    source = product.gemm_source(module, product.OUT_DTYPES[out], "10.0a")
     return compile_ptx(source, product.mainloop_headers(mainloop))
 
 
@@ -101,7 +101,7 @@ class Result:
     races: list[str]
     instructions: int
     known: list[str] = field(default_factory=list)
-    """Races that are CUTLASS's own, see ``is_known``."""
+    """Races that are CUTLASS's own or Triton's, see each backend's ``is_known``."""
 
     @property
     def passed(self) -> bool:

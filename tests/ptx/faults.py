@@ -9,7 +9,7 @@ place fails.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,11 @@ WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], %r\d+, %r\d
 """The waits that block; peeks have no time limit."""
 
 PASSES = "setp.eq.s32 P1, 0, 0;"
+
+
+Edit = Callable[[str], str]
+Replacement = str | Callable[[re.Match[str]], str]
+EditParams = Callable[[np.ndarray, Any], None]
 
 
 class Text:
@@ -50,7 +55,7 @@ class Text:
                 return at
         raise LookupError(f"the fault no longer applies: no {pattern!r} before line {line + 1}")
 
-    def put(self, line: int, pattern: str, replacement: str) -> None:
+    def put(self, line: int, pattern: str, replacement: Replacement) -> None:
         """Replace in a line."""
         changed = re.sub(pattern, replacement, self.lines[line])
         if changed == self.lines[line]:
@@ -61,10 +66,6 @@ class Text:
         """Where a register got its value."""
         name = re.escape(register)
         return self.before(rf"^\s*(?:@\S+\s+)?[a-z][\w.:]*\s+(?:{name}|\{{[^}}]*{name}\b[^}}]*\}}),", line)
-
-
-Edit = Callable[[str], str]
-EditParams = Callable[[np.ndarray, Any], None]
 
 
 def edit(change: Callable[[Text], None]) -> Edit:
@@ -90,9 +91,9 @@ def every(pattern: str, replacement: str = "") -> Edit:
     return apply
 
 
-def nth(pattern: str, number: int, replacement: str = "") -> Edit:
-    """One match."""
-    return edit(lambda text: text.put(text.find(pattern, number), pattern, replacement))
+def nth(pattern: str, number: int) -> Edit:
+    """One match, removed."""
+    return edit(lambda text: text.put(text.find(pattern, number), pattern, ""))
 
 
 def removed_wait(anchor: str, number: int = 1, back: int = 1) -> Edit:
@@ -113,7 +114,7 @@ def operand(line: str, number: int) -> str:
     return re.findall(r"%r\w*\d+", line)[number]
 
 
-def changed_definition(anchor: str, register: int, pattern: str, replacement: str, number: int = 1) -> Edit:
+def changed_definition(anchor: str, register: int, pattern: str, replacement: Replacement, number: int = 1) -> Edit:
     """Change where a register that the anchor uses got its value."""
 
     def change(text: Text) -> None:
@@ -123,21 +124,21 @@ def changed_definition(anchor: str, register: int, pattern: str, replacement: st
     return edit(change)
 
 
-def added(amount: int) -> Callable[[re.Match[str]], str]:
+def added(amount: int) -> Replacement:
     """A literal, changed."""
     return lambda match: str(int(match[0]) + amount)
 
 
-def transactions(by: int) -> Edit:
-    """The bytes that producers expect."""
+def changed_literal(anchor: str, registers: Sequence[int], by: int, numbers: Sequence[int] = (1,)) -> Edit:
+    """Add to the last literal where registers of the anchor's matches got their values."""
 
-    def change(text: Text) -> None:
-        for number in (1, 2):
-            at = text.find(r"mbarrier\.arrive\.expect_tx", number)
-            where = text.definition(operand(text.lines[at], 1), at)
-            text.lines[where] = re.sub(r"\d+(?=;)", added(by), text.lines[where])
+    def apply(text: str) -> str:
+        for number in numbers:
+            for register in registers:
+                text = changed_definition(anchor, register, r"-?\d+(?=;)", added(by), number)(text)
+        return text
 
-    return edit(change)
+    return apply
 
 
 # ---------------------------------------------------------------- parameters
@@ -185,7 +186,6 @@ class Seeded:
     edit_params: EditParams | None = None
     backend: str = "cutlass"
     options: dict[str, Any] = field(default_factory=dict)
-    shape: Shape = SHAPE
 
 
 ONE = {"config": "1sm_128x128x128_1x1", "sms": 1}
@@ -205,6 +205,7 @@ ACQUIRE = r"fence\.proxy\.tensormap::generic\.acquire\.gpu [^;]*;"
 CP = r"tcgen05\.cp\."
 MMA = r"tcgen05\.mma\."
 LD = r"tcgen05\.ld\."
+EXPECT = r"mbarrier\.arrive\.expect_tx"
 COMMIT_STAGE = r"tcgen05\.commit\.\S*multicast"
 COMMIT_DONE = r"tcgen05\.commit\.(?!\S*multicast)"
 
@@ -227,27 +228,6 @@ def _stride_of_d(text: Text) -> None:
             text.put(where, r", 1;", ", 2;")
             return
     raise LookupError("the fault no longer applies: no stride of D")
-
-
-def _scale_byte(text: Text) -> None:
-    """The second MMA's scales of A, the next byte."""
-    at = text.find(MMA, 2)
-    register = re.findall(r"\[(%r\d+)\]", text.lines[at])[1]
-    where = text.definition(register, at)
-    text.lines[where] = re.sub(r"-?\d+(?=;)", added(1 << 30), text.lines[where])
-
-
-def _scale_bytes(text: Text) -> None:
-    at = text.find(MMA, 2)
-    for register in re.findall(r"\[(%r\d+)\]", text.lines[at])[1:]:
-        where = text.definition(register, at)
-        text.lines[where] = re.sub(r"-?\d+(?=;)", added(1 << 30), text.lines[where])
-
-
-def _scale_column(text: Text) -> None:
-    at = text.find(CP, 2)
-    where = text.definition(operand(text.lines[at], 0), at)
-    text.lines[where] = re.sub(r"\d+(?=;)", added(1), text.lines[where])
 
 
 def _accumulates_at_once(text: Text) -> None:
@@ -276,6 +256,13 @@ def _count_of_named_barrier(text: Text) -> None:
     text.put(where, r"128", "96")
 
 
+def _multicast_mask(text: Text) -> None:
+    """The commit that frees a stage tells the own CTA alone."""
+    at = text.find(COMMIT_STAGE)
+    register = re.findall(r"%rs\d+", text.lines[at])[0]
+    text.put(at, register, "1")
+
+
 def _peer_bit(text: Text) -> None:
     """Barriers' addresses keep the CTA's rank (bit 24): completions of the odd CTA's loads do not
     go to the even one."""
@@ -290,12 +277,6 @@ def _unwaited(text: Text, anchor: str) -> None:
     """The last wait before an instruction answers at once."""
     pattern = r"mbarrier\.try_wait\.parity\S* complete, [^;]*;"
     text.put(text.before(pattern, text.find(anchor)), pattern, "setp.eq.s32 complete, 0, 0;")
-
-
-def _init_count(text: Text) -> None:
-    at = text.find(r"mbarrier\.init\.")
-    where = text.definition(operand(text.lines[at], 1), at)
-    text.lines[where] = re.sub(r"\b\d+(?=;)", added(1), text.lines[where])
 
 
 def _same_tile(text: Text) -> None:
@@ -315,13 +296,6 @@ def _dealloc_early(text: Text) -> None:
         text.put(i, WAIT, PASSES)
 
 
-def _multicast_mask(text: Text) -> None:
-    """The commit that frees a stage tells the own CTA alone."""
-    at = text.find(COMMIT_STAGE)
-    register = re.findall(r"%rs\d+", text.lines[at])[0]
-    text.put(at, register, "1")
-
-
 FAULTS: tuple[Seeded, ...] = (
     _cutlass("first griddepcontrol.wait removed", nth(r"griddepcontrol\.wait;", 1)),
     _cutlass("all griddepcontrol.wait removed", every(r"griddepcontrol\.wait;")),
@@ -330,14 +304,14 @@ FAULTS: tuple[Seeded, ...] = (
     _cutlass("cp_fenceproxy removed", nth(r"tensormap\.cp_fenceproxy[^;]*;", 1)),
     _cutlass("swizzle of B's tensor map", params=swizzle_of_tokens),
     _cutlass("swizzle in A's shared memory descriptor", edit(_mma_descriptor)),
-    _cutlass("scale byte of the second MMA, A", edit(_scale_byte)),
-    _cutlass("scale byte of the second MMA, A and B", edit(_scale_bytes)),
+    _cutlass("scale byte of the second MMA, A", changed_literal(MMA, [4], 1 << 30, [2])),
+    _cutlass("scale byte of the second MMA, A and B", changed_literal(MMA, [4, 5], 1 << 30, [2])),
     _cutlass("scales of B: the next expert's", params=pointer(2)),
     _cutlass("MMA does not wait for its operands", removed_wait(CP)),
     _cutlass("MMA does not wait for a free accumulator", removed_wait(CP, back=2)),
     _cutlass("epilogue does not wait for the accumulator", removed_wait(LD)),
-    _cutlass("transaction count too small", transactions(-128)),
-    _cutlass("transaction count too large", transactions(128)),
+    _cutlass("transaction count too small", changed_literal(EXPECT, [1], -128, [1, 2])),
+    _cutlass("transaction count too large", changed_literal(EXPECT, [1], 128, [1, 2])),
     _cutlass("commit frees the next stage", changed_definition(COMMIT_STAGE, 0, r"\d+(?=;)", "56")),
     _cutlass("commit of the accumulator to the wrong barrier", changed_definition(COMMIT_DONE, 0, r"-16;", "-8;")),
     _cutlass("wait_group.read of the epilogue removed", every(r"cp\.async\.bulk\.wait_group\.read 1;")),
@@ -346,10 +320,10 @@ FAULTS: tuple[Seeded, ...] = (
     _cutlass("accumulator not reset", edit(_accumulates_at_once)),
     _cutlass("tcgen05.wait::ld removed", every(r"tcgen05\.wait::ld\.sync\.aligned;")),
     _cutlass("fence.proxy.async removed", every(r"fence\.proxy\.async\.shared::cta;")),
-    _cutlass("column of B's scales", edit(_scale_column)),
+    _cutlass("column of B's scales", changed_literal(CP, [0], 1, [2])),
     _cutlass("dealloc removed", every(r"tcgen05\.dealloc[^;]*;")),
     _cutlass("D of the next expert", params=pointer(3)),
-    _cutlass("producer does not wait for a free stage", removed_wait(r"mbarrier\.arrive\.expect_tx", 2)),
+    _cutlass("producer does not wait for a free stage", removed_wait(EXPECT, 2)),
     _cutlass("fence.mbarrier_init removed, two CTAs", every(r"fence\.mbarrier_init[^;]*;"), **TWO),
     # Beyond the first list.
     _cutlass("peer bit kept, two CTAs", edit(_peer_bit), **TWO),
@@ -357,7 +331,7 @@ FAULTS: tuple[Seeded, ...] = (
     _cutlass("commit frees the stage in one CTA alone", edit(_multicast_mask), **WIDE),
     _cutlass("tensor map copied without bar.warp.sync", edit(_first_bar_warp_before_fenceproxy)),
     _cutlass("threads of a named barrier", edit(_count_of_named_barrier)),
-    _cutlass("arrivals of an mbarrier", edit(_init_count)),
+    _cutlass("arrivals of an mbarrier", changed_literal(r"mbarrier\.init\.", [1], 1)),
     _cutlass("tensor memory freed before the epilogue has read it", edit(_dealloc_early)),
     _cutlass("setmaxnreg.dec removed", every(r"setmaxnreg\.dec[^;]*;")),
     _cutlass("two CTAs store the same tiles", edit(_same_tile), config="1sm_128x128x128_1x1", sms=2),
@@ -375,11 +349,9 @@ def report(fault: Seeded) -> str:
     try:
         if fault.backend == "cutlass":
             options = cutlass_backend.Options(**{"seed": 3, **fault.options})
-            call: Any = cutlass_backend.Call(fault.shape, options, edit=fault.edit, edit_params=fault.edit_params)
+            call: Any = cutlass_backend.Call(SHAPE, options, edit=fault.edit, edit_params=fault.edit_params)
         else:
-            call = triton_backend.Call(
-                fault.shape, triton_backend.Options(**{"seed": 3, **fault.options}), edit=fault.edit
-            )
+            call = triton_backend.Call(SHAPE, triton_backend.Options(**{"seed": 3, **fault.options}), edit=fault.edit)
         result = call.run()
     except Hang as hang:
         return f"hang of {str(hang).count(chr(10))} warps"

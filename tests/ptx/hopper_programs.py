@@ -59,7 +59,7 @@ class Hopper:
         return np.random.default_rng(len(self.name)).integers(0, 256, self.input, dtype=np.uint8)
 
 
-def kernel(body: str, maps: int = 0, name: str = "program") -> str:
+def kernel(body: str, maps: int = 0) -> str:
     """A kernel with its parameters read: %out, %in (global) and %map0.. (generic)."""
     parameters = [".param .u64 p_out", ".param .u64 p_in"]
     parameters += [f".param .align 64 .b8 p_map{i}[128]" for i in range(maps)]
@@ -68,7 +68,7 @@ def kernel(body: str, maps: int = 0, name: str = "program") -> str:
         for i in range(maps)
     )
     return f"""{HEADER}
-.visible .entry {name}({", ".join(parameters)})
+.visible .entry program({", ".join(parameters)})
 {{
     .reg .pred %p<32>;
     .reg .b16 %h<16>;
@@ -100,7 +100,7 @@ ready:
 """
 
 
-def copy_out(size: int, threads: int = 32, offset: str = "0") -> str:
+def copy_out(size: int, offset: str = "0") -> str:
     """Shared memory, from its start, to the output."""
     return f"""
     shl.b32 %r60, %t, 2;
@@ -113,7 +113,7 @@ copying:
     cvt.u64.u32 %d30, %r63;
     add.u64 %d31, %out, %d30;
     st.global.u32 [%d31], %r62;
-    add.u32 %r60, %r60, {4 * threads};
+    add.u32 %r60, %r60, 128;
     bra copying;
 copied:
 """

@@ -213,8 +213,8 @@ class GlobalMemory:
         return f", {distance} bytes from the {'end' if at else 'start'} of {name}"
 
 
-def aligned(size: int, alignment: int = 1024) -> np.ndarray:
+def aligned(size: int) -> np.ndarray:
     """Poisoned bytes, with poison of a kilobyte on both sides."""
-    raw = np.full(size + 2 * 1024 + alignment, POISON, np.uint8)
-    start = 1024 + -(raw.ctypes.data + 1024) % alignment
+    raw = np.full(size + 3 * 1024, POISON, np.uint8)
+    start = 1024 + -(raw.ctypes.data + 1024) % 1024
     return raw[start : start + size]

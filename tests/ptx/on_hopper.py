@@ -103,21 +103,11 @@ class Gpu:
 
     def __init__(self) -> None:
         self.driver = ctypes.CDLL("libcuda.so.1")
-        self.device = ctypes.c_int()
+        device, context = ctypes.c_int(), ctypes.c_void_p()
         self.call("cuInit", 0)
-        self.call("cuDeviceGet", ctypes.byref(self.device), 0)
-        self.use_context()
-
-    def use_context(self) -> None:
-        """The device's primary one; another after :meth:`reset`."""
-        context = ctypes.c_void_p()
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
+        self.call("cuDeviceGet", ctypes.byref(device), 0)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self.call("cuCtxSetCurrent", context)
-
-    def reset(self) -> None:
-        """After an error of a kernel, with which a context answers every further call."""
-        self.call("cuDevicePrimaryCtxReset_v2", self.device)
-        self.use_context()
 
     def call(self, name: str, *arguments: Any) -> None:
         """A function of the driver, which must succeed."""
@@ -236,12 +226,8 @@ def main() -> int:
             wrong = np.flatnonzero(mine[:until] != theirs[:until])
             if wrong.size:
                 said = f"{wrong.size} of {until} bytes differ, the first at {wrong[0]}: emulator {mine[wrong[0]]}, GPU {theirs[wrong[0]]}"
-        except Fault as fault:
-            said = str(fault)
-        except RuntimeError as error:
+        except (Fault, RuntimeError) as error:
             said = str(error)
-            if gpu:
-                gpu.reset()
         failed += bool(said)
         print(f"{'FAIL' if said else 'ok  '} {program.name} {said}", flush=True)
     if gpu:

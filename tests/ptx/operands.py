@@ -15,7 +15,7 @@ import numpy as np
 
 from ptx.errors import Fault
 from ptx.memory import RANK_SHIFT, SHARED_BASE
-from ptx.parser import BITS, Address, Immediate, Instruction, Kernel, Not, Operand, Register, Special, Symbol, Vector
+from ptx.parser import BITS, Address, Immediate, Kernel, Not, Operand, Register, Special, Symbol, Vector
 from ptx.warp import FULL, LANES, Warp, bools
 
 if TYPE_CHECKING:
@@ -208,8 +208,3 @@ def same(values: np.ndarray, mask: int, what: str) -> int:
     if (chosen != chosen[0]).any():
         raise Fault(f"{what}: expected one value in all lanes, got {sorted(set(chosen.tolist()))[:4]}")
     return int(chosen[0])
-
-
-def kind_of(instruction: Instruction) -> str:
-    """The type of an instruction's operands."""
-    return instruction.type

@@ -1,3 +1,4 @@
+# ruff: noqa: E402, F401
 """Every import of the product that the emulator's runs need, in one place."""
 
 from __future__ import annotations
@@ -11,52 +12,25 @@ for folder in (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "codegen"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import kernels as launches  # noqa: E402
-import pages  # noqa: E402
-import torch  # noqa: E402
-from compiling import StubDriver  # noqa: E402
+import kernels as launches
+import pages
+import torch
+from compiling import StubDriver
 
-import hybrid_mxfp8 as mx  # noqa: E402
-from hybrid_mxfp8 import env, reference  # noqa: E402
-from hybrid_mxfp8.core.layout import GroupLayout  # noqa: E402
-from hybrid_mxfp8.cutlass_kernels.config import GemmConfig  # noqa: E402
-from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES  # noqa: E402
-from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source  # noqa: E402
-from hybrid_mxfp8.cutlass_kernels.jit import build as jit  # noqa: E402
-from hybrid_mxfp8.cutlass_kernels.jit import toolchain  # noqa: E402
-from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap  # noqa: E402
-from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
-from hybrid_mxfp8.reference import routing  # noqa: E402
-from hybrid_mxfp8.triton_kernels import abi, group_layout  # noqa: E402
-from hybrid_mxfp8.triton_kernels.gemm import blackwell  # noqa: E402
-from hybrid_mxfp8.triton_kernels.moe import route  # noqa: E402
-
-__all__ = [
-    "OUT_DTYPES",
-    "ROOT",
-    "BackendUnavailableError",
-    "Buffer",
-    "GemmConfig",
-    "GroupLayout",
-    "StubDriver",
-    "TensorMap",
-    "abi",
-    "blackwell",
-    "env",
-    "gemm_source",
-    "group_layout",
-    "host_source",
-    "installed_headers",
-    "jit",
-    "launches",
-    "mainloop_headers",
-    "mx",
-    "pages",
-    "reference",
-    "route",
-    "routing",
-    "toolchain",
-]
+import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env, reference
+from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+from hybrid_mxfp8.cutlass_kernels.jit import toolchain
+from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
+from hybrid_mxfp8.errors import BackendUnavailableError
+from hybrid_mxfp8.reference import routing
+from hybrid_mxfp8.triton_kernels import abi, group_layout, launch
+from hybrid_mxfp8.triton_kernels.gemm import blackwell
+from hybrid_mxfp8.triton_kernels.moe import route
 
 OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -47,7 +47,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16) -> Kernels:
+def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16, scale_group: int = 32) -> Kernels:
     """quantize_grouped of rows with a wide range of magnitudes, an empty expert among them."""
     counts, k = (3, 0, 70, 1), 352
     tokens = torch.tensor(counts, dtype=torch.int32)
@@ -60,10 +60,12 @@ def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16) -> Kernels
     def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:
         groups = product.GroupLayout(t["tokens"], t["offsets"], t["scale_offsets"], rows)
         values = t["values"].view(torch.float8_e4m3fn)
-        return product.launches.quantize_steps(t["x"], groups, values, t["scales"], rounding)
+        options = {"rounding": rounding, "scale_group": scale_group}
+        return product.launches.quantize_steps(t["x"], groups, values, t["scales"], **options)
 
     groups = product.GroupLayout(tokens, offsets, scale_offsets, rows)
-    truth = product.mx.quantize_grouped(x, groups, scale_rounding=rounding, backend="reference")
+    options = {"scale_rounding": rounding, "scale_group": scale_group}
+    truth = product.mx.quantize_grouped(x, groups, **options, backend="reference")
     used = int(scale_offsets[-1])
     return Kernels(
         steps,
@@ -114,6 +116,7 @@ CASES: dict[str, Callable[[], Kernels]] = {
     "quantize_grouped, rceil": lambda: quantize_rows("rceil"),
     "quantize_grouped, floor": lambda: quantize_rows("floor"),
     "quantize_grouped, even, fp32": lambda: quantize_rows("even", torch.float32),
+    "quantize_grouped, rceil, groups of 128": lambda: quantize_rows("rceil", scale_group=128),
     "group_offsets of counts": lambda: group_offsets(False),
     "group_offsets of ends": lambda: group_offsets(True),
     "route, one launch": lambda: route(17, 2, 5),
@@ -121,9 +124,9 @@ CASES: dict[str, Callable[[], Kernels]] = {
 }
 
 
-def emulated(kernels: Kernels, memory: GlobalMemory | None = None) -> tuple[dict[str, torch.Tensor], list[str], int]:
+def emulated(kernels: Kernels) -> tuple[dict[str, torch.Tensor], list[str], int]:
     """The outputs after the launches, the races found, and the instructions run."""
-    memory = memory or GlobalMemory()
+    memory = GlobalMemory()
     tensors = {}
     for name, tensor in (kernels.inputs | kernels.outputs).items():
         data = aligned(tensor.numel() * tensor.element_size())

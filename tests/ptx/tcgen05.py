@@ -408,10 +408,14 @@ def commit(operands: Operands, ins: Instruction) -> Closure:
         def run(access: Access) -> None:
             clock = warp.cta.pipe.publish()
             for rank in ranks:
-                barrier = find(
-                    warp, rank << RANK_SHIFT | where & OFFSET_MASK, clock, f"line {ins.line}: tcgen05.commit"
-                )
-                barrier.arrive(1, 0, clock)
+                what = f"line {ins.line}: tcgen05.commit"
+                cta = warp.cta.cluster.cta(rank, what)
+                offset = cta.shared.offset(where & OFFSET_MASK, 8, what)
+                if offset in cta.invalidated and offset not in cta.mbarriers:
+                    place = f"{cta.shared.name}, mbarrier at {offset}"
+                    warp.races.report("arrive/invalidate", place, access.event, cta.invalidated[offset])
+                    continue
+                find(warp, rank << RANK_SHIFT | where & OFFSET_MASK, clock, what).arrive(1, 0, clock)
 
         warp.cta.pipe.issue(warp, lane, ins.line, "commit", run)
 

@@ -74,12 +74,11 @@ def encode(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int = 0,
-    fill: int = 0,
 ) -> np.ndarray:
     """What cuTensorMapEncodeTiled writes; as host.cu."""
     five = lambda values: [*values, *[0] * (5 - len(values))]  # noqa: E731
     packed = LAYOUT.pack(
-        *(address, MAGIC, type, len(dims), swizzle, fill, *five(dims), *five(box), *five(strides)[:4]),
+        *(address, MAGIC, type, len(dims), swizzle, 0, *five(dims), *five(box), *five(strides)[:4]),
         *(*five((1,) * len(dims)), 0),
     )
     return np.frombuffer(packed.ljust(SIZE, b"\0"), np.uint8).copy()

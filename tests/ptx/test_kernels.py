@@ -68,7 +68,7 @@ def test_triton(block_t: int) -> None:
 def test_quantizer_and_router() -> None:
     from ptx import sm90_kernels
 
-    for name in ("quantize_grouped, rceil", "group_offsets of counts", "route, one launch"):
+    for name in ("quantize_grouped, rceil, groups of 128", "group_offsets of counts", "route, one launch"):
         result = sm90_kernels.run(sm90_kernels.CASES[name])
         assert result.races == result.problems == [], name
 

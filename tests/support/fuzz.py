@@ -24,8 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import tally
-
 EXAMPLES, STEPS = 10, 25
 """Of a round, and calls of an example: about half a minute in the interpreter."""
 
@@ -121,8 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shrink", action="store_true", help="shorten a find, for some minutes each")
     parser.add_argument("--processes", type=int, help="default: all cores, on a GPU at most 4")
     parser.add_argument("--json", type=Path, help="write the totals there")
-    parser.add_argument("--tally", type=Path, help="add the steps to this record of tally.py")
-    parser.add_argument("--tally-label", default="CPU, interpreted", help="the record's column")
     parser.add_argument("--one-round", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one_round is not None:
@@ -142,8 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"SEED={seed}: {totals['examples']} examples, {totals['steps']} steps, {finds} finds", flush=True)
     if options.json:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
-    if options.tally:
-        tally.add_to_column(options.tally, options.tally_label, {"fuzz steps": totals["steps"]}, finds)
     return 1 if finds or not totals["steps"] else 0
 
 

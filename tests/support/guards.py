@@ -24,18 +24,13 @@ def _noise(size: int) -> torch.Tensor:
 
 
 class Guards:
-    """One buffer; tensors are copied into it, and checked all at once.
-
-    Attributes:
-        count: tensors that have guard bytes.
-    """
+    """One buffer; tensors are copied into it, and checked all at once."""
 
     def __init__(self, device: str = "cpu", size: int = 4 << 20) -> None:
         self._memory = _noise(size).to(device, copy=True)
         self._writable: list[torch.Tensor] = []
         self._end = 0
         self._before: torch.Tensor | None = None
-        self.count = 0
 
     def __call__(self, x: torch.Tensor, shift: int = 0) -> torch.Tensor:
         """A copy with x's strides that must not change. It starts ``shift`` bytes behind a 256-byte
@@ -56,7 +51,6 @@ class Guards:
             # Where a stride is 0, many elements are one.
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
             view[once].copy_(x.detach()[once])
-        self.count += 1
         self._before = None
         return view.requires_grad_() if x.requires_grad else view
 
@@ -101,9 +95,9 @@ class Guards:
         """Remember what all bytes are now; the call that is tried comes next."""
         self._before = self._memory.clone()
 
-    def check(self, *, refused: bool = False) -> int:
-        """Every byte is what it was, but for those that may be written if the call was not refused;
-        returns ``count``."""
+    def check(self, *, refused: bool = False) -> None:
+        """Every byte is what it was, but for those that may be written if the call was not
+        refused."""
         assert self._before is not None, "ready() comes before the call"
         changed = self._memory != self._before
         if not refused:
@@ -116,7 +110,6 @@ class Guards:
                 mask.fill_(False)
         where = changed.nonzero().flatten()[:4].tolist()
         assert not where, f"bytes changed that must not, the first at {where} of the buffer"
-        return self.count
 
 
 def check_alive(device: str) -> None:

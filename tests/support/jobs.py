@@ -15,8 +15,6 @@ import torch
 
 import hybrid_mxfp8 as mx
 
-CALLS_OF_A_JOB = 4
-
 
 def job(seed: int, backend: str) -> list[torch.Tensor]:
     """All public functions on data of this seed: their bytes."""

@@ -41,6 +41,7 @@ def _buffers(tensors: Sequence[torch.Tensor | None]) -> tuple[list[Any], list[to
 def quantize_steps(
     x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
     rounding: str = "rceil", row_index: torch.Tensor | None = None, swiglu: SwiGLU | None = None,
+    scale_group: int = 32,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans
     itself."""
@@ -54,8 +55,9 @@ def quantize_steps(
         counts, experts = groups, groups.shape[0]
         layout = torch.empty(3 * experts + 2, dtype=torch.int32, device=x.device)
     problem = QuantizeProblem(
-        rows, experts, k, x.shape[0], x.stride(0), rounding, swiglu, "offsets" if counts is None else "counts"
-    )
+        rows, experts, k, x.shape[0], x.stride(0), rounding, swiglu, "offsets" if counts is None else "counts",
+        scale_group=scale_group,
+    )  # fmt: skip
     tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout)
     return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), *tensors
 
@@ -66,13 +68,14 @@ def quantize(*arguments: Any, **options: Any) -> None:
 
 
 def quantize_weights_steps(
-    w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rounding: str = "rceil"
+    w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rounding: str = "rceil", scale_group: int = 32
 ) -> tuple[Any, ...]:
     from hybrid_mxfp8.triton_kernels import quantize as module
 
     experts, n, k = w.shape
     rows = experts * n
-    problem = QuantizeProblem(rows, experts, k, rows, w.stride(1), rounding, None, "uniform", w.stride(0))
+    sizes = (rows, experts, k, rows, w.stride(1))
+    problem = QuantizeProblem(*sizes, rounding, None, "uniform", w.stride(0), scale_group)
     return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales
 
 

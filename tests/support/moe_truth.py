@@ -4,7 +4,7 @@ dequantized weights."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +66,17 @@ def to(layer: Layer, device: str) -> Layer:
     return Layer(**{name: None if t is None else t.to(device) for name, t in vars(layer).items()})
 
 
+def spread_scales(layer: Layer, rng: torch.Generator) -> Layer:
+    """With columns of x and rows of w13 whose blocks of 32 differ by up to 2**16, so that one scale
+    for four of them makes a difference."""
+
+    def factors(size: int) -> torch.Tensor:
+        return torch.exp2(torch.randint(-8, 9, (size // 32,), generator=rng)).repeat_interleave(32)
+
+    _, rows, hidden = layer.w13.shape
+    return replace(layer, x=layer.x * factors(hidden), w13=layer.w13 * factors(rows).unsqueeze(1) / 2**4)
+
+
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of gate and up, in float64."""
 
@@ -102,8 +113,9 @@ def forward(layer: Layer, activation: Activation = silu_mul) -> torch.Tensor:
 
 
 def forward_in_steps(
-    layer: Layer, w13q: mx.ExpertWeights, w2q: mx.ExpertWeights, backend: str, activation: mx.SwiGLU = PLAIN_SWIGLU
-) -> torch.Tensor:
+    layer: Layer, w13q: mx.ExpertWeights, w2q: mx.ExpertWeights, backend: str, activation: mx.SwiGLU = PLAIN_SWIGLU,
+    scale_groups: tuple[int, int] = (32, 32),
+) -> torch.Tensor:  # fmt: skip
     """The layer as separate public calls, routing and sum by their references: the bits of
     ``moe_forward``."""
     ids, device, experts = layer.ids.contiguous(), layer.x.device, w2q.num_experts
@@ -117,11 +129,12 @@ def forward_in_steps(
     sorted_token_ids, inverse_permutation, layout = ints(ids.numel()), ints(*ids.shape), ints(3 * experts + 2)
     routing.route(ids, experts, sorted_token_ids, inverse_permutation, layout)
     groups = mx.GroupLayout(*layout.split((experts, experts + 1, experts + 1)), ids.numel())
-    xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, backend=backend)
+    first, second = ({"scale_group": group, "backend": backend} for group in scale_groups)
+    xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, **first)
     h = mx.grouped_gemm(xq, w13q, out_dtype=layer.x.dtype, backend=backend)
     if layer.w13_bias is not None:
         routing.add_expert_bias(h, inverse_permutation, ids, layer.w13_bias)
-    hq = mx.quantize_grouped(h, groups, activation=activation, backend=backend)
+    hq = mx.quantize_grouped(h, groups, activation=activation, **second)
     y = mx.grouped_gemm(hq, w2q, out_dtype=layer.x.dtype, backend=backend)
     routing.combine(y, inverse_permutation, ids, layer.weights, layer.w2_bias, out)
     return out

@@ -40,7 +40,7 @@ PLAIN = "no tool"
 
 TOOLS: dict[str, str] = {
     "racecheck": "shared memory touched by threads in no order",
-    "memcheck": "reads and writes outside of allocations, misaligned ones, failed CUDA calls",
+    "memcheck": "reads and writes outside of allocations, and misaligned ones",
     "initcheck": "reads of global memory that nothing has written",
     "synccheck": "wrong uses of barriers",
 }
@@ -103,20 +103,17 @@ def _specializes(node: ast.AST) -> bool:
 
 @dataclass
 class Findings:
-    """One process's output: how much its tool reported and where, and whether the tool came to
-    its end.
+    """One process's output: how much its tool reported, and whether the tool came to its end.
 
-    ``dispatch``: of the reports, those of :func:`dispatch_lines` alone, by kernel; ``races``: the
-    places of the others.
+    ``places``: what was found in which kernel; ``dispatch``: of the races, those of
+    :func:`dispatch_lines` alone, by kernel; ``races``: the places of the others.
     """
 
     reported: int = 0
     finished: bool = False
+    places: Counter[str] = field(default_factory=Counter)
     dispatch: Counter[str] = field(default_factory=Counter)
     races: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    kernels: Counter[str] = field(default_factory=Counter)
-    warnings: Counter[str] = field(default_factory=Counter)
 
 
 _LINE = re.compile(r"^[.sxXFE]*={9} (.*)$", re.MULTILINE)
@@ -124,8 +121,8 @@ _LINE = re.compile(r"^[.sxXFE]*={9} (.*)$", re.MULTILINE)
 
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 _KIND = re.compile(
-    r"(Invalid __\w+__ \w+|Uninitialized __\w+__ memory \w+|Misaligned \w+|Barrier error detected|Program hit \w+"
-    r"|(?:Error|Warning): Race reported|Internal Sanitizer Error)"
+    r"(?:Error: |Warning: )?(Invalid __\w+__ \w+|Uninitialized __\w+__ memory \w+|Misaligned \w+|Barrier error detected"
+    r"|Program hit \w+|Race reported|Internal Sanitizer Error)"
 )
 _ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x[0-9a-f]+ in ([\w.]+):(\d+)")
 _PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x[0-9a-f]+)")
@@ -133,7 +130,7 @@ _PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x
 
 def parse(text: str) -> Findings:
     """What compute-sanitizer printed among a program's own lines."""
-    found = Findings()
+    found, kind = Findings(), "Report"
     for report in text.split("Race reported between ")[1:]:
         kernel, places = _race(report)
         if kernel is not None:
@@ -145,14 +142,11 @@ def parse(text: str) -> Findings:
             found.finished = True
             found.reported += int(summary[1])
             continue
-        if kind := _KIND.match(line):
-            found.kinds[kind[1].removeprefix("Error: ").removeprefix("Warning: ")] += 1
-        elif line.startswith("Warning:"):
-            found.warnings[line.removeprefix("Warning:").strip()] += 1
+        if named := _KIND.match(line):
+            kind = named[1]
+            found.reported += kind == "Internal Sanitizer Error"  # the tool's own failure is in no summary
         for place in _PLACE.finditer(line):
-            found.kernels[(place["old"] or place["new"]).split("(")[0]] += 1
-    # Not in any summary: the tool's own failure.
-    found.reported += found.kinds["Internal Sanitizer Error"]
+            found.places[f"{kind} in {(place['old'] or place['new']).split('(')[0]}"] += 1
     return found
 
 
@@ -181,29 +175,31 @@ class Job:
     tests: tuple[str, ...]
 
 
-def find_sanitizer(path: str | None = None) -> str | None:
+def find_sanitizer() -> str | None:
     """compute-sanitizer on PATH, else in the CUDA toolkit."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=path) or shutil.which("compute-sanitizer", path=":".join(folders))
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=":".join(folders))
 
 
-def command(sanitizer: str, help_text: str, job: Job, pytest: str, record: Path) -> list[str]:
-    """The process of a job. Options that this compute-sanitizer does not know are left out."""
+def command(sanitizer: str, job: Job, pytest: str, record: Path) -> list[str]:
+    """The process of a job."""
     tests = [pytest, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
     if job.tool == PLAIN:
         return tests
-    options = [
-        ("--tool", job.tool),
-        ("--target-processes", "application-only"),  # not the compilers that a test may start
-        ("--error-exitcode", str(ERROR_EXIT)),
-        ("--show-backtrace", "no"),  # the host's is of Python's interpreter
-        ("--print-limit", "100"),
-    ]
+    options = {
+        "--tool": job.tool,
+        "--target-processes": "application-only",  # not the compilers that a test may start
+        "--error-exitcode": str(ERROR_EXIT),
+        "--show-backtrace": "no",  # the host's is of Python's interpreter
+        "--print-limit": "100",
+    }
     if job.tool == "memcheck":
-        options.append(("--padding", "256"))  # so that what leaves a buffer does not land in the next one
-    known = [word for name, value in options if name == "--tool" or name in help_text for word in (name, value)]
-    return [sanitizer, *known, *tests]
+        options["--padding"] = "256"  # so that what leaves a buffer does not land in the next one
+        # The launcher asks for one parameter too many, to see that there is none; it and PyTorch
+        # raise for the calls that must not fail.
+        options["--report-api-errors"] = "no"
+    return [sanitizer, *(word for option in options.items() for word in option), *tests]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -213,18 +209,11 @@ def environment(threads: int) -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
 
 
-def by_file(tests: Iterable[str]) -> dict[str, list[str]]:
-    """Test ids by their file."""
-    files: dict[str, list[str]] = {}
-    for test in tests:
-        files.setdefault(test.split("::")[0], []).append(test)
-    return files
-
-
 def split(tool: str, tests: Iterable[str]) -> list[Job]:
     """Jobs of at most TESTS_PER_PROCESS tests, of nearly equal size within a file."""
     jobs = []
-    for file, ids in by_file(tests).items():
+    for file, group in itertools.groupby(sorted(tests), lambda test: test.partition("::")[0]):
+        ids = list(group)
         parts = -(-len(ids) // TESTS_PER_PROCESS[tool])
         # Every parts-th test: neighbours are parameters of one test, which is often the slow one.
         jobs += [Job(tool, file, tuple(ids[part::parts])) for part in range(parts)]
@@ -255,11 +244,9 @@ class Result:
     seconds: float = 0.0
     fault: str = ""
     kernels: list[str] = field(default_factory=list)
-    kinds: dict[str, int] = field(default_factory=dict)
-    kernels_at_fault: dict[str, int] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
     dispatch: dict[str, int] = field(default_factory=dict)
     races: dict[str, int] = field(default_factory=dict)
-    warnings: dict[str, int] = field(default_factory=dict)
     output_tail: str = ""
 
     @property
@@ -271,14 +258,9 @@ class Result:
 def result_of(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
     """A job's result; no status: it was stopped at its limit, no record: it left none."""
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
-    errors = found.reported - sum(found.dispatch.values())
-    result = Result(job.tool, job.file, len(job.tests), errors=errors, seconds=round(seconds, 1))
-    result.dispatch, result.races = dict(found.dispatch), dict(found.races)
-    result.kinds, result.kernels_at_fault = dict(found.kinds), dict(found.kernels)
-    result.warnings = dict(found.warnings)
-    if record is not None:
-        result.passed, result.skipped, result.failed = record["passed"], record["skipped"], record["failed"]
-        result.kernels = list(record["kernels"])
+    result = Result(job.tool, job.file, len(job.tests), seconds=round(seconds, 1), **(record or {}))
+    result.errors = found.reported - sum(found.dispatch.values())
+    result.places, result.dispatch, result.races = dict(found.places), dict(found.dispatch), dict(found.races)
     if status is None:
         result.fault = "stopped at its time limit"
     elif record is None:
@@ -317,7 +299,6 @@ def run_jobs(
     jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float, deadline: float
 ) -> list[Result]:
     """Run all, ``workers`` at a time; not run are those that can't start before the deadline."""
-    asked = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
     env = environment(max(1, (os.cpu_count() or 1) // workers))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
@@ -327,8 +308,7 @@ def run_jobs(
             left = deadline - time.monotonic()
             if left <= 0:
                 return Result(job.tool, job.file, len(job.tests), fault="not started in time")
-            argv = command(sanitizer, asked.stdout + asked.stderr, job, pytest, record)
-            result = run_job(job, argv, env, record, min(limit, left))
+            result = run_job(job, command(sanitizer, job, pytest, record), env, record, min(limit, left))
             say = result.fault or f"{result.errors} errors, {result.failed} tests failed"
             print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
             return result
@@ -406,8 +386,7 @@ def markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         lines += ["`tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.", ""]
     for tool, kernels in record["not_launched"].items():
         lines.append(f"**Not launched under {tool}**: {', '.join(kernels)}.")
-    titles = {"kinds": "Found", "kernels_at_fault": "In kernels", "races": "Races", "warnings": "Warnings of the tools"}
-    for name, title in titles.items():
+    for name, title in {"places": "Found", "races": "Races"}.items():
         found: Counter[str] = Counter()
         for result in results:
             found.update({f"{result.tool}: {what}": n for what, n in getattr(result, name).items()})

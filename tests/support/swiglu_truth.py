@@ -60,8 +60,10 @@ def check(
     slack = np.abs(true) * relative_error(exponent) + np.where(exponent < -86, flushed, 0)
     blocks, slack = (a.reshape(a.shape[0], -1, 32) for a in (true, slack))
     magnitude = np.abs(blocks)
-    lowest = truth.scale_bytes(np.maximum(magnitude - slack, 0).max(axis=2), rounding)
-    highest = truth.scale_bytes((magnitude + slack).max(axis=2), rounding)
+    lowest, highest = (
+        truth.scale_bytes(truth.largest_of_group(bound.max(axis=2), got.scale_group), rounding)
+        for bound in (np.maximum(magnitude - slack, 0), magnitude + slack)
+    )
 
     scales = linear_scales(got, counts)[: lowest.shape[0]]
     assert got.scales.shape[1] == scale_cols(gate.shape[1])

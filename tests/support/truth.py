@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,12 +72,19 @@ def scale_bytes(amax: Doubles, rounding: str) -> Bytes:
     return np.where(amax > 0, np.maximum(b, 0), 0).astype(np.uint8)
 
 
-def quantize(x: Doubles, rounding: str = "rceil") -> tuple[Bytes, Bytes]:
-    """x (R, K) to codes (R, K) and row-major scales (R, K/32)."""
+def largest_of_group(of_blocks: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
+    """For each block of (R, K/32) the largest of those that share its stretch of ``group``
+    columns."""
+    parts = np.split(of_blocks, range(group // 32, of_blocks.shape[1], group // 32), axis=1)
+    return np.concatenate([np.broadcast_to(p.max(axis=1, keepdims=True), p.shape) for p in parts], axis=1)
+
+
+def quantize(x: Doubles, rounding: str = "rceil", group: int = 32) -> tuple[Bytes, Bytes]:
+    """x (R, K) to codes (R, K) and row-major scales (R, K/32), one a ``group`` of elements."""
     blocks = x.reshape(x.shape[0], x.shape[1] // 32, 32)
-    finite = np.isfinite(blocks).all(axis=2)
+    finite = ~largest_of_group(~np.isfinite(blocks).all(axis=2), group)
     blocks = np.where(finite[:, :, None], blocks, 0)
-    scales = scale_bytes(np.abs(blocks).max(axis=2, initial=0), rounding)
+    scales = scale_bytes(largest_of_group(np.abs(blocks).max(axis=2, initial=0), group), rounding)
     codes = encode_e4m3(blocks * 2.0 ** (127.0 - scales[:, :, None]))
     codes = np.where(finite[:, :, None], codes, np.uint8(0x7F))
     return codes.reshape(x.shape), np.where(finite, scales, np.uint8(255))

@@ -8,10 +8,10 @@ import importlib.util
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,9 +22,8 @@ from hybrid_mxfp8.commands.accuracy import transformers_model
 from hybrid_mxfp8.commands.accuracy.measure import ChannelEffect, Score, channel_effect, score
 from hybrid_mxfp8.commands.demo.command import load
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload
-from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.commands.tables import format_table, wrap
 
-WIDTH = 100
 PICTURES = (".png", ".svg", ".pdf")
 RATIOS = tuple(2.0**i for i in range(17))
 
@@ -50,15 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables; 0, or 2 where a file can't be written or matplotlib is missing."""
-    for path in (args.json, args.plot):
-        if path is not None and not path.parent.is_dir():
-            print(f"{path}: there is no folder {path.parent}", file=sys.stderr)
-            return 2
-    if args.plot is not None and args.plot.suffix not in PICTURES:
-        print(f"--plot: must end in {', '.join(PICTURES)}, got {args.plot}", file=sys.stderr)
-        return 2
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        print("--plot: needs matplotlib: pip install matplotlib", file=sys.stderr)
+    if problem := _problem(args.json, args.plot):
+        print(problem, file=sys.stderr)
         return 2
     workload = load(args.synthetic, 6, None)
     with_model = not args.no_transformers and transformers_model.installed()
@@ -84,6 +76,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _problem(json_file: Path | None, picture: Path | None) -> str:
+    """Why the files can't be written, found before any work; else empty."""
+    for path in (json_file, picture):
+        if path is not None and not path.parent.is_dir():
+            return f"{path}: there is no folder {path.parent}"
+    if picture is not None and picture.suffix not in PICTURES:
+        return f"--plot: must end in {', '.join(PICTURES)}, got {picture}"
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        return "--plot: needs matplotlib: pip install matplotlib"
+    return ""
+
+
 def _scored(workload: Workload, bar: Any) -> list[tuple[Operands, list[Score]]]:
     scores = []
     for operands in workload.gemms:
@@ -96,20 +100,19 @@ def _scored(workload: Workload, bar: Any) -> list[tuple[Operands, list[Score]]]:
 def describe(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
     """The report in words and tables."""
     texts = [
-        textwrap.fill(
+        wrap(
             "Each format against fp32: signal-to-noise in dB of tokens x, weights w and product y, means over experts; the "
             "worst expert's product; its calc_diff. Products are accumulated in float64, so the differences are the "
-            "formats' alone. FP8 is e4m3 with fp32 scales amax/448.",
-            WIDTH,
+            "formats' alone. FP8 is e4m3 with fp32 scales amax/448."
         )
     ]
     for part in parts:
-        texts.append(textwrap.fill(f"Numbers: {part.workload.source}.", WIDTH, subsequent_indent="  "))
+        texts.append(wrap(f"Numbers: {part.workload.source}.", indent="  "))
         texts += [_score_table(operands, scores) for operands, scores in part.scores]
         if part.logits_db:
             rows = [(name, f"{db:.1f}") for name, db in part.logits_db.items()]
             title = "Logits of the whole model, the experts' operands of all layers in each format"
-            texts.append(f"{title}\n\n{format_table(('format', 'logits dB'), rows)}")
+            texts.append(format_table(("format", "logits dB"), rows, title=title))
     return "\n\n".join([*texts, _effect_table(effects), _conclusion(parts[0], effects[-1])])
 
 
@@ -127,38 +130,33 @@ def _score_table(operands: Operands, scores: Sequence[Score]) -> str:
         )
         for s in scores
     ]
-    return f"{title}\n\n{format_table(header, rows)}"
+    return format_table(header, rows, title=title)
 
 
 def _effect_table(effects: Sequence[ChannelEffect]) -> str:
-    title = textwrap.fill(
+    title = (
         "One channel of the first product's tokens grows in all tokens, up to a multiple of the others' rms, as channels "
-        "of large models do: what is left of the blocks without it, in dB",
-        WIDTH,
+        "of large models do: what is left of the blocks without it, in dB"
     )
     shown = effects[::4]
     header = ("format", *(f"{effect.ratio:,.0f}x" for effect in shown))
     rows = [(name, *(f"{effect.db[name]:.1f}" for effect in shown)) for name in shown[0].db]
-    return f"{title}\n\n{format_table(header, rows)}"
+    return format_table(header, rows, title=title)
 
 
 def _conclusion(part: Part, last: ChannelEffect) -> str:
     """The comparison in one sentence."""
-    of_format: dict[str, list[float]] = {}
-    for _, scores in part.scores:
-        for s in scores:
-            of_format.setdefault(s.format.name, []).append(s.mean("product_db"))
-    db = {name: sum(values) / len(values) for name, values in of_format.items()}
+    by_format = zip(*(scores for _, scores in part.scores), strict=True)
+    db = {s[0].format.name: fmean(each.mean("product_db") for each in s) for s in by_format}
     ours = {name: db[name] for name in db if name.startswith("MXFP8")}
     best = max(ours, key=lambda name: ours[name])
-    return textwrap.fill(
+    return wrap(
         f"On {'a real model' if part.workload.real else 'synthetic numbers'}, products keep "
         + ", ".join(f"{db:.1f} dB with {name}" for name, db in ours.items())
         + f", {db['FP8 per row']:.1f} with FP8 per row and {db['FP8 per tensor']:.1f} per tensor; {best} is the best "
         f"rounding of MXFP8 here. With a channel {last.ratio:,.0f} times the others, {best} leaves those at "
         f"{last.db[best]:.1f} dB, FP8 per row at {last.db['FP8 per row']:.1f} and per tensor at "
-        f"{last.db['FP8 per tensor']:.1f}.",
-        WIDTH,
+        f"{last.db['FP8 per tensor']:.1f}."
     )
 
 

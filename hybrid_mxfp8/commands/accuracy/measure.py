@@ -1,22 +1,51 @@
 """What each format keeps: of a grouped GEMM, and of all else when one channel is large.
 
+MXFP8 is the reference quantizer, whose bytes every backend writes. The FP8 formats have an fp32
+scale, amax/448, for a whole tensor or for each row: a token, or an output feature of the weights.
+
 Truth is the product of the fp32 operands, accumulated in float64; so are the products of what the
 formats leave of them, which shows the formats alone and no kernel's accumulation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Final
 
 import torch
 
-from hybrid_mxfp8.commands.accuracy.formats import FORMATS, Format
-from hybrid_mxfp8.commands.demo.measure import Quality, grouped_product, quality
+from hybrid_mxfp8 import reference
+from hybrid_mxfp8.commands.demo.measure import Quality, grouped_product, per_tensor_fp8, quality, through_e4m3
 from hybrid_mxfp8.commands.demo.workload import Operands
-from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, SCALE_ROUNDINGS
 from hybrid_mxfp8.core.metrics import signal_to_noise_db
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a matrix."""
+
+    name: str
+    bits: Callable[[int], float]  # of an element of rows of K, its share of the scales included
+    through: Callable[[torch.Tensor], torch.Tensor]  # (R, K) fp32 to what is left of it
+
+
+def _mxfp8(scale_rounding: str, x: torch.Tensor) -> torch.Tensor:
+    return reference.dequantize(*reference.quantize(x, scale_rounding))
+
+
+FORMATS: Final = (
+    Format("bf16", lambda k: 16.0, lambda x: x.bfloat16().float()),
+    *(
+        Format(f"MXFP8 {rounding}", lambda k: 8 + 8 / BLOCK_SIZE, functools.partial(_mxfp8, rounding))
+        for rounding in SCALE_ROUNDINGS
+    ),
+    Format("FP8 per row", lambda k: 8 + 32 / k, lambda x: through_e4m3(x, x.abs().amax(dim=1, keepdim=True))),
+    Format("FP8 per tensor", lambda k: 8.0, per_tensor_fp8),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +70,7 @@ class Score:
         return max(q.product_diff for q in self.experts)
 
 
-def score(operands: Operands, formats: Sequence[Format] = FORMATS) -> list[Score]:
+def score(operands: Operands) -> list[Score]:
     """Each format on a grouped GEMM. Scales of tokens span all experts', those of weights one's.
 
     Raises:
@@ -50,11 +79,11 @@ def score(operands: Operands, formats: Sequence[Format] = FORMATS) -> list[Score
     busy = [e for e, count in enumerate(operands.rows) if count]
     if not busy:
         raise ValueError(f"operands: {operands.name} must have at least one token, got none")
-    x, w, rows = operands.x, operands.w[busy], [operands.rows[e] for e in busy]
+    gemm = Operands(operands.name, operands.x, operands.w[busy], tuple(operands.rows[e] for e in busy))
     scores = []
-    for form in formats:
-        xq, wq = form.through(x), torch.stack([form.through(matrix) for matrix in w])
-        scores.append(Score(form, tuple(quality(x, w, rows, xq, wq, grouped_product(xq, wq, rows)))))
+    for form in FORMATS:
+        xq, wq = form.through(gemm.x), torch.stack([form.through(matrix) for matrix in gemm.w])
+        scores.append(Score(form, tuple(quality(gemm, xq, wq, grouped_product(xq, wq, gemm.rows)))))
     return scores
 
 
@@ -66,9 +95,7 @@ class ChannelEffect:
     db: dict[str, float]
 
 
-def channel_effect(
-    x: torch.Tensor, ratios: Sequence[float], formats: Sequence[Format] = FORMATS
-) -> list[ChannelEffect]:
+def channel_effect(x: torch.Tensor, ratios: Sequence[float]) -> list[ChannelEffect]:
     """Make the largest channel of x (R, K) fp32 larger in every token; look at the other blocks.
 
     Transformers' activations have such channels in every token: a scale a token is no help.
@@ -83,6 +110,6 @@ def channel_effect(
     for ratio in ratios:
         spoiled = x.clone()
         spoiled[:, channel] = (unit * rms * ratio).to(x.dtype)
-        left = {form.name: signal_to_noise_db(rest, form.through(spoiled)[:, others]) for form in formats}
+        left = {form.name: signal_to_noise_db(rest, form.through(spoiled)[:, others]) for form in FORMATS}
         effects.append(ChannelEffect(ratio, left))
     return effects

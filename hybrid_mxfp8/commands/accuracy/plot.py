@@ -97,13 +97,13 @@ def _differences(axis: Any, panels: Sequence[tuple[str, Sequence[Score]]]) -> No
     names = [score.format.name for score in panels[0][1][1:]]
     for i, (_, (_, *scores)) in enumerate(panels):
         for row, score in enumerate(scores):
-            at = (score.worst_diff, row - 0.4 + (i + 0.5) * 0.8 / len(panels))
-            axis.plot(*at, "o", color=COLOURS[score.format.name], ms=5)
+            height = row - 0.4 + (i + 0.5) * 0.8 / len(panels)
+            axis.plot(score.worst_diff, height, "o", color=COLOURS[score.format.name], ms=5)
+            # Beside the frame, where neither marks nor the line cross it.
             text = f"{string.ascii_lowercase[i]}  {score.worst_diff:.1e}"
-            axis.annotate(text, at, (6, 0), textcoords="offset points", fontsize=6.5, color="0.35", va="center")
+            at = {"xy": (1.02, height), "xycoords": ("axes fraction", "data"), "va": "center"}
+            axis.annotate(text, **at, fontsize=6.5, color="0.35")
     axis.axvline(1e-3, color="0.4", linewidth=1, linestyle=":")
     axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.set_xlim(low, high * (high / low) ** 0.25)  # space for the last label
     axis.set_xlabel("calc_diff, less is better", fontsize=8)
     _frame(axis, "Worst calc_diff of an expert's product, by panel; dotted: 1e-3", "x", names)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from hybrid_mxfp8.commands.accuracy.formats import FORMATS
+from hybrid_mxfp8.commands.accuracy.measure import FORMATS
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload
 from hybrid_mxfp8.core.metrics import signal_to_noise_db
 
@@ -43,37 +43,33 @@ def installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def report(sizes: dict[str, Any] | None = None, num_tokens: int | None = None) -> ModelReport:
+def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> ModelReport:
     """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sizes = SIZES if sizes is None else sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
         model.float().eval()
-        ids = torch.randint(0, sizes["vocab_size"], (1, num_tokens or TOKENS))
-    seen: list[Operands] = []
-    with torch.no_grad():
-        # The replacement with nothing quantized is the model itself; it tells what experts see.
-        truth = logits(model, lambda x: x, ids, seen)
-        logits_db = {form.name: signal_to_noise_db(truth, logits(model, form.through, ids)) for form in FORMATS}
+        ids = torch.randint(0, sizes["vocab_size"], (1, num_tokens))
+    # The replacement with nothing quantized is the model itself; it tells what experts see.
+    truth, seen = logits(model, lambda x: x, ids)
+    logits_db = {form.name: signal_to_noise_db(truth, logits(model, form.through, ids)[0]) for form in FORMATS}
     name = f"Qwen3-MoE, {sizes['num_hidden_layers']} layers, {sizes['num_experts']} experts"
     workload = Workload(f"{name}, RANDOM weights and tokens; the experts of its last layer", False, tuple(seen[-2:]))
     return ModelReport(workload, logits_db)
 
 
+@torch.no_grad()
 def logits(
-    model: Any,
-    through: Callable[[torch.Tensor], torch.Tensor],
-    ids: torch.Tensor,
-    seen: list[Operands] | None = None,
-) -> torch.Tensor:
-    """Logits with every operand of the experts' products passed ``through``, added to ``seen``."""
+    model: Any, through: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
+) -> tuple[torch.Tensor, list[Operands]]:
+    """Logits with every operand of the experts' products passed ``through``, and those operands
+    as they were."""
+    seen: list[Operands] = []
 
     def multiply(operands: Operands) -> torch.Tensor:
-        if seen is not None:
-            seen.append(operands)
+        seen.append(operands)
         x = through(operands.x).split(list(operands.rows))
         return torch.cat([xe @ through(w).T for xe, w in zip(x, operands.w, strict=True)])
 
@@ -92,5 +88,4 @@ def logits(
 
     for layer in model.model.layers:
         layer.mlp.experts.forward = replaced(layer.mlp.experts)
-    result: torch.Tensor = model(ids).logits
-    return result
+    return model(ids).logits, seen

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,12 @@ from tqdm import tqdm
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
-from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.commands.tables import format_table, wrap
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, choose, requested
 
-WIDTH = 100
 OUTLIER_FACTORS = (1.0, 2.0**5, 2.0**8, 2.0**10, 2.0**12)
 
 
@@ -78,28 +77,22 @@ def run(args: argparse.Namespace) -> int:
         # Kernels are decorated when they are imported, which nothing has done yet.
         env.enable_triton_interpreter()
     workload = load(args.synthetic, args.experts, args.max_rows)
-    names = runnable_backends(workload.gemms[0], device)
-
+    gemms = [gemm.to(device) for gemm in workload.gemms]
+    names = runnable_backends(gemms[0])
     print(_introduction(workload, names, device))
-    # It counts and gives no estimate: in the interpreter the products take most of the time.
-    form = "{desc:<38}|{bar:30}| {n_fmt}/{total_fmt}, {elapsed}"
-    stages = len(workload.gemms) * len(names) * len(measure.STAGES) + 1
-    with tqdm(total=stages, bar_format=form, leave=False, disable=None, mininterval=0) as bar:
-
-        def stage(what: str) -> None:
-            bar.set_description_str(what, refresh=False)
-            bar.update()
-
-        findings = [examine(gemm.to(device), names, stage) for gemm in workload.gemms]
-        stage("outliers")
-        effects = measure.outlier_effect(workload.gemms[0].x.to(device), names[0], OUTLIER_FACTORS)
-    tables = [*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects)]
+    with tqdm(total=len(gemms) * len(names), leave=False, disable=None) as bar:
+        findings = [examine(gemm, names, bar) for gemm in gemms]
+    effects = measure.outlier_effect(gemms[0].x, names[0], OUTLIER_FACTORS)
     faults = [fault for found in findings for fault in found.faults]
+    conclusion = _conclusion(workload, findings, effects[-1], names)
     if faults:
-        conclusion = "\n".join(("FAILED:", *(f"  {fault}" for fault in faults)))
-    else:
-        conclusion = _conclusion(workload, findings, effects[-1], names)
-    for text in (*tables, conclusion):
+        conclusion = "\n  ".join(("FAILED:", *faults))
+    for text in (
+        *map(_quality_table, findings),
+        _agreement_table(findings, names),
+        _outlier_table(effects),
+        conclusion,
+    ):
         print(f"\n{text}")
     return 1 if faults else 0
 
@@ -115,28 +108,27 @@ def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
     return synthetic_workload(num_experts, max_rows) if missing or synthetic else real_workload(num_experts, max_rows)
 
 
-def runnable_backends(gemm: Operands, device: torch.device) -> list[str]:
+def runnable_backends(gemm: Operands) -> list[str]:
     """The backends that can run here, the one that a plain call would use first."""
     num_experts, n, k = gemm.w.shape
-    first = choose(Problem(num_experts, n, k, gemm.x.shape[0], torch.float32, device)).name
-    return [first, *(name for name, (ok, _) in backends(device).items() if ok and name != first)]
+    first = choose(Problem(num_experts, n, k, gemm.x.shape[0], torch.float32, gemm.x.device)).name
+    return [first, *(name for name, (ok, _) in backends(gemm.x.device).items() if ok and name != first)]
 
 
-def examine(gemm: Operands, names: Sequence[str], stage: Callable[[str], None]) -> Findings:
+def examine(gemm: Operands, names: Sequence[str], bar: tqdm[None]) -> Findings:
     """Run every backend over a grouped GEMM; the first one's figures are the MXFP8 columns."""
-
-    def run_named(name: str) -> measure.Run:
-        told = f"{gemm.name}: {name}"
-        return measure.run_backend(gemm.x, gemm.w, gemm.groups(), name, lambda what: stage(f"{told}, {what}"))
-
-    runs = [run_named(name) for name in names]
+    runs = []
+    for name in names:
+        bar.set_description_str(f"{gemm.name}: {name}")
+        runs.append(measure.run_backend(gemm, name))
+        bar.update()
     first = runs[0]
     x8, w8 = measure.per_tensor_fp8(gemm.x), torch.stack([measure.per_tensor_fp8(w) for w in gemm.w])
     return Findings(
         gemm,
-        measure.quality(gemm.x, gemm.w, gemm.rows, first.x.dequantize(), first.w.dequantize(), first.product),
-        measure.quality(gemm.x, gemm.w, gemm.rows, x8, w8, measure.grouped_product(x8, w8, gemm.rows)),
-        measure.agreements(runs),
+        measure.quality(gemm, first.x.dequantize(), first.w.dequantize(), first.product),
+        measure.quality(gemm, x8, w8, measure.grouped_product(x8, w8, gemm.rows)),
+        [measure.agreement(a, b) for a, b in itertools.combinations(runs, 2)],
     )
 
 
@@ -152,7 +144,7 @@ def _introduction(workload: Workload, names: Sequence[str], device: torch.device
         "Columns: signal-to-noise of tokens x, weights w and product y, and the product's calc_diff.",
         "Per-tensor FP8: e4m3 with one scale, amax/448, for all tokens and one for each expert's weights.",
     )
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+    return "\n".join(wrap(line, indent="  ") for line in lines)
 
 
 def _quality_table(found: Findings) -> str:
@@ -162,12 +154,12 @@ def _quality_table(found: Findings) -> str:
         return f"{q.x_db:.1f}", f"{q.w_db:.1f}", f"{q.product_db:.1f}", f"{q.product_diff:.1e}"
 
     num_experts, n, k = found.operands.w.shape
-    header = ("expert", "rows", "x dB", "w dB", "y dB", "calc_diff", "|", "x dB", "w dB", "y dB", "calc_diff")
+    figures = ("x dB", "w dB", "y dB", "calc_diff")
     rows = [
         (str(e), str(count), *cells(ours), "|", *cells(theirs))
         for e, (count, ours, theirs) in enumerate(zip(found.operands.rows, found.mxfp8, found.fp8, strict=True))
     ]
-    table = format_table(header, rows)
+    table = format_table(("expert", "rows", *figures, "|", *figures), rows)
     title = f"{found.operands.name}: {num_experts} experts, N {n}, K {k}"
     above = f"{'MXFP8 against fp32':>{table.index('|') - 2}}  |  per-tensor FP8 against fp32"
     return f"{title}\n\n{above}\n{table}"
@@ -176,7 +168,6 @@ def _quality_table(found: Findings) -> str:
 def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"Only {names[0]} can run here, so there is nothing to compare it with."
-    title = "Backend against backend (fp32 accumulation in any order explains a difference of up to 1 bound)"
     rows = [
         (
             found.operands.name,
@@ -189,18 +180,18 @@ def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
         for found in findings
         for a in found.agreements
     ]
+    title = "Backend against backend (fp32 accumulation in any order explains a difference of up to 1 bound)"
     header = ("product", "backends", "operand bytes", "calc_diff", "largest difference", "of bound")
-    return f"{title}\n\n{format_table(header, rows, left=(0, 1, 2))}"
+    return format_table(header, rows, left=(0, 1, 2), title=title)
 
 
 def _outlier_table(effects: Sequence[measure.OutlierEffect]) -> str:
-    title = textwrap.fill(
+    title = (
         "One outlier: the largest element of GEMM1's tokens made larger still, up to a multiple of the tokens' rms, and "
-        "what that leaves of all the other blocks, in dB",
-        WIDTH,
+        "what that leaves of all the other blocks, in dB"
     )
     rows = [(f"{e.ratio:,.0f} x rms", f"{e.mxfp8_db:.1f}", f"{e.fp8_db:.1f}") for e in effects]
-    return f"{title}\n\n{format_table(('outlier', 'MXFP8', 'per-tensor FP8'), rows, left=())}"
+    return format_table(("outlier", "MXFP8", "per-tensor FP8"), rows, left=(), title=title)
 
 
 def _conclusion(
@@ -215,9 +206,8 @@ def _conclusion(
         if len(names) > 1
         else f"only {names[0]} could run"
     )
-    return textwrap.fill(
+    return wrap(
         f"{kind}, MXFP8 products keep {min(ours):.0f} to {max(ours):.0f} dB and per-tensor FP8 keeps {min(theirs):.0f} to "
         f"{max(theirs):.0f}; with an outlier of {last.ratio:,.0f} times the rms, block scaling leaves the other elements at "
-        f"{last.mxfp8_db:.0f} dB, where one scale for the tensor leaves {last.fp8_db:.0f}; {compared}.",
-        WIDTH,
+        f"{last.mxfp8_db:.0f} dB, where one scale for the tensor leaves {last.fp8_db:.0f}; {compared}."
     )

@@ -5,13 +5,13 @@ Truth is the product of the fp32 operands before quantization, accumulated in fl
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from hybrid_mxfp8.commands.demo.workload import Operands
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import calc_diff, signal_to_noise_db
@@ -30,9 +30,6 @@ PRODUCT_CALC_DIFF: Final = 1e-3
 
 ACCUMULATION_STEP: Final = 2.0**-23
 """fp32 accumulation, at worst truncating at each of K steps, relative to the magnitudes' sum."""
-
-STAGES: Final = ("tokens", "weights", "product")
-"""Of :func:`run_backend`: quantize the tokens, quantize the weights, multiply."""
 
 
 @dataclass(frozen=True)
@@ -98,36 +95,20 @@ def per_tensor_fp8(x: torch.Tensor) -> torch.Tensor:
     return through_e4m3(x, x.abs().amax()) if x.numel() else x
 
 
-def run_backend(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    groups: GroupLayout,
-    backend: str,
-    stage: Callable[[str], None] = lambda what: None,
-) -> Run:
-    """Quantize x (T, K) and w (E, N, K) and multiply; ``stage`` is told each of STAGES."""
-    stage(STAGES[0])
-    xq = quantize_grouped(x, groups, backend=backend)
-    stage(STAGES[1])
-    wq = quantize_weights(w, backend=backend)
-    stage(STAGES[2])
+def run_backend(gemm: Operands, backend: str) -> Run:
+    """Quantize both operands and multiply them."""
+    xq = quantize_grouped(gemm.x, gemm.groups(), backend=backend)
+    wq = quantize_weights(gemm.w, backend=backend)
     return Run(backend, xq, wq, grouped_gemm(xq, wq, out_dtype=torch.float32, backend=backend))
 
 
-def quality(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    rows: Sequence[int],
-    x_quantized: torch.Tensor,
-    w_quantized: torch.Tensor,
-    product: torch.Tensor,
-) -> list[Quality]:
-    """Each expert's figures, of operands before and after quantization and their (T, N) product."""
-    split_x, split_xq, split_y = (t.split(list(rows)) for t in (x, x_quantized, product))
+def quality(gemm: Operands, xq: torch.Tensor, wq: torch.Tensor, product: torch.Tensor) -> list[Quality]:
+    """Each expert's figures, of what is left of both operands, and of their (T, N) product."""
     found = []
-    for xe, we, xq, wq, y in zip(split_x, w, split_xq, w_quantized, split_y, strict=True):
+    x, xqs, ys = (t.split(list(gemm.rows)) for t in (gemm.x, xq, product))
+    for xe, we, xqe, wqe, y in zip(x, gemm.w, xqs, wq, ys, strict=True):
         truth = xe.double() @ we.double().T
-        x_db, w_db, product_db = (signal_to_noise_db(*pair) for pair in ((xe, xq), (we, wq), (truth, y)))
+        x_db, w_db, product_db = (signal_to_noise_db(*pair) for pair in ((xe, xqe), (we, wqe), (truth, y)))
         found.append(Quality(x_db, w_db, product_db, calc_diff(truth, y)))
     return found
 
@@ -135,11 +116,6 @@ def quality(
 def grouped_product(x: torch.Tensor, w: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """(T, N) float64 product of dequantized operands."""
     return torch.cat([xe.double() @ we.double().T for xe, we in zip(x.split(list(rows)), w, strict=True)])
-
-
-def agreements(runs: Sequence[Run]) -> list[Agreement]:
-    """Every pair of runs of one problem."""
-    return [agreement(a, b) for a, b in itertools.combinations(runs, 2)]
 
 
 def agreement(a: Run, b: Run) -> Agreement:

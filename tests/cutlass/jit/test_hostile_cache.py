@@ -18,30 +18,24 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_toolkit import FakeToolkit, answer, open_fake_toolkit
+from fake_toolkit import FakeToolkit, answer
 from forked import Child
-from tally import Tally
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.dispatch import module_cache
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 STRANGER = 12345
 """A user who is neither this one nor root."""
-
-
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture
@@ -89,7 +83,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_a_cache_that_others_can_write_is_not_loaded(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, how: str, tally: Tally
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, how: str
 ) -> None:
     """By any way in: nothing is loaded or written, and each says why and what to do; one word
     trusts it."""
@@ -113,7 +107,6 @@ def test_a_cache_that_others_can_write_is_not_loaded(
     monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
     assert answer(toolkit.source) == 42
     assert toolkit.compilations() == 1
-    tally("cache faults")
 
 
 PLANTED = """
@@ -124,17 +117,17 @@ __attribute__((constructor)) static void run(void) { fclose(fopen("MARK", "w"));
 STRANGE: dict[str, Callable[[jit.Built], None]] = {
     "module of another": lambda built: give(built.folder),
     "library of another": lambda built: give(built.library),
-    "metadata of another": lambda built: give(built.folder / jit.MANIFEST),
+    "metadata of another": lambda built: give(built.folder / MANIFEST),
     "module open to all": lambda built: built.folder.chmod(0o777),
     "library open to all": lambda built: built.library.chmod(0o666),
     "library open to a group": lambda built: built.library.chmod(0o664),
-    "metadata open to all": lambda built: (built.folder / jit.MANIFEST).chmod(0o606),
+    "metadata open to all": lambda built: (built.folder / MANIFEST).chmod(0o606),
 }
 
 
 @pytest.mark.parametrize("how", STRANGE)
 def test_a_planted_module_is_built_anew(
-    toolkit: FakeToolkit, as_root: None, how: str, caplog: pytest.LogCaptureFixture, tally: Tally
+    toolkit: FakeToolkit, as_root: None, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A library that would run at once, with metadata to match, in a cache that is otherwise in
     order."""
@@ -142,9 +135,9 @@ def test_a_planted_module_is_built_anew(
     planted, mark = toolkit.folder / "planted.c", toolkit.folder / "mark"
     planted.write_text(PLANTED.replace("MARK", str(mark)))
     subprocess.run(["cc", "-shared", "-fPIC", planted, "-o", built.library], check=True)
-    manifest = json.loads((built.folder / jit.MANIFEST).read_text())
+    manifest = json.loads((built.folder / MANIFEST).read_text())
     manifest["sha256"] = hashlib.sha256(built.library.read_bytes()).hexdigest()
-    (built.folder / jit.MANIFEST).write_text(json.dumps(manifest))
+    (built.folder / MANIFEST).write_text(json.dumps(manifest))
     assert built.intact(), "a planted module that is this user's own would be loaded"
     STRANGE[how](built)
     assert not built.intact()
@@ -155,7 +148,6 @@ def test_a_planted_module_is_built_anew(
     assert toolkit.compilations() == 2
     assert not mark.exists()
     assert toolkit.leftovers() == []
-    tally("cache faults")
 
 
 def become(user: int, function: Callable[[], Any]) -> Any:
@@ -166,7 +158,7 @@ def become(user: int, function: Callable[[], Any]) -> Any:
     return function()
 
 
-def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None, tally: Tally) -> None:
+def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None) -> None:
     """An image that root warmed up serves the user it runs as, who can add nothing; another user's
     does not."""
     jit.build(toolkit.source)
@@ -185,11 +177,10 @@ def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None, tally
     assert Child(become, STRANGER, lambda: jit.load(toolkit.source).answer()).result() == 42
     refused = Child(become, STRANGER + 1, lambda: jit.load(toolkit.source).answer()).result()
     assert "belongs to user 12345, not to user 12346" in refused
-    tally("cache faults", 3)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
-def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int, tally: Tally) -> None:
+def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int) -> None:
     """Whatever the umask, nobody else can write any of it, or hold a lock for ever."""
     before = os.umask(umask)
     try:
@@ -203,12 +194,9 @@ def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int, tally: 
         assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
     (lock,) = toolkit.cache.glob("*.lock")
     assert stat.S_IMODE(lock.stat().st_mode) & 0o077 == 0
-    tally("cache faults")
 
 
-def test_a_link_and_a_sticky_folder_are_fine(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
+def test_a_link_and_a_sticky_folder_are_fine(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home on another disk; and /tmp, where all can make files and none can replace another's."""
     jit.build(toolkit.source)
     link_away(toolkit.folder / "cache")
@@ -220,11 +208,10 @@ def test_a_link_and_a_sticky_folder_are_fine(
         monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder))
         assert answer(toolkit.source) == answer(toolkit.source) == 42
     assert toolkit.compilations() == 3
-    tally("cache faults", 3)
 
 
 def test_a_file_server_that_gives_files_to_nobody(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None, tally: Tally
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None
 ) -> None:
     """Root's new folder is nobody's where the server squashes root: said before compiling, not
     after."""
@@ -238,7 +225,6 @@ def test_a_file_server_that_gives_files_to_nobody(
     with pytest.raises(BackendUnavailableError, match="belongs to user 65534, not to user 0"):
         jit.build(toolkit.source)
     assert toolkit.compilations() == 0
-    tally("cache faults")
 
 
 def test_the_switch_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +256,7 @@ def at(step: str, patch: pytest.MonkeyPatch, event: Callable[[], None], *, after
         ours = {
             "mkdir": lambda: args[0].name.startswith(module_cache.BUILDING),
             "run": lambda: "-o" in args[0],
-            "chmod": lambda: args[0].name == jit.LIBRARY,
+            "chmod": lambda: args[0].name == LIBRARY,
         }.get(name, lambda: True)()
         if ours and not after:
             event()
@@ -284,7 +270,7 @@ def at(step: str, patch: pytest.MonkeyPatch, event: Callable[[], None], *, after
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool, tally: Tally) -> None:
+def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool) -> None:
     """The next build makes the module, or finds it whole, and removes what is old enough."""
 
     def run() -> None:
@@ -298,12 +284,11 @@ def test_killed_at_any_step(toolkit: FakeToolkit, step: str, after: bool, tally:
         os.utime(left, (0, 0))
     assert answer(toolkit.source) == 42
     assert toolkit.leftovers() == []
-    tally("cache faults")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, code: int, tally: Tally) -> None:
+def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, code: int) -> None:
     """A clear error, nothing left, and a module once it works again."""
 
     def fail() -> None:
@@ -316,11 +301,10 @@ def test_a_file_system_that_fails_at_any_step(toolkit: FakeToolkit, step: str, c
     assert f"cannot be written ({os.strerror(code)})" in str(caught.value)
     assert toolkit.modules() == toolkit.leftovers() == []
     assert jit.build(toolkit.source).intact()
-    tally("cache faults")
 
 
 @pytest.mark.parametrize("limit", [0, 100, 5000])
-def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int, tally: Tally) -> None:
+def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int) -> None:
     """A real limit, on this process and on the compiler: whoever meets it, nothing half is kept."""
 
     def run() -> str:
@@ -336,7 +320,6 @@ def test_files_that_may_not_grow(toolkit: FakeToolkit, limit: int, tally: Tally)
     assert "cannot be written" in said or "compiling toy failed" in said
     assert toolkit.modules() == toolkit.leftovers() == []
     assert answer(toolkit.source) == 42
-    tally("cache faults")
 
 
 # ---------------------------------------------------------------- places
@@ -364,14 +347,11 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_places_that_cannot_be_a_cache(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, place: str, tally: Tally
-) -> None:
+def test_places_that_cannot_be_a_cache(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(PLACES[place](toolkit.folder)))
     with pytest.raises(BackendUnavailableError, match=r"(cannot|can) be written .*HYBRID_MXFP8_CACHE_DIR"):
         jit.load(toolkit.source)
     assert doctor.modules()["modules"] == []
-    tally("cache faults")
 
 
 def no_password_entry(user: int) -> None:
@@ -394,7 +374,7 @@ def no_password_entry(user: int) -> None:
     ],
 )
 def test_where_the_cache_is(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str, tmp_path: Path, tally: Tally
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
     """Always an absolute path, also for a user with no home at all."""
     for name in ("HOME", "XDG_CACHE_HOME", "HYBRID_MXFP8_CACHE_DIR"):
@@ -405,36 +385,34 @@ def test_where_the_cache_is(
     monkeypatch.chdir(tmp_path)
     filled = expected.format(here=tmp_path, temporary=tempfile.gettempdir(), user=os.getuid())
     assert env.cache_dir() == Path(filled)
-    tally("cache faults")
 
 
 # ---------------------------------------------------------------- time and damage
 
 
 @pytest.mark.parametrize("when", [0, 4102444800], ids=["1970", "2100"])
-def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int, tally: Tally) -> None:
+def test_clocks_do_not_matter(toolkit: FakeToolkit, when: int) -> None:
     """Neither a source from the future, nor a module older than its source."""
     os.utime(toolkit.folder / "toy.cu", (when, when))
     built = jit.build(toolkit.source)
-    for path in (built.library, built.folder / jit.MANIFEST, built.folder, toolkit.cache):
+    for path in (built.library, built.folder / MANIFEST, built.folder, toolkit.cache):
         os.utime(path, (when, when))
     assert answer(toolkit.source) == 42
     os.utime(toolkit.folder / "toy.cu")
     assert answer(toolkit.source) == 42
     assert toolkit.compilations() == 1
-    tally("cache faults", 2)
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[jit.Built], None]:
     def damage(built: jit.Built) -> None:
-        file = built.folder / jit.MANIFEST
+        file = built.folder / MANIFEST
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
     return damage
 
 
 def manifest(content: bytes) -> Callable[[jit.Built], object]:
-    return lambda built: (built.folder / jit.MANIFEST).write_bytes(content)
+    return lambda built: (built.folder / MANIFEST).write_bytes(content)
 
 
 def library(change: Callable[[bytes], bytes]) -> Callable[[jit.Built], object]:
@@ -454,7 +432,7 @@ DAMAGE: dict[str, Callable[[jit.Built], object]] = {
     "digest of another type": edited(lambda m: m | {"sha256": [m["sha256"]]}),
     "no digest but null": edited(lambda m: m | {"sha256": None}),
     "another digest": edited(lambda m: m | {"sha256": "0" * 64}),
-    "metadata is a folder": lambda b: ((b.folder / jit.MANIFEST).unlink(), (b.folder / jit.MANIFEST).mkdir()),
+    "metadata is a folder": lambda b: ((b.folder / MANIFEST).unlink(), (b.folder / MANIFEST).mkdir()),
     "library is a folder": lambda b: (b.library.unlink(), b.library.mkdir()),
     "library is missing": lambda b: b.library.unlink(),
     "library is empty": library(lambda data: b""),
@@ -467,7 +445,7 @@ DAMAGE: dict[str, Callable[[jit.Built], object]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str, tally: Tally) -> None:
+def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str) -> None:
     built = jit.build(toolkit.source)
     DAMAGE[how](built)
     assert not built.intact()
@@ -476,4 +454,3 @@ def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str, tally: Tally)
     assert toolkit.compilations() == 2
     assert doctor.modules()["modules"] == ["toy, CUTLASS 4.2.0, nvcc 13.0.88"]
     assert toolkit.leftovers() == [] or how == "the module is a file"
-    tally("cache faults")

@@ -16,20 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_toolkit import MODULE, FakeToolkit, answer, open_fake_toolkit, wait_until
+from fake_toolkit import MODULE, FakeToolkit, answer, wait_until
 from forked import Child
-from tally import Tally
 
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import module_cache
 from hybrid_mxfp8.errors import BackendUnavailableError
-
-
-@pytest.fixture
-def toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
-    with open_fake_toolkit(monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture
@@ -63,9 +56,7 @@ def test_second_process_finds_the_module(toolkit: FakeToolkit, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "locks that do nothing"])
-def test_eight_processes_on_a_cold_cache(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, locks: bool, tally: Tally
-) -> None:
+def test_eight_processes_on_a_cold_cache(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
     """One compiles and seven wait. Where a network file system ignores locks all compile, and the
     first module stays, whole.
     """
@@ -77,10 +68,9 @@ def test_eight_processes_on_a_cold_cache(
     assert (toolkit.compilations() == 1) == locks
     assert len(toolkit.modules()) == 1
     assert toolkit.leftovers() == []
-    tally("cache faults", 8)
 
 
-def test_of_those_that_wait_one_takes_over(toolkit: FakeToolkit, tally: Tally) -> None:
+def test_of_those_that_wait_one_takes_over(toolkit: FakeToolkit) -> None:
     """The one that compiles is killed; what it left goes once it is old."""
     toolkit.delay(60)
     first = Child(jit.build, toolkit.source)
@@ -98,7 +88,6 @@ def test_of_those_that_wait_one_takes_over(toolkit: FakeToolkit, tally: Tally) -
     shutil.rmtree(jit.build(toolkit.source).folder)
     assert answer(toolkit.source) == 42
     assert toolkit.leftovers() == []
-    tally("cache faults", 4)
 
 
 def test_a_process_that_waits_says_so(toolkit: FakeToolkit, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,7 +235,7 @@ def test_target_needs_a_compiler_that_knows_it(toolkit: FakeToolkit) -> None:
 
 @pytest.mark.parametrize("name", ["with two  spaces", "größe-日本語", "a'b;touch evil;#", "colon:and=comma,", "-I"])
 def test_paths_that_are_names_and_nothing_more(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, name: str, tally: Tally
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Cache, source, its headers and CUTLASS lie in folders of such a name: nvcc gets it as it
     is."""
@@ -261,18 +250,16 @@ def test_paths_that_are_names_and_nothing_more(
     assert toolkit.compilations() == 1
     words = json.loads((toolkit.folder / "cuda" / "log").read_text())
     assert {f"-I{folder / 'headers'}", f"-I{folder / 'cutlass' / 'include'}", str(folder / "toy.cu")} <= set(words)
-    tally("cache faults")
 
 
 @pytest.mark.parametrize("name", ["$HOME", "`touch evil`", 'a"b', "back\\slash"])
 def test_paths_that_nvcc_would_hand_to_a_shell(
-    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, name: str, tally: Tally
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(toolkit.folder / name))
     with pytest.raises(BackendUnavailableError, match="nvcc can't build from"):
         jit.build(toolkit.source)
     assert toolkit.compilations() == 0
-    tally("cache faults")
 
 
 # ---------------------------------------------------------------- with the real compiler

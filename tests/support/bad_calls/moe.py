@@ -74,6 +74,8 @@ BAD: list[Bad] = [
     forward("ids transposed", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids().T),
     forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),
     *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
+    *(row(f"{word}: scale_group {g!r}", ValueError, "^scale_group: must be 32 or 128, got", scale_group=g)
+      for word, row in (("forward", forward), ("from_weights", made)) for g in (64, "128")),
     *(forward(f"backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("vllm", "", 1)),
     forward("backend unknown, no tokens", ValueError, "^backend: must be one of", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), backend="vllm"),
     *(bad

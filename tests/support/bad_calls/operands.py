@@ -45,6 +45,7 @@ swizzle = refused(mx.swizzle_scales, lambda: {"linear": zeros(5, 3)})
 unswizzle = refused(mx.unswizzle_scales, lambda: {"swizzled": zeros(128, 4), "rows": 5, "cols": 3})
 diff = refused(mx.calc_diff, lambda: {"x": normal(4, 4), "y": normal(4, 4)})
 noise = refused(mx.signal_to_noise_db, lambda: {"signal": normal(4), "approximation": normal(4)})
+regrouped = refused(mx.ExpertWeights.regrouped, lambda: {"self": weights(), "scale_group": 128})
 devices = refused(mx.backends, dict)
 
 
@@ -73,6 +74,9 @@ BAD: list[Bad] = [
     *(row(f"{word}: groups are counts", TypeError, "^groups: must be a GroupLayout, got Tensor$", groups=torch.ones(3)) for word, row in (("tokens", tokens), ("arrived", arrived))),
     tokens("tokens: groups of another T", ValueError, "^values: must have T = groups.num_tokens = 41 rows, got 40$", groups=layout(num_tokens=41)),
     tokens("tokens: groups of more experts", ValueError, "^scales: must have shape", groups=layout([1] * 9)),
+    *(row(f"{word}: scale_group 96", ValueError, "^scale_group: must be 32 or 128, got 96$", scale_group=96)
+      for word, row in (("tokens", tokens), ("arrived", arrived), ("weights", experts))),
+    regrouped("regrouped: 64", ValueError, "^scale_group: must be 32 or 128, got 64$", scale_group=64),
     experts("weights: K = 33", ValueError, "^values: K must be a positive multiple of 32, got 33$", values=zeros(E, N, 33, dtype=E4M3)),
     experts("weights: transposed", ValueError, "^values: must be contiguous", values=zeros(E, K, N, dtype=E4M3).mT),
     experts("weights: linear scales", ValueError, r"^scales: must have shape \(E, roundup\(N, 128\), C\) = \(3, 128, 4\), got \(3, 24, 3\)$", scales=zeros(E, N, 3)),

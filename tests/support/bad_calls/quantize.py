@@ -67,6 +67,8 @@ BAD: list[Bad] = [
     *(tokens(f"groups {type(g).__name__}", TypeError, "^groups: must be a GroupLayout or a tensor of counts", groups=g) for g in (None, [1, 2], "3")),
     *of_tensor(tokens, "tokens", "groups", lambda: ints(*COUNTS), "(E,)", "int32 or int64", (torch.float32, torch.int16), place="^x: must be on meta")[1:],
     *(tokens(f"rounding {r!r}", ValueError, "^scale_rounding: must be one of rceil, floor, even, got", scale_rounding=r) for r in ("", "RCEIL", 1, None)),
+    *(row(f"{word}: scale_group {g!r}", ValueError, "^scale_group: must be 32 or 128, got", scale_group=g)
+      for word, row in (("tokens", tokens), ("weights", experts)) for g in (64, 0, "128", 32.0, None)),
     *(tokens(f"activation {a!r}", ValueError, "^activation: must be None, 'swiglu' .*, got", activation=a) for a in ("", "silu", True, 0)),
     *(tokens(f"backend {b!r}", ValueError, "^backend: must be one of auto, cutlass, triton, reference, got", backend=b) for b in ("", "Reference", 7)),
     tokens("swiglu of odd width", ValueError, "^x: must have an even number of columns", x=normal(T, 65), activation="swiglu"),

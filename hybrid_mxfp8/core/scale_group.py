@@ -1,0 +1,49 @@
+"""Groups of 128: four neighbouring blocks of a row, from columns 0, 128, 256 and so on, with equal
+scales.
+
+That is plain MXFP8, which every backend takes, and of which FP8 tensor cores can sum 128 elements
+before a scale is needed. Where K is no multiple of 128 the last group of a row has fewer blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hybrid_mxfp8.core.checks import is_tracing
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_NAN, E8M0_NAN
+
+
+def largest_of_group(of_blocks: torch.Tensor, scale_group: int) -> torch.Tensor:
+    """For each block of (..., K/32) the largest number in its group."""
+    blocks, size = of_blocks.shape[-1], scale_group // BLOCK_SIZE
+    padded = torch.nn.functional.pad(of_blocks, (0, -blocks % size))
+    largest: torch.Tensor = padded.unflatten(-1, (-1, size)).amax(-1)
+    return largest.repeat_interleave(size, -1)[..., :blocks]
+
+
+def find_scale_group(linear: torch.Tensor) -> int:
+    """The group of row-major scales (..., K/32), uint8: 128 where all blocks of each group have one
+    scale, else 32. It looks at the data, so it syncs; of meta and fake tensors it is 32."""
+    if is_tracing(linear):
+        return BLOCK_SIZE
+    first = linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]
+    return 128 if torch.equal(linear, first) else BLOCK_SIZE
+
+
+def regroup(values: torch.Tensor, linear: torch.Tensor, scale_group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """values (..., K) e4m3 and row-major scales (..., K/32) uint8 with one scale a group, as new
+    tensors.
+
+    That is the largest scale of the group's blocks; those of zeros don't count. Elements of the
+    other blocks become smaller by a power of two, and are rounded once if that takes them among
+    e4m3's subnormals. A block of scale 255 makes its group NaN.
+    """
+    codes = values.view(torch.uint8).unflatten(-1, (-1, BLOCK_SIZE))
+    counts = (codes & 0x7F != 0).any(-1) | (linear == E8M0_NAN)
+    shared = largest_of_group(torch.where(counts, linear, 0), scale_group)
+    shift = (shared.int() - linear).clamp(0, 126)  # zeros under a larger scale stay zeros
+    factor = ((127 - shift) << 23).view(torch.float32)
+    elements = values.float().unflatten(-1, (-1, BLOCK_SIZE)) * factor.unsqueeze(-1)
+    rounded = elements.to(torch.float8_e4m3fn).view(torch.uint8)
+    rounded = torch.where((shared == E8M0_NAN).unsqueeze(-1), E4M3_NAN, rounded)
+    return rounded.flatten(-2).view(torch.float8_e4m3fn), shared
