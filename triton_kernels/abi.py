@@ -14,9 +14,7 @@ What is outside of this raises LauncherUnavailableError, and Triton's launcher t
 from __future__ import annotations
 
 import contextlib
-import functools
 import struct
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +32,7 @@ from hybrid_mxfp8.dispatch.launcher import (
     launch_words,
     load,
 )
+from hybrid_mxfp8.dispatch.trace import value_of
 
 Argument = Buffer | TensorMap | int | float | bool | None
 """Of a kernel; what is no constexpr of it."""
@@ -84,7 +83,7 @@ def _stand_in(argument: Argument) -> Any:
     """What Triton compiles for."""
     if isinstance(argument, Buffer):
         return _Memory(argument.dtype, 0 if argument.aligned else 1)
-    return _descriptor(argument, 0) if isinstance(argument, TensorMap) else argument
+    return _descriptor(argument, 0) if isinstance(argument, TensorMap) else value_of(argument)
 
 
 def triton_argument(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:
@@ -99,7 +98,8 @@ def triton_argument(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:
 def _descriptor(argument: TensorMap, address: int) -> Any:
     """A host descriptor of Triton's, or of Gluon's where it has a layout."""
     memory = _Memory(argument.buffer.dtype, address)
-    shape, strides, box = list(argument.shape), list(_strides(argument.shape)), list(argument.box)
+    shape = [value_of(size) for size in argument.shape]
+    strides, box = list(_strides(shape)), list(argument.box)
     if argument.layout is None:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -177,10 +177,10 @@ class Abi(NamedTuple):
     """
 
     compiled: Any
-    template: array[int]
+    template: list[int]
     steps: tuple[_Step, ...]
 
-    def words(self, grid: int, arguments: Sequence[Argument]) -> array[int]:
+    def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
         """The words of a launch, for ``launcher.program``.
 
         Args:
@@ -202,7 +202,7 @@ class Abi(NamedTuple):
                 words[slot + 1] = argument.offset
             elif kind == _INTEGER:
                 least, greatest, divisor = detail
-                if not least <= argument <= greatest or argument % divisor:
+                if not least <= argument <= greatest or (divisor > 1 and argument % divisor):
                     raise ValueError(
                         f"{name}: compiled for a multiple of {divisor} from {least} to {greatest}, got {argument}"
                     )
@@ -222,15 +222,14 @@ class Abi(NamedTuple):
         return words
 
 
-@functools.lru_cache(maxsize=4096)
-def _geometry(shape: tuple[int, ...], box: tuple[int, ...], element_bytes: int) -> array[int]:
+def _geometry(shape: tuple[int, ...], box: tuple[int, ...], element_bytes: int) -> list[int]:
     """The words of a tensor map from its dims on, and of the scalars that follow it."""
-    if len(shape) != len(box) or max(shape) >= 2**31:
+    if len(shape) != len(box) or any(size >= 2**31 for size in shape):
         raise ValueError(f"tensor map: expected {len(box)} dimensions below 2**31, got {shape}")
     strides = _strides(shape)
-    words = array("q", [*shape[::-1], *box[::-1], *(stride * element_bytes for stride in strides[-2::-1])])
+    words = [*shape[::-1], *box[::-1], *(stride * element_bytes for stride in strides[-2::-1])]
     for scalar in (*shape, *strides):
-        words.extend((SCALAR, scalar))
+        words += SCALAR, scalar
     return words
 
 
@@ -284,7 +283,7 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     template = launch_words(
         compiled.function, 0, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, params.params
     )
-    return Abi(compiled, array("q", template), tuple(params.steps))
+    return Abi(compiled, template, tuple(params.steps))
 
 
 def _check_version(version: str = triton.__version__) -> None:

@@ -98,7 +98,9 @@ class KernelLaunch(NamedTuple):
         """What Triton distinguishes of the arguments, or finer."""
         key: list[Hashable] = []
         argument: Any
-        for argument, specialized in zip(self.arguments, _specialized_parameters(self.kernel), strict=True):
+        parameters = (parameter for parameter in self.kernel.params if not parameter.is_constexpr)
+        for argument, parameter in zip(self.arguments, parameters, strict=True):
+            specialized = not parameter.do_not_specialize
             kind = type(argument)
             if kind is Buffer:
                 key.append(argument.dtype)
@@ -108,7 +110,7 @@ class KernelLaunch(NamedTuple):
             elif specialized or argument is None:
                 key.append(argument)
             else:
-                key.append(-(2**31) <= argument < 2**31)
+                key.append(-(2**31) <= argument <= 2**31 - 1)
         return tuple(key)
 
     def _compile(self, device: torch.device) -> Compiled:
@@ -125,19 +127,6 @@ _compiled: dict[Hashable, Compiled] = {}
 _locks: dict[int, contextlib.AbstractContextManager[object]] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compiled.clear)
-
-
-_parameters: dict[int, tuple[bool, ...]] = {}
-
-
-def _specialized_parameters(kernel: Any) -> tuple[bool, ...]:
-    """For each parameter that is no constexpr, whether Triton specializes the kernel on its
-    value."""
-    found = _parameters.get(id(kernel))
-    if found is None:
-        flags = [not parameter.do_not_specialize for parameter in kernel.params if not parameter.is_constexpr]
-        found = _parameters[id(kernel)] = tuple(flags)
-    return found
 
 
 def _interpreted(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:

@@ -13,7 +13,6 @@ it; ``uniform``, every expert N rows long, which is what expert weights are.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -259,7 +258,6 @@ class QuantizeConfig:
     skip_unowned: bool = False
 
 
-@functools.lru_cache(maxsize=4096)
 def select_quantize_config(num_rows: int, k: int, num_experts: int, interpreted: bool = False) -> QuantizeConfig:
     """Tile of the quantizer; pure.
 

@@ -39,12 +39,12 @@ SCALE_GROUPS: Final = (32, 128)
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``value``."""
-    return -(-value // multiple) * multiple
+    return (value + multiple - 1) // multiple * multiple
 
 
 def ceil_div(value: int, divisor: int) -> int:
     """``value / divisor``, rounded up."""
-    return -(-value // divisor)
+    return (value + divisor - 1) // divisor
 
 
 def next_power_of_2(value: int) -> int:

@@ -7,8 +7,9 @@ handed to ``run``), and the first byte in it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,3 +59,42 @@ class TensorMap(NamedTuple):
     shape: tuple[int, ...]
     box: tuple[int, ...]
     layout: Any = None
+
+
+class Metadata(NamedTuple):
+    """A tensor without its memory: what a plan may be made of."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: torch.device
+    address: int = 0
+
+    def stride(self, dim: int | None = None) -> Any:
+        """As a tensor's."""
+        return self.strides if dim is None else self.strides[dim]
+
+    def data_ptr(self) -> int:
+        """The address, modulo 16."""
+        return self.address
+
+
+def metadata(value: Any) -> Any:
+    """A tensor's Metadata; an operand or a layout with Metadata for tensors; what else there is, as
+    it is."""
+    return _change(torch.Tensor, lambda t: Metadata(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16), value)
+
+
+def of_rows(value: Any, rows: int) -> Any:
+    """The same Metadata with another first dimension."""
+    return _change(Metadata, lambda m: m._replace(shape=(rows, *m.shape[1:])), value)
+
+
+def _change(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, kind):
+        return function(value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    copy = object.__new__(type(value))
+    vars(copy).update({name: _change(kind, function, field) for name, field in vars(value).items()})
+    return copy

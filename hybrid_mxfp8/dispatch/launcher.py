@@ -45,8 +45,9 @@ class Launcher(NamedTuple):
     """The functions of launcher.c.
 
     Attributes:
-        run: ``run(program.address, stream, *addresses)``, ints all: 0, or :meth:`Program.overlap`
-            tells what the code means, and nothing was launched. RuntimeError: from the driver.
+        run: ``run(program.address, stream, *addresses)``, ints all: 0; or 1 + i * (how many) + j,
+            and nothing was launched, since buffer i, which is written, overlaps buffer j.
+            RuntimeError: from the driver.
         check: ``check(function, *sizes)``: RuntimeError unless the kernel with this handle of the
             driver has parameters of these sizes in bytes, and no more.
         verify: ``verify(address, length)``: ValueError unless the words there are a program.
@@ -61,29 +62,31 @@ class Program:
     """All launches of a plan, as ``run`` reads them; it must outlive every ``run``.
 
     Attributes:
+        words: as :func:`program_words` gives them.
         address: of the words, for ``run``.
-        num_buffers: addresses that ``run`` takes.
+        run: of the Launcher.
+
+    Raises:
+        ValueError: a word is out of range, or a launch has more parameters than launcher.c holds.
+        LauncherUnavailableError: as :func:`load`.
     """
 
-    __slots__ = ("_words", "address", "num_buffers")
+    __slots__ = ("address", "run", "words")
 
-    def __init__(self, words: array[int], num_buffers: int) -> None:
-        self._words = words
-        self.address = words.buffer_info()[0]
-        self.num_buffers = num_buffers
-
-    def overlap(self, code: int) -> tuple[int, int]:
-        """(index of a written buffer, index of one that it overlaps), from what ``run``
-        returned."""
-        return divmod(code - 1, self.num_buffers)
+    def __init__(self, words: array[int]) -> None:
+        self.words = words
+        self.address, length = words.buffer_info()
+        launcher = load()
+        launcher.verify(self.address, length)
+        self.run = launcher.run
 
 
-def program(
+def program_words(
     device_index: int,
     extents: Sequence[int],
     written: Sequence[tuple[int, int]],
     launches: Sequence[Sequence[int]],
-) -> Program:
+) -> list[int]:
     """Put a program together.
 
     Args:
@@ -93,21 +96,14 @@ def program(
             same memory as, else -1). A buffer that overlaps it in any other way is refused by
             ``run``, also one that starts where it does.
         launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them.
-
-    Raises:
-        ValueError: a word is out of range, or a launch has more parameters than launcher.c holds.
-        LauncherUnavailableError: as :func:`load`.
     """
-    head = [device_index, len(extents), *extents, len(written)]
+    words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
-        head += pair
-    head.append(len(launches))
-    words = array("q", head)
+        words += pair
+    words.append(len(launches))
     for launch in launches:
-        words.extend(launch)
-    made = Program(words, len(extents))
-    load().verify(made.address, len(words))
-    return made
+        words += launch
+    return words
 
 
 def launch_words(

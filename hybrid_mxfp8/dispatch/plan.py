@@ -1,9 +1,13 @@
 """A call's plan: its launches, made once for a signature and run with any tensors of that
 signature.
 
-    plan = PLANS.get(signature)        shapes, dtypes, strides, alignment, device, options, settings
+    plan = PLANS.get(signature, (T,))  shapes, dtypes, strides, alignment, device, options, settings
     if plan is None: ...               checks, choice of backend, configuration, compilation
     plan.run(x, values, scales, ...)   one call into C, on the current stream
+
+What changes from batch to batch, such as T, is no part of the signature. Once there is a plan,
+those of other sizes follow from it (:mod:`hybrid_mxfp8.dispatch.trace`) in microseconds, unless
+they take another tile or kernel.
 
 A plan holds no tensor. Consecutive kernel launches become one program of the C launcher
 (:mod:`hybrid_mxfp8.dispatch.launcher`), which also checks that what is written overlaps nothing
@@ -14,22 +18,28 @@ slower, with the same result.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import os
-from collections.abc import Hashable, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hybrid_mxfp8.core.checks import extent, fail, has_memory
+from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.trace import LEAST, Trace, value_of
 
 ALIGNMENT = 256
 """Bytes; what starts at such a boundary can be read by every kernel and by TMA."""
 
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_address = torch.Tensor.data_ptr
 
 
 class Operand(NamedTuple):
@@ -77,16 +87,14 @@ class Operands:
 
 
 class Plan:
-    """The launches of one signature.
+    """The launches of one signature and its sizes.
 
     Attributes:
         operands: what ``run`` takes, in order.
         arena_bytes: of the operand named ``workspace``; 0 if there is none.
-        result: what else the caller needs, such as shapes of outputs.
+        result: what else the caller needs, such as the shape of an output.
         lasting: whether another call of its signature would be planned alike.
     """
-
-    __slots__ = ("_device", "_hooked", "_index", "_parts", "arena_bytes", "lasting", "operands", "result")
 
     def __init__(
         self,
@@ -95,19 +103,19 @@ class Plan:
         steps: Steps,
         *,
         arena_bytes: int = 0,
-        result: Any = None,
+        result: Any = (),
         lasting: bool = True,
     ) -> None:
-        self.lasting = lasting
+        self.device = device
         self.operands = tuple(operands.list)
+        self.steps = steps
         self.arena_bytes = arena_bytes
         self.result = result
-        self._device = device
+        self.lasting = lasting
         self._index = -1 if device.index is None else device.index
-        self._parts = _programs(device, self.operands, steps)
-        # A program checks for overlaps before it launches, so one must come first.
-        first, first_steps = self._parts[0] if self._parts else (None, ())
-        self._hooked = first_steps[0].hooked if first is not None else _always
+        self._parts: list[tuple[launcher.Program | None, Steps]] | None = None
+        self._hooked: Callable[[], bool] = _always
+        self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def run(self, *tensors: torch.Tensor) -> None:
         """Make the launches on the current stream.
@@ -115,38 +123,57 @@ class Plan:
         Raises:
             ValueError: what is written overlaps another operand.
         """
-        if not self._hooked():
-            if _several_gpus() and self._index != torch.cuda.current_device():
-                with torch.cuda.device(self._device):
-                    self._launch(tensors)
-            else:
-                self._launch(tensors)
+        if self._parts is None:
+            self._prepare()
+        if self._hooked():
+            self._check_overlap(tensors)
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                for step in self.steps:
+                    step.run(tensors, self.device)
             return
-        self._check_overlap(tensors)
-        if self._device.type == "cuda":
-            with torch.cuda.device(self._device):
-                self._run_steps(tensors)
-        else:
-            self._run_steps(tensors)
-
-    def _launch(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        if _several_gpus() and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self.run(*tensors)
         stream = _current_stream(self._index)  # type: ignore[misc]
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        for program, steps in self._parts:
+        addresses = tuple(map(_address, tensors))
+        for program, steps in self._parts:  # type: ignore[union-attr]
             if program is None:
                 for step in steps:
-                    step.run(tensors, self._device)
-            elif launcher.load().run(program.address, stream, *addresses):
+                    step.run(tensors, self.device)
+            elif program.run(program.address, stream, *addresses):
                 self._check_overlap(tensors)
                 raise AssertionError("the launcher saw an overlap that is none")
 
-    def _run_steps(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        for _, steps in self._parts:
-            for step in steps:
-                step.run(tensors, self._device)
+    def is_one_program(self) -> bool:
+        """Whether the C launcher makes all of its launches, with nothing in between."""
+        self._prepare()
+        return [program is None for program, _ in self._parts or ()] == [False]
+
+    def _prepare(self) -> None:
+        runs = self.words()
+        # A program checks for overlaps before it launches, so one must come first.
+        if runs and runs[0][0] is not None:
+            self._hooked = self.steps[0].hooked
+        self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
+
+    def words(self) -> list[tuple[list[int] | None, Steps]]:
+        """Steps in runs: those that the C launcher makes together, with their program's words, and
+        those that must be called."""
+        runs: list[tuple[list[int] | None, Steps]] = []
+        extents = [operand.extent for operand in self.operands]
+        written = [(i, operand.may_equal) for i, operand in enumerate(self.operands) if operand.written]
+        encoded = ((step.encode(self.device), step) for step in self.steps)
+        for called, group in itertools.groupby(encoded, lambda pair: pair[0] is None):
+            launches, steps = zip(*group, strict=True)
+            index = self.device.index or 0
+            runs.append((None if called else launcher.program_words(index, extents, written, launches), steps))
+        return runs
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
-        """As the launcher does it."""
+        """As the launcher does it; a template's plan gets its operands and steps first."""
+        if self._make is not None:
+            made = self._make()
+            self.operands, self.steps, self._make = made.operands, made.steps, None
         spans = [(t.data_ptr(), t.data_ptr() + o.extent) for t, o in zip(tensors, self.operands, strict=True)]
         for written, (start, end) in enumerate(spans):
             operand = self.operands[written]
@@ -171,50 +198,17 @@ def _always() -> bool:
     return True
 
 
-def _programs(
-    device: torch.device, operands: tuple[Operand, ...], steps: Steps
-) -> list[tuple[launcher.Program | None, Steps]]:
-    """Steps in runs: those that the C launcher makes together, and those that must be called."""
-    parts: list[tuple[launcher.Program | None, Steps]] = []
-    extents = [operand.extent for operand in operands]
-    written = [(i, operand.may_equal) for i, operand in enumerate(operands) if operand.written]
-    launches: list[Sequence[int]] = []
-    together: list[Any] = []
-
-    def close() -> None:
-        if launches:
-            program = launcher.program(device.index or 0, extents, written, launches)
-            parts.append((program, tuple(together)))
-            launches.clear()
-            together.clear()
-
-    for step in steps:
-        words = step.encode(device)
-        if words is None:
-            close()
-            parts.append((None, (step,)))
-        else:
-            launches.append(words)
-            together.append(step)
-    close()
-    return parts
-
-
-_gpus: list[int] = []
-
-
+@functools.cache
 def _several_gpus() -> bool:
-    if not _gpus:
-        _gpus.append(torch.cuda.device_count())
-    return _gpus[0] > 1
+    return torch.cuda.device_count() > 1
 
 
 # ---------------------------------------------------------------- signatures and the cache
 
 
-def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """All of a tensor that a plan depends on: everything but its address, of which the alignment
-    counts.
+def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
+    """All of a vector or matrix that a plan depends on but for the address, of which the alignment
+    counts, and the first dimension, which is one of the sizes: only whether that is ``rows``.
 
     Raises:
         TypeError: a fake tensor or another subclass that has no memory of its own.
@@ -223,37 +217,112 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
         return None
     if not has_memory(type(x)):
         raise TypeError(f"{type(x).__name__} is described by no signature")
-    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+    shape = x.shape
+    width = shape[-1] if len(shape) > 1 else 0
+    return shape[0] == rows, width, x.dtype, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+
+
+def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
+    """The same of any tensor, with its shape."""
+    return None if x is None else (x.shape, describe_rows(x))
+
+
+def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = None) -> tuple[Hashable, ...]:
+    """As :func:`describe`, or with ``rows`` as :func:`describe_rows`, of tensors known to be
+    contiguous and of their dtypes."""
+    values, scales = operand.values, operand.scales
+    if not (has_memory(type(values)) and has_memory(type(scales))):
+        raise TypeError("tensors without memory are described by no signature")
+    shape, scales_shape = values.shape, scales.shape
+    known = (shape, scales_shape) if rows is None else (shape[0] == rows, shape[-1], scales_shape[-1])
+    return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15, operand.scale_group
+
+
+class Template:
+    """A plan as a function of its sizes, for those that meet the conditions that it was made under.
+
+    Raises:
+        AttributeError, TypeError: ``make`` does with sizes what a trace can't follow.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], make: Callable[..., Plan]) -> None:
+        trace = Trace(sizes)
+        plan = make(*trace.sizes)
+        [(words, steps)] = plan.words()
+        assert words is not None
+        self._make, self._device, self._hooked = make, plan.device, steps[0].hooked
+        self._words = array("q", map(value_of, words))
+        self._fill = trace.compiled(words, (plan.arena_bytes, *plan.result))
+
+    def plan(self, sizes: tuple[int, ...]) -> Plan | None:
+        """The plan of these sizes; None if they need another template."""
+        words = self._words[:]
+        result = self._fill(words, *sizes)
+        if result is None:
+            return None
+        plan = Plan(self._device, Operands(), (), arena_bytes=result[0], result=result[1:])
+        plan._parts = [(launcher.Program(words), ())]
+        plan._hooked = self._hooked
+        plan._make = functools.partial(self._make, *sizes)
+        return plan
 
 
 class PlanCache:
-    """Plans by signature; full, it drops the oldest."""
+    """Plans by signature and sizes; full, it drops the oldest."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._plans: dict[Hashable, Plan] = {}
+        self._templates: dict[Hashable, tuple[Template, ...]] = {}
 
-    def get(self, signature: Hashable) -> Plan | None:
+    def get(self, signature: Hashable, sizes: tuple[int, ...] = ()) -> Plan | None:
         """The plan; None for a signature that can't be hashed, such as one of symbolic shapes."""
         try:
-            return self._plans.get(signature)
+            plan = self._plans.get((signature, sizes))
         except TypeError:
             return None
+        if plan is None:
+            for template in self._templates.get(signature, ()):
+                plan = template.plan(sizes)
+                if plan is not None:
+                    self.add(signature, plan, sizes)
+                    break
+        return plan
 
-    def add(self, signature: Hashable, plan: Plan) -> None:
+    def make(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan:
+        """The plan ``make(*sizes)``, kept unless the signature is None, and with it the template of
+        others.
+
+        ``make`` holds no tensor, and all else that it depends on is in the signature.
+        """
+        plan = make(*sizes)
+        if signature is not None and plan.lasting:
+            self.add(signature, plan, sizes)
+            templates = self._templates.get(signature, ())
+            if min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
+                with contextlib.suppress(AttributeError, TypeError):
+                    self._keep(self._templates, signature, (*templates, Template(sizes, make)))
+        return plan
+
+    def add(self, signature: Hashable, plan: Plan, sizes: tuple[int, ...] = ()) -> None:
         """Keep a plan, if it is a lasting one."""
-        if not plan.lasting:
-            return
-        plans = self._plans
-        while len(plans) >= self._capacity:
+        if plan.lasting:
+            self._keep(self._plans, (signature, sizes), plan)
+
+    def _keep(self, kept: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+        while len(kept) >= self._capacity:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread was faster
-                plans.pop(next(iter(plans)), None)
-        plans[signature] = plan
+                kept.pop(next(iter(kept)), None)
+        kept[key] = value
 
     def clear(self) -> None:
         """Forget all plans."""
         self._plans.clear()
+        self._templates.clear()
 
+
+MAX_TEMPLATES = 16
+"""Of a signature: one for each choice of tiles and kernels."""
 
 PLANS = PlanCache(4096)
 """Of every public function; some kilobytes each."""

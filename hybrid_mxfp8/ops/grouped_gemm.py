@@ -7,8 +7,9 @@ Under ``torch.compile``, and for fake and meta tensors, it is one operator of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,12 +24,12 @@ from hybrid_mxfp8.core.checks import (
     check_shape,
     check_tensor,
     fail,
-    has_memory,
     is_tracing,
 )
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
+from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, choose_ready, requested, settings
 
@@ -71,24 +72,24 @@ def grouped_gemm(
     """
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature = _signature(x, w, out_dtype, out, workspace, backend)
-        plan = None if signature is None else PLANS.get(signature)
+        signature, sizes = _signature(x, w, out_dtype, out, workspace, backend)
+        plan = PLANS.get(signature, sizes)
     if plan is None:
         problem = _problem(x, w, out_dtype)
         if is_tracing(x.values):
             check_no_buffer("out", out)
             check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, out_dtype, backend)
-        plan = _plan(problem, x, w, out, workspace, backend)
-        if signature is not None:
-            PLANS.add(signature, plan)
-    shape, dtype, device, workspace_bytes = plan.result
-    y = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+        _check_buffers(problem, out, workspace)
+        given = (problem, metadata(x), metadata(w), metadata(workspace), backend)
+        plan = PLANS.make(signature, _sizes(x, workspace), functools.partial(_plan, *given))
+    num_tokens, n, workspace_bytes = plan.result
+    y = torch.empty(num_tokens, n, dtype=out_dtype, device=x.values.device) if out is None else out
     groups = x.groups
     layout = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
     tensors = (x.values, x.scales, *layout, w.values, w.scales, y)
     if workspace_bytes and workspace is None:
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=y.device)
     if workspace is None:
         plan.run(*tensors)
     else:
@@ -96,61 +97,57 @@ def grouped_gemm(
     return y
 
 
-class _Product(NamedTuple):
-    """What a plan's caller allocates."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    workspace_bytes: int
-
-
-def _signature(x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on; None for what has none, such as fake tensors."""
+def _signature(
+    x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any
+) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
+    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
+    tensors."""
     if type(x) is not GroupedMXFP8 or type(w) is not ExpertWeights:
-        return None
+        return None, ()
     try:
-        return (
+        num_tokens = x.groups.num_tokens
+        signature = (
             _PRODUCT,
             settings(backend),
             out_dtype,
-            x.groups.num_tokens,
             x.groups.tokens_per_expert.shape,
-            describe_operand(x),
+            describe_operand(x, num_tokens),
             describe_operand(w),
-            None if out is None else (*describe(out), torch.is_grad_enabled()),  # type: ignore[misc]
-            None if workspace is None else (describe(workspace), workspace.data_ptr() % ALIGNMENT),
+            None if out is None else (describe_rows(out, num_tokens), torch.is_grad_enabled()),
+            None if workspace is None else (describe_rows(workspace), workspace.data_ptr() % ALIGNMENT),
         )
-    except (AttributeError, RuntimeError, TypeError):
-        return None
+        return signature, _sizes(x, workspace)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None, ()
 
 
-def describe_operand(operand: GroupedMXFP8 | ExpertWeights) -> tuple[Hashable, ...]:
-    """As ``plan.describe``, of tensors known to be contiguous and of their dtypes."""
-    values, scales = operand.values, operand.scales
-    if not (has_memory(type(values)) and has_memory(type(scales))):
-        raise TypeError("tensors without memory are described by no signature")
-    addresses = values.data_ptr() & 15, scales.data_ptr() & 15
-    return values.shape, values.device, scales.shape, addresses, operand.scale_group
+def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, int]:
+    """T, S, and bytes of a workspace that is given; else S once more."""
+    num_scale_rows = x.scales.shape[0]
+    return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
 
 
 def _plan(
     problem: Problem,
     x: GroupedMXFP8,
     w: ExpertWeights,
-    out: torch.Tensor | None,
-    workspace: torch.Tensor | None,
+    workspace: Any,
     backend: str | None,
+    num_tokens: int,
+    num_scale_rows: int,
+    workspace_bytes: int,
 ) -> Plan:
     """The launches of one product, of (x, its scales, three of the layout, w, its scales, out,
-    workspace or nothing)."""
+    workspace or nothing), from Metadata of other T and S."""
+    problem = problem._replace(num_tokens=num_tokens)
     chosen, needed, lasting = choose_ready(problem, backend)
-    _check_buffers(problem, needed, out, workspace)
+    if workspace is not None and workspace_bytes < needed:
+        fail("workspace", f"must have at least {needed} bytes", workspace_bytes)
     operands = Operands()
     groups = x.groups
     read = (
-        operands.add("x.values", x.values),
-        operands.add("x.scales", x.scales),
+        operands.add("x.values", of_rows(x.values, num_tokens)),
+        operands.add("x.scales", of_rows(x.scales, num_scale_rows)),
         operands.add("tokens_per_expert", groups.tokens_per_expert),
         operands.add("expert_offsets", groups.expert_offsets),
         operands.add("scale_offsets", groups.scale_offsets),
@@ -162,18 +159,17 @@ def _plan(
     y = operands.buffer("out", problem.out_dtype, shape)
     memory = None
     if workspace is not None:
-        memory = operands.add("workspace", workspace, written=True)
+        memory = operands.add("workspace", of_rows(workspace, workspace_bytes), written=True)
     elif needed:
         memory = operands.buffer("workspace", torch.uint8, (needed,))
     steps: Steps = ()
     if problem.num_tokens and problem.num_experts:
         steps = chosen.plan(problem, GemmBuffers(*read, y, memory))
-    result = _Product(shape, problem.out_dtype, problem.device, needed)
-    return Plan(problem.device, operands, steps, result=result, lasting=lasting)
+    return Plan(problem.device, operands, steps, result=(*shape, needed), lasting=lasting)
 
 
-def _check_buffers(problem: Problem, needed: int, out: torch.Tensor | None, workspace: torch.Tensor | None) -> None:
-    """Those of ``out`` and ``workspace`` that are given fit."""
+def _check_buffers(problem: Problem, out: torch.Tensor | None, workspace: torch.Tensor | None) -> None:
+    """Those of ``out`` and ``workspace`` that are given fit, but for the workspace's size."""
     if out is not None:
         check_tensor("out", out, dtypes=(problem.out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
         check_shape("out", out, (problem.num_tokens, problem.n), "(T, N)")
@@ -182,8 +178,6 @@ def _check_buffers(problem: Problem, needed: int, out: torch.Tensor | None, work
         check_no_grad("out", out)
     if workspace is not None:
         check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device)
-        if workspace.numel() < needed:
-            fail("workspace", f"must have at least {needed} bytes", workspace.numel())
         check_contiguous("workspace", workspace)
         if workspace.numel() and workspace.data_ptr() % ALIGNMENT:
             fail(

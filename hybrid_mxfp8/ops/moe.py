@@ -7,6 +7,7 @@ more for each product whose kernel needs another before it (the cutlass backend,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -26,9 +27,9 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
-from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe
+from hybrid_mxfp8.dispatch.buffers import Metadata, metadata, of_rows
+from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import requested, settings
-from hybrid_mxfp8.ops.grouped_gemm import describe_operand
 from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, parts_of, plan_layer, shape_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
@@ -104,7 +105,7 @@ def moe_forward(
     signature = plan = None
     if not torch.compiler.is_compiling():
         signature = _signature(inputs, (activation, scale_group), out, workspace, backend)
-        plan = None if signature is None else PLANS.get(signature)
+        plan = None if signature is None else PLANS.get(signature, (x.shape[0],))
     if plan is None:
         shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
@@ -116,16 +117,25 @@ def moe_forward(
             return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if out is None else out.zero_()
         if workspace is not None:
             workspace.check(shape, x.shape[0])
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
         inputs = _contiguous(inputs)
-        plan = plan_layer(inputs, shape, swiglu, y, backend)
-        if signature is not None:
-            PLANS.add(signature, plan)
+        target = Metadata(x.dtype, x.shape, (x.shape[1], 1), x.device) if out is None else metadata(out)
+        given = (LayerInputs(*map(metadata, inputs)), shape, swiglu, target, backend)
+        plan = PLANS.make(signature, (x.shape[0],), functools.partial(_plan_of_sizes, *given))
     else:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
         inputs = _contiguous(inputs)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
     _run(plan, inputs, y, workspace)
     return y
+
+
+def _plan_of_sizes(
+    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: Any, backend: str | None, num_tokens: int
+) -> Plan:
+    """The plan of M, from Metadata of another."""
+    given = (inputs.x, inputs.topk_ids, inputs.topk_weights, out)
+    x, topk_ids, topk_weights, out = (of_rows(tensor, num_tokens) for tensor in given)
+    inputs = inputs._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+    return plan_layer(inputs, shape, activation, out, backend)
 
 
 def _contiguous(inputs: LayerInputs) -> LayerInputs:
@@ -155,34 +165,36 @@ def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorks
 def _signature(
     inputs: LayerInputs, options: tuple[Any, ...], out: Any, workspace: MoEWorkspace | None, backend: Any
 ) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on; None for what has none, such as fake tensors."""
+    """All that checks and launches depend on but for M; None for what has none, such as fake
+    tensors."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if type(w13q) is not ExpertWeights or type(w2q) is not ExpertWeights:
         return None
     try:
+        num_tokens = x.shape[0]
         return (
             _LAYER,
             settings(backend),
             torch.is_grad_enabled(),
             options,
-            None if workspace is None else (workspace.shape, workspace.max_tokens),
             _describe_tokens(x),
+            None if workspace is None else (workspace.shape, num_tokens <= workspace.max_tokens),
             describe_operand(w13q),
             describe_operand(w2q),
-            describe(topk_ids),
-            describe(topk_weights),
+            describe_rows(topk_ids, num_tokens),
+            describe_rows(topk_weights, num_tokens),
             describe(w13_bias),
             describe(w2_bias),
-            describe(out),
+            describe_rows(out, num_tokens),
         )
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
 
 
 def _describe_tokens(x: torch.Tensor | MXFP8Tokens) -> tuple[Hashable, ...] | None:
     if isinstance(x, MXFP8Tokens):
-        return x.dtype, x.scale_group, describe(x.values), describe(x.scales)
-    return describe(x)
+        return x.dtype, x.scale_group, describe_rows(x.values), describe_rows(x.scales)
+    return describe_rows(x)
 
 
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:

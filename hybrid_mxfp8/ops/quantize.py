@@ -7,6 +7,7 @@ Under ``torch.compile``, and for fake and meta tensors, each is one operator of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_sca
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
+from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
+from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
 
@@ -83,33 +85,38 @@ def quantize_grouped(
     x, groups, row_index = arrived(x, groups, row_index)
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature = _signature(x, groups, (scale_rounding, scale_group), row_index, activation, out, backend)
-        plan = None if signature is None else PLANS.get(signature)
+        signature, sizes = _signature(x, groups, (scale_rounding, scale_group), row_index, activation, out, backend)
+        plan = PLANS.get(signature, sizes)
     if plan is None:
-        job = _check(x, groups, scale_rounding, scale_group, row_index, activation)
+        rows = _check(x, groups, scale_rounding, scale_group, row_index, activation)
         if is_tracing(x):
             check_no_buffer("out", out)
-            return _quantize_traced(x, groups, job, row_index, backend)
+            return _quantize_traced(x, groups, rows, row_index, backend)
         if out is not None:
-            _check_out(out, job)
-        values, scales = _buffers(job, out)
-        plan = plan_rows(x, groups, job, row_index, values, scales, backend)
-        if signature is not None:
-            PLANS.add(signature, plan)
+            _check_out(out, rows)
+        buffers = None if out is None else (metadata(out.values), metadata(out.scales))
+        given = (metadata(x), metadata(groups), rows, metadata(row_index), buffers, backend)
+        plan = PLANS.make(signature, _sizes(x, rows.num_tokens, out), functools.partial(plan_rows, *given))
+    if out is None:
+        num_tokens, k, scale_rows, scale_columns, _ = plan.result
+        # Unpacked: PyTorch takes 1.2 µs longer to parse a tuple.
+        values = torch.empty(num_tokens, k, dtype=E4M3, device=x.device)
+        scales = torch.empty(scale_rows, scale_columns, dtype=torch.uint8, device=x.device)
     else:
-        values, scales = _buffers(plan.result, out)
+        values, scales = out.values, out.scales
     return _run(plan, x, groups, row_index, values, scales)
 
 
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4
     tiles."""
-    signature = (_INTO, settings(None), groups.num_tokens, groups.num_experts, *map(describe, (x, values, scales)))
-    plan = PLANS.get(signature)
+    sizes = (x.shape[0], groups.num_tokens, scales.shape[0])
+    signature = (_INTO, settings(None), groups.num_experts, *map(describe_rows, (x, values, scales)))
+    plan = PLANS.get(signature, sizes)
     if plan is None:
-        job = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
-        plan = plan_rows(x, groups, job, None, values, scales, None)
-        PLANS.add(signature, plan)
+        rows = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
+        given = (metadata(x), metadata(groups), rows, None, (metadata(values), metadata(scales)), None)
+        plan = PLANS.make(signature, sizes, functools.partial(plan_rows, *given))
     _run(plan, x, groups, None, values, scales)
 
 
@@ -132,29 +139,46 @@ def _run(
         plan.run(*inputs)
     else:
         plan.run(*inputs, row_index)
-    return GroupedMXFP8.unchecked(values, scales, layout, plan.result.scale_group)
+    return GroupedMXFP8.unchecked(values, scales, layout, plan.result[-1])
 
 
 def _signature(
     x: Any, groups: Any, scaling: tuple[Any, Any], row_index: Any, activation: Any, out: Any, backend: Any
-) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on; None for what has none, such as fake tensors."""
+) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
+    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
+    tensors."""
     try:
-        return (
+        if type(groups) is GroupLayout:
+            num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]
+            layout: object = (num_experts, groups.tokens_per_expert.device)
+        else:
+            num_tokens, num_experts = (x if row_index is None else row_index).shape[0], groups.shape[0]
+            layout = describe(groups)
+        buffers = None
+        if out is not None:
+            if type(out) is not GroupedMXFP8:
+                return None, ()
+            fits = out.scales.shape[0] == grouped_scale_rows(num_tokens, num_experts)
+            buffers = fits, describe_operand(out, num_tokens)
+        signature = (
             _ROWS,
             settings(backend),
             torch.is_grad_enabled(),
             scaling,
             activation,
-            describe(x),
-            (groups.num_tokens, groups.tokens_per_expert.shape[0], groups.device)
-            if type(groups) is GroupLayout
-            else describe(groups),
-            describe(row_index),
-            None if out is None else (describe(out.values), describe(out.scales), type(out)),
+            describe_rows(x, num_tokens),
+            layout,
+            describe_rows(row_index, num_tokens),
+            buffers,
         )
-    except (AttributeError, RuntimeError, TypeError):
-        return None
+        return signature, _sizes(x, num_tokens, out)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None, ()
+
+
+def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[int, int, int]:
+    """R, T and S; T once more where S follows from it."""
+    return x.shape[0], num_tokens, num_tokens if out is None else out.scales.shape[0]
 
 
 class Rows(NamedTuple):
@@ -221,29 +245,32 @@ def _check_out(out: GroupedMXFP8, rows: Rows) -> None:
     check_aligned("out", out.scales)
 
 
-def _buffers(rows: Rows, out: GroupedMXFP8 | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if out is not None:
-        return out.values, out.scales
-    values = torch.empty((rows.num_tokens, rows.k), dtype=E4M3, device=rows.device)
-    return values, torch.empty(rows.scales_shape, dtype=torch.uint8, device=rows.device)
-
-
 def plan_rows(
-    x: torch.Tensor,
-    groups: GroupLayout | torch.Tensor,
+    x: Any,
+    groups: Any,
     rows: Rows,
-    row_index: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
+    row_index: Any,
+    out: tuple[Any, Any] | None,
     backend: str | None,
+    num_source_rows: int,
+    num_tokens: int,
+    num_scale_rows: int,
 ) -> Plan:
     """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
-    row_index or nothing)."""
+    row_index or nothing); from Metadata of other R, T and S, without ``out`` (values, scales) for
+    buffers that are allocated for each call."""
     quantizer = choose_quantizer(rows.device, backend)
+    rows = rows._replace(num_tokens=num_tokens)
     operands = Operands()
-    source = operands.add("x", x)
-    scale_target = operands.add("out", scales, written=True, label="its own scales")
-    buffers = QuantizeBuffers(source, operands.add("out", values, written=True), scale_target)
+    source = operands.add("x", of_rows(x, num_source_rows))
+    if out is None:
+        scale_target = operands.buffer("out", torch.uint8, rows.scales_shape)
+        value_target = operands.buffer("out", E4M3, (num_tokens, rows.k))
+    else:
+        values, scales = of_rows(out[0], num_tokens), of_rows(out[1], num_scale_rows)
+        scale_target = operands.add("out", scales, written=True, label="its own scales")
+        value_target = operands.add("out", values, written=True)
+    buffers = QuantizeBuffers(source, value_target, scale_target)
     if isinstance(groups, GroupLayout):
         buffers = buffers._replace(
             expert_offsets=operands.add("expert_offsets", groups.expert_offsets),
@@ -254,16 +281,16 @@ def plan_rows(
         layout = operands.buffer("layout", torch.int32, (3 * rows.num_experts + 2,))
         buffers = buffers._replace(counts=counts, layout=layout)
     if row_index is not None:
-        buffers = buffers._replace(row_index=operands.add("row_index", row_index))
+        buffers = buffers._replace(row_index=operands.add("row_index", of_rows(row_index, num_tokens)))
     steps: Steps = ()
     if rows.num_tokens and rows.num_experts:
-        shape = (rows.num_tokens, rows.num_experts, rows.k, x.shape[0], x.stride(0))
+        shape = (rows.num_tokens, rows.num_experts, rows.k, num_source_rows, x.stride(0))
         grouping: Grouping = "counts" if buffers.counts else "offsets"
         problem = QuantizeProblem(*shape, rows.scale_rounding, rows.activation, grouping, scale_group=rows.scale_group)
         steps = quantizer.quantize(problem, buffers)
     elif buffers.counts is not None and buffers.layout is not None:
         steps = quantizer.group_offsets(buffers.counts, buffers.layout, rows.num_tokens, False)
-    return Plan(rows.device, operands, steps, result=rows)
+    return Plan(rows.device, operands, steps, result=(num_tokens, rows.k, *rows.scales_shape, rows.scale_group))
 
 
 def _quantize_traced(

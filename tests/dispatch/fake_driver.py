@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+
+from hybrid_mxfp8.dispatch import launcher
 
 Child = Callable[..., Any]
 
@@ -150,6 +153,11 @@ def new_function(*sizes: int) -> int:
     function = int(fake().fake_new_function())
     set_sizes(function, list(sizes))
     return function
+
+
+def program_of(*parts: Any) -> launcher.Program:
+    """A program of ``launcher.program_words``."""
+    return launcher.Program(array("q", launcher.program_words(*parts)))
 
 
 def sizes_in_ptx(ptx: str) -> list[int]:

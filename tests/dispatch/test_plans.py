@@ -63,7 +63,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Those that are made from now on."""
     made: list[Plan] = []
     add = PLANS.add
-    monkeypatch.setattr(PLANS, "add", lambda signature, plan: (made.append(plan), add(signature, plan)))
+    monkeypatch.setattr(PLANS, "add", lambda key, plan, *sizes: (made.append(plan), add(key, plan, *sizes)))
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fake_driver import child, in_child, launches, set_sizes, sizes_in_ptx  # noqa: F401
+from fake_driver import child, in_child, launches, program_of, set_sizes, sizes_in_ptx  # noqa: F401
 from kernel_cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 
@@ -94,7 +94,7 @@ def test_same_launch_as_tritons(name: str) -> None:
     [tritons] = launches()
 
     found = abi.abi_of(compiled, case.arguments)
-    program = launcher.program(0, [0] * len(addresses), [], [found.words(case.grid, case.arguments)])
+    program = program_of(0, [0] * len(addresses), [], [found.words(case.grid, case.arguments)])
     assert launcher.load().run(program.address, STREAM, *addresses) == 0
     [ours] = launches()
     if NEVER_CLEARS_BIT_21:
@@ -171,7 +171,7 @@ def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
         addresses = [0x10000, 0x20000]
         compiled[(2, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), 16)
         words = abi.abi_of(compiled, case.arguments).words(2, case.arguments)
-        program = launcher.program(0, [0, 0], [], [words])
+        program = program_of(0, [0, 0], [], [words])
         assert launcher.load().run(program.address, STREAM, *addresses) == 0
         tritons, ours = launches()
         assert ours == tritons
@@ -318,7 +318,7 @@ def test_dependent_launch_is_asked_for_as_triton_asks_and_needs_a_wait() -> None
     words = abi.abi_of(waits, case.arguments).words(case.grid, case.arguments)
     addresses = [0x10000, 0x20000]
     compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
-    program = launcher.program(0, [0, 0], [], [words])
+    program = program_of(0, [0, 0], [], [words])
     launcher.load().run(program.address, STREAM, *addresses)
     tritons, ours = launches()
     assert ours == tritons

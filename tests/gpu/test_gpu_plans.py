@@ -15,7 +15,7 @@ import torch
 import triton
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.dispatch import launcher
+from hybrid_mxfp8.dispatch import launcher, plan
 from hybrid_mxfp8.dispatch.plan import PLANS
 from hybrid_mxfp8.triton_kernels import launch
 
@@ -131,6 +131,26 @@ def test_without_a_launcher_triton_launches_the_same(layer: Layer, monkeypatch: 
         got = [layer.forward(), mx.grouped_gemm(layer.xq, layer.w13q)]
         assert all(map(torch.equal, got, expected))
     PLANS.clear()
+
+
+def test_sizes_never_seen_give_what_plans_from_scratch_give(
+    layer: Layer, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(700, H, generator=rng).bfloat16().cuda()
+    ids = torch.randint(-1, E, (700, TOP_K), generator=rng).cuda()
+    weights = torch.rand(700, TOP_K, generator=rng).cuda()
+    sizes = (512, 16, 2, 3, 17, 100, 1, 127, 128, 129, 511, 513, 700)
+
+    def results() -> list[torch.Tensor]:
+        PLANS.clear()
+        given = ((x[:m], layer.w13q, layer.w2q, ids[:m], weights[:m]) for m in sizes)
+        return [mx.moe_forward(*arguments) for arguments in given]
+
+    followed = results()
+    assert 0 < sum(map(len, PLANS._templates.values())) < len(sizes) - 1
+    monkeypatch.setattr(plan, "MAX_TEMPLATES", 0)
+    assert all(map(torch.equal, followed, results()))
+    assert not PLANS._templates
 
 
 def test_launches_follow_the_current_stream(layer: Layer) -> None:

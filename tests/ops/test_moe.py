@@ -244,7 +244,7 @@ def test_workspace_of_a_large_layer() -> None:
     assert 1 < nbytes / (rows * (3 * hidden + 5 * intermediate)) < 1.02
     assert round(nbytes / 1e9, 1) == 2.1
     config = select_hopper_config(rows, experts)
-    widened = max(WorkspaceLayout.size_of(rows, experts, k, config) for k in (hidden, intermediate))
+    widened = max(WorkspaceLayout.of(rows, experts, k, config).size for k in (hidden, intermediate))
     assert 1 <= widened / (rows * 2 * hidden) < 1.01
     assert round(widened / 1e9, 2) == 0.94
 

@@ -16,7 +16,6 @@ Large tiles split the loop between a loading warp and an issuing warp (``warp_sp
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -111,7 +110,6 @@ class BlackwellConfig:
     num_stages: int
 
 
-@functools.lru_cache(maxsize=4096)
 def select_blackwell_config(num_tokens: int, num_experts: int) -> BlackwellConfig:
     """Tile by the average number of tokens of an expert; pure, and modelled: nothing here has run.
 

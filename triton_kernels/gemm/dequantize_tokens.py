@@ -13,7 +13,6 @@ of each 64 goes to place 16s + 8h + 2c + j.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
@@ -164,7 +163,6 @@ class DequantizeConfig:
     num_warps: int
 
 
-@functools.lru_cache(maxsize=4096)
 def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False) -> DequantizeConfig:
     """Tile of the expansion; pure. Few rows: small programs, so that a decode batch fills the GPU.
 

@@ -3,7 +3,6 @@ Plain ints, no Gluon."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +63,6 @@ class HopperGemmConfig:
         )
 
 
-@functools.lru_cache(maxsize=4096)
 def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
 
@@ -127,16 +125,9 @@ class WorkspaceLayout:
     max_tiles: int
 
     @classmethod
-    @functools.lru_cache(maxsize=4096)
     def of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> WorkspaceLayout:
         """The layout for T tokens of K columns in tiles of ``config.block_t``."""
         return cls(num_tokens, round_up(k, COLUMN_GROUP), token_tiles_bound(num_tokens, num_experts, config.block_t))
-
-    @classmethod
-    @functools.lru_cache(maxsize=4096)
-    def size_of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> int:
-        """Bytes of the workspace of such a call."""
-        return cls.of(num_tokens, num_experts, k, config).size
 
     @property
     def tokens_at(self) -> int:

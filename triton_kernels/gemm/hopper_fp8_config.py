@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_BYTES, ceil_div, grouped_scale_rows, scale_cols
@@ -58,7 +57,6 @@ class HopperFp8Config:
         )
 
 
-@functools.lru_cache(maxsize=4096)
 def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Config:
     """Tile by the average number of tokens an expert gets. Pure.
 

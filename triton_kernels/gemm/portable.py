@@ -21,7 +21,6 @@ Three formulations of one tile product, chosen by what the target has:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,7 +158,6 @@ def select_formulation(capability: tuple[int, int] | None, triton: tuple[int, in
     return "scaled" if capability[0] >= 10 else "bf16"
 
 
-@functools.lru_cache(maxsize=4096)
 def select_gemm_config(
     num_tokens: int, num_experts: int, formulation: Formulation, interpreted: bool = False
 ) -> TritonGemmConfig:

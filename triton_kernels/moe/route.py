@@ -204,7 +204,8 @@ def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfi
     milliseconds: few, large ones.
     """
     if num_slots <= ONE_LAUNCH_MAX_SLOTS:
-        return RouteConfig(256 if interpreted else 8, min(max(next_power_of_2(num_slots), 128), 1024), True, 4)
+        chunk = next_power_of_2(min(max(num_slots, 128), 1024))
+        return RouteConfig(256 if interpreted else 8, chunk, True, 4)
     return RouteConfig(1024, 1024, False, 8) if interpreted else RouteConfig(256, 8, False, 8)
 
 
