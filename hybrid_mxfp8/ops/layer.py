@@ -232,8 +232,9 @@ def plan_layer(
         activation: SwiGLU | None = None,
     ) -> Steps:
         sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
-        options = {"scale_group": scale_group, "scale_stride": scale_stride}
-        problem = QuantizeProblem(*sizes, "rceil", activation, **options)
+        problem = QuantizeProblem(
+            *sizes, "rceil", activation, scale_group=scale_group, scale_stride=scale_stride if scales else 0
+        )
         buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets, x_scales=scales)
         return quantizer.quantize(problem, buffers)
 
