@@ -93,7 +93,7 @@ def test_on_each_backend_and_device(backend: str, device: str, rng: torch.Genera
     expected = fp8_blocks.quantize_fp8_blocks(values, scales, backend="reference")
     assert same_bytes(wq.values, expected.values)
     assert same_bytes(wq.scales, expected.scales)
-    powers = random_scales(rng, (2, 136, 160), E8M0)
+    powers = random_scales(rng, (2, 136, 160), E8M0).to(device)
     of_128 = fp8_blocks.quantize_fp8_blocks(values, powers, scale_group=128, backend=backend)
     assert of_128.scale_group == 128
     assert same_bytes(of_128.scales, mx.quantize_weights(truth(values, powers), scale_group=128).scales)

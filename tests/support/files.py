@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: the ``quantize`` command on the CPU, and bytes compared."""
+"""What the tests of checkpoints share: the ``quantize`` command, and bytes compared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ FP8 = torch.float8_e4m3fn
 Tensors = dict[str, torch.Tensor]
 
 
-def quantize(*words: object) -> int:
+def quantize(*words: object, device: str = "cpu") -> int:
     """The command's exit code."""
-    return cli.main(["quantize", *map(str, words), "--device", "cpu"])
+    return cli.main(["quantize", *map(str, words), "--device", device])
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
