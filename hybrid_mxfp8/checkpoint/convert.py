@@ -313,6 +313,7 @@ class _Conversion:
         for number, blocks in itertools.groupby(self.blocks(entry), key=itemgetter(0)):
             signal = noise = 0.0
             for _, w, num_bytes in blocks:
+                w = w.float()  # once for all that follows
                 wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
                 signal += _energy(w)
                 noise += _energy(wq.dequantize()[0].sub_(w))
