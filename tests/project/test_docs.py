@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import runpy
 import shlex
@@ -58,6 +59,25 @@ def run_shell(commands: str) -> None:
         words = shlex.split(line)
         assert words[:3] == ["python", "-m", "hybrid_mxfp8"], line
         assert cli.main(words[3:]) == 0
+
+
+def test_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three forms of one layout, the padded batch, the router's ids, and the error as printed."""
+    names = run_python("groups.md")
+    printed = capsys.readouterr().out
+    assert printed.startswith("[0, 3, 3, 8, 9] True\n" * 3 + "torch.Size([16, 512]) True\n")
+    assert printed.endswith(*blocks("groups.md", "text"))
+    assert mx.calc_diff(names["out"], names["expected"]) < 2e-3
+
+
+def test_environment() -> None:
+    """A line in the log, by the variable and by the program."""
+    (command,), (program,) = blocks("environment.md", "sh"), blocks("environment.md", "python")
+    python = Path(sys.executable).parent
+    variables = {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}", "TRITON_INTERPRET": "0"}
+    for words in (["bash", "-c", command], [sys.executable, "-c", program]):
+        ran = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, check=True)
+        assert re.fullmatch(r"INFO:hybrid_mxfp8:quantize on cpu uses backend .*\n", ran.stderr), ran.stderr
 
 
 def test_sglang() -> None:
