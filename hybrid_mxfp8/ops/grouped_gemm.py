@@ -234,7 +234,7 @@ def grouped_gemm_workspace_size(
     asked = requested(backend)
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
-        chosen = choose(p, asked)
+        chosen = choose(p, backend)
         free = [chosen]
         if asked == AUTO:
             free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]]

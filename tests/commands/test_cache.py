@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ from hybrid_mxfp8.commands import cache, cli, doctor
 MODULE = "grouped_gemm_1sm_128x64x128_bf16_sm100a-0123456789abcdef-cutlass4.8.1+c12e0bec-nvcc13.0.88"
 FAILED = MODULE.replace("0123", "4567")
 BUILDING = MODULE.replace("0123", "89ab")
-MANIFEST = {"name": "grouped_gemm", "arch": "10.0a", "cutlass": "4.8.1", "nvcc": "13.0.88", "sha256": "0"}
+MANIFEST = {"name": "grouped_gemm", "arch": "10.0a", "cutlass": "4.8.1", "nvcc": "13.0.88"}
+MANIFEST["sha256"] = hashlib.sha256(b"x" * 3000).hexdigest()
 LAUNCHER = {"compiler": "/usr/bin/gcc", "sha256": hashlib.sha256(b"y" * 16).hexdigest()}
 RECORD = {
     "ok": True,

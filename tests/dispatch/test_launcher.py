@@ -408,7 +408,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"CC": "/no/such/compiler"}, "the C compiler /no/such/compiler does not run: No such file"),
+        ({"CC": "/no/such/compiler"}, "^CC: must be a C compiler, but /no/such/compiler does not run"),
         ({"CC": "false"}, r"false can't compile launcher\.c: exit code 1"),
         ({"PATH": "/nowhere"}, "no C compiler: install gcc or clang, or set CC"),
     ],
