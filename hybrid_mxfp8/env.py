@@ -29,6 +29,7 @@ import functools
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -51,6 +52,8 @@ VARIABLES: Final = (
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
+_STARTING: Final = threading.Lock()
+
 _RAW: Final = getattr(os.environ, "_data", None)
 _CHOOSING: Final = tuple(name for name in (*VARIABLES, "PATH") if name != "HYBRID_MXFP8_LOG")
 _SNAPSHOT_KEYS: Final = tuple(getattr(os.environ, "encodekey", str)(name) for name in _CHOOSING)
@@ -72,10 +75,15 @@ def in_force() -> dict[str, str]:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-@functools.cache
 def start() -> None:
     """Once in a process, before the first choice of a backend and by the command line: set the
     logger's level, and name variables of ours that mean nothing, misspelt as it seems."""
+    with _STARTING:
+        _start_once()
+
+
+@functools.cache
+def _start_once() -> None:
     logger = logging.getLogger("hybrid_mxfp8")
     level = os.environ.get("HYBRID_MXFP8_LOG", "").strip()
     if level.lower() in LOG_LEVELS:

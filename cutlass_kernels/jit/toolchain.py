@@ -268,8 +268,16 @@ def _probe_nvcc(nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> tuple[Path
     return folder.resolve().parent, version, problem, host.group(1).replace('"', "") if host is not None else ""
 
 
-def _output(nvcc: Path, *arguments: str) -> str:
-    done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+def first_line(compiler: str) -> str:
+    """Of what a compiler says of its version; empty if it does not run."""
+    try:
+        return _output(compiler, "--version").partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def _output(program: Path | str, *arguments: str) -> str:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 

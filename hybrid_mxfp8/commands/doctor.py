@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +119,7 @@ def host_compiler() -> str:
     """What nvcc hands host code to; or that there is none, and what to install."""
     for cuda in toolchain.cuda_candidates():
         if cuda.host:
-            try:
-                said = subprocess.run([cuda.host, "--version"], capture_output=True, text=True, check=False).stdout
-            except OSError:
-                said = ""
-            return f"{cuda.host}, {said.partition(chr(10))[0] or 'which prints no version'}"
+            return f"{cuda.host}, {toolchain.first_line(cuda.host) or 'which prints no version'}"
         if cuda.problem == toolchain.NO_HOST_COMPILER:
             return cuda.problem
     return "not asked for: there is no nvcc that works"

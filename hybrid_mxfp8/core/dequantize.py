@@ -23,7 +23,8 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
     Exact in float64; in float32 all but a value that reaches 2**128, which becomes Inf.
     """
     blocks = _decode(values, dtype).unflatten(-1, (-1, BLOCK_SIZE))
-    return blocks.mul_(scale_values(scales, dtype).unsqueeze(-1)).flatten(-2)
+    product: torch.Tensor = blocks.mul_(scale_values(scales, dtype).unsqueeze(-1))
+    return product.flatten(-2)
 
 
 def _decode(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

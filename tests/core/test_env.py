@@ -98,7 +98,7 @@ def test_a_wrong_variable_is_named_once(
 ) -> None:
     """Whoever names the backend."""
     monkeypatch.setenv(variable, value)
-    env.start.cache_clear()
+    env._start_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hybrid_mxfp8"):
         requested("reference"), requested(None)
     assert [record.getMessage() for record in caplog.records] == ([] if said is None else [said])
