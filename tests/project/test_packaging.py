@@ -147,7 +147,7 @@ def test_import_brings_nothing_but_its_own_modules(tmp_path: Path) -> None:
     assert not [
         name for name in new if re.search(r"triton_kernels|cutlass_kernels.(jit|grouped)|commands|checkpoint", name)
     ]
-    assert len(new) < 40
+    assert len(new) < 45
     assert not cuda
 
 
