@@ -103,7 +103,8 @@ def _draw(record: dict[str, Any], folder: Path, stem: str) -> int:
 
 def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
     import torch
-    from tqdm import tqdm
+
+    from hybrid_mxfp8.commands.progress import progress
 
     started = time.monotonic()
     budget_s = (QUICK_BUDGET_S if args.quick else FULL_BUDGET_S) if args.budget is None else args.budget
@@ -132,17 +133,18 @@ def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
     path = folder / f"{stem}.json"
 
     suite = Suite(device, machine["l2_bytes"], limits, args.quick)
-    bar = tqdm(wanted, desc="bench", unit="case", mininterval=2.0, dynamic_ncols=True)
     try:
-        for case in bar:
-            bar.set_postfix_str(case.name, refresh=False)
-            if time.monotonic() - started > budget_s:
-                record["not_run"].append({"case": case.name, "reason": f"the budget of {budget_s:g} s was used up"})
-                continue
-            suite.add(case, record)
-            record["targets"] = [target.as_dict() for target in targets.evaluate(record["rows"])]
-            record["seconds"] = round(time.monotonic() - started, 1)
-            report.write_json(record, path)
+        with progress(len(wanted), desc="bench", unit="case", mininterval=2.0) as bar:
+            for case in wanted:
+                bar.set_postfix_str(case.name, refresh=False)
+                if time.monotonic() - started > budget_s:
+                    record["not_run"].append({"case": case.name, "reason": f"the budget of {budget_s:g} s was used up"})
+                else:
+                    suite.add(case, record)
+                    record["targets"] = [target.as_dict() for target in targets.evaluate(record["rows"])]
+                    record["seconds"] = round(time.monotonic() - started, 1)
+                    report.write_json(record, path)
+                bar.update()
     finally:
         report.write_json(record, path)
         (folder / f"{stem}.md").write_text(report.markdown(record), encoding="utf-8")

@@ -231,7 +231,7 @@ def _sm_count(device: torch.device) -> int:
 # ---------------------------------------------------------------- modules and tools of this process
 
 Capability = tuple[int, int]
-Environment = tuple[Path | None, Path | None, Path, bool, tuple[Path, ...]]
+Environment = tuple[Path | None, tuple[str, Path] | None, Path, bool, tuple[Path, ...]]
 
 _modules: dict[tuple[str, torch.dtype, Capability | None], Any] = {}
 """The loaded modules, by :attr:`GemmConfig.module` and output type."""

@@ -95,13 +95,6 @@ def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> 
     return made[0] if made else read_record(folder) or {"ok": False, "reason": f"{folder} is damaged: delete it"}
 
 
-def records(folder: Path) -> dict[str, Record]:
-    """All records of a cache's modules, by the modules' folders."""
-    files = sorted(folder.glob(f"*.verified-*/{RECORD}")) if os.path.isdir(folder) else []
-    read = {file.parent.name.partition(".verified-")[0]: read_record(file.parent) for file in files}
-    return {name: record for name, record in read.items() if record is not None}
-
-
 def _folder(module: Built, device: torch.device) -> Path:
     key = hashlib.sha256(f"{_name(device)}\0{driver_version()}".encode()).hexdigest()[:8]
     return module.folder.with_name(f"{module.folder.name}.verified-{key}")

@@ -10,20 +10,26 @@
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
 | ``HYBRID_MXFP8_TRUST_CACHE`` | ``0`` (default), ``1`` | loads compiled modules whoever owns them or can write them; only for folders that nobody else can reach |
+| ``HYBRID_MXFP8_LOG`` | ``debug``, ``info``, ``warning``, ``error`` | the level of the logger ``hybrid_mxfp8``, whose lines then go to stderr where the program handles none |
 | ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
 | ``TRITON_INTERPRET`` | ``1`` | Triton's own variable: kernels run on the CPU through its interpreter |
 
 All are read at each call, so a change takes effect at once, except that Triton reads
-``TRITON_INTERPRET`` when a kernel is first imported, and that a process keeps the compiler, headers
-and modules of the CUTLASS backend once it has found them.
+``TRITON_INTERPRET`` when a kernel is first imported, that ``HYBRID_MXFP8_LOG`` is read once, before
+the first choice of a backend, and that a process keeps the compiler, headers and modules of the
+CUTLASS backend once it has found them.
+
+A variable that begins with ``HYBRID_MXFP8_`` and is none of these is named in a warning, once.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -37,14 +43,20 @@ VARIABLES: Final = (
     "HYBRID_MXFP8_CUTLASS_DIR",
     "HYBRID_MXFP8_CACHE_DIR",
     "HYBRID_MXFP8_TRUST_CACHE",
+    "HYBRID_MXFP8_LOG",
     "CUDA_HOME",
     "CUDA_PATH",
     "TRITON_INTERPRET",
 )
 """The table's first column."""
 
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+_STARTING: Final = threading.Lock()
+
 _RAW: Final = getattr(os.environ, "_data", None)
-_SNAPSHOT_KEYS: Final = tuple(getattr(os.environ, "encodekey", str)(name) for name in (*VARIABLES, "PATH"))
+_CHOOSING: Final = tuple(name for name in (*VARIABLES, "PATH") if name != "HYBRID_MXFP8_LOG")
+_SNAPSHOT_KEYS: Final = tuple(getattr(os.environ, "encodekey", str)(name) for name in _CHOOSING)
 
 
 def snapshot() -> tuple[object, ...]:
@@ -55,7 +67,7 @@ def snapshot() -> tuple[object, ...]:
     """
     if _RAW is not None:
         return tuple(map(_RAW.get, _SNAPSHOT_KEYS))
-    return tuple(map(os.environ.get, (*VARIABLES, "PATH")))
+    return tuple(map(os.environ.get, _CHOOSING))
 
 
 def in_force() -> dict[str, str]:
@@ -63,19 +75,36 @@ def in_force() -> dict[str, str]:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
+def start() -> None:
+    """Once in a process, before the first choice of a backend and by the command line: set the
+    logger's level, and name variables of ours that mean nothing, misspelt as it seems."""
+    with _STARTING:
+        _start_once()
+
+
 @functools.cache
-def _warn_of_unknown() -> None:
-    """Name, once, variables that begin with HYBRID_MXFP8_ and mean nothing: misspelt, it seems."""
-    known = (*VARIABLES, "HYBRID_MXFP8_LOG")
+def _start_once() -> None:
+    logger = logging.getLogger("hybrid_mxfp8")
+    level = os.environ.get("HYBRID_MXFP8_LOG", "").strip()
+    if level.lower() in LOG_LEVELS:
+        logger.setLevel(level.upper())
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+        # Asked at each line: a program may configure logging after its first call.
+        handler.addFilter(lambda record: not logging.root.handlers and logger.handlers == [handler])
+        logger.addHandler(handler)
+    elif level:
+        logger.warning("HYBRID_MXFP8_LOG: must be one of %s, got %r", ", ".join(LOG_LEVELS), level)
+    ours = [name for name in VARIABLES if name.startswith("HYBRID_MXFP8_")]
     for name in sorted(os.environ):
-        if name.startswith("HYBRID_MXFP8_") and name not in known and not name.startswith("HYBRID_MXFP8_TEST_"):
-            logging.getLogger("hybrid_mxfp8").warning("%s: no such variable, of %s", name, ", ".join(VARIABLES[:7]))
+        if name.startswith("HYBRID_MXFP8_") and not name.startswith("HYBRID_MXFP8_TEST_") and name not in ours:
+            (closest,) = difflib.get_close_matches(name, ours, n=1, cutoff=0.0)
+            logger.warning("%s: no such variable, did you mean %s?", name, closest)
 
 
 def backend() -> str | None:
-    """HYBRID_MXFP8_BACKEND, lower case; None if unset or empty."""
-    _warn_of_unknown()
-    return os.environ.get("HYBRID_MXFP8_BACKEND", "").strip().lower() or None
+    """HYBRID_MXFP8_BACKEND; None if unset or blank."""
+    return os.environ.get("HYBRID_MXFP8_BACKEND", "").strip() or None
 
 
 def config() -> str | None:
@@ -124,9 +153,10 @@ def cutlass_dir() -> Path | None:
     return _folder("HYBRID_MXFP8_CUTLASS_DIR")
 
 
-def cuda_home() -> Path | None:
-    """CUDA_HOME, else CUDA_PATH; None if neither is set."""
-    return _folder("CUDA_HOME") or _folder("CUDA_PATH")
+def cuda_home() -> tuple[str, Path] | None:
+    """CUDA_HOME, else CUDA_PATH: the variable's name and the folder; None if neither is set."""
+    found = ((name, _folder(name)) for name in ("CUDA_HOME", "CUDA_PATH"))
+    return next(((name, folder) for name, folder in found if folder is not None), None)
 
 
 def _folder(name: str) -> Path | None:

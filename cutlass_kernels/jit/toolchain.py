@@ -44,6 +44,7 @@ CHOSEN = "HYBRID_MXFP8_CUTLASS_DIR"
 
 INSTALL_CUTLASS = "pip install nvidia-cutlass, or pip install 'hybrid-mxfp8[ragged]' for newer headers"
 INSTALL_CUDA = "pip install 'hybrid-mxfp8[nvcc]', or install a CUDA toolkit and set CUDA_HOME"
+NO_HOST_COMPILER = "no host compiler: install g++ (apt install g++, dnf install gcc-c++), or name one in NVCC_CCBIN"
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,17 @@ class CutlassHeaders:
 
 @dataclass(frozen=True)
 class CudaCompiler:
-    """A CUDA toolkit, or as much of one as compiles and links, and where it was found."""
+    """A CUDA toolkit, or as much of one as compiles and links, and where it was found.
+
+    Attributes:
+        host: the compiler that it hands host code to, as a command; empty if it does not say.
+    """
 
     home: Path
     version: tuple[int, ...]
     origin: str
     problem: str = ""
+    host: str = ""
 
     @property
     def nvcc(self) -> Path:
@@ -205,8 +211,10 @@ def find_cuda() -> CudaCompiler:
         if not found.problem:
             return found
         said = f"{found.nvcc}: {found.problem}"
-        if found.origin == "CUDA_HOME":
-            raise BackendUnavailableError(f"CUDA_HOME: expected a toolkit with a usable bin/nvcc, {said}")
+        if found.origin in ("CUDA_HOME", "CUDA_PATH"):
+            raise BackendUnavailableError(f"{found.origin}: expected a toolkit with a usable bin/nvcc, {said}")
+        if found.problem == NO_HOST_COMPILER:  # nor has another nvcc
+            raise BackendUnavailableError(said)
         problems.append(said)
     said = f" ({'; '.join(problems)})" if problems else ""
     raise BackendUnavailableError(f"no CUDA compiler of version {_dotted(MIN_CUDA)} or later{said}: {INSTALL_CUDA}")
@@ -216,16 +224,16 @@ def cuda_candidates() -> Iterator[CudaCompiler]:
     """Every compiler there is, usable or not, the preferred first."""
     for origin, nvcc in _nvcc_candidates():
         try:
-            home, version, problem = _probe_nvcc(nvcc, nvcc.stat().st_mtime_ns)
+            home, version, problem, host = _probe_nvcc(nvcc, nvcc.stat().st_mtime_ns, tuple(env.search_path()))
         except OSError as error:
-            home, version, problem = nvcc.parent.parent, (), error.strerror or str(error)
-        yield CudaCompiler(home, version, origin, problem)
+            home, version, problem, host = nvcc.parent.parent, (), error.strerror or str(error), ""
+        yield CudaCompiler(home, version, origin, problem, host)
 
 
 def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
-    home = env.cuda_home()
-    if home is not None:
-        yield "CUDA_HOME", home / "bin" / "nvcc"
+    if (named := env.cuda_home()) is not None:
+        variable, home = named
+        yield variable, home / "bin" / "nvcc"
     for folder in env.search_path():
         if (folder / "nvcc").is_file():
             yield "PATH", folder / "nvcc"
@@ -238,25 +246,38 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
 
 
 @functools.lru_cache
-def _probe_nvcc(nvcc: Path, mtime_ns: int) -> tuple[Path, tuple[int, ...], str]:
-    """Toolkit folder, version, and why it is not used.
+def _probe_nvcc(nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> tuple[Path, tuple[int, ...], str, str]:
+    """Toolkit folder, version, why it is not used, and the host compiler that it finds on PATH.
 
     nvcc itself is asked: it may be a wrapper script, whose folder says nothing of the toolkit's.
     """
     said = _output(nvcc, "--version")
     match = re.search(r"release [\d.]+, V([\d.]+)", said)
     if match is None:
-        return nvcc.parent.parent, (), f"not nvcc: {said.strip().partition(chr(10))[0] or 'no --version'}"
+        return nvcc.parent.parent, (), f"not nvcc: {said.strip().partition(chr(10))[0] or 'no --version'}", ""
     version = tuple(map(int, match.group(1).split(".")))
-    # A dry run prints the environment nvcc would work in, its own real folder first.
-    here = re.search(r"^#\$ _HERE_=(.+)$", _output(nvcc, "--dryrun", "-x", "cu", "/dev/null"), re.MULTILINE)
+    # A dry run prints the environment nvcc would work in, its own real folder first, then commands.
+    # It runs the host compiler before, and prints nothing if that fails.
+    dry_run = _output(nvcc, "--dryrun", "-x", "cu", "/dev/null")
+    here = re.search(r"^#\$ _HERE_=(.+)$", dry_run, re.MULTILINE)
+    host = re.search(r"^#\$ (\S.*?) -D__CUDA_ARCH", dry_run, re.MULTILINE)
     folder = Path(here.group(1)) if here is not None else nvcc.resolve().parent
     problem = "" if version >= MIN_CUDA else f"CUDA {_dotted(version)} is older than {_dotted(MIN_CUDA)}"
-    return folder.resolve().parent, version, problem
+    if not problem and "host compiler" in dry_run:
+        problem = NO_HOST_COMPILER
+    return folder.resolve().parent, version, problem, host.group(1).replace('"', "") if host is not None else ""
 
 
-def _output(nvcc: Path, *arguments: str) -> str:
-    done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+def first_line(compiler: str) -> str:
+    """Of what a compiler says of its version; empty if it does not run."""
+    try:
+        return _output(compiler, "--version").partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def _output(program: Path | str, *arguments: str) -> str:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 

@@ -9,20 +9,23 @@ blocks of rows, and tensors that stay are copied one at a time.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
+from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, Checkpoint, is_mxfp8, read_json, scale_entry
 from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, layout_of, matches
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
@@ -36,6 +39,8 @@ QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json",
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
 BLOCK_ELEMENTS: Final = 2**20
 """Of one block of rows: 4 MiB in fp32, which malloc reuses; larger ones it maps anew."""
+MAX_THREADS: Final = 8
+"""Blocks of rows in work at a time: each takes some 30 MiB."""
 
 QUANTIZATION_CONFIG: Final = {
     "quant_method": "mxfp8",
@@ -244,6 +249,17 @@ def convert(
     return conversion.summary
 
 
+class _Quantized(NamedTuple):
+    """A block of rows in MXFP8, and the sums of squares of its source and of what it lost."""
+
+    number: str  # of the matrix in its stack
+    values: torch.Tensor
+    scales: torch.Tensor
+    signal: float
+    noise: float
+    num_bytes: int  # in the source
+
+
 @dataclass(frozen=True)
 class _Conversion:
     checkpoint: Checkpoint
@@ -310,21 +326,37 @@ class _Conversion:
 
     def quantize(self, entry: Entry, writer: SafetensorsWriter) -> None:
         name, summary = entry.name, self.summary
-        for number, blocks in itertools.groupby(self.blocks(entry), key=itemgetter(0)):
-            signal = noise = 0.0
-            for _, w, num_bytes in blocks:
-                wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
-                signal += _energy(w)
-                noise += _energy(wq.dequantize()[0].sub_(w))
-                if not math.isfinite(signal) or not math.isfinite(noise):
-                    place = self.checkpoint.place(name) + number
-                    raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
-                writer.append(name, wq.values)
-                writer.append(f"{name}_scale_inv", wq.linear_scales())
-                self.progress(name, num_bytes)
-            db = 10 * math.log10(signal / noise) if noise and signal else math.inf
-            if db < summary.worst_db or not summary.worst_name:
-                summary.worst_db, summary.worst_name = db, name + number
+        with contextlib.closing(in_order(self.quantized, self.blocks(entry), self.threads)) as done:
+            for number, blocks in itertools.groupby(done, key=attrgetter("number")):
+                signal = noise = 0.0
+                for block in blocks:
+                    signal += block.signal
+                    noise += block.noise
+                    if not math.isfinite(signal) or not math.isfinite(noise):
+                        place = self.checkpoint.place(name) + number
+                        raise ValueError(
+                            f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN"
+                        )
+                    writer.append(name, block.values)
+                    writer.append(f"{name}_scale_inv", block.scales)
+                    self.progress(name, block.num_bytes)
+                db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+                if db < summary.worst_db or not summary.worst_name:
+                    summary.worst_db, summary.worst_name = db, name + number
+
+    @property
+    def threads(self) -> int:
+        """Blocks at a time. Triton's interpreter takes one, a GPU is busy with one."""
+        on_cpu = self.options.device is None or self.options.device.type == "cpu"
+        return min(torch.get_num_threads(), MAX_THREADS) if on_cpu and not env.triton_interpret() else 1
+
+    def quantized(self, block: tuple[str, torch.Tensor, int]) -> _Quantized:
+        """One of :meth:`blocks` in MXFP8."""
+        number, w, num_bytes = block
+        w = w.float()  # once for all that follows
+        wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
+        signal, noise = _energy(w), _energy(wq.dequantize()[0].sub_(w))
+        return _Quantized(number, wq.values, wq.linear_scales(), signal, noise, num_bytes)
 
     def blocks(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor, int]]:
         """A tensor's matrices in blocks: which one, its rows (R, K), their bytes in the source."""

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.errors import BackendUnavailableError
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "quantize": ("quantize", "convert the experts of a safetensors checkpoint to MXFP8"),
     "accuracy": ("accuracy.command", "what MXFP8, bf16 and FP8 keep of real operands: a table and a plot"),
     "warmup": ("warmup", "compile the CUTLASS backend ahead of time"),
+    "cache": ("cache", "list or clear what was compiled and verified here"),
     "bench": ("bench", "the benchmark suite of a checkout"),
 }
 """Each command's module below this package, and its line of help."""
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     rest.required = False  # or the error without a command would ask for it, too
     args = parser.parse_args(argv)
+    env.start()
 
     name, text = COMMANDS[args.command]
     module = importlib.import_module(f"hybrid_mxfp8.commands.{name}")

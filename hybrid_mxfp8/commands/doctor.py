@@ -18,10 +18,12 @@ import torch
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
-from hybrid_mxfp8.commands.tables import format_table
+from hybrid_mxfp8.commands import cache as caches
+from hybrid_mxfp8.commands.tables import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
+from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
@@ -47,11 +49,13 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "gpus": gpus(),
         **tools(),
+        "host_compiler": host_compiler(),
+        "launcher": launcher_status(),
         "device": str(default_device()),
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
         "default_backend": default_backend(),
         "cache": cache(env.cache_dir()),
-        **modules(),
+        **cached(env.cache_dir()),
         "environment": env.in_force(),
     }
 
@@ -111,6 +115,24 @@ def _tool(found: toolchain.CutlassHeaders | toolchain.CudaCompiler, path: Path) 
     }  # fmt: skip
 
 
+def host_compiler() -> str:
+    """What nvcc hands host code to; or that there is none, and what to install."""
+    for cuda in toolchain.cuda_candidates():
+        if cuda.host:
+            return f"{cuda.host}, {toolchain.first_line(cuda.host) or 'which prints no version'}"
+        if cuda.problem == toolchain.NO_HOST_COMPILER:
+            return cuda.problem
+    return "not asked for: there is no nvcc that works"
+
+
+def launcher_status() -> str:
+    """Whether launches are made by the C launcher, or will be, and if not why."""
+    try:
+        return launcher.status()
+    except ValueError as error:  # of a variable that is neither 0 nor 1
+        return str(error)
+
+
 def default_backend() -> str:
     """What a call that names no backend asks for, or what is wrong with HYBRID_MXFP8_BACKEND."""
     try:
@@ -132,19 +154,14 @@ def cache(folder: Path) -> dict[str, Any]:
     }
 
 
-def modules() -> dict[str, Any]:
-    """Compiled modules in the cache, with the versions they were built by, or why none is
-    loaded."""
+def cached(folder: Path) -> dict[str, Any]:
+    """What was compiled and verified here, and why the modules are not loaded, if they aren't."""
     try:
-        built = [module.manifest() for module in jit.built()]
-    except (BackendUnavailableError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1
-        return {"modules": [], "verified": [], "modules_problem": str(error)}
-    named = [f"{m['name']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}" for m in built]
-    verified = [
-        f"{module}: {'right' if r['ok'] else 'wrong'} on {r.get('gpu')}, driver {r.get('driver')}, {r.get('date')}: {r['reason']}"
-        for module, r in verify.records(jit.cache()).items()
-    ]
-    return {"modules": named, "verified": verified, "modules_problem": ""}
+        found = [{"kind": e.kind, "bytes": e.num_bytes, "about": e.about} for e in caches.entries(folder)]
+        jit.check_cache()
+    except (BackendUnavailableError, OSError, ValueError) as error:
+        return {"cached": [], "modules_problem": str(error)}
+    return {"cached": [entry for entry in found if entry["kind"] != "lock"], "modules_problem": ""}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -156,11 +173,12 @@ def render(facts: dict[str, Any]) -> str:
         *(("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}") for gpu in facts["gpus"]),
         *([] if facts["gpus"] else [("GPU", "none that PyTorch sees")]),
         *_found("nvcc", facts["compilers"]),
+        ("host compiler", facts["host_compiler"]),
+        ("launcher", facts["launcher"]),
         *_found("CUTLASS headers", facts["cutlass_headers"], facts["cutlass_used"]),
         ("cache folder", f"{folder['path']}, {state}, {'writable' if folder['writable'] else 'not writable'}"),
-        *(("compiled", module) for module in facts["modules"]),
-        *(("verified", record) for record in facts["verified"]),
-        *([("compiled", facts["modules_problem"])] if facts["modules_problem"] else []),
+        *((entry["kind"], f"{entry['about']}, {size(entry['bytes'])}") for entry in facts["cached"]),
+        *([("modules", facts["modules_problem"])] if facts["modules_problem"] else []),
         *facts["environment"].items(),
     ]
     width = max(len(name) for name, _ in lines)

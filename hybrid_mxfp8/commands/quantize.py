@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
-
 from hybrid_mxfp8.checkpoint.convert import Options, Summary, convert, plan
 from hybrid_mxfp8.checkpoint.reader import Checkpoint
+from hybrid_mxfp8.commands.progress import progress
+from hybrid_mxfp8.commands.tables import size
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.dispatch.device import default_device
@@ -85,14 +85,13 @@ def _convert(args: argparse.Namespace) -> Summary:
     options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16, transposed, interleaved)
     with Checkpoint(args.source) as checkpoint:
         planned = plan(checkpoint, options)
-        unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-        with tqdm(total=planned.num_bytes, leave=False, disable=None, **unit) as bar:
+        with progress(planned.num_bytes, unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
-            def progress(name: str, num_bytes: int) -> None:
+            def advance(name: str, num_bytes: int) -> None:
                 bar.set_description_str(name[-40:], refresh=False)
                 bar.update(num_bytes)
 
-            return convert(checkpoint, planned, args.target, options, progress)
+            return convert(checkpoint, planned, args.target, options, advance)
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
@@ -140,13 +139,3 @@ def describe(summary: Summary, target: Path) -> str:
     if found.kept:
         lines.append(f"{len(found.kept)} matching vectors and biases stay as they were, {found.kept[0]} among them")
     return "\n".join(lines)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Wrapped text and aligned plain-text tables for the terminal."""
+"""Wrapped text, aligned plain-text tables and sizes for the terminal."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def format_table(
 
     above = [wrap(title), ""] if title else []
     return "\n".join([*above, line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

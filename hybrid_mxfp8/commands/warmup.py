@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from hybrid_mxfp8.commands.progress import progress
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source
@@ -95,12 +96,10 @@ def verify_all(sources: Iterable[jit.Source]) -> list[str]:
 
 def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:
     """Build, ``jobs`` at a time, with a progress bar; returns what failed, a line each."""
-    from tqdm import tqdm
-
     failures = []
     pending = list(sources)
     # Threads, as each build is a process of its own.
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(pending), unit="module", desc=f"{jobs} at a time") as bar:
+    with ThreadPoolExecutor(jobs) as pool, progress(len(pending), unit="module", desc=f"{jobs} at a time") as bar:
         building = {pool.submit(jit.build, s): s for s in pending}
         for done in as_completed(building):
             try:

@@ -51,6 +51,17 @@ def check_tensor(
     return value
 
 
+def check_devices(**arguments: Any) -> None:
+    """One device for all that have one; the argument named is one that is not where most are."""
+    places = [(name, a.device) for name, a in arguments.items() if isinstance(getattr(a, "device", None), torch.device)]
+    devices = [device for _, device in places]
+    if len(set(devices)) > 1:
+        most = max(devices, key=devices.count)
+        names = [name for name, device in places if device == most]
+        name, device = next((name, device) for name, device in places if device != most)
+        fail(name, f"must be on {most}, as {names[0]}", device)
+
+
 def check_int(name: str, value: Any, least: int) -> int:
     """An int, not a bool, of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -22,9 +22,18 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
 
     Exact in float64; in float32 all but a value that reaches 2**128, which becomes Inf.
     """
-    blocks = values.to(dtype).unflatten(-1, (-1, BLOCK_SIZE))
-    product: torch.Tensor = blocks * scale_values(scales, dtype).unsqueeze(-1)
+    blocks = _decode(values, dtype).unflatten(-1, (-1, BLOCK_SIZE))
+    product: torch.Tensor = blocks.mul_(scale_values(scales, dtype).unsqueeze(-1))
     return product.flatten(-2)
+
+
+def _decode(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3 in ``dtype``, new memory; by a table on a CPU, where PyTorch's conversion takes five
+    times as long."""
+    if not values.is_cpu:
+        return values.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+    return table.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)
 
 
 def dequantize_grouped(

@@ -6,9 +6,10 @@ Built on the device from the router's counts, with no host sync: one small launc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 
@@ -23,6 +24,15 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
 
+Form = Literal["counts", "ends", "indptr"]
+"""What a caller has: rows per expert (E,); inclusive ends (E,); or offsets from 0 (E+1,)."""
+
+_MEANT: Final[dict[Form, str]] = {
+    "counts": "counts, not offsets?",
+    "ends": "inclusive ends, not counts?",
+    "indptr": "offsets from 0, neither ends nor counts?",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class GroupLayout:
@@ -35,10 +45,14 @@ class GroupLayout:
         scale_offsets: (E+1,) int32, exclusive prefix sum of roundup(tokens, 128), in rows.
         num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
 
-    ``from_counts`` and ``from_ends`` make layouts that are valid whatever the device data.
-    One put together by hand must obey the same sums. On CPU tensors, where looking is free, that is
-    checked; on a GPU a layout that does not gives wrong numbers, but leads no kernel outside its
-    buffers.
+    ``from_counts``, ``from_ends`` and ``from_indptr`` make one of what callers have. On
+    a CPU, where looking is free, numbers that are none of ``num_tokens`` rows are an error, with a
+    guess of what they are. On a GPU nothing looks, and the layout is valid whatever the data:
+    negative counts act as 0, ends that fall as empty experts, and rows beyond ``num_tokens`` are
+    cut off.
+
+    One put together by hand must obey the same sums, which is checked on a CPU; on a GPU a layout
+    that does not gives wrong numbers, but leads no kernel outside its buffers.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous;
@@ -65,11 +79,8 @@ class GroupLayout:
 
     def _check_numbers(self) -> None:
         tokens = self.tokens_per_expert
-        if tokens.numel() and int(tokens.min()) < 0:
-            fail("tokens_per_expert", "must be at least 0", tokens.tolist())
+        check_numbers("tokens_per_expert", tokens, self.num_tokens, "counts")
         valid = group_offsets(tokens, self.num_tokens, from_ends=False)
-        if not torch.equal(valid[0], tokens):
-            fail("tokens_per_expert", f"must have a sum of at most num_tokens = {self.num_tokens}", tokens.tolist())
         for name, given, expected, of in (
             ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
             ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
@@ -112,34 +123,49 @@ class GroupLayout:
         """The layout of ``tokens_per_expert`` (E,) int32 or int64 rows per expert, in a matrix of
         ``num_tokens`` rows.
 
-        Counts are device data and are not checked: negative ones act as 0, and rows beyond
-        ``num_tokens`` are cut off, so that no later call can leave its buffers.
-
         Raises:
             TypeError: ``tokens_per_expert`` is no int32 or int64 tensor, or ``num_tokens`` no int.
-            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets.
+            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets;
+                on a CPU a negative count, or a sum above ``num_tokens``.
         """
-        return cls._build("tokens_per_expert", tokens_per_expert, num_tokens, from_ends=False)
+        return cls._build("tokens_per_expert", tokens_per_expert, num_tokens, "counts")
 
     @classmethod
     def from_ends(cls, offs: torch.Tensor, num_tokens: int) -> GroupLayout:
         """The layout of ``offs`` (E,) int32 or int64: the end of each expert's rows, as
-        ``torch._grouped_mm`` takes them.
-
-        Ends are device data and are not checked: one below its predecessor means an empty expert,
-        one above ``num_tokens`` is cut off.
+        ``torch.nn.functional.grouped_mm`` takes them.
 
         Raises:
             TypeError: ``offs`` is no int32 or int64 tensor, or ``num_tokens`` no int.
-            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets.
+            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets;
+                on a CPU an end that is negative, below the one before or above ``num_tokens``.
         """
-        return cls._build("offs", offs, num_tokens, from_ends=True)
+        return cls._build("offs", offs, num_tokens, "ends")
 
     @classmethod
-    def _build(cls, name: str, given: Any, num_tokens: Any, *, from_ends: bool) -> GroupLayout:
+    def from_indptr(cls, m_indptr: torch.Tensor, num_tokens: int) -> GroupLayout:
+        """The layout of ``m_indptr`` (E+1,) int32 or int64: 0, then the end of each expert's rows,
+        as FlashInfer's grouped GEMMs take them.
+
+        Raises:
+            TypeError: ``m_indptr`` is no int32 or int64 tensor, or ``num_tokens`` no int.
+            ValueError: rank other than 1, no entry, ``num_tokens`` negative or too large for int32
+                offsets; on a CPU a first entry other than 0, and what ``from_ends`` refuses.
+        """
+        return cls._build("m_indptr", m_indptr, num_tokens, "indptr")
+
+    @classmethod
+    def _build(cls, name: str, given: Any, num_tokens: Any, form: Form) -> GroupLayout:
+        dims = "(E+1,)" if form == "indptr" else "(E,)"
         (given,) = arrived(given)
-        check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
-        check_num_tokens(num_tokens, given.shape[0])
+        check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims=dims)
+        if form == "indptr" and not given.shape[0]:
+            fail(name, "must have shape (E+1,), with a leading 0", (0,))
+        check_num_tokens(num_tokens, given.shape[0] - (form == "indptr"))
+        check_numbers(name, given, num_tokens, form)
+        if form == "indptr":
+            given = given[1:]
+        from_ends = form != "counts"
         if is_tracing(given):
             layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
         elif given.device.type == "cpu" or _launch is None:
@@ -156,6 +182,35 @@ class GroupLayout:
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
         return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
+
+
+def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
+    """On a CPU, that these are counts, ends or an indptr of ``num_tokens`` rows; else nothing.
+
+    Raises:
+        ValueError: they are not; says what was expected, and which other form they may be.
+    """
+    if not given.is_cpu or is_tracing(given):
+        return
+    numbers = given.tolist()
+    if fault := fault_of(numbers, num_tokens, form):
+        if min(numbers) >= 0:
+            fits = " or ".join(f"from_{other}" for other in _MEANT if not fault_of(numbers, num_tokens, other))
+            fault += f" ({_MEANT[form]}" + (f" GroupLayout.{fits} takes these)" if fits else ")")
+        fail(name, fault, numbers if len(numbers) <= 16 else f"{numbers[:16]} and {len(numbers) - 16} more")
+
+
+def fault_of(numbers: Sequence[int], num_tokens: int, form: Form) -> str:
+    """What is expected of counts, ends or an indptr and not so; empty if nothing."""
+    if min(numbers, default=0) < 0:
+        return "must be at least 0"
+    if form == "counts":
+        return f"must have a sum of at most num_tokens = {num_tokens}" if sum(numbers) > num_tokens else ""
+    if form == "indptr" and any(numbers[:1]):
+        return "must start with 0"
+    if any(end < before for before, end in itertools.pairwise(numbers)):
+        return "must not fall"
+    return f"must be at most num_tokens = {num_tokens}" if any(end > num_tokens for end in numbers[-1:]) else ""
 
 
 _launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None

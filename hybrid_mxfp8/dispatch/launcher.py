@@ -129,9 +129,13 @@ def load() -> Launcher:
 
 
 def status() -> str:
-    """Whether there is a launcher, and why not, in a line."""
-    found = _load_once()
-    return f"not available: {found}" if isinstance(found, str) else "available"
+    """What becomes of launches here, in a line; nothing is built to find out."""
+    try:
+        module, _ = _module()
+        check_trusted(module.folder.parent.parent, module.folder.parent)
+        return "built" if module.intact() else f"not built yet; the first call on a GPU does, with {_compiler()}"
+    except (BackendUnavailableError, LauncherUnavailableError) as error:
+        return f"not available, Triton makes the launches, slower: {error}"
 
 
 @functools.cache
@@ -185,7 +189,10 @@ def _key(*headers: Path) -> str:
 
 def _compiler() -> str:
     """As Triton chooses it: CC, else gcc, else clang."""
-    compiler = env.child_environment().get("CC") or shutil.which("gcc") or shutil.which("clang")
+    named = env.child_environment().get("CC")
+    if named and shutil.which(named) is None:
+        raise LauncherUnavailableError(f"CC: must be a C compiler, but {named} does not run")
+    compiler = named or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise LauncherUnavailableError("no C compiler: install gcc or clang, or set CC")
     return compiler

@@ -105,6 +105,7 @@ def requested(backend: str | None) -> str:
     Raises:
         ValueError: no such backend; the message lists the valid names.
     """
+    env.start()
     if backend is not None:
         return _known("backend", backend)
     override = _override.get()
@@ -119,9 +120,16 @@ def settings(backend: str | None) -> tuple[object, ...]:
     return backend, _override.get(), env.snapshot()
 
 
+def _cause(backend: str | None) -> str:
+    """How an error about a backend that was asked for begins: with the variable, where that
+    asked."""
+    return "HYBRID_MXFP8_BACKEND: " if backend is None and _override.get() is None else ""
+
+
 def _known(source: str, name: object) -> str:
-    if isinstance(name, str) and (name == AUTO or name in NAMES):
-        return name
+    """The name in lower case, as the variable may be written."""
+    if isinstance(name, str) and (lower := name.strip().lower()) in (AUTO, *NAMES):
+        return lower
     raise ValueError(f"{source}: must be one of {', '.join((AUTO, *NAMES))}, got {name!r}")
 
 
@@ -149,6 +157,8 @@ def choose_ready(problem: Problem, backend: str | None) -> Ready:
             return Ready(chosen, chosen.workspace_size(problem), not failed)
         except BackendUnavailableError as error:
             if requested(backend) != AUTO:
+                if cause := _cause(backend):
+                    raise BackendUnavailableError(f"{cause}{error}") from error
                 raise
             failed[chosen.name] = str(error)
 
@@ -165,7 +175,7 @@ def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, st
         chosen = backend_of(name)
         ok, reason = chosen.can_run(problem)
         if not ok:
-            raise BackendUnavailableError(f"backend {name}: {reason}")
+            raise BackendUnavailableError(f"{_cause(backend)}backend {name}: {reason}")
         return chosen
     passed_over = ""
     for candidate in map(backend_of, NAMES):
@@ -192,9 +202,10 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Quanti
             _log_choice("quantize", "triton", device, reason, "")
         return quantizer
     if name == "cutlass":
-        raise BackendUnavailableError(f"backend cutlass, which quantizes with the triton kernel: {reason}")
+        reason = f"backend cutlass, which quantizes with the triton kernel: {reason}"
+        raise BackendUnavailableError(_cause(backend) + reason)
     if name == "triton":
-        raise BackendUnavailableError(f"backend triton: {reason}")
+        raise BackendUnavailableError(f"{_cause(backend)}backend triton: {reason}")
     if name == AUTO:
         passed_over = f"triton: {reason}" if triton.made_for(device) else ""
         _log_choice("quantize", "reference", device, "always", passed_over)

@@ -234,7 +234,7 @@ def grouped_gemm_workspace_size(
     asked = requested(backend)
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
-        chosen = choose(p, asked)
+        chosen = choose(p, backend)
         free = [chosen]
         if asked == AUTO:
             free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]]
@@ -270,10 +270,15 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
         fail("w", f"must be on {x.device}, as x", w.device)
     num_experts, n, k = w.values.shape
     if num_experts != x.groups.num_experts:
-        slip = abs(num_experts - x.groups.num_experts) == 1
-        hint = " (from_ends takes E ends, without the leading 0)" if slip else ""
+        slips = {
+            -1: " (from_indptr takes offsets with a leading 0)",
+            1: " (from_ends takes offsets without a leading 0)",
+        }
+        hint = slips.get(num_experts - x.groups.num_experts, "")
         fail("w", f"must have x's E = {x.groups.num_experts} experts", f"{num_experts}{hint}")
     if k != x.k:
-        fail("w", f"must have x's K = {x.k}", k)
+        if n == x.k:
+            fail("w", f"must be (E, N, K) with x's K = {x.k} (transposed?)", tuple(w.values.shape))
+        fail("x", f"must have w's K = {k}", x.k)
     check_n("w", n)
     return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, min(x.scale_group, w.scale_group))

@@ -71,8 +71,14 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     if not experts:
         fail("w13q", "must have at least 1 expert", 0)
     if w13q.values.shape != (experts, 2 * intermediate, hidden):
+        given = tuple(w13q.values.shape)
+        if given == (experts, 2 * hidden, intermediate):
+            expected = (experts, intermediate, hidden)
+            fail("w2q", f"must be (E, H, I) = {expected}, as w13q is (E, 2I, H) (transposed?)", tuple(w2q.values.shape))
+        one, both = (experts, hidden, 2 * intermediate), (experts, intermediate, 2 * hidden)
+        hint = " (transposed?)" if given in (one, both) else ""
         expected = (experts, 2 * intermediate, hidden)
-        fail("w13q", f"must be (E, 2I, H) = {expected}, as w2q is (E, H, I)", tuple(w13q.values.shape))
+        fail("w13q", f"must be (E, 2I, H) = {expected}, as w2q is (E, H, I){hint}", given)
     check_n("w13q", 2 * intermediate)
     check_n("w2q", hidden)
     if w2q.values.device != w13q.values.device:

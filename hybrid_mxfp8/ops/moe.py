@@ -18,6 +18,7 @@ from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     arrived,
     check_contiguous,
+    check_devices,
     check_no_grad,
     check_scale_group,
     check_shape,
@@ -199,6 +200,7 @@ def _describe_tokens(x: torch.Tensor | MXFP8Tokens) -> tuple[Hashable, ...] | No
 
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:
     """All that is read fits together."""
+    check_devices(**inputs._asdict())
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if not isinstance(x, MXFP8Tokens):
         check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")

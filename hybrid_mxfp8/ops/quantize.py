@@ -19,6 +19,7 @@ from hybrid_mxfp8.core.checks import (
     arrived,
     check_aligned,
     check_contiguous,
+    check_devices,
     check_k,
     check_no_buffer,
     check_no_grad,
@@ -30,7 +31,7 @@ from hybrid_mxfp8.core.checks import (
     is_tracing,
 )
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_scale_rows, scale_cols
-from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.layout import GroupLayout, check_numbers
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
@@ -79,7 +80,8 @@ def quantize_grouped(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, stride, device or option.
+        ValueError: wrong shape, stride, device or option; on a CPU, counts that are negative or
+            have a sum above T.
         BackendUnavailableError: the named backend can't run here.
     """
     x, groups, row_index = arrived(x, groups, row_index)
@@ -132,6 +134,7 @@ def _run(
         layout = groups
         inputs = (x, scales, values, groups.expert_offsets, groups.scale_offsets)
     else:
+        check_numbers("groups", groups, values.shape[0], "counts")
         buffer = torch.empty(3 * groups.shape[0] + 2, dtype=torch.int32, device=groups.device)
         layout = GroupLayout.from_buffer(buffer, groups.shape[0], values.shape[0])
         inputs = (x, scales, values, groups, buffer)
@@ -206,6 +209,7 @@ def _check(
     row_index: torch.Tensor | None,
     activation: str | SwiGLU | None,
 ) -> Rows:
+    check_devices(x=x, groups=groups, row_index=row_index)
     if isinstance(groups, GroupLayout):
         device, num_experts = groups.device, groups.num_experts
     elif isinstance(groups, torch.Tensor):

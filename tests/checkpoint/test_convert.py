@@ -15,6 +15,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint import convert
 from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.checkpoint.parallel import in_order
 
 STACKED = "model.layers.0.mlp.experts.gate_up_proj"
 MATRICES = [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(3)]
@@ -90,6 +91,40 @@ def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch
     rows = min(24, max(1, elements // 64))
     assert next(size for name, size in told if name == MATRICES[0]) == rows * 64 * 2
     assert sum(size for _, size in told) == planned.num_bytes == sum(t.nbytes for t in load_file(source).values())
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_blocks_of_several_threads(
+    number: int | None, source: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are one thread's, a fault stops all of them, and the number of threads stays."""
+    monkeypatch.setattr(convert, "BLOCK_ELEMENTS", 7 * 96)
+    if number is not None:
+        tensors[STACKED][number, 5, 6] = torch.nan
+        save_file(tensors, source)
+    monkeypatch.setattr(convert.env, "triton_interpret", lambda: False)
+    threads = torch.get_num_threads()
+    written = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with mx.use_backend("reference"):  # the caller's choice holds in each thread
+                assert quantize(source, tmp_path / f"{count}", *ALL) == (0 if number is None else 2)
+            assert torch.get_num_threads() == count
+            written.append((tmp_path / f"{count}").read_bytes() if number is None else b"")
+    finally:
+        torch.set_num_threads(threads)
+    assert written[0] == written[1]
+    assert (tmp_path / "3").exists() == (number is None)
+
+
+def test_work_is_done_in_order_and_not_far_ahead() -> None:
+    taken: list[int] = []
+    results = in_order(lambda item: item * item, (taken.append(i) or i for i in range(50)), 3)
+    for i in range(50):
+        assert next(results) == i * i
+        assert len(taken) <= i + 5
+    assert list(results) == []
 
 
 def test_summary_counts_bytes_and_finds_the_worst(

@@ -49,8 +49,8 @@ def test_every_fact_is_in_the_page() -> None:
         {"origin": "carrier-b", "path": "/other/include", "version": "4.2.0", "problem": ""},
     ]
     facts["environment"] = {"HYBRID_MXFP8_PDL": "0"}
-    facts["modules"] = ["grouped_gemm_of_a_test, CUTLASS 4.8.1, nvcc 13.0.88"]
-    facts["verified"] = ["grouped_gemm_of_a_test: right on a GPU"]
+    facts["host_compiler"], facts["launcher"] = "g++ of a test", "built, of a test"
+    facts["cached"] = [{"kind": "verification", "bytes": 2048, "about": "grouped_gemm_of_a_test: right on a GPU"}]
     page = doctor.render(facts)
     for expected in (
         *facts["versions"].values(),
@@ -60,8 +60,9 @@ def test_every_fact_is_in_the_page() -> None:
         "4.2.0 from carrier-b, /other/include",
         "HYBRID_MXFP8_PDL",
         facts["cache"]["path"],
-        *facts["modules"],
-        *facts["verified"],
+        "g++ of a test",
+        "built, of a test",
+        "grouped_gemm_of_a_test: right on a GPU, 2.00 KiB",
         *facts["backends"],
         *(answer["reason"] for answer in facts["backends"].values()),
     ):

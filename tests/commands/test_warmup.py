@@ -87,9 +87,7 @@ def test_failures_are_told_and_the_rest_is_built(tools: None, monkeypatch, capsy
     monkeypatch.setattr(jit, "build", build)
     monkeypatch.setattr(jit, "find", lambda source: None)
     assert warmup.run(parse("--arch", "10.0a", "--jobs", "2")) == 1
-    out = capsys.readouterr()
-    assert "grouped_gemm_1sm_128x64x128_bf16_sm100a: compiling it failed: out of memory" in out.out
-    assert "8/8" in out.err
+    assert "grouped_gemm_1sm_128x64x128_bf16_sm100a: compiling it failed: out of memory" in capsys.readouterr().out
 
 
 def test_no_more_than_the_jobs_run_at_a_time(tools: None, monkeypatch) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.dispatch.registry import requested
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +37,14 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, env.cache_dir, Path("/h/.cache/hybrid_mxfp8")),
         ({"HYBRID_MXFP8_PDL": "0"}, env.in_force, {"HYBRID_MXFP8_PDL": "0"}),
         ({"HYBRID_MXFP8_PDL": " 0 "}, env.pdl, False),
-        ({"HYBRID_MXFP8_BACKEND": " Triton"}, env.backend, "triton"),
+        ({"HYBRID_MXFP8_BACKEND": " triton"}, env.backend, "triton"),
         ({"HYBRID_MXFP8_CONFIG": " 1sm_128x256x128 "}, env.config, "1sm_128x256x128"),
         ({"HYBRID_MXFP8_CUTLASS_DIR": "~/c"}, env.cutlass_dir, Path("/h/c")),
         ({"HYBRID_MXFP8_CACHE_DIR": "~/c"}, env.cache_dir, Path("/h/c")),
         ({"XDG_CACHE_HOME": "/x"}, env.cache_dir, Path("/x/hybrid_mxfp8")),
         ({"XDG_CACHE_HOME": "relative"}, env.cache_dir, Path("/h/.cache/hybrid_mxfp8")),
-        ({"CUDA_PATH": "~/p"}, env.cuda_home, Path("/h/p")),
-        ({"CUDA_PATH": "/path", "CUDA_HOME": "/home"}, env.cuda_home, Path("/home")),
+        ({"CUDA_PATH": "~/p"}, env.cuda_home, ("CUDA_PATH", Path("/h/p"))),
+        ({"CUDA_PATH": "/path", "CUDA_HOME": "/home"}, env.cuda_home, ("CUDA_HOME", Path("/home"))),
         ({"PATH": "/a::/b"}, env.search_path, [Path("/a"), Path("/b")]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else getattr(value, "__name__", ""),
@@ -77,11 +80,57 @@ def test_wrong_switch(read: Callable[[], object], value: str, monkeypatch: pytes
         read()
 
 
-def test_an_unknown_variable_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("HYBRID_MXFP8_BACKND", "triton")
-    monkeypatch.setenv("HYBRID_MXFP8_TEST_CONFIGS", "all")  # the tests' own
-    env._warn_of_unknown.cache_clear()
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("HYBRID_MXFP8_BACKND", "triton", "HYBRID_MXFP8_BACKND: no such variable, did you mean HYBRID_MXFP8_BACKEND?"),
+        (
+            "HYBRID_MXFP8_CACHEDIR",
+            "/c",
+            "HYBRID_MXFP8_CACHEDIR: no such variable, did you mean HYBRID_MXFP8_CACHE_DIR?",
+        ),
+        ("HYBRID_MXFP8_LOG", "loud", "HYBRID_MXFP8_LOG: must be one of debug, info, warning, error, got 'loud'"),
+        ("HYBRID_MXFP8_TEST_CONFIGS", "all", None),  # the tests' own
+    ],
+)
+def test_a_wrong_variable_is_named_once(
+    variable: str, value: str, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever names the backend."""
+    monkeypatch.setenv(variable, value)
+    env._start_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hybrid_mxfp8"):
-        env.backend(), env.backend()
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("HYBRID_MXFP8_BACKND: no such variable, of HYBRID_MXFP8_BACKEND, ")
+        requested("reference"), requested(None)
+    assert [record.getMessage() for record in caplog.records] == ([] if said is None else [said])
+
+
+LOGS = """
+import logging, sys, torch, hybrid_mxfp8 as mx
+if sys.argv[1:] == ["configured"]:
+    logging.basicConfig(format="mine: %(message)s")
+mx.quantize_grouped(torch.ones(4, 64), torch.tensor([1, 3]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("level", "words", "begins"),
+    [
+        ("", [], []),
+        ("warning", [], []),
+        ("Info", [], ["INFO:hybrid_mxfp8:quantize on cpu uses backend"]),
+        ("info", ["configured"], ["mine: quantize on cpu uses backend"]),
+    ],
+)
+def test_the_log_level(level: str, words: list[str], begins: list[str]) -> None:
+    """Lines go to stderr where the program has not configured logging, and to nothing twice."""
+    variables = {"HYBRID_MXFP8_LOG": level, "HYBRID_MXFP8_BACKEND": "", "HOME": os.environ.get("HOME", "/h")}
+    ran = subprocess.run(
+        [sys.executable, "-c", LOGS, *words],
+        env=env.child_environment(**variables),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = ran.stderr.splitlines()
+    assert len(lines) == len(begins)
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True))

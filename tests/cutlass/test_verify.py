@@ -13,6 +13,7 @@ import torch
 from fake_toolkit import FakeToolkit
 from forked import Child
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
@@ -79,10 +80,10 @@ def test_the_outcome_is_kept(toolkit: FakeToolkit, kind: str, reason: str, caplo
     assert run(toolkit, kind) == Child(run, toolkit, kind).result() == first
     assert children(toolkit) == 1
     assert jit.build(toolkit.source).intact()
-    facts = doctor.modules()
-    assert len(facts["modules"]) == len(facts["verified"]) == 1
-    assert f"{'right' if kind == 'right' else 'wrong'} on cpu, driver " in facts["verified"][0]
-    assert facts["verified"][0].endswith(reason)
+    module, record = doctor.cached(env.cache_dir())["cached"]
+    assert (module["kind"], record["kind"]) == ("module", "verification")
+    assert f"{'right' if kind == 'right' else 'wrong'} on cpu, driver " in record["about"]
+    assert record["about"].endswith(reason)
 
 
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError: CUDA out of memory", "No module named 'hybrid_mxfp8'"])

@@ -122,7 +122,7 @@ def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
         assert [future.result() for future in futures] == ["triton", "reference"]
 
 
-@pytest.mark.parametrize("bad", ["cuda", "", "Triton", 3])
+@pytest.mark.parametrize("bad", ["cuda", "", "tri ton", 3])
 @pytest.mark.parametrize("source", ["backend", "name", "HYBRID_MXFP8_BACKEND"])
 def test_unknown_names_list_the_valid_ones(monkeypatch: pytest.MonkeyPatch, source: str, bad: object) -> None:
     def ask() -> None:
@@ -157,11 +157,25 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: 
     ]
     if how == "environment":
         monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "triton")
+    cause = "HYBRID_MXFP8_BACKEND: " if how == "environment" else ""
     for call in calls:
         override = mx.use_backend("triton") if how == "use_backend" else contextlib.nullcontext()
-        with override, pytest.raises(mx.BackendUnavailableError, match=r"^backend triton: no such luck: buy one$"):
+        with (
+            override,
+            pytest.raises(mx.BackendUnavailableError, match=f"^{cause}backend triton: no such luck: buy one$"),
+        ):
             call()
     assert bool(torch.isnan(out).all())
+
+
+@pytest.mark.parametrize("written", ["reference", "Reference", " REFERENCE "])
+def test_a_name_may_be_written_as_in_the_variable(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one way or another, but by each of the three ways to name it."""
+    assert requested(written) == "reference"
+    with mx.use_backend(written):
+        assert requested(None) == "reference"
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", written)
+    assert requested(None) == "reference"
 
 
 def test_cutlass_that_cannot_quantize_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -408,7 +408,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"CC": "/no/such/compiler"}, "the C compiler /no/such/compiler does not run: No such file"),
+        ({"CC": "/no/such/compiler"}, "^CC: must be a C compiler, but /no/such/compiler does not run"),
         ({"CC": "false"}, r"false can't compile launcher\.c: exit code 1"),
         ({"PATH": "/nowhere"}, "no C compiler: install gcc or clang, or set CC"),
     ],
@@ -445,8 +445,13 @@ def test_without_headers(
 def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_load_once", launcher.functools.cache(launcher._load_once.__wrapped__))
     monkeypatch.setenv("CC", "/no/such/compiler")
-    assert launcher.status().startswith("not available: the C compiler /no/such/compiler does not run")
+    said = "CC: must be a C compiler, but /no/such/compiler does not run"
+    assert launcher.status() == f"not available, Triton makes the launches, slower: {said}"
+    with pytest.raises(launcher.LauncherUnavailableError, match=said):
+        launcher.load()
     monkeypatch.delenv("CC")
+    assert launcher.status().startswith("not built yet; the first call on a GPU does, with ")
+    assert not cache.exists()
     with pytest.raises(launcher.LauncherUnavailableError, match="does not run"):
         launcher.load()
 

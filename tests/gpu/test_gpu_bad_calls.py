@@ -17,8 +17,8 @@ import hybrid_mxfp8 as mx
 pytestmark = pytest.mark.gpu
 
 FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Any]], str]] = {
-    "quantize_grouped": (mx.quantize_grouped, lambda: {**quantize._of_counts(), "groups": layout()}, "x"),
-    "quantize_grouped of counts": (mx.quantize_grouped, quantize._of_counts, "x"),
+    "quantize_grouped": (mx.quantize_grouped, lambda: {**quantize._of_counts(), "groups": layout()}, "groups"),
+    "quantize_grouped of counts": (mx.quantize_grouped, quantize._of_counts, "groups"),
     "grouped_gemm": (mx.grouped_gemm, lambda: {**gemm._good(), "workspace": gemm.u8(1 << 16)}, "w"),
     "explain": (mx.explain, lambda: {"x": grouped(), "w": weights()}, "w"),
     "GroupedMXFP8": (mx.GroupedMXFP8, operands._grouped, "values"),
@@ -26,7 +26,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Any]], 
     "from_linear_scales of tokens": (mx.GroupedMXFP8.from_linear_scales, operands._linear_tokens, "values"),
     "from_linear_scales": (mx.ExpertWeights.from_linear_scales, operands._linear, "scales"),
     "GroupLayout": (mx.GroupLayout, lambda: dict(vars(layout())), "expert_offsets"),
-    "moe_forward": (mx.moe_forward, moe._all, "topk_ids"),
+    "moe_forward": (mx.moe_forward, moe._all, "x"),
     "sglang quantizer": (sglang_case.grouped_quant, sglang._tokens, "quant_output"),
     "sglang product": (sglang_case.moe_grouped_gemm, sglang._product, "sfa"),
 }

@@ -52,9 +52,9 @@ def test_bad(row: Bad) -> None:
 @pytest.mark.parametrize("row", ODD)
 def test_odd(row: Odd, multiplier: str, device: str) -> None:
     guards = Guards(device)
-    call, check = row.prepare(guards)
-    guards.ready()
-    with mx.use_backend(multiplier):
+    with cases.unlooked(), mx.use_backend(multiplier):
+        call, check = row.prepare(guards)
+        guards.ready()
         result = call()
     check_alive(device)
     guards.check()
@@ -98,12 +98,17 @@ CHANGED: dict[str, tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]]
             ({"backend": "none"}, "backend: must be one of auto, cutlass, triton, reference, got 'none'"),
         ],
     ),
+    "quantize_grouped of counts": (
+        mx.quantize_grouped,
+        {"x": torch.ones(T, K), "groups": torch.tensor([T - 1, 0, 1]), "backend": "reference"},
+        [({"groups": torch.tensor([T - 1, T - 1, T])}, f"groups: must have a sum of at most num_tokens = {T} (counts, not offsets?")],
+    ),
     "grouped_gemm": (
         mx.grouped_gemm,
         {"x": operand(), "w": weights(), "out": torch.empty(T, N, dtype=torch.bfloat16), "backend": "reference"},
         [
-            ({"w": weights(e=E + 1)}, f"w: must have x's E = {E} experts, got {E + 1} (from_ends takes E ends, without the"),
-            ({"w": weights(k=64)}, f"w: must have x's K = {K}, got 64"),
+            ({"w": weights(e=E + 1)}, f"w: must have x's E = {E} experts, got {E + 1} (from_ends takes offsets without"),
+            ({"w": weights(k=64)}, f"x: must have w's K = 64, got {K}"),
             ({"out_dtype": ["bf16"]}, "out_dtype: must be bfloat16 or float16 or float32, got ['bf16']"),
             ({"out_dtype": torch.float16}, "out: dtype must be float16, got bfloat16"),
             ({"out": torch.empty(T, N)}, "out: dtype must be bfloat16, got float32"),

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import runpy
 import shlex
@@ -91,8 +92,11 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_reference")
 def test_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three forms of one layout, the padded batch, the router's ids, and the error as printed."""
     names = run_python("groups.md")
-    assert "False" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("[0, 3, 3, 8, 9] True\n" * 3 + "torch.Size([16, 512]) True\n")
+    assert printed.endswith(*blocks("groups.md", "text"))
     assert mx.calc_diff(names["out"], names["expected"]) < 1.5e-3
 
 
@@ -104,12 +108,15 @@ def test_numerics(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(29 < float(db) < 33 for _, db in kept)
 
 
-def test_environment(tmp_path: Path) -> None:
-    """In a process of its own: a choice is logged once, and the page sets up logging."""
-    (block,) = blocks("environment.md", "python")
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=True)
-    assert "INFO:hybrid_mxfp8:quantize on " in done.stderr
-    assert done.stdout.startswith("GroupedMXFP8(num_tokens=4")
+def test_environment() -> None:
+    """A line in the log, by the variable and by the program; in processes of their own, as a choice
+    is logged once."""
+    (command,), (program,) = blocks("environment.md", "sh"), blocks("environment.md", "python")
+    variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TRITON_INTERPRET": "0"}
+    for words in (["bash", "-c", command], [sys.executable, "-c", program]):
+        ran = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, check=True)
+        assert re.fullmatch(r"INFO:hybrid_mxfp8:quantize on cpu uses backend .*\n", ran.stderr), ran.stderr
+    assert ran.stdout.startswith("GroupedMXFP8(num_tokens=4")
 
 
 @pytest.mark.usefixtures("_reference")

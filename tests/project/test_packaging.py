@@ -108,8 +108,8 @@ def test_every_way_runs(way: str, clean_python: Path, checkout: Path, wheel: Pat
     """``doctor``, ``demo`` and ``warmup``; and no name is claimed that another package may have."""
     installed, places = WAYS[way]
     if what := installed(checkout, wheel):
-        pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
-        run([clean_python, *pip, *what], tmp_path)
+        # With --no-index, pip fails unless the dependencies that the package names are there.
+        run([clean_python, "-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", *what], tmp_path)
         assert clean_python.with_name("hybrid-mxfp8").is_file()
     folders = {"checkout": checkout, "elsewhere": tmp_path, "environment": clean_python.parents[1]}
     for where, found in places.items():
@@ -118,7 +118,10 @@ def test_every_way_runs(way: str, clean_python: Path, checkout: Path, wheel: Pat
         assert all(Path(path).is_relative_to(folders[found]) for path in (package, config))
         assert where == "checkout" or not foreign
     if way == "as a wheel":
-        assert run([clean_python.with_name("hybrid-mxfp8"), "--version"], tmp_path) == f"hybrid_mxfp8 {__version__}\n"
+        program = clean_python.with_name("hybrid-mxfp8")
+        assert run([program, "--version"], tmp_path) == f"hybrid_mxfp8 {__version__}\n"
+        demo = run([program, "demo", "--experts", "1", "--max-rows", "2"], tmp_path, HYBRID_MXFP8_BACKEND="reference")
+        assert "\nFAILED" not in demo
 
 
 def test_wheel_holds_every_file_and_one_top_level_name(wheel: Path) -> None:
@@ -144,7 +147,7 @@ def test_import_brings_nothing_but_its_own_modules(tmp_path: Path) -> None:
     assert not [
         name for name in new if re.search(r"triton_kernels|cutlass_kernels.(jit|grouped)|commands|checkpoint", name)
     ]
-    assert len(new) < 40
+    assert len(new) < 45
     assert not cuda
 
 

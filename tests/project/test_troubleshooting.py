@@ -46,6 +46,11 @@ def strided_out() -> None:
     mx.grouped_gemm(*operands(), out=torch.empty(3, 32, dtype=torch.bfloat16)[:, :16], backend="reference")
 
 
+def indptr_as_ends() -> mx.GroupedMXFP8:
+    groups = mx.GroupLayout.from_ends(torch.tensor([0, 1, 3]), 3)
+    return mx.quantize_grouped(x(), groups, backend="reference")
+
+
 CASES: dict[str, tuple[type[Exception], Callable[[], object]]] = {
     "K": (ValueError, lambda: mx.quantize_weights(torch.ones(2, 16, 40))),
     "N": (ValueError, lambda: mx.grouped_gemm(*operands(n=20))),
@@ -55,7 +60,9 @@ CASES: dict[str, tuple[type[Exception], Callable[[], object]]] = {
     "swizzled as linear": (ValueError, swizzled_as_linear),
     "linear as swizzled": (ValueError, linear_as_swizzled),
     "counts": (TypeError, lambda: mx.GroupLayout.from_counts(torch.ones(2), 3)),
-    "experts": (ValueError, lambda: mx.grouped_gemm(operands()[0], mx.quantize_weights(torch.ones(3, 16, 64)))),
+    "ends as counts": (ValueError, lambda: mx.GroupLayout.from_counts(torch.tensor([3, 3, 8, 9]), 9)),
+    "indptr as ends": (ValueError, lambda: mx.grouped_gemm(indptr_as_ends(), operands()[1])),
+    "transposed": (ValueError, lambda: mx.grouped_gemm(operands()[0], mx.quantize_weights(torch.ones(2, 64, 32)))),
     "out": (ValueError, strided_out),
 }
 

@@ -15,13 +15,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands.accuracy import transformers_model
 from hybrid_mxfp8.commands.accuracy.measure import ChannelEffect, Score, channel_effect, score
 from hybrid_mxfp8.commands.demo.command import load
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload
+from hybrid_mxfp8.commands.progress import progress
 from hybrid_mxfp8.commands.tables import format_table, wrap
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     workload = load(args.synthetic, 6, None)
     with_model = not args.no_transformers and transformers_model.installed()
-    with tqdm(total=2 + 2 * with_model, leave=False, disable=None) as bar:
+    with progress(2 + 2 * with_model) as bar:
         parts = [Part("MiniLM" if workload.real else "synthetic", workload, _scored(workload, bar))]
         if with_model:
             found = transformers_model.report()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
+from hybrid_mxfp8.commands.progress import progress
 from hybrid_mxfp8.commands.tables import format_table, wrap
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch.device import default_device
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     gemms = [gemm.to(device) for gemm in workload.gemms]
     names = runnable_backends(gemms[0])
     print(_introduction(workload, names, device))
-    with tqdm(total=len(gemms) * len(names), leave=False, disable=None) as bar:
+    with progress(len(gemms) * len(names)) as bar:
         findings = [examine(gemm, names, bar) for gemm in gemms]
     effects = measure.outlier_effect(gemms[0].x, names[0], OUTLIER_FACTORS)
     faults = [fault for found in findings for fault in found.faults]

@@ -96,7 +96,7 @@ def test_a_cache_that_others_can_write_is_not_loaded(
         with pytest.raises(BackendUnavailableError, match=message):
             call(toolkit.source)
     facts = doctor.examine()
-    assert facts["modules"] == []
+    assert facts["cached"] == []
     assert "the cache is not loaded" in facts["modules_problem"]
     assert "the cache is not loaded" in doctor.render(facts)
     ok, reason = grouped_gemm.availability((10, 0))
@@ -351,7 +351,7 @@ def test_places_that_cannot_be_a_cache(toolkit: FakeToolkit, monkeypatch: pytest
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(PLACES[place](toolkit.folder)))
     with pytest.raises(BackendUnavailableError, match=r"(cannot|can) be written .*HYBRID_MXFP8_CACHE_DIR"):
         jit.load(toolkit.source)
-    assert doctor.modules()["modules"] == []
+    assert doctor.cached(env.cache_dir())["cached"] == []
 
 
 def no_password_entry(user: int) -> None:
@@ -449,8 +449,9 @@ def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str) -> None:
     built = jit.build(toolkit.source)
     DAMAGE[how](built)
     assert not built.intact()
-    assert doctor.modules() == {"modules": [], "verified": [], "modules_problem": ""}
+    assert [entry["about"] for entry in doctor.cached(env.cache_dir())["cached"]] == [f"{built.folder.name}, damaged"]
     assert answer(toolkit.source) == 42
     assert toolkit.compilations() == 2
-    assert doctor.modules()["modules"] == ["toy, CUTLASS 4.2.0, nvcc 13.0.88"]
+    modules = [entry["about"] for entry in doctor.cached(env.cache_dir())["cached"] if entry["kind"] == "module"]
+    assert modules == [f"toy for {toolkit.source.arch}, CUTLASS 4.2.0, nvcc 13.0.88"]
     assert toolkit.leftovers() == [] or how == "the module is a file"

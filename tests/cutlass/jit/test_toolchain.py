@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hybrid_mxfp8.commands import cli, doctor
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
@@ -21,13 +22,13 @@ def make_cutlass(include: Path, version: str) -> None:
     (include / "cutlass" / "version.h").write_text("".join(lines))
 
 
-def make_nvcc(home: Path, version: str) -> Path:
+def make_nvcc(home: Path, version: str, dry_run: str = "") -> Path:
     """A toolkit whose nvcc answers as NVIDIA's does."""
     (home / "bin").mkdir(parents=True)
     nvcc = home / "bin" / "nvcc"
     nvcc.write_text(
         f"#!/bin/sh\ncase $1 in --version) echo 'Cuda compilation tools, release {version[:4]}, V{version}';;\n"
-        f"--dryrun) echo '#$ _HERE_={home}/bin';; esac\n"
+        f"--dryrun) echo '{dry_run or f'#$ _HERE_={home}/bin'}';; esac\n"
     )
     nvcc.chmod(0o755)
     return nvcc
@@ -183,11 +184,34 @@ def test_cuda_home_beats_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_cuda_home_without_compiler_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, problem: str
 ) -> None:
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     if script is not None:
         make_nvcc(tmp_path, "13.0.88").write_text(script)
-    with pytest.raises(BackendUnavailableError, match=rf"CUDA_HOME: expected a toolkit .*bin/nvcc: {problem}"):
-        toolchain.find_cuda()
+    for variable in ("CUDA_PATH", "CUDA_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+        with pytest.raises(BackendUnavailableError, match=rf"^{variable}: expected a toolkit .*bin/nvcc: {problem}"):
+            toolchain.find_cuda()
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "host"),
+    [
+        ("#$ gcc -D__CUDA_ARCH_LIST__=750 -E -x c++", "gcc"),
+        ('#$ "/my tools"/g++ -D__CUDA_ARCH_LIST__=750 -E -x c++', "/my tools/g++"),
+        ("gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.", ""),
+    ],
+)
+def test_the_host_compiler_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dry_run: str, host: str
+) -> None:
+    """By nvcc's own word; where it has none, ``doctor`` and ``warmup`` say what to install."""
+    nvcc = make_nvcc(tmp_path, "13.0.88", dry_run)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:/usr/bin:/bin")
+    found = next(toolchain.cuda_candidates())
+    assert (found.host, found.problem) == (host, "" if host else toolchain.NO_HOST_COMPILER)
+    if not host:
+        assert cli.main(["warmup"]) == 2
+        assert f"{nvcc}: no host compiler: install g++" in capsys.readouterr().err
+    assert doctor.host_compiler().startswith(host or "no host compiler: install g++")
 
 
 def test_a_compiler_that_says_no_folder_is_where_its_link_leads(

@@ -60,13 +60,15 @@ WEIGHTS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("w13 without up", ValueError, r"^w13q: must be \(E, 2I, H\)", {"w13q": lambda: w13(n=I)}),
     ("w13 of another H", ValueError, r"^w13q: must be \(E, 2I, H\)", {"w13q": lambda: w13(k=96)}),
     ("no experts", ValueError, "^w13q: must have at least 1 expert, got 0$", {"w13q": lambda: w13(e=0), "w2q": lambda: w2(e=0)}),
-    ("w2 on meta", ValueError, "^w2q: must be on cpu, as w13q, got meta$", {"w2q": lambda: meta(w2())}),
+    *((f"(E, K, N) of {which}", ValueError, rf"^{name}: must be .*\(transposed\?\), got \({shape}\)$", {"w13q": lambda a=a: w13(E, *a), "w2q": lambda b=b: w2(E, *b)}) for which, name, shape, a, b in (
+        ("w13", "w13q", "4, 96, 128", (96, 128), (96, 64)), ("w2", "w2q", "4, 64, 96", (128, 96), (64, 96)), ("both", "w13q", "4, 96, 128", (96, 128), (64, 96)))),
+    ("w2 on meta", ValueError, "^w2q: must be on cpu, as (x|w13q), got meta$", {"w2q": lambda: meta(w2())}),
 ]  # fmt: skip
 
 BAD: list[Bad] = [
     *(row(f"{word}: {what}", error, message, **changes) for word, row in (("forward", forward), ("module", module), ("workspace", space)) for what, error, message, changes in WEIGHTS),
     forward("forward: both weights on meta", ValueError, "^w13q: must be on cpu, as x, got meta$", w13q=lambda: meta(w13()), w2q=lambda: meta(w2())),
-    *of_tensor(forward, "forward", "x", lambda: normal(M, H), "(M, H)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", "^topk_ids: must be on meta", more="grad"),
+    *of_tensor(forward, "forward", "x", lambda: normal(M, H), "(M, H)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", "^x: must be on cpu, as w13q, got meta$", more="grad"),
     *of_tensor(forward, "forward", "topk_ids", ids, "(M, top_k)", "int32 or int64", (torch.int16, torch.uint8, torch.float32, torch.bool), "", more=""),
     *of_tensor(forward, "forward", "topk_weights", lambda: torch.ones(M, TOP_K), "(M, top_k)", FLOATS, (torch.float64, torch.int32), "", more="grad"),
     *of_tensor(forward, "forward", "out", lambda: normal(M, H), "(M, H)", "bfloat16", (torch.float32,), "must have unit stride along its columns", more="grad"),

@@ -54,23 +54,24 @@ def index(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 BAD: list[Bad] = [
-    *of_tensor(tokens, "tokens", "x", lambda: normal(T, K), "(R, K)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", more="sparse grad"),
+    *of_tensor(tokens, "tokens", "x", lambda: normal(T, K), "(R, K)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", "^groups: must be on meta, as x, got cpu$", more="sparse grad"),
     *of_tensor(experts, "weights", "w", lambda: normal(E, N, K), "(E, N, K)", FLOATS, NOT_FLOATS, "must have unit stride along K", None, more="sparse grad"),
     *of_tensor(tokens, "tokens", "row_index", index, "(T,)", "int32", (torch.int64, torch.bool, torch.float32)),
     *(tokens(f"x with K = {k}", ValueError, f"^x: K must be a positive multiple of 32, got {k}$", x=normal(T, k)) for k in (0, 16, 33, 48)),
     *(experts(f"w with K = {k}", ValueError, f"^w: K must be a positive multiple of 32, got {k}$", w=normal(E, N, k)) for k in (0, 16, 33)),
     tokens("x an operand", TypeError, r"^x: must be a torch\.Tensor .* got GroupedMXFP8$", x=lambda: poison(T, K, E, layout())),
-    tokens("groups on meta", ValueError, "^x: must be on meta", groups=lambda: ints(*COUNTS).to(META)),
+    tokens("ends as counts", ValueError, r"^groups: must have a sum of at most num_tokens = 40 \(counts, not offsets\? GroupLayout.from_ends takes these\), got \[20, 20, 35\]$", groups=ints(20, 20, 35)),
+    tokens("negative counts", ValueError, r"^groups: must be at least 0, got \[20, -5, 15\]$", groups=ints(20, -5, 15)),
     tokens("x transposed", ValueError, "^x: must have unit stride along its columns", x=normal(K, T).T),
     tokens("x a row too many", ValueError, "^x: must have T = groups.num_tokens = 40 rows, got 41$", x=normal(T + 1, K)),
     tokens("x without rows", ValueError, "^x: must have T = groups.num_tokens = 40 rows, got 0$", x=normal(0, K)),
     *(tokens(f"groups {type(g).__name__}", TypeError, "^groups: must be a GroupLayout or a tensor of counts", groups=g) for g in (None, [1, 2], "3")),
-    *of_tensor(tokens, "tokens", "groups", lambda: ints(*COUNTS), "(E,)", "int32 or int64", (torch.float32, torch.int16), place="^x: must be on meta")[1:],
+    *of_tensor(tokens, "tokens", "groups", lambda: ints(*COUNTS), "(E,)", "int32 or int64", (torch.float32, torch.int16), place="^groups: must be on cpu, as x, got meta$")[1:],
     *(tokens(f"rounding {r!r}", ValueError, "^scale_rounding: must be one of rceil, floor, even, got", scale_rounding=r) for r in ("", "RCEIL", 1, None)),
     *(row(f"{word}: scale_group {g!r}", ValueError, "^scale_group: must be 32 or 128, got", scale_group=g)
       for word, row in (("tokens", tokens), ("weights", experts)) for g in (64, 0, "128", 32.0, None)),
     *(tokens(f"activation {a!r}", ValueError, "^activation: must be None, 'swiglu' .*, got", activation=a) for a in ("", "silu", True, 0)),
-    *(tokens(f"backend {b!r}", ValueError, "^backend: must be one of auto, cutlass, triton, reference, got", backend=b) for b in ("", "Reference", 7)),
+    *(tokens(f"backend {b!r}", ValueError, "^backend: must be one of auto, cutlass, triton, reference, got", backend=b) for b in ("", "refer", 7)),
     tokens("swiglu of odd width", ValueError, "^x: must have an even number of columns", x=normal(T, 65), activation="swiglu"),
     tokens("swiglu of K = 48", ValueError, "^x: K must be", x=normal(T, K), activation="swiglu"),
     tokens("index of one", ValueError, "^row_index: must have T = groups.num_tokens = 40 rows, got 1$", row_index=index(3)),
@@ -97,7 +98,7 @@ BAD += [
     for written, read, first, second, by in (
         ("out's values", "x", "x", "out.values", VALUES), ("out's scales", "x", "x", "out.scales", 0),
         ("out's scales", "out.scales", "out.values", "out.scales", VALUES - 16),
-        ("out's values", "row_index", "out.values", "row_index", 64), ("out's scales", "groups", "out.scales", "groups", SCALES - 4 * E),
+        ("out's values", "row_index", "out.values", "row_index", 64), ("out's scales", "groups", "groups", "out.scales", 4 * E - SCALES),
     )
 ]  # fmt: skip
 BAD += [

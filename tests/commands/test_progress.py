@@ -1,0 +1,69 @@
+"""Progress bars on a terminal and off it, with log lines meanwhile."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hybrid_mxfp8.commands import cli, warmup
+from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source
+from hybrid_mxfp8.cutlass_kernels.jit import build as jit
+
+NAMES = ("1sm_128x64x128", "1sm_128x128x128", "2sm_256x64x128")
+
+
+class Stderr(io.StringIO):
+    """A terminal, or a file."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def screen(self) -> list[str]:
+        """What a terminal shows in the end: a carriage return goes back to the line's start."""
+        lines, row, column = [""], 0, 0
+        text = self.getvalue().replace("\x1b[A", "\v")
+        for character in text:
+            if character == "\r":
+                column = 0
+            elif character == "\n":
+                row, column = row + 1, 0
+                lines += [""] * (row == len(lines))
+            elif character == "\v":
+                row -= 1
+            else:
+                line = lines[row].ljust(column)
+                lines[row], column = line[:column] + character + line[column + 1 :], column + 1
+        return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_log_lines_stand_alone_and_bars_are_gone(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three builds, each with a line in the log."""
+    stderr, logger = Stderr(terminal), logging.getLogger("hybrid_mxfp8")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(jit, "build", lambda built: logger.warning("compiling %s", built.name))
+    sources = [source(name, torch.bfloat16, "10.0a") for name in NAMES]
+    assert warmup.build_all(sources, jobs=1) == []
+    assert stderr.screen() == [f"compiling {s.name}" for s in sources]
+    assert ("|" in stderr.getvalue()) is terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quantize_leaves_nothing_on_stderr(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"experts.w": torch.ones(2, 8, 64)}, tmp_path / "in.safetensors")
+    stderr = Stderr(terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    words = ["quantize", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--experts", "*"]
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    assert stderr.screen() == []
+    assert ("|" in stderr.getvalue()) is terminal
