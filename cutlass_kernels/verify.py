@@ -150,17 +150,8 @@ def _name(device: torch.device) -> str:
 
 
 @functools.cache
-def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """NVIDIA's driver, as its kernel module says, or its library in a container that hides that;
-    empty where there is none."""
-    try:
-        match = re.search(r"Kernel Module.*?\s(\d+[\d.]*)\s", file.read_text())
-        return match[1] if match else ""
-    except OSError:
-        return _nvml_driver_version()
-
-
-def _nvml_driver_version() -> str:
+def driver_version() -> str:
+    """NVIDIA's driver, as NVML says; empty where there is no GPU."""
     if not torch.cuda.is_available():
         return ""
     try:

@@ -149,24 +149,6 @@ def test_a_damaged_record_is_made_again(toolkit: FakeToolkit, content: bytes) ->
     assert children(toolkit) == 3
 
 
-@pytest.mark.parametrize(
-    ("line", "version"),
-    [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 10:00:00 UTC 2025", "580.159.04"),
-        (
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  595.71.05  Release Build  (root@somewhere)",
-            "595.71.05",
-        ),
-        ("another driver", ""),
-        (None, ""),
-    ],
-)
-def test_driver(line: str | None, version: str, tmp_path: Path) -> None:
-    if line is not None:
-        (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    assert verify.driver_version(tmp_path / "version") == version
-
-
 class Product:
     """The reference's product in a module's place, with a fault."""
 

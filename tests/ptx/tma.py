@@ -56,10 +56,15 @@ def _rows(box: tuple[int, ...]) -> list[np.ndarray]:
     return coordinates
 
 
-def _inside(made: TensorMap, at: list[int]) -> tuple[np.ndarray, np.ndarray, slice]:
+GRANULE = 16
+"""Bytes. A store that reaches past a row's end writes on to such a boundary: seen on an H200."""
+
+
+def _inside(made: TensorMap, at: list[int], granule: int = 1) -> tuple[np.ndarray, np.ndarray, slice]:
     """Rows of the box that are in bounds, the addresses of their first byte inside, and those bytes
-    within a row."""
-    low, high = max(at[0], 0), min(at[0] + made.box[0], made.dims[0])
+    within a row, whose end is rounded up to a granule."""
+    end = -(-made.dims[0] * made.element // granule) * granule // made.element
+    low, high = max(at[0], 0), min(at[0] + made.box[0], end)
     if high <= low:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), slice(0)
     count = int(np.prod(made.box[1:]))
@@ -86,8 +91,8 @@ def read_box(made: TensorMap, at: list[int], memory: GlobalMemory, access: Acces
 
 
 def write_box(made: TensorMap, at: list[int], data: np.ndarray, memory: GlobalMemory, access: Access) -> None:
-    """Store the bytes of a box that are in bounds."""
-    rows, addresses, columns = _inside(made, at)
+    """Store the bytes of a box that are in bounds, and the rest of the last granule of each row."""
+    rows, addresses, columns = _inside(made, at, GRANULE)
     if rows.size:
         cells = addresses[:, None] + np.arange(columns.stop - columns.start)
         taken = data.reshape(-1, made.box[0] * made.element)[rows, columns]
@@ -222,6 +227,8 @@ def _store(operands: Operands, ins: Instruction) -> Closure:
         at = [int(c(warp)[lane]) for c in coordinates]
         if len(at) != made.rank:
             raise Fault(f"TMA store: expected {made.rank} coordinates for this tensor map, got {len(at)}")
+        if min(at) < 0:  # seen on an H100
+            raise Fault(f"TMA store: an illegal instruction, as coordinates {at} are negative")
         offset = cta.shared.offset(int(source(warp)[lane]) & OFFSET_MASK, made.box_bytes, "TMA store")
         groups = groups_of(warp, lane)
         number, known = groups.number, warp.release(1 << lane)
