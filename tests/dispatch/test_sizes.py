@@ -103,7 +103,7 @@ CALLS: dict[str, tuple[int, Callable[[int], Any]]] = {
     "quantize": (90, rows),
     "quantize swiglu": (90, lambda t: rows(t, activation="swiglu")),
     "quantize into out": (90, lambda t: rows(t, out=tokens(t))),
-    "quantize of counts": (90, lambda t: mx.quantize_grouped(empty(t, K), empty(E, dtype=I32))),
+    "quantize of counts": (90, lambda t: mx.quantize_grouped(empty(t, K), empty(E, dtype=I32).zero_())),
     "quantize gathered": (
         90,
         lambda t: mx.quantize_grouped(empty(7 * t // 3, K), layout_of(t), row_index=empty(t, dtype=I32)),
