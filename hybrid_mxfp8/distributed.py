@@ -27,6 +27,8 @@ from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.ops.experts import MXFP8Experts
 from hybrid_mxfp8.ops.tokens import check_tokens, pack_tokens, sum_rows
 
+__all__ = ["ExpertParallelExperts", "experts_of_rank"]
+
 Dispatch = Literal["all_gather", "all_to_all"]
 DISPATCHES: tuple[str, ...] = get_args(Dispatch)
 

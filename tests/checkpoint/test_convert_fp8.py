@@ -48,7 +48,9 @@ def random_scales(rng: torch.Generator, shape: tuple[int, ...], dtype: torch.dty
 
 def truth(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """By the Kronecker product of the scales with a block of ones, instead of by repetition."""
-    spread = torch.stack([torch.kron(s, torch.ones(128, 128, device=s.device)) for s in scales.float().reshape(-1, *scales.shape[-2:])])
+    spread = torch.stack(
+        [torch.kron(s, torch.ones(128, 128, device=s.device)) for s in scales.float().reshape(-1, *scales.shape[-2:])]
+    )
     n, k = values.shape[-2:]
     return (values.float().reshape(-1, n, k) * spread[:, :n, :k]).reshape(values.shape)
 

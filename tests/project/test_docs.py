@@ -45,6 +45,7 @@ PUBLIC = (
     "hybrid_mxfp8.checkpoint",
     "hybrid_mxfp8.checkpoint.fp8_blocks",
     "hybrid_mxfp8.compat.sglang",
+    "hybrid_mxfp8.distributed",
     "hybrid_mxfp8.integrations.transformers",
 )
 
