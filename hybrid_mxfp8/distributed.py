@@ -127,8 +127,9 @@ class ExpertParallelExperts(torch.nn.Module):
             device: where the rank's are quantized and kept; default: where w13 is.
             w13_bias: (E, 2I), of all ranks, or None.
             w2_bias: (E, H), or None.
-            **options: ``activation``, ``workspace`` (its ``max_tokens`` counts those of all ranks)
-                and ``backend``, as for ``MXFP8Experts``.
+            **options: ``transposed``, ``interleaved`` and ``scale_group`` as for
+                ``MXFP8Experts.from_weights``; ``activation``, ``workspace`` (its ``max_tokens``
+                counts those of all ranks) and ``backend`` as for ``MXFP8Experts``.
 
         Raises:
             TypeError, ValueError: as ``MXFP8Experts.from_weights`` and the class.

@@ -110,14 +110,16 @@ def test_numerics(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_environment() -> None:
-    """A line in the log, by the variable and by the program; in processes of their own, as a choice
-    is logged once."""
-    (command,), (program,) = blocks("environment.md", "sh"), blocks("environment.md", "python")
+    """Two backends compared; and a line in the log, by the variable and by the program, in processes
+    of their own, as a choice is logged once."""
+    (command,), (compared, program) = blocks("environment.md", "sh"), blocks("environment.md", "python")
     variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TRITON_INTERPRET": "0"}
     for words in (["bash", "-c", command], [sys.executable, "-c", program]):
         ran = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, check=True)
         assert re.fullmatch(r"INFO:hybrid_mxfp8:quantize on cpu uses backend .*\n", ran.stderr), ran.stderr
     assert ran.stdout.startswith("GroupedMXFP8(num_tokens=4")
+    ran = subprocess.run([sys.executable, "-c", compared], capture_output=True, text=True, check=True)
+    assert re.search(r"^reference, .*\ncalc_diff \S+$", ran.stdout, re.MULTILINE), ran.stdout
 
 
 @pytest.mark.usefixtures("_reference")
