@@ -191,12 +191,11 @@ def _put(out, i: gl.constexpr, values):
 
 
 @gluon.jit
-def _multiply(p, never, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+def _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
     """(p, next stage, its phase): start the product of a stage in the registers of p, whose value
-    is dropped: ``never`` is false. Were that a constant, Triton would take other registers, and
-    there would be three products' worth of them."""
+    is dropped."""
     x = x_ring.index(stage).slice(0, COLUMNS, dim=0).permute((1, 0))
-    p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=never, is_async=True)
+    p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=False, is_async=True)
     # Triton lets all warps meet before it waits. Here, where each has a product running, that costs
     # nothing; and so the next stage is waited for here, too.
     mbarrier.wait(ready.index(stage), phase)
@@ -251,15 +250,14 @@ def _consume_tile(
     acc = gl.zeros([128, COLUMNS], gl.float32, _accumulator(COLUMNS))
     p = acc
     q = acc
-    never = rows < 0
     for _ in range(num_k_tiles // 2):
-        p, second, its_phase = _multiply(p, never, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
-        q, third, phase = _multiply(q, never, w_ring, x_ring, full, ready, second, its_phase, COLUMNS, STAGES)
+        p, second, its_phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
+        q, third, phase = _multiply(q, w_ring, x_ring, full, ready, second, its_phase, COLUMNS, STAGES)
         acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, 1)
         acc, q = _promote(acc, q, w_scale_ring, x_scale_ring, empty, second, COLUMNS, 0)
         stage = third
     if num_k_tiles % 2 == 1:
-        p, second, phase = _multiply(p, never, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
+        p, second, phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
         acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, 0)
         stage = second
     _store(y_ptr, acc, start, rows, n_tile * 128, N, 0, COLUMNS, PIECE)
