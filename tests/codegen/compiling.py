@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
 
 ARCHS = (90, 100, 103, 120)
 SHARED_LIMIT = {90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -95,6 +96,14 @@ class Compiled:
         found = re.search(r"REG:(\d+) STACK:(\d+)", text)
         assert found, text
         return Resources(int(found[1]), int(found[2]))
+
+    def ptxas_output(self, folder: Path) -> str:
+        """What ptxas says, verbosely: C7510 .. C7514 where it waits after each wgmma, C7508 where
+        it ignores setmaxnreg."""
+        source = folder / "kernel.ptx"
+        source.write_text(self.ptx)
+        command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", source, "-o", folder / "kernel.cubin"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 CompileFor = Callable[[int, Any, str, Callable[[], object]], Compiled]

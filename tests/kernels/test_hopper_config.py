@@ -24,6 +24,12 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_config import (
     select_hopper_config,
     tiles_at_once,
 )
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import (
+    MAX_EXPERTS,
+    HopperFp8Config,
+    hopper_fp8_takes,
+    select_hopper_fp8_config,
+)
 
 AVERAGES = (0.1, 1, 16, 17, 32, 33, 56, 57, 128, 129, 4096)
 
@@ -51,10 +57,46 @@ def test_what_does_not_fit_is_invalid(config: HopperGemmConfig) -> None:
     assert not config.is_valid()
 
 
+def test_the_fp8_kernel_has_two_tiles() -> None:
+    """The wide one beyond 16 tokens an expert on average."""
+    small, wide = HopperFp8Config(32, 16, 9), HopperFp8Config(128, 32, 6)
+    assert small.is_valid()
+    assert wide.is_valid()
+    for num_tokens, expected in ((0, small), (1, small), (160, small), (161, wide), (40960, wide)):
+        assert select_hopper_fp8_config(num_tokens, 10) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HopperFp8Config(64, 32, 6),  # no such tile
+        HopperFp8Config(128, 64, 6),  # few tokens are 16 or 32
+        HopperFp8Config(32, 32, 6),  # few tokens are more than half
+        HopperFp8Config(128, 32, 2),  # nothing to overlap
+        HopperFp8Config(128, 32, 7),  # 238 KB of shared memory
+    ],
+)
+def test_what_does_not_fit_the_fp8_kernel_is_invalid(config: HopperFp8Config) -> None:
+    assert not config.is_valid()
+
+
+def test_what_the_fp8_kernel_leaves_to_others() -> None:
+    assert hopper_fp8_takes(8192, MAX_EXPERTS, 4096, 7168)
+    assert not hopper_fp8_takes(8192, MAX_EXPERTS + 1, 4096, 7168)
+    assert not hopper_fp8_takes(8192, 1, 2**22, 64)  # outputs of a tile
+
+
 def test_stages_are_counted_in_full() -> None:
     """5 stages of 128x64 weights, 256x64 bf16 tokens, one scale tile, two barriers."""
     config = HopperGemmConfig(256, 64, 64, 5)
     assert config.shared_memory == 5 * (8192 + 32768 + 512 + 16) <= SHARED_MEMORY
+
+
+def test_stages_of_the_fp8_kernel_are_counted_in_full() -> None:
+    """6 stages of 128x128 weights and tokens, two scale tiles and these in fp32, 16 bytes that say
+    which tile it is, three barriers."""
+    config = HopperFp8Config(128, 32, 6)
+    assert config.shared_memory == 6 * (2 * 16384 + 2 * 512 + 2 * 512 + 16 + 24) <= SHARED_MEMORY
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.sampled_from([16, 32, 64, 128, 256]))

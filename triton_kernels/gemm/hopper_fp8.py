@@ -7,12 +7,12 @@ as they are, and each partial sum, times the scale of its row and of its column,
 - One warp feeds a ring of stages: weights, tokens, and a 128x4 tile of scales of each. It alone
   knows which tile comes next, and says so in the stage that a tile begins with.
 - Another warp turns the scales of a stage into fp32, in the order of rows.
-- Two warpgroups multiply, 64 weight rows each. A partial sum is of some of the tile's tokens, and
-  while it is added the next one's product runs: with one at a time the FP8 units would be idle
-  for a third of the time (881 TFLOP/s where they do 1,224 with half of the additions).
+- Two warpgroups multiply, 64 weight rows each, two stages at a time: while the first one's partial
+  sum is added, the second one's product runs.
 - The grid is persistent. An expert's tokens beyond its last whole tile take a narrower one.
 
-The units sum the products of 128 elements in about 14 bits below the largest of them.
+The units cut products some 13 bits below the largest of those that they add at once:
+docs/numerics.md says what that does to a result.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
     tma_load,
 )
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
+
+BOX = gl.constexpr(16)
+"""Tokens that TMA loads at once; a tile loads as many times as it needs."""
 
 
 @gluon.constexpr_function
@@ -93,10 +96,9 @@ def _announced(info, WARPS: gl.constexpr):
 def _producer(
     w_desc, w_scales_desc, x_desc, x_scales_desc, w_ring, x_ring, raw_w_ring, raw_x_ring, info_ring, full, empty,
     expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-    EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
+    EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: keep the ring full, tile after tile."""
-    SCALE_TILES: gl.constexpr = (BLOCK_T + 127) // 128
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
@@ -128,16 +130,13 @@ def _producer(
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 for i in gl.static_range(BLOCK_T // BOX):
-                    mbarrier.expect(bar, (128 + (i + 1) * BOX) * 128 + (1 + SCALE_TILES) * 512, pred=boxes == i + 1)
+                    mbarrier.expect(bar, (128 + (i + 1) * BOX) * 128 + 2 * 512, pred=boxes == i + 1)
                 tma_load(w_desc, [w_row, k_tile * 128], bar, w_ring.index(stage))
                 for i in gl.static_range(BLOCK_T // BOX):
                     x = x_ring.index(stage).slice(i * BOX, BOX, dim=0)
                     tma_load(x_desc, [start + i * BOX, k_tile * 128], bar, x, pred=i < boxes)
                 tma_load(w_scales_desc, [w_scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
-                for i in gl.static_range(SCALE_TILES):
-                    raw = raw_x_ring.index(stage).slice(i, 1, dim=0)
-                    x_tile = x_scale_tile + i * num_k_tiles + k_tile
-                    tma_load(x_scales_desc, [x_tile, 0], bar, raw)
+                tma_load(x_scales_desc, [x_scale_tile + k_tile, 0], bar, raw_x_ring.index(stage))
                 stage, phase = advance(stage, phase, STAGES)
     mbarrier.wait(empty.index(stage), phase)
     _announce(info_ring.index(stage), 0, 0, 0, 0)
@@ -162,15 +161,12 @@ def _scaler(
             for i in gl.static_range(4):
                 _put(out, i, w[i])
             out = x_scale_ring.index(stage)
-            x = _scale_pieces(raw_x_ring.index(stage).slice(0, 1, dim=0))
-            if BLOCK_T > 128:
-                x = x + _scale_pieces(raw_x_ring.index(stage).slice(1, 1, dim=0))
+            x = _scale_pieces(raw_x_ring.index(stage))
             for i in gl.static_range(BLOCK_T // 32):
                 values = x[i]
                 # A tile that starts within a block of 128 rows ends in it.
-                for by in gl.static_range(1, 4):
-                    if i % 4 + by < 4:
-                        values = gl.where(piece == by, x[i + by], values)
+                for by in gl.static_range(1, 4 - i):
+                    values = gl.where(piece == by, x[i + by], values)
                 _put(out, i, values)
             mbarrier.arrive(ready.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
@@ -195,61 +191,32 @@ def _put(out, i: gl.constexpr, values):
 
 
 @gluon.jit
-def _multiply(p, never, w, x, FIRST: gl.constexpr, COLUMNS: gl.constexpr):
-    """Start w times rows FIRST to FIRST + COLUMNS of x, in the registers of p, whose value is
-    dropped: ``never`` is false. Were that a constant, Triton would take other registers, and
-    there would be three products' worth of them."""
-    return warpgroup_mma(w, x.slice(FIRST, COLUMNS, dim=0).permute((1, 0)), p, use_acc=never, is_async=True)
+def _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """(p, next stage, its phase): start the product of a stage in the registers of p, whose value
+    is dropped."""
+    x = x_ring.index(stage).slice(0, COLUMNS, dim=0).permute((1, 0))
+    p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=False, is_async=True)
+    # Triton lets all warps meet before it waits. Here, where each has a product running, that costs
+    # nothing; and so the next stage is waited for here, too.
+    mbarrier.wait(ready.index(stage), phase)
+    next_stage, next_phase = advance(stage, phase, STAGES)
+    mbarrier.wait(full.index(next_stage), next_phase)
+    return p, next_stage, next_phase
 
 
 @gluon.jit
-def _promote(acc, p, w_scales, x_scales, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, OTHERS: gl.constexpr):
-    """(acc with p, scaled, added to its part CHUNK; p free for another product), while OTHERS later
-    ones may still run."""
-    a = acc[CHUNK]
-    p = warpgroup_mma_wait(OTHERS, deps=(p,))
-    rows = w_scales.load(gl.SliceLayout(1, a.type.layout))
-    columns = x_scales.slice(CHUNK * COLUMNS, COLUMNS).load(gl.SliceLayout(0, a.type.layout))
-    a += p * rows[:, None] * columns[None, :]
+def _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS: gl.constexpr, LATER: gl.constexpr):
+    """(acc plus the product p of a stage, scaled; p free for another one), while LATER products may
+    still run. Gives the stage back."""
+    p = warpgroup_mma_wait(LATER, deps=(p,))
+    rows = w_scale_ring.index(stage).load(gl.SliceLayout(1, acc.type.layout))
+    columns = x_scale_ring.index(stage).slice(0, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
+    acc += p * rows[:, None] * columns[None, :]
     # So that the next product starts after these sums, not before: its registers are those of p.
-    a, p = warpgroup_mma_wait(OTHERS, deps=(a, p))
-    return acc[:CHUNK] + (a,) + acc[CHUNK + 1 :], p  # noqa: RUF005 - Triton takes no stars
-
-
-@gluon.jit
-def _add_stages(
-    acc, p, q, never, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase,
-    STEPS: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """acc, CHUNKS tensors of CHUNK columns, plus the products of the next STEPS stages; and the
-    stage and phase after these.
-
-    While one product is added, in p or q, the next one runs in the other. The last is waited for:
-    ptxas would serialize all (its message C7514) if one were running at the loop's end.
-    """
-    PRODUCTS: gl.constexpr = STEPS * CHUNKS
-    last_stage, last_phase = stage, phase
-    for i in gl.static_range(PRODUCTS + 1):
-        if i < PRODUCTS:
-            q = _multiply(q, never, w_ring.index(last_stage), x_ring.index(last_stage), i % CHUNKS * CHUNK, CHUNK)
-            if i % CHUNKS == 0:
-                # Triton lets all warps meet before it waits. Here, where each has a product
-                # running, that costs nothing; and so the next stage is waited for here, too.
-                mbarrier.wait(ready.index(last_stage), last_phase)
-                next_stage, next_phase = advance(last_stage, last_phase, STAGES)
-                mbarrier.wait(full.index(next_stage), next_phase)
-            if i % CHUNKS == CHUNKS - 1:
-                last_stage, last_phase = next_stage, next_phase
-        if i > 0:
-            w_scales, x_scales = w_scale_ring.index(stage), x_scale_ring.index(stage)
-            acc, p = _promote(acc, p, w_scales, x_scales, (i - 1) % CHUNKS, CHUNK, 1 if i < PRODUCTS else 0)
-            if i % CHUNKS == 0:
-                # Each thread by itself: nobody waits for the others.
-                async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
-                stage, phase = advance(stage, phase, STAGES)
-        if i < PRODUCTS:
-            p, q = q, p
-    return acc, p, q, stage, phase
+    acc, p = warpgroup_mma_wait(LATER, deps=(acc, p))
+    # Each thread by itself: nobody waits for the others.
+    async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
+    return acc, p
 
 
 @gluon.jit
@@ -274,34 +241,33 @@ def _store(y_ptr, acc, start, rows, n_first, N, FIRST: gl.constexpr, COLUMNS: gl
 @gluon.jit
 def _consume_tile(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile, N, num_k_tiles,
-    STEPS: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One tile of up to CHUNK * CHUNKS tokens, stored; returns the ring's next stage and phase."""
-    zeros = gl.zeros([128, CHUNK], gl.float32, _accumulator(CHUNK))
-    acc = (zeros,) * CHUNKS
-    p = zeros
-    q = zeros
-    never = rows < 0
-    for _ in range(num_k_tiles // STEPS):
-        acc, p, q, stage, phase = _add_stages(
-            acc, p, q, never, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase,
-            STEPS, CHUNK, CHUNKS, STAGES,
-        )  # fmt: skip
-    if STEPS == 2 and num_k_tiles % 2 == 1:
-        acc, p, q, stage, phase = _add_stages(
-            acc, p, q, never, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase,
-            1, CHUNK, CHUNKS, STAGES,
-        )  # fmt: skip
-    for i in gl.static_range(CHUNKS):
-        _store(y_ptr, acc[i], start, rows, n_tile * 128, N, i * CHUNK, CHUNK, PIECE)
+    """One tile of up to COLUMNS tokens, stored; returns the ring's next stage and phase.
+
+    No product runs at the loop's end: else ptxas would wait after each one (its message C7514).
+    """
+    acc = gl.zeros([128, COLUMNS], gl.float32, _accumulator(COLUMNS))
+    p = acc
+    q = acc
+    for _ in range(num_k_tiles // 2):
+        p, second, its_phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
+        q, third, phase = _multiply(q, w_ring, x_ring, full, ready, second, its_phase, COLUMNS, STAGES)
+        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, 1)
+        acc, q = _promote(acc, q, w_scale_ring, x_scale_ring, empty, second, COLUMNS, 0)
+        stage = third
+    if num_k_tiles % 2 == 1:
+        p, second, phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
+        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, 0)
+        stage = second
+    _store(y_ptr, acc, start, rows, n_tile * 128, N, 0, COLUMNS, PIECE)
     return stage, phase
 
 
 @gluon.jit
 def _consumer(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, CHUNK: gl.constexpr, STEPS: gl.constexpr, SMALL_T: gl.constexpr, PIECE: gl.constexpr,
-    STAGES: gl.constexpr,
+    BLOCK_T: gl.constexpr, SMALL_T: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Empty the ring, tile after tile."""
     stage = 0
@@ -309,20 +275,15 @@ def _consumer(
     mbarrier.wait(full.index(stage), phase)
     start, rows, n_tile, _ = _announced(info_ring.index(stage), 8)
     while rows > 0:
-        if SMALL_T < CHUNK and rows <= SMALL_T:
+        if rows <= SMALL_T:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, 2, SMALL_T, 1, PIECE, STAGES,
-            )  # fmt: skip
-        elif CHUNK * 2 < BLOCK_T and rows <= CHUNK * 2:
-            stage, phase = _consume_tile(
-                y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, STEPS, CHUNK, 2, PIECE, STAGES,
+                N, num_k_tiles, SMALL_T, PIECE, STAGES,
             )  # fmt: skip
         else:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, STEPS, CHUNK, BLOCK_T // CHUNK, PIECE, STAGES,
+                N, num_k_tiles, BLOCK_T, PIECE, STAGES,
             )  # fmt: skip
         start, rows, n_tile, _ = _announced(info_ring.index(stage), 8)
 
@@ -344,22 +305,18 @@ def hopper_fp8_gemm_kernel(
     num_k_tiles,  # cdiv(K, 128)
     EXPERTS: gl.constexpr,
     BLOCK_T: gl.constexpr,
-    CHUNK: gl.constexpr,
-    STEPS: gl.constexpr,
     SMALL_T: gl.constexpr,
-    BOX: gl.constexpr,
     PIECE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Grid (multiprocessors,); 8 warps multiply, one feeds them, one converts scales."""
-    SCALE_TILES: gl.constexpr = (BLOCK_T + 127) // 128
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
     words: gl.constexpr = w_scales_desc.layout
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], w_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_T, 128], x_desc.layout)
     raw_w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
-    raw_x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, SCALE_TILES, 128], words)
+    raw_x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
     w_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
     x_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_T], plain)
     info_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4], plain)
@@ -375,13 +332,13 @@ def hopper_fp8_gemm_kernel(
             (
                 _consumer,
                 (y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-                 BLOCK_T, CHUNK, STEPS, SMALL_T, PIECE, STAGES),
+                 BLOCK_T, SMALL_T, PIECE, STAGES),
             ),
             (
                 _producer,
                 (w_desc, w_scales_desc, x_desc, x_scales_desc, w_ring, x_ring, raw_w_ring, raw_x_ring, info_ring, full,
                  empty, expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-                 EXPERTS, BLOCK_T, BOX, STAGES),
+                 EXPERTS, BLOCK_T, STAGES),
             ),
             (
                 _scaler,
@@ -396,9 +353,10 @@ def hopper_fp8_gemm_kernel(
 
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tuple[KernelLaunch, ...]:
     """The launch of one product."""
+    assert config.is_valid(), config
     p, b = problem, buffers
     row_tiles, num_k_tiles = ceil_div(p.n, 128), ceil_div(p.k, 128)
-    tiles = min(ceil_div(p.num_tokens, config.block_t) + p.num_experts, p.num_tokens) * ceil_div(p.n, 128)
+    tiles = min(ceil_div(p.num_tokens, config.block_t) + p.num_experts, p.num_tokens) * row_tiles
     programs = min(multiprocessors(p.device) or 1, tiles)
     w_words, x_words = (scales._replace(dtype=torch.int32) for scales in (b.w_scales, b.x_scales))
     x_tiles = b.x_scales.shape[0] // 128 * num_k_tiles
@@ -406,7 +364,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
         b.out,
         tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
         tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
-        tensor_map(b.x_values, p.num_tokens, p.k, config.box, 128),
+        tensor_map(b.x_values, p.num_tokens, p.k, BOX.value, 128),
         tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         b.expert_offsets,
         b.scale_offsets,
@@ -417,16 +375,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     )
     experts = max(next_power_of_2(p.num_experts), 32)
     piece = 64 * 2 // p.out_dtype.itemsize
-    constants = (
-        experts,
-        config.block_t,
-        config.chunk,
-        config.steps,
-        config.small_t,
-        config.box,
-        piece,
-        config.num_stages,
-    )
+    constants = (experts, config.block_t, config.small_t, piece, config.num_stages)
     # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
     options = (("num_warps", 8), ("maxnreg", 168))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)

@@ -1,0 +1,70 @@
+"""What the Hopper FP8 grouped GEMM compiles to: asynchronous e4m3 wgmma from shared memory, two
+products at a time, no spills."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+from compiling import SHARED_LIMIT, Compiled, CompileFor
+
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config, select_hopper_fp8_config
+
+E = 8
+CONFIGS = [select_hopper_fp8_config(average * E, E) for average in (1, 1000)]
+DTYPES = [torch.bfloat16, torch.float32]
+
+Compile = Callable[[HopperFp8Config, torch.dtype], Compiled]
+
+
+@pytest.fixture
+def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) -> Compile:
+    """compile_product(config, dtype), for 132 multiprocessors."""
+    module = importlib.import_module("hybrid_mxfp8.triton_kernels.gemm.hopper_fp8")
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+
+    def compile_one(config: HopperFp8Config, dtype: torch.dtype) -> Compiled:
+        steps = kernels.product_steps(module.plan, *kernels.meta_operands(8192, 4096, 7168, E, dtype), config)
+        return compile_for(90, module, "hopper_fp8_gemm_kernel", lambda: kernels.launch(*steps))
+
+    return compile_one
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_t} tokens")
+def test_each_configuration(
+    compile_product: Compile, config: HopperFp8Config, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    compiled = compile_product(config, dtype)
+    assert compiled.grid == (132,)
+    widths = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k32\.f32\.e4m3\.e4m3 \{[^}]*\}, %rd", compiled.ptx)
+    assert len(widths) == compiled.count(r"wgmma\.mma_async"), "operands come from shared memory"
+    # For each width 4 instructions a stage of 128 columns: two stages in the loop, one after it.
+    assert widths == [str(config.small_t)] * 12 + [str(config.block_t)] * 12
+    assert compiled.count(r"mma\.sync") == 0
+    assert compiled.count(r"\.ftz") == 0, "a scale may be subnormal"
+    # The compiler adds room for the output on its way to memory.
+    assert config.shared_memory <= compiled.shared <= SHARED_LIMIT[90]
+    assert compiled.resources(tmp_path).stack == 0
+    assert "C75" not in compiled.ptxas_output(tmp_path), "wgmma is serialized"
+
+
+def test_two_products_run_at_a_time_and_both_stages_are_freed(compile_product: Compile) -> None:
+    """Stages that the loop over K carries or computes: one from outside would starve the feeding
+    warp after one round."""
+    intermediate = str(compile_product(CONFIGS[-1], torch.bfloat16).kernel.asm["ttgir"])
+    loops = [
+        loop for loop in re.findall(r"scf\.for .*?scf\.yield", intermediate, re.DOTALL) if "warp_group_dot " in loop
+    ]
+    assert len(loops) == 2
+    for loop in loops:
+        order = re.findall(r"ttng\.warp_group_dot (?=%)|pendings = \d", loop)
+        assert order == ["ttng.warp_group_dot "] * 2 + ["pendings = 1"] * 2 + ["pendings = 0"] * 2
+        freed = re.findall(r"memdesc_index %empty\[(%\w+)\]", loop)
+        assert len(set(freed)) == 2
+        assert all(f"{stage} = " in loop for stage in freed)
