@@ -110,8 +110,8 @@ def test_numerics(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_environment() -> None:
-    """Two backends compared; and a line in the log, by the variable and by the program, in processes
-    of their own, as a choice is logged once."""
+    """Two backends compared; a line in the log, by the variable and by the program, in processes of
+    their own, as a choice is logged once."""
     (command,), (compared, program) = blocks("environment.md", "sh"), blocks("environment.md", "python")
     variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TRITON_INTERPRET": "0"}
     for words in (["bash", "-c", command], [sys.executable, "-c", program]):
