@@ -135,13 +135,14 @@ def _outcome(command: Sequence[str]) -> Record:
         return {"ok": False, "reason": f"did not end in {SECONDS:.0f} s", "error": None}
     lines = done.stdout.split()
     if done.returncode != 0 or not lines:
-        last = done.stderr.strip().splitlines()[-1:]
-        why = ": ".join([f"ended with code {done.returncode}", *last])
+        said = done.stderr.strip().splitlines()
+        errors = [line for line in said if re.match(r"[\w.]+Error: ", line)]  # CUDA's go on for lines
+        why = ": ".join([f"ended with code {done.returncode}", *(errors or said)[-1:]])
         return {"ok": False, "reason": why, "error": None}
     error = float(lines[-1])
     if not error <= 1:
-        said = f"its largest error is {error:.3g} times the bound"
-        return {"ok": False, "reason": said, "error": error if math.isfinite(error) else None}
+        what = f"its largest error is {error:.3g} times the bound"
+        return {"ok": False, "reason": what, "error": error if math.isfinite(error) else None}
     return {"ok": True, "reason": f"largest error {error:.2g} of the bound", "error": error}
 
 

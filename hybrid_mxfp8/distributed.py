@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid_mxfp8.checkpoint.reader import count_experts, load_experts
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_int, check_tensor, fail, is_tracing
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, arrived, check_int, check_tensor, fail, is_tracing
 from hybrid_mxfp8.core.operands import MXFP8Tokens
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.ops.experts import MXFP8Experts
@@ -55,6 +55,7 @@ class ExpertParallelExperts(torch.nn.Module):
     - ``dispatch="all_to_all"``: a token goes only to the ranks of its experts, for many ranks. Each
       call waits once for the GPU, to know how many go where: no CUDA graph, no compilation.
 
+    Making one is a call of all ranks, too: they agree on the scale group in which tokens travel.
     A rank that dies, or raises before it takes part, makes the others raise or end as the group's
     backend does it, within the group's timeout.
 
@@ -95,12 +96,22 @@ class ExpertParallelExperts(torch.nn.Module):
         elif dispatch == "all_gather" and "cpu:" not in dist.get_backend_config(self.group):
             expected = "must have a backend for CPU tensors, such as cpu:gloo,cuda:nccl, where max_tokens is None"
             fail("group", expected, dist.get_backend_config(self.group))
+        self._agree(experts, max_tokens or 0)
         self.experts = experts
         self.num_experts = num_experts
         self.dispatch = dispatch
         self.max_tokens = max_tokens
         self._first = own.start
         self._ranks = dist.get_world_size(self.group)
+
+    def _agree(self, experts: MXFP8Experts, max_tokens: int) -> None:
+        """Tokens travel in the smallest scale group of a rank's w13; ``max_tokens`` must be one."""
+        sent = [experts.w13q.scale_group, max_tokens, -max_tokens]
+        agreed = torch.tensor(sent, device=experts.w13_values.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.group)
+        self._scale_group, least, most = agreed.tolist()
+        if least != -most:
+            fail("max_tokens", "must be the same on all ranks", f"{least or None} .. {-most}")
 
     @classmethod
     def from_weights(
@@ -205,7 +216,10 @@ class ExpertParallelExperts(torch.nn.Module):
                 ``max_tokens`` tokens.
             RuntimeError: another rank failed, or the group's timeout has passed.
         """
+        x, topk_ids, topk_weights = arrived(x, topk_ids, topk_weights)
         check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+        check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)")
+        check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)")
         if x.shape[1] != self.experts.w2_values.shape[1]:
             expected = f"must have shape (M, H) with the experts' H = {self.experts.w2_values.shape[1]}"
             fail("x", expected, tuple(x.shape))
@@ -228,7 +242,7 @@ class ExpertParallelExperts(torch.nn.Module):
         sizes = {
             "num_records": num_records,
             "num_experts": self.num_experts,
-            "scale_group": self.experts.w13q.scale_group,
+            "scale_group": self._scale_group,
         }
         return pack_tokens(x, topk_ids, topk_weights, **sizes, backend=self.experts.backend)
 
@@ -236,7 +250,7 @@ class ExpertParallelExperts(torch.nn.Module):
         """This rank's part of the sum of the tokens in records: (records, H)."""
         record = TokenRecord(x.shape[1], topk_ids.shape[1])
         values, scales, ids, weights = record.split(received)
-        tokens = MXFP8Tokens.unchecked(values, scales, x.dtype, self.experts.w13q.scale_group)
+        tokens = MXFP8Tokens.unchecked(values, scales, x.dtype, self._scale_group)
         # Numbers of other ranks' experts, and -1, fall outside those of this rank and are skipped.
         part: torch.Tensor = self.experts(tokens, ids - self._first, weights)
         return part
@@ -274,6 +288,8 @@ def _own_experts(num_experts: int, group: dist.ProcessGroup | None) -> tuple[dis
         group = dist.group.WORLD
     if group is None:
         fail("group", "must be a process group, or torch.distributed be initialized", None)
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: must be a process group of this rank, got {type(group).__name__}")
     ranks = dist.get_world_size(group)
     if num_experts < ranks:
         fail("num_experts", f"must be at least one for each of {ranks} ranks", num_experts)

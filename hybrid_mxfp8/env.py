@@ -98,7 +98,7 @@ def _start_once() -> None:
     ours = [name for name in VARIABLES if name.startswith("HYBRID_MXFP8_")]
     for name in sorted(os.environ):
         if name.startswith("HYBRID_MXFP8_") and not name.startswith("HYBRID_MXFP8_TEST_") and name not in ours:
-            (closest,) = difflib.get_close_matches(name, ours, n=1, cutoff=0.0)
+            (closest,) = difflib.get_close_matches(name.upper(), ours, n=1, cutoff=0.0)
             logger.warning("%s: no such variable, did you mean %s?", name, closest)
 
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"cache: {said}", file=sys.stderr)
             return 2
         kept = [f"{entry.path}: {why}" for entry in found if (why := remove(entry))]
-    except (OSError, ValueError) as error:  # the latter for a variable that is neither 0 nor 1
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a variable neither 0 nor 1
         print(f"cache: {error}", file=sys.stderr)
         return 2
     gone = [entry for entry in found if not os.path.lexists(entry.path)]
@@ -97,7 +97,8 @@ def entries(folder: Path) -> list[Entry]:
         # os.path's tests answer False for a path that cannot be, such as one too long.
         inside = sorted((folder / below).iterdir()) if os.path.isdir(folder / below) else []
         for kind, pattern in kinds.items():
-            named = [path for path in inside if re.fullmatch(pattern, path.name) and not path.is_symlink()]
+            is_kind = Path.is_file if kind in ("failed build", "lock") else Path.is_dir
+            named = [p for p in inside if re.fullmatch(pattern, p.name) and is_kind(p) and not p.is_symlink()]
             found += [Entry(kind, p, _about(kind, p), sum(f.stat().st_size for f in _files(p))) for p in named]
     return found
 
@@ -142,7 +143,7 @@ def refusal(folder: Path) -> str:
     if folder.resolve() in (home, *home.parents):
         return "it is the home folder, or holds it"
     below = [folder / name for name in KINDS]
-    links = [f"{path} is a link" for path in below if path.is_symlink()]
+    links = [f"{path} is a link" for path in (folder, *below) if path.is_symlink()]
     return next(filter(None, (*links, *map(trust_problem, (folder, *below)))), "")
 
 

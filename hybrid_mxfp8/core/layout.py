@@ -98,9 +98,10 @@ class GroupLayout:
     ) -> GroupLayout:
         """Without the checks, for tensors that this package has just made or checked."""
         self = object.__new__(cls)
-        offsets = {"expert_offsets": expert_offsets, "scale_offsets": scale_offsets}
-        fields = {"tokens_per_expert": tokens_per_expert, **offsets, "num_tokens": num_tokens}
-        object.__setattr__(self, "__dict__", fields)
+        object.__setattr__(self, "tokens_per_expert", tokens_per_expert)
+        object.__setattr__(self, "expert_offsets", expert_offsets)
+        object.__setattr__(self, "scale_offsets", scale_offsets)
+        object.__setattr__(self, "num_tokens", num_tokens)
         return self
 
     @property

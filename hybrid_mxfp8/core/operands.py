@@ -180,8 +180,10 @@ class GroupedMXFP8(_Portable):
     ) -> GroupedMXFP8:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
-        fields = {"values": values, "scales": scales, "groups": groups, "scale_group": scale_group}
-        object.__setattr__(self, "__dict__", fields)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "scale_group", scale_group)
         return self
 
     @property

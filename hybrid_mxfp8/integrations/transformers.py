@@ -43,6 +43,7 @@ from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_scale_group, fail, resolve_device, short
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
+from hybrid_mxfp8.dispatch.registry import requested
 from hybrid_mxfp8.ops.experts import MXFP8Experts
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
@@ -369,6 +370,7 @@ def quantize_model_(
     register()
     if scale_group is not None:
         check_scale_group(scale_group)
+    requested(backend)
     where = None if device is None else resolve_device(device)
     found = [(name, m) for name, m in model.named_modules() if _has_experts(m)]
     if not found:

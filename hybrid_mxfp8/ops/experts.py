@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_contiguous, check_tensor, short
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_contiguous, check_tensor, is_tracing, short
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.core.scale_group import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
@@ -38,6 +38,15 @@ def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group:
     check_contiguous(f"{name}_values", values)
     check_contiguous(f"{name}_scales", scales)
     return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, scale_group)
+
+
+def _state(scales: torch.Tensor) -> tuple[int, int]:
+    """What changes when a buffer is replaced, or written in place."""
+    return scales.data_ptr(), 0 if scales.is_inference() else scales._version
+
+
+def _linear_scales(scales: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales.contiguous()).linear_scales()
 
 
 class MXFP8Experts(torch.nn.Module):
@@ -92,7 +101,10 @@ class MXFP8Experts(torch.nn.Module):
         self.register_buffer("w2_scales", w2q.scales)
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
-        self._scale_groups = shape.scale_groups
+        # Of each buffer of scales: when it was looked at, and what was found.
+        self._scale_groups = {
+            name: (_state(w.scales), w.scale_group) for name, w in (("w13_scales", w13q), ("w2_scales", w2q))
+        }
         self.activation = swiglu_of(activation)
         self.workspace = workspace
         self.backend = backend
@@ -143,12 +155,22 @@ class MXFP8Experts(torch.nn.Module):
     @property
     def w13q(self) -> ExpertWeights:
         """(E, 2I, H), the buffers' memory."""
-        return _weights("w13", self.w13_values, self.w13_scales, self._scale_groups[0])
+        return _weights("w13", self.w13_values, self.w13_scales, self._scale_group("w13_scales"))
 
     @property
     def w2q(self) -> ExpertWeights:
         """(E, H, I), the buffers' memory."""
-        return _weights("w2", self.w2_values, self.w2_scales, self._scale_groups[1])
+        return _weights("w2", self.w2_values, self.w2_scales, self._scale_group("w2_scales"))
+
+    def _scale_group(self, name: str) -> int:
+        """That of a buffer of scales, which is looked at again where anyone may have changed it."""
+        scales = getattr(self, name)
+        state, group = self._scale_groups[name]
+        if torch.compiler.is_compiling() or is_tracing(scales) or _state(scales) == state:
+            return group
+        group = find_scale_group(_linear_scales(scales, getattr(self, name.replace("scales", "values"))))
+        self._scale_groups[name] = (_state(scales), group)
+        return group
 
     def extra_repr(self) -> str:
         """Shapes, for ``print(module)``."""
@@ -170,8 +192,6 @@ class MXFP8Experts(torch.nn.Module):
                 error_msgs.append(f"{key}: dtype must be uint8 or {short(dtype)}, got {short(given.dtype)}")
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        w13_group, w2_group = (find_scale_group(w.linear_scales()) for w in (self.w13q, self.w2q))
-        self._scale_groups = w13_group, w2_group
 
     def forward(
         self, x: torch.Tensor | MXFP8Tokens, topk_ids: torch.Tensor, topk_weights: torch.Tensor

@@ -70,7 +70,8 @@ def quantize_grouped(
         activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32;
             ``"swigluoai"``, gpt-oss's, or another ``SwiGLU``.
         out: an earlier result of the same shapes whose buffers are written instead of new ones;
-            ``out.groups`` and ``out.scale_group`` are not used. They must not overlap the inputs.
+            go on with the result, since ``out.groups`` and ``out.scale_group`` stay those of the
+            earlier one. They must not overlap the inputs.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with
             the Triton kernel.
 

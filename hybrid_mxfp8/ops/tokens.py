@@ -7,6 +7,7 @@ import torch
 
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
+    arrived,
     check_k,
     check_no_grad,
     check_scale_group,
@@ -44,6 +45,7 @@ def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: 
         ValueError: wrong shape or stride; x requires grad.
         BackendUnavailableError: the named backend can't run here.
     """
+    (x,) = arrived(x)
     check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
     records = pack_tokens(
         x, None, None, num_records=x.shape[0], num_experts=0, scale_group=scale_group, backend=backend

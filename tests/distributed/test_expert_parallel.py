@@ -13,7 +13,7 @@ import torch
 import hybrid_mxfp8 as mx
 from bench import expert_parallel, expert_parallel_model
 from bench.shapes import MODELS, ModelShape
-from hybrid_mxfp8.distributed import _destinations, experts_of_rank
+from hybrid_mxfp8.distributed import ExpertParallelExperts, _destinations, experts_of_rank
 
 
 def test_a_layer_on_two_ranks(tmp_path: Path) -> None:
@@ -32,6 +32,24 @@ def test_a_rank_that_fails_ends_the_others(how: str, option: dict[str, Any], tmp
     assert error in ("RuntimeError", "DistBackendError", "DistNetworkError")
     assert seconds < timeout + 10
     assert second is None if how == "dies" else second[0] == "ValueError"
+
+
+def test_ranks_agree_when_they_are_made(tmp_path: Path) -> None:
+    """On the smallest scale group, in which tokens then travel, and on max_tokens."""
+
+    def agree(rank: int, size: int, device: str) -> tuple[int, str]:
+        w13, w2 = torch.ones(2, 64, 128), torch.ones(2, 128, 32)
+        own = mx.MXFP8Experts.from_weights(w13[:1], w2[:1], scale_group=(32, 128)[rank], backend="reference")
+        if rank == 0:
+            own.w13_scales[0, 0] += torch.arange(4, dtype=torch.uint8)
+        layer = ExpertParallelExperts(own, num_experts=2)
+        with pytest.raises(ValueError, match=r"^max_tokens: must be the same on all ranks, got 7 \.\. 8$") as error:
+            ExpertParallelExperts(own, num_experts=2, max_tokens=7 + rank)
+        return layer._scale_group, str(error.value)
+
+    first, second = ranks.on_ranks(agree, tmp_path, "cpu")
+    assert first == second
+    assert first[0] == 32
 
 
 class EveryCallTakes10Us:

@@ -330,15 +330,15 @@ def test_module_refuses_other_dtypes(name: str, assign: bool, rng: torch.Generat
 
 
 @pytest.mark.parametrize("name", ["w13_values", "w13_scales", "w2_values", "w2_scales"])
-def test_module_reads_no_strided_views(name: str, multiplier: str, rng: torch.Generator) -> None:
+def test_module_reads_no_strided_views(name: str, multiplier: str, device: str, rng: torch.Generator) -> None:
     """Assigned by load_state_dict they are copied; set as an attribute they are refused, though a
     plan of these shapes is there."""
-    layer = make(rng, "cpu")
+    layer = make(rng, device)
     module = module_of(layer)
     module.backend = multiplier
     y = module(layer.x, layer.ids, layer.weights)
     state = module.state_dict()
-    wide = torch.full((*state[name].shape, 2), 127, dtype=torch.uint8)
+    wide = torch.full((*state[name].shape, 2), 127, dtype=torch.uint8, device=device)
     wide[..., 0] = state[name]
     module.load_state_dict(dict(state) | {name: wide[..., 0]}, assign=True)
     assert torch.equal(module(layer.x, layer.ids, layer.weights), y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -187,3 +188,21 @@ def test_a_workspace_serves_both(rng: torch.Generator) -> None:
     for module, y in zip(modules, expected, strict=True):
         module.workspace = workspace
         assert torch.equal(module(*batch), y)
+
+
+@pytest.mark.parametrize("change", ["copy_", "setattr", "assign", "state_dict"])
+def test_module_looks_again_at_changed_scales(change: str, rng: torch.Generator) -> None:
+    """However other weights get into its buffers: groups of 128 are not claimed of groups of 32."""
+    w = [torch.randn(2, n, k, generator=rng) * torch.logspace(-3, 3, k) for n, k in ((128, 256), (256, 64))]
+    of_32, module = (mx.MXFP8Experts.from_weights(*w, scale_group=g, backend="reference") for g in (32, 128))
+    assert module.w13q.scale_group == module.w2q.scale_group == 128
+    state = {name: tensor.clone() for name, tensor in of_32.state_dict().items()}
+    if change == "assign":
+        module.load_state_dict(state, assign=True)
+    for name, tensor in state.items():
+        if change == "setattr":
+            setattr(module, name, tensor)
+        elif change != "assign":
+            (module.state_dict()[name] if change == "state_dict" else getattr(module, name)).copy_(tensor)
+    assert module.w13q.scale_group == module.w2q.scale_group == 32
+    assert copy.deepcopy(module).w13q.scale_group == 32

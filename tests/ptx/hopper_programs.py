@@ -196,7 +196,7 @@ def tensor_programs() -> Iterator[Hopper]:
     for kind, size in ((1, 2), (2, 4)):
         made = Map("in", kind, (40, 30), (128 * size,), (32, 8), 0)
         yield Hopper(
-            f"TMA load of {size}-byte elements", kernel(load(made, (20, -2)), 1), 256 * size, 128 * size * 30, (made,)
+            f"TMA load of {size}-byte elements", kernel(load(made, (24, -2)), 1), 256 * size, 128 * size * 30, (made,)
         )
 
 
