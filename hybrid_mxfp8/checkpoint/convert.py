@@ -146,8 +146,9 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
     """Which tensors that will be quantized are not (E, N, K) with gate before up.
 
     Raises:
-        ValueError: an option's pattern that matches none of them, or experts that are (E, K, N) by
-            their shapes and not by the layout, or the other way round.
+        ValueError: an option's pattern that matches none of them, fused matrices of a model that
+            has rows in turns under another name, or experts that are (E, K, N) by their shapes and
+            not by the layout, or the other way round.
     """
     known = layout_of(checkpoint.path)
     transposed = known.transposed if options.transposed is None else options.transposed
@@ -163,6 +164,11 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
         if given and not names:
             what = "stack of three dimensions" if option == "transposed" else "matrix"
             raise ValueError(f"--{option}: no {what} that --experts matches has a name like {' or '.join(given)}")
+    if known.interleaved and options.interleaved is None:
+        fused = sorted(n for n in quantized - found.interleaved if "gate_up_proj" in n or "w13" in n)
+        if fused:
+            likely = f"has gate and up rows in turns in {' or '.join(known.interleaved)}"
+            raise ValueError(f"{fused[0]}: a model of config.json's model_type {likely}: --interleaved says where here")
     for up in (name for name in stacks if "gate_up_proj" in name):
         down = up.replace("gate_up_proj", "down_proj")
         if down in stacks and quantized & {up, down}:

@@ -285,6 +285,19 @@ def test_experts_as_gpt_oss_keeps_them(
     assert f"1 matching vectors and biases stay as they were, {names[3]} among them" in said
 
 
+def test_known_layout_under_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No shape shows rows in turns, so a name that the layout does not know is asked about."""
+    tensors = {f"{name}.weight": tensor for name, tensor in gpt_oss(64, 96).items() if not name.endswith("bias")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
+    given = (tmp_path / "a.safetensors", tmp_path / "out.safetensors", *ALL, "--transposed", "*_proj.weight")
+    assert quantize(*given) == 2
+    assert (
+        "has gate and up rows in turns in *.experts.gate_up_proj: --interleaved says where" in capsys.readouterr().err
+    )
+    assert quantize(*given, "--interleaved", "*.gate_up_proj.weight") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -179,7 +179,7 @@ def test_operands_of_two_gpus_are_refused() -> None:
     g = layer.given
     xq, wq = mx.quantize_grouped(here.x, here.groups), mx.quantize_weights(there.w)
     refused = {
-        "x": lambda: mx.quantize_grouped(here.x, there.groups),
+        "groups": lambda: mx.quantize_grouped(here.x, there.groups),
         "w": lambda: mx.grouped_gemm(xq, wq),
         "w13q": lambda: mx.moe_forward(g.x, other.w13q, other.w2q, g.ids, g.weights),
         "workspace": lambda: mx.moe_forward(g.x, layer.w13q, layer.w2q, g.ids, g.weights, workspace=other.workspace),
