@@ -11,8 +11,8 @@ import ranks
 import torch
 
 import hybrid_mxfp8 as mx
-from bench import expert_parallel, expert_parallel_model
-from bench.shapes import MODELS, ModelShape
+from hybrid_mxfp8.bench import expert_parallel, expert_parallel_model
+from hybrid_mxfp8.bench.shapes import MODELS, ModelShape
 from hybrid_mxfp8.distributed import ExpertParallelExperts, _destinations, experts_of_rank
 
 
