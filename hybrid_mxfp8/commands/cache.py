@@ -97,8 +97,9 @@ def entries(folder: Path) -> list[Entry]:
         # os.path's tests answer False for a path that cannot be, such as one too long.
         inside = sorted((folder / below).iterdir()) if os.path.isdir(folder / below) else []
         for kind, pattern in kinds.items():
-            is_kind = Path.is_file if kind in ("failed build", "lock") else Path.is_dir
-            named = [p for p in inside if re.fullmatch(pattern, p.name) and is_kind(p) and not p.is_symlink()]
+            named = [path for path in inside if re.fullmatch(pattern, path.name) and not path.is_symlink()]
+            if kind == "launcher":  # a name that others may have, too
+                named = [path for path in named if path.is_dir()]
             found += [Entry(kind, p, _about(kind, p), sum(f.stat().st_size for f in _files(p))) for p in named]
     return found
 
