@@ -62,8 +62,8 @@ class ExpertParallelExperts(torch.nn.Module):
     Args:
         experts: this rank's: those of :func:`experts_of_rank`, in this order.
         num_experts: E, of all ranks; at least one a rank.
-        group: of the ranks; default: all. With NCCL and no ``max_tokens`` it needs a backend for
-            CPU tensors, too: ``init_process_group("cpu:gloo,cuda:nccl")``.
+        group: of the ranks; default: all. For ``all_gather`` with no ``max_tokens`` it needs a
+            backend for CPU tensors, too: ``init_process_group("cpu:gloo,cuda:nccl")``.
         dispatch: ``all_gather`` or ``all_to_all``.
         max_tokens: the most tokens of a rank, the same number on all of them; for ``all_gather``.
 
@@ -214,7 +214,7 @@ class ExpertParallelExperts(torch.nn.Module):
         Raises:
             TypeError, ValueError: as ``moe_forward``, before anything is sent; more than
                 ``max_tokens`` tokens.
-            RuntimeError: another rank failed, or the group's timeout has passed.
+            RuntimeError: with gloo, another rank failed or the group's timeout has passed.
         """
         x, topk_ids, topk_weights = arrived(x, topk_ids, topk_weights)
         check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
