@@ -171,8 +171,9 @@ class Plan:
 
     def _check_overlap(self, tensors: Sequence[torch.Tensor]) -> None:
         """As the launcher does it; a template's plan gets its operands and steps first."""
-        if self._make is not None:
-            made = self._make()
+        make = self._make  # read once: another thread may come here, too
+        if make is not None:
+            made = make()
             self.operands, self.steps, self._make = made.operands, made.steps, None
         spans = [(t.data_ptr(), t.data_ptr() + o.extent) for t, o in zip(tensors, self.operands, strict=True)]
         for written, (start, end) in enumerate(spans):
