@@ -32,7 +32,7 @@ if kind == "hang":
 if kind == "crash":
     os.abort()
 if kind == "raise":
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\\nCompile with `TORCH_USE_CUDA_DSA`")
 time.sleep(0.5)
 print({"right": 0.25, "wrong numbers": 17.5, "nan": "nan", "a row without an expert": "inf"}[kind])
 """
