@@ -4,8 +4,8 @@ launcher's place."""
 from __future__ import annotations
 
 import multiprocessing
-import threading
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
