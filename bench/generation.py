@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +31,20 @@ from hybrid_mxfp8.dispatch.device import default_device
 
 from . import report
 
-SIZES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "rope_theta": 1e6,
-    },
-    "tiny": {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-    },
+SIZES = {
+    "qwen3-30b-a3b": (151936, 2048, 768, 32, 4, 128, 128, 8),
+    "tiny": (97, 64, 32, 4, 2, 16, 8, 2),
 }
+NAMES = (
+    "vocab_size",
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+)
 OURS, BASELINE = "hybrid_mxfp8", "grouped_mm"
 PROMPT = 32
 """Tokens."""
@@ -75,7 +63,8 @@ def make_models(size: str, layers: int, device: torch.device) -> dict[str, Any]:
     from hybrid_mxfp8.integrations import transformers as integration
 
     integration.register()
-    config = Qwen3MoeConfig(num_hidden_layers=layers, **SIZES[size])
+    sizes = dict(zip(NAMES, SIZES[size], strict=True))
+    config = Qwen3MoeConfig(num_hidden_layers=layers, norm_topk_prob=True, **sizes)
     options = {"dtype": torch.bfloat16, "experts_implementation": BASELINE}
     with device:
         baseline = AutoModelForCausalLM.from_config(config, **options).eval()
@@ -91,7 +80,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def steps_ms(model: Any, prompt: torch.Tensor, steps: int, **options: Any) -> list[float]:
+def steps_ms(model: Any, prompt: torch.Tensor, steps: int, cache_implementation: str) -> list[float]:
     """ms of each decoding step of one ``generate``, without its first."""
     from transformers import StoppingCriteria
 
@@ -115,11 +104,12 @@ def steps_ms(model: Any, prompt: torch.Tensor, steps: int, **options: Any) -> li
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=[clock],
-        **options,
+        cache_implementation=cache_implementation,
     )
     return [1e3 * (end - start) for start, end in zip(clock.ends[FIRST - 1 :], clock.ends[FIRST:], strict=False)]
 
 
+@torch.no_grad()
 def prefill_ms(model: Any, prompt: torch.Tensor) -> list[float]:
     """ms of one forward that fills a cache."""
     synchronize(prompt.device)
@@ -141,29 +131,25 @@ def row(case: str, models: Models, rounds: int, sample: Callable[[Any], list[flo
     return found
 
 
-@torch.no_grad()
-def measure(models: Models, batches: Sequence[int], static_batches: Sequence[int], steps: int, rounds: int) -> Any:
-    """The rows of all cases, and how far the first logits are apart, in dB."""
-    model = models[BASELINE]
+def prompt_for(model: Any, *shape: int) -> torch.Tensor:
+    """Random tokens (batch, length)."""
+    return torch.randint(3, model.config.vocab_size, shape, device=model.device)
 
-    def prompt(*shape: int) -> torch.Tensor:
-        return torch.randint(3, model.config.vocab_size, shape, device=model.device)
 
-    ids = prompt(*PREFILL)
-    snr = mx.signal_to_noise_db(*(models[name](ids, logits_to_keep=1).logits for name in (BASELINE, OURS)))
-    report.say(f"logits at {snr:.1f} dB of {BASELINE}'s")
-    rows = [row(f"prefill of {PREFILL[0]} x {PREFILL[1]} tokens", models, PREFILL_ROUNDS, lambda m: prefill_ms(m, ids))]
-    for cache, sizes in (("dynamic", batches), ("static", static_batches)):
+def measure(
+    models: Models, batches: Sequence[int], static_batches: Sequence[int], steps: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of all cases."""
+    ids = prompt_for(models[BASELINE], *PREFILL)
+    sample: Callable[[Any], list[float]] = functools.partial(prefill_ms, prompt=ids)
+    yield row("prefill of {} x {} tokens".format(*PREFILL), models, PREFILL_ROUNDS, sample)
+    for cache, how, sizes in (("dynamic", "eager", batches), ("static", "static cache", static_batches)):
         for batch in sizes:
-            ids = prompt(batch, PROMPT)
             # What was compiled for another batch would be compiled again for any batch.
             torch._dynamo.reset()
-            options = {"cache_implementation": cache}
-            how = "eager" if cache == "dynamic" else "static cache"
-            rows.append(
-                row(f"batch {batch}, {how}", models, rounds, lambda m, i=ids, o=options: steps_ms(m, i, steps, **o))
-            )
-    return rows, round(snr, 1)
+            ids = prompt_for(models[BASELINE], batch, PROMPT)
+            sample = functools.partial(steps_ms, prompt=ids, steps=steps, cache_implementation=cache)
+            yield row(f"a token, batch {batch}, {how}", models, rounds, sample)
 
 
 def integers(text: str) -> list[int]:
@@ -189,17 +175,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     import transformers
 
     models = make_models(args.model, args.layers, default_device())
-    rows, snr = measure(models, args.batches, args.static_batches, args.steps, args.rounds)
+    ids = prompt_for(models[BASELINE], 4, PROMPT)
+    with torch.no_grad():
+        snr = mx.signal_to_noise_db(*(models[name](ids).logits for name in (BASELINE, OURS)))
+    report.say(f"logits at {snr:.1f} dB of {BASELINE}'s")
     machine = report.describe_machine(args.commit) if torch.cuda.is_available() else {"gpu": "none"}
-    record = {
+    record: dict[str, Any] = {
         "machine": machine | {"transformers": transformers.__version__},
         "method": " ".join(__doc__.partition("\n\n")[2].rpartition("\n\n")[2].split()),
         "model": f"{args.layers} layers of {args.model}",
-        "logits_db": snr,
-        "seconds": round(time.monotonic() - started, 1),
-        "rows": rows,
+        "logits_db": round(snr, 1),
+        "rows": [],
     }
-    report.write_json(record, args.out)
+    for each in measure(models, args.batches, args.static_batches, args.steps, args.rounds):
+        record["rows"].append(each)
+        record["seconds"] = round(time.monotonic() - started, 1)
+        report.write_json(record, args.out)
     return 0
 
 

@@ -9,16 +9,16 @@ lacks has no line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import generation
-from .shapes import MAIN_MODELS, MODELS, Case, moe_case
+from .generation import BASELINE, OURS
+from .shapes import MAIN_MODELS, MODEL_TOKENS, MODELS, Case, moe_case
 
-LAYER_TOKENS = (1, 16, 128, 1024, 8192)
 PRODUCT = (32, 4096, 7168)
 PRODUCT_ROWS = (16, 128, 256, 2048)
 """Of each expert; DeepSeek-V3's gate and up, an eighth of its experts."""
@@ -30,48 +30,30 @@ Line = tuple[str, float, str, float]
 def generation_lines(record: Mapping[str, Any]) -> Iterator[Line]:
     """A line for each case."""
     for row in record["rows"]:
-        ms = row["ms"]
-        yield (
-            f"a token, {row['case']}" if "batch" in row["case"] else row["case"],
-            ms[generation.OURS],
-            f"transformers' `{generation.BASELINE}`",
-            ms[generation.BASELINE],
-        )
+        yield row["case"], row["ms"][OURS], f"transformers' `{BASELINE}`", row["ms"][BASELINE]
 
 
 def suite_lines(record: Mapping[str, Any]) -> Iterator[Line]:
     """Layers beside SGLang's in FP8, products beside torch's and DeepGEMM's."""
-    rows = [row for row in record["rows"] if not row["failure"]]
-
-    def ms(case: Case, wanted: Callable[[Mapping[str, Any]], bool]) -> float | None:
-        return min((row["us"] / 1e3 for row in rows if row["case"] == case.name and wanted(row)), default=None)
-
-    jobs = [
-        (f"{model.name} layer, {count(tokens, 'token')}", moe_case(model, tokens), {"SGLang FP8": "SGLang fp8"})
-        for model in MODELS
-        if model.name in MAIN_MODELS
-        for tokens in LAYER_TOKENS
-    ]
+    models = [model for model in MODELS if model.name in MAIN_MODELS]
+    for model, tokens in itertools.product(models, MODEL_TOKENS):
+        job = f"{model.name} layer, batch {tokens}"
+        yield from lines_of(job, moe_case(model, tokens), {"SGLang FP8": "SGLang fp8"}, record["rows"])
     experts, n, k = PRODUCT
-    jobs += [
-        (
-            f"product of {experts} experts, {n} x {k}, {per} rows each",
-            Case("gemm", "main", experts * per, n, k, experts),
-            {"torch bf16": "torch bf16", "DeepGEMM FP8": "DeepGEMM"},
-        )
-        for per in PRODUCT_ROWS
-    ]
-    for job, case, others in jobs:
-        ours = ms(case, lambda row: row["ours"])
-        for name, prefix in others.items():
-            theirs = ms(case, lambda row, prefix=prefix: row["contender"].startswith(prefix))
-            if ours is not None and theirs is not None:
-                yield job, ours, name, theirs
+    for rows in PRODUCT_ROWS:
+        job = f"product of {experts} experts, {n} x {k}, {rows} rows each"
+        peers = {"torch bf16": "torch bf16", "DeepGEMM FP8": "DeepGEMM fp8"}
+        yield from lines_of(job, Case("gemm", "main", experts * rows, n, k, experts), peers, record["rows"])
 
 
-def count(number: int, noun: str) -> str:
-    """1 token, 2 tokens."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def lines_of(job: str, case: Case, peers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+    """A line for each peer, by how its contenders' names begin."""
+    timed = [row for row in rows if row["case"] == case.name and not row["failure"]]
+    ours = [row["us"] / 1e3 for row in timed if row["ours"]]
+    for name, prefix in peers.items():
+        theirs = [row["us"] / 1e3 for row in timed if row["contender"].startswith(prefix)]
+        if ours and theirs:
+            yield job, min(ours), name, min(theirs)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -83,11 +65,5 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def main(files: Sequence[str]) -> int:
-    """Print the table."""
-    print("\n".join(table([json.loads(Path(file).read_text(encoding="utf-8")) for file in files])))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print("\n".join(table([json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[1:]])))

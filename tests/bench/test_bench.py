@@ -277,7 +277,7 @@ def test_generation_and_the_table_of_speed(tmp_path, monkeypatch, capsys):
     file = tmp_path / "generation.json"
     options = ["--model", "tiny", "--layers", "1", "--batches", "2", "--static-batches", "", "--steps", "2"]
     assert generation.main([*options, "--rounds", "1", "--out", str(file)]) == 0
-    assert "batch 2, eager: hybrid_mxfp8 " in capsys.readouterr().out
+    assert "a token, batch 2, eager: hybrid_mxfp8 " in capsys.readouterr().out
     layer = shapes.moe_case(shapes.MODELS[0], 16).name
     times = {"moe_forward (triton)": 200, "SGLang fp8, tile of 16": 150, "SGLang fp8, tile of 64": 100}
     rows = [
@@ -289,7 +289,7 @@ def test_generation_and_the_table_of_speed(tmp_path, monkeypatch, capsys):
         "| prefill of 2 x 16 tokens",
         "| a token, batch 2, eager",
     ]
-    assert lines[4:] == ["| DeepSeek-V3 layer, 16 tokens | 0.2 | SGLang FP8 | 0.1 | 0.50 |"]
+    assert lines[4:] == ["| DeepSeek-V3 layer, batch 16 | 0.2 | SGLang FP8 | 0.1 | 0.50 |"]
 
 
 @pytest.mark.parametrize(
