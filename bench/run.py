@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         sglang = sglang_moe.load(args.sglang_kernel)
-    except (OSError, SyntaxError, ImportError) as error:
+    except (OSError, SyntaxError, ImportError, AttributeError, TypeError) as error:
         print(f"--sglang-kernel: {args.sglang_kernel}: {error}", file=sys.stderr)
         return 2
     return _measure(args, wanted, sglang)

@@ -89,7 +89,7 @@ def load(file: Path | None) -> ModuleType | str:
     """The kernels' module, from ``file`` or of an installed sglang, or why there is none.
 
     Raises:
-        OSError, SyntaxError, ImportError: the file can't be read or run.
+        OSError, SyntaxError, ImportError, AttributeError, TypeError: the file can't be read or run.
     """
     if file is None:
         found = find_function(MODULE, "invoke_fused_moe_kernel")
