@@ -4,8 +4,8 @@ Where four neighbouring blocks of 32 share their scale (``Problem.scale_group ==
 e4m3 is summed over 128 elements before a scale is needed. Both operands go to shared memory by TMA
 as they are, and each partial sum, times the scale of its row and of its column, is added in fp32.
 
-- One warp feeds a ring of stages: weights, tokens, and a 128x4 tile of scales of each. It alone
-  knows which tile comes next, and says so in the stage that a tile begins with.
+- Two warps feed a ring of stages, one weights, one tokens, each with a 128x4 tile of scales. The
+  second says in a tile's first stage which tile it is.
 - Another warp turns the scales of a stage into fp32, in the order of rows.
 - Two warpgroups multiply, 64 weight rows each, two stages at a time: while the first one's partial
   sum is added, the second one's product runs.
@@ -94,50 +94,97 @@ def _announced(info, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _producer(
-    w_desc, w_scales_desc, x_desc, x_scales_desc, w_ring, x_ring, raw_w_ring, raw_x_ring, info_ring, full, empty,
-    expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
+def _count_tiles(
+    expert_offsets_ptr, num_experts, num_tokens, num_n_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr
+):
+    """How the tiles of all experts are dealt, as split_last_wave returns it."""
+    _, _, _, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
+    return split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
+
+
+@gluon.jit
+def _tile(
+    index, whole, parts, num_n_tiles, expert_offsets_ptr, num_experts, num_tokens, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr
+):  # fmt: skip
+    """(expert, n tile, the expert's first token, which of its tokens is the tile's first, how many
+    the tile has)."""
+    t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
+    e, starts, ends, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
+    upto = gl.associative_scan(tiles, 0, _add)
+    expert = gl.sum((upto <= t_tile).to(gl.int32), 0)
+    own = e == expert
+    first = gl.sum(gl.where(own, starts, 0), 0)
+    end = gl.sum(gl.where(own, ends, 0), 0)
+    tile = t_tile - gl.sum(gl.where(own, upto - tiles, 0), 0)
+    width = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
+    within = tile * BLOCK_T + part * width
+    return expert, n_tile, first, within, gl.minimum(end - first - within, width)
+
+
+@gluon.jit
+def _load_weights(
+    w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
     EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp: keep the ring full, tile after tile."""
+    """One warp: weights and their scales of tile after tile.
+
+    It does not wait for the kernel before, which writes tokens. What it reads is older.
+    """
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    e, starts, ends, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
-    whole, parts, count = split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
+    whole, parts, count = _count_tiles(expert_offsets_ptr, num_experts, num_tokens, num_n_tiles, EXPERTS, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
-        e, starts, ends, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
-        upto = gl.associative_scan(tiles, 0, _add)
-        expert = gl.sum((upto <= t_tile).to(gl.int32), 0)
-        own = e == expert
-        first = gl.sum(gl.where(own, starts, 0), 0)
-        end = gl.sum(gl.where(own, ends, 0), 0)
-        tile = t_tile - gl.sum(gl.where(own, upto - tiles, 0), 0)
-        width = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
-        within = tile * BLOCK_T + part * width
-        start = first + within
-        rows = gl.minimum(end - start, width)
+        expert, n_tile, _first, _within, rows = _tile(
+            index, whole, parts, num_n_tiles, expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T
+        )
         if rows > 0:
-            w_row = expert * N + n_tile * 128
-            w_scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
+            row = expert * N + n_tile * 128
+            scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
+            for k_tile in range(num_k_tiles):
+                bar = full.index(stage)
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(bar, 128 * 128 + 512)
+                tma_load(w_desc, [row, k_tile * 128], bar, w_ring.index(stage))
+                tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
+                stage, phase = advance(stage, phase, STAGES)
+    mbarrier.wait(empty.index(stage), phase)
+    mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def _load_tokens(
+    x_desc, x_scales_desc, x_ring, raw_x_ring, info_ring, full, empty, expert_offsets_ptr, scale_offsets_ptr, num_experts,
+    num_tokens, N, num_k_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: tokens and their scales of tile after tile; in its first stage, which tile it is.
+
+    All that is written is written after this warp has waited.
+    """
+    wait_for_predecessor()
+    num_n_tiles = (N + 127) // 128
+    stage = 0
+    phase = 1
+    whole, parts, count = _count_tiles(expert_offsets_ptr, num_experts, num_tokens, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        expert, n_tile, first, within, rows = _tile(
+            index, whole, parts, num_n_tiles, expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T
+        )
+        if rows > 0:
             scale_row = gl.load(scale_offsets_ptr + expert) + within
-            x_scale_tile = scale_row // 128 * num_k_tiles
-            piece = scale_row % 128 // 32
+            scale_tile = scale_row // 128 * num_k_tiles
             boxes = (rows + BOX - 1) // BOX
             mbarrier.wait(empty.index(stage), phase)
-            _announce(info_ring.index(stage), start, rows, n_tile, piece)
+            _announce(info_ring.index(stage), first + within, rows, n_tile, scale_row % 128 // 32)
             for k_tile in range(num_k_tiles):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 for i in gl.static_range(BLOCK_T // BOX):
-                    mbarrier.expect(bar, (128 + (i + 1) * BOX) * 128 + 2 * 512, pred=boxes == i + 1)
-                tma_load(w_desc, [w_row, k_tile * 128], bar, w_ring.index(stage))
+                    mbarrier.expect(bar, (i + 1) * BOX * 128 + 512, pred=boxes == i + 1)
                 for i in gl.static_range(BLOCK_T // BOX):
                     x = x_ring.index(stage).slice(i * BOX, BOX, dim=0)
-                    tma_load(x_desc, [start + i * BOX, k_tile * 128], bar, x, pred=i < boxes)
-                tma_load(w_scales_desc, [w_scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
-                tma_load(x_scales_desc, [x_scale_tile + k_tile, 0], bar, raw_x_ring.index(stage))
+                    tma_load(x_desc, [first + within + i * BOX, k_tile * 128], bar, x, pred=i < boxes)
+                tma_load(x_scales_desc, [scale_tile + k_tile, 0], bar, raw_x_ring.index(stage))
                 stage, phase = advance(stage, phase, STAGES)
     mbarrier.wait(empty.index(stage), phase)
     _announce(info_ring.index(stage), 0, 0, 0, 0)
@@ -310,7 +357,7 @@ def hopper_fp8_gemm_kernel(
     PIECE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid (multiprocessors,); 8 warps multiply, one feeds them, one converts scales."""
+    """Grid (multiprocessors,); 8 warps multiply, two feed them, one converts scales."""
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
     words: gl.constexpr = w_scales_desc.layout
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -325,11 +372,9 @@ def hopper_fp8_gemm_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=2)
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=256)
-    # Before the other warps start, so that it holds for them, too.
-    wait_for_predecessor()
     gl.warp_specialize(
         [
             (
@@ -338,10 +383,14 @@ def hopper_fp8_gemm_kernel(
                  BLOCK_T, SMALL_T, PIECE, STAGES),
             ),
             (
-                _producer,
-                (w_desc, w_scales_desc, x_desc, x_scales_desc, w_ring, x_ring, raw_w_ring, raw_x_ring, info_ring, full,
-                 empty, expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-                 EXPERTS, BLOCK_T, STAGES),
+                _load_weights,
+                (w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N,
+                 num_k_tiles, EXPERTS, BLOCK_T, STAGES),
+            ),
+            (
+                _load_tokens,
+                (x_desc, x_scales_desc, x_ring, raw_x_ring, info_ring, full, empty, expert_offsets_ptr,
+                 scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles, EXPERTS, BLOCK_T, STAGES),
             ),
             (
                 _scaler,
@@ -349,8 +398,8 @@ def hopper_fp8_gemm_kernel(
                  BLOCK_T, STAGES),
             ),
         ],
-        [1, 1],
-        [48, 48],
+        [1, 1, 1],
+        [48, 48, 48],
     )  # fmt: skip
 
 
