@@ -4,7 +4,8 @@ The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel of 
 so, if it waits. The rule, in every kernel: no access to global memory before
 :func:`wait_for_predecessor`, and no trigger before that wait. A kernel whose predecessor triggered
 thus starts when all before the predecessor have ended, and waits for the predecessor: it sees
-what any kernel before it wrote, and may overwrite what any of them read.
+what any kernel before it wrote, and may overwrite what any of them read. Warps that only read what
+kernels before the predecessor wrote need not wait: ``gemm.hopper_fp8`` loads weights so.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
         scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
         assert scratch == (0, 0), "a launch with scratch memory goes through Triton"
         early = before_the_wait(compiled[0].ptx) if arch >= 90 else re.findall("griddepcontrol.*", compiled[0].ptx)
+        if name == "hopper_fp8_gemm_kernel":  # one of its warps waits, as its own tests have it
+            assert early.pop().startswith("no wait: 0 reached")
         assert early == [], "the kernel before may still run"
         return compiled[0]
 

@@ -68,3 +68,17 @@ def test_two_products_run_at_a_time_and_both_stages_are_freed(compile_product: C
         freed = re.findall(r"memdesc_index %empty\[(%\w+)\]", loop)
         assert len(set(freed)) == 2
         assert all(f"{stage} = " in loop for stage in freed)
+
+
+def test_the_warp_that_loads_tokens_waits_for_the_kernel_before(compile_product: Compile) -> None:
+    """The one that loads weights does not, and reads tile list and weights alone. Those that
+    multiply store the output, once tokens have come."""
+    operations = r"griddepcontrol\.wait|(?:ld|st|red|atom)\.global|cp\.async\.bulk\.tensor"
+    ptx = compile_product(CONFIGS[0], torch.bfloat16).ptx
+    parts = [re.findall(operations, part) for part in re.split(r"barrier\.sync\s+1;", ptx)]
+    (tokens,) = [part for part in parts if "griddepcontrol.wait" in part]
+    (weights,) = [part for part in parts if "ld.global" in part and part is not tokens]
+    assert tokens[0] == "griddepcontrol.wait"
+    assert set(tokens[1:]) == set(weights) == {"ld.global", "cp.async.bulk.tensor"}
+    assert weights.count("cp.async.bulk.tensor") == 2, "weights, and their scales"
+    assert {operation for part in parts if part not in (tokens, weights) for operation in part} == {"st.global"}

@@ -39,6 +39,8 @@ def _rank(
     rank: int, ranks: int, device: str, store: str, timeout: float, function: Callable[..., Any], *arguments: Any
 ) -> Any:
     torch.set_num_threads(1)  # a fork's child has no pool of them
+    # After a timeout NCCL's watchdog leaves its process four times this, by default a minute.
+    os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "500"
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -208,6 +210,6 @@ def fail_on_rank_1(
             torch.cuda.synchronize()
     except (RuntimeError, ValueError) as error:
         if rank == 1:
-            time.sleep(timeout + 2)  # in no collective, until rank 0 has given up
+            time.sleep(timeout + 5)  # in no collective, until rank 0 has given up
         return type(error).__name__, time.monotonic() - start
     return "no error", time.monotonic() - start
