@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers_models
+from stand_ins import EveryCallTakes10Us
 
 from hybrid_mxfp8.commands import bench as bench_command
 
@@ -113,22 +114,6 @@ def test_ratio_survives_a_drifting_clock():
 # ---------------------------------------------------------------- the loop over cases
 
 
-class EveryCallTakes10Us:
-    """A timer that runs what it is given once and says 10 µs."""
-
-    failures = (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
-
-    def capture(self, calls):
-        calls()
-        return lambda: None
-
-    def sample(self, replay):
-        return lambda: 10.0
-
-    def synchronize(self):
-        pass
-
-
 @pytest.fixture
 def suite(monkeypatch):
     torch.manual_seed(0)
@@ -190,20 +175,6 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch):
     monkeypatch.setattr(gemm, "make_inputs", lambda *arguments: (_ for _ in ()).throw(RuntimeError("out of memory")))
     (left,) = measured(suite, Case("gemm", "test", 8, 16, 64, 2))["not_run"]
     assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
-
-
-@pytest.mark.parametrize(
-    ("kind", "tokens", "n", "k", "experts", "job"),
-    [
-        ("gemm", 128, 4096, 7168, 256, ("DeepSeek-V3, gate and up\n256 experts, top-8", 16)),
-        ("pipeline", 64, 7168, 2048, 32, ("DeepSeek-V3, down\n32 of 256 experts, top-8", 64)),
-        ("quantize", 4, 0, 2880, 128, ("gpt-oss-120b, before gate and up\n128 experts, top-4", 1)),
-        ("moe", 16, 768, 2048, 128, ("Qwen3-30B-A3B\n128 experts, top-8", 16)),
-        ("gemm", 1024, 4096, 4096, 64, None),
-    ],
-)
-def test_a_panel_names_the_model_and_counts_tokens_before_routing(kind, tokens, n, k, experts, job):
-    assert plots.job_of({"kind": kind, "tokens": tokens, "n": n, "k": k, "experts": experts}) == job
 
 
 # ---------------------------------------------------------------- the command

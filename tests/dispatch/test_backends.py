@@ -122,23 +122,6 @@ def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
         assert [future.result() for future in futures] == ["triton", "reference"]
 
 
-@pytest.mark.parametrize("bad", ["cuda", "", "tri ton", 3])
-@pytest.mark.parametrize("source", ["backend", "name", "HYBRID_MXFP8_BACKEND"])
-def test_unknown_names_list_the_valid_ones(monkeypatch: pytest.MonkeyPatch, source: str, bad: object) -> None:
-    def ask() -> None:
-        if source == "backend":
-            choose(PROBLEM, bad)  # type: ignore[arg-type]
-        elif source == "name":
-            with mx.use_backend(bad):  # type: ignore[arg-type]
-                pass
-        else:
-            monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "blas")
-            requested(None)
-
-    with pytest.raises(ValueError, match=f"^{source}: must be one of auto, cutlass, triton, reference, got "):
-        ask()
-
-
 @pytest.mark.parametrize("how", ["argument", "use_backend", "environment"])
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: str, rng: torch.Generator) -> None:
     answering(monkeypatch, triton=(False, "no such luck: buy one"))
@@ -259,15 +242,6 @@ def test_hardware_that_is_not_there_is_no_fallback(caplog: pytest.LogCaptureFixt
         chosen = choose(PROBLEM)
     assert chosen.name == ("triton" if env.triton_interpret() else "reference")
     assert [level for level, _ in records(caplog)] == [logging.INFO]
-
-
-def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(monkeypatch, cutlass=(True, "yes"), triton=(True, "yes"))
-    assert choose(PROBLEM).name == "cutlass"
-    answering(monkeypatch, cutlass=(False, "no"))
-    assert choose(PROBLEM).name == "triton"
-    answering(monkeypatch, triton=(False, "no"))
-    assert choose(PROBLEM).name == "reference"
 
 
 def test_backends_says_for_each_whether_and_why() -> None:

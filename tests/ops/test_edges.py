@@ -228,13 +228,6 @@ def test_scales_of_rows_that_do_not_exist(multiplier: str, device: str, size: st
     assert torch.equal(mx.grouped_gemm(bad_x, bad_w, out_dtype=torch.float32, backend=multiplier), expected)
 
 
-@pytest.mark.parametrize("byte", [0, 1, 254, 255])
-def test_scale_bytes_survive_the_swizzle(byte: int) -> None:
-    linear = torch.full((130, 5), 127, dtype=torch.uint8)
-    linear[::7, 3] = byte
-    assert torch.equal(mx.unswizzle_scales(mx.swizzle_scales(linear), 130, 5), linear)
-
-
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
 def test_subnormal_inputs(backend: str, device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     """None is flushed that e4m3 with scale 2**-127 or more can hold."""
