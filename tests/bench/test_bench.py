@@ -177,6 +177,20 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch):
     assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokens", "n", "k", "experts", "job"),
+    [
+        ("gemm", 128, 4096, 7168, 256, ("DeepSeek-V3, gate and up\n256 experts, top-8", 16)),
+        ("pipeline", 64, 7168, 2048, 32, ("DeepSeek-V3, down\n32 of 256 experts, top-8", 64)),
+        ("quantize", 4, 0, 2880, 128, ("gpt-oss-120b, before gate and up\n128 experts, top-4", 1)),
+        ("moe", 16, 768, 2048, 128, ("Qwen3-30B-A3B\n128 experts, top-8", 16)),
+        ("gemm", 1024, 4096, 4096, 64, None),
+    ],
+)
+def test_a_panel_names_the_model_and_counts_tokens_before_routing(kind, tokens, n, k, experts, job):
+    assert plots.job_of({"kind": kind, "tokens": tokens, "n": n, "k": k, "experts": experts}) == job
+
+
 # ---------------------------------------------------------------- the command
 
 

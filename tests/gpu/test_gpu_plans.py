@@ -3,7 +3,6 @@ launcher's place."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import cases
 import pytest
 import torch
 import triton
+from forked import Child
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import launcher, plan
@@ -187,18 +187,7 @@ def test_the_recipe_of_cuda_graphs(layer: Layer, rng: torch.Generator) -> None:
         assert torch.equal(replayed, layer.forward(workspace=layer.workspace))
 
 
-def _child(results: Any) -> None:
-    from hybrid_mxfp8.dispatch.plan import PLANS as plans
-
-    results.put((len(plans._plans), len(launch._compiled)))
-
-
 def test_a_forked_child_has_no_plans(layer: Layer) -> None:
     layer.forward()
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    child = context.Process(target=_child, args=(results,), daemon=True)
-    child.start()
-    assert results.get(timeout=60) == (0, 0)
-    child.join(60)
+    assert Child(lambda: (len(PLANS._plans), len(launch._compiled))).result() == (0, 0)
     assert torch.equal(layer.forward(), layer.forward())

@@ -431,18 +431,6 @@ def test_any_company_with_the_reference(device: str, rng: torch.Generator) -> No
     check_any_company(c, rng)
 
 
-def test_any_configuration(kernel: str, device: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than is promised: a kernel's tiles add up K in the same order, to the same bytes."""
-    counts, n, k = ([5, 18, 0, 2], 16, 64) if device == "cpu" else ([5, 33, 0, 2, 300], 136, 1056)
-    c = make_company(counts, n, k, torch.float32, rng, device, "triton")
-    products = []
-    for configuration in configurations(kernel, device):
-        pin(kernel, configuration, monkeypatch)
-        products.append(torch.cat(c.product(c.rows, range(len(counts)))))
-    different = [int((y != products[0]).sum()) for y in products]
-    assert different == [0] * len(products), f"{kernel}: elements that differ from the first: {different}"
-
-
 @pytest.mark.parametrize("tokens", [5, 400] if ON_GPU else [5])
 def test_a_tokens_choices_in_any_company(multiplier: str, device: str, tokens: int, rng: torch.Generator) -> None:
     """moe_forward of a batch, and of its tokens in another order: the same bytes."""

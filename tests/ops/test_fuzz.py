@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
+import fuzz
 import fuzz_machine
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_a_seeded_fault_is_found(name: str, reference_alone: None, monkeypatch: 
     seed(name, monkeypatch)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Machine, settings=FINDING)
+
+
+def test_a_round_reports_its_find(reference_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that led there and the error; nothing of a clean round."""
+    monkeypatch.setattr(fuzz, "EXAMPLES", 8)
+    monkeypatch.setattr(fuzz, "STEPS", 5)
+    assert fuzz.run_round(5) == ""
+    seed("padding is not written", monkeypatch)
+    find = fuzz.run_round(5)
+    assert "state.start(" in find
+    assert "AssertionError" in find
