@@ -94,10 +94,7 @@ def test_wrong_words(line: str, message: str, files: dict[str, Path], capsys: py
 
 @pytest.mark.parametrize("command", ["demo --synthetic", "quantize {file} {tmp}/out --experts *"])
 def test_a_gpu_that_is_not_there(
-    command: str,
-    files: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run([*(word.format(**files) for word in command.split()), "--device", "cuda"]) == 2

@@ -68,17 +68,6 @@ def test_what_is_there_is_not_built_again(built: list[str], monkeypatch, capsys)
     assert "1 of 8 modules are in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words", [("--configs", "huge"), ("--out-dtypes", "bf16,int8"), ("--arch", "9.0"), ("--jobs", "0")]
-)
-def test_wrong_options_say_what_is_valid(words: tuple[str, str], capsys) -> None:
-    with pytest.raises(SystemExit):
-        parse(*words)
-    said = capsys.readouterr().err
-    assert words[1].split(",")[-1] in said
-    assert "expected" in said or "choose from" in said
-
-
 def test_failures_are_told_and_the_rest_is_built(tools: None, monkeypatch, capsys) -> None:
     def build(source: jit.Source) -> None:
         if "1sm_128x64" in source.name:

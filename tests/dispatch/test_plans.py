@@ -208,34 +208,6 @@ def test_settings_are_asked_at_each_call(
     assert len(plans) == 3
 
 
-@pytest.mark.parametrize(
-    ("kind", "changed", "message"),
-    [
-        ("quantize", lambda a: {"x": a["x"].double()}, "^x: dtype must be"),
-        ("quantize", lambda a: {"x": a["x"].T.contiguous().T}, "^x: must have unit stride"),
-        ("quantize", lambda a: {"x": a["x"][:5]}, "^x: must have T = groups.num_tokens = 6"),
-        ("quantize", lambda a: {"x": a["x"].clone().requires_grad_()}, "^x: must not require grad"),
-        ("quantize", lambda a: {"x": [1]}, r"^x: must be a torch\.Tensor"),
-        ("quantize", lambda a: {"scale_rounding": ["rceil"]}, "^scale_rounding: must be one of"),
-        ("quantize", lambda a: {"activation": "relu"}, "^activation: must be"),
-        ("gemm", lambda a: {"out_dtype": ["bf16"]}, "^out_dtype: must be"),
-        ("gemm", lambda a: {"out": torch.empty(T, N + 8, dtype=torch.bfloat16)}, "^out: must have shape"),
-        ("gemm", lambda a: {"workspace": torch.empty(0, dtype=torch.int8)}, "^workspace: dtype must be uint8"),
-        ("layer", lambda a: {"topk_ids": a["topk_ids"].float()}, "^topk_ids: dtype must be"),
-        ("layer", lambda a: {"out": a["x"].flatten()[: 5 * H // 2].view(5, -1)}, "^out: must have shape"),
-    ],
-)
-def test_a_wrong_call_raises_after_a_right_one_and_again(
-    kind: str, changed: Callable[[Arguments], Arguments], message: str
-) -> None:
-    function, make = CALLS[kind]
-    arguments = make()
-    for _ in range(2):
-        function(**arguments)
-        with pytest.raises((TypeError, ValueError), match=message):
-            function(**{**arguments, **changed(arguments)})
-
-
 def test_overlap_is_checked_at_every_call(cpu_backend: str) -> None:
     arguments = layer_arguments()
     memory = torch.empty(2 * 5 * H + 64, dtype=torch.bfloat16)

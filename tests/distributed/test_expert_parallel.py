@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
+from stand_ins import EveryCallTakes10Us
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.bench import expert_parallel, expert_parallel_model
@@ -50,22 +50,6 @@ def test_ranks_agree_when_they_are_made(tmp_path: Path) -> None:
     first, second = ranks.on_ranks(agree, tmp_path, "cpu")
     assert first == second
     assert first[0] == 32
-
-
-class EveryCallTakes10Us:
-    """In place of a GPU's timer."""
-
-    failures = (RuntimeError,)
-
-    def capture(self, calls: Callable[[], None]) -> Callable[[], None]:
-        calls()
-        return lambda: None
-
-    def sample(self, replay: Callable[[], None]) -> Callable[[], float]:
-        return lambda: 10.0
-
-    def synchronize(self) -> None:
-        pass
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:

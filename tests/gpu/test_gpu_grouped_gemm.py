@@ -82,25 +82,6 @@ def test_graph_replay_follows_the_counts(kernel: str, form: str, rng: torch.Gene
         step.check(expected)
 
 
-def test_runs_on_the_current_stream(kernel: str, rng: torch.Generator) -> None:
-    """On a side stream, behind work that its input waits for: nothing runs early on another."""
-    step = Step(rng, "layout")
-    step.counts.copy_(torch.tensor([10, 100, 0, 40, 50]))
-    step.run()
-    expected = step.state()
-    x = step.x.clone()
-    step.x.zero_()
-    step.poison()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        step.x.copy_(x)
-        step.run()
-    stream.synchronize()
-    step.check(expected)
-
-
 def test_cutlass_runs_or_says_why_not(rng: torch.Generator) -> None:
     """Named, on other hardware than its own, it raises and names the hardware; auto takes
     triton."""

@@ -164,23 +164,7 @@ def test_shapes_and_dtypes(n: int, k: int, dtype: torch.dtype, forced: HopperGem
     check(*made(counts, 400, n, k, rng), counts, dtype, "triton")
 
 
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("experts", [1, 2, 4, 8, 33, 200])
-def test_any_number_of_experts(experts: int, rng: torch.Generator) -> None:
-    counts = [(7 * e) % 5 for e in range(experts)]
-    check(*made(counts, sum(counts) + 3, 64, 64, rng), counts, torch.float32, "triton")
-
-
 def test_more_tiles_than_multiprocessors(rng: torch.Generator) -> None:
     """Every program takes several tiles, and the ring goes on from one to the next."""
     counts = [300, 0, 513, 40]
     check(*made(counts, 853, 8200, 224, rng), counts, torch.bfloat16, "triton")
-
-
-def test_weights_that_tma_cannot_read_take_the_portable_kernel(rng: torch.Generator) -> None:
-    counts = [10, 0, 50, 20]
-    x, w = made(counts, 80, 136, 160, rng)
-    shifted = torch.empty(w.values.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
-    shifted.copy_(cases.bits(w.values).view(-1))
-    unaligned = mx.ExpertWeights(shifted.view(w.values.shape).view(torch.float8_e4m3fn), w.scales)
-    check(x, unaligned, counts, torch.float32, "triton")

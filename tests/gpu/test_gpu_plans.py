@@ -3,9 +3,7 @@ launcher's place."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +12,7 @@ import cases
 import pytest
 import torch
 import triton
+from forked import Child
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import launcher, plan
@@ -191,86 +190,7 @@ def test_the_recipe_of_cuda_graphs(layer: Layer, rng: torch.Generator) -> None:
         assert torch.equal(replayed, layer.forward(workspace=layer.workspace))
 
 
-def test_a_workspace_waits_for_the_stream_of_its_last_call(layer: Layer) -> None:
-    """An event, no host sync: the second stream's call reads and writes the arena only behind the
-    first's."""
-    expected = layer.forward().clone()
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    for _ in range(3):
-        with torch.cuda.stream(first):
-            torch.cuda._sleep(500_000_000)
-            a = layer.forward(workspace=layer.workspace)
-        with torch.cuda.stream(second):
-            b = layer.forward(workspace=layer.workspace)
-        assert not second.query(), "the host waited, or the second call did not"
-        torch.cuda.synchronize()
-        assert torch.equal(a, expected)
-        assert torch.equal(b, expected)
-
-
-def test_threads_share_plans(layer: Layer) -> None:
-    """Each with buffers of its own, from threads without a CUDA context before."""
-    expected = layer.forward().clone()
-    failures: list[object] = []
-
-    def work() -> None:
-        try:
-            for _ in range(50):
-                if not torch.equal(layer.forward(), expected):
-                    failures.append("another result")
-        except Exception as error:  # reported below
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-
-
-@pytest.mark.parametrize("what", ["x", "values", "scales", "weights", "workspace"])
-def test_memory_off_a_boundary(layer: Layer, what: str) -> None:
-    """Another kernel is compiled for it, or the call is refused; never a misaligned access."""
-    shift = {"x": 2, "values": 1, "scales": 4, "weights": 1, "workspace": 16}[what]
-
-    def shifted(t: torch.Tensor) -> torch.Tensor:
-        memory = torch.empty(t.nbytes + 256, dtype=torch.uint8, device="cuda")
-        there = memory[shift : shift + t.nbytes].view(t.dtype).view(t.shape)
-        cases.bits(there).copy_(cases.bits(t))
-        return there
-
-    expected = mx.grouped_gemm(layer.xq, layer.w13q)
-    x, xq, wq = layer.x, layer.xq, layer.w13q
-    if what == "x":
-        got = mx.quantize_grouped(shifted(x), layer.groups)
-        assert torch.equal(cases.bits(got.values), cases.bits(xq.values))
-    elif what == "workspace":
-        with pytest.raises(ValueError, match=r"^workspace: must start at a 256-byte boundary"):
-            mx.grouped_gemm(xq, wq, workspace=shifted(torch.empty(layer.memory.numel() + 1024, dtype=torch.uint8)))
-    elif what == "weights":
-        other = mx.ExpertWeights(shifted(wq.values), wq.scales)
-        assert float(mx.calc_diff(mx.grouped_gemm(xq, other), expected)) < 1e-9
-    else:
-        values = shifted(xq.values) if what == "values" else xq.values
-        scales = shifted(xq.scales) if what == "scales" else xq.scales
-        other_x = mx.GroupedMXFP8(values, scales, xq.groups)
-        assert float(mx.calc_diff(mx.grouped_gemm(other_x, wq), expected)) < 1e-9
-
-
-def _child(results: Any) -> None:
-    from hybrid_mxfp8.dispatch.plan import PLANS as plans
-
-    results.put((len(plans._plans), len(launch._compiled)))
-
-
 def test_a_forked_child_has_no_plans(layer: Layer) -> None:
     layer.forward()
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    child = context.Process(target=_child, args=(results,), daemon=True)
-    child.start()
-    assert results.get(timeout=60) == (0, 0)
-    child.join(60)
+    assert Child(lambda: (len(PLANS._plans), len(launch._compiled))).result() == (0, 0)
     assert torch.equal(layer.forward(), layer.forward())

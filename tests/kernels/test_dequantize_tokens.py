@@ -14,10 +14,7 @@ import truth
 from hypothesis import given, settings
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import (
-    DequantizeConfig,
-    select_dequantize_config,
-)
+from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import DequantizeConfig, select_dequantize_config
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout
 
 pytestmark = pytest.mark.usefixtures("interpreter")

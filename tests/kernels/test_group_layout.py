@@ -68,11 +68,6 @@ def test_any_int64_data_makes_a_valid_layout(
     check(group_offsets, counts, num_tokens, torch.int64, from_ends)
 
 
-def test_strided_counts(group_offsets: GroupOffsets) -> None:
-    counts = torch.tensor([3, 99, 0, 99, 5, 99], dtype=torch.int32, device=cases.device())[::2]
-    assert group_offsets(counts, 8, False)[1].tolist() == [0, 3, 3, 8]
-
-
 def test_layout_attributes(device: str) -> None:
     groups = mx.GroupLayout.from_counts(torch.tensor([3, 0, 130], device=device), 140)
     assert (groups.num_experts, groups.num_tokens, groups.scale_rows) == (3, 140, (140 + 3 * 127) // 128 * 128)

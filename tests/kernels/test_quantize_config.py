@@ -63,13 +63,7 @@ def test_bytes_do_not_depend_on_the_config(
 
 @pytest.mark.parametrize(
     ("num_rows", "k", "num_experts", "expected"),
-    [
-        (1, 32, 1, True),
-        (256, 7168, 256, True),
-        (8, 4096, 1024, True),
-        (8, 4096, 1025, False),
-        (512, 7168, 8, False),
-    ],
+    [(1, 32, 1, True), (256, 7168, 256, True), (8, 4096, 1024, True), (8, 4096, 1025, False), (512, 7168, 8, False)],
 )
 def test_counts_are_scanned_for_small_batches(num_rows: int, k: int, num_experts: int, expected: bool) -> None:
     assert can_fuse_counts(num_rows, k, num_experts) is expected

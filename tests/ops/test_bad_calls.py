@@ -87,6 +87,7 @@ CHANGED: dict[str, tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]]
         {"x": torch.ones(T, K), "groups": operand().groups, "out": operand(), "backend": "reference"},
         [
             ({"x": torch.ones(T, K).double()}, "x: dtype must be bfloat16 or float16 or float32, got float64"),
+            ({"x": torch.ones(T - 1, K)}, f"x: must have T = groups.num_tokens = {T} rows, got {T - 1}"),
             ({"x": torch.ones(T, 48)}, "x: K must be a positive multiple of 32, got 48"),
             ({"x": strided(T, K)}, f"x: must have unit stride along its columns, got strides ({2 * K}, 2)"),
             ({"x": torch.ones(T, K, requires_grad=True)}, "x: must not require grad (MXFP8 quantization has no backward"),
@@ -129,6 +130,7 @@ CHANGED: dict[str, tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]]
             ({"activation": ["gelu"]}, "activation: must be 'swiglu' (silu(gate) * up, elsewhere called 'silu'), 'swigluoai'"),
             ({"w13_bias": torch.zeros(4, 32)}, "w13_bias: must have shape (E, N) = (4, 64), got (4, 32)"),
             ({"out": torch.empty(7, 64)}, "out: dtype must be bfloat16, got float32"),
+            ({"out": torch.empty(7, 32, dtype=torch.bfloat16)}, "out: must have shape (M, H) = (7, 64), got (7, 32)"),
             ({"workspace": object()}, "workspace: must be a MoEWorkspace, got object"),
             ({"backend": "none"}, "backend: must be one of auto, cutlass, triton, reference, got 'none'"),
         ],

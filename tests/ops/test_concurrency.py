@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import moe_truth
 import pytest
 import torch
 from cases import memory_of
+from forked import Child
 from jobs import Quantized, forget_everything, job, same, together
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,33 +199,15 @@ def test_workers_of_a_data_loader(backend: str) -> None:
         assert got.groups.expert_offsets.tolist() == wanted.groups.expert_offsets.tolist()
 
 
-def in_child(seed: int, backend: str, results: Any) -> None:
+def in_child(seed: int, backend: str) -> list[bytes]:
     torch.set_num_threads(1)
-    results.put((seed, [t.numpy().tobytes() for t in job(seed, backend)]))
-
-
-def children(method: str, work: Callable[..., None], *arguments: tuple[Any, ...]) -> list[Any]:
-    """What a process for each of these puts into its queue."""
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    processes = [context.Process(target=work, args=(*given, results), daemon=True) for given in arguments]
-    try:
-        for process in processes:
-            process.start()
-        got = [results.get(timeout=120) for _ in processes]
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
-    return got
+    return [t.numpy().tobytes() for t in job(seed, backend)]
 
 
 def test_forked_children(backend: str) -> None:
     """Two at once, while a thread of this process holds the lock of the interpreter's launches: it
     is not in the children, and would never let go there."""
-    expected = {seed: [t.numpy().tobytes() for t in job(seed, backend)] for seed in range(2)}
+    expected = [[t.numpy().tobytes() for t in job(seed, backend)] for seed in range(2)]
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -238,15 +220,16 @@ def test_forked_children(backend: str) -> None:
             pool.submit(hold)
             assert held.wait(60)
         try:
-            assert dict(children("fork", in_child, (0, backend), (1, backend))) == expected
+            children = [Child(in_child, seed, backend) for seed in range(2)]
+            assert [child.result(120) for child in children] == expected
         finally:
             done.set()
 
 
-def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...], results: Any) -> None:
+def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...]) -> list[bytes]:
     torch.set_num_threads(1)
     y = mx.moe_forward(*call, workspace=workspace, backend="reference")
-    results.put([cases.bits(y).numpy().tobytes(), *(t.numpy().tobytes() for t in job(0, "triton"))])
+    return [cases.bits(y).numpy().tobytes(), *(t.numpy().tobytes() for t in job(0, "triton"))]
 
 
 def test_a_spawned_child(
@@ -269,7 +252,7 @@ def test_a_spawned_child(
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(keep_busy)
         try:
-            (got,) = children("spawn", use_in_child, (workspace, (layer.x, *weights, ids, layer.weights)))
+            got = Child(use_in_child, workspace, (layer.x, *weights, ids, layer.weights), spawned=True).result(120)
         finally:
             stop.set()
         busy.result(60)

@@ -83,10 +83,7 @@ CALLS: dict[str, tuple[str, Callable[[Wrap], list[torch.Tensor]]]] = {
         ),
     ),
     "quantize_weights": ("w", lambda f: [cases.bits(mx.quantize_weights(f(LAYER.w2)).values)]),
-    "moe_forward": (
-        "x",
-        lambda f: [mx.moe_forward(f(LAYER.x), *weights(), f(LAYER.ids), f(LAYER.weights))],
-    ),
+    "moe_forward": ("x", lambda f: [mx.moe_forward(f(LAYER.x), *weights(), f(LAYER.ids), f(LAYER.weights))]),
 }
 
 

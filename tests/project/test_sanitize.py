@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import launched
 import pytest
@@ -68,8 +67,7 @@ def test_a_run(behaviour: str, said: str, fault: str | None, tmp_path: Path, mon
     words = ["--tools", "memcheck", "--out", tmp_path, "--pytest", tmp_path / "bin" / "pytest", "--limit", "2"]
     assert sanitize.main([str(word) for word in words]) == (0 if fault is None else 1)
     page = (tmp_path / "sanitizers_h100.md").read_text()
-    record: dict[str, Any] = json.loads((tmp_path / "sanitizers_h100.json").read_text())
-    assert record["machine"]["driver"] == "575.1"
+    assert "driver 575.1" in page
     assert (fault or "- memcheck: 1 tests passed, 0 errors, 0 of 1 processes failed or cut") in page
 
 

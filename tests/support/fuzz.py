@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 EXAMPLES, STEPS = 10, 25
@@ -118,7 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="end after so many rounds of each process")
     parser.add_argument("--shrink", action="store_true", help="shorten a find, for some minutes each")
     parser.add_argument("--processes", type=int, help="default: all cores, on a GPU at most 4")
-    parser.add_argument("--json", type=Path, help="write the totals there")
     parser.add_argument("--one-round", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one_round is not None:
@@ -134,10 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = f"{processes} processes on {'a GPU' if gpu else 'the CPU, kernels interpreted'}"
     print(f"SEED={seed}: {options.minutes:g} minutes, {where}", flush=True)
     totals, finds = run(processes, seed, options.rounds, options.shrink, time.time() + 60 * options.minutes)
-    summary = {"seed": seed, "minutes": options.minutes, "processes": processes, **totals, "finds": finds}
     print(f"SEED={seed}: {totals['examples']} examples, {totals['steps']} steps, {finds} finds", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if finds or not totals["steps"] else 0
 
 

@@ -555,21 +555,6 @@ class Machine(RuleBasedStateMachine):
         assert np.array_equal(truth.doubles(again.dequantize()), truth.doubles(xq.dequantize()), equal_nan=True)
         self.done("tokens_from_linear_scales")
 
-    @precondition(lambda self: self.taken % 4 == 0)
-    @rule(
-        batch=st.sampled_from([(), (1,), (3,), (2, 0)]), rows=st.integers(0, 260), cols=st.integers(0, 11), seed=seeds
-    )
-    def swizzle_and_back(self, batch: tuple[int, ...], rows: int, cols: int, seed: int) -> None:
-        rng = torch.Generator().manual_seed(seed)
-        linear = torch.randint(0, 256, (*batch, rows, cols), generator=rng, dtype=torch.int32).to(DEVICE, torch.uint8)
-        swizzled = mx.swizzle_scales(linear)
-        assert torch.equal(mx.unswizzle_scales(swizzled, rows, cols), linear)
-        matrices = int(np.prod(batch))
-        stored = truth.as_bytes(swizzled).reshape(matrices, swizzled.shape[-2] * swizzled.shape[-1])
-        for got, one in zip(stored, truth.as_bytes(linear).reshape(matrices, rows, cols), strict=True):
-            assert np.array_equal(got, truth.swizzle(one))
-        self.done("swizzle_and_back")
-
     @precondition(lambda self: self.weights and self.taken % 4 == 2)
     @rule(weight=index, joined=st.booleans(), direct=st.booleans())
     def save_and_load(self, weight: int, joined: bool, direct: bool) -> None:

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,8 @@ def collect(pytest: str, environment: Mapping[str, str]) -> list[str]:
     return ids
 
 
-@dataclass
-class Result:
+@dataclass(kw_only=True)
+class Result(Findings):
     """What came of a job."""
 
     tool: str
@@ -241,14 +241,15 @@ class Result:
     passed: int = 0
     skipped: int = 0
     failed: int = 0
-    errors: int = 0
     seconds: float = 0.0
     fault: str = ""
     kernels: list[str] = field(default_factory=list)
-    places: dict[str, int] = field(default_factory=dict)
-    dispatch: dict[str, int] = field(default_factory=dict)
-    races: dict[str, int] = field(default_factory=dict)
     output_tail: str = ""
+
+    @property
+    def errors(self) -> int:
+        """What was reported and not counted apart."""
+        return self.reported - sum(self.dispatch.values())
 
     @property
     def clean(self) -> bool:
@@ -259,9 +260,8 @@ class Result:
 def result_of(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
     """A job's result; no status: it was stopped at its limit, no record: it left none."""
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
-    result = Result(job.tool, job.file, len(job.tests), seconds=round(seconds, 1), **(record or {}))
-    result.errors = found.reported - sum(found.dispatch.values())
-    result.places, result.dispatch, result.races = dict(found.places), dict(found.dispatch), dict(found.races)
+    about: dict[str, Any] = {"tool": job.tool, "file": job.file, "tests": len(job.tests), "seconds": seconds}
+    result = Result(**about, **vars(found), **(record or {}))
     if status is None:
         result.fault = "stopped at its time limit"
     elif record is None:
@@ -296,20 +296,15 @@ def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path,
     return result_of(job, output, status, outcomes, time.monotonic() - started)
 
 
-def run_jobs(
-    jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float, deadline: float
-) -> list[Result]:
-    """Run all, ``workers`` at a time; not run are those that can't start before the deadline."""
+def run_jobs(jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float) -> list[Result]:
+    """Run all, ``workers`` at a time."""
     env = environment(max(1, (os.cpu_count() or 1) // workers))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
 
         def one(number: int) -> Result:
             job, record = jobs[number], Path(folder) / f"{number}.json"
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return Result(job.tool, job.file, len(job.tests), fault="not started in time")
-            result = run_job(job, command(sanitizer, job, pytest, record), env, record, min(limit, left))
+            result = run_job(job, command(sanitizer, job, pytest, record), env, record, limit)
             say = result.fault or f"{result.errors} errors, {result.failed} tests failed"
             print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
             return result
@@ -322,7 +317,7 @@ def without_control(results: Sequence[Result]) -> list[Result]:
     control = {kernel for kernel, lines in dispatch_lines().items() if CONTROL.name in {name for name, _ in lines}}
     if any(control & set(result.dispatch) for result in results):
         return list(results)
-    return [replace(result, errors=result.errors + sum(result.dispatch.values()), dispatch={}) for result in results]
+    return [replace(result, dispatch=Counter()) for result in results]
 
 
 # ---------------------------------------------------------------- the report
@@ -378,7 +373,7 @@ def markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         bad = sum(bool(p.fault or p.failed) for p in parts)
         lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {len(parts)} processes failed or cut")
     lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in record["kernels"]) + "."]
-    if dispatch := sum((Counter(result.dispatch) for result in results), Counter()):
+    if dispatch := sum((result.dispatch for result in results), Counter()):
         lines += ["", "Counted apart: " + ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items())) + "."]
         lines += [
             "That is the code with which Triton hands warps their work, where racecheck misses that a barrier of the"
@@ -403,7 +398,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", default="", help="only files whose name contains one of these, by commas")
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
-    parser.add_argument("--within", type=float, default=float("inf"), help="seconds that all may take; the rest is cut")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
     parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
     options = parser.parse_args(arguments)
@@ -415,19 +409,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(
             "compute-sanitizer: neither on PATH nor under CUDA_HOME or /usr/local/cuda; it is part of the CUDA toolkit"
         )
-    deadline = time.monotonic() + options.within
     machine = describe_machine(sanitizer)
     wanted = [name for name in options.files.split(",") if name]
     tests = [
         t for t in collect(options.pytest, environment(1)) if not wanted or any(w in t.split("::")[0] for w in wanted)
     ]
-    plain = run_jobs(split(PLAIN, tests), sanitizer, options.pytest, options.jobs, options.limit, deadline)
+    plain = run_jobs(split(PLAIN, tests), sanitizer, options.pytest, options.jobs, options.limit)
     jobs = [job for tool in tools for job in split(tool, tests)]
-    results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit, deadline)
+    results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit)
     results = without_control(results)
 
     name = re.search(r"\b[A-Z]+\d+\w*", machine["GPU"])  # H100 of NVIDIA H100 80GB HBM3
-    report = options.out / f"sanitizers_{(name[0] if name else 'gpu').lower()}"
+    report = options.out / f"sanitizers_{(name[0] if name else 'gpu').lower()}.md"
     major, _, minor = machine["compute capability"].partition(".")
     expected = expected_kernels((int(major), int(minor))) if major.isdigit() and not wanted else set()
     missing = not_reached(results, tools, expected)
@@ -438,12 +431,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tools": tools,
         "kernels": sorted(everywhere),
         "not_launched": missing,
-        "results": [asdict(result) for result in results],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    report.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    report.with_suffix(".md").write_text(markdown(record, results))
-    print(report.with_suffix(".md").read_text())
+    page = markdown(record, results)
+    report.write_text(page)
+    print(page)
     for result in results:
         if not result.clean:
             print(f"==== {result.tool}, {result.file}: {result.fault or 'see below'}\n{result.output_tail}")

@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hybrid_mxfp8.compat.sglang import (
-    es_sm100_mxfp8_blockscaled_grouped_quant as grouped_quant,
-)
-from hybrid_mxfp8.compat.sglang import (
-    es_sm100_mxfp8_blockscaled_moe_grouped_gemm as moe_grouped_gemm,
-)
+from hybrid_mxfp8.compat.sglang import es_sm100_mxfp8_blockscaled_grouped_quant as grouped_quant
+from hybrid_mxfp8.compat.sglang import es_sm100_mxfp8_blockscaled_moe_grouped_gemm as moe_grouped_gemm
 from hybrid_mxfp8.core.formats import padded_scale_rows
 
 
