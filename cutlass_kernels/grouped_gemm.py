@@ -39,9 +39,7 @@ OUT_TYPES = {
 TARGETS = {(10, 0): ("10.0a", "10.0f"), (10, 3): ("10.3a", "10.0f")}
 """What code runs on a compute capability: its own first, then its family's."""
 
-WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512
-"""More bytes than any module needs, alignment included: tests/codegen asks each of them."""
-
+WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512  # bytes: more than any module needs
 NOT_RUN = "run in an emulator of its PTX, not yet on hardware; verified at first use"
 
 
@@ -72,24 +70,17 @@ def make_plan(p: Problem) -> Plan:
 
 
 def launch(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    scale_offsets: torch.Tensor,
-    w_values: torch.Tensor,
-    w_scales: torch.Tensor,
-    out: torch.Tensor,
-    workspace: torch.Tensor | None,
+    x_values: torch.Tensor,  # (T, K) e4m3, rows sorted by expert
+    x_scales: torch.Tensor,  # (S, C) uint8, swizzled
+    tokens_per_expert: torch.Tensor,  # (E,) int32
+    expert_offsets: torch.Tensor,  # (E+1,) int32
+    scale_offsets: torch.Tensor,  # (E+1,) int32
+    w_values: torch.Tensor,  # (E, N, K) e4m3
+    w_scales: torch.Tensor,  # (E, roundup(N, 128), C) uint8, swizzled
+    out: torch.Tensor,  # (T, N) bf16, fp16 or fp32, on a 16-byte boundary
+    workspace: torch.Tensor | None,  # :func:`workspace_size` bytes on a 128-byte boundary
 ) -> None:
     """Write the product of each expert's rows with its weights to ``out``.
-
-    Args:
-        x_values, x_scales: T rows of K elements sorted by expert, (T, K) e4m3; (S, C) swizzled.
-        tokens_per_expert, expert_offsets, scale_offsets: as :class:`GroupLayout` has them.
-        w_values, w_scales: (E, N, K) e4m3; (E, roundup(N, 128), C) swizzled.
-        out: (T, N) bf16, fp16 or fp32, on a 16-byte boundary; rows no expert owns are not written.
-        workspace: :func:`workspace_size` bytes on a 128-byte boundary; None allocates it.
 
     Raises:
         BackendUnavailableError: as :func:`make_plan`.
@@ -115,11 +106,7 @@ def nothing_to_compute(p: Problem) -> bool:
 
 
 def workspace_size(p: Problem) -> int:
-    """Exact bytes of ``workspace``; compiles the module if need be.
-
-    Raises:
-        BackendUnavailableError: as :func:`make_plan`.
-    """
+    """Exact bytes of ``workspace``; compiles the module if need be. Raises as :func:`make_plan`."""
     return 0 if nothing_to_compute(p) else make_plan(p).workspace_bytes
 
 
@@ -236,9 +223,7 @@ Environment = tuple[Path | None, tuple[str, Path] | None, Path, bool, tuple[Path
 _modules: dict[tuple[str, torch.dtype, Capability | None], Any] = {}
 """The loaded modules, by :attr:`GemmConfig.module` and output type."""
 
-_verified: set[tuple[str, torch.dtype, torch.device]] = set()
-"""The modules that were found right on a GPU."""
-
+_verified: set[tuple[str, torch.dtype, torch.device]] = set()  # found right on a GPU
 _failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], str]] = {}
 """Why a module could not be built or loaded, or was found wrong."""
 

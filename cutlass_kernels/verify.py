@@ -45,8 +45,7 @@ RECORD = "record.json"
 PASSING = re.compile(r"out of memory|No module named|cannot import")
 """Of failures that say nothing of the module: a full GPU, an environment in disorder."""
 
-SECONDS = 120.0
-"""How long a child may take; loading torch and CUDA is most of it."""
+SECONDS = 120.0  # how long a child may take; loading torch and CUDA is most of it
 
 CASES = (
     ((3, 0, 130, 1), 140, 136, 96),  # ragged, an empty expert, rows without one, odd N and K
@@ -57,11 +56,8 @@ CASES = (
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Of the output, relative to it."""
 
-ACCUMULATION = 2e-5
-"""Of fp32 sums, relative to the sum of magnitudes; tests/tolerances.py has the reasons."""
-
-Record = dict[str, Any]
-"""ok, reason, error (the largest, in units of the bound), gpu, driver, torch, date."""
+ACCUMULATION = 2e-5  # of fp32 sums, relative to the magnitudes'; reasons: tests/tolerances.py
+Record = dict[str, Any]  # ok, reason, error (in units of the bound), gpu, driver, torch, date
 
 
 def find(module: Built, device: torch.device) -> Record | None:
@@ -70,13 +66,8 @@ def find(module: Built, device: torch.device) -> Record | None:
 
 
 def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> Record:
-    """The record of a module on a GPU; made now, by a child process, if there is none.
-
-    Args:
-        module: in the cache, intact.
-        device: the GPU.
-        child: the command that prints a module's error in place of this file; tests have others.
-    """
+    """The record of an intact module on a GPU; made now, by a child process, if there is none.
+    ``child`` is the command that prints the error in place of this file; tests have others."""
     folder = _folder(module, device)
     made: list[Record] = []
 

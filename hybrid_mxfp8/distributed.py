@@ -297,18 +297,9 @@ def _own_experts(num_experts: int, group: dist.ProcessGroup | None) -> tuple[dis
 
 
 def _destinations(topk_ids: torch.Tensor, num_experts: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens go to which ranks, each at most once; no sync.
-
-    Args:
-        topk_ids: (M, top_k).
-        num_experts: E.
-        ranks: R.
-
-    Returns:
-        goes: (R, M) bool.
-        places: (M, top_k) int32, of each choice its row among all that go, in the order of ranks
-            and then of tokens; -1 for one that goes nowhere, or along with an earlier choice.
-    """
+    """Which tokens go to which of R ranks, each at most once, (R, M) bool; and of each choice of
+    ``topk_ids`` (M, top_k) its row among all that go, int32, in the order of ranks and then of
+    tokens: -1 for one that goes nowhere, or along with an earlier choice. No sync."""
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     # The inverse of experts_of_rank; one more rank takes what goes nowhere.
     owner = torch.where(valid, ((topk_ids.to(torch.int64) + 1) * ranks - 1) // num_experts, ranks)

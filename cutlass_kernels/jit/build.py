@@ -35,8 +35,7 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 logger = logging.getLogger("hybrid_mxfp8")
 
 CSRC = Path(__file__).parent.parent / "csrc"
-MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc")
-"""What every manifest has, as strings."""
+MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc")  # what every manifest has, as strings
 
 FLAGS = (
     "-std=c++17",
@@ -60,23 +59,14 @@ VERSIONS = re.compile(r"-cutlass([\d.]+)(?:\+[0-9a-f]+)?-nvcc([\d.]+)")
 
 @dataclass(frozen=True)
 class Source:
-    """What to compile.
+    """What to compile."""
 
-    Attributes:
-        name: of the module, unique among differing definitions; letters, digits, ``_``.
-        file: the ``.cu`` file.
-        arch: the target, like ``10.0a``, ``10.3a``, ``10.0f``, ``9.0``.
-        definitions: macros and their values.
-        flags: for nvcc, after FLAGS.
-        include: folders searched before CUTLASS's; the ``.cuh`` files there are part of the key.
-    """
-
-    name: str
-    file: Path
-    arch: str
-    definitions: tuple[tuple[str, str], ...] = ()
-    flags: tuple[str, ...] = ()
-    include: tuple[Path, ...] = (CSRC,)
+    name: str  # of the module, unique among differing definitions; letters, digits, ``_``
+    file: Path  # the ``.cu`` file
+    arch: str  # the target, like ``10.0a``, ``10.3a``, ``10.0f``, ``9.0``
+    definitions: tuple[tuple[str, str], ...] = ()  # macros and their values
+    flags: tuple[str, ...] = ()  # for nvcc, after FLAGS
+    include: tuple[Path, ...] = (CSRC,)  # searched before CUTLASS's; .cuh there are part of the key
 
     def key(self) -> str:
         """A digest of all that the compiler would be given, but for CUTLASS's headers."""

@@ -21,16 +21,10 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 MIN_CUTLASS = (4, 2, 0)
-RAGGED_CUTLASS = (4, 4, 0)
-"""The first version whose block-scaled ragged-contiguous mainloop takes MoEProblemShape."""
-
-PDL_CUTLASS = (4, 6, 0)
-"""The first whose kernels may start while the one before runs: kPdlIsSafe in csrc has the
-reasons."""
-
-MIN_CUDA = (12, 8)
-MIN_CUDA_103 = (12, 9)
-"""The first compilers for sm_100a; for sm_103a and the family target sm_100f."""
+RAGGED_CUTLASS = (4, 4, 0)  # the first whose ragged-contiguous mainloop takes MoEProblemShape
+PDL_CUTLASS = (4, 6, 0)  # the first whose kernels may overlap: kPdlIsSafe in csrc has the reasons
+MIN_CUDA = (12, 8)  # the first compiler for sm_100a
+MIN_CUDA_103 = (12, 9)  # for sm_103a and the family target sm_100f
 
 CUTLASS_PACKAGES = {
     "nvidia-cutlass": ("cutlass_library", "source/include"),
@@ -39,9 +33,7 @@ CUTLASS_PACKAGES = {
 }
 """Package name: the module it installs, and where in that the headers are."""
 
-CHOSEN = "HYBRID_MXFP8_CUTLASS_DIR"
-"""The origin of headers that the user chose."""
-
+CHOSEN = "HYBRID_MXFP8_CUTLASS_DIR"  # the origin of headers that the user chose
 INSTALL_CUTLASS = "pip install nvidia-cutlass, or pip install 'hybrid-mxfp8[ragged]' for newer headers"
 INSTALL_CUDA = "pip install 'hybrid-mxfp8[nvcc]', or install a CUDA toolkit and set CUDA_HOME"
 NO_HOST_COMPILER = "no host compiler: install g++ (apt install g++, dnf install gcc-c++), or name one in NVCC_CCBIN"
@@ -93,17 +85,13 @@ class CutlassHeaders:
 
 @dataclass(frozen=True)
 class CudaCompiler:
-    """A CUDA toolkit, or as much of one as compiles and links, and where it was found.
-
-    Attributes:
-        host: the compiler that it hands host code to, as a command; empty if it does not say.
-    """
+    """A CUDA toolkit, or as much of one as compiles and links, and where it was found."""
 
     home: Path
     version: tuple[int, ...]
     origin: str
-    problem: str = ""
-    host: str = ""
+    problem: str = ""  # why it is not used
+    host: str = ""  # the command that host code is handed to; empty if it does not say
 
     @property
     def nvcc(self) -> Path:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 SUFFIX = ".partial"
 
-_writing: set[Path] = set()
-"""What this process writes now: another file of its number is from an earlier process."""
+_writing: set[Path] = set()  # another file of its number is from an earlier process
 
 
 @contextmanager

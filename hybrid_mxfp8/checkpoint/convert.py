@@ -37,10 +37,8 @@ QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json",
 """Files of their own in which exporters describe a quantization; the result has none."""
 
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
-BLOCK_ELEMENTS: Final = 2**20
-"""Of one block of rows: 4 MiB in fp32, which malloc reuses; larger ones it maps anew."""
-MAX_THREADS: Final = 8
-"""Blocks of rows in work at a time: each takes some 30 MiB."""
+BLOCK_ELEMENTS: Final = 2**20  # of a block of rows: 4 MiB in fp32, which malloc reuses
+MAX_THREADS: Final = 8  # blocks of rows in work at a time: each takes some 30 MiB
 
 QUANTIZATION_CONFIG: Final = {
     "quant_method": "mxfp8",

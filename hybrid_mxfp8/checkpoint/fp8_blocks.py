@@ -23,11 +23,8 @@ __all__ = ["quantize_fp8_blocks"]
 if TYPE_CHECKING:
     from hybrid_mxfp8.checkpoint.reader import Checkpoint
 
-BLOCK: Final = 128
-"""Rows and columns that share a scale."""
-
-SCALE_NAMES: Final = {"F32": "fp32", "BF16": "bf16", "F8_E8M0": "E8M0"}
-"""Of the dtypes that such scales have."""
+BLOCK: Final = 128  # rows and columns that share a scale
+SCALE_NAMES: Final = {"F32": "fp32", "BF16": "bf16", "F8_E8M0": "E8M0"}  # of their dtypes
 
 
 def block_scales(checkpoint: Checkpoint, weight: Entry) -> Entry | None:

@@ -266,8 +266,7 @@ def scale_entry(name: str, shape: tuple[int, ...]) -> Entry:
     return Entry(f"{name}_scale_inv", "U8", (*shape[:-1], shape[-1] // BLOCK_SIZE))
 
 
-Member = tuple[str, int | None]
-"""One expert's matrix: a tensor, and its place in it if that tensor is a stack."""
+Member = tuple[str, int | None]  # an expert's matrix: a tensor, and its place if that is a stack
 
 
 def _members(checkpoint: Checkpoint, name: str) -> list[Member]:

@@ -15,21 +15,14 @@ from hybrid_mxfp8.checkpoint.reader import read_json
 
 CONFIG_FILE: Final = "config.json"
 
-Patterns = tuple[str, ...]
-"""Of names of tensors, as in a shell."""
+Patterns = tuple[str, ...]  # of names of tensors, as in a shell
 
 
 class SourceLayout(NamedTuple):
-    """Weights that are not kept as MXFP8 is.
+    """Weights that are not kept as MXFP8 is."""
 
-    Attributes:
-        transposed: stacks (E, K, N).
-        interleaved: those whose rows, of N, are a gate's and an up's in turns, gate first. Their
-            biases are, too.
-    """
-
-    transposed: Patterns = ()
-    interleaved: Patterns = ()
+    transposed: Patterns = ()  # stacks (E, K, N)
+    interleaved: Patterns = ()  # of their N rows, gate's and up's take turns, as in their biases
 
 
 _FUSED: Final = ("*.experts.gate_up_proj", "*.experts.down_proj")

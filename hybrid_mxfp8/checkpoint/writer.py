@@ -28,8 +28,7 @@ ITEM_BYTES = {
 """Bytes of one element, by the format's name of a dtype."""
 
 CHUNK_BYTES = 2**26
-MAX_HEADER_BYTES = 100_000_000
-"""What the library reads."""
+MAX_HEADER_BYTES = 100_000_000  # what the library reads
 
 
 class Entry(NamedTuple):

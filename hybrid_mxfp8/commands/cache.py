@@ -42,24 +42,16 @@ KINDS: Final = {
 }
 """The names of each kind of entry, by the folder below the cache's."""
 
-WRITTEN: Final = (LIBRARY, MANIFEST, verify.RECORD)
-"""The files of an entry that is a folder."""
+WRITTEN: Final = (LIBRARY, MANIFEST, verify.RECORD)  # the files of an entry that is a folder
 
 
 class Entry(NamedTuple):
-    """Something in the cache that this package wrote.
+    """Something in the cache that this package wrote."""
 
-    Attributes:
-        kind: of :data:`KINDS`.
-        path: a file, or a folder of some of the files of :data:`WRITTEN`.
-        about: what it is, in a line.
-        num_bytes: of all in it.
-    """
-
-    kind: str
-    path: Path
-    about: str
-    num_bytes: int
+    kind: str  # of :data:`KINDS`
+    path: Path  # a file, or a folder of some of the files of :data:`WRITTEN`
+    about: str  # what it is, in a line
+    num_bytes: int  # of all in it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

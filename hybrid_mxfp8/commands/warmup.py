@@ -22,9 +22,7 @@ from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
-BYTES_A_JOB = 6 * 2**30
-"""nvcc peaks at 5 GB for one module."""
-
+BYTES_A_JOB = 6 * 2**30  # nvcc peaks at 5 GB for one module
 ARCHS = ("10.0a", "10.3a", "10.0f")
 SHORT_TYPES = {short: dtype for dtype, (short, _) in OUT_TYPES.items()}
 

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes that can be quantized, and that a product can be written in."""
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs and of products
 
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:

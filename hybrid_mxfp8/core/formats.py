@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
-BLOCK_SIZE: Final = 32
-"""Elements of K that share one scale."""
-
+BLOCK_SIZE: Final = 32  # elements of K that share one scale
 E4M3_MAX: Final = 448.0
 E4M3_NAN: Final = 0x7F
 E8M0_NAN: Final = 255
@@ -33,8 +31,7 @@ SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
 }
 """What is added to the fp32 bits of a block's amax before its exponent is taken."""
 
-SCALE_GROUPS: Final = (32, 128)
-"""Elements of K whose blocks share one scale: 128 is four neighbouring blocks with equal scales."""
+SCALE_GROUPS: Final = (32, 128)  # elements of K whose blocks share one scale
 
 
 def round_up(value: int, multiple: int) -> int:

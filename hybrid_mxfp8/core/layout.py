@@ -24,8 +24,7 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
 
-Form = Literal["counts", "ends", "indptr"]
-"""What a caller has: rows per expert (E,); inclusive ends (E,); or offsets from 0 (E+1,)."""
+Form = Literal["counts", "ends", "indptr"]  # rows of each expert, their ends, or offsets from 0
 
 _MEANT: Final[dict[Form, str]] = {
     "counts": "counts, not offsets?",

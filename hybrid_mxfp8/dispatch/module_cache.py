@@ -36,11 +36,8 @@ logger = logging.getLogger("hybrid_mxfp8")
 LIBRARY = "module.so"
 MANIFEST = "build.json"
 
-BUILDING = ".building-"
-"""How the names of private folders begin."""
-
-ABANDONED_SECONDS = 3600.0
-"""A private folder older than this was left by a build that was killed."""
+BUILDING = ".building-"  # how the names of private folders begin
+ABANDONED_SECONDS = 3600.0  # a private folder older than this was left by a build that was killed
 
 
 @dataclass(frozen=True)
@@ -145,11 +142,8 @@ def check_trusted(*paths: Path) -> None:
 def build_once(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool]) -> None:
     """Put a module into ``folder`` unless it is there; another process's build is waited for.
 
-    Args:
-        folder: the module's own; the one above it is made if need be, writable for this user alone.
-        build: writes the module's files into the empty folder that it is given. Its OSErrors are
-            taken for the cache's, so look for a compiler before.
-        valid: whether ``folder`` holds the whole module. An invalid one is replaced.
+    ``build`` writes the module's files into the empty folder that it is given; its OSErrors are
+    taken for the cache's. Where ``valid()`` is false, ``folder`` is replaced.
 
     Raises:
         BackendUnavailableError: the folder above cannot be written, or is someone else's.

@@ -35,29 +35,19 @@ from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.trace import LEAST, Trace, value_of
 
-ALIGNMENT = 256
-"""Bytes; what starts at such a boundary can be read by every kernel and by TMA."""
-
+ALIGNMENT = 256  # bytes; what starts at such a boundary can be read by every kernel and by TMA
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _address = torch.Tensor.data_ptr
 
 
 class Operand(NamedTuple):
-    """A tensor that a plan is run with.
+    """A tensor that a plan is run with."""
 
-    Attributes:
-        name: the argument that an error names where this is written.
-        label: what an error calls it where another is written over it.
-        extent: bytes from its first to behind its last.
-        written: whether it must share no memory with the others.
-        may_equal: the operand that it may be, address for address; -1 if none.
-    """
-
-    name: str
-    label: str
-    extent: int
-    written: bool = False
-    may_equal: int = -1
+    name: str  # the argument that an error names where this is written
+    label: str  # what an error calls it where another is written over it
+    extent: int  # bytes from its first to behind its last
+    written: bool = False  # whether it must share no memory with the others
+    may_equal: int = -1  # the operand that it may be, address for address; -1 if none
 
 
 class Operands:
@@ -322,11 +312,8 @@ class PlanCache:
         self._templates.clear()
 
 
-MAX_TEMPLATES = 16
-"""Of a signature: one for each choice of tiles and kernels."""
-
-PLANS = PlanCache(4096)
-"""Of every public function; some kilobytes each."""
+MAX_TEMPLATES = 16  # of a signature: one for each choice of tiles and kernels
+PLANS = PlanCache(4096)  # of every public function; some kilobytes each
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=PLANS.clear)  # a kernel's handle is of no use in a forked child

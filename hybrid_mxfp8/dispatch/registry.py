@@ -30,9 +30,7 @@ from hybrid_mxfp8.dispatch.problem import Problem, Support
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 AUTO = "auto"
-NAMES = ("cutlass", "triton", "reference")
-"""In the order in which auto tries them."""
-
+NAMES = ("cutlass", "triton", "reference")  # in the order in which auto tries them
 logger = logging.getLogger("hybrid_mxfp8")
 
 
@@ -134,17 +132,11 @@ def _known(source: str, name: object) -> str:
 
 
 class Ready(NamedTuple):
-    """A backend that is ready to run a problem.
+    """A backend that is ready to run a problem."""
 
-    Attributes:
-        backend: with what it needs compiled and verified.
-        workspace_bytes: that the problem takes.
-        lasting: whether it would be chosen again; not where another was passed over for this once.
-    """
-
-    backend: Backend
-    workspace_bytes: int
-    lasting: bool
+    backend: Backend  # with what it needs compiled and verified
+    workspace_bytes: int  # that the problem takes
+    lasting: bool  # whether it would be chosen again: none was passed over for this once
 
 
 def choose_ready(problem: Problem, backend: str | None) -> Ready:

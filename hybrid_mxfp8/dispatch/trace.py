@@ -15,16 +15,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LEAST = 2
-"""Of each size: a tensor of one row or none passes for contiguous whatever its strides."""
+LEAST = 2  # of each size: a tensor of one row or none passes for contiguous whatever its strides
 
 
 class Trace:
-    """What was done with sizes so far, as lines of Python.
-
-    Attributes:
-        sizes: a :class:`Size` for each of ``values``.
-    """
+    """What was done with ``sizes``, a :class:`Size` for each value, as lines of Python."""
 
     def __init__(self, values: Sequence[int]) -> None:
         self.sizes: tuple[Any, ...] = tuple(Size(self, f"size{i}", value) for i, value in enumerate(values))

@@ -48,9 +48,7 @@ from hybrid_mxfp8.ops.experts import MXFP8Experts
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
 
-NAME = "hybrid_mxfp8"
-"""The value of ``experts_implementation``."""
-
+NAME = "hybrid_mxfp8"  # the value of ``experts_implementation``
 WEIGHTS = ("gate_up_proj", "down_proj")
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
 FP8_SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
@@ -58,8 +56,7 @@ FP8_SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
 KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_transposed", "has_bias", "has_gate")
 """Of transformers' ``use_experts_implementation``: how a model says what its experts are."""
 
-_OWNED = "mxfp8"
-"""Submodule of an experts module that ``quantize_model_`` has been through."""
+_OWNED = "mxfp8"  # submodule of an experts module that ``quantize_model_`` has been through
 _CACHE = "_hybrid_mxfp8_cache"
 """Attribute of one quantized by its forward: no submodule, so in no state_dict."""
 

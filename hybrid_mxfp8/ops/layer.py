@@ -118,31 +118,18 @@ def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Ba
 
 
 class Arena(NamedTuple):
-    """Where the intermediates of M tokens lie; T = M * top_k rows, sorted by expert.
+    """Where the intermediates of M tokens lie; T = M * top_k rows, sorted by expert."""
 
-    Attributes:
-        sorted_token_ids: (T,) int32, the token of each row.
-        inverse_permutation: (M, top_k) int32, the row of each choice of each token.
-        layout: (3E+2,) int32, the rows' layout.
-        scratch: int32, of the routing kernels.
-        xq: tokens in MXFP8: values (T, H), scales (S, H/32).
-        h: (T, 2I), gate and up.
-        hq: the activation in MXFP8: values (T, I), scales (S, I/32).
-        y: (T, H), the experts' outputs.
-        workspace: uint8, of both products, or None.
-        size: bytes.
-    """
-
-    sorted_token_ids: Buffer
-    inverse_permutation: Buffer
-    layout: Buffer
-    scratch: Buffer
-    xq: tuple[Buffer, Buffer]
-    h: Buffer
-    hq: tuple[Buffer, Buffer]
-    y: Buffer
-    workspace: Buffer | None
-    size: int
+    sorted_token_ids: Buffer  # (T,) int32, the token of each row
+    inverse_permutation: Buffer  # (M, top_k) int32, the row of each choice of each token
+    layout: Buffer  # (3E+2,) int32, the rows' layout
+    scratch: Buffer  # int32, of the routing kernels
+    xq: tuple[Buffer, Buffer]  # tokens in MXFP8: values (T, H), scales (S, H/32)
+    h: Buffer  # (T, 2I), gate and up
+    hq: tuple[Buffer, Buffer]  # the activation in MXFP8: values (T, I), scales (S, I/32)
+    y: Buffer  # (T, H), the experts' outputs
+    workspace: Buffer | None  # uint8, of both products
+    size: int  # bytes
 
 
 def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) -> Arena:

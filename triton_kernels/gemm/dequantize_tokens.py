@@ -180,16 +180,8 @@ def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False)
 def dequantize_tokens(
     buffers: GemmBuffers, workspace: Buffer, layout: WorkspaceLayout, num_experts: int, block_t: int, rows: int
 ) -> KernelLaunch:
-    """The launch that writes the list of token tiles and the dequantized tokens.
-
-    Args:
-        buffers: of the product whose tokens are read.
-        workspace: ``layout.size`` bytes, 256-byte aligned.
-        layout: where the list of tiles and the dequantized tokens go.
-        num_experts: E.
-        block_t: rows of a token tile; a tile belongs to one expert.
-        rows: how many of the first rows are dequantized.
-    """
+    """The launch that writes the list of token tiles, of ``block_t`` rows of one expert each, and
+    the first ``rows`` rows in bf16 into ``workspace``: ``layout.size`` bytes, 256-byte aligned."""
     num_tokens, k = buffers.x_values.shape
     config = select_dequantize_config(rows, k, INTERPRETED)
     row_programs = ceil_div(rows, config.block_rows)

@@ -5,7 +5,7 @@ must stay 8 bits wide all the way to the registers; prefill is bound by wgmma, s
 must hide behind it. Hence:
 
 - Tokens, few bytes, are expanded to bf16 by a kernel before (``dequantize_tokens``), which also
-  lists the token tiles. Where tiles are widest it fused_dequantize those of the first tiles alone,
+  lists the token tiles. Where tiles are widest it expands those of the first tiles alone,
   and three spare warps the others, just ahead of their use.
 - One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16
   tokens.
@@ -49,9 +49,7 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
 )
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch, triton_version
 
-SLICE = gl.constexpr(4)
-"""Rows that a warp fused_dequantize at a time."""
-
+SLICE = gl.constexpr(4)  # rows that a warp dequantizes at a time
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 """Its second name is that before 3.7."""
 

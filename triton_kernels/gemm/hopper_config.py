@@ -9,42 +9,22 @@ import torch
 
 from hybrid_mxfp8.core.formats import MAX_INT32, ceil_div, round_up, scale_cols, token_tiles_bound
 
-COLUMN_GROUP = 64
-"""Columns of expanded tokens that are reordered among themselves; rows are padded to whole
-groups."""
-
-AVERAGES = (56, 128)
-"""Tokens an expert up to which select_hopper_config takes its first and its second tile."""
-
-MAX_TOKENS = MAX_INT32 - 256
-"""The most rows that the kernel takes."""
-
-TILE_WORDS = 4
-"""int32 words of each entry in the list of token tiles."""
-
-SHARED_MEMORY = 232448
-"""Bytes of shared memory that a program can have on compute capability 9.0."""
+COLUMN_GROUP = 64  # columns of expanded tokens that are reordered among themselves
+AVERAGES = (56, 128)  # tokens an expert up to which the first and the second tile are taken
+MAX_TOKENS = MAX_INT32 - 256  # the most rows that the kernel takes
+TILE_WORDS = 4  # int32 words of each entry in the list of token tiles
+SHARED_MEMORY = 232448  # bytes of shared memory that a program can have on compute capability 9.0
 
 
 @dataclass(frozen=True)
 class HopperGemmConfig:
-    """A tile of 128 weight rows by ``block_t`` tokens, fed in stages of ``block_k`` columns.
+    """A tile of 128 weight rows by ``block_t`` tokens, fed in stages of ``block_k`` columns."""
 
-    Attributes:
-        block_t: 16, 32, 64, 128 or 256.
-        small_block_t: 16, 32 or 64, at most ``block_t``: a tile of so few tokens loads and
-            multiplies no more than these.
-        block_k: 64 or 128.
-        num_stages: depth of the ring in shared memory.
-        fused_dequantize: whether spare warps expand tokens beside the product; those that the first
-            tiles need are expanded before.
-    """
-
-    block_t: int
-    small_block_t: int
-    block_k: int
-    num_stages: int
-    fused_dequantize: bool = False
+    block_t: int  # 16, 32, 64, 128 or 256
+    small_block_t: int  # 16, 32 or 64: what a tile of so few tokens loads and multiplies
+    block_k: int  # 64 or 128
+    num_stages: int  # depth of the ring in shared memory
+    fused_dequantize: bool = False  # spare warps expand all but the first tiles' tokens
 
     @property
     def shared_memory(self) -> int:
@@ -111,18 +91,11 @@ def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
 
 @dataclass(frozen=True)
 class WorkspaceLayout:
-    """The workspace of one call: the list of token tiles, then the expanded tokens.
+    """The workspace of one call: the list of token tiles, then the expanded tokens."""
 
-    Attributes:
-        num_tokens: T.
-        padded_k: K rounded up to whole column groups.
-        max_tiles: the most token tiles that T rows over E experts can need, each expert starting a
-            new one.
-    """
-
-    num_tokens: int
-    padded_k: int
-    max_tiles: int
+    num_tokens: int  # T
+    padded_k: int  # K rounded up to whole column groups
+    max_tiles: int  # the most token tiles that T rows over E experts can need
 
     @classmethod
     def of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> WorkspaceLayout:

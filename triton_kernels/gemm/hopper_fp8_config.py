@@ -7,24 +7,16 @@ from dataclasses import dataclass
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_BYTES, grouped_scale_rows, scale_cols
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import SHARED_MEMORY, hopper_takes
 
-MAX_EXPERTS = 512
-"""The warp that feeds the others holds all experts' offsets in registers."""
+MAX_EXPERTS = 512  # the warp that feeds the others holds all experts' offsets in registers
 
 
 @dataclass(frozen=True)
 class HopperFp8Config:
-    """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns.
+    """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns."""
 
-    Attributes:
-        block_t: tokens of a tile: 32 or 128.
-        small_t: a tile of so few tokens multiplies no more than these: 16 or 32, below ``block_t``.
-        num_stages: depth of the ring in shared memory, at least 3: two are multiplied at a time,
-            and the next one is waited for meanwhile.
-    """
-
-    block_t: int
-    small_t: int
-    num_stages: int
+    block_t: int  # tokens of a tile: 32 or 128
+    small_t: int  # what a tile of so few tokens multiplies: 16 or 32, below ``block_t``
+    num_stages: int  # of the ring; 2 are multiplied, and 1 is waited for meanwhile
 
     @property
     def shared_memory(self) -> int:

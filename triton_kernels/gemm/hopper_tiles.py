@@ -52,8 +52,7 @@ def tile_coordinates(index, whole, parts, num_n_tiles):
     return t_tile, tile - t_tile * num_n_tiles, cut % parts
 
 
-SCALE_WORDS = SCALE_TILE_BYTES // 4
-"""int32 words of a 128x4 tile of scales."""
+SCALE_WORDS = SCALE_TILE_BYTES // 4  # int32 words of a 128x4 tile of scales
 
 
 @functools.cache

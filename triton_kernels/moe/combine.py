@@ -15,9 +15,7 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 
-UNROLLED = tl.constexpr(16)
-"""Choices of a token that are unrolled, so that their loads overlap; each takes a tenth of a second
-to compile, or more."""
+UNROLLED = tl.constexpr(16)  # choices whose loads overlap; each takes 0.1 s or more to compile
 
 
 @triton.jit
@@ -110,17 +108,7 @@ def combine(
     out: Buffer,
     out_stride: int,
 ) -> tuple[KernelLaunch, ...]:
-    """out[m] = sum over k of topk_weights[m, k] * (y[row of slot (m, k)] + bias[topk_ids[m, k]]).
-
-    Args:
-        y: (T, H) bf16, fp16 or fp32.
-        inverse_permutation: (M, top_k) int32; a slot whose row is -1 contributes nothing.
-        topk_ids: (M, top_k) int32 or int64.
-        topk_weights: (M, top_k) bf16, fp16 or fp32.
-        bias: (E, H) bf16, fp16 or fp32, or None.
-        out: (M, H) bf16, fp16 or fp32, unit column stride, written.
-        out_stride: elements from one row of ``out`` to the next.
-    """
+    """The launch of ``reference.routing.combine``; ``out`` may have any stride between rows."""
     num_tokens, hidden = out.shape
     block = min(next_power_of_2(hidden), 2048 if INTERPRETED else 1024)
     programs = num_tokens * ceil_div(hidden, block)

@@ -79,18 +79,7 @@ def pack_tokens(
     num_experts: int,
     scale_group: int,
 ) -> tuple[KernelLaunch, ...]:
-    """Quantize tokens into their records; what ``reference.pack_tokens`` computes.
-
-    Args:
-        x: (M, H) bf16, fp16 or fp32, unit column stride.
-        row_stride: elements from one row of x to the next.
-        topk_ids: (M, top_k) int32 or int64, or None; outside 0 .. E-1: written as -1.
-        topk_weights: (M, top_k) bf16, fp16 or fp32, or None.
-        records: (R, TokenRecord.size) uint8, R >= M and R >= 1, written; of those from M on only
-            the ids, -1, and the weights, 0.
-        num_experts: E.
-        scale_group: elements that share one scale: 32 or 128.
-    """
+    """The launch of ``reference.pack_tokens``; x has any stride between rows, and R >= 1."""
     num_tokens, hidden = x.shape
     num_records, record_size = records.shape
     top_k = 0 if topk_ids is None else topk_ids.shape[1]

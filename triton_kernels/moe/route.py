@@ -228,17 +228,7 @@ def route(
     scratch: Buffer,
     num_experts: int,
 ) -> tuple[KernelLaunch, ...]:
-    """Sort the slots of ``topk_ids`` by expert; what ``reference.routing.route`` computes.
-
-    Args:
-        topk_ids: (M, top_k) int32 or int64, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1:
-            dropped.
-        sorted_token_ids: (S,) int32, written: the token of each row.
-        inverse_permutation: (M, top_k) int32, written: the row of each slot, -1 for a dropped one.
-        layout: (3E+2,) int32, written: the layout of the rows.
-        scratch: (:func:`scratch_elements`,) int32 or more.
-        num_experts: E >= 1.
-    """
+    """The launches of ``reference.routing.route``, with :func:`scratch_elements` of ``scratch``."""
     num_tokens, top_k = topk_ids.shape
     num_slots = num_tokens * top_k
     config = select_route_config(num_slots, INTERPRETED)

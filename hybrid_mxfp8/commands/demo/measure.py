@@ -25,11 +25,8 @@ whatever the data. Elements that are subnormal in their block lose more, but car
 of its power.
 """
 
-PRODUCT_CALC_DIFF: Final = 1e-3
-"""What DeepGEMM's and SGLang's tests allow; operands at their usual 31.5 dB make 7e-4."""
-
-ACCUMULATION_STEP: Final = 2.0**-23
-"""fp32 accumulation, at worst truncating at each of K steps, relative to the magnitudes' sum."""
+PRODUCT_CALC_DIFF: Final = 1e-3  # what DeepGEMM's and SGLang's tests allow; usual ones are 7e-4
+ACCUMULATION_STEP: Final = 2.0**-23  # fp32 accumulation, at worst truncating at each of K steps
 
 
 @dataclass(frozen=True)

