@@ -171,8 +171,7 @@ def estimate(
 
 
 def token_bucket(num_tokens: int) -> int:
-    """``num_tokens`` rounded up to 1/16 of its power of two: few values to remember a choice
-    for."""
+    """``num_tokens`` rounded up to 1/16 of its power of two: few choices to remember."""
     step = max(1, 1 << max(num_tokens - 1, 1).bit_length() >> 5)
     return -(-num_tokens // step) * step
 

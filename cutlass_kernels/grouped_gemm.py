@@ -260,8 +260,7 @@ def _module(module: str, out_dtype: torch.dtype, found: Capability | None) -> An
 
 
 def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -> None:
-    """Check that the module is right on this GPU; tried now, in a process of its own, if need
-    be."""
+    """Check the module on this GPU; tried now, in a process of its own, if need be."""
     if (module, out_dtype, device) in _verified or not env.verify():
         return
     capability = _check_not_failed(module, out_dtype, devices.capability(device))

@@ -104,8 +104,7 @@ def workspace_bound(problem: Problem) -> int:
 
 
 def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
-    """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the
-    portable kernel."""
+    """The launches of one product. TMA reads from 16-byte boundaries, ``portable`` from any."""
     weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
     tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
     fp8_config = _hopper_fp8_config(problem)

@@ -139,8 +139,7 @@ def _options(block: int) -> tuple[tuple[str, int], ...]:
 
 
 def group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> tuple[KernelLaunch, ...]:
-    """What ``core.layout.group_offsets`` computes, of counts or ends (E,) int32 or int64,
-    contiguous."""
+    """The launch of ``core.layout.group_offsets``: (E,) int32 or int64, contiguous."""
     num_experts = given.shape[0]
     block = next_power_of_2(num_experts)
     arguments = (given, layout, num_tokens, num_experts)

@@ -302,8 +302,7 @@ def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
 
 
 def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[KernelLaunch, ...]:
-    """The launches of one quantization: one, and one before it where counts are better scanned
-    alone."""
+    """The launch of one quantization, after one that scans counts where that is better alone."""
     p, b = problem, buffers
     if p.grouping == "counts" and not can_fuse_counts(p.num_rows, p.k, p.num_experts):
         assert b.counts is not None

@@ -104,8 +104,7 @@ def check_cache() -> None:
 
 
 def find(source: Source) -> Built | None:
-    """The module if it is built: by this machine's tools, or where it has none, the newest by
-    any."""
+    """The module if it is built, by this machine's tools; if it has none, the newest by any."""
     check_cache()
     try:
         exact = Built(cache() / _folder_name(source, *toolchain.find_for(source.arch)))

@@ -125,8 +125,7 @@ def default_jobs() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can have: the machine's, or its control group's if those are
-    fewer."""
+    """Bytes that this process can have: the machine's, or its control group's if fewer."""
     memory = _read_int(Path("/proc/meminfo"), "MemAvailable:")
     limits = [memory * 1024] if memory is not None else [BYTES_A_JOB]
     group = Path("/sys/fs/cgroup")

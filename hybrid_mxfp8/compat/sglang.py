@@ -194,8 +194,7 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
 
 
 def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> torch.Tensor:
-    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same
-    memory."""
+    """The whole 128x4 tiles of a caller's scale buffer, (S rounded down to 128, C), as a view."""
     check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
     rows, cols = scales.shape
     if cols != scale_cols(k):
@@ -248,8 +247,7 @@ def _layout(
 
 
 def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
-    """The first ``needed`` bytes of a workspace that start at an aligned address; None where there
-    are too few."""
+    """The first ``needed`` bytes of a workspace at an aligned address; None for too few."""
     flat = workspace.view(-1)
     skipped = -flat.data_ptr() % ALIGNMENT
     if not needed:

@@ -32,8 +32,7 @@ def check_tensor(
     dims: str,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """A tensor of one of ``dtypes``, of rank ``ndim`` (described by ``dims``), on ``device`` if
-    given."""
+    """A tensor of one of ``dtypes``, of rank ``ndim``, which ``dims`` describes, on ``device``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
     if not is_tracing(value) and not has_memory(type(value)):
@@ -119,8 +118,7 @@ def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | 
 
 
 def extent(x: torch.Tensor) -> int:
-    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one
-    range."""
+    """Bytes from first to behind last: columns of a wider matrix count as one range."""
     if 0 in x.shape:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -188,14 +186,12 @@ def is_tracing(x: torch.Tensor) -> bool:
 
 @functools.cache
 def has_memory(kind: type) -> bool:
-    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or
-    nothing."""
+    """Whether tensors of a type have memory: those that intercept operators may wrap others."""
     return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
 def arrived(*values: Any) -> tuple[Any, ...]:
-    """The same, once there: functional collectives return tensors that have no memory until they
-    are waited for."""
+    """The same, waited for: functional collectives return tensors that have no memory before."""
     for value in values:  # nearly always plain tensors, in every call
         if type(value) is not torch.Tensor and isinstance(value, torch.Tensor) and hasattr(value, "wait"):
             return tuple(v.wait() if isinstance(v, torch.Tensor) and hasattr(v, "wait") else v for v in values)

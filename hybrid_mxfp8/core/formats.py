@@ -69,8 +69,7 @@ def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
 
 
 def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
-    """The most tiles of ``block_t`` rows that T rows over E experts can need, each expert starting
-    a new one."""
+    """The most tiles of ``block_t`` rows of one expert each that T rows over E experts need."""
     return (num_tokens + (block_t - 1) * min(num_experts, num_tokens)) // block_t
 
 

@@ -176,8 +176,7 @@ class GroupLayout:
 
     @classmethod
     def from_buffer(cls, layout: torch.Tensor, num_experts: int, num_tokens: int) -> GroupLayout:
-        """Views of the buffer (3E+2,) int32 that kernels write: tokens (E,), expert offsets (E+1,),
-        scale offsets (E+1,)."""
+        """Views of (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
         # Tensor.split comes here by way of Python.
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)

@@ -94,8 +94,7 @@ def scale_rows_of_tokens(
 
 
 def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) -> torch.Tensor:
-    """Byte offsets (rows, num_cols) int64 of scales in 128x4 tiles: ``formats.scale_offset``,
-    elementwise."""
+    """``formats.scale_offset``, elementwise: (rows, num_cols) int64."""
     row = scale_rows.to(torch.int64).unsqueeze(1)
     col = torch.arange(num_cols, device=scale_rows.device).unsqueeze(0)
     tile = (row // SCALE_TILE_ROWS) * (padded_cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
@@ -121,8 +120,7 @@ def swizzle_grouped_scales(
 def unswizzle_grouped_scales(
     scales: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse: (S, C) to (T, ``cols``) uint8, which hold anything where no expert owns the row;
-    and which are owned, (T,)."""
+    """The inverse: (S, C) to (T, ``cols``) uint8, anything in rows without an expert; and (T,)."""
     scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
     offsets = swizzled_offsets(torch.where(owned, scale_row, 0), cols, scales.shape[1])
     # With no scale rows there is no owned row either.

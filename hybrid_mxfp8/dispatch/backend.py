@@ -27,8 +27,7 @@ class Step(Protocol):
         ...
 
     def hooked(self) -> bool:
-        """Whether something, such as a profiler, is to see each launch, which only ``run`` shows
-        it."""
+        """Whether a profiler, say, is to see each launch, which only ``run`` shows it."""
         ...
 
 

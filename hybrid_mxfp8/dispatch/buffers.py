@@ -63,8 +63,7 @@ class Metadata(NamedTuple):
 
 
 def metadata(value: Any) -> Any:
-    """A tensor's Metadata; an operand or a layout with Metadata for tensors; what else there is, as
-    it is."""
+    """A tensor's Metadata; an operand or a layout with it for tensors; all else as it is."""
     return _change(torch.Tensor, lambda t: Metadata(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16), value)
 
 

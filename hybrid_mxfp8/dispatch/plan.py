@@ -147,8 +147,7 @@ class Plan:
         self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
 
     def words(self) -> list[tuple[list[int] | None, Steps]]:
-        """Steps in runs: those that the C launcher makes together, with their program's words, and
-        those that must be called."""
+        """Steps in runs: what the C launcher makes together, with its words, and what is called."""
         runs: list[tuple[list[int] | None, Steps]] = []
         extents = [operand.extent for operand in self.operands]
         written = [(i, operand.may_equal) for i, operand in enumerate(self.operands) if operand.written]
@@ -219,8 +218,7 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
 
 
 def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = None) -> tuple[Hashable, ...]:
-    """As :func:`describe`, or with ``rows`` as :func:`describe_rows`, of tensors known to be
-    contiguous and of their dtypes."""
+    """As :func:`describe`, or with ``rows`` :func:`describe_rows`, of contiguous tensors."""
     values, scales = operand.values, operand.scales
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")

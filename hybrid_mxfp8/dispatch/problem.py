@@ -1,5 +1,4 @@
-"""What the host knows of a job: shapes, dtypes, options and the device. A choice may depend on
-nothing else."""
+"""Shapes, dtypes, options and the device of a job: all that a choice may depend on."""
 
 from __future__ import annotations
 

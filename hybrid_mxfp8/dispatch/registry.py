@@ -35,8 +35,7 @@ logger = logging.getLogger("hybrid_mxfp8")
 
 
 def _import(name: str) -> Any:
-    """The kernel package that offers a backend. Another project's breakage must not end a call that
-    doesn't need it."""
+    """The kernel package of a backend, or why there is none: that must not end other calls."""
     try:
         return importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend")
     except (ImportError, AttributeError) as error:  # missing, broken or too old
@@ -47,8 +46,7 @@ _backends = {"reference": reference_backend.BACKEND}
 
 
 def backend_of(name: str) -> Backend:
-    """The backend of this name; one that runs nothing and says why where its package can't be
-    imported."""
+    """The backend of this name; one that only says why where its package can't be imported."""
     if name not in _backends:
         package = _import(name)
         _backends[name] = _unavailable(name, package) if isinstance(package, str) else package.BACKEND
@@ -113,14 +111,12 @@ def requested(backend: str | None) -> str:
 
 
 def settings(backend: str | None) -> tuple[object, ...]:
-    """All outside a call's other arguments that its plan depends on. Compared, not read: no name is
-    checked here."""
+    """All beside a call's arguments that its plan depends on. No name is checked here."""
     return backend, _override.get(), env.snapshot()
 
 
 def _cause(backend: str | None) -> str:
-    """How an error about a backend that was asked for begins: with the variable, where that
-    asked."""
+    """How an error about the backend asked for begins: with the variable that asked."""
     return "HYBRID_MXFP8_BACKEND: " if backend is None and _override.get() is None else ""
 
 
@@ -140,8 +136,7 @@ class Ready(NamedTuple):
 
 
 def choose_ready(problem: Problem, backend: str | None) -> Ready:
-    """The backend that runs this problem now. Auto passes over one that fails to get ready; a named
-    one raises."""
+    """The backend that runs this now. Auto passes over one that fails to get ready."""
     failed: dict[str, str] = {}
     while True:
         chosen = choose(problem, backend, failed)
@@ -183,8 +178,7 @@ def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, st
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Quantizer:
-    """The quantizer for calls that ask for ``backend`` on this device; raises as ``choose``
-    does."""
+    """The quantizer for calls that ask for ``backend``; raises as ``choose`` does."""
     name = requested(backend)
     triton = backend_of("triton")
     ok, reason = triton.available(device)

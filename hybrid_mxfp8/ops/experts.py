@@ -28,8 +28,7 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
 
 
 def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """2I entries along a negative ``dim``, gate and up in turns, to all I of gate, then those of
-    up."""
+    """2I entries along ``dim`` < 0, gate and up in turns, to all of gate, then those of up."""
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 

@@ -100,8 +100,7 @@ def grouped_gemm(
 def _signature(
     x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
-    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
-    tensors."""
+    """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
     if type(x) is not GroupedMXFP8 or type(w) is not ExpertWeights:
         return None, ()
     try:

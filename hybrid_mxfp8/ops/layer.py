@@ -95,8 +95,7 @@ def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
 
 
 class Backends(NamedTuple):
-    """What runs a layer: the quantizer, which also routes and combines, and the two products; see
-    ``registry.Ready``."""
+    """What runs a layer: quantizer, router and combine, and the two products; see ``Ready``."""
 
     quantizer: Quantizer
     up: Backend

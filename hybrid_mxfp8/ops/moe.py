@@ -166,8 +166,7 @@ def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorks
 def _signature(
     inputs: LayerInputs, options: tuple[Any, ...], out: Any, workspace: MoEWorkspace | None, backend: Any
 ) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on but for M; None for what has none, such as fake
-    tensors."""
+    """All that checks and launches depend on but M; None for fake tensors and the like."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if type(w13q) is not ExpertWeights or type(w2q) is not ExpertWeights:
         return None

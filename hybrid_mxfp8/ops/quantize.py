@@ -111,8 +111,7 @@ def quantize_grouped(
 
 
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
-    """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4
-    tiles."""
+    """Quantize checked rows into checked buffers, of any number of whole 128x4 tiles."""
     sizes = (x.shape[0], groups.num_tokens, scales.shape[0])
     signature = (_INTO, settings(None), groups.num_experts, *map(describe_rows, (x, values, scales)))
     plan = PLANS.get(signature, sizes)
@@ -149,8 +148,7 @@ def _run(
 def _signature(
     x: Any, groups: Any, scaling: tuple[Any, Any], row_index: Any, activation: Any, out: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
-    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
-    tensors."""
+    """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
     try:
         if type(groups) is GroupLayout:
             num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]

@@ -109,8 +109,7 @@ def _quantize_weights_fake(w: torch.Tensor, *others: Any) -> tuple[torch.Tensor,
 
 
 def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
-    """As float8_e4m3fn. Checked first: viewing another dtype's bytes would only change the
-    shape."""
+    """As float8_e4m3fn; checked first, as a view of another dtype would only change the shape."""
     check_tensor(name, values, dtypes=(torch.uint8, torch.float8_e4m3fn), ndim=ndim, dims=dims)
     return values.view(torch.float8_e4m3fn)
 
@@ -203,8 +202,7 @@ def _pack_tokens_fake(
 
 
 def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> torch.library.Library:
-    """Define operators by their schemas, each with its implementation and its fake one; they live
-    as long as what is returned."""
+    """Define operators by schema, real and fake; they live as long as what is returned."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema, (real, fake) in operators.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -133,8 +133,7 @@ class MoEWorkspace:
             del self._threads[process]
 
     def _wait_for_last_stream(self, last: torch.cuda.Stream) -> None:
-        """Have the current stream wait for all that was queued where the workspace was used
-        last."""
+        """Have the current stream wait for what was queued where this was used last."""
         device = self.shape.device
         if torch._C._cuda_getCurrentRawStream(device.index) == last.cuda_stream or is_capturing(device):
             return

@@ -1,5 +1,4 @@
-"""Routing, expert bias and combine in plain PyTorch: the twins of the kernels, bit for bit, on any
-device."""
+"""Routing, expert bias and combine in PyTorch: the kernels' twins, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What the Hopper grouped GEMM decides on the host: tile, and what lies where in its workspace.
-Plain ints, no Gluon."""
+"""The Hopper grouped GEMM's tile and what lies where in its workspace. No Gluon."""
 
 from __future__ import annotations
 
@@ -69,22 +68,19 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
 
 
 def largest_batches(num_tokens: int, num_experts: int) -> tuple[int, ...]:
-    """Of the batches of up to ``num_tokens`` rows that the kernel takes, the largest of each
-    configuration."""
+    """The largest batch of up to ``num_tokens`` rows of each configuration."""
     rows = min(num_tokens, MAX_TOKENS)
     ends = (average * max(num_experts, 1) for average in AVERAGES)
     return (*(end for end in ends if end < rows), rows)
 
 
 def tiles_at_once(programs: int, row_tiles: int) -> int:
-    """How many token tiles the first ``programs`` tiles are of, in the order in which the grid
-    takes them."""
+    """How many token tiles the first ``programs`` tiles are of, in the grid's order."""
     return ceil_div(programs, row_tiles)
 
 
 def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
-    """Whether 32 bits reach every row of weights, every scale tile, and every output of 512
-    rows."""
+    """Whether 32 bits reach every weight row, scale tile, and output of 512 rows."""
     scale_tiles = num_experts * ceil_div(n, 128) * (scale_cols(k) // 4)
     return num_tokens <= MAX_TOKENS and max(num_experts * n + 128, scale_tiles, 512 * n) <= MAX_INT32
 

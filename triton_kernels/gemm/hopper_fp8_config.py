@@ -20,8 +20,7 @@ class HopperFp8Config:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of the ring: codes, two scale tiles as they lie in memory, scales as fp32, what
-        tile it is, and three barriers a stage."""
+        """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage."""
         rows = 128 + self.block_t
         return self.num_stages * (rows * 128 + 2 * SCALE_TILE_BYTES + rows * 4 + 16 + 24)
 
@@ -51,7 +50,6 @@ def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Conf
 
 
 def hopper_fp8_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
-    """Whether 32 bits reach everything, as for the bf16 kernel, and every scale tile of the tokens;
-    and whether the experts are few enough."""
+    """As for the bf16 kernel, with the tokens' scale tiles, and few enough experts."""
     token_scale_tiles = grouped_scale_rows(num_tokens, num_experts) // 128 * (scale_cols(k) // 4)
     return num_experts <= MAX_EXPERTS and token_scale_tiles <= MAX_INT32 and hopper_takes(num_tokens, num_experts, n, k)

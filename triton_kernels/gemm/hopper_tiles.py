@@ -61,8 +61,7 @@ def _box_layout(swizzle: int, element_bits: int) -> gl.NVMMASharedLayout:
 
 
 def tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
-    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in
-    swizzled lines."""
+    """TMA's view of a contiguous matrix: scale tiles as they are, the rest in swizzled lines."""
     size = buffer.dtype.itemsize
     swizzle = 0 if buffer.dtype == torch.int32 else min(box_columns * size, 128)
     return TensorMap(buffer, (rows, columns), (box_rows, box_columns), _box_layout(swizzle, 8 * size))

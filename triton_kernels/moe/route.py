@@ -180,8 +180,7 @@ def scatter_kernel(
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """Slots of a program, slots they are compared with at once, whether all of it is one launch,
-    and its warps."""
+    """Slots of a program and of a comparison, whether one launch is all, and its warps."""
 
     block: int
     chunk: int
