@@ -44,14 +44,9 @@ DRAIN_CYCLES_PER_COLUMN = 8  # epilogue of the last tile, per token of the tile
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One way to tile the product.
-
-    Loads of a cluster are multicast. Where the preferred one does not fit on the GPU, the hardware
-    takes (cta_group, 1).
-
-    Raises:
-        ValueError: a combination that the kernel is not built for.
-    """
+    """One way to tile the product. Loads of a cluster are multicast. Where the preferred one does
+    not fit on the GPU, the hardware takes (cta_group, 1). Raises ValueError: a combination that the
+    kernel is not built for."""
 
     cta_group: int  # SMs that one MMA spans, 1 or 2
     token_tile: int  # tokens of a tile: 64, 128, 192 or 256
@@ -76,11 +71,8 @@ class GemmConfig:
 
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
-        """The configuration of this name; without a cluster, the smallest.
-
-        Raises:
-            ValueError: no such configuration; the message lists the valid ones.
-        """
+        """The configuration of this name; without a cluster, the smallest. Raises ValueError: no
+        such configuration; the message lists the valid ones."""
         match = re.fullmatch(r"([12])sm_(\d+)x(\d+)x(\d+)(?:_(\d+)x(\d+))?", name)
         if match is not None:
             cta_group, token_tile = int(match[1]), int(match[3])

@@ -54,12 +54,9 @@ class Plan(NamedTuple):
 
 def make_plan(p: Problem) -> Plan:
     """The plan of a problem with at least one expert and token; compiles its module if need be.
-
-    Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded, or computes something
-            wrong on this GPU (see verify.py). It is not tried again in this environment: from then
-            on :func:`can_run` says no.
-    """
+    Raises BackendUnavailableError: the module cannot be compiled or loaded, or computes something
+    wrong on this GPU (see verify.py). It is not tried again in this environment: from then on
+    :func:`can_run` says no."""
     config = _choose(p)[0].config
     module = _module(config.module, p.out_dtype, p.capability)
     _check_verified(config.module, p.out_dtype, p.device)
@@ -80,12 +77,9 @@ def launch(
     out: torch.Tensor,  # (T, N) bf16, fp16 or fp32, on a 16-byte boundary
     workspace: torch.Tensor | None,  # :func:`workspace_size` bytes on a 128-byte boundary
 ) -> None:
-    """Write the product of each expert's rows with its weights to ``out``.
-
-    Raises:
-        BackendUnavailableError: as :func:`make_plan`.
-        ValueError, TypeError: operands that do not fit; C++ checks them.
-    """
+    """Write the product of each expert's rows with its weights to ``out``. Raises
+    BackendUnavailableError: as :func:`make_plan`; ValueError, TypeError: operands that do not fit;
+    C++ checks them."""
     num_experts, n, k = w_values.shape
     problem = Problem(num_experts, n, k, x_values.shape[0], out.dtype, out.device)
     if nothing_to_compute(problem):
@@ -111,20 +105,16 @@ def workspace_size(p: Problem) -> int:
 
 
 def workspace_bound(p: Problem) -> int:
-    """Bytes that suffice for every call of up to as many rows; compiles nothing.
-
-    A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers,
-    strides and layouts for each expert. The rows only decide on the module.
-    """
+    """Bytes that suffice for every call of up to as many rows; compiles nothing. A module needs TMA
+    descriptors for each SM, as many as its pipelines have stages, and pointers, strides and layouts
+    for each expert. The rows only decide on the module."""
     return 0 if nothing_to_compute(p) else WORKSPACE_OF_SM * _sm_count(p.device) + WORKSPACE_OF_EXPERT * p.num_experts
 
 
 def availability(capability: tuple[int, int] | None) -> Support:
     """Whether the backend runs on a compute capability (None: no GPU) with the tools there are.
-
     Tools are looked for once in an environment, the variables that say where to look. A build that
-    failed before any module was loaded counts as a missing tool: the next would fail alike.
-    """
+    failed before any module was loaded counts as a missing tool: the next would fail alike."""
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
     if capability not in TARGETS:
@@ -139,10 +129,8 @@ def availability(capability: tuple[int, int] | None) -> Support:
 
 
 def can_run(problem: Problem) -> Support:
-    """Whether the backend runs on the problem's device, takes its shape and has a module for it.
-
-    A module that was not tried yet counts as there; one that failed to build or load does not.
-    """
+    """Whether the backend runs on the problem's device, takes its shape and has a module for it. A
+    module that was not tried yet counts as there; one that failed to build or load does not."""
     ok, reason = availability(problem.capability)
     if ok:
         ok, reason = takes(problem.n, problem.k, problem.out_dtype)

@@ -239,11 +239,7 @@ class ExpertParallelExperts(torch.nn.Module):
     def _pack(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_records: int
     ) -> torch.Tensor:
-        sizes = {
-            "num_records": num_records,
-            "num_experts": self.num_experts,
-            "scale_group": self._scale_group,
-        }
+        sizes = {"num_records": num_records, "num_experts": self.num_experts, "scale_group": self._scale_group}
         return pack_tokens(x, topk_ids, topk_weights, **sizes, backend=self.experts.backend)
 
     def _compute(self, received: torch.Tensor, x: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:

@@ -175,12 +175,7 @@ def quantize_kernel(
         inside = (scale_start >= 0) & (scale_start.to(tl.int64) + tokens < num_scale_rows)
         if (tokens > 0) & (tokens % 128 != 0) & inside:
             _zero_padding_rows(
-                scales_ptr,
-                scale_start + tokens // 128 * 128,
-                tokens % 128,
-                first_tile,
-                num_column_tiles,
-                PADDING_TILES,
+                scales_ptr, scale_start + tokens // 128 * 128, tokens % 128, first_tile, num_column_tiles, PADDING_TILES
             )
         return
 
@@ -295,9 +290,7 @@ FUSED_COUNTS_MAX_ELEMENTS = 2**21
 
 def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
     """Whether the quantizer should scan counts itself instead of reading a layout's offsets; pure.
-
-    Each program repeats the scan, which beats a second launch only while there are few programs.
-    """
+    Each program repeats the scan, which beats a second launch only while there are few programs."""
     return num_experts <= FUSED_COUNTS_MAX_EXPERTS and num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
 
 
@@ -318,43 +311,19 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
     row_programs = ceil_div(p.num_rows, config.block_rows) * column_programs
     padding_programs = p.num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
     programs = row_programs + padding_programs + (p.grouping == "counts")  # one more writes the layout
-    scale_rows = math.prod(b.scales.shape) // cols
-    arguments = (
-        b.x,
-        p.row_stride,
-        p.expert_stride,
-        b.row_index,
-        p.num_source_rows,
-        b.values,
-        b.scales,
-        scale_rows,
-        b.counts,
-        b.layout,
-        b.expert_offsets,
-        b.scale_offsets,
-        p.num_rows,
-        p.num_experts,
-        # 1 where it is not used: Triton specializes the kernel on it.
-        p.num_rows // p.num_experts if p.grouping == "uniform" else 1,
-        p.k,
-        row_programs,
-        column_programs,
-        b.x_scales,
-        1 if b.x_scales is None else p.scale_stride,
-    )
-    swiglu = p.activation
-    constants = (
-        SCALE_ROUNDING_BIAS[p.scale_rounding],
-        p.scale_group,
-        p.grouping,
-        b.row_index is not None,
-        swiglu is not None,
-        *((1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)),
-        next_power_of_2(p.num_experts),
-        config.block_rows,
-        config.block_cols,
-        config.padding_tiles,
-        config.skip_unowned and p.grouping == "offsets",
-    )
+    source = (b.x, p.row_stride, p.expert_stride, b.row_index, p.num_source_rows)
+    target = (b.values, b.scales, math.prod(b.scales.shape) // cols)
+    layout = (b.counts, b.layout, b.expert_offsets, b.scale_offsets)
+    # Triton specializes the kernel on these two, which are 1 where they are not used.
+    rows_per_expert = p.num_rows // p.num_experts if p.grouping == "uniform" else 1
+    scale_stride = 1 if b.x_scales is None else p.scale_stride
+    sizes = (p.num_rows, p.num_experts, rows_per_expert, p.k, row_programs, column_programs)
+    arguments = (*source, *target, *layout, *sizes, b.x_scales, scale_stride)
+    swiglu, gather = p.activation, b.row_index is not None
+    numbers = (1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)
+    job = (SCALE_ROUNDING_BIAS[p.scale_rounding], p.scale_group, p.grouping, gather, swiglu is not None, *numbers)
+    skip_unowned = config.skip_unowned and p.grouping == "offsets"
+    tile = (config.block_rows, config.block_cols, config.padding_tiles, skip_unowned)
+    constants = (*job, next_power_of_2(p.num_experts), *tile)
     options = (("num_warps", config.num_warps),)
     return (KernelLaunch(quantize_kernel, programs, arguments, constants, options),)

@@ -95,11 +95,8 @@ def cache() -> Path:
 
 
 def check_cache() -> None:
-    """Check that code in the cache may be loaded, as all functions below do.
-
-    Raises:
-        BackendUnavailableError: someone else owns it or can write there; says who, and what to do.
-    """
+    """Check that code in the cache may be loaded, as all functions below do. Raises
+    BackendUnavailableError: someone else owns it or can write there; says who, and what to do."""
     check_trusted(env.cache_dir(), cache())
 
 
@@ -132,12 +129,9 @@ def built() -> list[Built]:
 
 
 def build(source: Source) -> Built:
-    """The module, built now if it is not there; another process's build of it is waited for.
-
-    Raises:
-        BackendUnavailableError: no headers or compiler, a compiler too old for the target, a
-            compilation that fails, a cache that cannot be written.
-    """
+    """The module, built now if it is not there; another process's build of it is waited for. Raises
+    BackendUnavailableError: no headers or compiler, a compiler too old for the target, a
+    compilation that fails, a cache that cannot be written."""
     found = find(source)
     if found is not None:
         return found
@@ -148,11 +142,8 @@ def build(source: Source) -> Built:
 
 
 def load(source: Source) -> Any:
-    """The tvm-ffi module, built if need be; loaded once in a process.
-
-    Raises:
-        BackendUnavailableError: as :func:`build`, or the library does not load.
-    """
+    """The tvm-ffi module, built if need be; loaded once in a process. Raises
+    BackendUnavailableError: as :func:`build`, or the library does not load."""
     return build(source).load()
 
 

@@ -54,10 +54,8 @@ class CutlassHeaders:
 
     @property
     def identity(self) -> str:
-        """The version of a package; for a chosen folder with a digest of its contents.
-
-        A checkout may be at any commit, or patched, and say the same version.
-        """
+        """The version of a package; for a chosen folder with a digest of its contents. A checkout
+        may be at any commit, or patched, and say the same version."""
         return self.version_string + (f"+{_digest(self.include)}" if self.origin == CHOSEN else "")
 
     @property
@@ -105,11 +103,8 @@ class CudaCompiler:
 
 
 def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
-    """The headers and the compiler of this machine that build for a target like ``10.3a``.
-
-    Raises:
-        BackendUnavailableError: one is missing, or the compiler is too old; says what to install.
-    """
+    """The headers and the compiler of this machine that build for a target like ``10.3a``. Raises
+    BackendUnavailableError: one is missing, or the compiler is too old; says what to install."""
     cutlass, cuda = find_cutlass(), find_cuda()
     needed = MIN_CUDA_103 if arch.startswith("10.3") or arch.endswith("f") else MIN_CUDA
     if cuda.version < needed:
@@ -123,11 +118,8 @@ def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
 
 
 def find_cutlass() -> CutlassHeaders:
-    """The headers to compile with.
-
-    Raises:
-        BackendUnavailableError: there are none, or not where HYBRID_MXFP8_CUTLASS_DIR says.
-    """
+    """The headers to compile with. Raises BackendUnavailableError: there are none, or not where
+    HYBRID_MXFP8_CUTLASS_DIR says."""
     chosen = env.cutlass_dir()
     found = cutlass_candidates()
     if chosen is not None:
@@ -189,11 +181,8 @@ def _digest(include: Path) -> str:
 
 
 def find_cuda() -> CudaCompiler:
-    """The compiler to use: of the usable ones, the first of CUDA_HOME, PATH and the wheels.
-
-    Raises:
-        BackendUnavailableError: CUDA_HOME has none, or there is none; says what to install.
-    """
+    """The compiler to use: of the usable ones, the first of CUDA_HOME, PATH and the wheels. Raises
+    BackendUnavailableError: CUDA_HOME has none, or there is none; says what to install."""
     problems = []
     for found in cuda_candidates():
         if not found.problem:
@@ -236,9 +225,7 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
 @functools.lru_cache
 def _probe_nvcc(nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> tuple[Path, tuple[int, ...], str, str]:
     """Toolkit folder, version, why it is not used, and the host compiler that it finds on PATH.
-
-    nvcc itself is asked: it may be a wrapper script, whose folder says nothing of the toolkit's.
-    """
+    nvcc itself is asked: it may be a wrapper script, whose folder says nothing of the toolkit's."""
     said = _output(nvcc, "--version")
     match = re.search(r"release [\d.]+, V([\d.]+)", said)
     if match is None:

@@ -23,10 +23,7 @@ _writing: set[Path] = set()  # another file of its number is from an earlier pro
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
     """The hidden path beside ``target`` to write to; removed at the end unless it was renamed.
-
-    Raises:
-        ValueError: this process is writing ``target`` already.
-    """
+    Raises ValueError: this process is writing ``target`` already."""
     path = target.with_name(f"{_prefix(target)}{os.getpid()}{SUFFIX}")
     if path in _writing:
         raise ValueError(f"{target}: is being written by this process already")

@@ -109,11 +109,8 @@ class Summary:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """What to do with each tensor of a checkpoint. Reads headers only.
-
-    Raises:
-        ValueError: a tensor that matches can't be quantized, or none does.
-    """
+    """What to do with each tensor of a checkpoint. Reads headers only. Raises ValueError: a tensor
+    that matches can't be quantized, or none does."""
     found = Plan()
     entries = [checkpoint.entry(name) for name in checkpoint.names]
     _find_layout(found, checkpoint, entries, options)
@@ -141,13 +138,10 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], options: Options) -> None:
-    """Which tensors that will be quantized are not (E, N, K) with gate before up.
-
-    Raises:
-        ValueError: an option's pattern that matches none of them, fused matrices of a model that
-            has rows in turns under another name, or experts that are (E, K, N) by their shapes and
-            not by the layout, or the other way round.
-    """
+    """Which tensors that will be quantized are not (E, N, K) with gate before up. Raises
+    ValueError: an option's pattern that matches none of them, fused matrices of a model that has
+    rows in turns under another name, or experts that are (E, K, N) by their shapes and not by the
+    layout, or the other way round."""
     known = layout_of(checkpoint.path)
     transposed = known.transposed if options.transposed is None else options.transposed
     interleaved = known.interleaved if options.interleaved is None else options.interleaved
@@ -180,10 +174,8 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
 
 def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
     """That fused experts will be (E, N, K): gate_up_proj (E, 2I, H) beside down_proj (E, H, I).
-
     Each is given by name, shape and whether it will be transposed. By their own shapes alone (E, K,
-    N) look like any others, and would be quantized along N.
-    """
+    N) look like any others, and would be quantized along N."""
     (a, b), (c, d) = (shape[:0:-1] if transposed else shape[1:] for _, shape, transposed in (up, down))
     if (b != 2 * c or a != d) and up[2] == down[2]:
         return
@@ -237,12 +229,9 @@ def convert(
     those that describe a quantization are left out. ``config.json`` gets a ``quantization_config``
     whose ``modules_to_not_convert`` lists the modules whose weight matrices stay as they are.
 
-    ``target`` appears when it is whole, and replaces what is there.
-
-    Raises:
-        ValueError: a tensor to be quantized that holds NaN or Inf; a ``config.json`` that is
-            none, or that can't say what the result is; a file that is a link to nothing.
-        OSError: a file that can't be read or written.
+    ``target`` appears when it is whole, and replaces what is there. Raises ValueError: a tensor to
+    be quantized that holds NaN or Inf; a ``config.json`` that is none, or that can't say what the
+    result is; a file that is a link to nothing; OSError: a file that can't be read or written.
     """
     conversion = _Conversion(checkpoint, planned, options, progress, Summary(planned))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -405,10 +394,7 @@ def _take_quantizations(config: dict[str, Any]) -> list[Any]:
 
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
     """That one ``quantization_config`` can say what all weights are, whatever it said before.
-
-    Raises:
-        ValueError: weights of another format than MXFP8 would stay.
-    """
+    Raises ValueError: weights of another format than MXFP8 would stay."""
     file = checkpoint.path / CONFIG_FILE
     scales = {checkpoint.scale_of(entry.name) for entry in planned.copied if entry.dtype.startswith("F8")}
     left = [

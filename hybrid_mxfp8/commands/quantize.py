@@ -95,12 +95,9 @@ def _convert(args: argparse.Namespace) -> Summary:
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Whether OUT may be written, and what it replaces is no more than an earlier OUT.
-
-    Raises:
-        ValueError: IN and OUT are the same, or one is inside the other.
-        FileExistsError: OUT exists, without ``force`` or as no checkpoint of IN's kind.
-    """
+    """Whether OUT may be written, and what it replaces is no more than an earlier OUT. Raises
+    ValueError: IN and OUT are the same, or one is inside the other; FileExistsError: OUT exists,
+    without ``force`` or as no checkpoint of IN's kind."""
     a, b = source.resolve(), target.resolve()
     if a == b or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target}: IN and OUT must not be the same")

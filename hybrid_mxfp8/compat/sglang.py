@@ -33,6 +33,7 @@ from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_aligned,
     check_contiguous,
+    check_float_dtype,
     check_k,
     check_n,
     check_no_grad,
@@ -41,7 +42,6 @@ from hybrid_mxfp8.core.checks import (
     check_tensor,
     fail,
     is_tracing,
-    short,
 )
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout, group_offsets
@@ -85,12 +85,7 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
     """
     if torch.compiler.is_compiling():
         torch.ops.hybrid_mxfp8.sglang_grouped_quant(
-            input,
-            tokens_per_expert,
-            expert_offsets,
-            blockscale_offsets,
-            quant_output.view(torch.uint8),
-            scale_factor,
+            input, tokens_per_expert, expert_offsets, blockscale_offsets, quant_output.view(torch.uint8), scale_factor
         )
         return
     check_tensor("input", input, dtypes=FLOAT_DTYPES, ndim=2, dims="(T, K)")
@@ -176,8 +171,7 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     scales = _scale_tiles("sfb", sfb, num_tokens, k, device)
     _check_metadata(tokens_per_expert, expert_offsets, blockscale_offsets, device)
     check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
+    check_float_dtype("dtype", dtype)
     if workspace.device != device:
         fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
     if is_tracing(b):  # meta or fake: nothing to compute

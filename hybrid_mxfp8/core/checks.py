@@ -24,13 +24,7 @@ def fail(name: str, expected: str, got: Any) -> NoReturn:
 
 
 def check_tensor(
-    name: str,
-    value: Any,
-    *,
-    dtypes: Sequence[torch.dtype],
-    ndim: int,
-    dims: str,
-    device: torch.device | None = None,
+    name: str, value: Any, *, dtypes: Sequence[torch.dtype], ndim: int, dims: str, device: torch.device | None = None
 ) -> torch.Tensor:
     """A tensor of one of ``dtypes``, of rank ``ndim``, which ``dims`` describes, on ``device``."""
     if not isinstance(value, torch.Tensor):
@@ -98,10 +92,8 @@ def check_aligned(name: str, value: torch.Tensor) -> None:
 
 
 def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Shares no memory with the others, which are read, or written too, while it is written.
-
-    From its first to its last byte: columns of one wider buffer count as overlapping.
-    """
+    """Shares no memory with the others, which are read, or written too, while it is written. From
+    its first to its last byte: columns of one wider buffer count as overlapping."""
     start = written.data_ptr()
     end = start + extent(written)
     for other, tensor in others.items():
@@ -151,10 +143,10 @@ def check_scale_group(value: Any) -> int:
     return value
 
 
-def check_out_dtype(value: Any) -> torch.dtype:
-    """A dtype that a product can be written in."""
+def check_float_dtype(name: str, value: Any) -> torch.dtype:
+    """A dtype that tokens can have, and that a product can be written in."""
     if value not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
+        raise TypeError(f"{name}: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
     assert isinstance(value, torch.dtype)
     return value
 
@@ -171,11 +163,8 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
 
 def is_tracing(x: torch.Tensor) -> bool:
     """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake, meta, or inside
-    vmap and the like.
-
-    Then the public functions go through the operators of ``ops.torch_library``, which PyTorch knows
-    how to handle there.
-    """
+    vmap and the like. Then the public functions go through the operators of ``ops.torch_library``,
+    which PyTorch knows how to handle there."""
     return (
         torch.compiler.is_compiling()
         or x.is_meta
@@ -210,11 +199,7 @@ def short(value: Any) -> str:
 
 
 def resolve_device(given: torch.device | str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: no such device here.
-    """
+    """The device of this name. Raises ValueError: no such device here."""
     try:
         device = torch.device(given)
     except (RuntimeError, TypeError):

@@ -17,10 +17,8 @@ def scale_values(scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> to
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """values (..., K) e4m3 times row-major scales (..., K/32) uint8: (..., K) in ``dtype``.
-
-    Exact in float64; in float32 all but a value that reaches 2**128, which becomes Inf.
-    """
+    """values (..., K) e4m3 times row-major scales (..., K/32) uint8: (..., K) in ``dtype``. Exact
+    in float64; in float32 all but a value that reaches 2**128, which becomes Inf."""
     blocks = _decode(values, dtype).unflatten(-1, (-1, BLOCK_SIZE))
     product: torch.Tensor = blocks.mul_(scale_values(scales, dtype).unsqueeze(-1))
     return product.flatten(-2)

@@ -61,10 +61,8 @@ def padded_scale_rows(rows: int) -> int:
 
 def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
     """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device
-    data.
-
-    Every expert with a token wastes at most 127 rows, and at most min(E, T) experts have one.
-    """
+    data. Every expert with a token wastes at most 127 rows, and at most min(E, T) experts have
+    one."""
     return (num_tokens + 127 * min(num_experts, num_tokens)) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
 
 
@@ -74,9 +72,7 @@ def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
 
 
 def scale_offset(row: int, col: int, cols: int) -> int:
-    """Byte offset of scale (row, col) from its operand's first byte; ``cols`` is C.
-
-    Equal to CuTe's ``Sm1xxBlockScaledConfig<32>`` layout.
-    """
+    """Byte offset of scale (row, col) from its operand's first byte; ``cols`` is C. Equal to CuTe's
+    ``Sm1xxBlockScaledConfig<32>`` layout."""
     tile = (row // SCALE_TILE_ROWS) * (cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
     return tile * SCALE_TILE_BYTES + (row % 32) * 16 + (row % SCALE_TILE_ROWS // 32) * 4 + col % SCALE_TILE_COLS

@@ -89,11 +89,7 @@ class GroupLayout:
 
     @classmethod
     def unchecked(
-        cls,
-        tokens_per_expert: torch.Tensor,
-        expert_offsets: torch.Tensor,
-        scale_offsets: torch.Tensor,
-        num_tokens: int,
+        cls, tokens_per_expert: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int
     ) -> GroupLayout:
         """Without the checks, for tensors that this package has just made or checked."""
         self = object.__new__(cls)
@@ -185,10 +181,7 @@ class GroupLayout:
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
     """On a CPU, that these are counts, ends or an indptr of ``num_tokens`` rows; else nothing.
-
-    Raises:
-        ValueError: they are not; says what was expected, and which other form they may be.
-    """
+    Raises ValueError: they are not; says what was expected, and which other form they may be."""
     if not given.is_cpu or is_tracing(given):
         return
     numbers = given.tolist()
@@ -217,10 +210,7 @@ _launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
 
 def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> None:
     """Have ``function`` build layouts on GPUs: (counts or ends (E,), T, whether ends) -> (3E+2,)
-    int32.
-
-    No kernel is known to this package; the public functions say how one is launched.
-    """
+    int32. No kernel is known to this package; the public functions say how one is launched."""
     global _launch
     _launch = function
 
@@ -229,12 +219,9 @@ def group_offsets(
     counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), all int32, of (E,)
-    counts or inclusive ends.
-
-    Whatever the data, the result is a valid layout of ``num_tokens`` rows: negative counts act as
-    0, ends that fall act as the largest before them, and no expert reaches beyond ``num_tokens``.
-    So no kernel that trusts the layout can leave its buffers.
-    """
+    counts or inclusive ends. Whatever the data, the result is a valid layout of ``num_tokens``
+    rows: negative counts act as 0, ends that fall act as the largest before them, and no expert
+    reaches beyond ``num_tokens``. So no kernel that trusts the layout can leave its buffers."""
     # Clamped before it is summed: the sum of E counts of at most T fits int64, that of any E counts
     # does not.
     given = counts_or_ends.to(torch.int64).clamp(0, num_tokens)
@@ -251,10 +238,8 @@ def caller_offsets(
     tokens_per_expert: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three tensors of a layout whose scales start where the caller says, (E,) int32, cut to 0
-    .. S.
-
-    The last scale offset is the largest end of the padded scales of an expert that has tokens.
-    """
+    .. S. The last scale offset is the largest end of the padded scales of an expert that has
+    tokens."""
     tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
     starts = scale_starts.to(torch.int64).clamp(0, num_scale_rows)
     ends = torch.where(tokens > 0, starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS, 0)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
     arrived,
     check_contiguous,
+    check_float_dtype,
     check_k,
     check_no_grad,
     check_scale_group,
@@ -99,8 +99,7 @@ class MXFP8Tokens(_Portable):
         for name, tensor in (("values", self.values), ("scales", self.scales)):
             if tensor.stride(1) != 1 and tensor.numel():
                 fail(name, "must have unit stride along its columns", f"strides {tensor.stride()}")
-        if self.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(self.dtype)}")
+        check_float_dtype("dtype", self.dtype)
         check_scale_group(self.scale_group)
 
     @classmethod

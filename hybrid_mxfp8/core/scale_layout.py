@@ -78,11 +78,8 @@ def scale_rows_of_tokens(
     expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert
-    owns it (T,) bool.
-
-    A scale row of an owned row is always one of the S that there are, whatever numbers a layout
-    holds: on a GPU an index out of range would end the process.
-    """
+    owns it (T,) bool. A scale row of an owned row is always one of the S that there are, whatever
+    numbers a layout holds: on a GPU an index out of range would end the process."""
     num_experts = expert_offsets.numel() - 1
     rows = torch.arange(num_tokens, device=expert_offsets.device)
     owned = rows < expert_offsets[-1]
@@ -105,11 +102,8 @@ def swizzle_grouped_scales(
     linear: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero; and
-    which rows are owned, (T,).
-
-    No shape depends on device data, so nothing syncs: rows that no expert owns land in one row
-    more, which is cut off.
-    """
+    which rows are owned, (T,). No shape depends on device data, so nothing syncs: rows that no
+    expert owns land in one row more, which is cut off."""
     num_tokens, cols = linear.shape
     scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)
     padded = linear.new_zeros(num_scale_rows + 1, round_up(cols, SCALE_TILE_COLS))

@@ -68,10 +68,8 @@ class Backend(NamedTuple):
 
 class Quantizer(NamedTuple):
     """Quantization, and the other kernels around a product; ``reference`` says what each computes.
-
     ``route_scratch`` is the int32 elements of route's ``scratch``, of (choices, E); never more for
-    fewer choices. Strides are of rows, in elements.
-    """
+    fewer choices. Strides are of rows, in elements."""
 
     name: str  # of the backend whose package it comes from
     available: Callable[[torch.device], Support]

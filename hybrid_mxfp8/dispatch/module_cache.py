@@ -74,11 +74,8 @@ class Module:
             return False
 
     def load(self) -> Any:
-        """The tvm-ffi module; loaded once in a process.
-
-        Raises:
-            BackendUnavailableError: the library does not load.
-        """
+        """The tvm-ffi module; loaded once in a process. Raises BackendUnavailableError: the library
+        does not load."""
         return _load(self.library)
 
 
@@ -104,10 +101,8 @@ def _digest(path: Path) -> str:
 
 def trust_problem(path: Path) -> str:
     """Why code at ``path`` is not loaded: others own it or can write it; empty if it is loaded.
-
     Nothing is wrong with a path that is not there, with HYBRID_MXFP8_TRUST_CACHE=1, and on systems
-    without numbered users (Windows).
-    """
+    without numbered users (Windows)."""
     if env.trust_cache() or not hasattr(os, "geteuid"):
         return ""
     try:
@@ -126,11 +121,8 @@ def trust_problem(path: Path) -> str:
 
 
 def check_trusted(*paths: Path) -> None:
-    """Check that code at these paths may be loaded.
-
-    Raises:
-        BackendUnavailableError: others own one or can write it; says which, and what to do.
-    """
+    """Check that code at these paths may be loaded. Raises BackendUnavailableError: others own one
+    or can write it; says which, and what to do."""
     for problem in filter(None, map(trust_problem, paths)):
         raise BackendUnavailableError(
             f"the cache is not loaded: {problem}: make it yours alone (chown, chmod go-w), or set "
@@ -141,14 +133,10 @@ def check_trusted(*paths: Path) -> None:
 
 def build_once(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool]) -> None:
     """Put a module into ``folder`` unless it is there; another process's build is waited for.
-
     ``build`` writes the module's files into the empty folder that it is given; its OSErrors are
-    taken for the cache's. Where ``valid()`` is false, ``folder`` is replaced.
-
-    Raises:
-        BackendUnavailableError: the folder above cannot be written, or is someone else's.
-        Exception: whatever ``build`` raises; nothing is left of it then.
-    """
+    taken for the cache's. Where ``valid()`` is false, ``folder`` is replaced. Raises
+    BackendUnavailableError: the folder above cannot be written, or is someone else's; Exception:
+    whatever ``build`` raises; nothing is left of it then."""
     try:
         _make_folder(folder.parent)
         check_trusted(folder.parent)  # a file server may have given it to another user

@@ -57,13 +57,7 @@ class Operands:
         self.list: list[Operand] = []
 
     def add(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        *,
-        written: bool = False,
-        label: str | None = None,
-        may_equal: int = -1,
+        self, name: str, tensor: torch.Tensor, *, written: bool = False, label: str | None = None, may_equal: int = -1
     ) -> Buffer:
         """The next tensor, as launches see it."""
         self.list.append(Operand(name, label or name, extent(tensor), written, may_equal))
@@ -108,11 +102,8 @@ class Plan:
         self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def run(self, *tensors: torch.Tensor) -> None:
-        """Make the launches on the current stream.
-
-        Raises:
-            ValueError: what is written overlaps another operand.
-        """
+        """Make the launches on the current stream. Raises ValueError: what is written overlaps
+        another operand."""
         if self._parts is None:
             self._prepare()
         if self._hooked():
@@ -199,10 +190,7 @@ def _several_gpus() -> bool:
 def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
     """All of a vector or matrix that a plan depends on but for the address, of which the alignment
     counts, and the first dimension, which is one of the sizes: only whether that is ``rows``.
-
-    Raises:
-        TypeError: a fake tensor or another subclass that has no memory of its own.
-    """
+    Raises TypeError: a fake tensor or another subclass that has no memory of its own."""
     if x is None:
         return None
     if not has_memory(type(x)):
@@ -229,10 +217,7 @@ def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = N
 
 class Template:
     """A plan as a function of its sizes, for those that meet the conditions that it was made under.
-
-    Raises:
-        AttributeError, TypeError: ``make`` does with sizes what a trace can't follow.
-    """
+    Raises AttributeError, TypeError: ``make`` does with sizes what a trace can't follow."""
 
     def __init__(self, sizes: tuple[int, ...], make: Callable[..., Plan]) -> None:
         trace = Trace(sizes)
@@ -280,10 +265,7 @@ class PlanCache:
 
     def make(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan:
         """The plan ``make(*sizes)``, kept unless the signature is None, and with it the template of
-        others.
-
-        ``make`` holds no tensor, and all else that it depends on is in the signature.
-        """
+        others. ``make`` holds no tensor, and all else that it depends on is in the signature."""
         plan = make(*sizes)
         if signature is not None and plan.lasting:
             self.add(signature, plan, sizes)

@@ -96,11 +96,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def requested(backend: str | None) -> str:
     """The backend that is asked for, or ``auto``: the argument, else use_backend(), else the
-    environment.
-
-    Raises:
-        ValueError: no such backend; the message lists the valid names.
-    """
+    environment. Raises ValueError: no such backend; the message lists the valid names."""
     env.start()
     if backend is not None:
         return _known("backend", backend)
@@ -152,11 +148,8 @@ def choose_ready(problem: Problem, backend: str | None) -> Ready:
 
 def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, str] = MappingProxyType({})) -> Backend:
     """The backend for this problem; auto passes over those that ``failed``, for the reasons there.
-
-    Raises:
-        BackendUnavailableError: the backend that is asked for by name can't run it.
-        ValueError: no such backend.
-    """
+    Raises BackendUnavailableError: the backend that is asked for by name can't run it; ValueError:
+    no such backend."""
     name = requested(backend)
     if name != AUTO:
         chosen = backend_of(name)

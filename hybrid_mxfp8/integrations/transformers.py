@@ -86,15 +86,11 @@ def register() -> None:
 def experts_forward(
     module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The forward of an experts module of transformers, in MXFP8; what ``register`` registers.
-
-    The module has gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed. Of hidden_states
-    (M, H), ids and weights (M, top_k) come (M, H) of hidden_states' dtype.
-
-    Raises:
-        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or experts
-            that ``quantize_model_`` has to quantize first.
-    """
+    """The forward of an experts module of transformers, in MXFP8; what ``register`` registers. The
+    module has gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed. Of hidden_states (M,
+    H), ids and weights (M, top_k) come (M, H) of hidden_states' dtype. Raises ValueError: experts
+    that MXFP8Experts can't compute, inputs that require grad, or experts that ``quantize_model_``
+    has to quantize first."""
     experts = getattr(module, _OWNED, None) or _quantized(module)
     result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
     return result
@@ -114,11 +110,9 @@ class _Version(NamedTuple):
 
 class _Cached(NamedTuple):
     """Experts, and what they were made of: another parameter in the same memory is not the same,
-    nor is other memory at the same address, as ``module.half().bfloat16()`` may get.
-
-    References are weak, so that a parameter that was replaced does not keep its memory; while one
-    to a storage is held, no other storage gets its number. A copy of the module quantizes anew.
-    """
+    nor is other memory at the same address, as ``module.half().bfloat16()`` may get. References are
+    weak, so that a parameter that was replaced does not keep its memory; while one to a storage is
+    held, no other storage gets its number. A copy of the module quantizes anew."""
 
     versions: tuple[_Version, ...]
     experts: MXFP8Experts
@@ -160,13 +154,11 @@ def _local(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def _unproven(parameters: list[torch.Tensor]) -> str | None:
-    """Where a copy of the parameters may go stale with nothing to show it; None if nowhere.
-
-    FSDP gathers into the same tensor and restores its version, DTensor hands out a new one each
-    time, and collectives write without counting: all of them need a process group. A compiled or
-    captured forward is not asked again, inference tensors count no writes, and other processes
-    count their own.
-    """
+    """Where a copy of the parameters may go stale with nothing to show it; None if nowhere. FSDP
+    gathers into the same tensor and restores its version, DTensor hands out a new one each time,
+    and collectives write without counting: all of them need a process group. A compiled or captured
+    forward is not asked again, inference tensors count no writes, and other processes count their
+    own."""
     if torch.compiler.is_compiling():
         return "before torch.compile traces them"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -194,11 +186,9 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
 
 
 def _activation(module: torch.nn.Module) -> SwiGLU | None:
-    """The activation of an experts module; None if its gate function is no SwiGLU.
-
-    Found by trying, not by the class's name: with the module's numbers, its function and ours agree
-    on values on both sides of the limit, in the order of rows that the module says it has.
-    """
+    """The activation of an experts module; None if its gate function is no SwiGLU. Found by trying,
+    not by the class's name: with the module's numbers, its function and ours agree on values on
+    both sides of the limit, in the order of rows that the module says it has."""
     numbers = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
     found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in numbers]
     alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}

@@ -23,22 +23,14 @@ from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
-from hybrid_mxfp8.dispatch.problem import (
-    GemmBuffers,
-    Problem,
-    QuantizeBuffers,
-    QuantizeProblem,
-    split_layout,
-)
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, choose_ready
 
 
 class MoEShape(NamedTuple):
-    """All of an MoE layer that sizes its intermediates, but for the number of tokens.
-
-    H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E,
-    H, I). ``scale_groups`` are those of x and w13, and of the activation and w2.
-    """
+    """All of an MoE layer that sizes its intermediates, but for the number of tokens. H and I are
+    ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
+    ``scale_groups`` are those of x and w13, and of the activation and w2."""
 
     experts: int
     hidden: int
@@ -56,13 +48,8 @@ class MoEShape(NamedTuple):
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
-    """The shape of a layer.
-
-    Raises:
-        TypeError: not ExpertWeights.
-        ValueError: weights that are not (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of
-            32, on one device.
-    """
+    """The shape of a layer. Raises TypeError: not ExpertWeights; ValueError: weights that are not
+    (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of 32, on one device."""
     for name, w in (("w13q", w13q), ("w2q", w2q)):
         if not isinstance(w, ExpertWeights):
             raise TypeError(f"{name}: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
@@ -183,12 +170,8 @@ def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
     """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
-    ids, weights, and what is given of the biases and x's scales).
-
-    Raises:
-        ValueError: more rows, padded to scale tiles, than int32 counts.
-        BackendUnavailableError: as ``registry.choose``.
-    """
+    ids, weights, and what is given of the biases and x's scales). Raises ValueError: more rows,
+    padded to scale tiles, than int32 counts; BackendUnavailableError: as ``registry.choose``."""
     num_tokens, device = inputs.x.shape[0], shape.device
     check_rows("x", shape, num_tokens)
     backends = choose_backends(shape, num_tokens, backend)

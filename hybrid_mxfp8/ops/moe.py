@@ -255,22 +255,11 @@ def _forward_traced(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    rows, x_scales = parts_of(x)
-    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(
-        rows if x_scales is None else rows.view(torch.uint8),
-        w13q.values,
-        w13q.scales,
-        w2q.values,
-        w2q.scales,
-        topk_ids,
-        topk_weights,
-        w13_bias,
-        w2_bias,
-        activation.spec,
-        backend,
-        *shape.scale_groups,
-        x_scales,
-        None if x_scales is None else x.dtype,
-        x.scale_group if isinstance(x, MXFP8Tokens) else BLOCK_SIZE,
-    )
+    weights = (w13q.values, w13q.scales, w2q.values, w2q.scales)
+    options = (topk_ids, topk_weights, w13_bias, w2_bias, activation.spec, backend, *shape.scale_groups)
+    if isinstance(x, MXFP8Tokens):
+        tokens, about_x = x.values.view(torch.uint8), (x.scales, x.dtype, x.scale_group)
+    else:
+        tokens, about_x = x, (None, None, BLOCK_SIZE)
+    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(tokens, *weights, *options, *about_x)
     return result if out is None else out.copy_(result)

@@ -297,24 +297,13 @@ def plan_rows(
 
 
 def _quantize_traced(
-    x: torch.Tensor,
-    groups: GroupLayout | torch.Tensor,
-    rows: Rows,
-    row_index: torch.Tensor | None,
-    backend: str | None,
+    x: torch.Tensor, groups: GroupLayout | torch.Tensor, rows: Rows, row_index: torch.Tensor | None, backend: str | None
 ) -> GroupedMXFP8:
     layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, rows.num_tokens)
-    values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
-        x,
-        layout.tokens_per_expert,
-        layout.expert_offsets,
-        layout.scale_offsets,
-        rows.scale_rounding,
-        row_index,
-        None if rows.activation is None else rows.activation.spec,
-        backend,
-        rows.scale_group,
-    )
+    offsets = (layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets)
+    activation = None if rows.activation is None else rows.activation.spec
+    options = (rows.scale_rounding, row_index, activation, backend, rows.scale_group)
+    values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(x, *offsets, *options)
     return GroupedMXFP8.unchecked(values.view(E4M3), scales, layout, rows.scale_group)
 
 

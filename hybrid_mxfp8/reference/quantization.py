@@ -17,11 +17,9 @@ FP32_INF_BITS = 0x7F800000
 def quantize(
     x: torch.Tensor, scale_rounding: str = "rceil", scale_group: int = BLOCK_SIZE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (..., K), K % 32 == 0, to values (..., K) e4m3 and row-major scales (..., K/32) uint8.
-
-    A group with a NaN or an Inf has scale 255 and only NaN elements; a group of zeros has scale 0
-    and keeps its signs. The README's section on numerics has the design and the formulas.
-    """
+    """Rows (..., K), K % 32 == 0, to values (..., K) e4m3 and row-major scales (..., K/32) uint8. A
+    group with a NaN or an Inf has scale 255 and only NaN elements; a group of zeros has scale 0 and
+    keeps its signs. The README's section on numerics has the design and the formulas."""
     blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
     # Integer comparison orders magnitudes as floats do, and puts NaN above Inf above all finite
     # values.

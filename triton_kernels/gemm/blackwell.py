@@ -144,7 +144,7 @@ def _scale_tile_map(scales: Buffer, row_tiles: int) -> TensorMap:
 def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tuple[KernelLaunch, ...]:
     """The launch of one product; operands are 16-byte aligned."""
     p, b = problem, buffers
-    arguments = (
+    operands = (
         b.out,
         TensorMap(b.x_values, (p.num_tokens, p.k), (config.block_t, 128)),
         _scale_tile_map(b.x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)),
@@ -153,13 +153,9 @@ def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tup
         _scale_tile_map(b.w_scales, 1),
         b.expert_offsets,
         b.scale_offsets,
-        p.num_tokens,
-        b.x_scales.shape[0],
-        p.num_experts,
-        p.n,
-        p.k,
     )
+    sizes = (p.num_tokens, b.x_scales.shape[0], p.num_experts, p.n, p.k)
     constants = (next_power_of_2(p.num_experts), config.block_t, config.warp_specialize, config.num_stages)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options),)
+    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, (*operands, *sizes), constants, options),)

@@ -555,11 +555,8 @@ def hopper_gemm_kernel(
 
 
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:
-    """The two launches of one product: tokens to bf16, then the product.
-
-    Weights and their scales are 16-byte aligned, and ``buffers.workspace`` has the bytes of the
-    WorkspaceLayout.
-    """
+    """The two launches of one product: tokens to bf16, then the product. Weights and their scales
+    are 16-byte aligned, and ``buffers.workspace`` has the bytes of the WorkspaceLayout."""
     assert config.is_valid(), config
     assert buffers.workspace is not None
     if triton_version() == (3, 8):
@@ -585,16 +582,8 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
         tensor_map(w_scale_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
         tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
-        b.x_values,
-        b.x_scales,
-        b.expert_offsets,
-        b.scale_offsets,
-        b.x_scales.shape[0],
-        layout.tokens_at // 256,
-        first_tile,
-        p.k,
-        p.n,
-        num_k_tiles,
+        *(b.x_values, b.x_scales, b.expert_offsets, b.scale_offsets, b.x_scales.shape[0]),
+        *(layout.tokens_at // 256, first_tile, p.k, p.n, num_k_tiles),
     )
     constants = (config.block_t, config.small_block_t, block_k, config.num_stages, config.fused_dequantize)
     product = KernelLaunch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),))

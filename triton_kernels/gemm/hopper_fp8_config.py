@@ -36,11 +36,9 @@ class HopperFp8Config:
 
 
 def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Config:
-    """Tile by the average number of tokens an expert gets. Pure.
-
-    Numbers: µs on an H200, (N, K, E) = (4096, 7168, 32) and (1536, 2048, 128), each token going to
-    an expert at random; bench/results/hopper_fp8.md has all, and spread evenly.
-    """
+    """Tile by the average number of tokens an expert gets. Pure. Numbers: µs on an H200, (N, K, E)
+    = (4096, 7168, 32) and (1536, 2048, 128), each token going to an expert at random;
+    bench/results/hopper_fp8.md has all, and spread evenly."""
     if num_tokens <= 16 * num_experts:
         # 16: 235.9 and 108.0, with 128 tokens 233.2 and 108.2; evenly 232.7 and 106.9, with 128
         # tokens 233.5 and 108.1.

@@ -161,12 +161,10 @@ def select_formulation(capability: tuple[int, int] | None, triton: tuple[int, in
 def select_gemm_config(
     num_tokens: int, num_experts: int, formulation: Formulation, interpreted: bool = False
 ) -> TritonGemmConfig:
-    """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
-
-    8 warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens
-    too, for some shapes), and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit
-    of registers: up to 16 bytes spill with 3.9.
-    """
+    """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure. 8
+    warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens too,
+    for some shapes), and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit of
+    registers: up to 16 bytes spill with 3.9."""
     average = num_tokens / max(num_experts, 1)
     if interpreted:
         return TritonGemmConfig(16 if average <= 16 else 64, formulation, 4, 1)
@@ -188,20 +186,8 @@ def plan(problem: Problem, buffers: GemmBuffers) -> tuple[KernelLaunch, ...]:
     p, b = problem, buffers
     config = config_for(p)
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    arguments = (
-        b.x_values,
-        b.x_scales,
-        b.w_values,
-        b.w_scales,
-        b.out,
-        b.expert_offsets,
-        b.scale_offsets,
-        p.num_tokens,
-        b.x_scales.shape[0],
-        p.num_experts,
-        p.n,
-        p.k,
-    )
+    operands = (b.x_values, b.x_scales, b.w_values, b.w_scales, b.out, b.expert_offsets, b.scale_offsets)
+    sizes = (p.num_tokens, b.x_scales.shape[0], p.num_experts, p.n, p.k)
     constants = (next_power_of_2(p.num_experts), config.block_t, config.formulation)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    return (KernelLaunch(grouped_gemm_kernel, programs, arguments, constants, options),)
+    return (KernelLaunch(grouped_gemm_kernel, programs, (*operands, *sizes), constants, options),)

@@ -72,10 +72,7 @@ class Score:
 
 def score(operands: Operands) -> list[Score]:
     """Each format on a grouped GEMM. Scales of tokens span all experts', those of weights one's.
-
-    Raises:
-        ValueError: no expert has a token.
-    """
+    Raises ValueError: no expert has a token."""
     busy = [e for e, count in enumerate(operands.rows) if count]
     if not busy:
         raise ValueError(f"operands: {operands.name} must have at least one token, got none")
@@ -97,9 +94,7 @@ class ChannelEffect:
 
 def channel_effect(x: torch.Tensor, ratios: Sequence[float]) -> list[ChannelEffect]:
     """Make the largest channel of x (R, K) fp32 larger in every token; look at the other blocks.
-
-    Transformers' activations have such channels in every token: a scale a token is no help.
-    """
+    Transformers' activations have such channels in every token: a scale a token is no help."""
     channel = int(x.square().sum(dim=0).argmax())
     others = torch.ones(x.shape[1], dtype=torch.bool)
     others[channel // BLOCK_SIZE * BLOCK_SIZE :][:BLOCK_SIZE] = False

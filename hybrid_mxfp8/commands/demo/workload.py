@@ -64,10 +64,7 @@ def missing_packages() -> list[str]:
 
 def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
     """Real weights of so many layers, and activations of at most ``max_rows`` tokens an expert.
-
-    Raises:
-        ModuleNotFoundError: a package of :func:`missing_packages` is missing.
-    """
+    Raises ModuleNotFoundError: a package of :func:`missing_packages` is missing."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
