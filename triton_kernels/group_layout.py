@@ -15,6 +15,7 @@ from hybrid_mxfp8.core.formats import next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import split_layout
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def _max(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["given_ptr", "layout_ptr", "num_tokens", "num_experts"])
+@triton.jit(do_not_specialize=VARYING)
 def group_offsets_kernel(
     given_ptr,  # (E,) int32 or int64: counts, or inclusive ends
     layout_ptr,  # (3E+2,) int32
@@ -91,18 +92,7 @@ def group_offsets_kernel(
     store_layout(layout_ptr, ends.to(tl.int32), tokens, scale_ends, num_experts, BLOCK)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tokens_ptr",
-        "scale_starts_ptr",
-        "out_tokens_ptr",
-        "out_offsets_ptr",
-        "out_scale_offsets_ptr",
-        "num_tokens",
-        "num_scale_rows",
-        "num_experts",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def caller_layout_kernel(
     tokens_ptr,  # (E,) int32
     scale_starts_ptr,  # (E,) int32

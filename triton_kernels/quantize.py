@@ -32,6 +32,7 @@ from hybrid_mxfp8.triton_kernels.group_layout import group_offsets, scan_counts,
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -95,22 +96,7 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
     tl.store(words, zeros, mask=in_tiles & ((first_row < used_rows) & (row >= used_rows))[None, :])
 
 
-# What changes with every batch is not specialized on, so that a new number of tokens compiles no
-# new kernel.
-@triton.jit(
-    do_not_specialize=[
-        "row_index_ptr",
-        "num_source_rows",
-        "num_scale_rows",
-        "counts_ptr",
-        "layout_ptr",
-        "expert_offsets_ptr",
-        "scale_offsets_ptr",
-        "num_rows",
-        "num_experts",
-        "row_programs",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def quantize_kernel(
     x_ptr,  # rows of K elements, or of 2K with SWIGLU; bf16, fp16 or fp32
     row_stride,  # elements

@@ -37,6 +37,7 @@ from hybrid_mxfp8.triton_kernels.gemm.portable import find_tile
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -46,9 +47,7 @@ def _scale_tiles(desc, row_tile, column_tile, ROW_TILES: tl.constexpr):
     return tiles.trans(0, 3, 2, 1, 4).reshape(ROW_TILES * 128, 4)
 
 
-@triton.jit(
-    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_scale_rows", "num_experts"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def grouped_gemm_blackwell_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     x_desc,  # (T, K) e4m3, blocks (BLOCK_T, 128)

@@ -25,6 +25,7 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_config import COLUMN_GROUP, Workspa
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
 from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -59,20 +60,7 @@ def _list_tiles(
         tl.store(entry + 3, tl.zeros_like(i), mask=wanted)
 
 
-# What changes with every batch is not specialized on, so that a new number of tokens compiles no
-# new kernel.
-@triton.jit(
-    do_not_specialize=[
-        "expert_offsets_ptr",
-        "scale_offsets_ptr",
-        "num_tokens",
-        "num_scale_rows",
-        "num_experts",
-        "row_programs",
-        "max_tiles",
-        "tokens_at",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def dequantize_tokens_kernel(
     values_ptr,  # (T, K) e4m3
     scales_ptr,  # (S, C) uint8, swizzled

@@ -39,6 +39,7 @@ from hybrid_mxfp8.triton_kernels.numerics import (
     loop_bound,
 )
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales, load_scale_tile
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 Formulation = Literal["scaled", "bf16", "fp32"]
 
@@ -72,9 +73,7 @@ def _dequantize(values, scales, FORMULATION: tl.constexpr):
     return tl.reshape(product, [ROWS, 128])
 
 
-@triton.jit(
-    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_scale_rows", "num_experts"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def grouped_gemm_kernel(
     x_ptr,  # (T, K) e4m3
     x_scales_ptr,  # (S, C) uint8, swizzled

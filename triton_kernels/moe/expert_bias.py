@@ -16,9 +16,10 @@ from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
-@triton.jit(do_not_specialize=["inverse_permutation_ptr", "ids_ptr", "num_rows"])
+@triton.jit(do_not_specialize=VARYING)
 def expert_bias_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     inverse_permutation_ptr,  # (S,) int32

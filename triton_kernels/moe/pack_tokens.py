@@ -12,9 +12,10 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import to_fp32
 from hybrid_mxfp8.triton_kernels.quantize import _quantize_groups, select_quantize_config
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "weights_ptr", "num_tokens", "num_records", "num_experts"])
+@triton.jit(do_not_specialize=VARYING)
 def pack_tokens_kernel(
     x_ptr,  # (M, K) bf16, fp16 or fp32
     row_stride,  # elements

@@ -25,6 +25,7 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -50,17 +51,7 @@ def _store_rows(sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, row
     tl.store(inverse_permutation_ptr + slot, tl.where(expert < num_experts, row, -1), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ids_ptr",
-        "sorted_token_ids_ptr",
-        "inverse_permutation_ptr",
-        "layout_ptr",
-        "num_slots",
-        "top_k",
-        "num_experts",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def rank_kernel(
     ids_ptr,  # (S,) int32 or int64
     sorted_token_ids_ptr,  # (S,) int32
@@ -96,7 +87,7 @@ def rank_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "counts_ptr", "num_slots", "num_experts"])
+@triton.jit(do_not_specialize=VARYING)
 def count_kernel(
     ids_ptr,  # (S,) int32 or int64
     counts_ptr,  # (1 + blocks, BINS) int32; the first row is left for the totals
@@ -112,7 +103,7 @@ def count_kernel(
     tl.store(row + tl.arange(0, BINS), tl.histogram(expert, BINS))
 
 
-@triton.jit(do_not_specialize=["counts_ptr", "num_blocks"])
+@triton.jit(do_not_specialize=VARYING)
 def sum_kernel(
     counts_ptr,  # (1 + blocks, BINS) int32
     num_blocks,
@@ -134,18 +125,7 @@ def sum_kernel(
     tl.store(counts_ptr + e, total)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ids_ptr",
-        "counts_ptr",
-        "sorted_token_ids_ptr",
-        "inverse_permutation_ptr",
-        "layout_ptr",
-        "num_slots",
-        "top_k",
-        "num_experts",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def scatter_kernel(
     ids_ptr,  # (S,) int32 or int64
     counts_ptr,  # (1 + blocks, BINS) int32, summed
