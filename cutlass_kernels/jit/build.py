@@ -53,8 +53,8 @@ FLAGS = (
 READ_BY_SHELL = re.compile(r"[$`\"\\\n]")
 """In double quotes, which is how nvcc hands paths to the shell that runs its parts."""
 
-VERSIONS = re.compile(r"-cutlass([\d.]+)(?:\+[0-9a-f]+)?-nvcc([\d.]+)")
-"""How the name of a module's folder ends; those of its log and lock are longer."""
+MODULE_NAME = r"\w+-[0-9a-f]{16}-cutlass([\d.]+)(?:\+[0-9a-f]+)?-nvcc([\d.]*\d)"
+"""Of a module's folder: the versions are those of CUTLASS and nvcc."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def built_elsewhere(source: Source) -> Built | None:
     check_cache()
     versions = {}
     for module in _folders(f"{source.name}-{source.key()}-cutlass*"):
-        ending = VERSIONS.fullmatch(module.folder.name, len(f"{source.name}-{source.key()}"))
-        if ending is not None and _usable(module):
+        named = re.fullmatch(MODULE_NAME, module.folder.name)
+        if named is not None and _usable(module):
             # As numbers: 4.10.0 is newer than 4.8.1.
-            versions[module] = [[int(n) for n in re.findall(r"\d+", version)] for version in ending.groups()]
+            versions[module] = [[int(n) for n in re.findall(r"\d+", version)] for version in named.groups()]
     return max(versions, key=lambda module: versions[module], default=None)
 
 

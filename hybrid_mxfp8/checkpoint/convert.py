@@ -64,10 +64,6 @@ class Options:
     transposed: tuple[str, ...] | None = None  # stacks kept as (E, K, N); None: as config.json says
     interleaved: tuple[str, ...] | None = None  # weights with gate and up rows in turns; None: likewise
 
-    def match(self, name: str) -> bool:
-        """Whether a tensor of this name is meant."""
-        return matches(name, self.patterns)
-
 
 @dataclass
 class Plan:
@@ -129,7 +125,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
             found.widened.append(entry)
         else:
             found.copied.append(entry)
-            if options.match(entry.name) and entry.name not in found.interleaved:
+            if matches(entry.name, options.patterns) and entry.name not in found.interleaved:
                 found.kept.append(entry.name)
     if not found.quantized:
         shown = ", ".join(checkpoint.names[:3]) + (", ..." if len(checkpoint.names) > 3 else "")
@@ -191,7 +187,7 @@ def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[st
 
 
 def _is_quantized(entry: Entry, options: Options) -> bool:
-    return options.match(entry.name) and len(entry.shape) >= 2 and not entry.name.endswith("bias")
+    return matches(entry.name, options.patterns) and len(entry.shape) >= 2 and not entry.name.endswith("bias")
 
 
 def _is_widened(entry: Entry, options: Options) -> bool:
@@ -268,7 +264,10 @@ class _Conversion:
         if not isinstance(config, dict):
             raise ValueError(f"{config_file}: must hold an object, got a {type(config).__name__}")
         if config_file.exists():
-            _check_one_format(self.checkpoint, _take_quantizations(config), self.planned)
+            parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+            found = (part.pop("quantization_config", None) for part in parts)
+            said = [each for each in found if each is not None]
+            _check_one_format(self.checkpoint, said, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
             weight_map: dict[str, str] = {}
@@ -384,12 +383,6 @@ class _Conversion:
 def _energy(x: torch.Tensor) -> float:
     """The sum of squares, accumulated in float64 without a copy of x."""
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-
-
-def _take_quantizations(config: dict[str, Any]) -> list[Any]:
-    """Remove and return every ``quantization_config``: the model's and those of its parts."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return [found for part in parts if (found := part.pop("quantization_config", None)) is not None]
 
 
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:

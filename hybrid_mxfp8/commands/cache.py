@@ -19,18 +19,17 @@ from typing import Final, NamedTuple
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.tables import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
-from hybrid_mxfp8.cutlass_kernels.jit.build import Built
+from hybrid_mxfp8.cutlass_kernels.jit.build import MODULE_NAME, Built
 from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST, Module, trust_problem
 
-MODULE: Final = r"\w+-[0-9a-f]{16}-cutlass[\d.]+(?:\+[0-9a-f]+)?-nvcc[\d.]*\d"
 LAUNCHER: Final = r"[0-9a-f]{16}"
-BUILT: Final = rf"{MODULE}(?:\.verified-[0-9a-f]{{8}})?"
+BUILT: Final = rf"{MODULE_NAME}(?:\.verified-[0-9a-f]{{8}})?"
 
 KINDS: Final = {
     "cutlass": {
-        "module": MODULE,
-        "verification": rf"{MODULE}\.verified-[0-9a-f]{{8}}",
-        "failed build": rf"{MODULE}\.log",
+        "module": MODULE_NAME,
+        "verification": rf"{MODULE_NAME}\.verified-[0-9a-f]{{8}}",
+        "failed build": rf"{MODULE_NAME}\.log",
         "unfinished build": rf"\.building-{BUILT}-[0-9a-f]{{16}}",
         "lock": rf"{BUILT}\.lock",
     },

@@ -67,9 +67,7 @@ def versions() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {_torch_build()}",
         "Triton": _distribution("triton"),
-        "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
-        "safetensors": _distribution("safetensors"),
-        "transformers": _distribution("transformers"),
+        **{name: _distribution(name) for name in ("apache-tvm-ffi", "safetensors", "transformers")},
         **({"NVIDIA driver": driver} if (driver := verify.driver_version()) else {}),
     }
 

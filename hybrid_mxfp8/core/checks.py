@@ -94,19 +94,18 @@ def check_aligned(name: str, value: torch.Tensor) -> None:
 def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Shares no memory with the others, which are read, or written too, while it is written. From
     its first to its last byte: columns of one wider buffer count as overlapping."""
-    start = written.data_ptr()
-    end = start + extent(written)
+    span = written.data_ptr(), written.data_ptr() + extent(written)
     for other, tensor in others.items():
-        if tensor is None:
-            continue
-        other_start = tensor.data_ptr()
-        other_end = other_start + extent(tensor)
-        if start < other_end and other_start < end:
-            fail(
-                name,
-                f"must not overlap {other}",
-                f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}",
-            )
+        if tensor is not None:
+            check_apart(name, span, other, (tensor.data_ptr(), tensor.data_ptr() + extent(tensor)))
+
+
+def check_apart(name: str, span: tuple[int, int], other: str, other_span: tuple[int, int]) -> None:
+    """No byte of one range of addresses is in the other."""
+    (start, end), (other_start, other_end) = span, other_span
+    if max(start, other_start) < min(end, other_end):
+        addresses = f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}"
+        fail(name, f"must not overlap {other}", addresses)
 
 
 def extent(x: torch.Tensor) -> int:

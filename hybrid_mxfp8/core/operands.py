@@ -39,9 +39,16 @@ from hybrid_mxfp8.core.scale_layout import (
 )
 
 
-class _Portable:
+class _Operand:
     """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13
     and older)."""
+
+    values: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "values": vars(self)["values"].view(torch.uint8)}
@@ -63,7 +70,7 @@ def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device:
 
 
 @dataclass(frozen=True, eq=False)
-class MXFP8Tokens(_Portable):
+class MXFP8Tokens(_Operand):
     """Token rows in MXFP8, in the order of the batch: what ``moe_forward`` takes in place of x.
 
     Attributes:
@@ -119,18 +126,13 @@ class MXFP8Tokens(_Portable):
         """(M, H)."""
         return self.values.shape
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
     def dequantize(self) -> torch.Tensor:
         """(M, H) fp32, exact."""
         return dequantize(self.values, self.scales)
 
 
 @dataclass(frozen=True, eq=False)
-class GroupedMXFP8(_Portable):
+class GroupedMXFP8(_Operand):
     """Token rows in MXFP8, sorted by expert.
 
     Attributes:
@@ -190,11 +192,6 @@ class GroupedMXFP8(_Portable):
         """K."""
         return self.values.shape[1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
     def dequantize(self) -> torch.Tensor:
         """(T, K) fp32, exact; rows that no expert owns are zero."""
         return dequantize_grouped(self.values, self.scales, self.groups.expert_offsets, self.groups.scale_offsets)
@@ -248,7 +245,7 @@ def check_weights(values: torch.Tensor, scales: torch.Tensor, owner: str = "") -
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertWeights(_Portable):
+class ExpertWeights(_Operand):
     """The experts' weight matrices in MXFP8.
 
     Attributes:
@@ -298,11 +295,6 @@ class ExpertWeights(_Portable):
     def k(self) -> int:
         """K."""
         return self.values.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
 
     def to(self, device: torch.device | str) -> ExpertWeights:
         """The same weights on a device; these tensors where they are there already.

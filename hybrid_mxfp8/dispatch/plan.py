@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.core.checks import extent, fail, has_memory
+from hybrid_mxfp8.core.checks import check_apart, extent, has_memory
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
@@ -98,7 +98,7 @@ class Plan:
         self.lasting = lasting
         self._index = -1 if device.index is None else device.index
         self._parts: list[tuple[launcher.Program | None, Steps]] | None = None
-        self._hooked: Callable[[], bool] = _always
+        self._hooked: Callable[[], bool] = lambda: True
         self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def run(self, *tensors: torch.Tensor) -> None:
@@ -156,27 +156,12 @@ class Plan:
             made = make()
             self.operands, self.steps, self._make = made.operands, made.steps, None
         spans = [(t.data_ptr(), t.data_ptr() + o.extent) for t, o in zip(tensors, self.operands, strict=True)]
-        for written, (start, end) in enumerate(spans):
-            operand = self.operands[written]
-            if not operand.written or start == end:
-                continue
-            for other, (other_start, other_end) in enumerate(spans):
-                if other == written or other_start == other_end:
-                    continue
-                if other > written and self.operands[other].written:
-                    continue  # its turn comes
-                if other == operand.may_equal and other_start == start:
-                    continue
-                if start < other_end and other_start < end:
-                    fail(
-                        operand.name,
-                        f"must not overlap {self.operands[other].label}",
-                        f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}",
-                    )
-
-
-def _always() -> bool:
-    return True
+        for i, written in enumerate(self.operands):
+            for j, other in enumerate(self.operands):
+                its_turn_comes = other.written and j > i
+                may_equal = j == written.may_equal and spans[j][0] == spans[i][0]
+                if written.written and i != j and not its_turn_comes and not may_equal:
+                    check_apart(written.name, spans[i], other.label, spans[j])
 
 
 @functools.cache
