@@ -71,8 +71,7 @@ class GemmConfig:
 
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
-        """The configuration of this name; without a cluster, the smallest. Raises ValueError: no
-        such configuration; the message lists the valid ones."""
+        """The configuration of this name, without a cluster the smallest; ValueError lists all."""
         match = re.fullmatch(r"([12])sm_(\d+)x(\d+)x(\d+)(?:_(\d+)x(\d+))?", name)
         if match is not None:
             cta_group, token_tile = int(match[1]), int(match[3])

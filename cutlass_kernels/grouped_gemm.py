@@ -1,14 +1,11 @@
 """Grouped GEMM by CUTLASS on the SM100 family: which kernel a problem gets, and its launch.
 
-A problem's plan is a compiled module, a cluster shape and the workspace's size. The first plan that
-needs a module compiles it; later ones cost a few look-ups. A launch is one call into C++, which
+The first plan that needs a module compiles it and verifies it on the GPU, since none of capability
+10.0 or 10.3 was at hand: it was run in an emulator of its PTX. A launch is one call into C++, which
 starts two kernels on torch's current stream.
 
 Whether a build works is known only once it was tried. So the call whose build fails raises, even
 where auto chose the backend; the failure is remembered, and :func:`can_run` says it from then on.
-
-Compiled, checked and run in an emulator of its PTX, not yet on hardware: no GPU of compute
-capability 10.0 or 10.3 was at hand. So a module is verified on the GPU before its first use.
 """
 
 from __future__ import annotations
@@ -77,9 +74,7 @@ def launch(
     out: torch.Tensor,  # (T, N) bf16, fp16 or fp32, on a 16-byte boundary
     workspace: torch.Tensor | None,  # :func:`workspace_size` bytes on a 128-byte boundary
 ) -> None:
-    """Write the product of each expert's rows with its weights to ``out``. Raises
-    BackendUnavailableError: as :func:`make_plan`; ValueError, TypeError: operands that do not fit;
-    C++ checks them."""
+    """Write the product to ``out``; raises as :func:`make_plan`, and what C++'s checks raise."""
     num_experts, n, k = w_values.shape
     problem = Problem(num_experts, n, k, x_values.shape[0], out.dtype, out.device)
     if nothing_to_compute(problem):
@@ -129,8 +124,7 @@ def availability(capability: tuple[int, int] | None) -> Support:
 
 
 def can_run(problem: Problem) -> Support:
-    """Whether the backend runs on the problem's device, takes its shape and has a module for it. A
-    module that was not tried yet counts as there; one that failed to build or load does not."""
+    """Whether the backend takes the problem. A module not tried yet counts as there."""
     ok, reason = availability(problem.capability)
     if ok:
         ok, reason = takes(problem.n, problem.k, problem.out_dtype)

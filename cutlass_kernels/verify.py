@@ -1,11 +1,9 @@
-"""Whether a compiled module computes what it should on this GPU: tried once a machine, before it is
-used.
+"""Whether a compiled module computes what it should on this GPU: tried once, before it is used.
 
 A process of its own multiplies small ragged cases by the module and by the reference, because an
-illegal address would poison this one. The outcome is kept in a folder beside the module's, for each
-GPU and driver, so other processes need not try; where the cache cannot be written it is this
-process's alone. A module that failed is not tried again until that folder is deleted, but for
-failures that say nothing of the module, such as a GPU without free memory.
+illegal address would poison this one. The outcome is kept beside the module, for each GPU and
+driver. A module that failed is not tried again until that folder is deleted, but for failures that
+say nothing of the module, such as a GPU without free memory.
 
     python -m hybrid_mxfp8.cutlass_kernels.verify FOLDER     the child: prints the largest error
 """
@@ -37,7 +35,7 @@ from hybrid_mxfp8.cutlass_kernels.jit.build import Built
 from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.dispatch.module_cache import MANIFEST, build_once, trust_problem
 from hybrid_mxfp8.errors import BackendUnavailableError
-from hybrid_mxfp8.reference import grouped_matmul, quantize, swizzle_scales, write_grouped
+from hybrid_mxfp8.reference import grouped_matmul, quantize
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -199,12 +197,7 @@ def _operands(counts: Sequence[int], num_tokens: int, n: int, k: int) -> tuple[G
          * torch.exp2(torch.randint(-3, 4, (*shape, k // 32, 1), generator=generator))).reshape(*shape, k)
         for shape in ((num_tokens,), (len(counts), n))
     )  # fmt: skip
-    values = torch.empty(num_tokens, k, dtype=torch.float8_e4m3fn)
-    scales = torch.zeros(groups.scale_rows, -(-k // 128) * 4, dtype=torch.uint8)
-    write_grouped(*quantize(x), groups.expert_offsets, groups.scale_offsets, values, scales)
-    quantized = [quantize(one) for one in w]
-    weights = torch.stack([v for v, _ in quantized]), torch.stack([swizzle_scales(s) for _, s in quantized])
-    return GroupedMXFP8(values, scales, groups), ExpertWeights(*weights)
+    return GroupedMXFP8.from_linear_scales(*quantize(x), groups), ExpertWeights.from_linear_scales(*quantize(w))
 
 
 def main(folder: str, device: str) -> None:

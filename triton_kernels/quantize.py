@@ -37,8 +37,7 @@ from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 @triton.jit
 def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_ptr, EXPERTS: tl.constexpr):
-    """For each row: whether an expert owns it, and its scale row. Its expert is the number of ends
-    at or before it."""
+    """Whether each row has an expert, the number of ends at or before it; and its scale row."""
     CHUNK: tl.constexpr = min(EXPERTS, 1024)
     valid = row < tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
     expert = tl.zeros_like(row)
@@ -53,8 +52,7 @@ def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_pt
 
 @triton.jit
 def _scale_rows_from_counts(row, ends, scale_ends):
-    """What ``_scale_rows`` returns, of scanned counts: offsets are the largest ends at or before a
-    row."""
+    """As ``_scale_rows``: offsets are the largest scanned ends at or before a row."""
     before = ends[None, :] <= row[:, None]
     start = tl.max(tl.where(before, ends[None, :], 0), 1)
     scale_start = tl.max(tl.where(before, scale_ends[None, :], 0), 1)
@@ -132,8 +130,7 @@ def quantize_kernel(
     PADDING_TILES: tl.constexpr,  # scale tiles that one padding program zeroes, side by side
     SKIP_UNOWNED: tl.constexpr,  # row programs beyond the groups leave at once, LAYOUT offsets
 ):
-    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),); row_programs = cdiv(T, BLOCK_ROWS) *
-    column_programs."""
+    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),), one more with LAYOUT counts."""
     pid = tl.program_id(0)
     SCALE_COLS: tl.constexpr = BLOCK_COLS // 32
     num_column_tiles = (K + 127) // 128
@@ -226,10 +223,8 @@ def quantize_kernel(
 class QuantizeConfig:
     """Rows and columns of a row program, scale tiles of a padding program, and the warps of both.
 
-    ``skip_unowned``: whether row programs beyond the groups leave at once. Most rows can be there,
-        where experts are spread over
-    GPUs or a batch is padded; but to know it each program waits for a load, which a decode batch
-    would feel.
+    Row programs beyond the groups can leave at once: most rows are there where experts are spread
+    over GPUs or a batch is padded. But each waits for a load then, which a decode batch would feel.
     """
 
     block_rows: int
@@ -275,8 +270,7 @@ FUSED_COUNTS_MAX_ELEMENTS = 2**21
 
 
 def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
-    """Whether the quantizer should scan counts itself instead of reading a layout's offsets; pure.
-    Each program repeats the scan, which beats a second launch only while there are few programs."""
+    """Whether the quantizer should scan counts itself: only few programs repeat that. Pure."""
     return num_experts <= FUSED_COUNTS_MAX_EXPERTS and num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
 
 

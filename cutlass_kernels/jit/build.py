@@ -95,8 +95,7 @@ def cache() -> Path:
 
 
 def check_cache() -> None:
-    """Check that code in the cache may be loaded, as all functions below do. Raises
-    BackendUnavailableError: someone else owns it or can write there; says who, and what to do."""
+    """Check that code in the cache may be loaded, as all below do; BackendUnavailableError."""
     check_trusted(env.cache_dir(), cache())
 
 
@@ -142,8 +141,7 @@ def build(source: Source) -> Built:
 
 
 def load(source: Source) -> Any:
-    """The tvm-ffi module, built if need be; loaded once in a process. Raises
-    BackendUnavailableError: as :func:`build`, or the library does not load."""
+    """The tvm-ffi module, loaded once in a process; raises as :func:`build`."""
     return build(source).load()
 
 

@@ -54,8 +54,7 @@ class CutlassHeaders:
 
     @property
     def identity(self) -> str:
-        """The version of a package; for a chosen folder with a digest of its contents. A checkout
-        may be at any commit, or patched, and say the same version."""
+        """The version; of a chosen folder, at any commit or patched, with its contents' digest."""
         return self.version_string + (f"+{_digest(self.include)}" if self.origin == CHOSEN else "")
 
     @property
@@ -103,8 +102,7 @@ class CudaCompiler:
 
 
 def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
-    """The headers and the compiler of this machine that build for a target like ``10.3a``. Raises
-    BackendUnavailableError: one is missing, or the compiler is too old; says what to install."""
+    """What builds for a target like ``10.3a``; BackendUnavailableError says what to install."""
     cutlass, cuda = find_cutlass(), find_cuda()
     needed = MIN_CUDA_103 if arch.startswith("10.3") or arch.endswith("f") else MIN_CUDA
     if cuda.version < needed:
@@ -118,8 +116,7 @@ def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
 
 
 def find_cutlass() -> CutlassHeaders:
-    """The headers to compile with. Raises BackendUnavailableError: there are none, or not where
-    HYBRID_MXFP8_CUTLASS_DIR says."""
+    """The headers to compile with; BackendUnavailableError if there are none."""
     chosen = env.cutlass_dir()
     found = cutlass_candidates()
     if chosen is not None:
@@ -181,8 +178,7 @@ def _digest(include: Path) -> str:
 
 
 def find_cuda() -> CudaCompiler:
-    """The compiler to use: of the usable ones, the first of CUDA_HOME, PATH and the wheels. Raises
-    BackendUnavailableError: CUDA_HOME has none, or there is none; says what to install."""
+    """The first usable compiler of CUDA_HOME, PATH and the wheels; BackendUnavailableError."""
     problems = []
     for found in cuda_candidates():
         if not found.problem:

@@ -105,8 +105,7 @@ class Summary:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """What to do with each tensor of a checkpoint. Reads headers only. Raises ValueError: a tensor
-    that matches can't be quantized, or none does."""
+    """What to do with each tensor, by the headers; ValueError for one that can't be quantized."""
     found = Plan()
     entries = [checkpoint.entry(name) for name in checkpoint.names]
     _find_layout(found, checkpoint, entries, options)
@@ -386,8 +385,7 @@ def _energy(x: torch.Tensor) -> float:
 
 
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
-    """That one ``quantization_config`` can say what all weights are, whatever it said before.
-    Raises ValueError: weights of another format than MXFP8 would stay."""
+    """That one ``quantization_config`` can say what all weights are in the result."""
     file = checkpoint.path / CONFIG_FILE
     scales = {checkpoint.scale_of(entry.name) for entry in planned.copied if entry.dtype.startswith("F8")}
     left = [

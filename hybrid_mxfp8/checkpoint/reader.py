@@ -1,17 +1,12 @@
 """Quantized experts on disk: safetensors files that follow published MXFP8 checkpoints.
 
 A weight ``NAME`` (..., N, K) is stored as F8_E4M3, its scales as U8 (..., N, K/32), E8M0 bytes that
-multiply the elements by 2^(b-127), row-major. The scales are called
+multiply the elements by 2^(b-127), row-major. They are written as ``NAME_scale_inv``, as in
+MiniMax-M3-MXFP8 and SGLang; ``NAME_scale`` (ModelOpt) and ``.scale`` for ``.weight`` (DeepSeek) are
+read as well, as is F8_E8M0. All multiply, in spite of ``_inv``.
 
-- ``NAME_scale_inv``, as in MiniMax-M3-MXFP8 and in SGLang's ``quant_method: mxfp8``; this is
-  written
-- ``NAME_scale``, as ModelOpt exports them, or with ``.scale`` for ``.weight``, as in DeepSeek's own
-  files; read as well, F8_E8M0 as well as U8
-
-All multiply, in spite of ``_inv``. Scales on disk are always row-major, those of an
-``ExpertWeights`` always swizzled: no function here takes or returns a bare scale tensor, so
-the two can't be taken for one another. Where N % 128 == 0 and K % 128 == 0 both have the same
-shape.
+Scales on disk are always row-major, those of an ``ExpertWeights`` always swizzled, and both can
+have one shape: no function here takes or returns a bare scale tensor.
 """
 
 from __future__ import annotations

@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile what is missing and verify what runs here; 0 if all of it is there and right. Raises
-    BackendUnavailableError: no headers or no compiler."""
+    """Compile what is missing and verify what runs here; 0 if all is there and right."""
     cutlass, cuda = toolchain.find_cutlass(), toolchain.find_cuda()
     print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
     if cutlass.hint:

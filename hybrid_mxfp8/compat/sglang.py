@@ -1,26 +1,17 @@
 """The two functions of SGLang's ``sglang.jit_kernel.mxfp8`` (0.5.11 to 0.5.22), over any backend of
-this package.
+this package: with its names, argument order, shapes and in-place effects, so that a caller changes
+its import alone.
 
-Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import
-alone:
+SGLang's operand ``a`` is the weights, ``b`` the tokens, ``m`` is N. ``use_backend()`` and
+HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small launch on turning the caller's
+metadata into a layout; none syncs, and both can be captured in a CUDA graph. Under
+``torch.compile`` each is one operator.
 
-    from hybrid_mxfp8.compat.sglang import (
-        es_sm100_mxfp8_blockscaled_grouped_quant,
-        es_sm100_mxfp8_blockscaled_moe_grouped_gemm,
-    )
-
-SGLang's names turned into this package's: its operand ``a`` is the weights, ``b`` the tokens, ``m``
-is N. ``use_backend()`` and HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small
-launch on turning the caller's metadata into a layout; none syncs, and both can be captured in a
-CUDA graph. Under ``torch.compile`` each is one operator,
-``torch.ops.hybrid_mxfp8.sglang_grouped_quant`` and ``sglang_moe_grouped_gemm``.
-
-What is assumed of device data, because to look would sync: rows are sorted by expert without gaps,
-so that ``expert_offsets`` is the exclusive prefix sum of ``tokens_per_expert``;
-``blockscale_offsets`` are multiples of 128 whose experts don't overlap, in any order and with any
-gaps. On CPU tensors, where looking is free, the first assumption and the bounds of the second are
-checked. On a GPU, metadata that break them give wrong numbers but lead no kernel outside its
-buffers.
+Rows must be sorted by expert without gaps, so that ``expert_offsets`` is the exclusive prefix sum
+of ``tokens_per_expert``, and ``blockscale_offsets`` be multiples of 128 whose experts don't
+overlap, in any order and with any gaps. On CPU tensors, where looking is free, the first and the
+bounds of the second are checked. On a GPU, metadata that break them give wrong numbers but lead no
+kernel outside its buffers.
 """
 
 from __future__ import annotations

@@ -61,8 +61,7 @@ NAMED = {"swiglu": PLAIN_SWIGLU, "swigluoai": SwiGLU(1.702, 1.0, 7.0)}
 
 
 def swiglu_of(activation: Any, also: str = "") -> SwiGLU:
-    """The SwiGLU that the argument ``activation`` stands for; ``also`` names what else it may be,
-    in the error. Raises ValueError: neither a name, nor a SwiGLU or its ``spec``."""
+    """The SwiGLU that ``activation`` stands for; ValueError names it, and ``also``."""
     if isinstance(activation, SwiGLU):
         return activation
     if isinstance(activation, str):

@@ -72,7 +72,6 @@ def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
 
 
 def scale_offset(row: int, col: int, cols: int) -> int:
-    """Byte offset of scale (row, col) from its operand's first byte; ``cols`` is C. Equal to CuTe's
-    ``Sm1xxBlockScaledConfig<32>`` layout."""
+    """Byte of scale (row, col), of C = ``cols``, as in CuTe's ``Sm1xxBlockScaledConfig<32>``."""
     tile = (row // SCALE_TILE_ROWS) * (cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
     return tile * SCALE_TILE_BYTES + (row % 32) * 16 + (row % SCALE_TILE_ROWS // 32) * 4 + col % SCALE_TILE_COLS

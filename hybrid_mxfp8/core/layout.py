@@ -180,8 +180,7 @@ class GroupLayout:
 
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
-    """On a CPU, that these are counts, ends or an indptr of ``num_tokens`` rows; else nothing.
-    Raises ValueError: they are not; says what was expected, and which other form they may be."""
+    """On a CPU, that these are of this form; the ValueError guesses which they are of."""
     if not given.is_cpu or is_tracing(given):
         return
     numbers = given.tolist()
@@ -209,8 +208,7 @@ _launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
 
 
 def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> None:
-    """Have ``function`` build layouts on GPUs: (counts or ends (E,), T, whether ends) -> (3E+2,)
-    int32. No kernel is known to this package; the public functions say how one is launched."""
+    """Have ``function`` build layouts on GPUs; no kernel is known to this package."""
     global _launch
     _launch = function
 

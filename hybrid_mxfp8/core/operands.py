@@ -40,8 +40,7 @@ from hybrid_mxfp8.core.scale_layout import (
 
 
 class _Operand:
-    """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13
-    and older)."""
+    """Pickled by bytes: PyTorch pickles a float8 tensor, and fails to load it (<= 2.13)."""
 
     values: torch.Tensor
 

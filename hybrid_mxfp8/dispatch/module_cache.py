@@ -1,14 +1,12 @@
 """Compiled modules on disk: whose files are loaded, and how a module is built once.
 
-A module is machine code: who can write it can run code as whoever loads it. So the folders and
-files on the way to it must belong to this user or to root, and nobody else may be able to write
-them. A folder with the sticky bit, such as ``/tmp``, may be open to all: nobody can replace
-another's files in it. Symbolic links are followed; they must not be someone else's either.
+A module is machine code: who can write it can run code as whoever loads it. So it and its folders,
+links followed, must belong to this user or to root, and nobody else may be able to write them. Only
+a folder with the sticky bit, such as ``/tmp``, may be open to all.
 
-A module is a folder of its own with the library and a manifest, which has the library's digest. A
-build works in a private folder and ends in one rename, so a module is there whole or not at all.
-A file lock makes other processes wait meanwhile. Where a network file system does not honour it,
-two builds run, and the second finds the first one's module in place.
+A build works in a private folder and ends in one rename, so a module is there whole or not at all.
+A file lock makes other processes wait. Where a network file system does not honour it, two builds
+run, and the second finds the first one's module in place.
 """
 
 from __future__ import annotations
@@ -74,8 +72,7 @@ class Module:
             return False
 
     def load(self) -> Any:
-        """The tvm-ffi module; loaded once in a process. Raises BackendUnavailableError: the library
-        does not load."""
+        """The tvm-ffi module, loaded once in a process; BackendUnavailableError if it can't be."""
         return _load(self.library)
 
 
@@ -121,8 +118,7 @@ def trust_problem(path: Path) -> str:
 
 
 def check_trusted(*paths: Path) -> None:
-    """Check that code at these paths may be loaded. Raises BackendUnavailableError: others own one
-    or can write it; says which, and what to do."""
+    """BackendUnavailableError if others own or can write one of these; says what to do."""
     for problem in filter(None, map(trust_problem, paths)):
         raise BackendUnavailableError(
             f"the cache is not loaded: {problem}: make it yours alone (chown, chmod go-w), or set "

@@ -1,18 +1,13 @@
 """A call's plan: its launches, made once for a signature and run with any tensors of that
 signature.
 
-    plan = PLANS.get(signature, (T,))  shapes, dtypes, strides, alignment, device, options, settings
-    if plan is None: ...               checks, choice of backend, configuration, compilation
-    plan.run(x, values, scales, ...)   one call into C, on the current stream
+What changes from batch to batch, such as T, is no part of the signature: plans of other sizes
+follow from the first (:mod:`hybrid_mxfp8.dispatch.trace`) in microseconds, unless they take
+another tile or kernel.
 
-What changes from batch to batch, such as T, is no part of the signature. Once there is a plan,
-those of other sizes follow from it (:mod:`hybrid_mxfp8.dispatch.trace`) in microseconds, unless
-they take another tile or kernel.
-
-A plan holds no tensor. Consecutive kernel launches become one program of the C launcher
-(:mod:`hybrid_mxfp8.dispatch.launcher`), which also checks that what is written overlaps nothing
-else. Where there is no launcher, or a profiler's hooks are installed, each step runs by itself:
-slower, with the same result.
+A plan holds no tensor. Consecutive launches become one program of the C launcher, which also checks
+that what is written overlaps nothing else. Where there is no launcher, or a profiler's hooks are
+installed, each step runs by itself: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -102,8 +97,7 @@ class Plan:
         self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def run(self, *tensors: torch.Tensor) -> None:
-        """Make the launches on the current stream. Raises ValueError: what is written overlaps
-        another operand."""
+        """Launch on the current stream; ValueError if what is written overlaps another operand."""
         if self._parts is None:
             self._prepare()
         if self._hooked():
@@ -201,8 +195,7 @@ def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = N
 
 
 class Template:
-    """A plan as a function of its sizes, for those that meet the conditions that it was made under.
-    Raises AttributeError, TypeError: ``make`` does with sizes what a trace can't follow."""
+    """A plan as a function of sizes; AttributeError or TypeError for what can't be followed."""
 
     def __init__(self, sizes: tuple[int, ...], make: Callable[..., Plan]) -> None:
         trace = Trace(sizes)

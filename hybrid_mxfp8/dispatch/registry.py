@@ -1,11 +1,8 @@
 """The backends and quantizers that there are, and the choice among them.
 
 ``backend=`` beats ``use_backend()`` beats ``HYBRID_MXFP8_BACKEND`` beats auto. A backend that is
-asked for by name runs or raises; only auto looks further. The choice depends on shapes, dtypes and
-the device, never on device data.
-
-A kernel package is imported by its name when it is first asked about, and offers a ``BACKEND``; so
-this package imports where Triton, a compiler or a GPU is missing.
+asked for by name runs or raises; only auto looks further. A kernel package is imported when it is
+first asked about, so this one imports where Triton, a compiler or a GPU is missing.
 """
 
 from __future__ import annotations
@@ -95,8 +92,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> str:
-    """The backend that is asked for, or ``auto``: the argument, else use_backend(), else the
-    environment. Raises ValueError: no such backend; the message lists the valid names."""
+    """The argument, else use_backend(), else the environment; ValueError for no such backend."""
     env.start()
     if backend is not None:
         return _known("backend", backend)
@@ -147,9 +143,7 @@ def choose_ready(problem: Problem, backend: str | None) -> Ready:
 
 
 def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, str] = MappingProxyType({})) -> Backend:
-    """The backend for this problem; auto passes over those that ``failed``, for the reasons there.
-    Raises BackendUnavailableError: the backend that is asked for by name can't run it; ValueError:
-    no such backend."""
+    """The backend that runs this; BackendUnavailableError if one asked for by name can't."""
     name = requested(backend)
     if name != AUTO:
         chosen = backend_of(name)

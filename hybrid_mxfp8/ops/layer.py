@@ -20,7 +20,7 @@ from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
-from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
+from hybrid_mxfp8.dispatch.backend import Backend, Quantizer
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
@@ -48,8 +48,7 @@ class MoEShape(NamedTuple):
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
-    """The shape of a layer. Raises TypeError: not ExpertWeights; ValueError: weights that are not
-    (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of 32, on one device."""
+    """The shape of a layer, whose weights must fit together, on one device, with E >= 1."""
     for name, w in (("w13q", w13q), ("w2q", w2q)):
         if not isinstance(w, ExpertWeights):
             raise TypeError(f"{name}: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
@@ -190,42 +189,25 @@ def plan_layer(
     up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
     down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
     x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)
-    scale_stride = 0 if linear_scales is None else linear_scales.stride(0)
 
-    quantizer, up, down = backends.quantizer, backends.up, backends.down
-    up_problem, down_problem = shape.problems(num_tokens)
-    tokens, expert_offsets, scale_offsets = split_layout(a.layout, shape.experts)
-
-    def quantize(
-        source: Buffer,
-        stride: int,
-        target: tuple[Buffer, Buffer],
-        scale_group: int,
-        *,
-        gather: Buffer | None = None,
-        scales: Buffer | None = None,
-        activation: SwiGLU | None = None,
-    ) -> Steps:
-        sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
-        problem = QuantizeProblem(
-            *sizes, "rceil", activation, scale_group=scale_group, scale_stride=scale_stride if scales else 0
-        )
-        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets, x_scales=scales)
-        return quantizer.quantize(problem, buffers)
-
-    def product(
-        chosen: Backend, problem: Problem, xq: tuple[Buffer, Buffer], w: tuple[Buffer, Buffer], result: Buffer
-    ) -> Steps:
-        buffers = GemmBuffers(*xq, tokens, expert_offsets, scale_offsets, *w, result, a.workspace)
-        return chosen.plan(problem, buffers)
-
+    quantizer = backends.quantizer
+    up, down = shape.problems(num_tokens)
+    layout = split_layout(a.layout, shape.experts)
+    offsets = layout[1:]
+    sizes = (up.num_tokens, shape.experts)
+    gather = QuantizeProblem(*sizes, shape.hidden, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
+    activate = QuantizeProblem(
+        *sizes, shape.intermediate, up.num_tokens, up.n, "rceil", activation, scale_group=down.scale_group
+    )
+    if linear_scales is not None:
+        gather = gather._replace(scale_stride=linear_scales.stride(0))
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantize(x, rows.stride(0), a.xq, up_problem.scale_group, gather=a.sorted_token_ids, scales=x_scales),
-        *product(up, up_problem, a.xq, w13, a.h),
+        *quantizer.quantize(gather, QuantizeBuffers(x, *a.xq, a.sorted_token_ids, *offsets, x_scales=x_scales)),
+        *backends.up.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
-        *quantize(a.h, 2 * shape.intermediate, a.hq, down_problem.scale_group, activation=activation),
-        *product(down, down_problem, a.hq, w2, a.y),
+        *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),
+        *backends.down.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
     return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.lasting)

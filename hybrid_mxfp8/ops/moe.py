@@ -26,7 +26,6 @@ from hybrid_mxfp8.core.checks import (
     fail,
     is_tracing,
 )
-from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.buffers import Metadata, metadata, of_rows
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
@@ -257,9 +256,8 @@ def _forward_traced(
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     weights = (w13q.values, w13q.scales, w2q.values, w2q.scales)
     options = (topk_ids, topk_weights, w13_bias, w2_bias, activation.spec, backend, *shape.scale_groups)
+    given: tuple[Any, ...] = (x, *weights, *options)
     if isinstance(x, MXFP8Tokens):
-        tokens, about_x = x.values.view(torch.uint8), (x.scales, x.dtype, x.scale_group)
-    else:
-        tokens, about_x = x, (None, None, BLOCK_SIZE)
-    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(tokens, *weights, *options, *about_x)
+        given = (x.values.view(torch.uint8), *weights, *options, x.scales, x.dtype, x.scale_group)
+    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(*given)
     return result if out is None else out.copy_(result)

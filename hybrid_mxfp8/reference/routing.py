@@ -32,8 +32,7 @@ def route(
 def add_expert_bias(
     y: torch.Tensor, inverse_permutation: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor
 ) -> None:
-    """y[inverse_permutation[m, k]] += bias[topk_ids[m, k]] for y (T, N) and bias (E, N), summed in
-    fp32 and rounded to y's dtype; -1 is skipped."""
+    """y[row of slot] += bias (E, N)[id], summed in fp32, for y (T, N); row -1 is skipped."""
     rows, ids = inverse_permutation.reshape(-1).to(torch.int64), topk_ids.reshape(-1).to(torch.int64)
     live = rows >= 0
     # Rows of dropped slots land in one extra row, so that no shape depends on device data.

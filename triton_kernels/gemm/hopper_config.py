@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from hybrid_mxfp8.core.formats import MAX_INT32, ceil_div, round_up, scale_cols, token_tiles_bound
 
 COLUMN_GROUP = 64  # columns of expanded tokens that are reordered among themselves
@@ -87,7 +85,13 @@ def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
 
 @dataclass(frozen=True)
 class WorkspaceLayout:
-    """The workspace of one call: the list of token tiles, then the expanded tokens."""
+    """The workspace of one call: int32 words (1 + max_tiles, 4), then tokens (T, padded_k) in bf16,
+    columns reordered in each 64, those from K on zero.
+
+    The words are the number of token tiles and the slices of rows that the product's spare warps
+    have taken; then of each tile its expert, first row, the expert's end row, and how many of its
+    slices are written.
+    """
 
     num_tokens: int  # T
     padded_k: int  # K rounded up to whole column groups
@@ -107,13 +111,3 @@ class WorkspaceLayout:
     def size(self) -> int:
         """Bytes."""
         return self.tokens_at + self.num_tokens * self.padded_k * 2
-
-    def tiles(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(1 + max_tiles, 4) int32 view: the number of token tiles and the slices of rows that the
-        product's spare warps have taken; then of each tile its expert, first row, the expert's end
-        row, and how many of its slices are written."""
-        return workspace[: (1 + self.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
-
-    def expanded(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(T, padded_k) bf16 view: columns reordered in each 64, those from K on zero."""
-        return workspace[self.tokens_at : self.size].view(torch.bfloat16).view(self.num_tokens, self.padded_k)

@@ -44,8 +44,7 @@ def split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
 
 @gluon.jit
 def tile_coordinates(index, whole, parts, num_n_tiles):
-    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of
-    the next token tile."""
+    """(token tile, n tile, part): a token tile's n tiles follow each other."""
     cut = gl.maximum(index - whole, 0)
     tile = gl.minimum(index, whole) + cut // parts
     t_tile = tile // num_n_tiles

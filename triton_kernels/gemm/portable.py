@@ -46,8 +46,7 @@ Formulation = Literal["scaled", "bf16", "fp32"]
 
 @triton.jit
 def find_tile(tile, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The expert of token tile ``tile``, the tile's place among that expert's, and the number of
-    all token tiles."""
+    """The expert of token tile ``tile``, the tile's place in it, and how many tiles there are."""
     e = tl.arange(0, EXPERTS)
     mask = e < num_experts
     starts = tl.load(expert_offsets_ptr + e, mask=mask, other=0)

@@ -111,8 +111,7 @@ def sum_kernel(
     EXPERTS: tl.constexpr,  # of a program
     BLOCKS: tl.constexpr,  # summed at once
 ):
-    """Grid (BINS / EXPERTS,): a block's counts become those of all blocks before it; the first row,
-    the totals."""
+    """Grid (BINS / EXPERTS,): each block's counts become those before it; first row: totals."""
     e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, loop_bound(num_blocks), BLOCKS):

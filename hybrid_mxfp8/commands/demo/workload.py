@@ -1,10 +1,8 @@
-"""What the demo multiplies: two grouped GEMMs, of a real model where it is installed, else
-synthetic.
+"""Two grouped GEMMs: of a real model where it is installed, else synthetic.
 
-The model is all-MiniLM-L6-v2, a BERT encoder, 384 wide. The feed-forward networks of its six layers
-stand in for experts: expert e's tokens are those of paragraph e as layer e sees them. The encoder
-is written out here: that is shorter than installing a model library, and quicker than importing
-one.
+The feed-forward networks of the six layers of all-MiniLM-L6-v2, a BERT encoder, stand in for
+experts: expert e's tokens are those of paragraph e as layer e sees them. The encoder is written out
+here, which is shorter than installing a model library.
 """
 
 from __future__ import annotations
@@ -63,8 +61,7 @@ def missing_packages() -> list[str]:
 
 
 def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
-    """Real weights of so many layers, and activations of at most ``max_rows`` tokens an expert.
-    Raises ModuleNotFoundError: a package of :func:`missing_packages` is missing."""
+    """Real weights of so many layers; activations of at most ``max_rows`` tokens an expert."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
