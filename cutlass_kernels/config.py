@@ -44,9 +44,8 @@ DRAIN_CYCLES_PER_COLUMN = 8  # epilogue of the last tile, per token of the tile
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One way to tile the product. Loads of a cluster are multicast. Where the preferred one does
-    not fit on the GPU, the hardware takes (cta_group, 1). Raises ValueError: a combination that the
-    kernel is not built for."""
+    """One way to tile the product; ValueError for what the kernel is not built for. Where the
+    preferred cluster does not fit on the GPU, the hardware takes (cta_group, 1)."""
 
     cta_group: int  # SMs that one MMA spans, 1 or 2
     token_tile: int  # tokens of a tile: 64, 128, 192 or 256

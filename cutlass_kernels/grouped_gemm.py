@@ -50,10 +50,8 @@ class Plan(NamedTuple):
 
 
 def make_plan(p: Problem) -> Plan:
-    """The plan of a problem with at least one expert and token; compiles its module if need be.
-    Raises BackendUnavailableError: the module cannot be compiled or loaded, or computes something
-    wrong on this GPU (see verify.py). It is not tried again in this environment: from then on
-    :func:`can_run` says no."""
+    """The plan of T, E >= 1, its module compiled if need be. BackendUnavailableError where that
+    can't be done, or it computes something wrong here: from then on :func:`can_run` says no."""
     config = _choose(p)[0].config
     module = _module(config.module, p.out_dtype, p.capability)
     _check_verified(config.module, p.out_dtype, p.device)
@@ -100,9 +98,8 @@ def workspace_size(p: Problem) -> int:
 
 
 def workspace_bound(p: Problem) -> int:
-    """Bytes that suffice for every call of up to as many rows; compiles nothing. A module needs TMA
-    descriptors for each SM, as many as its pipelines have stages, and pointers, strides and layouts
-    for each expert. The rows only decide on the module."""
+    """Bytes that suffice for every call of up to as many rows, without compiling: TMA descriptors
+    for each SM, and pointers, strides and layouts for each expert."""
     return 0 if nothing_to_compute(p) else WORKSPACE_OF_SM * _sm_count(p.device) + WORKSPACE_OF_EXPERT * p.num_experts
 
 

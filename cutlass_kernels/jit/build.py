@@ -128,9 +128,8 @@ def built() -> list[Built]:
 
 
 def build(source: Source) -> Built:
-    """The module, built now if it is not there; another process's build of it is waited for. Raises
-    BackendUnavailableError: no headers or compiler, a compiler too old for the target, a
-    compilation that fails, a cache that cannot be written."""
+    """The module, built now if need be, or waited for while another process does it.
+    BackendUnavailableError for missing or old tools, a failed compilation, an unwritable cache."""
     found = find(source)
     if found is not None:
         return found

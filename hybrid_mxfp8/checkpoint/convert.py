@@ -133,10 +133,8 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], options: Options) -> None:
-    """Which tensors that will be quantized are not (E, N, K) with gate before up. Raises
-    ValueError: an option's pattern that matches none of them, fused matrices of a model that has
-    rows in turns under another name, or experts that are (E, K, N) by their shapes and not by the
-    layout, or the other way round."""
+    """Which tensors that will be quantized are not (E, N, K) with gate before up; ValueError where
+    options, ``model_type`` and shapes contradict one another."""
     known = layout_of(checkpoint.path)
     transposed = known.transposed if options.transposed is None else options.transposed
     interleaved = known.interleaved if options.interleaved is None else options.interleaved
@@ -218,15 +216,14 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
 def convert(
     checkpoint: Checkpoint, planned: Plan, target: Path, options: Options, progress: Progress = lambda name, size: None
 ) -> Summary:
-    """Convert a safetensors file, or a checkpoint's folder.
+    """Convert a safetensors file, or each file of a checkpoint's folder; ``target`` appears when it
+    is whole, and replaces what is there.
 
-    Of a folder, each file of the index is converted by itself, files of other kinds are copied, and
-    those that describe a quantization are left out. ``config.json`` gets a ``quantization_config``
-    whose ``modules_to_not_convert`` lists the modules whose weight matrices stay as they are.
-
-    ``target`` appears when it is whole, and replaces what is there. Raises ValueError: a tensor to
-    be quantized that holds NaN or Inf; a ``config.json`` that is none, or that can't say what the
-    result is; a file that is a link to nothing; OSError: a file that can't be read or written.
+    Files of other kinds are copied, but for those that describe a quantization. ``config.json``
+    gets a ``quantization_config`` with the modules whose matrices stay as
+    ``modules_to_not_convert``. ValueError for NaN or Inf in a tensor, a ``config.json`` that is
+    none or can't say what the result is, and a link to nothing; OSError for a file that can't be
+    read or written.
     """
     conversion = _Conversion(checkpoint, planned, options, progress, Summary(planned))
     target.parent.mkdir(parents=True, exist_ok=True)

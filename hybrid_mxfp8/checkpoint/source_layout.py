@@ -46,9 +46,7 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 
 def layout_of(checkpoint: Path) -> SourceLayout:
-    """What the ``config.json`` in a checkpoint's folder, or beside a file, says by its
-    ``model_type`` or that of one of its parts. Raises ValueError: a ``config.json`` that is no
-    JSON."""
+    """What a checkpoint's ``config.json`` says by its ``model_type``, or that of a part."""
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
     config: Any = read_json(file) if file.exists() else None
     if not isinstance(config, dict):

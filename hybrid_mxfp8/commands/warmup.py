@@ -29,30 +29,14 @@ SHORT_TYPES = {short: dtype for dtype, (short, _) in OUT_TYPES.items()}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--arch",
-        choices=ARCHS,
-        action="append",
-        help="target, more than one if repeated: 10.0a for B200, 10.3a for B300, 10.0f for both; default: this machine's GPU, "
-        "else 10.0a",
-    )
-    parser.add_argument(
-        "--configs",
-        type=_configs,
-        default=MODULES,
-        metavar="NAME,NAME",
-        help=f"tile configurations; default: all of {', '.join(MODULES)}",
-    )
-    parser.add_argument(
-        "--out-dtypes",
-        type=_out_dtypes,
-        default=(torch.bfloat16,),
-        metavar="NAME,NAME",
-        help=f"output types, of {', '.join(SHORT_TYPES)}; default: bf16",
-    )
-    parser.add_argument(
-        "--jobs", type=_positive, help="compilations at a time; default: as many as CPUs and memory allow"
-    )
+    add = parser.add_argument
+    archs = "target, more than one if repeated: 10.0a for B200, 10.3a for B300, 10.0f for both"
+    add("--arch", choices=ARCHS, action="append", help=f"{archs}; default: this machine's GPU, else 10.0a")
+    configs = f"tile configurations; default: all of {', '.join(MODULES)}"
+    add("--configs", type=_configs, default=MODULES, metavar="NAME,NAME", help=configs)
+    types = f"output types, of {', '.join(SHORT_TYPES)}; default: bf16"
+    add("--out-dtypes", type=_out_dtypes, default=(torch.bfloat16,), metavar="NAME,NAME", help=types)
+    add("--jobs", type=_positive, help="compilations at a time; default: as many as CPUs and memory allow")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -160,9 +160,8 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
 
 
 def is_tracing(x: torch.Tensor) -> bool:
-    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake, meta, or inside
-    vmap and the like. Then the public functions go through the operators of ``ops.torch_library``,
-    which PyTorch knows how to handle there."""
+    """Whether there are shapes alone: under torch.compile, vmap and the like, or ``x`` is fake or
+    meta. Then the public functions go through the operators of ``ops.torch_library``."""
     return (
         torch.compiler.is_compiling()
         or x.is_meta

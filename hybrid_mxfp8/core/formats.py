@@ -61,8 +61,7 @@ def padded_scale_rows(rows: int) -> int:
 
 def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
     """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device
-    data. Every expert with a token wastes at most 127 rows, and at most min(E, T) experts have
-    one."""
+    data: at most min(E, T) experts have a token, and each of these wastes at most 127 rows."""
     return (num_tokens + 127 * min(num_experts, num_tokens)) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
 
 

@@ -235,9 +235,8 @@ def group_offsets(
 def caller_offsets(
     tokens_per_expert: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors of a layout whose scales start where the caller says, (E,) int32, cut to 0
-    .. S. The last scale offset is the largest end of the padded scales of an expert that has
-    tokens."""
+    """A layout whose scales start where the caller says, (E,) int32, cut to 0 .. S. The last scale
+    offset is the largest end of the padded scales of an expert that has tokens."""
     tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
     starts = scale_starts.to(torch.int64).clamp(0, num_scale_rows)
     ends = torch.where(tokens > 0, starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS, 0)

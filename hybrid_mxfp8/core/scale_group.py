@@ -22,8 +22,7 @@ def largest_of_group(of_blocks: torch.Tensor, scale_group: int) -> torch.Tensor:
 
 
 def find_scale_group(linear: torch.Tensor) -> int:
-    """The group of row-major scales (..., K/32), uint8: 128 where all blocks of each group have one
-    scale, else 32. It looks at the data, so it syncs; of meta and fake tensors it is 32."""
+    """128 where all blocks of each group of (..., K/32) uint8 have one scale, else 32. Syncs."""
     if is_tracing(linear):
         return BLOCK_SIZE
     first = linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]

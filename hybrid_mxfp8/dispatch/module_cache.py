@@ -128,11 +128,10 @@ def check_trusted(*paths: Path) -> None:
 
 
 def build_once(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool]) -> None:
-    """Put a module into ``folder`` unless it is there; another process's build is waited for.
-    ``build`` writes the module's files into the empty folder that it is given; its OSErrors are
-    taken for the cache's. Where ``valid()`` is false, ``folder`` is replaced. Raises
-    BackendUnavailableError: the folder above cannot be written, or is someone else's; Exception:
-    whatever ``build`` raises; nothing is left of it then."""
+    """Put a module into ``folder`` unless that is ``valid()``; another process's build is waited
+    for. ``build`` writes the files into the empty folder that it is given. BackendUnavailableError
+    where the folder above can't be written or is someone else's; what ``build`` raises leaves
+    nothing."""
     try:
         _make_folder(folder.parent)
         check_trusted(folder.parent)  # a file server may have given it to another user

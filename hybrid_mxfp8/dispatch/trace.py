@@ -41,8 +41,8 @@ class Trace:
 
     def compiled(self, words: Sequence[Any], result: Sequence[Any]) -> Callable[..., tuple[int, ...] | None]:
         """A function (words, *sizes) that writes those of ``words`` that depend on sizes, and
-        returns ``result``, all ints; None for sizes that this trace is not for. Raises TypeError:
-        ``words`` or ``result`` hold something else than ints and sizes."""
+        returns ``result``; None for sizes that this trace is not for. TypeError for what is no
+        number."""
         writes = [f"words[{i}] = {_text(word)}" for i, word in enumerate(words) if isinstance(word, Size)]
         returned = f"return ({''.join(f'{_text(value)}, ' for value in result)})"
         head = f"def fill(words, {', '.join(size._name for size in self.sizes)}):"

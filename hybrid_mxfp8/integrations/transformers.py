@@ -9,17 +9,12 @@
     print(mxfp8.quantize_model_(model))  # optional: quantize now, and free the unquantized experts
 
 Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the
-originals, and again when a parameter has been replaced or written to in place. Writes through
-``parameter.data`` are not seen, as PyTorch does not count them: write ``parameter.copy_(new)``
-under ``torch.no_grad()``, or replace the parameter. Where other changes would not be seen either,
-under torch.compile, with torch.distributed and in CUDA graphs, ``quantize_model_`` must come first,
-and an error says so. Attention, routers and shared experts stay as they are.
+originals, and again when a parameter has been replaced or written to in place, but through
+``parameter.data``, which PyTorch does not count. Where other changes would not be seen either,
+``quantize_model_`` must come first, and an error says so.
 
 Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its
-gate is SwiGLU, plain or as in gpt-oss, MiniMax-M3 and DeepSeek-V4, and H and I are multiples of
-32; also if loaded in FP8 with blocks of 128x128. Experts kept as (E, K, N), and gate and up rows in
-turns, are recognised by what the module says of itself. Others raise a ValueError that says what
-differs. With tensor or expert parallelism each rank quantizes its own shard.
+gate is a SwiGLU and H and I are multiples of 32; docs/transformers.md has the details.
 """
 
 from __future__ import annotations
@@ -86,11 +81,9 @@ def register() -> None:
 def experts_forward(
     module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The forward of an experts module of transformers, in MXFP8; what ``register`` registers. The
-    module has gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed. Of hidden_states (M,
-    H), ids and weights (M, top_k) come (M, H) of hidden_states' dtype. Raises ValueError: experts
-    that MXFP8Experts can't compute, inputs that require grad, or experts that ``quantize_model_``
-    has to quantize first."""
+    """The forward of an experts module of transformers, in MXFP8: hidden_states (M, H), ids and
+    weights (M, top_k) to (M, H). ValueError for experts that MXFP8Experts can't compute or that
+    ``quantize_model_`` has to quantize first."""
     experts = getattr(module, _OWNED, None) or _quantized(module)
     result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
     return result

@@ -169,8 +169,7 @@ def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
     """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
-    ids, weights, and what is given of the biases and x's scales). Raises ValueError: more rows,
-    padded to scale tiles, than int32 counts; BackendUnavailableError: as ``registry.choose``."""
+    ids, weights, and what is given of the biases and x's scales)."""
     num_tokens, device = inputs.x.shape[0], shape.device
     check_rows("x", shape, num_tokens)
     backends = choose_backends(shape, num_tokens, backend)

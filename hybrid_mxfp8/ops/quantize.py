@@ -251,8 +251,7 @@ def plan_rows(
     num_scale_rows: int,
 ) -> Plan:
     """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
-    row_index or nothing); from Metadata of other R, T and S, without ``out`` (values, scales) for
-    buffers that are allocated for each call."""
+    row_index or nothing), from Metadata of other R, T and S; ``out`` as (values, scales)."""
     quantizer = choose_quantizer(x.device, backend)
     p = problem._replace(num_rows=num_tokens, num_source_rows=num_source_rows)
     scales_shape = _scales_shape(p)
