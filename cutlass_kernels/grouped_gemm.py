@@ -194,8 +194,6 @@ def _sm_count(device: torch.device) -> int:
     return devices.multiprocessors(device) or SM_COUNT
 
 
-# ---------------------------------------------------------------- modules and tools of this process
-
 Capability = tuple[int, int]
 Environment = tuple[Path | None, tuple[str, Path] | None, Path, bool, tuple[Path, ...]]
 

@@ -154,9 +154,6 @@ def driver_version() -> str:
     return "" if failed else text.value.decode()
 
 
-# ---------------------------------------------------------------- the child
-
-
 def largest_error(module: Any, config: GemmConfig, out_dtype: torch.dtype, device: torch.device) -> float:
     """Over all cases, in units of the bound; infinite where a row without an expert was written."""
     worst = 0.0

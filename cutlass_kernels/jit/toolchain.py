@@ -112,9 +112,6 @@ def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
     return cutlass, cuda
 
 
-# ---------------------------------------------------------------- CUTLASS
-
-
 def find_cutlass() -> CutlassHeaders:
     """The headers to compile with; BackendUnavailableError if there are none."""
     chosen = env.cutlass_dir()
@@ -172,9 +169,6 @@ def _digest(include: Path) -> str:
         digest.update(f"{path.relative_to(include)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-# ---------------------------------------------------------------- CUDA
 
 
 def find_cuda() -> CudaCompiler:

@@ -110,8 +110,9 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     entries = [checkpoint.entry(name) for name in checkpoint.names]
     _find_layout(found, checkpoint, entries, options)
     for entry in entries:
+        widened = options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
         scales = block_scales(checkpoint, entry)
-        if scales and (_is_quantized(entry, options) or _is_widened(entry, options)):
+        if scales and (widened or _is_quantized(entry, options)):
             found.scales[entry.name] = scales
     dropped = {scales.name for scales in found.scales.values()}
     for entry in entries:
@@ -185,10 +186,6 @@ def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[st
 
 def _is_quantized(entry: Entry, options: Options) -> bool:
     return matches(entry.name, options.patterns) and len(entry.shape) >= 2 and not entry.name.endswith("bias")
-
-
-def _is_widened(entry: Entry, options: Options) -> bool:
-    return options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
 
 
 def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
@@ -429,8 +426,5 @@ def _write_json(file: Path, content: object) -> None:
 def _modules_not_converted(planned: Plan) -> list[str]:
     """Modules with a weight matrix that is a float in the result."""
     floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
-    return sorted(
-        entry.name.removesuffix(".weight")
-        for entry in floats
-        if entry.name.endswith(".weight") and len(entry.shape) >= 2
-    )
+    names = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
+    return sorted(name.removesuffix(".weight") for name in names)

@@ -409,15 +409,11 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file}: is no regular file" + (", but a link to nothing" if not file.exists() else ""))
     try:
         handle = safe_open(file, framework="pt", device="cpu")
-        _check_header(file)
+        # Refuses two tensors of one name: the library takes the last, other readers the first.
+        with file.open("rb") as opened:
+            _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))
     except SafetensorError as error:
         raise ValueError(f"{file}: is no complete safetensors file: {error}") from error
     except OSError as error:
         raise ValueError(f"{file}: can't be read: {error.strerror or error}") from error
     return handle
-
-
-def _check_header(file: Path) -> None:
-    """Refuse two tensors of one name: the library takes the last, other readers the first."""
-    with file.open("rb") as opened:
-        _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))

@@ -240,9 +240,6 @@ def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
     return flat[skipped : skipped + needed] if skipped + needed <= flat.numel() else None
 
 
-# ---------------------------------------------------------------- operators
-
-
 def _grouped_quant(*arguments: torch.Tensor) -> None:
     *inputs, values, scales = arguments
     es_sm100_mxfp8_blockscaled_grouped_quant(*[*inputs, values.view(torch.float8_e4m3fn), scales])

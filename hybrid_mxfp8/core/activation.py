@@ -38,11 +38,8 @@ class SwiGLU:
     spec: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value, positive in (
-            ("alpha", self.alpha, True),
-            ("beta", self.beta, False),
-            ("limit", self.limit, True),
-        ):
+        for name, positive in (("alpha", True), ("beta", False), ("limit", True)):
+            value = getattr(self, name)
             if value is None and name == "limit":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -152,11 +152,8 @@ def check_float_dtype(name: str, value: Any) -> torch.dtype:
 def check_no_grad(name: str, value: torch.Tensor) -> None:
     """Quantization has no derivative; a silent loss of gradients would be worse than an error."""
     if value.requires_grad and torch.is_grad_enabled():
-        fail(
-            name,
-            "must not require grad (MXFP8 quantization has no backward; use torch.no_grad() or .detach())",
-            "requires_grad=True",
-        )
+        hint = "MXFP8 quantization has no backward; use torch.no_grad() or .detach()"
+        fail(name, f"must not require grad ({hint})", "requires_grad=True")
 
 
 def is_tracing(x: torch.Tensor) -> bool:

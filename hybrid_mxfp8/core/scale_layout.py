@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_mxfp8.core.checks import check_int
+from hybrid_mxfp8.core.checks import check_int, short
 from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, SCALE_TILE_COLS, SCALE_TILE_ROWS, padded_scale_rows, round_up
 
 
@@ -50,11 +50,9 @@ def unswizzle_scales(swizzled: torch.Tensor, rows: int, cols: int) -> torch.Tens
     check_int("cols", cols, 0)
     swizzled = _scale_bytes("swizzled", swizzled)
     *batch, padded_rows, padded_cols = swizzled.shape
-    if (padded_rows, padded_cols) != (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS)):
-        expected = (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS))
-        raise ValueError(
-            f"swizzled: must end in dimensions {expected} for {rows} rows and {cols} columns, got {(padded_rows, padded_cols)}"
-        )
+    given, expected = (padded_rows, padded_cols), (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS))
+    if given != expected:
+        raise ValueError(f"swizzled: must end in dimensions {expected} for {rows} rows and {cols} columns, got {given}")
     tiles = swizzled.reshape(
         *batch, padded_rows // SCALE_TILE_ROWS, padded_cols // SCALE_TILE_COLS, 32, 4, SCALE_TILE_COLS
     )
@@ -66,9 +64,7 @@ def _scale_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
     if not isinstance(scales, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor (..., rows, cols), got {type(scales).__name__}")
     if scales.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-        raise TypeError(
-            f"{name}: dtype must be uint8 or float8_e8m0fnu, got {str(scales.dtype).removeprefix('torch.')}"
-        )
+        raise TypeError(f"{name}: dtype must be uint8 or float8_e8m0fnu, got {short(scales.dtype)}")
     if scales.ndim < 2:
         raise ValueError(f"{name}: must have shape (..., rows, cols), got {tuple(scales.shape)}")
     return scales.view(torch.uint8)

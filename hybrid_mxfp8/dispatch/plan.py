@@ -66,14 +66,7 @@ class Operands:
 
 
 class Plan:
-    """The launches of one signature and its sizes.
-
-    Attributes:
-        operands: what ``run`` takes, in order.
-        arena_bytes: of the operand named ``workspace``; 0 if there is none.
-        result: what else the caller needs, such as the shape of an output.
-        lasting: whether another call of its signature would be planned alike.
-    """
+    """The launches of one signature and its sizes."""
 
     def __init__(
         self,
@@ -86,11 +79,11 @@ class Plan:
         lasting: bool = True,
     ) -> None:
         self.device = device
-        self.operands = tuple(operands.list)
+        self.operands = tuple(operands.list)  # what ``run`` takes, in order
         self.steps = steps
-        self.arena_bytes = arena_bytes
-        self.result = result
-        self.lasting = lasting
+        self.arena_bytes = arena_bytes  # of the operand ``workspace``, if there is one
+        self.result = result  # what else the caller needs, such as the shape of an output
+        self.lasting = lasting  # whether another call of its signature would be planned alike
         self._index = -1 if device.index is None else device.index
         self._parts: list[tuple[launcher.Program | None, Steps]] | None = None
         self._hooked: Callable[[], bool] = lambda: True
@@ -161,9 +154,6 @@ class Plan:
 @functools.cache
 def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
-
-
-# ---------------------------------------------------------------- signatures and the cache
 
 
 def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:

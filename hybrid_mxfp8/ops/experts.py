@@ -44,10 +44,6 @@ def _state(scales: torch.Tensor) -> tuple[int, int]:
     return scales.data_ptr(), 0 if scales.is_inference() else scales._version
 
 
-def _linear_scales(scales: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales.contiguous()).linear_scales()
-
-
 class MXFP8Experts(torch.nn.Module):
     """The experts of one MoE layer with MXFP8 weights; inference only.
 
@@ -167,7 +163,8 @@ class MXFP8Experts(torch.nn.Module):
         state, group = self._scale_groups[name]
         if torch.compiler.is_compiling() or is_tracing(scales) or _state(scales) == state:
             return group
-        group = find_scale_group(_linear_scales(scales, getattr(self, name.replace("scales", "values"))))
+        values = getattr(self, name.replace("scales", "values")).view(torch.float8_e4m3fn)
+        group = find_scale_group(ExpertWeights.unchecked(values, scales.contiguous()).linear_scales())
         self._scale_groups[name] = (_state(scales), group)
         return group
 

@@ -20,11 +20,11 @@ from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
-from hybrid_mxfp8.dispatch.backend import Backend, Quantizer
+from hybrid_mxfp8.dispatch.backend import Quantizer
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
-from hybrid_mxfp8.dispatch.registry import choose_quantizer, choose_ready
+from hybrid_mxfp8.dispatch.registry import Ready, choose_quantizer, choose_ready
 
 
 class MoEShape(NamedTuple):
@@ -84,22 +84,14 @@ class Backends(NamedTuple):
     """What runs a layer: quantizer, router and combine, and the two products; see ``Ready``."""
 
     quantizer: Quantizer
-    up: Backend
-    down: Backend
-    workspace_bytes: int
-    lasting: bool
+    up: Ready
+    down: Ready
 
 
 def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
     """Raises as ``registry.choose`` does."""
     up, down = (choose_ready(problem, backend) for problem in shape.problems(num_tokens))
-    return Backends(
-        choose_quantizer(shape.device, backend),
-        up.backend,
-        down.backend,
-        max(up.workspace_bytes, down.workspace_bytes),
-        up.lasting and down.lasting,
-    )
+    return Backends(choose_quantizer(shape.device, backend), up, down)
 
 
 class Arena(NamedTuple):
@@ -133,7 +125,7 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) 
         return place(torch.float8_e4m3fn, rows, k), place(torch.uint8, scale_rows, scale_cols(k))
 
     int32 = torch.int32
-    gemm_bytes = backends.workspace_bytes
+    gemm_bytes = max(backends.up.workspace_bytes, backends.down.workspace_bytes)
     return Arena(
         sorted_token_ids=place(int32, rows),
         inverse_permutation=place(int32, num_tokens, shape.top_k),
@@ -203,10 +195,10 @@ def plan_layer(
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
         *quantizer.quantize(gather, QuantizeBuffers(x, *a.xq, a.sorted_token_ids, *offsets, x_scales=x_scales)),
-        *backends.up.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
+        *backends.up.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),
-        *backends.down.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
+        *backends.down.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
-    return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.lasting)
+    return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.up.lasting and backends.down.lasting)

@@ -88,12 +88,8 @@ def run(args: argparse.Namespace) -> int:
     conclusion = _conclusion(workload, findings, effects[-1], names)
     if faults:
         conclusion = "\n  ".join(("FAILED:", *faults))
-    for text in (
-        *map(_quality_table, findings),
-        _agreement_table(findings, names),
-        _outlier_table(effects),
-        conclusion,
-    ):
+    tables = (*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects))
+    for text in (*tables, conclusion):
         print(f"\n{text}")
     return 1 if faults else 0
 
