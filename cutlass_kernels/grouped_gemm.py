@@ -56,9 +56,8 @@ def make_plan(p: Problem) -> Plan:
     module = _module(config.module, p.out_dtype, p.capability)
     _check_verified(config.module, p.out_dtype, p.device)
     sm_count = _sm_count(p.device)
-    return Plan(
-        module, config.cluster, sm_count, module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, sm_count)
-    )
+    size = module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, sm_count)
+    return Plan(module, config.cluster, sm_count, size)
 
 
 def launch(
@@ -251,9 +250,8 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
             )
         record = verify.verified(built, device)
     if not record["ok"]:
-        raise _failed(
-            module, out_dtype, capability, f"{module} failed its verification on {device}: {record['reason']}"
-        )
+        why = f"{module} failed its verification on {device}: {record['reason']}"
+        raise _failed(module, out_dtype, capability, why)
     _verified.add((module, out_dtype, device))
 
 

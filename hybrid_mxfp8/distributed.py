@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,7 @@ from hybrid_mxfp8.ops.tokens import check_tokens, pack_tokens, sum_rows
 
 __all__ = ["ExpertParallelExperts", "experts_of_rank"]
 
-Dispatch = Literal["all_gather", "all_to_all"]
-DISPATCHES: tuple[str, ...] = get_args(Dispatch)
+DISPATCHES = ("all_gather", "all_to_all")
 
 # PyTorch 2.13 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

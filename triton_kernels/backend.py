@@ -1,7 +1,4 @@
-"""What this package offers: the triton backend, and the quantizer that every GPU uses.
-
-May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
-"""
+"""What this package offers: the triton backend, and the quantizer that every GPU uses."""
 
 from __future__ import annotations
 

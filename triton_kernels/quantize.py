@@ -60,7 +60,7 @@ def _scale_rows_from_counts(row, ends, scale_ends):
 
 
 @triton.jit
-def _quantize_groups(x, ROUNDING_BIAS: tl.constexpr):
+def quantize_groups(x, ROUNDING_BIAS: tl.constexpr):
     """x (R, G, SCALE_GROUP) fp32 to codes of its shape and scales (R, G), both uint8."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(bits, 2)  # as integers: a float maximum would drop NaN
@@ -203,7 +203,7 @@ def quantize_kernel(
                 up += BETA
             x = x / (1.0 + tl.exp(-ALPHA * x)) * up
         GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
-        codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
+        codes, scale = quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
         codes = tl.reshape(codes, [BLOCK_ROWS, BLOCK_COLS])
         # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants;
         # but not where they share that of a group.

@@ -319,9 +319,8 @@ class _Conversion:
                     noise += block.noise
                     if not math.isfinite(signal) or not math.isfinite(noise):
                         place = self.checkpoint.place(name) + number
-                        raise ValueError(
-                            f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN"
-                        )
+                        why = "holds NaN or Inf, each of which would make its whole block of 32 NaN"
+                        raise ValueError(f"{place}: {why}")
                     writer.append(name, block.values)
                     writer.append(f"{name}_scale_inv", block.scales)
                     self.progress(name, block.num_bytes)

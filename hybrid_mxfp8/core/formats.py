@@ -8,7 +8,7 @@ consecutive bytes, and tiles follow one another along K first.
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Final
 
 BLOCK_SIZE: Final = 32  # elements of K that share one scale
 E4M3_MAX: Final = 448.0
@@ -21,9 +21,6 @@ SCALE_TILE_BYTES: Final = SCALE_TILE_ROWS * SCALE_TILE_COLS
 
 MAX_INT32: Final = 2**31 - 1
 
-ScaleRounding = Literal["rceil", "floor", "even"]
-SCALE_ROUNDINGS: Final[tuple[str, ...]] = get_args(ScaleRounding)
-
 SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
     "rceil": 0x1FFFFF,  # smallest b with amax <= 448 * 2**(b - 127): 448 is 1.75 * 2**8
     "floor": 0,  # OCP: floor(log2(amax)) - 8; elements above 448 saturate
@@ -31,6 +28,7 @@ SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
 }
 """What is added to the fp32 bits of a block's amax before its exponent is taken."""
 
+SCALE_ROUNDINGS: Final = tuple(SCALE_ROUNDING_BIAS)
 SCALE_GROUPS: Final = (32, 128)  # elements of K whose blocks share one scale
 
 

@@ -74,18 +74,14 @@ class GroupLayout:
             check_contiguous(name, offsets)
         check_num_tokens(self.num_tokens, num_experts)
         if tokens.device.type == "cpu" and not is_tracing(tokens):
-            self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        tokens = self.tokens_per_expert
-        check_numbers("tokens_per_expert", tokens, self.num_tokens, "counts")
-        valid = group_offsets(tokens, self.num_tokens, from_ends=False)
-        for name, given, expected, of in (
-            ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
-            ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
-        ):
-            if not torch.equal(given, expected):
-                fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
+            check_numbers("tokens_per_expert", tokens, self.num_tokens, "counts")
+            valid = group_offsets(tokens, self.num_tokens, from_ends=False)
+            for name, given, expected, of in (
+                ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
+                ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
+            ):
+                if not torch.equal(given, expected):
+                    fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
 
     @classmethod
     def unchecked(

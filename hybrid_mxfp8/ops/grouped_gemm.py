@@ -1,9 +1,4 @@
-"""``grouped_gemm``: each expert's rows times its weights. Nothing but the reference backend's
-product syncs.
-
-Under ``torch.compile``, and for fake and meta tensors, it is one operator of
-``hybrid_mxfp8.ops.torch_library``.
-"""
+"""``grouped_gemm``: each expert's rows times its weights. Only the reference backend syncs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. No device data is looked at, so
-nothing syncs.
-
-Under ``torch.compile``, and for fake and meta tensors, each is one operator of
-``hybrid_mxfp8.ops.torch_library``; eager calls don't pay for PyTorch's dispatcher.
-"""
+"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. Nothing looks at device data."""
 
 from __future__ import annotations
 

@@ -134,9 +134,6 @@ def _expanded_layout():
     )
 
 
-# ---------------------------------------------------------------- device functions
-
-
 @gluon.jit
 def _times_scale(codes, b):
     """e4m3 bytes times 2**(b - 127), as bf16; b int32, may broadcast along the last axis."""
@@ -542,9 +539,6 @@ def hopper_gemm_kernel(
             [1],
             [40],
         )  # fmt: skip
-
-
-# ---------------------------------------------------------------- launches
 
 
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:

@@ -2,21 +2,17 @@
 launch.
 
 The operands are swapped: 128 rows of weights fill the M side of the matrix unit and the tokens its
-N side, which goes down to 16. So an expert with few tokens still gets the native block-scaled MMA,
-which falls back to bf16 below 128 rows, and computes few columns in vain.
-
+N side, which goes down to 16. So an expert with few tokens still gets the native block-scaled MMA.
 A program finds its (expert, token tile) by scanning the groups: the host only knows a bound on the
 number of token tiles, and programs beyond the real number leave at once.
 
 Three formulations of one tile product, chosen by what the target has:
 
-- ``scaled``: ``tl.dot_scaled`` on the e4m3 operands and their scales (Blackwell; the interpreter
-  from Triton 3.9 on)
+- ``scaled``: ``tl.dot_scaled`` (Blackwell; the interpreter from Triton 3.9 on)
 - ``bf16``: operands times scales in bf16 registers, then a bf16 ``tl.dot``. An e4m3 value times a
   power of two is exact in bf16 while it stays above 2**-133; only blocks with scale bytes 0 to 2
   (amax below 2**-115) can hold smaller elements, which are then off by at most 2**-134.
-- ``fp32``: the same in fp32, exact always; for interpreters that lack ``tl.dot_scaled`` (3.7 and
-  older) or round scale bytes 0 and 255 (3.8)
+- ``fp32``: the same in fp32, exact always; for older interpreters
 """
 
 from __future__ import annotations

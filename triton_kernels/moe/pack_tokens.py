@@ -11,7 +11,7 @@ from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import to_fp32
-from hybrid_mxfp8.triton_kernels.quantize import _quantize_groups, select_quantize_config
+from hybrid_mxfp8.triton_kernels.quantize import quantize_groups, select_quantize_config
 from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
@@ -47,7 +47,7 @@ def pack_tokens_kernel(
     mask = token[:, None] & (col < K)[None, :]
     x = to_fp32(tl.load(x_ptr + row.to(tl.int64)[:, None] * row_stride + col[None, :], mask=mask, other=0.0))
     GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
-    codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
+    codes, scale = quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
     if SCALE_GROUP > 32:
         scale = tl.broadcast_to(scale[:, :, None], [BLOCK_ROWS, GROUPS, SCALE_GROUP // 32])
         scale = tl.reshape(scale, [BLOCK_ROWS, BLOCK_COLS // 32])
