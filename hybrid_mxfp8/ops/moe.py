@@ -1,5 +1,4 @@
-"""``moe_forward``: an MoE layer from the router's choices to the weighted sum. All on the device,
-no host sync.
+"""``moe_forward``: an MoE layer from the router's choices to the weighted sum, with no host sync.
 
 Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``, and one
 more for each product whose kernel needs another before it (the cutlass backend, the Hopper kernel).

@@ -1,5 +1,6 @@
-"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel to their experts
-as such; and the two launches at both ends of the way. No device data is looked at."""
+"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel as such; and the
+two launches at both ends of the way.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Quantization in plain PyTorch, on CPU and CUDA tensors with the same bytes: integer arithmetic on
-fp32 bits and one multiplication by a power of two."""
+"""Quantization in PyTorch, the same bytes on CPU and CUDA: integers, and powers of two."""
 
 from __future__ import annotations
 
