@@ -67,9 +67,9 @@ class Backend(NamedTuple):
 
 
 class Quantizer(NamedTuple):
-    """Quantization, and the other kernels around a product; ``reference`` says what each computes.
-    ``route_scratch`` is the int32 elements of route's ``scratch``, of (choices, E); never more for
-    fewer choices. Strides are of rows, in elements."""
+    """Quantization, and the other kernels around a product: ``reference`` says what each computes,
+    ``triton_kernels`` has the arguments by name. ``route_scratch`` is the int32 elements of route's
+    ``scratch``, of (choices, E); never more for fewer choices."""
 
     name: str  # of the backend whose package it comes from
     available: Callable[[torch.device], Support]
