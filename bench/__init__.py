@@ -3,7 +3,8 @@
 It is not part of the wheel. Modules import one another relatively, so that both ways work.
 
 - shapes: what is measured; work: its bytes and flops; timing: how; limits: what the card can do
-- bench_quantize, bench_grouped_gemm, bench_pipeline, bench_moe: inputs and contenders of one case
-- peers: the baselines and other libraries behind one interface
-- run: the loop; report, plots, targets: what comes of the rows; model: what can't be run here
+- bench_quantize, bench_grouped_gemm, bench_moe: inputs and contenders of one case
+- peers, deep_gemm, sglang_moe: the baselines and other libraries behind one interface
+- run: the loop; report, plots: what comes of the rows; model: what can't be run here
+- generation: a model of transformers; speed: the README's table from records
 """

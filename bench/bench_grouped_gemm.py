@@ -1,9 +1,9 @@
 """The contenders of a GEMM case: this library's backends, torch's bf16 ``_grouped_mm`` as the
 baseline, and peers.
 
-Inputs are random normal, the weights made on the GPU and kept while cases of the same shape
-follow. Where the bf16 weights beside ours would not fit in memory, the case takes fewer experts
-and its note says so.
+Operands have groups of 32, on Hopper those of 128, layers' default there, too. Inputs are random
+normal, the weights made on the GPU and kept while cases of the same shape follow. Where the bf16
+weights beside ours would not fit in memory, the case takes fewer experts and its note says so.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.core.formats import grouped_scale_rows, padded_scale_rows, scale_cols
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_scale_rows, scale_cols
+from hybrid_mxfp8.dispatch.device import preferred_scale_group
 
 from . import work
 from .bench_quantize import Prepared, counts_of_set, layouts
-from .peers import Absent, Contender, Field, GemmInputs, bf16_grouped_mm, gemm_peers
+from .deep_gemm import deep_gemm
+from .peers import Absent, Contender, Field, GemmInputs, bf16_grouped_mm, check_product, gemm_peers
 from .shapes import Case
 from .timing import num_sets
 
-CHECKED_ROWS = 8
-MAX_DIFF = 2e-3
-"""calc_diff of an MXFP8 product of normal data against the unquantized one is near 7e-4."""
 MEMORY_SHARE = 0.8
 """Of the free memory, for inputs; the rest is for contenders' outputs and for graphs."""
 
@@ -92,9 +90,10 @@ def all_weight_bytes(num_experts: int, n: int, k: int) -> int:
 
 
 def token_bytes(case: Case) -> int:
-    """One set of tokens in bf16 and quantized, and one output."""
+    """One set of tokens in bf16, quantized in groups of 32 and 128 and again for DeepGEMM, and its
+    outputs."""
     scales = grouped_scale_rows(case.num_tokens, case.num_experts) * scale_cols(case.k)
-    return case.num_tokens * (case.k * (work.BF16 + 1) + case.n * work.BF16) + scales
+    return case.num_tokens * (case.k * (work.BF16 + 3) + 2 * case.n * work.BF16) + 2 * scales
 
 
 def plan_sets(case: Case, l2_bytes: int) -> tuple[int, int]:
@@ -110,9 +109,10 @@ def plan_sets(case: Case, l2_bytes: int) -> tuple[int, int]:
 
 
 def needed_bytes(case: Case, l2_bytes: int) -> int:
-    """Memory of all inputs and outputs, with the bf16 weights beside the quantized."""
+    """Memory of all inputs and outputs, with the weights in bf16 and quantized twice."""
     sets, weight_sets = plan_sets(case, l2_bytes)
-    return weight_sets * all_weight_bytes(case.num_experts, case.n, case.k) + sets * token_bytes(case)
+    shape = case.num_experts, case.n, case.k
+    return weight_sets * (all_weight_bytes(*shape) + weight_bytes(*shape)) + sets * token_bytes(case)
 
 
 def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
@@ -131,36 +131,38 @@ def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
     return fitted, f"{fitted.num_experts} of {case.num_experts} experts: more do not fit in memory beside bf16 weights"
 
 
-def expert_of_rows(counts: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """The expert that owns each row."""
-    return [int(e) for e in np.searchsorted(np.cumsum(counts), rows, side="right")]
-
-
-def check_product(
-    x: torch.Tensor, w: torch.Tensor, counts: Sequence[int], y: Callable[[], torch.Tensor]
-) -> Callable[[], str]:
-    """A check of sampled rows of ``y`` against the fp32 product of the unquantized operands."""
-
-    def check() -> str:
-        rows = sorted({int(r) for r in np.linspace(0, x.shape[0] - 1, CHECKED_ROWS)})
-        truth = torch.stack(
-            [w[e].float() @ x[r].float() for r, e in zip(rows, expert_of_rows(counts, rows), strict=True)]
-        )
-        diff = mx.calc_diff(y()[rows], truth)
-        if not diff < MAX_DIFF:
-            raise AssertionError(f"calc_diff of {len(rows)} rows against fp32 is {diff:.1e}, expected below {MAX_DIFF}")
-        return f"calc_diff {diff:.1e} on {len(rows)} rows against fp32"
-
-    return check
-
-
-def our_gemm(inputs: GemmInputs, backend: str) -> Callable[[int], object]:
-    """A call of ``grouped_gemm`` with everything given that it could allocate."""
+def our_gemm(inputs: GemmInputs, backend: str, counts: Sequence[torch.Tensor] | None = None) -> Callable[[int], object]:
+    """A call of ``grouped_gemm`` with everything given that it could allocate, after one of
+    ``quantize_grouped`` if there are ``counts`` (E,) for its layout."""
     size = mx.grouped_gemm_workspace_size(inputs.wq[0], inputs.x[0].shape[0], backend=backend)
     workspace = torch.empty(size, dtype=torch.uint8, device=inputs.x[0].device) if size else None
-    return lambda i: mx.grouped_gemm(
-        inputs.xq[i], inputs.wq[i % len(inputs.wq)], out=inputs.y[i], workspace=workspace, backend=backend
+
+    def call(i: int) -> object:
+        xq = inputs.xq[i]
+        if counts is not None:
+            xq = mx.quantize_grouped(inputs.x[i], counts[i], scale_group=xq.scale_group, out=xq)
+        return mx.grouped_gemm(xq, inputs.wq[i % len(inputs.wq)], out=inputs.y[i], workspace=workspace, backend=backend)
+
+    return call
+
+
+def our_contenders(inputs: GemmInputs, counts: Sequence[torch.Tensor], backend: str) -> list[Contender]:
+    """The product alone, and with the layout and the quantization of its tokens before it."""
+    x, w = inputs.xq[0], inputs.wq[0]
+    _, n, k = w.values.shape
+    plain = x.scale_group == BLOCK_SIZE
+    alone = Contender(
+        f"grouped_gemm ({backend})" + ("" if plain else f", groups of {x.scale_group}"),
+        our_gemm(inputs, backend),
+        work.gemm(inputs.counts, n, k),
+        ours=True,
+        precision="mxfp8" if plain else "fp8",
+        note=mx.explain(x, w, backend=backend).partition(": ")[2],
+        check=check_product(inputs.x[0], inputs.w[0], inputs.counts, lambda: inputs.y[0]),
     )
+    both = work.quantize(inputs.counts, k) + alone.work
+    name = f"quantize of counts + {alone.name}"
+    return [alone, dataclasses.replace(alone, name=name, call=our_gemm(inputs, backend, counts), work=both)]
 
 
 def usable_backends(device: torch.device) -> tuple[list[str], list[Absent]]:
@@ -189,6 +191,12 @@ def make_inputs(case: Case, store: Kept[Weights], l2_bytes: int, device: str) ->
     return inputs, counts
 
 
+def in_groups(inputs: GemmInputs, group: int) -> GemmInputs:
+    """The same case, its operands with ``group`` elements to a scale."""
+    xq = [mx.quantize_grouped(x, q.groups, scale_group=group) for x, q in zip(inputs.x, inputs.xq, strict=True)]
+    return dataclasses.replace(inputs, xq=xq, wq=[mx.quantize_weights(w, scale_group=group) for w in inputs.w])
+
+
 def prepare(
     case: Case,
     capability: tuple[int, int],
@@ -198,21 +206,13 @@ def prepare(
     note: str = "",
 ) -> Prepared:
     """Inputs and contenders of a case that fits (see :func:`fit`)."""
-    inputs, _ = make_inputs(case, store, l2_bytes, device)
-    job = work.gemm(inputs.counts, case.n, case.k)
+    inputs, counts = make_inputs(case, store, l2_bytes, device)
     usable, absent = usable_backends(inputs.x[0].device)
-    field: Field = [
-        Contender(
-            f"grouped_gemm ({backend})",
-            our_gemm(inputs, backend),
-            job,
-            ours=True,
-            precision="mxfp8",
-            note=mx.explain(inputs.xq[0], inputs.wq[0], backend=backend).partition(": ")[2],
-            check=check_product(inputs.x[0], inputs.w[0], inputs.counts, lambda: inputs.y[0]),
-        )
-        for backend in usable
-    ]
+    group = preferred_scale_group(inputs.x[0].device)
+    field: Field = []
+    for operands in (inputs, in_groups(inputs, group)) if group != BLOCK_SIZE else (inputs,):
+        for backend in usable:
+            field += our_contenders(operands, counts, backend)
     baseline = bf16_grouped_mm(inputs)
-    field += [baseline, *gemm_peers(inputs, capability), *absent]
-    return Prepared(case, field, baseline.name, len(inputs.x), job, note)
+    field += [baseline, *gemm_peers(inputs, capability), deep_gemm(inputs, capability), *absent]
+    return Prepared(case, field, baseline.name, len(inputs.x), work.gemm(inputs.counts, case.n, case.k), note)

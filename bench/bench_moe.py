@@ -2,25 +2,31 @@
 
 The baseline is the same layer in bf16 as transformers computes it
 (``experts_implementation="grouped_mm"``): sort, gather, torch's grouped_mm, activation,
-grouped_mm, weighted sum, each a kernel of its own. The router is part of neither.
+grouped_mm, weighted sum, each a kernel of its own. The router is part of neither. Weights have the
+groups that ``MXFP8Experts`` takes on the card.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.dispatch.device import preferred_scale_group
 
 from . import work
 from .bench_grouped_gemm import BACKENDS, MEMORY_SHARE, Kept, weight_bytes
 from .bench_quantize import SEED, Prepared
 from .peers import Absent, Contender, Field
+from .sglang_moe import Blocks, sglang_moe
 from .shapes import Case
 from .timing import num_sets
 
@@ -32,12 +38,13 @@ MIN_SNR_DB = 22.0
 
 @dataclass(frozen=True)
 class Layer:
-    """w13 (E, 2I, H) and w2 (E, H, I) in bf16, and quantized."""
+    """w13 (E, 2I, H) and w2 (E, H, I) in bf16, quantized, and in FP8 if a contender takes that."""
 
     w13: torch.Tensor
     w2: torch.Tensor
     w13q: mx.ExpertWeights
     w2q: mx.ExpertWeights
+    blocks: tuple[Blocks, ...]
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,23 @@ class Inputs:
     counts: list[int]
 
 
-def make_layer(experts: int, intermediate: int, hidden: int, device: str) -> Layer:
+def make_layer(experts: int, intermediate: int, hidden: int, fp8: bool, device: str) -> Layer:
     """Scaled so that activations stay near 1."""
     w13, w2 = (
         torch.empty(experts, n, k, dtype=torch.bfloat16, device=device).normal_(std=k**-0.5)
         for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
     )
-    return Layer(w13, w2, mx.quantize_weights(w13), mx.quantize_weights(w2))
+    group = preferred_scale_group(w13.device)
+    quantized = (mx.quantize_weights(w, scale_group=group) for w in (w13, w2))
+    return Layer(w13, w2, *quantized, tuple(map(Blocks.of, (w13, w2) if fp8 else ())))
 
 
-def kept_bytes(store: Kept[Layer], case: Case) -> int:
+def kept_bytes(store: Kept[Layer], case: Case, fp8: bool) -> int:
     """Memory of the kept layer if it has this shape; otherwise it is freed, and it is 0."""
     if store.key is None or store.key[1:] != (case.n, case.k):
         store.clear()
         return 0
-    return layer_bytes(dataclasses.replace(case, num_experts=store.key[0]))
+    return layer_bytes(dataclasses.replace(case, num_experts=store.key[0]), fp8)
 
 
 def why_not() -> str | None:
@@ -85,9 +94,9 @@ def bf16_bytes(case: Case) -> int:
     return work.BF16 * case.num_experts * 3 * case.n * case.k
 
 
-def layer_bytes(case: Case) -> int:
-    """Both."""
-    return quantized_bytes(case) + bf16_bytes(case)
+def layer_bytes(case: Case, fp8: bool) -> int:
+    """Both, and those in FP8."""
+    return quantized_bytes(case) + bf16_bytes(case) * (3 if fp8 else 2) // 2
 
 
 def intermediate_bytes(case: Case) -> int:
@@ -107,7 +116,7 @@ def plan_sets(case: Case, l2_bytes: int) -> int:
     return max(num_sets(work.moe(counts, case.num_tokens, case.k, case.n).bytes, l2_bytes), 2)
 
 
-def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
+def fit(case: Case, l2_bytes: int, free_bytes: int, fp8: bool) -> tuple[Case, str]:
     """The case with as many experts as memory has room for, and a note if they are fewer.
 
     Raises:
@@ -116,7 +125,7 @@ def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
     fitted = case
     while True:
         sets = plan_sets(fitted, l2_bytes)
-        needed = layer_bytes(fitted) + intermediate_bytes(fitted) + sets * set_bytes(fitted)
+        needed = layer_bytes(fitted, fp8) + intermediate_bytes(fitted) + sets * set_bytes(fitted)
         if needed <= MEMORY_SHARE * free_bytes:
             break
         if fitted.num_experts <= fitted.top_k:
@@ -170,6 +179,7 @@ def check_layer(layer: Layer, inputs: Inputs, y: Callable[[], torch.Tensor]) -> 
 
 
 def _ours(case: Case, layer: Layer, inputs: Inputs, backend: str) -> Contender:
+    memory = quantized_bytes(case) / bf16_bytes(case)
     workspace = mx.MoEWorkspace(layer.w13q, layer.w2q, max_tokens=case.num_tokens, top_k=case.top_k, backend=backend)
 
     def call(i: int) -> object:
@@ -189,8 +199,8 @@ def _ours(case: Case, layer: Layer, inputs: Inputs, backend: str) -> Contender:
         call,
         work.moe(inputs.counts, case.num_tokens, case.k, case.n),
         ours=True,
-        precision="mxfp8",
-        note=f"experts in {quantized_bytes(case) / bf16_bytes(case):.3f} of bf16's memory",
+        precision="mxfp8" if layer.w13q.scale_group == BLOCK_SIZE else "fp8",
+        note=f"groups of {layer.w13q.scale_group}; experts in {memory:.3f} of bf16's memory",
         check=check_layer(layer, inputs, lambda: inputs.out[0]),
     )
 
@@ -222,19 +232,38 @@ def _transformers(case: Case, layer: Layer, inputs: Inputs) -> Contender:
     )
 
 
-def prepare(case: Case, l2_bytes: int, store: Kept[Layer], device: str = "cuda", note: str = "") -> Prepared:
-    """Inputs and contenders of a case that fits (see :func:`fit`).
+def prepare(
+    case: Case,
+    l2_bytes: int,
+    store: Kept[Layer],
+    sglang: ModuleType | str,
+    free_bytes: Callable[[], int],
+    device: str = "cuda",
+) -> Prepared:
+    """Inputs and contenders of a case, or of one with as many experts as memory has room for.
+
+    Args:
+        case: of kind moe.
+        l2_bytes: size of the L2 cache.
+        store: keeps the layer while cases of its shape follow.
+        sglang: as ``sglang_moe.load`` returns it.
+        free_bytes: asks how much memory is free.
+        device: where.
 
     Raises:
         ImportError: no transformers 5, whose layer is the baseline.
     """
+    fp8 = not isinstance(sglang, str)
+    kept = kept_bytes(store, case, fp8)
+    case, note = fit(case, l2_bytes, free_bytes() + kept, fp8)
     shape = (case.num_experts, case.n, case.k)
-    layer = store.get(shape, lambda: make_layer(*shape, device))
+    layer = store.get(shape, lambda: make_layer(*shape, fp8, device))
     sets = plan_sets(case, l2_bytes)
     inputs = make_inputs(case, sets, device)
     baseline = _transformers(case, layer, inputs)
     answers = mx.backends(torch.device(device))
     field: Field = [_ours(case, layer, inputs, name) for name in BACKENDS if answers[name][0]]
+    field += sglang_moe(sglang, case, layer, inputs, functools.partial(check_layer, layer, inputs))
     absent = [Absent(f"moe_forward ({name})", answers[name][1]) for name in BACKENDS if not answers[name][0]]
     job = work.moe(inputs.counts, case.num_tokens, case.k, case.n)
     return Prepared(case, [*field, baseline, *absent], baseline.name, sets, job, note)

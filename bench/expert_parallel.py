@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from hybrid_mxfp8.ops.tokens import pack_tokens
 
 from . import report, timing
 from .expert_parallel_model import estimate, table
+from .run import why_not
 from .shapes import MODELS, ModelShape
 
 NAMES = ("Qwen3-30B-A3B", "DeepSeek-V3")
@@ -247,6 +249,8 @@ def main() -> None:
     if arguments.model:
         print("\n\n".join(table(model, each) for model in models for each in (128, 4096)))
         return
+    if (reason := why_not()) is not None:
+        sys.exit(f"Nothing was measured: {reason}.")
     ranks = arguments.ranks or torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, f"{folder}/store", arguments.out, models, tokens)

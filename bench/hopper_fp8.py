@@ -1,8 +1,7 @@
 """The Hopper FP8 grouped GEMM alone, at each tile, beside the bf16 kernel, torch and DeepGEMM.
 
-One process, one GPU, CUDA-graph replay, contenders in turns, medians. The weights of each shape
-exceed the L2 cache, so inputs are rotated only where few experts are hit: 0 tokens an expert stand
-for one token of 8 experts, as a layer with one token has, other ones in each of 8 sets.
+One process, one GPU, timed as the suite does. 0 tokens an expert stand for one token of 8 experts,
+as a layer with one token has.
 
     python -m bench.hopper_fp8 --shapes 0 --tokens 256,1024 --even
 """
@@ -13,7 +12,6 @@ import argparse
 import ast
 import dataclasses
 import os
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,19 +23,17 @@ from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.gemm import hopper_fp8
 from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config, select_hopper_fp8_config
 
+from . import work
+from .bench_grouped_gemm import Kept, Weights, in_groups, make_inputs, our_gemm
+from .deep_gemm import deep_gemm
+from .peers import Contender, GemmInputs, bf16_grouped_mm
+from .shapes import Case
+from .timing import Call, CudaDevice, measure, plan
+
 SHAPES = ((32, 4096, 7168), (8, 7168, 2048), (128, 1536, 2048))
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 CONFIGS = tuple(select_hopper_fp8_config(average, 1) for average in (1, 1000))
 """Each that is ever chosen."""
-
-
-def weights(e: int, n: int, k: int) -> tuple[torch.Tensor, mx.ExpertWeights]:
-    w = torch.randn(e, n, k, dtype=torch.bfloat16, device="cuda") * k**-0.5
-    return w, mx.quantize_weights(w, scale_group=128)
-
-
-def tokens(x: torch.Tensor, counts: torch.Tensor) -> mx.GroupedMXFP8:
-    return mx.quantize_grouped(x, mx.GroupLayout.from_counts(counts, x.shape[0]), scale_group=128)
 
 
 def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: HopperFp8Config) -> Callable[[], None]:
@@ -51,102 +47,49 @@ def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: Hop
     return lambda: step.run(given, y.device)
 
 
-def error_db(y: torch.Tensor, x: mx.GroupedMXFP8, w: mx.ExpertWeights, counts: torch.Tensor) -> float:
-    """Of the first and last rows of the expert that has the most, against fp64 of the same
+def at(config: HopperFp8Config, inputs: GemmInputs) -> Call:
+    """The FP8 kernel at this tile."""
+    w = inputs.wq
+    sets = enumerate(zip(inputs.xq, inputs.y, strict=True))
+    launches = [launch(x, w[i % len(w)], y, config) for i, (x, y) in sets]
+    return lambda i: launches[i]()
+
+
+def error_db(inputs: GemmInputs) -> float:
+    """Of set 0: the first and last rows of the expert that has the most, against fp64 of the same
     operands, both rounded to y's dtype."""
-    e = int(counts.argmax())
-    rows = range(int(counts[:e].sum()), int(counts[: e + 1].sum()))
+    counts, y = inputs.counts, inputs.y[0]
+    e = counts.index(max(counts))
+    rows = range(sum(counts[:e]), sum(counts[: e + 1]))
     some = [*rows[:4], *rows[-4:]]
-    exact = x.dequantize()[some].double() @ w.dequantize()[e].double().T
+    exact = inputs.xq[0].dequantize()[some].double() @ inputs.wq[0].dequantize()[e].double().T
     return mx.signal_to_noise_db(exact.to(y.dtype), y[some])
 
 
-Calls = list[Callable[[], object]]
-"""One for each input set."""
-
-
-def measure(contenders: dict[str, Calls], reps: int) -> dict[str, float]:
-    """µs a call: medians of graph replays, contenders in turns."""
-    graphs = {}
-    for name, calls in contenders.items():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(8 // len(calls)):
-                for call in calls:
-                    call()
-        graphs[name] = graph
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(reps):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graph.replay()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / 8)
-    return {name: statistics.median(v) for name, v in times.items()}
-
-
-def deep_gemm_call(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, per: int) -> Callable[[], object] | None:
-    """DeepGEMM's contiguous FP8 grouped GEMM, all scales one: time alone counts. None where it is
-    not installed, or built for another torch."""
-    try:
-        import deep_gemm
-    except (ImportError, OSError):
-        return None
-    e, n, k = w.shape
-    fw = (w.to(torch.float8_e4m3fn), torch.ones(e, n // 128, k // 128, device="cuda"))
-    fx = (x.to(torch.float8_e4m3fn), torch.ones(x.shape[0], k // 128, device="cuda"))
-    index = torch.arange(e, device="cuda", dtype=torch.int32).repeat_interleave(per)
-    return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(fx, fw, y, index)
-
-
-def counts_of(e: int, per: int, even: bool, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if per == 0:
-        return torch.zeros(e, dtype=torch.int32).scatter_(0, torch.randperm(e, generator=generator)[:8], 1)
-    if even:
-        return torch.full((e,), per, dtype=torch.int32)
-    return torch.bincount(torch.randint(0, e, (e * per,), generator=generator), minlength=e).to(torch.int32)
-
-
-def case(
-    w: torch.Tensor, wq: mx.ExpertWeights, per: int, even: bool, configs: Sequence[HopperFp8Config], reps: int
-) -> None:
-    e, n, k = w.shape
-    t = e * per or 8
-    counts = [counts_of(e, per, even, seed) for seed in range(1 if per else 8)]
-    x = torch.randn(t, k, dtype=torch.bfloat16, device="cuda")
-    xq = [tokens(x, c.cuda()) for c in counts]
-    y = torch.empty(t, n, dtype=torch.bfloat16, device="cuda")
-    calls: dict[str, Calls] = {}
-    db: dict[str, float] = {}
-    size = mx.grouped_gemm_workspace_size(wq, t)
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
-    calls["bf16 kernel"] = [
-        lambda q=q: mx.grouped_gemm(q, wq, out=y, workspace=workspace if size else None) for q in xq
+def run(case: Case, store: Kept[Weights], configs: Sequence[HopperFp8Config], reps: int) -> None:
+    plain, _ = make_inputs(case, store, torch.cuda.get_device_properties().L2_cache_size, "cuda")
+    inputs = in_groups(plain, 128)
+    ours = {"{}/{} s{}".format(*dataclasses.astuple(config)): at(config, inputs) for config in configs}
+    ours = {"bf16 kernel": our_gemm(inputs, "triton"), **ours}
+    db = {}
+    for name, call in ours.items():
+        inputs.y[0].fill_(float("nan"))
+        call(0)
+        db[name] = f" {error_db(inputs):3.0f} dB"
+    peers = [bf16_grouped_mm(plain), deep_gemm(plain, torch.cuda.get_device_capability())]
+    calls = ours | {peer.name: peer.call for peer in peers if isinstance(peer, Contender)}
+    timing_plan = plan(len(inputs.x), work.gemm(inputs.counts, case.n, case.k), quick=True)
+    results = measure(calls, dataclasses.replace(timing_plan, min_rounds=reps, max_rounds=reps), CudaDevice())
+    us = {name: result.timing.median_us for name, result in results.items() if result.timing}
+    flops = 2e-6 * case.num_tokens * case.n * case.k
+    cells = [
+        f"{name} {v:7.1f} us {us['bf16 kernel'] / v:4.2f}x {flops / v:5.0f} TF{db.get(name, '')}"
+        for name, v in us.items()
     ]
-    ends = [c.cumsum(0).to(torch.int32).cuda() for c in counts]
-    wt = w.transpose(1, 2)
-    calls["torch bf16"] = [lambda end=end: torch._grouped_mm(x, wt, offs=end) for end in ends]
-    for config in configs:
-        name = "{}/{} s{}".format(*dataclasses.astuple(config))
-        calls[name] = [launch(q, wq, y, config) for q in xq]
-    for name in calls:
-        y.fill_(float("nan"))
-        calls[name][0]()
-        if name != "torch bf16":
-            db[name] = error_db(y, xq[0], wq, counts[0])
-    if per and per % 128 == 0 and even and (call := deep_gemm_call(w, x, y, per)):
-        call()
-        calls["DeepGEMM"] = [call]
-    us = measure(calls, reps)
-    base = us["bf16 kernel"]
-    kind = "even" if even else "random"
-    print(f"E{e} N{n} K{k} {per:5d} {kind:6s} | " + " | ".join(
-        f"{name} {v:7.1f} us {base / v:4.2f}x {2e-6 * t * n * k / v:5.0f} TF {db.get(name, 0):3.0f} dB" for name, v in us.items()
-    ), flush=True)  # fmt: skip
+    print(" | ".join([case.name, *cells]), flush=True)
+    for name, result in results.items():
+        if result.failure:
+            print(f"{name}: {result.failure}", flush=True)
 
 
 def main() -> None:
@@ -161,14 +104,12 @@ def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)
     configs = [HopperFp8Config(*c) for c in ast.literal_eval(a.configs)] if a.configs else CONFIGS
+    store: Kept[Weights] = Kept()
     for i in map(int, a.shapes.split(",")):
-        w, wq = weights(*SHAPES[i])
+        e, n, k = SHAPES[i]
         for per in map(int, a.tokens.split(",")):
-            for even in (True,) if a.even or per < 2 else (True, False):
-                case(w, wq, per, even, configs, a.reps)
-                torch.cuda.empty_cache()
-        del w, wq
-        torch.cuda.empty_cache()
+            for distribution in ("uniform",) if a.even or per < 2 else ("uniform", "random"):
+                run(Case("gemm", "tiles", e * per or 8, n, k, e, distribution), store, configs, a.reps)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,8 @@ import torch
 import triton
 
 import hybrid_mxfp8 as mx
+
+from .run import why_not
 
 CALLS, ROUNDS = 60, 25
 NEW = range(17, 117)
@@ -98,6 +101,8 @@ def layer_calls() -> dict[str, float]:
 
 def main() -> None:
     """Print µs and multiples of each call."""
+    if (reason := why_not()) is not None:
+        sys.exit(f"Nothing was measured: {reason}.")
     small = torch.zeros(4096, device="cuda")
     add = seen(lambda: small.add_(0))
     microseconds = {"x.add_(0)": add, **small_calls(), **layer_calls()}

@@ -2,7 +2,7 @@
 with the reason.
 
 A peer is named absent when it is not installed or says that it can't run on this card; one that
-is tried and fails is reported by timing with its error. Nothing here is imported before it is
+is tried and fails is reported by timing with its error. No other library is imported before it is
 asked for.
 """
 
@@ -12,19 +12,22 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+
+import hybrid_mxfp8 as mx
 
 from . import work
 from .limits import Precision
 from .work import Work
 
-if TYPE_CHECKING:
-    import torch
-
-    import hybrid_mxfp8 as mx
-
-
 SGLANG = "sglang.jit_kernel.mxfp8"
+
+CHECKED_ROWS = 8
+MAX_DIFF = 2e-3
+"""calc_diff of an MXFP8 product of normal data against the unquantized one is near 7e-4."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,29 @@ class GemmInputs:
     counts: Sequence[int]
 
 
+def expert_of_rows(counts: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """The expert that owns each row."""
+    return [int(e) for e in np.searchsorted(np.cumsum(counts), rows, side="right")]
+
+
+def check_product(
+    x: torch.Tensor, w: torch.Tensor, counts: Sequence[int], y: Callable[[], torch.Tensor]
+) -> Callable[[], str]:
+    """A check of sampled rows of ``y`` against the fp32 product of the unquantized operands."""
+
+    def check() -> str:
+        rows = sorted({int(r) for r in np.linspace(0, x.shape[0] - 1, CHECKED_ROWS)})
+        truth = torch.stack(
+            [w[e].float() @ x[r].float() for r, e in zip(rows, expert_of_rows(counts, rows), strict=True)]
+        )
+        diff = mx.calc_diff(y()[rows], truth)
+        if not diff < MAX_DIFF:
+            raise AssertionError(f"calc_diff of {len(rows)} rows against fp32 is {diff:.1e}, expected below {MAX_DIFF}")
+        return f"calc_diff {diff:.1e} on {len(rows)} rows against fp32"
+
+    return check
+
+
 def _needs_sm100(capability: tuple[int, int]) -> str | None:
     if capability[0] == 10:
         return None
@@ -104,7 +130,7 @@ def _not_installed(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else "not installed"
 
 
-def _function(module: str, name: str, reason: str | None = None) -> Any:
+def find_function(module: str, name: str, reason: str | None = None) -> Any:
     """A function of an installed package; else a string that says why not, ``reason`` if given."""
     package = module.partition(".")[0]
     if reason := _not_installed(package) or reason:
@@ -113,12 +139,12 @@ def _function(module: str, name: str, reason: str | None = None) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         return f"this {package} has no {name} ({error})"
+    except (OSError, RuntimeError, AssertionError) as error:  # made for another torch or CUDA
+        return f"this {package} does not load ({error})"
 
 
 def bf16_copy(num_bytes: int, sets: int, device: torch.device) -> Contender:
     """A copy that moves ``num_bytes`` in all, half read and half written, in bf16."""
-    import torch
-
     # Whole 256-byte stretches, so that every set is as aligned as the first.
     elements = max(num_bytes // (2 * work.BF16) // 128, 1) * 128
     source = torch.empty(sets, elements, dtype=torch.bfloat16, device=device).normal_()
@@ -133,10 +159,9 @@ def quantize_peers(inputs: QuantizeInputs, capability: tuple[int, int]) -> Field
 
 def _sglang_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) -> Contender | Absent:
     name = "SGLang jit_kernel.mxfp8"
-    quantize = _function(SGLANG, "es_sm100_mxfp8_blockscaled_grouped_quant", _needs_sm100(capability))
+    quantize = find_function(SGLANG, "es_sm100_mxfp8_blockscaled_grouped_quant", _needs_sm100(capability))
     if isinstance(quantize, str):
         return Absent(name, quantize)
-    import torch
 
     values = [torch.empty_like(o.values) for o in inputs.out]
     scales = [torch.empty_like(o.scales) for o in inputs.out]
@@ -159,7 +184,7 @@ def _sglang_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) -> Con
 def _flashinfer_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) -> Contender | Absent:
     name = "FlashInfer mxfp8_quantize"
     ragged = "quantizes one matrix, not ragged groups: takes part at E = 1" if len(inputs.host_counts) > 1 else None
-    mxfp8_quantize = _function("flashinfer", "mxfp8_quantize", _needs_sm100(capability) or ragged)
+    mxfp8_quantize = find_function("flashinfer", "mxfp8_quantize", _needs_sm100(capability) or ragged)
     if isinstance(mxfp8_quantize, str):
         return Absent(name, mxfp8_quantize)
     k = inputs.x[0].shape[1]
@@ -173,7 +198,7 @@ def _flashinfer_quantize(inputs: QuantizeInputs, capability: tuple[int, int]) ->
 
 def _torchao_quantize(inputs: QuantizeInputs) -> Contender | Absent:
     name = "torchao triton_to_mxfp8_dim0"
-    triton_to_mxfp8_dim0 = _function("torchao.prototype.mx_formats.kernels", "triton_to_mxfp8_dim0")
+    triton_to_mxfp8_dim0 = find_function("torchao.prototype.mx_formats.kernels", "triton_to_mxfp8_dim0")
     if isinstance(triton_to_mxfp8_dim0, str):
         return Absent(name, triton_to_mxfp8_dim0)
     k = inputs.x[0].shape[1]
@@ -189,8 +214,6 @@ def _torchao_quantize(inputs: QuantizeInputs) -> Contender | Absent:
 
 def bf16_grouped_mm(inputs: GemmInputs) -> Contender:
     """The baseline of every GEMM: torch's own, in bf16."""
-    import torch
-
     n, k = inputs.w[0].shape[1:]
     transposed = [w.transpose(-2, -1) for w in inputs.w]
     return Contender(
@@ -220,7 +243,6 @@ def gemm_peers(inputs: GemmInputs, capability: tuple[int, int]) -> Field:
 
 def _torch_fp8_rowwise(inputs: GemmInputs, capability: tuple[int, int]) -> Contender | Absent:
     name = "torch fp8 row-wise _scaled_grouped_mm"
-    import torch
 
     if capability != (9, 0):
         return Absent(name, f"needs compute capability 9.0, this card has {capability[0]}.{capability[1]}")
@@ -257,7 +279,6 @@ def _torch_mxfp8(inputs: GemmInputs, capability: tuple[int, int]) -> Contender |
     reason = _needs_sm100(capability)
     if reason:
         return Absent(name, reason)
-    import torch
 
     num_experts, n, k = inputs.wq[0].values.shape
     transposed = [w.values.transpose(-2, -1) for w in inputs.wq]
@@ -280,10 +301,9 @@ def _sglang_gemm(inputs: GemmInputs, capability: tuple[int, int]) -> Contender |
     name = "SGLang jit_kernel.mxfp8"
     _, n, k = inputs.wq[0].values.shape
     odd = f"needs N and K that are multiples of 128, got {n} and {k}" if n % 128 or k % 128 else None
-    gemm = _function(SGLANG, "es_sm100_mxfp8_blockscaled_moe_grouped_gemm", _needs_sm100(capability) or odd)
+    gemm = find_function(SGLANG, "es_sm100_mxfp8_blockscaled_moe_grouped_gemm", _needs_sm100(capability) or odd)
     if isinstance(gemm, str):
         return Absent(name, gemm)
-    import torch
 
     workspace = torch.empty(2**30, dtype=torch.uint8, device=inputs.x[0].device)
 

@@ -15,7 +15,6 @@ MAX_PANELS = 6
 JOBS = {
     "quantize": "Quantizing tokens",
     "gemm": "Grouped GEMM",
-    "pipeline": "Quantizing tokens and grouped GEMM",
     "moe": "MoE layer",
 }
 Row = Mapping[str, Any]

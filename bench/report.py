@@ -20,7 +20,7 @@ from typing import Any
 
 from .limits import Limits, rate_over_bf16
 from .peers import Contender
-from .shapes import KINDS, Case
+from .shapes import Case
 from .timing import Plan, Result, ratio
 
 SCHEMA = 1
@@ -190,19 +190,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[float | str | None]]) -
     return lines + ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
 
 
-def targets_table(targets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Wanted beside measured."""
-    verdict = {True: "pass", False: "**miss**", None: "not measured"}
-    relation = {"<=": "≤", ">=": "≥"}
-    return table(
-        ("target", "wanted", "measured", ""),
-        [
-            (t["name"], f"{relation[t['relation']]} {t['wanted']:g}", _cell(t["measured"]), verdict[t["met"]])
-            for t in targets
-        ],
-    )
-
-
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of one kind."""
     with_flops = any(row["flops"] for row in rows)
@@ -252,11 +239,10 @@ def limits_line(record: Mapping[str, Any]) -> str:
 def markdown(record: Mapping[str, Any]) -> str:
     """The whole report."""
     lines = [f"# hybrid_mxfp8 benchmark, {record['mode']}", "", machine_line(record), "", limits_line(record), ""]
-    lines += [record["method"], "", "## Targets (set for an H100)", "", *targets_table(record["targets"]), ""]
-    for kind in KINDS:
+    lines += [record["method"], ""]
+    for kind in dict.fromkeys(row["kind"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["kind"] == kind]
-        if rows:
-            lines += [f"## {kind}", "", *rows_table(rows), ""]
+        lines += [f"## {kind}", "", *rows_table(rows), ""]
     if record["absent"]:
         lines += ["## Absent", "", *(f"- {a['name']}: {a['reason']}" for a in record["absent"]), ""]
     if record["not_run"]:

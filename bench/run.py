@@ -1,6 +1,6 @@
 """The command line and the loop over cases.
 
-Cases of the targets come first, and the record is written after every case: a run that is cut
+The main cases come first, and the record is written after every case: a run that is cut
 short, by its time budget or from outside, keeps what it has.
 """
 
@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hybrid_mxfp8.commands.bench import add_arguments
 
-from . import bench_grouped_gemm, bench_moe, bench_pipeline, bench_quantize, model, plots, report, targets
+from . import bench_grouped_gemm, bench_moe, bench_quantize, model, plots, report, sglang_moe
 from .bench_grouped_gemm import Kept, Weights
 from .bench_moe import Layer
 from .bench_quantize import Prepared
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plots:
             return _draw(record, args.out or args.from_json.resolve().parent, args.from_json.stem)
         return 0
-    wanted = cases(args.quick, args.only)
+    wanted = cases(args.quick, args.only, args.case)
     reason = "asked to list only" if args.list else why_not()
     if reason is not None:
         report.say(listing(wanted, reason))
@@ -69,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("hybrid_mxfp8.triton_kernels") is None:
         report.say("hybrid_mxfp8 is not installed: pip install --no-deps --no-build-isolation -e .")
         return 2
-    return _measure(args, wanted)
+    try:
+        sglang = sglang_moe.load(args.sglang_kernel)
+    except (OSError, SyntaxError, ImportError, AttributeError, TypeError) as error:
+        print(f"--sglang-kernel: {args.sglang_kernel}: {error}", file=sys.stderr)
+        return 2
+    return _measure(args, wanted, sglang)
 
 
 def why_not() -> str | None:
@@ -101,7 +107,7 @@ def _draw(record: dict[str, Any], folder: Path, stem: str) -> int:
     return 0
 
 
-def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
+def _measure(args: argparse.Namespace, wanted: Sequence[Case], sglang: ModuleType | str) -> int:
     import torch
 
     from hybrid_mxfp8.commands.progress import progress
@@ -114,7 +120,7 @@ def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
     capability = (machine["capability"][0], machine["capability"][1])
     limits = measure_limits(device, machine["gpu"], capability, args.quick)
     torch.cuda.empty_cache()
-    mode = ("quick" if args.quick else "full") + (f", {args.only} only" if args.only else "")
+    mode = ("quick" if args.quick else "full") + "".join(f", {part} only" for part in (args.only, args.case) if part)
     record: dict[str, Any] = {
         "schema": report.SCHEMA,
         "mode": mode,
@@ -122,7 +128,6 @@ def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
         "method": report.METHOD,
         "limits": dataclasses.asdict(limits),
         "seconds": 0.0,
-        "targets": [],
         "rows": [],
         "absent": [],
         "not_run": [],
@@ -132,7 +137,7 @@ def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
     stem = f"{card}-{machine['date'][:10]}-{mode.replace(', ', '-').replace(' ', '-')}"
     path = folder / f"{stem}.json"
 
-    suite = Suite(device, machine["l2_bytes"], limits, args.quick)
+    suite = Suite(device, machine["l2_bytes"], limits, args.quick, sglang=sglang)
     try:
         with progress(len(wanted), desc="bench", unit="case", mininterval=2.0) as bar:
             for case in wanted:
@@ -141,7 +146,6 @@ def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
                     record["not_run"].append({"case": case.name, "reason": f"the budget of {budget_s:g} s was used up"})
                 else:
                     suite.add(case, record)
-                    record["targets"] = [target.as_dict() for target in targets.evaluate(record["rows"])]
                     record["seconds"] = round(time.monotonic() - started, 1)
                     report.write_json(record, path)
                 bar.update()
@@ -155,7 +159,6 @@ def _measure(args: argparse.Namespace, wanted: Sequence[Case]) -> int:
 def _conclude(record: dict[str, Any], path: Path, with_plots: bool) -> int:
     report.say(report.machine_line(record))
     report.say(report.limits_line(record))
-    report.say("\n".join(report.targets_table(record["targets"])))
     for absent in record["absent"]:
         report.say(f"absent: {absent['name']}: {absent['reason']}")
     failed = [row for row in record["rows"] if row["failure"]]
@@ -189,6 +192,7 @@ class Suite:
         quick: bool,
         place: str = "cuda",
         free_bytes: Callable[[], int] = free_gpu_bytes,
+        sglang: ModuleType | str = "not asked for",
     ) -> None:
         self._timer = timer
         self._l2_bytes = l2_bytes
@@ -196,6 +200,7 @@ class Suite:
         self._quick = quick
         self._place = place
         self._free_bytes = free_bytes
+        self._sglang = sglang
         self._store: Kept[Weights] = Kept()
         self._layers: Kept[Layer] = Kept()
 
@@ -270,11 +275,8 @@ class Suite:
             return bench_quantize.prepare(case, capability, self._l2_bytes, self._place)
         if case.kind == "moe":
             self._store.clear()
-            kept = bench_moe.kept_bytes(self._layers, case)
-            fitted, note = bench_moe.fit(case, self._l2_bytes, self._free_bytes() + kept)
-            return bench_moe.prepare(fitted, self._l2_bytes, self._layers, self._place, note)
+            return bench_moe.prepare(case, self._l2_bytes, self._layers, self._sglang, self._free_bytes, self._place)
         self._layers.clear()
         kept = bench_grouped_gemm.kept_bytes(self._store, case.num_experts, case.n, case.k)
         fitted, note = bench_grouped_gemm.fit(case, self._l2_bytes, self._free_bytes() + kept)
-        build = bench_grouped_gemm.prepare if case.kind == "gemm" else bench_pipeline.prepare
-        return build(fitted, capability, self._l2_bytes, self._store, self._place, note)
+        return bench_grouped_gemm.prepare(fitted, capability, self._l2_bytes, self._store, self._place, note)

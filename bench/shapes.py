@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Distribution = Literal["uniform", "zipf", "one_hot", "mostly_empty"]
+Distribution = Literal["uniform", "random", "zipf", "one_hot", "mostly_empty"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
-Kind = Literal["quantize", "gemm", "pipeline", "moe"]
+Kind = Literal["quantize", "gemm", "moe"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Variant = Literal["plain", "counts", "gather", "swiglu"]
 
@@ -25,6 +25,7 @@ def tokens_per_expert(distribution: Distribution, num_tokens: int, num_experts: 
     seed costs the same.
 
     - uniform: as even as integers allow
+    - random: each token goes to an expert drawn at random
     - zipf: the expert of rank r gets a share proportional to 1/r
     - one_hot: one expert gets all
     - mostly_empty: one expert in 16 (at least one), each as many as the others
@@ -32,7 +33,10 @@ def tokens_per_expert(distribution: Distribution, num_tokens: int, num_experts: 
     if num_experts < 1 or num_tokens < 0:
         raise ValueError(f"num_experts: must be at least 1 and num_tokens at least 0, got {num_experts}, {num_tokens}")
     ranks = np.arange(num_experts)
-    if distribution == "uniform":
+    if distribution == "random":
+        drawn = np.random.default_rng(0).integers(num_experts, size=max(num_tokens, 1))
+        weights = np.bincount(drawn, minlength=num_experts).astype(float)
+    elif distribution == "uniform":
         weights = np.ones(num_experts)
     elif distribution == "zipf":
         weights = 1.0 / (ranks + 1)
@@ -86,9 +90,8 @@ class Case:
     """One comparison: contenders that do the same job on the same inputs, timed in turns.
 
     Attributes:
-        kind: quantize, gemm, pipeline (quantize then GEMM), or moe (a whole layer, routing and
-            combine included).
-        source: who set the shape: ``target``, ``SGLang``, ``torchao`` or a model.
+        kind: quantize, gemm, or moe (a whole layer, routing and combine included).
+        source: who set the shape: ``main``, ``SGLang``, ``torchao`` or a model.
         num_tokens: T; of moe M, before routing.
         n: N; 0 for quantize; of moe I.
         k: K; of moe H.
@@ -120,13 +123,13 @@ class Case:
         return f"{self.kind}{variant} {shape} E{self.num_experts} {self.distribution}"
 
 
-def moe_case(model: ModelShape, tokens: int) -> Case:
+def moe_case(model: ModelShape, tokens: int, source: str = "main") -> Case:
     """One layer of a model."""
-    return Case("moe", "target", tokens, model.intermediate, model.hidden, model.experts, top_k=model.top_k)
+    return Case("moe", source, tokens, model.intermediate, model.hidden, model.experts, top_k=model.top_k)
 
 
-# Shapes of the targets: (T, K, E, distribution) and (T, N, K, E).
-QUANTIZE_TARGETS: tuple[tuple[int, int, int, Distribution], ...] = (
+# The main shapes: (T, K, E, distribution) and (T, N, K, E).
+MAIN_QUANTIZE: tuple[tuple[int, int, int, Distribution], ...] = (
     (131072, 7168, 8, "uniform"),
     (16384, 7168, 256, "zipf"),
     (8192, 2048, 8, "uniform"),
@@ -134,28 +137,28 @@ QUANTIZE_TARGETS: tuple[tuple[int, int, int, Distribution], ...] = (
     (256, 7168, 256, "uniform"),
     (8, 4096, 128, "uniform"),
 )
-GEMM_TARGETS: tuple[tuple[int, int, int, int], ...] = (
+MAIN_GEMMS: tuple[tuple[int, int, int, int], ...] = (
     (32, 4096, 7168, 32),
     (256, 4096, 7168, 32),
     (2048, 4096, 7168, 32),
     (8192, 4096, 7168, 32),
     (16384, 7168, 2048, 8),
 )
-COUNTS_TARGETS = ((8, 4096, 128), (256, 7168, 256))
+MAIN_COUNTS = ((8, 4096, 128), (256, 7168, 256))
 """(T, K, E) of decode, where offsets are computed in the timed call."""
-FUSION_TARGETS = ((16384, 7168, 256), (16384, 2048, 256))
+MAIN_FUSIONS = ((16384, 7168, 256), (16384, 2048, 256))
 """(T, K, E) of prefill, for gather and for SwiGLU."""
-MOE_TARGETS = ("Qwen3-30B-A3B", "DeepSeek-V3")
+MAIN_MODELS = ("Qwen3-30B-A3B", "DeepSeek-V3")
 """Models, one layer of each at every one of MODEL_TOKENS."""
 
 
-def _target_cases() -> list[Case]:
-    cases = [Case("quantize", "target", t, 0, k, e, d) for t, k, e, d in QUANTIZE_TARGETS]
-    cases += [Case("quantize", "target", t, 0, k, e, variant="counts") for t, k, e in COUNTS_TARGETS]
+def _main_cases() -> list[Case]:
+    cases = [Case("quantize", "main", t, 0, k, e, d) for t, k, e, d in MAIN_QUANTIZE]
+    cases += [Case("quantize", "main", t, 0, k, e, variant="counts") for t, k, e in MAIN_COUNTS]
     for variant in ("gather", "swiglu"):
-        cases += [Case("quantize", "target", t, 0, k, e, variant=variant) for t, k, e in FUSION_TARGETS]
-    cases += [Case("gemm", "target", t, n, k, e) for t, n, k, e in GEMM_TARGETS]
-    cases += [moe_case(model, tokens) for model in MODELS if model.name in MOE_TARGETS for tokens in MODEL_TOKENS]
+        cases += [Case("quantize", "main", t, 0, k, e, variant=variant) for t, k, e in MAIN_FUSIONS]
+    cases += [Case("gemm", "main", t, n, k, e) for t, n, k, e in MAIN_GEMMS]
+    cases += [moe_case(model, tokens) for model in MODELS if model.name in MAIN_MODELS for tokens in MODEL_TOKENS]
     return cases
 
 
@@ -165,7 +168,7 @@ def _sglang_cases() -> list[Case]:
     shapes += [(t, 4096, 7168, 32) for t in powers] + [(t, 7168, 2048, 32) for t in powers]
     return [
         Case(kind, "SGLang", t, 0 if kind == "quantize" else n, k, e)
-        for kind in ("quantize", "gemm", "pipeline")
+        for kind in ("quantize", "gemm")
         for t, n, k, e in shapes
     ]
 
@@ -178,15 +181,13 @@ def _torchao_cases() -> list[Case]:
 
 
 def _model_cases() -> list[Case]:
-    """Every model's GEMMs, its first also with quantization. Cases of one weight are neighbours."""
+    """Every model's GEMMs. Cases of one weight are neighbours."""
     cases = []
     for model in MODELS:
-        for index, (n, k) in enumerate(model.gemms):
+        for n, k in model.gemms:
             rows = [tokens * model.top_k for tokens in MODEL_TOKENS]
             cases += [Case("quantize", model.name, t, 0, k, model.experts) for t in rows]
             cases += [Case("gemm", model.name, t, n, k, model.experts) for t in rows]
-            if index == 0:
-                cases += [Case("pipeline", model.name, t, n, k, model.experts) for t in rows[::2]]
     return cases
 
 
@@ -200,17 +201,19 @@ def _skew_cases() -> list[Case]:
     return cases
 
 
-def _quick_extras() -> list[Case]:
-    return [
-        Case("gemm", "SGLang", 1024, 4096, 4096, 64),
-        Case("pipeline", "SGLang", 32, 4096, 7168, 32),
-        Case("pipeline", "SGLang", 2048, 4096, 7168, 32),
+def _fp8_cases() -> list[Case]:
+    """Sizes between the main ones and beyond, where FP8 of other libraries is the measure."""
+    gemms = [
+        Case("gemm", "DeepGEMM", 32 * per, 4096, 7168, 32, d) for per in (128, 2048) for d in ("uniform", "random")
     ]
+    qwen = next(model for model in MODELS if model.name == "Qwen3-30B-A3B")
+    return gemms + [moe_case(qwen, tokens, "SGLang") for tokens in (4, 64, 256, 512, 2048, 4096)]
 
 
-def cases(quick: bool = False, only: Kind | None = None) -> list[Case]:
-    """The cases of a run, those of the targets first, each shape once."""
-    wanted = _target_cases()
-    wanted += _quick_extras() if quick else _sglang_cases() + _skew_cases() + _torchao_cases() + _model_cases()
+def cases(quick: bool = False, only: Kind | None = None, part: str = "") -> list[Case]:
+    """The cases of a run, the main ones first, each shape once; ``part``: in their names."""
+    wanted = _main_cases()
+    if not quick:
+        wanted += _sglang_cases() + _fp8_cases() + _skew_cases() + _torchao_cases() + _model_cases()
     first = {case.name: case for case in reversed(wanted)}
-    return [case for case in wanted if first[case.name] is case and only in (None, case.kind)]
+    return [case for case in wanted if first[case.name] is case and only in (None, case.kind) and part in case.name]

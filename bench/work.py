@@ -14,6 +14,8 @@ from hybrid_mxfp8.core.formats import padded_scale_rows, scale_cols
 
 BF16 = 2
 INT32 = 4
+FP8_BLOCK = 128 * 128
+"""Elements of a weight that share a scale in FP8 checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ def gemm_fp8_rowwise(counts: Sequence[int], n: int, k: int) -> Work:
     return Work(_active(counts) * n * (k + 4) + tokens * (k + 4) + tokens * n * BF16, 2 * tokens * n * k)
 
 
+def gemm_fp8_blocks(counts: Sequence[int], n: int, k: int) -> Work:
+    """The same product with e4m3 operands and an fp32 scale for 1x128 of x and 128x128 of w."""
+    tokens = sum(counts)
+    weights = _active(counts) * (n * k + n * k // FP8_BLOCK * 4)
+    return Work(weights + tokens * (k + k // 128 * 4) + tokens * n * BF16, 2 * tokens * n * k)
+
+
 def moe(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: int) -> Work:
     """A whole layer: tokens in and out in bf16, active experts' weights; no intermediate."""
     up = padded_scale_rows(2 * intermediate) * scale_cols(hidden)
@@ -71,6 +80,13 @@ def moe_bf16(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: 
     """The same layer with bf16 weights."""
     weights = _active(counts) * 3 * hidden * intermediate * BF16
     return Work(weights + 2 * num_tokens * hidden * BF16, 6 * sum(counts) * hidden * intermediate)
+
+
+def moe_fp8_blocks(counts: Sequence[int], num_tokens: int, hidden: int, intermediate: int) -> Work:
+    """The same layer with e4m3 weights and an fp32 scale for 128x128 of them."""
+    elements = _active(counts) * 3 * hidden * intermediate
+    tokens = 2 * num_tokens * hidden * BF16
+    return Work(elements + elements // FP8_BLOCK * 4 + tokens, 6 * sum(counts) * hidden * intermediate)
 
 
 def copy(elements: int) -> Work:

@@ -263,7 +263,6 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
 
     Raises:
         LauncherUnavailableError: only Triton can launch this kernel; says why.
-        ValueError: the kernel asks for programmatic dependent launch and never waits: a race.
     """
     launcher = load()
     _check_version()
@@ -272,17 +271,13 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     if reason := _unsupported(metadata, run):
         raise LauncherUnavailableError(f"{metadata.name}: {reason}")
     ptx = compiled.asm.get("ptx")  # absent where Triton stores binaries only
-    if metadata.launch_pdl and ptx is not None and "griddepcontrol.wait" not in ptx:
-        raise ValueError(f"{metadata.name}: launch_pdl is set, and no griddepcontrol.wait is in the kernel")
-
+    waits = ptx is not None and "griddepcontrol.wait" in ptx
     params = _params(compiled, arguments)
     try:
         launcher.check(compiled.function, *params.sizes)
     except RuntimeError as error:
         raise LauncherUnavailableError(f"{metadata.name}: {error}") from error
-    template = launch_words(
-        compiled.function, 0, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, params.params
-    )
+    template = launch_words(compiled.function, 0, 32 * metadata.num_warps, metadata.shared, waits, params.params)
     return Abi(compiled, template, tuple(params.steps))
 
 

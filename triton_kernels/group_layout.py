@@ -14,6 +14,7 @@ import triton.language as tl
 from hybrid_mxfp8.core.formats import next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import split_layout
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 from hybrid_mxfp8.triton_kernels.varying import VARYING
 
@@ -77,6 +78,7 @@ def group_offsets_kernel(
     BLOCK: tl.constexpr,  # power of two >= E
 ):
     """Prefix sums of counts, or differences of ends."""
+    wait_for_predecessor()
     e = tl.arange(0, BLOCK)
     mask = e < num_experts
     limit = num_tokens.to(tl.int64)
@@ -108,6 +110,7 @@ def caller_layout_kernel(
 
     The last scale offset is the largest end of the padded scales of an expert that has tokens.
     """
+    wait_for_predecessor()
     e = tl.arange(0, BLOCK)
     mask = e < num_experts
     starts, ends = _scan_clamped(tokens_ptr, e, mask, num_tokens.to(tl.int64))

@@ -28,6 +28,7 @@ from hybrid_mxfp8.core.formats import (
     scale_cols,
 )
 from hybrid_mxfp8.dispatch.problem import QuantizeBuffers, QuantizeProblem, split_layout
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.group_layout import group_offsets, scan_counts, store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
@@ -131,6 +132,7 @@ def quantize_kernel(
     SKIP_UNOWNED: tl.constexpr,  # row programs beyond the groups leave at once, LAYOUT offsets
 ):
     """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),), one more with LAYOUT counts."""
+    wait_for_predecessor()
     pid = tl.program_id(0)
     SCALE_COLS: tl.constexpr = BLOCK_COLS // 32
     num_column_tiles = (K + 127) // 128

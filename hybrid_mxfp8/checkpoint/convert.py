@@ -26,7 +26,7 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
-from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, Checkpoint, is_mxfp8, read_json, scale_entry
+from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
 from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, layout_of, matches
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
@@ -108,6 +108,10 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """What to do with each tensor, by the headers; ValueError for one that can't be quantized."""
     found = Plan()
     entries = [checkpoint.entry(name) for name in checkpoint.names]
+    for name in checkpoint.names:
+        weight = checkpoint.mxfp4_weight(name)
+        if weight and (matches(name, options.patterns) or matches(weight, options.patterns)):
+            raise ValueError(f"{checkpoint.place(name)}: {NO_MXFP4}")
     _find_layout(found, checkpoint, entries, options)
     for entry in entries:
         widened = options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape

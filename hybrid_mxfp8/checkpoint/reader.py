@@ -28,6 +28,10 @@ from hybrid_mxfp8.core.operands import ExpertWeights
 
 SCALE_DTYPES: Final = ("U8", "F8_E8M0")
 CONVERT_HINT: Final = ": convert it with `python -m hybrid_mxfp8 quantize`"
+NO_MXFP4: Final = (
+    "must be bf16, fp16, fp32 or FP8 to be converted, got MXFP4: transformers saves a bf16 copy of a model that it loaded"
+    " with Mxfp4Config(dequantize=True)"
+)
 INDEX_FILE: Final = "model.safetensors.index.json"
 METADATA: Final = {
     "mxfp8.version": "1",
@@ -122,6 +126,13 @@ class Checkpoint:
         if len(found) > 1:
             raise ValueError(f"{self.path}: {name!r} has two sets of scales, {found[0]!r} and {found[1]!r}")
         return found[0] if found else None
+
+    def mxfp4_weight(self, name: str) -> str | None:
+        """The weight that a name stands for if that is in MXFP4: its own name, or that of its
+        ``_blocks`` or ``_scales``, ``.blocks`` or ``.scales`` in OpenAI's own files of gpt-oss."""
+        weight = re.sub(r"[_.](blocks|scales)$", "", name)
+        pairs = ({f"{weight}{mark}blocks", f"{weight}{mark}scales"} for mark in "_.")
+        return weight if any(pair <= self._found.keys() for pair in pairs) else None
 
 
 def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
@@ -267,6 +278,8 @@ Member = tuple[str, int | None]  # an expert's matrix: a tensor, and its place i
 def _members(checkpoint: Checkpoint, name: str) -> list[Member]:
     """Where each expert's matrix is, in order of their numbers."""
     if "*" not in name:
+        if checkpoint.mxfp4_weight(name):
+            raise ValueError(f"{checkpoint.place(name)}: {NO_MXFP4}")
         shape, place = checkpoint.entry(name).shape, checkpoint.place(name)
         if len(shape) != 3:
             raise ValueError(f"{place}: must have shape (E, N, K), or a * in place of the expert's number, got {shape}")

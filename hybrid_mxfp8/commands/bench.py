@@ -10,14 +10,20 @@ import sys
 from pathlib import Path
 
 SUITE = "hybrid_mxfp8.bench"  # the folder in a checkout, whose root is on this package's path
-KINDS = ("quantize", "gemm", "pipeline", "moe")  # what ``--only`` takes
+KINDS = ("quantize", "gemm", "moe")  # what ``--only`` takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's options."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="the shapes of the targets and a few more, under a minute")
+    add("--quick", action="store_true", help="the main shapes, under a minute")
     add("--only", choices=KINDS, help="one kind of benchmark (default: all)")
+    add(
+        "--case",
+        default="",
+        metavar="TEXT",
+        help="cases with this in their names, as --list prints them (default: all)",
+    )
     add("--out", type=Path, metavar="FOLDER", help="where JSON, markdown and plots go (default: bench/results)")
     add("--plots", action="store_true", help="draw PNG plots too (needs matplotlib)")
     add("--list", action="store_true", help="print the cases and run nothing")
@@ -25,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", action="store_true", help="print the model of what can't be run here; needs no GPU")
     add(
         "--budget", type=_seconds, metavar="SECONDS", help="start no case after this long (default: 50 quick, 520 full)"
+    )
+    add(
+        "--sglang-kernel",
+        type=Path,
+        metavar="FILE",
+        help="SGLang's fused_moe_triton_kernels.py, to compare layers with",
     )
     add("--commit", metavar="ID", help="recorded as the commit, where there is no git checkout")
 

@@ -33,6 +33,9 @@ FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthre
 SCALAR, ADDRESS, TENSOR_MAP = range(3)
 """Kinds of a kernel's parameter; launcher.c has what follows each of them."""
 
+PDL = 4
+"""The word of a launch that says whether it may start early."""
+
 MAX_PARAMS, MAX_TENSOR_MAPS = 128, 16
 """Of one launch, as launcher.c holds them."""
 
@@ -95,21 +98,30 @@ def program_words(
         written: (index of a buffer that is written, index of the one buffer that it may be the
             same memory as, else -1). A buffer that overlaps it in any other way is refused by
             ``run``, also one that starts where it does.
-        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them.
+        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them. The
+            first one waits for whatever ran before; so do all with HYBRID_MXFP8_PDL=0.
     """
     words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
         words += pair
     words.append(len(launches))
-    for launch in launches:
+    overlaps = env.pdl()
+    for i, launch in enumerate(launches):
+        at = len(words)
         words += launch
+        if i == 0 or not overlaps:
+            words[at + PDL] = 0
     return words
 
 
 def launch_words(
     function: int, grid: int, block_threads: int, shared_bytes: int, pdl: bool, params: Sequence[Sequence[int]]
 ) -> list[int]:
-    """One launch; ``params`` are the words of each parameter, its kind first."""
+    """One launch; ``params`` are the words of each parameter, its kind first.
+
+    With ``pdl`` it may start before the launch before it has ended: a kernel that waits for that
+    itself, by the rule of ``triton_kernels.dependent_launch``.
+    """
     words = [function, grid, block_threads, shared_bytes, int(pdl), len(params)]
     for param in params:
         words += param

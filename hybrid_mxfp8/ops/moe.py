@@ -101,7 +101,8 @@ def moe_forward(
     inputs = LayerInputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature = _signature(inputs, (activation, scale_group), out, workspace, backend)
+        options = (activation, scale_group, type(scale_group))  # 32.0 equals 32
+        signature = _signature(inputs, options, out, workspace, backend)
         plan = None if signature is None else PLANS.get(signature, (x.shape[0],))
     if plan is None:
         shape, swiglu = _check(inputs, activation, scale_group)

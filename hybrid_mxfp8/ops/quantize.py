@@ -83,7 +83,8 @@ def quantize_grouped(
     x, groups, row_index = arrived(x, groups, row_index)
     signature = plan = None
     if not torch.compiler.is_compiling():
-        signature, sizes = _signature(x, groups, (scale_rounding, scale_group), row_index, activation, out, backend)
+        scaling = (scale_rounding, scale_group, type(scale_group))  # 32.0 equals 32
+        signature, sizes = _signature(x, groups, scaling, row_index, activation, out, backend)
         plan = PLANS.get(signature, sizes)
     if plan is None:
         problem = _check(x, groups, scale_rounding, scale_group, row_index, activation)
@@ -142,7 +143,7 @@ def _run(
 
 
 def _signature(
-    x: Any, groups: Any, scaling: tuple[Any, Any], row_index: Any, activation: Any, out: Any, backend: Any
+    x: Any, groups: Any, scaling: tuple[Any, ...], row_index: Any, activation: Any, out: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
     """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
     try:

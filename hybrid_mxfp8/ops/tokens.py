@@ -80,6 +80,7 @@ def pack_tokens(
                 num_records,
                 num_experts,
                 scale_group,
+                type(scale_group),  # 32.0 equals 32
                 given,
             )
             plan = PLANS.get(signature)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -22,9 +23,9 @@ import transformers_models
 from hybrid_mxfp8.commands import bench as bench_command
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ["bench_grouped_gemm", "bench_moe", "bench_quantize"]
-NAMES = [*BENCHES, "limits", "plots", "report", "run", "shapes", "timing", "work"]
-gemm, moe, quantize, limits, plots, report, run, shapes, timing, work = (
+BENCHES = ["bench_grouped_gemm", "bench_moe", "bench_quantize", "deep_gemm", "generation"]
+NAMES = [*BENCHES, "limits", "plots", "report", "run", "sglang_moe", "shapes", "speed", "timing", "work"]
+gemm, moe, quantize, deep_gemm, generation, limits, plots, report, run, sglang_moe, shapes, speed, timing, work = (
     importlib.import_module(f"hybrid_mxfp8.bench.{name}") for name in NAMES
 )
 Case = shapes.Case
@@ -42,13 +43,13 @@ def test_counts_sum_to_the_tokens(distribution, tokens, experts):
     assert min(counts) >= 0
 
 
-def test_cases_of_targets_come_first_and_each_once():
+def test_main_cases_come_first_and_each_once():
     full, quick = shapes.cases(), shapes.cases(quick=True)
     for chosen in (full, quick):
         assert max(Counter(case.name for case in chosen).values()) == 1
         sources = [case.source for case in chosen]
-        assert sources[: sources.count("target")] == ["target"] * sources.count("target")
-    assert {c.name for c in full if c.source == "target"} == {c.name for c in quick if c.source == "target"}
+        assert sources[: sources.count("main")] == ["main"] * sources.count("main")
+    assert {c.name for c in full if c.source == "main"} == {c.name for c in quick if c.source == "main"}
     assert {case.kind for case in full} == {case.kind for case in quick} == set(shapes.KINDS)
     assert bench_command.KINDS == shapes.KINDS
     assert shapes.cases(only="moe") == [case for case in full if case.kind == "moe"]
@@ -155,7 +156,7 @@ def measured(suite, *cases):
         (Case("quantize", "test", 33, 0, 64, 4, variant="gather"), quantize.GATHER, "33 sampled rows equal"),
         (Case("quantize", "test", 33, 0, 64, 4, variant="swiglu"), quantize.SWIGLU, "dB against fp32"),
         (Case("gemm", "test", 24, 16, 64, 3), "grouped_gemm (reference)", "calc_diff "),
-        (Case("pipeline", "test", 12, 16, 64, 3), "quantize + grouped_gemm (reference)", "calc_diff "),
+        (Case("gemm", "test", 12, 16, 64, 3), "quantize of counts + grouped_gemm (reference)", "calc_diff "),
         (Case("moe", "test", 6, 64, 128, 5, top_k=2), "moe_forward (reference)", "dB on 4 tokens against fp32"),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -192,11 +193,110 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch):
     assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
 
 
+def multiply(x, w, y, *groups):
+    """DeepGEMM's two layouts, in PyTorch."""
+    (x, x_scales), (w, w_scales) = x, w
+    assert x_scales.stride(-2) == 1
+    x, w = (
+        values.float() * scales.repeat_interleave(128, -1)
+        for values, scales in ((x, x_scales), (w, w_scales.repeat_interleave(128, 1)))
+    )
+    if x.ndim == 3:
+        counts, average = groups
+        assert average == -(-counts.sum() // len(counts))
+        y.copy_((x @ w.mT) * (torch.arange(x.shape[1]) < counts[:, None])[..., None])
+    else:
+        (experts,) = groups
+        assert all(len(set(block.tolist()) - {-1}) == 1 for block in experts.split(128))
+        y[experts >= 0] = torch.stack(
+            [w[e] @ row for row, e in zip(x, experts.tolist(), strict=True) if e >= 0]
+        ).bfloat16()
+
+
+@pytest.mark.parametrize(("tokens", "layout"), [(60, "masked"), (300, "contiguous")])
+def test_deep_gemm_takes_part(tokens, layout, suite, monkeypatch):
+    """Padded as it wants its rows, in either layout; the product is checked as ours is."""
+    monkeypatch.setattr(deep_gemm, "find_function", lambda module, name, reason: reason or multiply)
+    monkeypatch.setattr(gemm, "preferred_scale_group", lambda device: 128)  # as on Hopper
+    record = measured(suite, Case("gemm", "test", tokens, 128, 256, 3, "zipf"), Case("gemm", "test", 8, 16, 64, 2))
+    (row,) = [row for row in record["rows"] if row["contender"] == deep_gemm.NAME]
+    assert (row["failure"], layout in row["note"], "calc_diff " in row["check"]) == (None, True, True)
+    ours = [row["contender"] for row in record["rows"] if row["ours"] and row["failure"] is None]
+    assert {"grouped_gemm (reference)", "quantize of counts + grouped_gemm (reference), groups of 128"} < set(ours)
+    (absent,) = [a["reason"] for a in record["absent"] if a["name"] == deep_gemm.NAME]
+    assert absent == "needs N and K that are multiples of 128, got 16 and 64"
+
+
+SGLANG = """
+import torch
+from sglang.kernels.ops.quantization.fp8_kernel import scaled_fp8_quant, sglang_per_token_group_quant_fp8
+from sglang.srt.utils import is_cuda, is_hip
+assert is_cuda() and not is_hip() and scaled_fp8_quant is None and sglang_per_token_group_quant_fp8
+
+def invoke_fused_moe_kernel(*, A, B, C, B_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
+                            mul_routed_weight, top_k, config, use_fp8_w8a8, block_shape, **rest):
+    assert (block_shape == [128, 128]) == use_fp8_w8a8 and num_tokens_post_padded == len(sorted_token_ids)
+    for e, slots in zip(expert_ids.tolist(), sorted_token_ids.long().split(config["BLOCK_SIZE_M"]), strict=True):
+        slots = slots[slots < topk_weights.numel()]
+        scales = B_scale[e].repeat_interleave(128, 0).repeat_interleave(128, 1) if use_fp8_w8a8 else 1
+        factors = topk_weights.view(-1, 1)[slots] if mul_routed_weight else 1
+        C.view(-1, C.shape[-1])[slots] = (A[slots // top_k].float() @ (B[e].float() * scales).T * factors).bfloat16()
+
+def act_and_mul_triton(gate_up, h, config, ids, experts):
+    gate, up = gate_up.float().chunk(2, 1)
+    h.copy_(torch.nn.functional.silu(gate) * up)
+
+def moe_sum_reduce_triton(y, out, factor):
+    out.copy_(y.float().sum(1) * factor)
+"""
+
+
+def test_sglang_takes_part_from_its_file(suite, tmp_path):
+    """With what the file imports from sglang stood in for; without it the reason is on record."""
+    transformers_models.require()
+    case = Case("moe", "test", 50, 128, 256, 3, top_k=2)
+    reasons = [a["reason"] for a in measured(suite, case)["absent"] if "SGLang" in a["name"]]
+    assert reasons == ["not asked for"]
+    assert "--sglang-kernel" in sglang_moe.load(None)
+    file = tmp_path / "kernels"
+    file.write_text(SGLANG)
+    suite.close()
+    suite._sglang = sglang_moe.load(file)
+    assert not any(name.partition(".")[0] == "sglang" for name in sys.modules)
+    rows = [row for row in measured(suite, case)["rows"] if "SGLang" in row["contender"]]
+    tiles = [f"SGLang {precision}, tile of {tile}" for precision in ("fp8", "bf16") for tile in (16, 64, 128)]
+    assert {row["contender"]: row["failure"] for row in rows} == dict.fromkeys(tiles)
+    assert all("dB on 4 tokens" in row["check"] for row in rows)
+
+
+def test_generation_and_the_table_of_speed(tmp_path, monkeypatch, capsys):
+    """A tiny model leaves a record; lines come of it and of a run's, the fastest tile's counts."""
+    transformers_models.require()
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
+    monkeypatch.setattr(generation, "PREFILL", (2, 16))
+    file = tmp_path / "generation.json"
+    options = ["--model", "tiny", "--layers", "1", "--batches", "2", "--static-batches", "", "--steps", "2"]
+    assert generation.main([*options, "--rounds", "1", "--out", str(file)]) == 0
+    assert "a token, batch 2, eager: hybrid_mxfp8 " in capsys.readouterr().out
+    layer = shapes.moe_case(shapes.MODELS[0], 16).name
+    times = {"moe_forward (triton)": 200, "SGLang fp8, tile of 16": 150, "SGLang fp8, tile of 64": 100}
+    rows = [
+        {"case": layer, "contender": name, "us": us, "failure": None, "ours": us == 200} for name, us in times.items()
+    ]
+    run_record = {"limits": {}, "rows": [*rows, {"case": layer, "contender": "SGLang fp8", "failure": "none"}]}
+    lines = speed.table([json.loads(file.read_text()), run_record])
+    assert [line.split(" | ")[0] for line in lines[2:4]] == [
+        "| prefill of 2 x 16 tokens",
+        "| a token, batch 2, eager",
+    ]
+    assert lines[4:] == ["| DeepSeek-V3 layer, batch 16 | 0.2 | SGLang FP8 | 0.1 | 0.50 |"]
+
+
 @pytest.mark.parametrize(
     ("kind", "tokens", "n", "k", "experts", "job"),
     [
         ("gemm", 128, 4096, 7168, 256, ("DeepSeek-V3, gate and up\n256 experts, top-8", 16)),
-        ("pipeline", 64, 7168, 2048, 32, ("DeepSeek-V3, down\n32 of 256 experts, top-8", 64)),
+        ("gemm", 64, 7168, 2048, 32, ("DeepSeek-V3, down\n32 of 256 experts, top-8", 64)),
         ("quantize", 4, 0, 2880, 128, ("gpt-oss-120b, before gate and up\n128 experts, top-4", 1)),
         ("moe", 16, 768, 2048, 128, ("Qwen3-30B-A3B\n128 experts, top-8", 16)),
         ("gemm", 1024, 4096, 4096, 64, None),
@@ -220,7 +320,7 @@ def test_a_run_leaves_a_record_a_table_and_pictures(suite, monkeypatch, tmp_path
     monkeypatch.setattr(run, "measure_limits", lambda *arguments: HOPPER)
     monkeypatch.setattr(run.report, "describe_machine", lambda label: machine | {"commit": label})
     monkeypatch.setattr(run, "Suite", functools.partial(run.Suite, place="cpu", free_bytes=lambda: 10**9))
-    monkeypatch.setattr(run, "cases", lambda quick, only: chosen)
+    monkeypatch.setattr(run, "cases", lambda quick, only, part: chosen)
     assert run.main(["--quick", "--out", str(tmp_path), "--commit", "abc123", "--plots"]) == 0
     assert "commit abc123" in capsys.readouterr().out
     names = {path.name for path in tmp_path.iterdir()}
@@ -229,8 +329,10 @@ def test_a_run_leaves_a_record_a_table_and_pictures(suite, monkeypatch, tmp_path
     path = tmp_path / "h100-2030-01-02-quick.json"
     text = report.markdown(report.read_json(path))
     assert all(f"| {row['case']} | {row['contender']} |" in text for row in report.read_json(path)["rows"])
+    assert run.main(["--sglang-kernel", str(tmp_path / "none")]) == 2
+    assert "--sglang-kernel: " in capsys.readouterr().err
     assert run.main(["--from-json", str(path)]) == 0
-    assert "## Targets" in capsys.readouterr().out
+    assert "## quantize" in capsys.readouterr().out
     monkeypatch.setattr(gemm.mx, "grouped_gemm", lambda x, w, *, out, **options: out.zero_())
     assert run.main(["--quick", "--out", str(tmp_path)]) == 1
     assert run.main(["--quick", "--out", str(tmp_path), "--budget", "1e-9"]) == 0
@@ -245,7 +347,7 @@ def test_the_command_runs_the_suite_beside_the_package(monkeypatch, capsys):
     assert bench_command.run(parser.parse_args(["--quick", "--only", "gemm"])) == 0
     said = capsys.readouterr().out
     assert "Nothing was measured: no CUDA GPU here" in said
-    assert "gemm 32x4096x7168 E32 uniform  [target]" in said
+    assert "gemm 32x4096x7168 E32 uniform  [main]" in said
     assert bench_command.run(parser.parse_args(["--model"])) == 0
     monkeypatch.setattr(bench_command, "SUITE", "hybrid_mxfp8.not_there")
     assert bench_command.run(argparse.Namespace()) == 2

@@ -143,8 +143,13 @@ def test_summary_counts_bytes_and_finds_the_worst(
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e25], ids=str)
-def test_signal_to_noise_of_any_magnitude(scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns."""
+def test_signal_to_noise_of_any_magnitude(
+    scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns. Without copies of a matrix
+    in double, or of its squares, which on a CPU took longer than to quantize it."""
+    for copy in ("double", "square"):
+        monkeypatch.setattr(torch.Tensor, copy, None)
     w = torch.tensor([1.0625, 1.0]).repeat(2, 16) * 2.0 ** round(torch.tensor(scale).log2().item())
     save_file({"w": w, "v": torch.ones(2, 32)}, tmp_path / "in.safetensors")
     assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 0
@@ -296,6 +301,22 @@ def test_known_layout_under_other_names(tmp_path: Path, capsys: pytest.CaptureFi
         "has gate and up rows in turns in *.experts.gate_up_proj: --interleaved says where" in capsys.readouterr().err
     )
     assert quantize(*given, "--interleaved", "*.gate_up_proj.weight") == 0
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.*", "*_proj", "*scales"])
+@pytest.mark.parametrize("mark", ["_", "."])
+def test_mxfp4_is_named(mark: str, pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As gpt-oss is published: 16 bytes a block of 32, and scales."""
+    weight = "layers.0.mlp.experts.gate_up_proj"
+    shapes = {f"{weight}{mark}blocks": (2, 192, 2, 16), f"{weight}{mark}scales": (2, 192, 2)}
+    save_file({name: torch.ones(shape, dtype=torch.uint8) for name, shape in shapes.items()}, tmp_path / "in")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
+    said = refused((tmp_path / "in", tmp_path / "out", "--experts", pattern), capsys)
+    assert f": {weight}{mark}" in said
+    assert "got MXFP4: transformers saves a bf16 copy" in said
+    for name in (weight, *shapes):
+        with pytest.raises(ValueError, match=f"{name}: must be .* got MXFP4"):
+            checkpoint.load_experts(tmp_path / "in", name)
 
 
 @pytest.mark.parametrize(

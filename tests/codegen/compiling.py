@@ -106,4 +106,39 @@ class Compiled:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
+def before_the_wait(ptx: str) -> list[str]:
+    """What a kernel may do to global memory before ``griddepcontrol.wait``, along any path from its
+    entry; and "no wait" unless there is one, which some path reaches.
+
+    Warps of their own wait at barrier 1 until the others, who come there behind their wait, start
+    them: a path ends there, too, but at one such place only.
+    """
+    lines = [line.split("//")[0].strip() for line in ptx[ptx.index(".entry") :].splitlines()]
+    labels = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
+    seen: set[int] = set()
+    left, waits, starts, found = [0], 0, 0, []
+    while left:
+        at = left.pop()
+        if at in seen or at == len(lines):
+            continue
+        seen.add(at)
+        line = lines[at]
+        if "griddepcontrol.wait;" in line:
+            waits += 1
+        elif re.search(r"barrier\.sync\s+1;", line):
+            starts += 1
+        else:
+            operation = re.sub(r"^\{?\s*(@!?\S+\s+)?", "", line).split(" ")[0].split("\t")[0]
+            inside = re.search(r"\.(shared|param|local)", operation) and ".global" not in operation
+            if re.match(r"(ld|st|red|atom|cp|prefetch)\.", operation) and not inside:
+                found.append(line)
+            if target := re.search(r"\bbra\S*\s+(\S+);", line):
+                left.append(labels[target[1]])
+            if not re.match(r"(bra|ret|exit|trap)\b", line):
+                left.append(at + 1)
+    if (waits, len(re.findall(r"griddepcontrol\.wait;", ptx))) != (1, 1) or starts > 1:
+        found.append(f"no wait: {waits} reached, {starts} starts of other warps")
+    return found
+
+
 CompileFor = Callable[[int, Any, str, Callable[[], object]], Compiled]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import triton
-from compiling import ARCHS, Compiled, CompileFor, StubDriver
+from compiling import ARCHS, Compiled, CompileFor, StubDriver, before_the_wait
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.triton_kernels import abi, launch
@@ -42,6 +43,8 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
         metadata = compiled[0].kernel.metadata
         scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
         assert scratch == (0, 0), "a launch with scratch memory goes through Triton"
+        early = before_the_wait(compiled[0].ptx) if arch >= 90 else re.findall("griddepcontrol.*", compiled[0].ptx)
+        assert early == [], "the kernel before may still run"
         return compiled[0]
 
     return compile_one

@@ -65,6 +65,11 @@ def test_route_of_any_number_of_experts(
     assert compile_route(90, name, LAUNCHES[name], 8, experts, torch.int64).resources(tmp_path).stack == 0
 
 
+def test_below_hopper_no_kernel_waits_for_the_one_before(compile_for: CompileFor) -> None:
+    """What all others do is checked wherever one is compiled, for 9.0 and more."""
+    compile_for(80, combine, "combine_kernel", summed(16, 256, 4, torch.bfloat16, False))
+
+
 def test_route_writes_without_global_atomics(compile_route: Callable[..., Compiled]) -> None:
     """Histograms may add in shared memory, where integers sum to the same in any order; no row
     depends on an order."""

@@ -14,7 +14,7 @@ import torch
 
 from hybrid_mxfp8.commands import cli, doctor
 
-WITHOUT_TRITON = """
+NO_TRITON = """
 import importlib.util, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -23,6 +23,14 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
+"""
+USE = """
+import sys
+import torch
+import hybrid_mxfp8 as mx
+w13q, w2q = (mx.quantize_weights(torch.ones(2, *size)) for size in ((64, 32), (32, 32)))
+y = mx.moe_forward(torch.ones(3, 32), w13q, w2q, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+assert y.shape == (3, 32)
 from hybrid_mxfp8.commands.cli import main
 sys.exit(main(["doctor"]))
 """
@@ -76,10 +84,26 @@ def test_a_page_with_nothing_found() -> None:
     assert page.count("not found") == 2
 
 
-def test_works_without_triton(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("asked", ["", "reference"])
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        (NO_TRITON, "Triton is not installed: pip install triton"),
+        ("", "triton can't be imported: GLIBCXX_3.4.99 not found"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_works_without_triton(before: str, reason: str, asked: str, tmp_path: Path) -> None:
+    """A whole layer, and the command, which gives the reason."""
+    broken = tmp_path / "packages" / "triton" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise ImportError('GLIBCXX_3.4.99 not found')")
+    path = os.pathsep.join([str(broken.parents[1]), os.environ.get("PYTHONPATH", "")])
+    variables = {"PYTHONPATH": path, "HYBRID_MXFP8_BACKEND": asked}
+    program = [sys.executable, "-c", before + USE]
+    done = subprocess.run(program, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Triton is not installed: pip install triton" in done.stdout
+    assert reason in done.stdout
 
 
 def test_tools_are_listed_and_those_used_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

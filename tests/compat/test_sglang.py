@@ -18,6 +18,7 @@ from bad_calls import sglang as tables
 from bad_calls.row import ints
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_ins import replace_backend
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.compat import sglang
@@ -217,6 +218,19 @@ def test_a_workspace_is_used_from_its_first_aligned_byte() -> None:
     assert sglang._aligned_part(shifted[:1000], 746) is None  # then memory is allocated
     for size in (0, 1):  # where nothing is needed any will do
         assert sglang._aligned_part(shifted[:size], 0).numel() == 0
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_what_is_missing_of_a_workspace_is_allocated(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's 16 MiB may be too few for another backend; its functions have no way to ask."""
+    case = sglang_case.random_case(COUNTS, 128, 128, torch.bfloat16, 1)
+    workspace = cases.aligned_bytes(2**24)
+    needy = {"workspace_size": lambda problem: workspace.numel() + missing}
+    with mx.use_backend("reference"):
+        case.quantize()
+        expected = case.multiply(workspace, torch.bfloat16)
+        replace_backend(monkeypatch, "reference", **needy)
+        assert torch.equal(case.multiply(workspace, torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(2**31 - 1, True), (2**31, False)])

@@ -181,7 +181,7 @@ def good_launch() -> list[int]:
 @in_child
 def test_program_that_run_could_not_read_is_refused(words: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        program_of(0, [8, 8], [], [words])
+        program_of(0, [8, 8], [], [good_launch(), words])
 
 
 @in_child

@@ -3,6 +3,7 @@ byte."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -308,21 +309,24 @@ def test_more_parameters_than_fit_are_left_to_triton() -> None:
 
 
 @in_child
-def test_dependent_launch_is_asked_for_as_triton_asks_and_needs_a_wait() -> None:
+def test_a_kernel_that_waits_is_launched_behind_another_as_triton_launches_dependents() -> None:
     case = CASES["group_offsets"]()
     case = case._replace(options={**case.options, "launch_pdl": True})
     compiled = compiled_of(case)
-    with pytest.raises(ValueError, match=r"launch_pdl is set, and no griddepcontrol\.wait is in the kernel"):
-        abi.abi_of(compiled, case.arguments)
-    waits = Changed(compiled, {"asm": {"ptx": "griddepcontrol.wait;"}})
-    words = abi.abi_of(waits, case.arguments).words(case.grid, case.arguments)
     addresses = [0x10000, 0x20000]
     compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
-    program = program_of(0, [0, 0], [], [words])
-    launcher.load().run(program.address, STREAM, *addresses)
-    tritons, ours = launches()
-    assert ours == tritons
-    assert len(ours.attributes) == 1
+    [tritons] = launches()
+    assert len(tritons.attributes) == 1
+    first = abi.abi_of(compiled, case.arguments).words(case.grid, case.arguments)
+    without = Changed(compiled, {"asm": {"ptx": compiled.asm["ptx"].replace("griddepcontrol.wait", "")}})
+    never_waits = abi.abi_of(without, case.arguments).words(case.grid, case.arguments)
+    for pdl in ("1", "0"):
+        os.environ["HYBRID_MXFP8_PDL"] = pdl
+        program = program_of(0, [0, 0], [], [first, first, never_waits, first])
+        launcher.load().run(program.address, STREAM, *addresses)
+        plain = tritons._replace(attributes=())
+        dependent = tritons if pdl == "1" else plain
+        assert launches() == [plain, dependent, plain, dependent]
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])

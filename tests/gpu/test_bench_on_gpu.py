@@ -31,7 +31,7 @@ def capability() -> tuple[int, int]:
         Case("quantize", "test", 300, 0, 256, 7, variant="gather"),
         Case("quantize", "test", 300, 0, 256, 7, variant="swiglu"),
         Case("gemm", "test", 64, 256, 512, 4),
-        Case("pipeline", "test", 64, 256, 512, 4, "one_hot"),
+        Case("gemm", "test", 64, 256, 512, 4, "one_hot"),
         Case("moe", "test", 48, 256, 512, 8, top_k=4),
     ],
     ids=lambda case: case.name,

@@ -4,6 +4,7 @@ launcher's place."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,9 @@ def test_what_is_launched_and_allocated(layer: Layer) -> None:
         with hooked() as seen:
             call()
         assert seen == names
-        assert allocations(call) == allocated
+        # Where tests/support/sanitize.py makes each tensor an allocation, PyTorch counts none.
+        if "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
+            assert allocations(call) == allocated
 
 
 def test_hooks_see_every_launch_and_then_none(layer: Layer) -> None:
@@ -196,7 +199,7 @@ def test_a_workspace_waits_for_the_stream_of_its_last_call(layer: Layer) -> None
     torch.cuda.synchronize()
     for _ in range(3):
         with torch.cuda.stream(first):
-            torch.cuda._sleep(50_000_000)
+            torch.cuda._sleep(500_000_000)
             a = layer.forward(workspace=layer.workspace)
         with torch.cuda.stream(second):
             b = layer.forward(workspace=layer.workspace)

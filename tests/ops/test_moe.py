@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import cases
 import moe_truth
@@ -16,6 +16,7 @@ import torch
 from moe_truth import Layer
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.ops import workspace as workspaces
 
 ON_GPU = cases.device() == "cuda"
 SIZE: dict[str, Any] = (
@@ -256,6 +257,32 @@ def test_a_workspace_for_another_layer_says_what_differs(rng: torch.Generator) -
     message = r"^workspace: must be made for top_k = 2, dtype = bfloat16, device = cpu, got 3, float16, meta$"
     with pytest.raises(ValueError, match=message):
         run(layer, "reference", workspace=other)
+
+
+def test_a_workspace_on_a_second_stream_waits_for_the_first(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in PyTorch's recipe for CUDA graphs, which warms up on a side stream. Streams are
+    stand-ins: tests/gpu has real ones."""
+    waits: list[tuple[int, int]] = []
+
+    class Stream(NamedTuple):
+        cuda_stream: int
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.cuda_stream, other.cuda_stream))
+
+    layer = make(rng, "cpu")
+    workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=9, top_k=2, backend="reference")
+    workspace._stream = Stream(0)  # type: ignore[assignment]
+    monkeypatch.setattr(workspaces, "is_capturing", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    expected = run(layer, "reference")
+    for current in (0, 7, 7, 0):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=current: Stream(now))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index, now=current: now, raising=False)
+        assert torch.equal(run(layer, "reference", workspace=workspace), expected)
+    assert waits == [(7, 0), (0, 7)]
 
 
 # ---------------------------------------------------------------- the module

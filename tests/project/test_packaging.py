@@ -154,7 +154,7 @@ def test_import_brings_nothing_but_its_own_modules(tmp_path: Path) -> None:
 def test_ngcs_torch_is_new_enough() -> None:
     """Its builds are pre-releases, which ``>=2.10`` would replace."""
     (torch,) = re.findall(r'^    "(torch>=[^"]*)",', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    for version in ("2.10.0a0+b558c986e8.nv25.11", "2.10.0", "2.13.0+cpu"):
+    for version in ("2.10.0a0+b558c986e8.nv25.12", "2.10.0", "2.13.0+cpu"):
         assert Requirement(torch).specifier.contains(version)
     assert not Requirement(torch).specifier.contains("2.9.1")
 

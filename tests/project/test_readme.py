@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -43,6 +44,21 @@ def test_the_table_has_every_variable() -> None:
 def test_every_backend_has_its_row() -> None:
     section = README.split("## Backends")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(mx.backends())
+
+
+def test_what_it_says_of_fp8_is_what_was_measured() -> None:
+    """For all products of the run whose picture it shows: not only for few and many rows."""
+    (run,) = re.findall(r"\(bench/results/(\S+-full)-moe-time\.png\)", README)
+    times: dict[str, dict[str, float]] = {}
+    for row in json.loads((ROOT / "bench" / "results" / f"{run}.json").read_text())["rows"]:
+        if row["kind"] == "gemm":
+            times.setdefault(row["case"], {})[row["contender"].partition(" (")[0]] = row["us"]
+    faster = [case["torch fp8 row-wise _scaled_grouped_mm"] < case["grouped_gemm"] for case in times.values()]
+    assert f"faster than that in {sum(faster)} of {len(faster)} cases" in README.replace("\n", " ")
+
+
+def test_it_says_how_long_the_tests_take() -> None:
+    assert re.search(r"^make test .*\d+ minutes", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

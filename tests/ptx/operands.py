@@ -49,6 +49,11 @@ def numbers(kind: str, value: int) -> np.ndarray:
     return np.full(32, value & ((1 << width) - 1), UNSIGNED[width]).view(dtype(kind))
 
 
+def whatever(width: int) -> np.ndarray:
+    """What a register holds of this many bits whose lanes a guard kept from being written."""
+    return np.full(32, 0xA5A5A5A5A5A5A5A5 & ((1 << width) - 1), UNSIGNED[width])
+
+
 class Operands:
     """Turns one kernel's operands into functions."""
 
@@ -153,13 +158,13 @@ class Operands:
             raise Fault(f"operand: expected a register, got {operand}")
         index, register = operand.index, UNSIGNED[operand.bits]
         wider = SIGNED[operand.bits] if kind[0] == "s" else register
-        same = operand.bits == BITS[kind]
+        same, anything = operand.bits == BITS[kind], whatever(operand.bits)[0]
 
         def write(warp: Warp, mask: int, value: np.ndarray) -> None:
             value = value.view(register) if same else value.astype(wider).view(register)
             if mask != FULL:
                 old = warp.registers[index]
-                value = np.where(bools(mask), value, register(0) if old is None else old)
+                value = np.where(bools(mask), value, anything if old is None else old)
             warp.registers[index] = value
 
         return write

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 import ptx.arithmetic
 import ptx.barriers
@@ -13,13 +15,17 @@ import ptx.tensormap
 import ptx.tma  # noqa: F401  (each registers its instructions)
 from ptx.errors import Fault, UnknownInstruction
 from ptx.instructions import Closure, build
-from ptx.operands import Operands, Value
-from ptx.parser import Instruction, Kernel, parse
+from ptx.operands import Operands, Value, whatever
+from ptx.parser import Instruction, Kernel, Register, parse
 
 
 @dataclass
 class Step:
-    """One instruction, ready to run."""
+    """One instruction, ready to run.
+
+    Attributes:
+        left: what its destinations hold where its guard is false and nothing was written before.
+    """
 
     source: Instruction
     run: Closure | None
@@ -28,6 +34,7 @@ class Step:
     target: int = -1
     targets: tuple[int, ...] = ()
     choice: Value | None = None
+    left: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class Program:
@@ -73,4 +80,9 @@ def _step(operands: Operands, ins: Instruction) -> Step:
     if ins.parts[0] == "brx":
         choice = operands.value(ins.operands[0], "u32")
         return Step(ins, None, guard, ins.negated, targets=ins.targets, choice=choice)
-    return Step(ins, build(operands, ins), guard, ins.negated)
+    left = {}
+    if ins.guard and ins.operands:
+        # Triton's sums over lanes add up what a load behind a false guard left, and drop it.
+        given = (o for o in operands.items(ins.operands[0]) if isinstance(o, Register) and o.bits > 1)
+        left = {register.index: whatever(register.bits) for register in given}
+    return Step(ins, build(operands, ins), guard, ins.negated, left=left)

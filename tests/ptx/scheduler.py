@@ -200,6 +200,9 @@ class Launch:
             if step.run is None:
                 self._branch(warp, pc, mask, active)
             elif not active:
+                for register, anything in step.left.items():
+                    if registers[register] is None:
+                        registers[register] = anything
                 groups[pc + 1] = groups.get(pc + 1, 0) | mask
             else:
                 warp.pc = pc

@@ -124,8 +124,12 @@ CASES: dict[str, Callable[[], Kernels]] = {
 }
 
 
-def emulated(kernels: Kernels) -> tuple[dict[str, torch.Tensor], list[str], int]:
-    """The outputs after the launches, the races found, and the instructions run."""
+def emulated(kernels: Kernels, edit: Callable[[str], str] = str) -> tuple[dict[str, torch.Tensor], list[str], int]:
+    """The outputs after the launches, the races found, and the instructions run.
+
+    A launch after the first starts as early as it may: before it waits, nothing is there of what
+    the one before wrote. ``edit`` changes the PTX.
+    """
     memory = GlobalMemory()
     tensors = {}
     for name, tensor in (kernels.inputs | kernels.outputs).items():
@@ -135,11 +139,21 @@ def emulated(kernels: Kernels) -> tuple[dict[str, torch.Tensor], list[str], int]
         memory.add(name, data, written=name in kernels.inputs, writable=name in kernels.outputs)
     races: list[str] = []
     instructions = 0
+    before = None
     for captured in capture(90, *kernels.steps(tensors)):
         found = Races()
-        memory.begin(found)
-        launch = captured.launch(memory, races=found, seed=5)
+        predecessor = {}
+        contents = memory.snapshot()
+        if before is None:
+            memory.begin(found)
+        else:
+            agent = found.agents()
+            memory.withhold(before, found, found.event(agent, 1, "the kernel before"))
+            predecessor = {agent: 1}
+        launch = captured.launch(memory, edit=edit, races=found, predecessor=predecessor, seed=5)
+        before = contents
         launch.run()
+        memory.show_hidden()
         races += [str(race) for race in found.found.values()]
         instructions += launch.instructions
     return {name: tensors[name] for name in kernels.outputs}, races, instructions

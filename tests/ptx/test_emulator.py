@@ -51,6 +51,13 @@ def test_an_unknown_instruction_is_named() -> None:
         run("    wgmma.fence.sync.aligned;\n")
 
 
+@pytest.mark.parametrize("lanes", [0, 1])
+def test_what_a_false_guard_leaves_is_nothing_to_rely_on(lanes: int) -> None:
+    assert run(f"    setp.lt.u32 %p1, %t, {lanes};\n    @%p1 mov.u32 %r0, 0;\n" + STORE)[5] == 0xA5A5A5A5
+    with pytest.raises(Fault, match="read before anything is written"):
+        run(STORE)
+
+
 def test_lanes_that_diverge_meet_again() -> None:
     body = """
     mov.u32 %r0, 5;

@@ -13,6 +13,7 @@ import pytest
 
 from ptx import cutlass_backend, product
 from ptx.case import Case, Shape
+from ptx.errors import Fault
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,9 +69,17 @@ def test_triton(block_t: int) -> None:
 def test_quantizer_and_router() -> None:
     from ptx import sm90_kernels
 
-    for name in ("quantize_grouped, rceil, groups of 128", "group_offsets of counts", "route, one launch"):
+    for name in ("quantize_grouped, rceil, groups of 128", "group_offsets of counts", "route, three launches"):
         result = sm90_kernels.run(sm90_kernels.CASES[name])
         assert result.races == result.problems == [], name
+
+
+def test_a_kernel_that_does_not_wait_for_the_one_before_is_reported() -> None:
+    from ptx import sm90_kernels
+
+    kernels = sm90_kernels.CASES["route, three launches"]()
+    with pytest.raises(Fault, match="which the kernel before writes, before"):
+        sm90_kernels.emulated(kernels, lambda ptx: ptx.replace("griddepcontrol.wait;", ""))
 
 
 FAULTS = (

@@ -33,6 +33,7 @@ from hybrid_mxfp8.core.formats import (
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.portable import find_tile
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
@@ -68,6 +69,7 @@ def grouped_gemm_blackwell_kernel(
     STAGES: tl.constexpr,
 ):
     """Grid (bound on token tiles * cdiv(N, 128),); programs of one token tile are neighbours."""
+    wait_for_predecessor()
     BLOCK_N: tl.constexpr = 128
     BLOCK_K: tl.constexpr = 128
     num_column_tiles = (K + 127) // 128

@@ -21,6 +21,7 @@ import triton.language as tl
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2, round_up
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import GemmBuffers
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import COLUMN_GROUP, WorkspaceLayout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
@@ -85,6 +86,7 @@ def dequantize_tokens_kernel(
     Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed where programs reach:
     the last tile may reach into them.
     """
+    wait_for_predecessor()
     padded_k = (K + 63) // 64 * 64
     column_programs = (padded_k + BLOCK_COLS - 1) // BLOCK_COLS
     pid = tl.program_id(0) // column_programs

@@ -37,6 +37,7 @@ from hybrid_mxfp8.core.formats import ceil_div
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.device import multiprocessors
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.dequantize_tokens import dequantize_tokens
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig, WorkspaceLayout, tiles_at_once
 from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
@@ -486,6 +487,8 @@ def hopper_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
+    # Before the other warps start, so that it holds for them, too.
+    wait_for_predecessor()
     # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its
     # message C7512). Tuples of arguments are written where they are used: kept in a variable, their
     # constants become tensors.

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.device import multiprocessors
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config
 from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
     SCALE_WORDS,
@@ -327,6 +328,8 @@ def hopper_fp8_gemm_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=256)
+    # Before the other warps start, so that it holds for them, too.
+    wait_for_predecessor()
     gl.warp_specialize(
         [
             (

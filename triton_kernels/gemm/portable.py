@@ -25,6 +25,7 @@ import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2, token_tiles_bound
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch, triton_version
 from hybrid_mxfp8.triton_kernels.numerics import (
     INTERPRET,
@@ -87,6 +88,7 @@ def grouped_gemm_kernel(
     FORMULATION: tl.constexpr,
 ):
     """Grid (bound on token tiles * cdiv(N, 128),); programs of one token tile are neighbours."""
+    wait_for_predecessor()
     BLOCK_N: tl.constexpr = 128  # rows of one scale tile, and of the native MMA
     BLOCK_K: tl.constexpr = 128  # columns of one scale tile
     num_column_tiles = (K + 127) // 128

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 from hybrid_mxfp8.triton_kernels.varying import VARYING
@@ -48,6 +49,7 @@ def combine_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (M * cdiv(H, BLOCK),)."""
+    wait_for_predecessor()
     pid = tl.program_id(0)
     column_programs = (H + BLOCK - 1) // BLOCK
     token = (pid // column_programs).to(tl.int64)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
 from hybrid_mxfp8.triton_kernels.varying import VARYING
@@ -30,6 +31,7 @@ def expert_bias_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (S * cdiv(N, BLOCK),)."""
+    wait_for_predecessor()
     pid = tl.program_id(0)
     column_programs = (N + BLOCK - 1) // BLOCK
     slot = pid // column_programs

@@ -9,6 +9,7 @@ import triton.language as tl
 from hybrid_mxfp8.core.formats import SCALE_ROUNDING_BIAS, ceil_div, next_power_of_2
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import to_fp32
 from hybrid_mxfp8.triton_kernels.quantize import quantize_groups, select_quantize_config
@@ -36,6 +37,7 @@ def pack_tokens_kernel(
     BLOCK_COLS: tl.constexpr,  # multiple of 128
 ):
     """Grid (cdiv(R, BLOCK_ROWS) * cdiv(K, BLOCK_COLS),)."""
+    wait_for_predecessor()
     column_programs = (K + BLOCK_COLS - 1) // BLOCK_COLS
     pid = tl.program_id(0)
     column_program = pid % column_programs

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
@@ -65,6 +66,7 @@ def rank_kernel(
     CHUNK: tl.constexpr,  # slots that they are compared with at once
 ):
     """Grid (1 + cdiv(S, BLOCK),); the first program writes the layout."""
+    wait_for_predecessor()
     pid = tl.program_id(0)
     if pid == 0:
         counts = tl.zeros([BINS], tl.int32)
@@ -97,6 +99,7 @@ def count_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (blocks,): how many of a block's slots go to each expert."""
+    wait_for_predecessor()
     block = tl.program_id(0)
     expert = _experts_of(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), num_slots, num_experts)
     row = counts_ptr + (1 + block).to(tl.int64) * BINS
@@ -112,6 +115,7 @@ def sum_kernel(
     BLOCKS: tl.constexpr,  # summed at once
 ):
     """Grid (BINS / EXPERTS,): each block's counts become those before it; first row: totals."""
+    wait_for_predecessor()
     e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, loop_bound(num_blocks), BLOCKS):
@@ -139,6 +143,7 @@ def scatter_kernel(
     CHUNK: tl.constexpr,
 ):
     """Grid (1 + blocks,); the first program writes the layout."""
+    wait_for_predecessor()
     pid = tl.program_id(0)
     totals = tl.load(counts_ptr + tl.arange(0, BINS))
     if pid == 0:

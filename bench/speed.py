@@ -1,0 +1,69 @@
+"""The README's table of speed, from records of runs: generation, then layers, then products.
+
+    python -m bench.speed GENERATION.json LAYERS.json PRODUCTS.json
+
+The first is of ``bench.generation``, the others of the suite; one of both kinds may be given once.
+Of several tiles or backends the fastest counts, on either side. A job or a contender that a record
+lacks has no line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .generation import BASELINE, OURS
+from .shapes import MAIN_MODELS, MODEL_TOKENS, MODELS, Case, moe_case
+
+PRODUCT = (32, 4096, 7168)
+PRODUCT_ROWS = (16, 128, 256, 2048)
+"""Of each expert; DeepSeek-V3's gate and up, an eighth of its experts."""
+
+Line = tuple[str, float, str, float]
+"""Job, our ms, whom it is compared with, their ms."""
+
+
+def generation_lines(record: Mapping[str, Any]) -> Iterator[Line]:
+    """A line for each case."""
+    for row in record["rows"]:
+        yield row["case"], row["ms"][OURS], f"transformers' `{BASELINE}`", row["ms"][BASELINE]
+
+
+def suite_lines(record: Mapping[str, Any]) -> Iterator[Line]:
+    """Layers beside SGLang's in FP8, products beside torch's and DeepGEMM's."""
+    models = [model for model in MODELS if model.name in MAIN_MODELS]
+    for model, tokens in itertools.product(models, MODEL_TOKENS):
+        job = f"{model.name} layer, batch {tokens}"
+        yield from lines_of(job, moe_case(model, tokens), {"SGLang FP8": "SGLang fp8"}, record["rows"])
+    experts, n, k = PRODUCT
+    for rows in PRODUCT_ROWS:
+        job = f"product of {experts} experts, {n} x {k}, {rows} rows each"
+        peers = {"torch bf16": "torch bf16", "DeepGEMM FP8": "DeepGEMM fp8"}
+        yield from lines_of(job, Case("gemm", "main", experts * rows, n, k, experts), peers, record["rows"])
+
+
+def lines_of(job: str, case: Case, peers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+    """A line for each peer, by how its contenders' names begin."""
+    timed = [row for row in rows if row["case"] == case.name and not row["failure"]]
+    ours = [row["us"] / 1e3 for row in timed if row["ours"]]
+    for name, prefix in peers.items():
+        theirs = [row["us"] / 1e3 for row in timed if row["contender"].startswith(prefix)]
+        if ours and theirs:
+            yield job, min(ours), name, min(theirs)
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of markdown, one figure a cell."""
+    lines = ["| job | this library, ms | beside | its time, ms | times as fast |", "| --- | ---: | --- | ---: | ---: |"]
+    for record in records:
+        for job, ours, name, theirs in (suite_lines if "limits" in record else generation_lines)(record):
+            lines.append(f"| {job} | {ours:.3g} | {name} | {theirs:.3g} | {theirs / ours:.2f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table([json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[1:]])))

@@ -1,0 +1,35 @@
+"""Programmatic dependent launch: a kernel's programs start while the kernel before still runs.
+
+The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel of a call but the first
+so, if it waits. The rule, in every kernel: no access to global memory before
+:func:`wait_for_predecessor`, and no trigger before that wait. A kernel whose predecessor triggered
+thus starts when all before the predecessor have ended, and waits for the predecessor: it sees
+what any kernel before it wrote, and may overwrite what any of them read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+
+from hybrid_mxfp8.triton_kernels.numerics import INTERPRET
+
+
+@triton.jit
+def wait_for_predecessor():
+    """Wait until the kernel before has ended and its writes are visible to this grid; then let the
+    next kernel start as soon as all programs of this one have come here.
+
+    For Triton and Gluon. Nothing below compute capability 9.0 and in the interpreter, and no wait
+    where the launch came without the attribute.
+    """
+    if not INTERPRET and cuda_capability_geq(9):
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+            "=r,~{memory}",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
