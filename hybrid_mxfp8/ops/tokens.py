@@ -73,16 +73,8 @@ def pack_tokens(
     if not torch.compiler.is_compiling():
         try:
             given = describe(x), describe(topk_ids), describe(topk_weights)
-            signature = (
-                _PACK,
-                settings(backend),
-                torch.is_grad_enabled(),
-                num_records,
-                num_experts,
-                scale_group,
-                type(scale_group),  # 32.0 equals 32
-                given,
-            )
+            sizes = (num_records, num_experts, scale_group, type(scale_group))  # 32.0 equals 32
+            signature = (_PACK, settings(backend), torch.is_grad_enabled(), sizes, given)
             plan = PLANS.get(signature)
         except (AttributeError, RuntimeError, TypeError):
             signature = None
