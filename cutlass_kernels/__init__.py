@@ -1,2 +1,1 @@
-"""The CUTLASS SM100 kernel and its JIT build. May import: ``errors``, ``env``, ``core``,
-``reference``, ``dispatch``."""
+"""The CUTLASS SM100 kernel and its JIT build. May import: ``errors`` to ``dispatch``."""

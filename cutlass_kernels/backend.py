@@ -1,8 +1,4 @@
-"""What this package offers: the cutlass backend. It has no quantizer; on its GPUs the triton
-package's runs.
-
-May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
-"""
+"""What this package offers: the cutlass backend. Its GPUs take the triton package's quantizer."""
 
 from __future__ import annotations
 

@@ -25,9 +25,7 @@ from dataclasses import dataclass
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
-WEIGHT_ROWS = 128
-"""Rows of the weights that one SM takes."""
-
+WEIGHT_ROWS = 128  # rows of the weights that one SM takes
 TILE_K = 128
 TOKEN_TILES = (64, 128, 192, 256)
 CLUSTERS = {1: ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)), 2: ((2, 1), (4, 1), (2, 2), (4, 2))}
@@ -46,21 +44,12 @@ DRAIN_CYCLES_PER_COLUMN = 8  # epilogue of the last tile, per token of the tile
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One way to tile the product.
+    """One way to tile the product; ValueError for what the kernel is not built for. Where the
+    preferred cluster does not fit on the GPU, the hardware takes (cta_group, 1)."""
 
-    Attributes:
-        cta_group: SMs that one MMA spans, 1 or 2.
-        token_tile: tokens of a tile: 64, 128, 192 or 256.
-        cluster: preferred CTAs of a cluster, (along N, along the tokens). Loads of a cluster are
-            multicast. Where it does not fit on the GPU, the hardware takes (cta_group, 1).
-
-    Raises:
-        ValueError: a combination that the kernel is not built for.
-    """
-
-    cta_group: int
-    token_tile: int
-    cluster: tuple[int, int]
+    cta_group: int  # SMs that one MMA spans, 1 or 2
+    token_tile: int  # tokens of a tile: 64, 128, 192 or 256
+    cluster: tuple[int, int]  # preferred CTAs of a cluster, (along N, along the tokens)
 
     def __post_init__(self) -> None:
         if problem := invalid(self.cta_group, self.token_tile, self.cluster):
@@ -81,11 +70,7 @@ class GemmConfig:
 
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
-        """The configuration of this name; without a cluster, the smallest.
-
-        Raises:
-            ValueError: no such configuration; the message lists the valid ones.
-        """
+        """The configuration of this name, without a cluster the smallest; ValueError lists all."""
         match = re.fullmatch(r"([12])sm_(\d+)x(\d+)x(\d+)(?:_(\d+)x(\d+))?", name)
         if match is not None:
             cta_group, token_tile = int(match[1]), int(match[3])
@@ -176,8 +161,7 @@ def estimate(
 
 
 def token_bucket(num_tokens: int) -> int:
-    """``num_tokens`` rounded up to 1/16 of its power of two: few values to remember a choice
-    for."""
+    """``num_tokens`` rounded up to 1/16 of its power of two: few choices to remember."""
     step = max(1, 1 << max(num_tokens - 1, 1).bit_length() >> 5)
     return -(-num_tokens // step) * step
 
@@ -185,16 +169,8 @@ def token_bucket(num_tokens: int) -> int:
 def select_estimate(
     num_experts: int, n: int, k: int, num_tokens: int, sm_count: int = SM_COUNT, out_bytes: int = 2
 ) -> Estimate:
-    """The configuration with the least modelled time, with that time.
-
-    Args:
-        num_experts: E, at least 1.
-        n: output features.
-        k: contraction.
-        num_tokens: T, at least 1, over all experts.
-        sm_count: SMs of the GPU.
-        out_bytes: of an output element.
-    """
+    """The configuration with the least modelled time, with that time, for T = ``num_tokens`` rows
+    of E experts, both at least 1, and ``out_bytes`` an output element."""
     return _select(num_experts, n, k, token_bucket(num_tokens), sm_count, out_bytes)
 
 

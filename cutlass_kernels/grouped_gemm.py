@@ -1,14 +1,11 @@
 """Grouped GEMM by CUTLASS on the SM100 family: which kernel a problem gets, and its launch.
 
-A problem's plan is a compiled module, a cluster shape and the workspace's size. The first plan that
-needs a module compiles it; later ones cost a few look-ups. A launch is one call into C++, which
+The first plan that needs a module compiles it and verifies it on the GPU, since none of capability
+10.0 or 10.3 was at hand: it was run in an emulator of its PTX. A launch is one call into C++, which
 starts two kernels on torch's current stream.
 
 Whether a build works is known only once it was tried. So the call whose build fails raises, even
 where auto chose the backend; the failure is remembered, and :func:`can_run` says it from then on.
-
-Compiled, checked and run in an emulator of its PTX, not yet on hardware: no GPU of compute
-capability 10.0 or 10.3 was at hand. So a module is verified on the GPU before its first use.
 """
 
 from __future__ import annotations
@@ -39,9 +36,7 @@ OUT_TYPES = {
 TARGETS = {(10, 0): ("10.0a", "10.0f"), (10, 3): ("10.3a", "10.0f")}
 """What code runs on a compute capability: its own first, then its family's."""
 
-WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512
-"""More bytes than any module needs, alignment included: tests/codegen asks each of them."""
-
+WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512  # bytes: more than any module needs
 NOT_RUN = "run in an emulator of its PTX, not yet on hardware; verified at first use"
 
 
@@ -55,46 +50,28 @@ class Plan(NamedTuple):
 
 
 def make_plan(p: Problem) -> Plan:
-    """The plan of a problem with at least one expert and token; compiles its module if need be.
-
-    Raises:
-        BackendUnavailableError: the module cannot be compiled or loaded, or computes something
-            wrong on this GPU (see verify.py). It is not tried again in this environment: from then
-            on :func:`can_run` says no.
-    """
+    """The plan of T, E >= 1, its module compiled if need be. BackendUnavailableError where that
+    can't be done, or it computes something wrong here: from then on :func:`can_run` says no."""
     config = _choose(p)[0].config
     module = _module(config.module, p.out_dtype, p.capability)
     _check_verified(config.module, p.out_dtype, p.device)
     sm_count = _sm_count(p.device)
-    return Plan(
-        module, config.cluster, sm_count, module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, sm_count)
-    )
+    size = module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, sm_count)
+    return Plan(module, config.cluster, sm_count, size)
 
 
 def launch(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    scale_offsets: torch.Tensor,
-    w_values: torch.Tensor,
-    w_scales: torch.Tensor,
-    out: torch.Tensor,
-    workspace: torch.Tensor | None,
+    x_values: torch.Tensor,  # (T, K) e4m3, rows sorted by expert
+    x_scales: torch.Tensor,  # (S, C) uint8, swizzled
+    tokens_per_expert: torch.Tensor,  # (E,) int32
+    expert_offsets: torch.Tensor,  # (E+1,) int32
+    scale_offsets: torch.Tensor,  # (E+1,) int32
+    w_values: torch.Tensor,  # (E, N, K) e4m3
+    w_scales: torch.Tensor,  # (E, roundup(N, 128), C) uint8, swizzled
+    out: torch.Tensor,  # (T, N) bf16, fp16 or fp32, on a 16-byte boundary
+    workspace: torch.Tensor | None,  # :func:`workspace_size` bytes on a 128-byte boundary
 ) -> None:
-    """Write the product of each expert's rows with its weights to ``out``.
-
-    Args:
-        x_values, x_scales: T rows of K elements sorted by expert, (T, K) e4m3; (S, C) swizzled.
-        tokens_per_expert, expert_offsets, scale_offsets: as :class:`GroupLayout` has them.
-        w_values, w_scales: (E, N, K) e4m3; (E, roundup(N, 128), C) swizzled.
-        out: (T, N) bf16, fp16 or fp32, on a 16-byte boundary; rows no expert owns are not written.
-        workspace: :func:`workspace_size` bytes on a 128-byte boundary; None allocates it.
-
-    Raises:
-        BackendUnavailableError: as :func:`make_plan`.
-        ValueError, TypeError: operands that do not fit; C++ checks them.
-    """
+    """Write the product to ``out``; raises as :func:`make_plan`, and what C++'s checks raise."""
     num_experts, n, k = w_values.shape
     problem = Problem(num_experts, n, k, x_values.shape[0], out.dtype, out.device)
     if nothing_to_compute(problem):
@@ -115,29 +92,20 @@ def nothing_to_compute(p: Problem) -> bool:
 
 
 def workspace_size(p: Problem) -> int:
-    """Exact bytes of ``workspace``; compiles the module if need be.
-
-    Raises:
-        BackendUnavailableError: as :func:`make_plan`.
-    """
+    """Exact bytes of ``workspace``; compiles the module if need be. Raises as :func:`make_plan`."""
     return 0 if nothing_to_compute(p) else make_plan(p).workspace_bytes
 
 
 def workspace_bound(p: Problem) -> int:
-    """Bytes that suffice for every call of up to as many rows; compiles nothing.
-
-    A module needs TMA descriptors for each SM, as many as its pipelines have stages, and pointers,
-    strides and layouts for each expert. The rows only decide on the module.
-    """
+    """Bytes that suffice for every call of up to as many rows, without compiling: TMA descriptors
+    for each SM, and pointers, strides and layouts for each expert."""
     return 0 if nothing_to_compute(p) else WORKSPACE_OF_SM * _sm_count(p.device) + WORKSPACE_OF_EXPERT * p.num_experts
 
 
 def availability(capability: tuple[int, int] | None) -> Support:
     """Whether the backend runs on a compute capability (None: no GPU) with the tools there are.
-
     Tools are looked for once in an environment, the variables that say where to look. A build that
-    failed before any module was loaded counts as a missing tool: the next would fail alike.
-    """
+    failed before any module was loaded counts as a missing tool: the next would fail alike."""
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
     if capability not in TARGETS:
@@ -152,10 +120,7 @@ def availability(capability: tuple[int, int] | None) -> Support:
 
 
 def can_run(problem: Problem) -> Support:
-    """Whether the backend runs on the problem's device, takes its shape and has a module for it.
-
-    A module that was not tried yet counts as there; one that failed to build or load does not.
-    """
+    """Whether the backend takes the problem. A module not tried yet counts as there."""
     ok, reason = availability(problem.capability)
     if ok:
         ok, reason = takes(problem.n, problem.k, problem.out_dtype)
@@ -228,17 +193,13 @@ def _sm_count(device: torch.device) -> int:
     return devices.multiprocessors(device) or SM_COUNT
 
 
-# ---------------------------------------------------------------- modules and tools of this process
-
 Capability = tuple[int, int]
 Environment = tuple[Path | None, tuple[str, Path] | None, Path, bool, tuple[Path, ...]]
 
 _modules: dict[tuple[str, torch.dtype, Capability | None], Any] = {}
 """The loaded modules, by :attr:`GemmConfig.module` and output type."""
 
-_verified: set[tuple[str, torch.dtype, torch.device]] = set()
-"""The modules that were found right on a GPU."""
-
+_verified: set[tuple[str, torch.dtype, torch.device]] = set()  # found right on a GPU
 _failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], str]] = {}
 """Why a module could not be built or loaded, or was found wrong."""
 
@@ -275,8 +236,7 @@ def _module(module: str, out_dtype: torch.dtype, found: Capability | None) -> An
 
 
 def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -> None:
-    """Check that the module is right on this GPU; tried now, in a process of its own, if need
-    be."""
+    """Check the module on this GPU; tried now, in a process of its own, if need be."""
     if (module, out_dtype, device) in _verified or not env.verify():
         return
     capability = _check_not_failed(module, out_dtype, devices.capability(device))
@@ -290,9 +250,8 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
             )
         record = verify.verified(built, device)
     if not record["ok"]:
-        raise _failed(
-            module, out_dtype, capability, f"{module} failed its verification on {device}: {record['reason']}"
-        )
+        why = f"{module} failed its verification on {device}: {record['reason']}"
+        raise _failed(module, out_dtype, capability, why)
     _verified.add((module, out_dtype, device))
 
 

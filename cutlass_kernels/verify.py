@@ -1,11 +1,9 @@
-"""Whether a compiled module computes what it should on this GPU: tried once a machine, before it is
-used.
+"""Whether a compiled module computes what it should on this GPU: tried once, before it is used.
 
 A process of its own multiplies small ragged cases by the module and by the reference, because an
-illegal address would poison this one. The outcome is kept in a folder beside the module's, for each
-GPU and driver, so other processes need not try; where the cache cannot be written it is this
-process's alone. A module that failed is not tried again until that folder is deleted, but for
-failures that say nothing of the module, such as a GPU without free memory.
+illegal address would poison this one. The outcome is kept beside the module, for each GPU and
+driver. A module that failed is not tried again until that folder is deleted, but for failures that
+say nothing of the module, such as a GPU without free memory.
 
     python -m hybrid_mxfp8.cutlass_kernels.verify FOLDER     the child: prints the largest error
 """
@@ -37,7 +35,7 @@ from hybrid_mxfp8.cutlass_kernels.jit.build import Built
 from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.dispatch.module_cache import MANIFEST, build_once, trust_problem
 from hybrid_mxfp8.errors import BackendUnavailableError
-from hybrid_mxfp8.reference import grouped_matmul, quantize, swizzle_scales, write_grouped
+from hybrid_mxfp8.reference import grouped_matmul, quantize
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -45,8 +43,7 @@ RECORD = "record.json"
 PASSING = re.compile(r"out of memory|No module named|cannot import")
 """Of failures that say nothing of the module: a full GPU, an environment in disorder."""
 
-SECONDS = 120.0
-"""How long a child may take; loading torch and CUDA is most of it."""
+SECONDS = 120.0  # how long a child may take; loading torch and CUDA is most of it
 
 CASES = (
     ((3, 0, 130, 1), 140, 136, 96),  # ragged, an empty expert, rows without one, odd N and K
@@ -57,11 +54,8 @@ CASES = (
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Of the output, relative to it."""
 
-ACCUMULATION = 2e-5
-"""Of fp32 sums, relative to the sum of magnitudes; tests/tolerances.py has the reasons."""
-
-Record = dict[str, Any]
-"""ok, reason, error (the largest, in units of the bound), gpu, driver, torch, date."""
+ACCUMULATION = 2e-5  # of fp32 sums, relative to the magnitudes'; reasons: tests/tolerances.py
+Record = dict[str, Any]  # ok, reason, error (in units of the bound), gpu, driver, torch, date
 
 
 def find(module: Built, device: torch.device) -> Record | None:
@@ -70,13 +64,8 @@ def find(module: Built, device: torch.device) -> Record | None:
 
 
 def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> Record:
-    """The record of a module on a GPU; made now, by a child process, if there is none.
-
-    Args:
-        module: in the cache, intact.
-        device: the GPU.
-        child: the command that prints a module's error in place of this file; tests have others.
-    """
+    """The record of an intact module on a GPU; made now, by a child process, if there is none.
+    ``child`` is the command that prints the error in place of this file; tests have others."""
     folder = _folder(module, device)
     made: list[Record] = []
 
@@ -165,9 +154,6 @@ def driver_version() -> str:
     return "" if failed else text.value.decode()
 
 
-# ---------------------------------------------------------------- the child
-
-
 def largest_error(module: Any, config: GemmConfig, out_dtype: torch.dtype, device: torch.device) -> float:
     """Over all cases, in units of the bound; infinite where a row without an expert was written."""
     worst = 0.0
@@ -208,12 +194,7 @@ def _operands(counts: Sequence[int], num_tokens: int, n: int, k: int) -> tuple[G
          * torch.exp2(torch.randint(-3, 4, (*shape, k // 32, 1), generator=generator))).reshape(*shape, k)
         for shape in ((num_tokens,), (len(counts), n))
     )  # fmt: skip
-    values = torch.empty(num_tokens, k, dtype=torch.float8_e4m3fn)
-    scales = torch.zeros(groups.scale_rows, -(-k // 128) * 4, dtype=torch.uint8)
-    write_grouped(*quantize(x), groups.expert_offsets, groups.scale_offsets, values, scales)
-    quantized = [quantize(one) for one in w]
-    weights = torch.stack([v for v, _ in quantized]), torch.stack([swizzle_scales(s) for _, s in quantized])
-    return GroupedMXFP8(values, scales, groups), ExpertWeights(*weights)
+    return GroupedMXFP8.from_linear_scales(*quantize(x), groups), ExpertWeights.from_linear_scales(*quantize(w))
 
 
 def main(folder: str, device: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,7 @@ from hybrid_mxfp8.ops.tokens import check_tokens, pack_tokens, sum_rows
 
 __all__ = ["ExpertParallelExperts", "experts_of_rank"]
 
-Dispatch = Literal["all_gather", "all_to_all"]
-DISPATCHES: tuple[str, ...] = get_args(Dispatch)
+DISPATCHES = ("all_gather", "all_to_all")
 
 # PyTorch 2.13 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -239,11 +238,7 @@ class ExpertParallelExperts(torch.nn.Module):
     def _pack(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_records: int
     ) -> torch.Tensor:
-        sizes = {
-            "num_records": num_records,
-            "num_experts": self.num_experts,
-            "scale_group": self._scale_group,
-        }
+        sizes = {"num_records": num_records, "num_experts": self.num_experts, "scale_group": self._scale_group}
         return pack_tokens(x, topk_ids, topk_weights, **sizes, backend=self.experts.backend)
 
     def _compute(self, received: torch.Tensor, x: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -297,18 +292,9 @@ def _own_experts(num_experts: int, group: dist.ProcessGroup | None) -> tuple[dis
 
 
 def _destinations(topk_ids: torch.Tensor, num_experts: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens go to which ranks, each at most once; no sync.
-
-    Args:
-        topk_ids: (M, top_k).
-        num_experts: E.
-        ranks: R.
-
-    Returns:
-        goes: (R, M) bool.
-        places: (M, top_k) int32, of each choice its row among all that go, in the order of ranks
-            and then of tokens; -1 for one that goes nowhere, or along with an earlier choice.
-    """
+    """Which tokens go to which of R ranks, each at most once, (R, M) bool; and of each choice of
+    ``topk_ids`` (M, top_k) its row among all that go, int32, in the order of ranks and then of
+    tokens: -1 for one that goes nowhere, or along with an earlier choice. No sync."""
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     # The inverse of experts_of_rank; one more rank takes what goes nowhere.
     owner = torch.where(valid, ((topk_ids.to(torch.int64) + 1) * ranks - 1) // num_experts, ranks)

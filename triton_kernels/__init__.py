@@ -1,2 +1,1 @@
-"""Triton kernels, each above what describes its launch. May import: ``errors``, ``env``, ``core``,
-``reference``, ``dispatch``."""
+"""Triton kernels, each above its launch. May import: ``errors`` to ``dispatch``."""

@@ -1,7 +1,4 @@
-"""What this package offers: the triton backend, and the quantizer that every GPU uses.
-
-May import: ``errors``, ``env``, ``core``, ``reference``, ``dispatch``.
-"""
+"""What this package offers: the triton backend, and the quantizer that every GPU uses."""
 
 from __future__ import annotations
 
@@ -104,8 +101,7 @@ def workspace_bound(problem: Problem) -> int:
 
 
 def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
-    """The launches of one product. TMA reads from 16-byte boundaries; what lies elsewhere takes the
-    portable kernel."""
+    """The launches of one product. TMA reads from 16-byte boundaries, ``portable`` from any."""
     weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
     tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
     fp8_config = _hopper_fp8_config(problem)

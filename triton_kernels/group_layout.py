@@ -16,6 +16,7 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import split_layout
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _max(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["given_ptr", "layout_ptr", "num_tokens", "num_experts"])
+@triton.jit(do_not_specialize=VARYING)
 def group_offsets_kernel(
     given_ptr,  # (E,) int32 or int64: counts, or inclusive ends
     layout_ptr,  # (3E+2,) int32
@@ -93,18 +94,7 @@ def group_offsets_kernel(
     store_layout(layout_ptr, ends.to(tl.int32), tokens, scale_ends, num_experts, BLOCK)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tokens_ptr",
-        "scale_starts_ptr",
-        "out_tokens_ptr",
-        "out_offsets_ptr",
-        "out_scale_offsets_ptr",
-        "num_tokens",
-        "num_scale_rows",
-        "num_experts",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def caller_layout_kernel(
     tokens_ptr,  # (E,) int32
     scale_starts_ptr,  # (E,) int32
@@ -142,8 +132,7 @@ def _options(block: int) -> tuple[tuple[str, int], ...]:
 
 
 def group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> tuple[KernelLaunch, ...]:
-    """What ``core.layout.group_offsets`` computes, of counts or ends (E,) int32 or int64,
-    contiguous."""
+    """The launch of ``core.layout.group_offsets``: (E,) int32 or int64, contiguous."""
     num_experts = given.shape[0]
     block = next_power_of_2(num_experts)
     arguments = (given, layout, num_tokens, num_experts)

@@ -34,8 +34,7 @@ def from_fp32(x, dtype: tl.constexpr):
 
 @triton.jit
 def to_e4m3_codes(x):
-    """fp32 to the bytes of e4m3, rounding to nearest even and saturating to +-448; NaN becomes 0x7F
-    or 0xFF."""
+    """fp32 to bytes of e4m3, to nearest even, saturating to +-448; NaN is 0x7F or 0xFF."""
     if not INTERPRET:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     u = x.to(tl.int32, bitcast=True)

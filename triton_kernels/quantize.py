@@ -33,12 +33,12 @@ from hybrid_mxfp8.triton_kernels.group_layout import group_offsets, scan_counts,
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
 def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_ptr, EXPERTS: tl.constexpr):
-    """For each row: whether an expert owns it, and its scale row. Its expert is the number of ends
-    at or before it."""
+    """Whether each row has an expert, the number of ends at or before it; and its scale row."""
     CHUNK: tl.constexpr = min(EXPERTS, 1024)
     valid = row < tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
     expert = tl.zeros_like(row)
@@ -53,8 +53,7 @@ def _scale_rows(row, num_rows, num_experts, expert_offsets_ptr, scale_offsets_pt
 
 @triton.jit
 def _scale_rows_from_counts(row, ends, scale_ends):
-    """What ``_scale_rows`` returns, of scanned counts: offsets are the largest ends at or before a
-    row."""
+    """As ``_scale_rows``: offsets are the largest scanned ends at or before a row."""
     before = ends[None, :] <= row[:, None]
     start = tl.max(tl.where(before, ends[None, :], 0), 1)
     scale_start = tl.max(tl.where(before, scale_ends[None, :], 0), 1)
@@ -62,7 +61,7 @@ def _scale_rows_from_counts(row, ends, scale_ends):
 
 
 @triton.jit
-def _quantize_groups(x, ROUNDING_BIAS: tl.constexpr):
+def quantize_groups(x, ROUNDING_BIAS: tl.constexpr):
     """x (R, G, SCALE_GROUP) fp32 to codes of its shape and scales (R, G), both uint8."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(bits, 2)  # as integers: a float maximum would drop NaN
@@ -96,22 +95,7 @@ def _zero_padding_rows(scales_ptr, first_scale_row, used_rows, first_tile, num_c
     tl.store(words, zeros, mask=in_tiles & ((first_row < used_rows) & (row >= used_rows))[None, :])
 
 
-# What changes with every batch is not specialized on, so that a new number of tokens compiles no
-# new kernel.
-@triton.jit(
-    do_not_specialize=[
-        "row_index_ptr",
-        "num_source_rows",
-        "num_scale_rows",
-        "counts_ptr",
-        "layout_ptr",
-        "expert_offsets_ptr",
-        "scale_offsets_ptr",
-        "num_rows",
-        "num_experts",
-        "row_programs",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def quantize_kernel(
     x_ptr,  # rows of K elements, or of 2K with SWIGLU; bf16, fp16 or fp32
     row_stride,  # elements
@@ -147,8 +131,7 @@ def quantize_kernel(
     PADDING_TILES: tl.constexpr,  # scale tiles that one padding program zeroes, side by side
     SKIP_UNOWNED: tl.constexpr,  # row programs beyond the groups leave at once, LAYOUT offsets
 ):
-    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),); row_programs = cdiv(T, BLOCK_ROWS) *
-    column_programs."""
+    """Grid (row_programs + E * cdiv(C / 4, PADDING_TILES),), one more with LAYOUT counts."""
     wait_for_predecessor()
     pid = tl.program_id(0)
     SCALE_COLS: tl.constexpr = BLOCK_COLS // 32
@@ -177,12 +160,7 @@ def quantize_kernel(
         inside = (scale_start >= 0) & (scale_start.to(tl.int64) + tokens < num_scale_rows)
         if (tokens > 0) & (tokens % 128 != 0) & inside:
             _zero_padding_rows(
-                scales_ptr,
-                scale_start + tokens // 128 * 128,
-                tokens % 128,
-                first_tile,
-                num_column_tiles,
-                PADDING_TILES,
+                scales_ptr, scale_start + tokens // 128 * 128, tokens % 128, first_tile, num_column_tiles, PADDING_TILES
             )
         return
 
@@ -227,7 +205,7 @@ def quantize_kernel(
                 up += BETA
             x = x / (1.0 + tl.exp(-ALPHA * x)) * up
         GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
-        codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
+        codes, scale = quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
         codes = tl.reshape(codes, [BLOCK_ROWS, BLOCK_COLS])
         # Columns K/32 .. C-1 are blocks of masked zeros, whose scale is the 0 that padding wants;
         # but not where they share that of a group.
@@ -247,10 +225,8 @@ def quantize_kernel(
 class QuantizeConfig:
     """Rows and columns of a row program, scale tiles of a padding program, and the warps of both.
 
-    ``skip_unowned``: whether row programs beyond the groups leave at once. Most rows can be there,
-        where experts are spread over
-    GPUs or a batch is padded; but to know it each program waits for a load, which a decode batch
-    would feel.
+    Row programs beyond the groups can leave at once: most rows are there where experts are spread
+    over GPUs or a batch is padded. But each waits for a load then, which a decode batch would feel.
     """
 
     block_rows: int
@@ -296,16 +272,12 @@ FUSED_COUNTS_MAX_ELEMENTS = 2**21
 
 
 def can_fuse_counts(num_rows: int, k: int, num_experts: int) -> bool:
-    """Whether the quantizer should scan counts itself instead of reading a layout's offsets; pure.
-
-    Each program repeats the scan, which beats a second launch only while there are few programs.
-    """
+    """Whether the quantizer should scan counts itself: only few programs repeat that. Pure."""
     return num_experts <= FUSED_COUNTS_MAX_EXPERTS and num_rows * k <= FUSED_COUNTS_MAX_ELEMENTS
 
 
 def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[KernelLaunch, ...]:
-    """The launches of one quantization: one, and one before it where counts are better scanned
-    alone."""
+    """The launch of one quantization, after one that scans counts where that is better alone."""
     p, b = problem, buffers
     if p.grouping == "counts" and not can_fuse_counts(p.num_rows, p.k, p.num_experts):
         assert b.counts is not None
@@ -321,43 +293,19 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
     row_programs = ceil_div(p.num_rows, config.block_rows) * column_programs
     padding_programs = p.num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
     programs = row_programs + padding_programs + (p.grouping == "counts")  # one more writes the layout
-    scale_rows = math.prod(b.scales.shape) // cols
-    arguments = (
-        b.x,
-        p.row_stride,
-        p.expert_stride,
-        b.row_index,
-        p.num_source_rows,
-        b.values,
-        b.scales,
-        scale_rows,
-        b.counts,
-        b.layout,
-        b.expert_offsets,
-        b.scale_offsets,
-        p.num_rows,
-        p.num_experts,
-        # 1 where it is not used: Triton specializes the kernel on it.
-        p.num_rows // p.num_experts if p.grouping == "uniform" else 1,
-        p.k,
-        row_programs,
-        column_programs,
-        b.x_scales,
-        1 if b.x_scales is None else p.scale_stride,
-    )
-    swiglu = p.activation
-    constants = (
-        SCALE_ROUNDING_BIAS[p.scale_rounding],
-        p.scale_group,
-        p.grouping,
-        b.row_index is not None,
-        swiglu is not None,
-        *((1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)),
-        next_power_of_2(p.num_experts),
-        config.block_rows,
-        config.block_cols,
-        config.padding_tiles,
-        config.skip_unowned and p.grouping == "offsets",
-    )
+    source = (b.x, p.row_stride, p.expert_stride, b.row_index, p.num_source_rows)
+    target = (b.values, b.scales, math.prod(b.scales.shape) // cols)
+    layout = (b.counts, b.layout, b.expert_offsets, b.scale_offsets)
+    # Triton specializes the kernel on these two, which are 1 where they are not used.
+    rows_per_expert = p.num_rows // p.num_experts if p.grouping == "uniform" else 1
+    scale_stride = 1 if b.x_scales is None else p.scale_stride
+    sizes = (p.num_rows, p.num_experts, rows_per_expert, p.k, row_programs, column_programs)
+    arguments = (*source, *target, *layout, *sizes, b.x_scales, scale_stride)
+    swiglu, gather = p.activation, b.row_index is not None
+    numbers = (1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)
+    job = (SCALE_ROUNDING_BIAS[p.scale_rounding], p.scale_group, p.grouping, gather, swiglu is not None, *numbers)
+    skip_unowned = config.skip_unowned and p.grouping == "offsets"
+    tile = (config.block_rows, config.block_cols, config.padding_tiles, skip_unowned)
+    constants = (*job, next_power_of_2(p.num_experts), *tile)
     options = (("num_warps", config.num_warps),)
     return (KernelLaunch(quantize_kernel, programs, arguments, constants, options),)

@@ -19,8 +19,7 @@ def row_offset(row, num_column_tiles):
 
 @triton.jit
 def column_offset(col):
-    """Bytes from a row's first scale to that of column ``col``, which counts blocks of 32
-    elements."""
+    """Bytes from a row's first scale to that of column ``col``, a block of 32 elements."""
     return col // 4 * 512 + col % 4
 
 

@@ -35,8 +35,7 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 logger = logging.getLogger("hybrid_mxfp8")
 
 CSRC = Path(__file__).parent.parent / "csrc"
-MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc")
-"""What every manifest has, as strings."""
+MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc")  # what every manifest has, as strings
 
 FLAGS = (
     "-std=c++17",
@@ -54,29 +53,20 @@ FLAGS = (
 READ_BY_SHELL = re.compile(r"[$`\"\\\n]")
 """In double quotes, which is how nvcc hands paths to the shell that runs its parts."""
 
-VERSIONS = re.compile(r"-cutlass([\d.]+)(?:\+[0-9a-f]+)?-nvcc([\d.]+)")
-"""How the name of a module's folder ends; those of its log and lock are longer."""
+MODULE_NAME = r"\w+-[0-9a-f]{16}-cutlass([\d.]+)(?:\+[0-9a-f]+)?-nvcc([\d.]*\d)"
+"""Of a module's folder: the versions are those of CUTLASS and nvcc."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to compile.
+    """What to compile."""
 
-    Attributes:
-        name: of the module, unique among differing definitions; letters, digits, ``_``.
-        file: the ``.cu`` file.
-        arch: the target, like ``10.0a``, ``10.3a``, ``10.0f``, ``9.0``.
-        definitions: macros and their values.
-        flags: for nvcc, after FLAGS.
-        include: folders searched before CUTLASS's; the ``.cuh`` files there are part of the key.
-    """
-
-    name: str
-    file: Path
-    arch: str
-    definitions: tuple[tuple[str, str], ...] = ()
-    flags: tuple[str, ...] = ()
-    include: tuple[Path, ...] = (CSRC,)
+    name: str  # of the module, unique among differing definitions; letters, digits, ``_``
+    file: Path  # the ``.cu`` file
+    arch: str  # the target, like ``10.0a``, ``10.3a``, ``10.0f``, ``9.0``
+    definitions: tuple[tuple[str, str], ...] = ()  # macros and their values
+    flags: tuple[str, ...] = ()  # for nvcc, after FLAGS
+    include: tuple[Path, ...] = (CSRC,)  # searched before CUTLASS's; .cuh there are part of the key
 
     def key(self) -> str:
         """A digest of all that the compiler would be given, but for CUTLASS's headers."""
@@ -105,17 +95,12 @@ def cache() -> Path:
 
 
 def check_cache() -> None:
-    """Check that code in the cache may be loaded, as all functions below do.
-
-    Raises:
-        BackendUnavailableError: someone else owns it or can write there; says who, and what to do.
-    """
+    """Check that code in the cache may be loaded, as all below do; BackendUnavailableError."""
     check_trusted(env.cache_dir(), cache())
 
 
 def find(source: Source) -> Built | None:
-    """The module if it is built: by this machine's tools, or where it has none, the newest by
-    any."""
+    """The module if it is built, by this machine's tools; if it has none, the newest by any."""
     check_cache()
     try:
         exact = Built(cache() / _folder_name(source, *toolchain.find_for(source.arch)))
@@ -129,10 +114,10 @@ def built_elsewhere(source: Source) -> Built | None:
     check_cache()
     versions = {}
     for module in _folders(f"{source.name}-{source.key()}-cutlass*"):
-        ending = VERSIONS.fullmatch(module.folder.name, len(f"{source.name}-{source.key()}"))
-        if ending is not None and _usable(module):
+        named = re.fullmatch(MODULE_NAME, module.folder.name)
+        if named is not None and _usable(module):
             # As numbers: 4.10.0 is newer than 4.8.1.
-            versions[module] = [[int(n) for n in re.findall(r"\d+", version)] for version in ending.groups()]
+            versions[module] = [[int(n) for n in re.findall(r"\d+", version)] for version in named.groups()]
     return max(versions, key=lambda module: versions[module], default=None)
 
 
@@ -143,12 +128,8 @@ def built() -> list[Built]:
 
 
 def build(source: Source) -> Built:
-    """The module, built now if it is not there; another process's build of it is waited for.
-
-    Raises:
-        BackendUnavailableError: no headers or compiler, a compiler too old for the target, a
-            compilation that fails, a cache that cannot be written.
-    """
+    """The module, built now if need be, or waited for while another process does it.
+    BackendUnavailableError for missing or old tools, a failed compilation, an unwritable cache."""
     found = find(source)
     if found is not None:
         return found
@@ -159,11 +140,7 @@ def build(source: Source) -> Built:
 
 
 def load(source: Source) -> Any:
-    """The tvm-ffi module, built if need be; loaded once in a process.
-
-    Raises:
-        BackendUnavailableError: as :func:`build`, or the library does not load.
-    """
+    """The tvm-ffi module, loaded once in a process; raises as :func:`build`."""
     return build(source).load()
 
 

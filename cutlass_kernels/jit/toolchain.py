@@ -21,16 +21,10 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 MIN_CUTLASS = (4, 2, 0)
-RAGGED_CUTLASS = (4, 4, 0)
-"""The first version whose block-scaled ragged-contiguous mainloop takes MoEProblemShape."""
-
-PDL_CUTLASS = (4, 6, 0)
-"""The first whose kernels may start while the one before runs: kPdlIsSafe in csrc has the
-reasons."""
-
-MIN_CUDA = (12, 8)
-MIN_CUDA_103 = (12, 9)
-"""The first compilers for sm_100a; for sm_103a and the family target sm_100f."""
+RAGGED_CUTLASS = (4, 4, 0)  # the first whose ragged-contiguous mainloop takes MoEProblemShape
+PDL_CUTLASS = (4, 6, 0)  # the first whose kernels may overlap: kPdlIsSafe in csrc has the reasons
+MIN_CUDA = (12, 8)  # the first compiler for sm_100a
+MIN_CUDA_103 = (12, 9)  # for sm_103a and the family target sm_100f
 
 CUTLASS_PACKAGES = {
     "nvidia-cutlass": ("cutlass_library", "source/include"),
@@ -39,9 +33,7 @@ CUTLASS_PACKAGES = {
 }
 """Package name: the module it installs, and where in that the headers are."""
 
-CHOSEN = "HYBRID_MXFP8_CUTLASS_DIR"
-"""The origin of headers that the user chose."""
-
+CHOSEN = "HYBRID_MXFP8_CUTLASS_DIR"  # the origin of headers that the user chose
 INSTALL_CUTLASS = "pip install nvidia-cutlass, or pip install 'hybrid-mxfp8[ragged]' for newer headers"
 INSTALL_CUDA = "pip install 'hybrid-mxfp8[nvcc]', or install a CUDA toolkit and set CUDA_HOME"
 NO_HOST_COMPILER = "no host compiler: install g++ (apt install g++, dnf install gcc-c++), or name one in NVCC_CCBIN"
@@ -62,10 +54,7 @@ class CutlassHeaders:
 
     @property
     def identity(self) -> str:
-        """The version of a package; for a chosen folder with a digest of its contents.
-
-        A checkout may be at any commit, or patched, and say the same version.
-        """
+        """The version; of a chosen folder, at any commit or patched, with its contents' digest."""
         return self.version_string + (f"+{_digest(self.include)}" if self.origin == CHOSEN else "")
 
     @property
@@ -93,17 +82,13 @@ class CutlassHeaders:
 
 @dataclass(frozen=True)
 class CudaCompiler:
-    """A CUDA toolkit, or as much of one as compiles and links, and where it was found.
-
-    Attributes:
-        host: the compiler that it hands host code to, as a command; empty if it does not say.
-    """
+    """A CUDA toolkit, or as much of one as compiles and links, and where it was found."""
 
     home: Path
     version: tuple[int, ...]
     origin: str
-    problem: str = ""
-    host: str = ""
+    problem: str = ""  # why it is not used
+    host: str = ""  # the command that host code is handed to; empty if it does not say
 
     @property
     def nvcc(self) -> Path:
@@ -117,11 +102,7 @@ class CudaCompiler:
 
 
 def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
-    """The headers and the compiler of this machine that build for a target like ``10.3a``.
-
-    Raises:
-        BackendUnavailableError: one is missing, or the compiler is too old; says what to install.
-    """
+    """What builds for a target like ``10.3a``; BackendUnavailableError says what to install."""
     cutlass, cuda = find_cutlass(), find_cuda()
     needed = MIN_CUDA_103 if arch.startswith("10.3") or arch.endswith("f") else MIN_CUDA
     if cuda.version < needed:
@@ -131,15 +112,8 @@ def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
     return cutlass, cuda
 
 
-# ---------------------------------------------------------------- CUTLASS
-
-
 def find_cutlass() -> CutlassHeaders:
-    """The headers to compile with.
-
-    Raises:
-        BackendUnavailableError: there are none, or not where HYBRID_MXFP8_CUTLASS_DIR says.
-    """
+    """The headers to compile with; BackendUnavailableError if there are none."""
     chosen = env.cutlass_dir()
     found = cutlass_candidates()
     if chosen is not None:
@@ -197,15 +171,8 @@ def _digest(include: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-# ---------------------------------------------------------------- CUDA
-
-
 def find_cuda() -> CudaCompiler:
-    """The compiler to use: of the usable ones, the first of CUDA_HOME, PATH and the wheels.
-
-    Raises:
-        BackendUnavailableError: CUDA_HOME has none, or there is none; says what to install.
-    """
+    """The first usable compiler of CUDA_HOME, PATH and the wheels; BackendUnavailableError."""
     problems = []
     for found in cuda_candidates():
         if not found.problem:
@@ -248,9 +215,7 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
 @functools.lru_cache
 def _probe_nvcc(nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> tuple[Path, tuple[int, ...], str, str]:
     """Toolkit folder, version, why it is not used, and the host compiler that it finds on PATH.
-
-    nvcc itself is asked: it may be a wrapper script, whose folder says nothing of the toolkit's.
-    """
+    nvcc itself is asked: it may be a wrapper script, whose folder says nothing of the toolkit's."""
     said = _output(nvcc, "--version")
     match = re.search(r"release [\d.]+, V([\d.]+)", said)
     if match is None:

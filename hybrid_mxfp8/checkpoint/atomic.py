@@ -17,17 +17,12 @@ from pathlib import Path
 
 SUFFIX = ".partial"
 
-_writing: set[Path] = set()
-"""What this process writes now: another file of its number is from an earlier process."""
+_writing: set[Path] = set()  # another file of its number is from an earlier process
 
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """The hidden path beside ``target`` to write to; removed at the end unless it was renamed.
-
-    Raises:
-        ValueError: this process is writing ``target`` already.
-    """
+    """The hidden path to write ``target`` to; ValueError where this process does so already."""
     path = target.with_name(f"{_prefix(target)}{os.getpid()}{SUFFIX}")
     if path in _writing:
         raise ValueError(f"{target}: is being written by this process already")

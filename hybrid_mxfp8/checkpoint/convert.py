@@ -37,10 +37,8 @@ QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantization_config.json",
 """Files of their own in which exporters describe a quantization; the result has none."""
 
 SOURCE_DTYPES: Final = ("BF16", "F16", "F32")
-BLOCK_ELEMENTS: Final = 2**20
-"""Of one block of rows: 4 MiB in fp32, which malloc reuses; larger ones it maps anew."""
-MAX_THREADS: Final = 8
-"""Blocks of rows in work at a time: each takes some 30 MiB."""
+BLOCK_ELEMENTS: Final = 2**20  # of a block of rows: 4 MiB in fp32, which malloc reuses
+MAX_THREADS: Final = 8  # blocks of rows in work at a time: each takes some 30 MiB
 
 QUANTIZATION_CONFIG: Final = {
     "quant_method": "mxfp8",
@@ -65,10 +63,6 @@ class Options:
     others_to_bf16: bool = False  # FP8 matrices in blocks of 128x128 that no pattern matches
     transposed: tuple[str, ...] | None = None  # stacks kept as (E, K, N); None: as config.json says
     interleaved: tuple[str, ...] | None = None  # weights with gate and up rows in turns; None: likewise
-
-    def match(self, name: str) -> bool:
-        """Whether a tensor of this name is meant."""
-        return matches(name, self.patterns)
 
 
 @dataclass
@@ -111,21 +105,18 @@ class Summary:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """What to do with each tensor of a checkpoint. Reads headers only.
-
-    Raises:
-        ValueError: a tensor that matches can't be quantized, or none does.
-    """
+    """What to do with each tensor, by the headers; ValueError for one that can't be quantized."""
     found = Plan()
     entries = [checkpoint.entry(name) for name in checkpoint.names]
     for name in checkpoint.names:
         weight = checkpoint.mxfp4_weight(name)
-        if weight and (options.match(name) or options.match(weight)):
+        if weight and (matches(name, options.patterns) or matches(weight, options.patterns)):
             raise ValueError(f"{checkpoint.place(name)}: {NO_MXFP4}")
     _find_layout(found, checkpoint, entries, options)
     for entry in entries:
+        widened = options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
         scales = block_scales(checkpoint, entry)
-        if scales and (_is_quantized(entry, options) or _is_widened(entry, options)):
+        if scales and (widened or _is_quantized(entry, options)):
             found.scales[entry.name] = scales
     dropped = {scales.name for scales in found.scales.values()}
     for entry in entries:
@@ -138,7 +129,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
             found.widened.append(entry)
         else:
             found.copied.append(entry)
-            if options.match(entry.name) and entry.name not in found.interleaved:
+            if matches(entry.name, options.patterns) and entry.name not in found.interleaved:
                 found.kept.append(entry.name)
     if not found.quantized:
         shown = ", ".join(checkpoint.names[:3]) + (", ..." if len(checkpoint.names) > 3 else "")
@@ -147,13 +138,8 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], options: Options) -> None:
-    """Which tensors that will be quantized are not (E, N, K) with gate before up.
-
-    Raises:
-        ValueError: an option's pattern that matches none of them, fused matrices of a model that
-            has rows in turns under another name, or experts that are (E, K, N) by their shapes and
-            not by the layout, or the other way round.
-    """
+    """Which tensors that will be quantized are not (E, N, K) with gate before up; ValueError where
+    options, ``model_type`` and shapes contradict one another."""
     known = layout_of(checkpoint.path)
     transposed = known.transposed if options.transposed is None else options.transposed
     interleaved = known.interleaved if options.interleaved is None else options.interleaved
@@ -186,10 +172,8 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
 
 def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
     """That fused experts will be (E, N, K): gate_up_proj (E, 2I, H) beside down_proj (E, H, I).
-
     Each is given by name, shape and whether it will be transposed. By their own shapes alone (E, K,
-    N) look like any others, and would be quantized along N.
-    """
+    N) look like any others, and would be quantized along N."""
     (a, b), (c, d) = (shape[:0:-1] if transposed else shape[1:] for _, shape, transposed in (up, down))
     if (b != 2 * c or a != d) and up[2] == down[2]:
         return
@@ -205,11 +189,7 @@ def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[st
 
 
 def _is_quantized(entry: Entry, options: Options) -> bool:
-    return options.match(entry.name) and len(entry.shape) >= 2 and not entry.name.endswith("bias")
-
-
-def _is_widened(entry: Entry, options: Options) -> bool:
-    return options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
+    return matches(entry.name, options.patterns) and len(entry.shape) >= 2 and not entry.name.endswith("bias")
 
 
 def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
@@ -237,18 +217,14 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
 def convert(
     checkpoint: Checkpoint, planned: Plan, target: Path, options: Options, progress: Progress = lambda name, size: None
 ) -> Summary:
-    """Convert a safetensors file, or a checkpoint's folder.
+    """Convert a safetensors file, or each file of a checkpoint's folder; ``target`` appears when it
+    is whole, and replaces what is there.
 
-    Of a folder, each file of the index is converted by itself, files of other kinds are copied, and
-    those that describe a quantization are left out. ``config.json`` gets a ``quantization_config``
-    whose ``modules_to_not_convert`` lists the modules whose weight matrices stay as they are.
-
-    ``target`` appears when it is whole, and replaces what is there.
-
-    Raises:
-        ValueError: a tensor to be quantized that holds NaN or Inf; a ``config.json`` that is
-            none, or that can't say what the result is; a file that is a link to nothing.
-        OSError: a file that can't be read or written.
+    Files of other kinds are copied, but for those that describe a quantization. ``config.json``
+    gets a ``quantization_config`` with the modules whose matrices stay as
+    ``modules_to_not_convert``. ValueError for NaN or Inf in a tensor, a ``config.json`` that is
+    none or can't say what the result is, and a link to nothing; OSError for a file that can't be
+    read or written.
     """
     conversion = _Conversion(checkpoint, planned, options, progress, Summary(planned))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +261,10 @@ class _Conversion:
         if not isinstance(config, dict):
             raise ValueError(f"{config_file}: must hold an object, got a {type(config).__name__}")
         if config_file.exists():
-            _check_one_format(self.checkpoint, _take_quantizations(config), self.planned)
+            parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+            found = (part.pop("quantization_config", None) for part in parts)
+            said = [each for each in found if each is not None]
+            _check_one_format(self.checkpoint, said, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
             weight_map: dict[str, str] = {}
@@ -344,9 +323,8 @@ class _Conversion:
                     noise += block.noise
                     if not math.isfinite(signal) or not math.isfinite(noise):
                         place = self.checkpoint.place(name) + number
-                        raise ValueError(
-                            f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN"
-                        )
+                        why = "holds NaN or Inf, each of which would make its whole block of 32 NaN"
+                        raise ValueError(f"{place}: {why}")
                     writer.append(name, block.values)
                     writer.append(f"{name}_scale_inv", block.scales)
                     self.progress(name, block.num_bytes)
@@ -403,18 +381,8 @@ def _energy(x: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _take_quantizations(config: dict[str, Any]) -> list[Any]:
-    """Remove and return every ``quantization_config``: the model's and those of its parts."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return [found for part in parts if (found := part.pop("quantization_config", None)) is not None]
-
-
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
-    """That one ``quantization_config`` can say what all weights are, whatever it said before.
-
-    Raises:
-        ValueError: weights of another format than MXFP8 would stay.
-    """
+    """That one ``quantization_config`` can say what all weights are in the result."""
     file = checkpoint.path / CONFIG_FILE
     scales = {checkpoint.scale_of(entry.name) for entry in planned.copied if entry.dtype.startswith("F8")}
     left = [
@@ -461,8 +429,5 @@ def _write_json(file: Path, content: object) -> None:
 def _modules_not_converted(planned: Plan) -> list[str]:
     """Modules with a weight matrix that is a float in the result."""
     floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
-    return sorted(
-        entry.name.removesuffix(".weight")
-        for entry in floats
-        if entry.name.endswith(".weight") and len(entry.shape) >= 2
-    )
+    names = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
+    return sorted(name.removesuffix(".weight") for name in names)

@@ -23,11 +23,8 @@ __all__ = ["quantize_fp8_blocks"]
 if TYPE_CHECKING:
     from hybrid_mxfp8.checkpoint.reader import Checkpoint
 
-BLOCK: Final = 128
-"""Rows and columns that share a scale."""
-
-SCALE_NAMES: Final = {"F32": "fp32", "BF16": "bf16", "F8_E8M0": "E8M0"}
-"""Of the dtypes that such scales have."""
+BLOCK: Final = 128  # rows and columns that share a scale
+SCALE_NAMES: Final = {"F32": "fp32", "BF16": "bf16", "F8_E8M0": "E8M0"}  # of their dtypes
 
 
 def block_scales(checkpoint: Checkpoint, weight: Entry) -> Entry | None:
@@ -45,10 +42,8 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What rows of such a weight stand for: element times its block's scale, rounded once.
-
-    ``values`` (R, K) begin with a block, ``scales`` are (ceil(R/128), ceil(K/128)); returns fp32.
-    """
+    """fp32: rows (R, K) of such a weight, from a block on, times scales (ceil(R/128),
+    ceil(K/128))."""
     rows, k = values.shape
     each = scales.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :k]
     return values.float().mul_(each)

@@ -20,9 +20,7 @@ Result = TypeVar("Result")
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
     """``work(item)`` of each item, in their order, at most ``threads + 1`` of them in memory.
-
-    Operators run on one thread each meanwhile. Close the iterator if it is not used up.
-    """
+    Operators run on one thread each meanwhile. Close the iterator if it is not used up."""
     if threads == 1:
         yield from map(work, items)
         return

@@ -1,17 +1,12 @@
 """Quantized experts on disk: safetensors files that follow published MXFP8 checkpoints.
 
 A weight ``NAME`` (..., N, K) is stored as F8_E4M3, its scales as U8 (..., N, K/32), E8M0 bytes that
-multiply the elements by 2^(b-127), row-major. The scales are called
+multiply the elements by 2^(b-127), row-major. They are written as ``NAME_scale_inv``, as in
+MiniMax-M3-MXFP8 and SGLang; ``NAME_scale`` (ModelOpt) and ``.scale`` for ``.weight`` (DeepSeek) are
+read as well, as is F8_E8M0. All multiply, in spite of ``_inv``.
 
-- ``NAME_scale_inv``, as in MiniMax-M3-MXFP8 and in SGLang's ``quant_method: mxfp8``; this is
-  written
-- ``NAME_scale``, as ModelOpt exports them, or with ``.scale`` for ``.weight``, as in DeepSeek's own
-  files; read as well, F8_E8M0 as well as U8
-
-All multiply, in spite of ``_inv``. Scales on disk are always row-major, those of an
-``ExpertWeights`` always swizzled: no function here takes or returns a bare scale tensor, so
-the two can't be taken for one another. Where N % 128 == 0 and K % 128 == 0 both have the same
-shape.
+Scales on disk are always row-major, those of an ``ExpertWeights`` always swizzled, and both can
+have one shape: no function here takes or returns a bare scale tensor.
 """
 
 from __future__ import annotations
@@ -277,8 +272,7 @@ def scale_entry(name: str, shape: tuple[int, ...]) -> Entry:
     return Entry(f"{name}_scale_inv", "U8", (*shape[:-1], shape[-1] // BLOCK_SIZE))
 
 
-Member = tuple[str, int | None]
-"""One expert's matrix: a tensor, and its place in it if that tensor is a stack."""
+Member = tuple[str, int | None]  # an expert's matrix: a tensor, and its place if that is a stack
 
 
 def _members(checkpoint: Checkpoint, name: str) -> list[Member]:
@@ -428,15 +422,11 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file}: is no regular file" + (", but a link to nothing" if not file.exists() else ""))
     try:
         handle = safe_open(file, framework="pt", device="cpu")
-        _check_header(file)
+        # Refuses two tensors of one name: the library takes the last, other readers the first.
+        with file.open("rb") as opened:
+            _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))
     except SafetensorError as error:
         raise ValueError(f"{file}: is no complete safetensors file: {error}") from error
     except OSError as error:
         raise ValueError(f"{file}: can't be read: {error.strerror or error}") from error
     return handle
-
-
-def _check_header(file: Path) -> None:
-    """Refuse two tensors of one name: the library takes the last, other readers the first."""
-    with file.open("rb") as opened:
-        _parse_json(file, opened.read(int.from_bytes(opened.read(8), "little")))

@@ -15,21 +15,14 @@ from hybrid_mxfp8.checkpoint.reader import read_json
 
 CONFIG_FILE: Final = "config.json"
 
-Patterns = tuple[str, ...]
-"""Of names of tensors, as in a shell."""
+Patterns = tuple[str, ...]  # of names of tensors, as in a shell
 
 
 class SourceLayout(NamedTuple):
-    """Weights that are not kept as MXFP8 is.
+    """Weights that are not kept as MXFP8 is."""
 
-    Attributes:
-        transposed: stacks (E, K, N).
-        interleaved: those whose rows, of N, are a gate's and an up's in turns, gate first. Their
-            biases are, too.
-    """
-
-    transposed: Patterns = ()
-    interleaved: Patterns = ()
+    transposed: Patterns = ()  # stacks (E, K, N)
+    interleaved: Patterns = ()  # of their N rows, gate's and up's take turns, as in their biases
 
 
 _FUSED: Final = ("*.experts.gate_up_proj", "*.experts.down_proj")
@@ -53,12 +46,7 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 
 def layout_of(checkpoint: Path) -> SourceLayout:
-    """What the ``config.json`` in a checkpoint's folder, or beside a file, says by its
-    ``model_type`` or that of one of its parts.
-
-    Raises:
-        ValueError: a ``config.json`` that is no JSON.
-    """
+    """What a checkpoint's ``config.json`` says by its ``model_type``, or that of a part."""
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
     config: Any = read_json(file) if file.exists() else None
     if not isinstance(config, dict):

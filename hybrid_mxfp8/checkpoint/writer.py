@@ -28,8 +28,7 @@ ITEM_BYTES = {
 """Bytes of one element, by the format's name of a dtype."""
 
 CHUNK_BYTES = 2**26
-MAX_HEADER_BYTES = 100_000_000
-"""What the library reads."""
+MAX_HEADER_BYTES = 100_000_000  # what the library reads
 
 
 class Entry(NamedTuple):
@@ -51,12 +50,8 @@ class SafetensorsWriter:
     """A file being written: ``append`` within the ``with`` block, a complete file after it."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-        """Lay out the file ``path``, which is replaced if it exists, with all its tensors.
-
-        Raises:
-            ValueError: two tensors of one name, a name that the format can't hold, an unknown
-                dtype, or so many tensors that the library would not read the header.
-        """
+        """Lay out the file with all its tensors, to replace ``path``; ValueError for what the
+        format or the library can't hold, and for two of one name."""
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         self._at: dict[str, int] = {}
         self._end: dict[str, int] = {}
@@ -91,10 +86,7 @@ class SafetensorsWriter:
 
     def append(self, name: str, data: torch.Tensor) -> None:
         """Write a tensor's next bytes: all of ``data``, row-major, of any dtype, on any device.
-
-        Raises:
-            ValueError: more than the tensor has left.
-            OSError: the file can't be written, as on a full disk; names the file.
+        ValueError for more than the tensor has left; OSError, of a full disk say, names the file.
         """
         data = data.detach().contiguous().reshape(-1).view(torch.uint8)
         if data.numel() > self._end[name] - self._at[name]:

@@ -9,11 +9,8 @@ import math
 import sys
 from pathlib import Path
 
-SUITE = "hybrid_mxfp8.bench"
-"""What the folder is in a checkout, whose root is on this package's path."""
-
-KINDS = ("quantize", "gemm", "moe")
-"""What ``--only`` takes."""
+SUITE = "hybrid_mxfp8.bench"  # the folder in a checkout, whose root is on this package's path
+KINDS = ("quantize", "gemm", "moe")  # what ``--only`` takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

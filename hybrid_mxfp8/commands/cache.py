@@ -19,18 +19,17 @@ from typing import Final, NamedTuple
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.tables import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
-from hybrid_mxfp8.cutlass_kernels.jit.build import Built
+from hybrid_mxfp8.cutlass_kernels.jit.build import MODULE_NAME, Built
 from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST, Module, trust_problem
 
-MODULE: Final = r"\w+-[0-9a-f]{16}-cutlass[\d.]+(?:\+[0-9a-f]+)?-nvcc[\d.]*\d"
 LAUNCHER: Final = r"[0-9a-f]{16}"
-BUILT: Final = rf"{MODULE}(?:\.verified-[0-9a-f]{{8}})?"
+BUILT: Final = rf"{MODULE_NAME}(?:\.verified-[0-9a-f]{{8}})?"
 
 KINDS: Final = {
     "cutlass": {
-        "module": MODULE,
-        "verification": rf"{MODULE}\.verified-[0-9a-f]{{8}}",
-        "failed build": rf"{MODULE}\.log",
+        "module": MODULE_NAME,
+        "verification": rf"{MODULE_NAME}\.verified-[0-9a-f]{{8}}",
+        "failed build": rf"{MODULE_NAME}\.log",
         "unfinished build": rf"\.building-{BUILT}-[0-9a-f]{{16}}",
         "lock": rf"{BUILT}\.lock",
     },
@@ -42,24 +41,16 @@ KINDS: Final = {
 }
 """The names of each kind of entry, by the folder below the cache's."""
 
-WRITTEN: Final = (LIBRARY, MANIFEST, verify.RECORD)
-"""The files of an entry that is a folder."""
+WRITTEN: Final = (LIBRARY, MANIFEST, verify.RECORD)  # the files of an entry that is a folder
 
 
 class Entry(NamedTuple):
-    """Something in the cache that this package wrote.
+    """Something in the cache that this package wrote."""
 
-    Attributes:
-        kind: of :data:`KINDS`.
-        path: a file, or a folder of some of the files of :data:`WRITTEN`.
-        about: what it is, in a line.
-        num_bytes: of all in it.
-    """
-
-    kind: str
-    path: Path
-    about: str
-    num_bytes: int
+    kind: str  # of :data:`KINDS`
+    path: Path  # a file, or a folder of some of the files of :data:`WRITTEN`
+    about: str  # what it is, in a line
+    num_bytes: int  # of all in it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,11 +31,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 well, 1 a fault was found, 2 it could not run.
-
-    Args:
-        argv: words after the program's name; default: those of this process.
-    """
+    """Run words after the program's name, or this process's: 0 well, 1 a fault, 2 it could not
+    run."""
     listing = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog=PROG,

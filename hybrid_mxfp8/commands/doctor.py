@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def examine() -> dict[str, Any]:
         "gpus": gpus(),
         **tools(),
         "host_compiler": host_compiler(),
-        "launcher": launcher_status(),
+        "launcher": _answer(launcher.status),
         "device": str(default_device()),
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
-        "default_backend": default_backend(),
+        "default_backend": _answer(lambda: requested(None), "invalid: "),
         "cache": cache(env.cache_dir()),
         **cached(env.cache_dir()),
         "environment": env.in_force(),
@@ -67,9 +68,7 @@ def versions() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {_torch_build()}",
         "Triton": _distribution("triton"),
-        "apache-tvm-ffi": _distribution("apache-tvm-ffi"),
-        "safetensors": _distribution("safetensors"),
-        "transformers": _distribution("transformers"),
+        **{name: _distribution(name) for name in ("apache-tvm-ffi", "safetensors", "transformers")},
         **({"NVIDIA driver": driver} if (driver := verify.driver_version()) else {}),
     }
 
@@ -125,20 +124,12 @@ def host_compiler() -> str:
     return "not asked for: there is no nvcc that works"
 
 
-def launcher_status() -> str:
-    """Whether launches are made by the C launcher, or will be, and if not why."""
+def _answer(question: Callable[[], str], before: str = "") -> str:
+    """What it returns, or what is wrong with the environment variable that it reads."""
     try:
-        return launcher.status()
-    except ValueError as error:  # of a variable that is neither 0 nor 1
-        return str(error)
-
-
-def default_backend() -> str:
-    """What a call that names no backend asks for, or what is wrong with HYBRID_MXFP8_BACKEND."""
-    try:
-        return requested(None)
+        return question()
     except ValueError as error:
-        return f"invalid: {error}"
+        return f"{before}{error}"
 
 
 def cache(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 @contextmanager
 def progress(total: float, **options: Any) -> Iterator[tqdm[Any]]:
-    """A tqdm bar on stderr, which draws nothing where that is no terminal; ``options`` as
-    tqdm's."""
+    """A tqdm bar on stderr, drawn only where that is a terminal; ``options`` as tqdm's."""
     with logging_redirect_tqdm(), tqdm(total=total, leave=False, disable=None, dynamic_ncols=True, **options) as bar:
         yield bar

@@ -31,12 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     others = "write FP8 matrices (128x128 blocks) that no PATTERN matches as bf16; default: copy them"
     add("--others-to-bf16", action="store_true", help=others)
     known = "default: as the model_type in config.json says; may be given again"
-    add(
-        "--transposed",
-        action="append",
-        metavar="PATTERN",
-        help=f"stacks kept as (E, K, N), as gpt-oss has them; {known}",
-    )
+    kept = "stacks kept as (E, K, N), as gpt-oss has them"
+    add("--transposed", action="append", metavar="PATTERN", help=f"{kept}; {known}")
     in_turns = "weights whose gate and up rows take turns, as gpt-oss's do; their biases are put in order, too"
     add("--interleaved", action="append", metavar="PATTERN", help=f"{in_turns}; {known}")
     add("--scale-rounding", choices=SCALE_ROUNDINGS, default="rceil", help="default: rceil")
@@ -95,12 +91,8 @@ def _convert(args: argparse.Namespace) -> Summary:
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Whether OUT may be written, and what it replaces is no more than an earlier OUT.
-
-    Raises:
-        ValueError: IN and OUT are the same, or one is inside the other.
-        FileExistsError: OUT exists, without ``force`` or as no checkpoint of IN's kind.
-    """
+    """Whether OUT may be written: neither IN nor inside it or around it (ValueError), and no more
+    than an earlier OUT of IN's kind, with ``force`` (FileExistsError)."""
     a, b = source.resolve(), target.resolve()
     if a == b or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target}: IN and OUT must not be the same")

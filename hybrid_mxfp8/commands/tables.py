@@ -16,8 +16,7 @@ def wrap(text: str, indent: str = "") -> str:
 def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), title: str = ""
 ) -> str:
-    """Columns as wide as their widest cell, two spaces apart, flush right but those of ``left``;
-    above them a title."""
+    """Columns two spaces apart, flush right but those of ``left``; above them a title."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -22,47 +22,25 @@ from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.errors import BackendUnavailableError
 
-BYTES_A_JOB = 6 * 2**30
-"""nvcc peaks at 5 GB for one module."""
-
+BYTES_A_JOB = 6 * 2**30  # nvcc peaks at 5 GB for one module
 ARCHS = ("10.0a", "10.3a", "10.0f")
 SHORT_TYPES = {short: dtype for dtype, (short, _) in OUT_TYPES.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--arch",
-        choices=ARCHS,
-        action="append",
-        help="target, more than one if repeated: 10.0a for B200, 10.3a for B300, 10.0f for both; default: this machine's GPU, "
-        "else 10.0a",
-    )
-    parser.add_argument(
-        "--configs",
-        type=_configs,
-        default=MODULES,
-        metavar="NAME,NAME",
-        help=f"tile configurations; default: all of {', '.join(MODULES)}",
-    )
-    parser.add_argument(
-        "--out-dtypes",
-        type=_out_dtypes,
-        default=(torch.bfloat16,),
-        metavar="NAME,NAME",
-        help=f"output types, of {', '.join(SHORT_TYPES)}; default: bf16",
-    )
-    parser.add_argument(
-        "--jobs", type=_positive, help="compilations at a time; default: as many as CPUs and memory allow"
-    )
+    add = parser.add_argument
+    archs = "target, more than one if repeated: 10.0a for B200, 10.3a for B300, 10.0f for both"
+    add("--arch", choices=ARCHS, action="append", help=f"{archs}; default: this machine's GPU, else 10.0a")
+    configs = f"tile configurations; default: all of {', '.join(MODULES)}"
+    add("--configs", type=_configs, default=MODULES, metavar="NAME,NAME", help=configs)
+    types = f"output types, of {', '.join(SHORT_TYPES)}; default: bf16"
+    add("--out-dtypes", type=_out_dtypes, default=(torch.bfloat16,), metavar="NAME,NAME", help=types)
+    add("--jobs", type=_positive, help="compilations at a time; default: as many as CPUs and memory allow")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile what is missing and verify what runs here; 0 if all of it is there and right.
-
-    Raises:
-        BackendUnavailableError: no headers or no compiler.
-    """
+    """Compile what is missing and verify what runs here; 0 if all is there and right."""
     cutlass, cuda = toolchain.find_cutlass(), toolchain.find_cuda()
     print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
     if cutlass.hint:
@@ -127,8 +105,7 @@ def default_jobs() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can have: the machine's, or its control group's if those are
-    fewer."""
+    """Bytes that this process can have: the machine's, or its control group's if fewer."""
     memory = _read_int(Path("/proc/meminfo"), "MemAvailable:")
     limits = [memory * 1024] if memory is not None else [BYTES_A_JOB]
     group = Path("/sys/fs/cgroup")

@@ -1,26 +1,17 @@
 """The two functions of SGLang's ``sglang.jit_kernel.mxfp8`` (0.5.11 to 0.5.22), over any backend of
-this package.
+this package: with its names, argument order, shapes and in-place effects, so that a caller changes
+its import alone.
 
-Names, argument order, shapes and in-place effects are SGLang's, so that a caller changes its import
-alone:
+SGLang's operand ``a`` is the weights, ``b`` the tokens, ``m`` is N. ``use_backend()`` and
+HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small launch on turning the caller's
+metadata into a layout; none syncs, and both can be captured in a CUDA graph. Under
+``torch.compile`` each is one operator.
 
-    from hybrid_mxfp8.compat.sglang import (
-        es_sm100_mxfp8_blockscaled_grouped_quant,
-        es_sm100_mxfp8_blockscaled_moe_grouped_gemm,
-    )
-
-SGLang's names turned into this package's: its operand ``a`` is the weights, ``b`` the tokens, ``m``
-is N. ``use_backend()`` and HYBRID_MXFP8_BACKEND choose the backend. Each call spends one small
-launch on turning the caller's metadata into a layout; none syncs, and both can be captured in a
-CUDA graph. Under ``torch.compile`` each is one operator,
-``torch.ops.hybrid_mxfp8.sglang_grouped_quant`` and ``sglang_moe_grouped_gemm``.
-
-What is assumed of device data, because to look would sync: rows are sorted by expert without gaps,
-so that ``expert_offsets`` is the exclusive prefix sum of ``tokens_per_expert``;
-``blockscale_offsets`` are multiples of 128 whose experts don't overlap, in any order and with any
-gaps. On CPU tensors, where looking is free, the first assumption and the bounds of the second are
-checked. On a GPU, metadata that break them give wrong numbers but lead no kernel outside its
-buffers.
+Rows must be sorted by expert without gaps, so that ``expert_offsets`` is the exclusive prefix sum
+of ``tokens_per_expert``, and ``blockscale_offsets`` be multiples of 128 whose experts don't
+overlap, in any order and with any gaps. On CPU tensors, where looking is free, the first and the
+bounds of the second are checked. On a GPU, metadata that break them give wrong numbers but lead no
+kernel outside its buffers.
 """
 
 from __future__ import annotations
@@ -33,6 +24,7 @@ from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_aligned,
     check_contiguous,
+    check_float_dtype,
     check_k,
     check_n,
     check_no_grad,
@@ -41,7 +33,6 @@ from hybrid_mxfp8.core.checks import (
     check_tensor,
     fail,
     is_tracing,
-    short,
 )
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout, group_offsets
@@ -85,12 +76,7 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
     """
     if torch.compiler.is_compiling():
         torch.ops.hybrid_mxfp8.sglang_grouped_quant(
-            input,
-            tokens_per_expert,
-            expert_offsets,
-            blockscale_offsets,
-            quant_output.view(torch.uint8),
-            scale_factor,
+            input, tokens_per_expert, expert_offsets, blockscale_offsets, quant_output.view(torch.uint8), scale_factor
         )
         return
     check_tensor("input", input, dtypes=FLOAT_DTYPES, ndim=2, dims="(T, K)")
@@ -176,8 +162,7 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     scales = _scale_tiles("sfb", sfb, num_tokens, k, device)
     _check_metadata(tokens_per_expert, expert_offsets, blockscale_offsets, device)
     check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
+    check_float_dtype("dtype", dtype)
     if workspace.device != device:
         fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
     if is_tracing(b):  # meta or fake: nothing to compute
@@ -194,8 +179,7 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
 
 
 def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> torch.Tensor:
-    """The whole 128x4 tiles of a caller's scale buffer: (S rounded down to 128, C), the same
-    memory."""
+    """The whole 128x4 tiles of a caller's scale buffer, (S rounded down to 128, C), as a view."""
     check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
     rows, cols = scales.shape
     if cols != scale_cols(k):
@@ -248,16 +232,12 @@ def _layout(
 
 
 def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
-    """The first ``needed`` bytes of a workspace that start at an aligned address; None where there
-    are too few."""
+    """The first ``needed`` bytes of a workspace at an aligned address; None for too few."""
     flat = workspace.view(-1)
     skipped = -flat.data_ptr() % ALIGNMENT
     if not needed:
         return flat[:0]
     return flat[skipped : skipped + needed] if skipped + needed <= flat.numel() else None
-
-
-# ---------------------------------------------------------------- operators
 
 
 def _grouped_quant(*arguments: torch.Tensor) -> None:

@@ -1,2 +1,1 @@
-"""What MXFP8 is: formats, layouts, operands, argument checks. No kernel, no GPU. May import:
-``errors``, ``env``."""
+"""What MXFP8 is, and argument checks. No kernel, no GPU. May import: ``errors``, ``env``."""

@@ -38,11 +38,8 @@ class SwiGLU:
     spec: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value, positive in (
-            ("alpha", self.alpha, True),
-            ("beta", self.beta, False),
-            ("limit", self.limit, True),
-        ):
+        for name, positive in (("alpha", True), ("beta", False), ("limit", True)):
+            value = getattr(self, name)
             if value is None and name == "limit":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -61,12 +58,7 @@ NAMED = {"swiglu": PLAIN_SWIGLU, "swigluoai": SwiGLU(1.702, 1.0, 7.0)}
 
 
 def swiglu_of(activation: Any, also: str = "") -> SwiGLU:
-    """The SwiGLU that the argument ``activation`` stands for; ``also`` names what else it may be,
-    in the error.
-
-    Raises:
-        ValueError: neither a name, nor a SwiGLU or its ``spec``.
-    """
+    """The SwiGLU that ``activation`` stands for; ValueError names it, and ``also``."""
     if isinstance(activation, SwiGLU):
         return activation
     if isinstance(activation, str):

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes that can be quantized, and that a product can be written in."""
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs and of products
 
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:
@@ -25,16 +24,9 @@ def fail(name: str, expected: str, got: Any) -> NoReturn:
 
 
 def check_tensor(
-    name: str,
-    value: Any,
-    *,
-    dtypes: Sequence[torch.dtype],
-    ndim: int,
-    dims: str,
-    device: torch.device | None = None,
+    name: str, value: Any, *, dtypes: Sequence[torch.dtype], ndim: int, dims: str, device: torch.device | None = None
 ) -> torch.Tensor:
-    """A tensor of one of ``dtypes``, of rank ``ndim`` (described by ``dims``), on ``device`` if
-    given."""
+    """A tensor of one of ``dtypes``, of rank ``ndim``, which ``dims`` describes, on ``device``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor {dims}, got {type(value).__name__}")
     if not is_tracing(value) and not has_memory(type(value)):
@@ -100,28 +92,23 @@ def check_aligned(name: str, value: torch.Tensor) -> None:
 
 
 def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Shares no memory with the others, which are read, or written too, while it is written.
-
-    From its first to its last byte: columns of one wider buffer count as overlapping.
-    """
-    start = written.data_ptr()
-    end = start + extent(written)
+    """Shares no memory with the others, from first to last byte, while it is written."""
+    span = written.data_ptr(), written.data_ptr() + extent(written)
     for other, tensor in others.items():
-        if tensor is None:
-            continue
-        other_start = tensor.data_ptr()
-        other_end = other_start + extent(tensor)
-        if start < other_end and other_start < end:
-            fail(
-                name,
-                f"must not overlap {other}",
-                f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}",
-            )
+        if tensor is not None:
+            check_apart(name, span, other, (tensor.data_ptr(), tensor.data_ptr() + extent(tensor)))
+
+
+def check_apart(name: str, span: tuple[int, int], other: str, other_span: tuple[int, int]) -> None:
+    """No byte of one range of addresses is in the other."""
+    (start, end), (other_start, other_end) = span, other_span
+    if max(start, other_start) < min(end, other_end):
+        addresses = f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}"
+        fail(name, f"must not overlap {other}", addresses)
 
 
 def extent(x: torch.Tensor) -> int:
-    """Bytes from a tensor's first to behind its last: columns of a wider matrix count as one
-    range."""
+    """Bytes from first to behind last: columns of a wider matrix count as one range."""
     if 0 in x.shape:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -154,10 +141,10 @@ def check_scale_group(value: Any) -> int:
     return value
 
 
-def check_out_dtype(value: Any) -> torch.dtype:
-    """A dtype that a product can be written in."""
+def check_float_dtype(name: str, value: Any) -> torch.dtype:
+    """A dtype that tokens can have, and that a product can be written in."""
     if value not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
+        raise TypeError(f"{name}: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
     assert isinstance(value, torch.dtype)
     return value
 
@@ -165,20 +152,13 @@ def check_out_dtype(value: Any) -> torch.dtype:
 def check_no_grad(name: str, value: torch.Tensor) -> None:
     """Quantization has no derivative; a silent loss of gradients would be worse than an error."""
     if value.requires_grad and torch.is_grad_enabled():
-        fail(
-            name,
-            "must not require grad (MXFP8 quantization has no backward; use torch.no_grad() or .detach())",
-            "requires_grad=True",
-        )
+        hint = "MXFP8 quantization has no backward; use torch.no_grad() or .detach()"
+        fail(name, f"must not require grad ({hint})", "requires_grad=True")
 
 
 def is_tracing(x: torch.Tensor) -> bool:
-    """Whether there are shapes alone: torch.compile is tracing, or ``x`` is fake, meta, or inside
-    vmap and the like.
-
-    Then the public functions go through the operators of ``ops.torch_library``, which PyTorch knows
-    how to handle there.
-    """
+    """Whether there are shapes alone: under torch.compile, vmap and the like, or ``x`` is fake or
+    meta. Then the public functions go through the operators of ``ops.torch_library``."""
     return (
         torch.compiler.is_compiling()
         or x.is_meta
@@ -189,14 +169,12 @@ def is_tracing(x: torch.Tensor) -> bool:
 
 @functools.cache
 def has_memory(kind: type) -> bool:
-    """Whether tensors of a type are what they seem: those that intercept operators wrap others, or
-    nothing."""
+    """Whether tensors of a type have memory: those that intercept operators may wrap others."""
     return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
 def arrived(*values: Any) -> tuple[Any, ...]:
-    """The same, once there: functional collectives return tensors that have no memory until they
-    are waited for."""
+    """The same, waited for: functional collectives return tensors that have no memory before."""
     for value in values:  # nearly always plain tensors, in every call
         if type(value) is not torch.Tensor and isinstance(value, torch.Tensor) and hasattr(value, "wait"):
             return tuple(v.wait() if isinstance(v, torch.Tensor) and hasattr(v, "wait") else v for v in values)
@@ -215,11 +193,7 @@ def short(value: Any) -> str:
 
 
 def resolve_device(given: torch.device | str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: no such device here.
-    """
+    """The device of this name. Raises ValueError: no such device here."""
     try:
         device = torch.device(given)
     except (RuntimeError, TypeError):

@@ -8,11 +8,9 @@ consecutive bytes, and tiles follow one another along K first.
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Final
 
-BLOCK_SIZE: Final = 32
-"""Elements of K that share one scale."""
-
+BLOCK_SIZE: Final = 32  # elements of K that share one scale
 E4M3_MAX: Final = 448.0
 E4M3_NAN: Final = 0x7F
 E8M0_NAN: Final = 255
@@ -23,9 +21,6 @@ SCALE_TILE_BYTES: Final = SCALE_TILE_ROWS * SCALE_TILE_COLS
 
 MAX_INT32: Final = 2**31 - 1
 
-ScaleRounding = Literal["rceil", "floor", "even"]
-SCALE_ROUNDINGS: Final[tuple[str, ...]] = get_args(ScaleRounding)
-
 SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
     "rceil": 0x1FFFFF,  # smallest b with amax <= 448 * 2**(b - 127): 448 is 1.75 * 2**8
     "floor": 0,  # OCP: floor(log2(amax)) - 8; elements above 448 saturate
@@ -33,8 +28,8 @@ SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
 }
 """What is added to the fp32 bits of a block's amax before its exponent is taken."""
 
-SCALE_GROUPS: Final = (32, 128)
-"""Elements of K whose blocks share one scale: 128 is four neighbouring blocks with equal scales."""
+SCALE_ROUNDINGS: Final = tuple(SCALE_ROUNDING_BIAS)
+SCALE_GROUPS: Final = (32, 128)  # elements of K whose blocks share one scale
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -64,23 +59,16 @@ def padded_scale_rows(rows: int) -> int:
 
 def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
     """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device
-    data.
-
-    Every expert with a token wastes at most 127 rows, and at most min(E, T) experts have one.
-    """
+    data: at most min(E, T) experts have a token, and each of these wastes at most 127 rows."""
     return (num_tokens + 127 * min(num_experts, num_tokens)) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
 
 
 def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
-    """The most tiles of ``block_t`` rows that T rows over E experts can need, each expert starting
-    a new one."""
+    """The most tiles of ``block_t`` rows of one expert each that T rows over E experts need."""
     return (num_tokens + (block_t - 1) * min(num_experts, num_tokens)) // block_t
 
 
 def scale_offset(row: int, col: int, cols: int) -> int:
-    """Byte offset of scale (row, col) from its operand's first byte; ``cols`` is C.
-
-    Equal to CuTe's ``Sm1xxBlockScaledConfig<32>`` layout.
-    """
+    """Byte of scale (row, col), of C = ``cols``, as in CuTe's ``Sm1xxBlockScaledConfig<32>``."""
     tile = (row // SCALE_TILE_ROWS) * (cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
     return tile * SCALE_TILE_BYTES + (row % 32) * 16 + (row % SCALE_TILE_ROWS // 32) * 4 + col % SCALE_TILE_COLS

@@ -24,8 +24,7 @@ from hybrid_mxfp8.core.checks import (
 )
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
 
-Form = Literal["counts", "ends", "indptr"]
-"""What a caller has: rows per expert (E,); inclusive ends (E,); or offsets from 0 (E+1,)."""
+Form = Literal["counts", "ends", "indptr"]  # rows of each expert, their ends, or offsets from 0
 
 _MEANT: Final[dict[Form, str]] = {
     "counts": "counts, not offsets?",
@@ -75,26 +74,18 @@ class GroupLayout:
             check_contiguous(name, offsets)
         check_num_tokens(self.num_tokens, num_experts)
         if tokens.device.type == "cpu" and not is_tracing(tokens):
-            self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        tokens = self.tokens_per_expert
-        check_numbers("tokens_per_expert", tokens, self.num_tokens, "counts")
-        valid = group_offsets(tokens, self.num_tokens, from_ends=False)
-        for name, given, expected, of in (
-            ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
-            ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
-        ):
-            if not torch.equal(given, expected):
-                fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
+            check_numbers("tokens_per_expert", tokens, self.num_tokens, "counts")
+            valid = group_offsets(tokens, self.num_tokens, from_ends=False)
+            for name, given, expected, of in (
+                ("expert_offsets", self.expert_offsets, valid[1], "tokens_per_expert"),
+                ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
+            ):
+                if not torch.equal(given, expected):
+                    fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
 
     @classmethod
     def unchecked(
-        cls,
-        tokens_per_expert: torch.Tensor,
-        expert_offsets: torch.Tensor,
-        scale_offsets: torch.Tensor,
-        num_tokens: int,
+        cls, tokens_per_expert: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int
     ) -> GroupLayout:
         """Without the checks, for tensors that this package has just made or checked."""
         self = object.__new__(cls)
@@ -177,8 +168,7 @@ class GroupLayout:
 
     @classmethod
     def from_buffer(cls, layout: torch.Tensor, num_experts: int, num_tokens: int) -> GroupLayout:
-        """Views of the buffer (3E+2,) int32 that kernels write: tokens (E,), expert offsets (E+1,),
-        scale offsets (E+1,)."""
+        """Views of (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
         # Tensor.split comes here by way of Python.
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
@@ -186,11 +176,7 @@ class GroupLayout:
 
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
-    """On a CPU, that these are counts, ends or an indptr of ``num_tokens`` rows; else nothing.
-
-    Raises:
-        ValueError: they are not; says what was expected, and which other form they may be.
-    """
+    """On a CPU, that these are of this form; the ValueError guesses which they are of."""
     if not given.is_cpu or is_tracing(given):
         return
     numbers = given.tolist()
@@ -218,11 +204,7 @@ _launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
 
 
 def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> None:
-    """Have ``function`` build layouts on GPUs: (counts or ends (E,), T, whether ends) -> (3E+2,)
-    int32.
-
-    No kernel is known to this package; the public functions say how one is launched.
-    """
+    """Have ``function`` build layouts on GPUs; no kernel is known to this package."""
     global _launch
     _launch = function
 
@@ -231,12 +213,9 @@ def group_offsets(
     counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """tokens_per_expert (E,), expert_offsets (E+1,), scale_offsets (E+1,), all int32, of (E,)
-    counts or inclusive ends.
-
-    Whatever the data, the result is a valid layout of ``num_tokens`` rows: negative counts act as
-    0, ends that fall act as the largest before them, and no expert reaches beyond ``num_tokens``.
-    So no kernel that trusts the layout can leave its buffers.
-    """
+    counts or inclusive ends. Whatever the data, the result is a valid layout of ``num_tokens``
+    rows: negative counts act as 0, ends that fall act as the largest before them, and no expert
+    reaches beyond ``num_tokens``. So no kernel that trusts the layout can leave its buffers."""
     # Clamped before it is summed: the sum of E counts of at most T fits int64, that of any E counts
     # does not.
     given = counts_or_ends.to(torch.int64).clamp(0, num_tokens)
@@ -252,11 +231,8 @@ def group_offsets(
 def caller_offsets(
     tokens_per_expert: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors of a layout whose scales start where the caller says, (E,) int32, cut to 0
-    .. S.
-
-    The last scale offset is the largest end of the padded scales of an expert that has tokens.
-    """
+    """A layout whose scales start where the caller says, (E,) int32, cut to 0 .. S. The last scale
+    offset is the largest end of the padded scales of an expert that has tokens."""
     tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
     starts = scale_starts.to(torch.int64).clamp(0, num_scale_rows)
     ends = torch.where(tokens > 0, starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS, 0)

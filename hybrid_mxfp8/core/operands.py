@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
     arrived,
     check_contiguous,
+    check_float_dtype,
     check_k,
     check_no_grad,
     check_scale_group,
@@ -39,9 +39,15 @@ from hybrid_mxfp8.core.scale_layout import (
 )
 
 
-class _Portable:
-    """Pickles values as their bytes: PyTorch pickles a float8 tensor, and fails to load it (2.13
-    and older)."""
+class _Operand:
+    """Pickled by bytes: PyTorch pickles a float8 tensor, and fails to load it (<= 2.13)."""
+
+    values: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "values": vars(self)["values"].view(torch.uint8)}
@@ -63,7 +69,7 @@ def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device:
 
 
 @dataclass(frozen=True, eq=False)
-class MXFP8Tokens(_Portable):
+class MXFP8Tokens(_Operand):
     """Token rows in MXFP8, in the order of the batch: what ``moe_forward`` takes in place of x.
 
     Attributes:
@@ -99,8 +105,7 @@ class MXFP8Tokens(_Portable):
         for name, tensor in (("values", self.values), ("scales", self.scales)):
             if tensor.stride(1) != 1 and tensor.numel():
                 fail(name, "must have unit stride along its columns", f"strides {tensor.stride()}")
-        if self.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(self.dtype)}")
+        check_float_dtype("dtype", self.dtype)
         check_scale_group(self.scale_group)
 
     @classmethod
@@ -120,18 +125,13 @@ class MXFP8Tokens(_Portable):
         """(M, H)."""
         return self.values.shape
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
     def dequantize(self) -> torch.Tensor:
         """(M, H) fp32, exact."""
         return dequantize(self.values, self.scales)
 
 
 @dataclass(frozen=True, eq=False)
-class GroupedMXFP8(_Portable):
+class GroupedMXFP8(_Operand):
     """Token rows in MXFP8, sorted by expert.
 
     Attributes:
@@ -191,11 +191,6 @@ class GroupedMXFP8(_Portable):
         """K."""
         return self.values.shape[1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
     def dequantize(self) -> torch.Tensor:
         """(T, K) fp32, exact; rows that no expert owns are zero."""
         return dequantize_grouped(self.values, self.scales, self.groups.expert_offsets, self.groups.scale_offsets)
@@ -249,7 +244,7 @@ def check_weights(values: torch.Tensor, scales: torch.Tensor, owner: str = "") -
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertWeights(_Portable):
+class ExpertWeights(_Operand):
     """The experts' weight matrices in MXFP8.
 
     Attributes:
@@ -299,11 +294,6 @@ class ExpertWeights(_Portable):
     def k(self) -> int:
         """K."""
         return self.values.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
 
     def to(self, device: torch.device | str) -> ExpertWeights:
         """The same weights on a device; these tensors where they are there already.

@@ -22,8 +22,7 @@ def largest_of_group(of_blocks: torch.Tensor, scale_group: int) -> torch.Tensor:
 
 
 def find_scale_group(linear: torch.Tensor) -> int:
-    """The group of row-major scales (..., K/32), uint8: 128 where all blocks of each group have one
-    scale, else 32. It looks at the data, so it syncs; of meta and fake tensors it is 32."""
+    """128 where all blocks of each group of (..., K/32) uint8 have one scale, else 32. Syncs."""
     if is_tracing(linear):
         return BLOCK_SIZE
     first = linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]
@@ -32,12 +31,9 @@ def find_scale_group(linear: torch.Tensor) -> int:
 
 def regroup(values: torch.Tensor, linear: torch.Tensor, scale_group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """values (..., K) e4m3 and row-major scales (..., K/32) uint8 with one scale a group, as new
-    tensors.
-
-    That is the largest scale of the group's blocks; those of zeros don't count. Elements of the
-    other blocks become smaller by a power of two, and are rounded once if that takes them among
-    e4m3's subnormals. A block of scale 255 makes its group NaN.
-    """
+    tensors. That is the largest scale of the group's blocks; those of zeros don't count. Elements
+    of the other blocks become smaller by a power of two, and are rounded once if that takes them
+    among e4m3's subnormals. A block of scale 255 makes its group NaN."""
     codes = values.view(torch.uint8).unflatten(-1, (-1, BLOCK_SIZE))
     counts = (codes & 0x7F != 0).any(-1) | (linear == E8M0_NAN)
     shared = largest_of_group(torch.where(counts, linear, 0), scale_group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_mxfp8.core.checks import check_int
+from hybrid_mxfp8.core.checks import check_int, short
 from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, SCALE_TILE_COLS, SCALE_TILE_ROWS, padded_scale_rows, round_up
 
 
@@ -50,11 +50,9 @@ def unswizzle_scales(swizzled: torch.Tensor, rows: int, cols: int) -> torch.Tens
     check_int("cols", cols, 0)
     swizzled = _scale_bytes("swizzled", swizzled)
     *batch, padded_rows, padded_cols = swizzled.shape
-    if (padded_rows, padded_cols) != (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS)):
-        expected = (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS))
-        raise ValueError(
-            f"swizzled: must end in dimensions {expected} for {rows} rows and {cols} columns, got {(padded_rows, padded_cols)}"
-        )
+    given, expected = (padded_rows, padded_cols), (padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS))
+    if given != expected:
+        raise ValueError(f"swizzled: must end in dimensions {expected} for {rows} rows and {cols} columns, got {given}")
     tiles = swizzled.reshape(
         *batch, padded_rows // SCALE_TILE_ROWS, padded_cols // SCALE_TILE_COLS, 32, 4, SCALE_TILE_COLS
     )
@@ -66,9 +64,7 @@ def _scale_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
     if not isinstance(scales, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor (..., rows, cols), got {type(scales).__name__}")
     if scales.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-        raise TypeError(
-            f"{name}: dtype must be uint8 or float8_e8m0fnu, got {str(scales.dtype).removeprefix('torch.')}"
-        )
+        raise TypeError(f"{name}: dtype must be uint8 or float8_e8m0fnu, got {short(scales.dtype)}")
     if scales.ndim < 2:
         raise ValueError(f"{name}: must have shape (..., rows, cols), got {tuple(scales.shape)}")
     return scales.view(torch.uint8)
@@ -78,11 +74,8 @@ def scale_rows_of_tokens(
     expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert
-    owns it (T,) bool.
-
-    A scale row of an owned row is always one of the S that there are, whatever numbers a layout
-    holds: on a GPU an index out of range would end the process.
-    """
+    owns it (T,) bool. A scale row of an owned row is always one of the S that there are, whatever
+    numbers a layout holds: on a GPU an index out of range would end the process."""
     num_experts = expert_offsets.numel() - 1
     rows = torch.arange(num_tokens, device=expert_offsets.device)
     owned = rows < expert_offsets[-1]
@@ -94,8 +87,7 @@ def scale_rows_of_tokens(
 
 
 def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) -> torch.Tensor:
-    """Byte offsets (rows, num_cols) int64 of scales in 128x4 tiles: ``formats.scale_offset``,
-    elementwise."""
+    """``formats.scale_offset``, elementwise: (rows, num_cols) int64."""
     row = scale_rows.to(torch.int64).unsqueeze(1)
     col = torch.arange(num_cols, device=scale_rows.device).unsqueeze(0)
     tile = (row // SCALE_TILE_ROWS) * (padded_cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
@@ -106,11 +98,8 @@ def swizzle_grouped_scales(
     linear: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_scale_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero; and
-    which rows are owned, (T,).
-
-    No shape depends on device data, so nothing syncs: rows that no expert owns land in one row
-    more, which is cut off.
-    """
+    which rows are owned, (T,). No shape depends on device data, so nothing syncs: rows that no
+    expert owns land in one row more, which is cut off."""
     num_tokens, cols = linear.shape
     scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)
     padded = linear.new_zeros(num_scale_rows + 1, round_up(cols, SCALE_TILE_COLS))
@@ -121,8 +110,7 @@ def swizzle_grouped_scales(
 def unswizzle_grouped_scales(
     scales: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse: (S, C) to (T, ``cols``) uint8, which hold anything where no expert owns the row;
-    and which are owned, (T,)."""
+    """The inverse: (S, C) to (T, ``cols``) uint8, anything in rows without an expert; and (T,)."""
     scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
     offsets = swizzled_offsets(torch.where(owned, scale_row, 0), cols, scales.shape[1])
     # With no scale rows there is no owned row either.

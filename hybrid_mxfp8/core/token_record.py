@@ -30,8 +30,8 @@ class TokenRecord(NamedTuple):
         return round_up(self.ids_at + 8 * self.top_k, 16)
 
     def split(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Elements (M, H) e4m3, scales (M, H/32) uint8, ids (M, top_k) int32 and weights (M, top_k)
-        fp32 of records (M, size) uint8; views with the records' row stride."""
+        """Elements (M, H), scales (M, H/32), ids (M, top_k) int32 and weights (M, top_k) fp32 of
+        records (M, size) uint8, as views."""
         weights_at = self.ids_at + 4 * self.top_k
         return (
             records[:, : self.hidden].view(torch.float8_e4m3fn),

@@ -1,2 +1,1 @@
-"""Which kernels run a call, and how they are launched. May import: ``errors``, ``env``, ``core``,
-``reference``."""
+"""Which kernels run a call, and how. May import: ``errors``, ``env``, ``core``, ``reference``."""

@@ -27,8 +27,7 @@ class Step(Protocol):
         ...
 
     def hooked(self) -> bool:
-        """Whether something, such as a profiler, is to see each launch, which only ``run`` shows
-        it."""
+        """Whether a profiler, say, is to see each launch, which only ``run`` shows it."""
         ...
 
 
@@ -54,54 +53,27 @@ class Call(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One way to multiply.
+    """One way to multiply."""
 
-    Attributes:
-        name: as users write it.
-        about: one line for tables.
-        made_for: whether a device is one that it is meant for: if it can't run there, a warning is
-            due.
-        available: whether it can run at all on a device.
-        can_run: whether it is available, and takes this problem.
-        workspace_size: bytes of device memory that a call needs beside its output.
-        workspace_bound: bytes that suffice for every call of up to as many rows.
-        plan: the steps of one product; T and E are at least 1.
-        explain: configuration and why, one line.
-    """
-
-    name: str
-    about: str
-    made_for: Callable[[torch.device], bool]
-    available: Callable[[torch.device], Support]
-    can_run: Callable[[Problem], Support]
-    workspace_size: Callable[[Problem], int]
-    workspace_bound: Callable[[Problem], int]
-    plan: Callable[[Problem, GemmBuffers], Steps]
-    explain: Callable[[Problem], str]
+    name: str  # as users write it
+    about: str  # one line for tables
+    made_for: Callable[[torch.device], bool]  # if it can't run there, a warning is due
+    available: Callable[[torch.device], Support]  # whether it can run at all on a device
+    can_run: Callable[[Problem], Support]  # whether it is available, and takes this problem
+    workspace_size: Callable[[Problem], int]  # bytes that a call needs beside its output
+    workspace_bound: Callable[[Problem], int]  # bytes for every call of up to as many rows
+    plan: Callable[[Problem, GemmBuffers], Steps]  # the steps of one product; T, E >= 1
+    explain: Callable[[Problem], str]  # configuration and why, one line
 
 
 class Quantizer(NamedTuple):
-    """Quantization, and the other kernels around a product.
+    """Quantization, and the other kernels around a product: ``reference`` says what each computes,
+    ``triton_kernels`` has the arguments by name. ``route_scratch`` is the int32 elements of route's
+    ``scratch``, of (choices, E); never more for fewer choices."""
 
-    Attributes:
-        name: of the backend whose package it comes from.
-        available: whether it can run on a device.
-        quantize: rows to e4m3 values and swizzled scales; T and E at least 1.
-        group_offsets: (counts or ends (E,), layout (3E+2,) int32, T, whether ends).
-        caller_layout: (counts (E,), first scale rows (E,), layout, T, S).
-        pack_tokens: (x (M, H), its row stride, topk_ids (M, top_k) and topk_weights, or None,
-            records (R, bytes), E).
-        route: (topk_ids (M, top_k), sorted_token_ids (T,), inverse_permutation (M, top_k), layout,
-            scratch, E).
-        route_scratch: (choices, E) -> int32 elements of ``scratch``; never more for fewer choices.
-        add_expert_bias: (y (T, N), inverse_permutation, topk_ids, bias (E, N)), in place.
-        combine: (y (T, H), inverse_permutation, topk_ids, topk_weights, bias or None, out (M, H),
-            its row stride).
-    """
-
-    name: str
+    name: str  # of the backend whose package it comes from
     available: Callable[[torch.device], Support]
-    quantize: Callable[[QuantizeProblem, QuantizeBuffers], Steps]
+    quantize: Callable[[QuantizeProblem, QuantizeBuffers], Steps]  # T and E at least 1
     group_offsets: Callable[[Buffer, Buffer, int, bool], Steps]
     caller_layout: Callable[[Buffer, Buffer, Buffer, int, int], Steps]
     pack_tokens: Callable[[Buffer, int, Buffer | None, Buffer | None, Buffer, int, int], Steps]

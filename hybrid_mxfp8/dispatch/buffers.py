@@ -16,24 +16,14 @@ import torch
 
 
 class Buffer(NamedTuple):
-    """Memory that a launch reads or writes.
+    """Memory that a launch reads or writes."""
 
-    Attributes:
-        operand: index of the tensor, among those that the plan is run with.
-        offset: bytes from that tensor's first.
-        dtype: of the elements there.
-        shape: of the contiguous tensor there; of one that is handed in whole, its own, whatever its
-            strides.
-        aligned: whether the first byte is at a 16-byte boundary.
-        whole: whether it is the tensor as handed in, and no part of it.
-    """
-
-    operand: int
-    offset: int
+    operand: int  # index among the tensors that the plan is run with
+    offset: int  # bytes from that tensor's first
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    aligned: bool = True
-    whole: bool = False
+    shape: tuple[int, ...]  # of the contiguous tensor there; a whole one may have any strides
+    aligned: bool = True  # whether the first byte is at a 16-byte boundary
+    whole: bool = False  # whether it is the tensor as handed in, and no part of it
 
     def view(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that lies there."""
@@ -46,19 +36,12 @@ class Buffer(NamedTuple):
 
 
 class TensorMap(NamedTuple):
-    """A contiguous matrix as TMA reads it, box by box.
+    """A contiguous matrix as TMA reads it, box by box."""
 
-    Attributes:
-        buffer: its first element.
-        shape: of the matrix, the contiguous dimension last.
-        box: elements of one load, as ``shape``.
-        layout: Gluon's layout of a box in shared memory; None for a kernel in plain Triton.
-    """
-
-    buffer: Buffer
-    shape: tuple[int, ...]
-    box: tuple[int, ...]
-    layout: Any = None
+    buffer: Buffer  # its first element
+    shape: tuple[int, ...]  # of the matrix, the contiguous dimension last
+    box: tuple[int, ...]  # elements of one load, as ``shape``
+    layout: Any = None  # Gluon's, of a box in shared memory; None in plain Triton
 
 
 class Metadata(NamedTuple):
@@ -80,8 +63,7 @@ class Metadata(NamedTuple):
 
 
 def metadata(value: Any) -> Any:
-    """A tensor's Metadata; an operand or a layout with Metadata for tensors; what else there is, as
-    it is."""
+    """A tensor's Metadata; an operand or a layout with it for tensors; all else as it is."""
     return _change(torch.Tensor, lambda t: Metadata(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16), value)
 
 

@@ -12,11 +12,8 @@ import torch
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
-TRITON_MIN_CAPABILITY = (8, 9)
-"""The first with instructions for e4m3."""
-
-CUTLASS_CAPABILITIES = ((10, 0), (10, 3))
-"""Those whose tensor cores take the SM100 block-scaled MMA."""
+TRITON_MIN_CAPABILITY = (8, 9)  # the first with instructions for e4m3
+CUTLASS_CAPABILITIES = ((10, 0), (10, 3))  # with the SM100 block-scaled MMA
 
 
 @functools.cache

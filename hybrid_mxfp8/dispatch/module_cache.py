@@ -1,14 +1,12 @@
 """Compiled modules on disk: whose files are loaded, and how a module is built once.
 
-A module is machine code: who can write it can run code as whoever loads it. So the folders and
-files on the way to it must belong to this user or to root, and nobody else may be able to write
-them. A folder with the sticky bit, such as ``/tmp``, may be open to all: nobody can replace
-another's files in it. Symbolic links are followed; they must not be someone else's either.
+A module is machine code: who can write it can run code as whoever loads it. So it and its folders,
+links followed, must belong to this user or to root, and nobody else may be able to write them. Only
+a folder with the sticky bit, such as ``/tmp``, may be open to all.
 
-A module is a folder of its own with the library and a manifest, which has the library's digest. A
-build works in a private folder and ends in one rename, so a module is there whole or not at all.
-A file lock makes other processes wait meanwhile. Where a network file system does not honour it,
-two builds run, and the second finds the first one's module in place.
+A build works in a private folder and ends in one rename, so a module is there whole or not at all.
+A file lock makes other processes wait. Where a network file system does not honour it, two builds
+run, and the second finds the first one's module in place.
 """
 
 from __future__ import annotations
@@ -36,11 +34,8 @@ logger = logging.getLogger("hybrid_mxfp8")
 LIBRARY = "module.so"
 MANIFEST = "build.json"
 
-BUILDING = ".building-"
-"""How the names of private folders begin."""
-
-ABANDONED_SECONDS = 3600.0
-"""A private folder older than this was left by a build that was killed."""
+BUILDING = ".building-"  # how the names of private folders begin
+ABANDONED_SECONDS = 3600.0  # a private folder older than this was left by a build that was killed
 
 
 @dataclass(frozen=True)
@@ -77,11 +72,7 @@ class Module:
             return False
 
     def load(self) -> Any:
-        """The tvm-ffi module; loaded once in a process.
-
-        Raises:
-            BackendUnavailableError: the library does not load.
-        """
+        """The tvm-ffi module, loaded once in a process; BackendUnavailableError if it can't be."""
         return _load(self.library)
 
 
@@ -107,10 +98,8 @@ def _digest(path: Path) -> str:
 
 def trust_problem(path: Path) -> str:
     """Why code at ``path`` is not loaded: others own it or can write it; empty if it is loaded.
-
     Nothing is wrong with a path that is not there, with HYBRID_MXFP8_TRUST_CACHE=1, and on systems
-    without numbered users (Windows).
-    """
+    without numbered users (Windows)."""
     if env.trust_cache() or not hasattr(os, "geteuid"):
         return ""
     try:
@@ -129,11 +118,7 @@ def trust_problem(path: Path) -> str:
 
 
 def check_trusted(*paths: Path) -> None:
-    """Check that code at these paths may be loaded.
-
-    Raises:
-        BackendUnavailableError: others own one or can write it; says which, and what to do.
-    """
+    """BackendUnavailableError if others own or can write one of these; says what to do."""
     for problem in filter(None, map(trust_problem, paths)):
         raise BackendUnavailableError(
             f"the cache is not loaded: {problem}: make it yours alone (chown, chmod go-w), or set "
@@ -143,18 +128,10 @@ def check_trusted(*paths: Path) -> None:
 
 
 def build_once(folder: Path, build: Callable[[Path], None], valid: Callable[[], bool]) -> None:
-    """Put a module into ``folder`` unless it is there; another process's build is waited for.
-
-    Args:
-        folder: the module's own; the one above it is made if need be, writable for this user alone.
-        build: writes the module's files into the empty folder that it is given. Its OSErrors are
-            taken for the cache's, so look for a compiler before.
-        valid: whether ``folder`` holds the whole module. An invalid one is replaced.
-
-    Raises:
-        BackendUnavailableError: the folder above cannot be written, or is someone else's.
-        Exception: whatever ``build`` raises; nothing is left of it then.
-    """
+    """Put a module into ``folder`` unless that is ``valid()``; another process's build is waited
+    for. ``build`` writes the files into the empty folder that it is given. BackendUnavailableError
+    where the folder above can't be written or is someone else's; what ``build`` raises leaves
+    nothing."""
     try:
         _make_folder(folder.parent)
         check_trusted(folder.parent)  # a file server may have given it to another user

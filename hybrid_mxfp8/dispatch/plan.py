@@ -1,18 +1,13 @@
 """A call's plan: its launches, made once for a signature and run with any tensors of that
 signature.
 
-    plan = PLANS.get(signature, (T,))  shapes, dtypes, strides, alignment, device, options, settings
-    if plan is None: ...               checks, choice of backend, configuration, compilation
-    plan.run(x, values, scales, ...)   one call into C, on the current stream
+What changes from batch to batch, such as T, is no part of the signature: plans of other sizes
+follow from the first (:mod:`hybrid_mxfp8.dispatch.trace`) in microseconds, unless they take
+another tile or kernel.
 
-What changes from batch to batch, such as T, is no part of the signature. Once there is a plan,
-those of other sizes follow from it (:mod:`hybrid_mxfp8.dispatch.trace`) in microseconds, unless
-they take another tile or kernel.
-
-A plan holds no tensor. Consecutive kernel launches become one program of the C launcher
-(:mod:`hybrid_mxfp8.dispatch.launcher`), which also checks that what is written overlaps nothing
-else. Where there is no launcher, or a profiler's hooks are installed, each step runs by itself:
-slower, with the same result.
+A plan holds no tensor. Consecutive launches become one program of the C launcher, which also checks
+that what is written overlaps nothing else. Where there is no launcher, or a profiler's hooks are
+installed, each step runs by itself: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -28,36 +23,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_mxfp8.core.checks import extent, fail, has_memory
+from hybrid_mxfp8.core.checks import check_apart, extent, has_memory
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.trace import LEAST, Trace, value_of
 
-ALIGNMENT = 256
-"""Bytes; what starts at such a boundary can be read by every kernel and by TMA."""
-
+ALIGNMENT = 256  # bytes; what starts at such a boundary can be read by every kernel and by TMA
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _address = torch.Tensor.data_ptr
 
 
 class Operand(NamedTuple):
-    """A tensor that a plan is run with.
+    """A tensor that a plan is run with."""
 
-    Attributes:
-        name: the argument that an error names where this is written.
-        label: what an error calls it where another is written over it.
-        extent: bytes from its first to behind its last.
-        written: whether it must share no memory with the others.
-        may_equal: the operand that it may be, address for address; -1 if none.
-    """
-
-    name: str
-    label: str
-    extent: int
-    written: bool = False
-    may_equal: int = -1
+    name: str  # the argument that an error names where this is written
+    label: str  # what an error calls it where another is written over it
+    extent: int  # bytes from its first to behind its last
+    written: bool = False  # whether it must share no memory with the others
+    may_equal: int = -1  # the operand that it may be, address for address; -1 if none
 
 
 class Operands:
@@ -67,13 +52,7 @@ class Operands:
         self.list: list[Operand] = []
 
     def add(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        *,
-        written: bool = False,
-        label: str | None = None,
-        may_equal: int = -1,
+        self, name: str, tensor: torch.Tensor, *, written: bool = False, label: str | None = None, may_equal: int = -1
     ) -> Buffer:
         """The next tensor, as launches see it."""
         self.list.append(Operand(name, label or name, extent(tensor), written, may_equal))
@@ -87,14 +66,7 @@ class Operands:
 
 
 class Plan:
-    """The launches of one signature and its sizes.
-
-    Attributes:
-        operands: what ``run`` takes, in order.
-        arena_bytes: of the operand named ``workspace``; 0 if there is none.
-        result: what else the caller needs, such as the shape of an output.
-        lasting: whether another call of its signature would be planned alike.
-    """
+    """The launches of one signature and its sizes."""
 
     def __init__(
         self,
@@ -107,22 +79,18 @@ class Plan:
         lasting: bool = True,
     ) -> None:
         self.device = device
-        self.operands = tuple(operands.list)
+        self.operands = tuple(operands.list)  # what ``run`` takes, in order
         self.steps = steps
-        self.arena_bytes = arena_bytes
-        self.result = result
-        self.lasting = lasting
+        self.arena_bytes = arena_bytes  # of the operand ``workspace``, if there is one
+        self.result = result  # what else the caller needs, such as the shape of an output
+        self.lasting = lasting  # whether another call of its signature would be planned alike
         self._index = -1 if device.index is None else device.index
         self._parts: list[tuple[launcher.Program | None, Steps]] | None = None
-        self._hooked: Callable[[], bool] = _always
+        self._hooked: Callable[[], bool] = lambda: True
         self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def run(self, *tensors: torch.Tensor) -> None:
-        """Make the launches on the current stream.
-
-        Raises:
-            ValueError: what is written overlaps another operand.
-        """
+        """Launch on the current stream; ValueError if what is written overlaps another operand."""
         if self._parts is None:
             self._prepare()
         if self._hooked():
@@ -157,8 +125,7 @@ class Plan:
         self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
 
     def words(self) -> list[tuple[list[int] | None, Steps]]:
-        """Steps in runs: those that the C launcher makes together, with their program's words, and
-        those that must be called."""
+        """Steps in runs: what the C launcher makes together, with its words, and what is called."""
         runs: list[tuple[list[int] | None, Steps]] = []
         extents = [operand.extent for operand in self.operands]
         written = [(i, operand.may_equal) for i, operand in enumerate(self.operands) if operand.written]
@@ -176,27 +143,12 @@ class Plan:
             made = make()
             self.operands, self.steps, self._make = made.operands, made.steps, None
         spans = [(t.data_ptr(), t.data_ptr() + o.extent) for t, o in zip(tensors, self.operands, strict=True)]
-        for written, (start, end) in enumerate(spans):
-            operand = self.operands[written]
-            if not operand.written or start == end:
-                continue
-            for other, (other_start, other_end) in enumerate(spans):
-                if other == written or other_start == other_end:
-                    continue
-                if other > written and self.operands[other].written:
-                    continue  # its turn comes
-                if other == operand.may_equal and other_start == start:
-                    continue
-                if start < other_end and other_start < end:
-                    fail(
-                        operand.name,
-                        f"must not overlap {self.operands[other].label}",
-                        f"addresses {start:#x} .. {end:#x}, and {other_start:#x} .. {other_end:#x}",
-                    )
-
-
-def _always() -> bool:
-    return True
+        for i, written in enumerate(self.operands):
+            for j, other in enumerate(self.operands):
+                its_turn_comes = other.written and j > i
+                may_equal = j == written.may_equal and spans[j][0] == spans[i][0]
+                if written.written and i != j and not its_turn_comes and not may_equal:
+                    check_apart(written.name, spans[i], other.label, spans[j])
 
 
 @functools.cache
@@ -204,16 +156,10 @@ def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
 
 
-# ---------------------------------------------------------------- signatures and the cache
-
-
 def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
     """All of a vector or matrix that a plan depends on but for the address, of which the alignment
     counts, and the first dimension, which is one of the sizes: only whether that is ``rows``.
-
-    Raises:
-        TypeError: a fake tensor or another subclass that has no memory of its own.
-    """
+    Raises TypeError: a fake tensor or another subclass that has no memory of its own."""
     if x is None:
         return None
     if not has_memory(type(x)):
@@ -229,8 +175,7 @@ def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
 
 
 def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = None) -> tuple[Hashable, ...]:
-    """As :func:`describe`, or with ``rows`` as :func:`describe_rows`, of tensors known to be
-    contiguous and of their dtypes."""
+    """As :func:`describe`, or with ``rows`` :func:`describe_rows`, of contiguous tensors."""
     values, scales = operand.values, operand.scales
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")
@@ -240,11 +185,7 @@ def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = N
 
 
 class Template:
-    """A plan as a function of its sizes, for those that meet the conditions that it was made under.
-
-    Raises:
-        AttributeError, TypeError: ``make`` does with sizes what a trace can't follow.
-    """
+    """A plan as a function of sizes; AttributeError or TypeError for what can't be followed."""
 
     def __init__(self, sizes: tuple[int, ...], make: Callable[..., Plan]) -> None:
         trace = Trace(sizes)
@@ -292,10 +233,7 @@ class PlanCache:
 
     def make(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan:
         """The plan ``make(*sizes)``, kept unless the signature is None, and with it the template of
-        others.
-
-        ``make`` holds no tensor, and all else that it depends on is in the signature.
-        """
+        others. ``make`` holds no tensor, and all else that it depends on is in the signature."""
         plan = make(*sizes)
         if signature is not None and plan.lasting:
             self.add(signature, plan, sizes)
@@ -322,11 +260,8 @@ class PlanCache:
         self._templates.clear()
 
 
-MAX_TEMPLATES = 16
-"""Of a signature: one for each choice of tiles and kernels."""
-
-PLANS = PlanCache(4096)
-"""Of every public function; some kilobytes each."""
+MAX_TEMPLATES = 16  # of a signature: one for each choice of tiles and kernels
+PLANS = PlanCache(4096)  # of every public function; some kilobytes each
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=PLANS.clear)  # a kernel's handle is of no use in a forked child

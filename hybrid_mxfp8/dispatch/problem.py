@@ -1,5 +1,4 @@
-"""What the host knows of a job: shapes, dtypes, options and the device. A choice may depend on
-nothing else."""
+"""Shapes, dtypes, options and the device of a job: all that a choice may depend on."""
 
 from __future__ import annotations
 
@@ -12,16 +11,11 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.device import capability
 
-Support = tuple[bool, str]
-"""Whether a backend can, and why or why not: one line that says what to do."""
+Support = tuple[bool, str]  # whether a backend can, and why or what to do
 
 
 class Problem(NamedTuple):
-    """A grouped GEMM: (T, K) rows of E experts times their (N, K) weights.
-
-    ``scale_group``: 128 where four neighbouring blocks of a row have equal scales, in both
-        operands; else 32. A kernel may ignore it.
-    """
+    """A grouped GEMM: (T, K) rows of E experts times their (N, K) weights."""
 
     num_experts: int
     n: int
@@ -29,7 +23,7 @@ class Problem(NamedTuple):
     num_tokens: int
     out_dtype: torch.dtype
     device: torch.device
-    scale_group: int = BLOCK_SIZE
+    scale_group: int = BLOCK_SIZE  # 128 if both operands have such groups; may be ignored
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -57,33 +51,19 @@ up and writes down as a layout; or every expert has as many rows, as weights hav
 
 
 class QuantizeProblem(NamedTuple):
-    """Quantization of rows grouped by expert.
+    """Quantization of rows grouped by expert; strides in elements, but for ``scale_stride``."""
 
-    Attributes:
-        num_rows: T, or E*N of weights.
-        num_experts: E.
-        k: K.
-        num_source_rows: rows of x: T, but for a gather.
-        row_stride: elements from one row of x to the next.
-        scale_rounding: ``rceil``, ``floor`` or ``even``.
-        activation: rows are [gate | up] of 2K columns, and this is quantized; or None.
-        grouping: how rows belong to experts.
-        expert_stride: elements from one expert of x to the next, of weights.
-        scale_group: elements of a row whose blocks get one scale: 32 or 128.
-        scale_stride: bytes from one row of ``x_scales`` to the next.
-    """
-
-    num_rows: int
+    num_rows: int  # T, or E*N of weights
     num_experts: int
     k: int
-    num_source_rows: int
-    row_stride: int
-    scale_rounding: str
-    activation: SwiGLU | None = None
-    grouping: Grouping = "offsets"
-    expert_stride: int = 0
-    scale_group: int = BLOCK_SIZE
-    scale_stride: int = 0
+    num_source_rows: int  # rows of x: T, but for a gather
+    row_stride: int  # from one row of x to the next
+    scale_rounding: str  # ``rceil``, ``floor`` or ``even``
+    activation: SwiGLU | None = None  # x has 2K columns, [gate | up], and this of them is quantized
+    grouping: Grouping = "offsets"  # how rows belong to experts
+    expert_stride: int = 0  # from one expert of x to the next, of weights
+    scale_group: int = BLOCK_SIZE  # elements of a row whose blocks get one scale: 32 or 128
+    scale_stride: int = 0  # bytes from one row of ``x_scales`` to the next
 
 
 class QuantizeBuffers(NamedTuple):

@@ -1,11 +1,8 @@
 """The backends and quantizers that there are, and the choice among them.
 
 ``backend=`` beats ``use_backend()`` beats ``HYBRID_MXFP8_BACKEND`` beats auto. A backend that is
-asked for by name runs or raises; only auto looks further. The choice depends on shapes, dtypes and
-the device, never on device data.
-
-A kernel package is imported by its name when it is first asked about, and offers a ``BACKEND``; so
-this package imports where Triton, a compiler or a GPU is missing.
+asked for by name runs or raises; only auto looks further. A kernel package is imported when it is
+first asked about, so this one imports where Triton, a compiler or a GPU is missing.
 """
 
 from __future__ import annotations
@@ -30,15 +27,12 @@ from hybrid_mxfp8.dispatch.problem import Problem, Support
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 AUTO = "auto"
-NAMES = ("cutlass", "triton", "reference")
-"""In the order in which auto tries them."""
-
+NAMES = ("cutlass", "triton", "reference")  # in the order in which auto tries them
 logger = logging.getLogger("hybrid_mxfp8")
 
 
 def _import(name: str) -> Any:
-    """The kernel package that offers a backend. Another project's breakage must not end a call that
-    doesn't need it."""
+    """The kernel package of a backend, or why there is none: that must not end other calls."""
     try:
         return importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend")
     except (ImportError, AttributeError) as error:  # missing, broken or too old
@@ -49,8 +43,7 @@ _backends = {"reference": reference_backend.BACKEND}
 
 
 def backend_of(name: str) -> Backend:
-    """The backend of this name; one that runs nothing and says why where its package can't be
-    imported."""
+    """The backend of this name; one that only says why where its package can't be imported."""
     if name not in _backends:
         package = _import(name)
         _backends[name] = _unavailable(name, package) if isinstance(package, str) else package.BACKEND
@@ -99,12 +92,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> str:
-    """The backend that is asked for, or ``auto``: the argument, else use_backend(), else the
-    environment.
-
-    Raises:
-        ValueError: no such backend; the message lists the valid names.
-    """
+    """The argument, else use_backend(), else the environment; ValueError for no such backend."""
     env.start()
     if backend is not None:
         return _known("backend", backend)
@@ -115,14 +103,12 @@ def requested(backend: str | None) -> str:
 
 
 def settings(backend: str | None) -> tuple[object, ...]:
-    """All outside a call's other arguments that its plan depends on. Compared, not read: no name is
-    checked here."""
+    """All beside a call's arguments that its plan depends on. No name is checked here."""
     return backend, _override.get(), env.snapshot()
 
 
 def _cause(backend: str | None) -> str:
-    """How an error about a backend that was asked for begins: with the variable, where that
-    asked."""
+    """How an error about the backend asked for begins: with the variable that asked."""
     return "HYBRID_MXFP8_BACKEND: " if backend is None and _override.get() is None else ""
 
 
@@ -134,22 +120,15 @@ def _known(source: str, name: object) -> str:
 
 
 class Ready(NamedTuple):
-    """A backend that is ready to run a problem.
+    """A backend that is ready to run a problem."""
 
-    Attributes:
-        backend: with what it needs compiled and verified.
-        workspace_bytes: that the problem takes.
-        lasting: whether it would be chosen again; not where another was passed over for this once.
-    """
-
-    backend: Backend
-    workspace_bytes: int
-    lasting: bool
+    backend: Backend  # with what it needs compiled and verified
+    workspace_bytes: int  # that the problem takes
+    lasting: bool  # whether it would be chosen again: none was passed over for this once
 
 
 def choose_ready(problem: Problem, backend: str | None) -> Ready:
-    """The backend that runs this problem now. Auto passes over one that fails to get ready; a named
-    one raises."""
+    """The backend that runs this now. Auto passes over one that fails to get ready."""
     failed: dict[str, str] = {}
     while True:
         chosen = choose(problem, backend, failed)
@@ -164,12 +143,7 @@ def choose_ready(problem: Problem, backend: str | None) -> Ready:
 
 
 def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, str] = MappingProxyType({})) -> Backend:
-    """The backend for this problem; auto passes over those that ``failed``, for the reasons there.
-
-    Raises:
-        BackendUnavailableError: the backend that is asked for by name can't run it.
-        ValueError: no such backend.
-    """
+    """The backend that runs this; BackendUnavailableError if one asked for by name can't."""
     name = requested(backend)
     if name != AUTO:
         chosen = backend_of(name)
@@ -191,8 +165,7 @@ def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, st
 
 
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Quantizer:
-    """The quantizer for calls that ask for ``backend`` on this device; raises as ``choose``
-    does."""
+    """The quantizer for calls that ask for ``backend``; raises as ``choose`` does."""
     name = requested(backend)
     triton = backend_of("triton")
     ok, reason = triton.available(device)

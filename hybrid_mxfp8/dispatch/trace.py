@@ -15,16 +15,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LEAST = 2
-"""Of each size: a tensor of one row or none passes for contiguous whatever its strides."""
+LEAST = 2  # of each size: a tensor of one row or none passes for contiguous whatever its strides
 
 
 class Trace:
-    """What was done with sizes so far, as lines of Python.
-
-    Attributes:
-        sizes: a :class:`Size` for each of ``values``.
-    """
+    """What was done with ``sizes``, a :class:`Size` for each value, as lines of Python."""
 
     def __init__(self, values: Sequence[int]) -> None:
         self.sizes: tuple[Any, ...] = tuple(Size(self, f"size{i}", value) for i, value in enumerate(values))
@@ -46,11 +41,8 @@ class Trace:
 
     def compiled(self, words: Sequence[Any], result: Sequence[Any]) -> Callable[..., tuple[int, ...] | None]:
         """A function (words, *sizes) that writes those of ``words`` that depend on sizes, and
-        returns ``result``, all ints; None for sizes that this trace is not for.
-
-        Raises:
-            TypeError: ``words`` or ``result`` hold something else than ints and sizes.
-        """
+        returns ``result``; None for sizes that this trace is not for. TypeError for what is no
+        number."""
         writes = [f"words[{i}] = {_text(word)}" for i, word in enumerate(words) if isinstance(word, Size)]
         returned = f"return ({''.join(f'{_text(value)}, ' for value in result)})"
         head = f"def fill(words, {', '.join(size._name for size in self.sizes)}):"

@@ -9,17 +9,12 @@
     print(mxfp8.quantize_model_(model))  # optional: quantize now, and free the unquantized experts
 
 Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the
-originals, and again when a parameter has been replaced or written to in place. Writes through
-``parameter.data`` are not seen, as PyTorch does not count them: write ``parameter.copy_(new)``
-under ``torch.no_grad()``, or replace the parameter. Where other changes would not be seen either,
-under torch.compile, with torch.distributed and in CUDA graphs, ``quantize_model_`` must come first,
-and an error says so. Attention, routers and shared experts stay as they are.
+originals, and again when a parameter has been replaced or written to in place, but through
+``parameter.data``, which PyTorch does not count. Where other changes would not be seen either,
+``quantize_model_`` must come first, and an error says so.
 
 Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its
-gate is SwiGLU, plain or as in gpt-oss, MiniMax-M3 and DeepSeek-V4, and H and I are multiples of
-32; also if loaded in FP8 with blocks of 128x128. Experts kept as (E, K, N), and gate and up rows in
-turns, are recognised by what the module says of itself. Others raise a ValueError that says what
-differs. With tensor or expert parallelism each rank quantizes its own shard.
+gate is a SwiGLU and H and I are multiples of 32; docs/transformers.md has the details.
 """
 
 from __future__ import annotations
@@ -48,9 +43,7 @@ from hybrid_mxfp8.ops.experts import MXFP8Experts
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
 
-NAME = "hybrid_mxfp8"
-"""The value of ``experts_implementation``."""
-
+NAME = "hybrid_mxfp8"  # the value of ``experts_implementation``
 WEIGHTS = ("gate_up_proj", "down_proj")
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
 FP8_SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
@@ -58,8 +51,7 @@ FP8_SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
 KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_transposed", "has_bias", "has_gate")
 """Of transformers' ``use_experts_implementation``: how a model says what its experts are."""
 
-_OWNED = "mxfp8"
-"""Submodule of an experts module that ``quantize_model_`` has been through."""
+_OWNED = "mxfp8"  # submodule of an experts module that ``quantize_model_`` has been through
 _CACHE = "_hybrid_mxfp8_cache"
 """Attribute of one quantized by its forward: no submodule, so in no state_dict."""
 
@@ -89,15 +81,9 @@ def register() -> None:
 def experts_forward(
     module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The forward of an experts module of transformers, in MXFP8; what ``register`` registers.
-
-    The module has gate_up_proj (E, 2I, H) and down_proj (E, H, I), or transposed. Of hidden_states
-    (M, H), ids and weights (M, top_k) come (M, H) of hidden_states' dtype.
-
-    Raises:
-        ValueError: experts that MXFP8Experts can't compute, inputs that require grad, or experts
-            that ``quantize_model_`` has to quantize first.
-    """
+    """The forward of an experts module of transformers, in MXFP8: hidden_states (M, H), ids and
+    weights (M, top_k) to (M, H). ValueError for experts that MXFP8Experts can't compute or that
+    ``quantize_model_`` has to quantize first."""
     experts = getattr(module, _OWNED, None) or _quantized(module)
     result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
     return result
@@ -117,11 +103,9 @@ class _Version(NamedTuple):
 
 class _Cached(NamedTuple):
     """Experts, and what they were made of: another parameter in the same memory is not the same,
-    nor is other memory at the same address, as ``module.half().bfloat16()`` may get.
-
-    References are weak, so that a parameter that was replaced does not keep its memory; while one
-    to a storage is held, no other storage gets its number. A copy of the module quantizes anew.
-    """
+    nor is other memory at the same address, as ``module.half().bfloat16()`` may get. References are
+    weak, so that a parameter that was replaced does not keep its memory; while one to a storage is
+    held, no other storage gets its number. A copy of the module quantizes anew."""
 
     versions: tuple[_Version, ...]
     experts: MXFP8Experts
@@ -163,13 +147,11 @@ def _local(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def _unproven(parameters: list[torch.Tensor]) -> str | None:
-    """Where a copy of the parameters may go stale with nothing to show it; None if nowhere.
-
-    FSDP gathers into the same tensor and restores its version, DTensor hands out a new one each
-    time, and collectives write without counting: all of them need a process group. A compiled or
-    captured forward is not asked again, inference tensors count no writes, and other processes
-    count their own.
-    """
+    """Where a copy of the parameters may go stale with nothing to show it; None if nowhere. FSDP
+    gathers into the same tensor and restores its version, DTensor hands out a new one each time,
+    and collectives write without counting: all of them need a process group. A compiled or captured
+    forward is not asked again, inference tensors count no writes, and other processes count their
+    own."""
     if torch.compiler.is_compiling():
         return "before torch.compile traces them"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -197,11 +179,9 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
 
 
 def _activation(module: torch.nn.Module) -> SwiGLU | None:
-    """The activation of an experts module; None if its gate function is no SwiGLU.
-
-    Found by trying, not by the class's name: with the module's numbers, its function and ours agree
-    on values on both sides of the limit, in the order of rows that the module says it has.
-    """
+    """The activation of an experts module; None if its gate function is no SwiGLU. Found by trying,
+    not by the class's name: with the module's numbers, its function and ours agree on values on
+    both sides of the limit, in the order of rows that the module says it has."""
     numbers = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
     found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in numbers]
     alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}

@@ -28,8 +28,7 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
 
 
 def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """2I entries along a negative ``dim``, gate and up in turns, to all I of gate, then those of
-    up."""
+    """2I entries along ``dim`` < 0, gate and up in turns, to all of gate, then those of up."""
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
@@ -43,10 +42,6 @@ def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group:
 def _state(scales: torch.Tensor) -> tuple[int, int]:
     """What changes when a buffer is replaced, or written in place."""
     return scales.data_ptr(), 0 if scales.is_inference() else scales._version
-
-
-def _linear_scales(scales: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales.contiguous()).linear_scales()
 
 
 class MXFP8Experts(torch.nn.Module):
@@ -168,7 +163,8 @@ class MXFP8Experts(torch.nn.Module):
         state, group = self._scale_groups[name]
         if torch.compiler.is_compiling() or is_tracing(scales) or _state(scales) == state:
             return group
-        group = find_scale_group(_linear_scales(scales, getattr(self, name.replace("scales", "values"))))
+        values = getattr(self, name.replace("scales", "values")).view(torch.float8_e4m3fn)
+        group = find_scale_group(ExpertWeights.unchecked(values, scales.contiguous()).linear_scales())
         self._scale_groups[name] = (_state(scales), group)
         return group
 

@@ -1,5 +1,4 @@
-"""Layouts built by a kernel, in one launch: what ``GroupLayout.from_counts`` and ``from_ends`` do
-on a GPU."""
+"""Layouts of ``GroupLayout.from_counts`` and ``from_ends`` on a GPU: one launch."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def build(given: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor
 def build_around(
     counts: torch.Tensor, scale_starts: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> torch.Tensor:
-    """The layout (3E+2,) int32 of counts (E,) whose scales start at ``scale_starts`` (E,), of S
-    rows in all."""
+    """The layout (3E+2,) int32 of counts (E,) whose scales start where given, of S rows."""
     return _run(
         {"tokens_per_expert": counts, "blockscale_offsets": scale_starts},
         ("caller_layout",),

@@ -1,9 +1,4 @@
-"""``grouped_gemm``: each expert's rows times its weights. Nothing but the reference backend's
-product syncs.
-
-Under ``torch.compile``, and for fake and meta tensors, it is one operator of
-``hybrid_mxfp8.ops.torch_library``.
-"""
+"""``grouped_gemm``: each expert's rows times its weights. Only the reference backend syncs."""
 
 from __future__ import annotations
 
@@ -16,11 +11,11 @@ import torch
 from hybrid_mxfp8.core.checks import (
     check_aligned,
     check_contiguous,
+    check_float_dtype,
     check_n,
     check_no_buffer,
     check_no_grad,
     check_num_tokens,
-    check_out_dtype,
     check_shape,
     check_tensor,
     fail,
@@ -100,8 +95,7 @@ def grouped_gemm(
 def _signature(
     x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
-    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
-    tensors."""
+    """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
     if type(x) is not GroupedMXFP8 or type(w) is not ExpertWeights:
         return None, ()
     try:
@@ -180,27 +174,14 @@ def _check_buffers(problem: Problem, out: torch.Tensor | None, workspace: torch.
         check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device)
         check_contiguous("workspace", workspace)
         if workspace.numel() and workspace.data_ptr() % ALIGNMENT:
-            fail(
-                "workspace",
-                f"must start at a {ALIGNMENT}-byte boundary",
-                f"address {workspace.data_ptr():#x}",
-            )
+            fail("workspace", f"must start at a {ALIGNMENT}-byte boundary", f"address {workspace.data_ptr():#x}")
 
 
 def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, backend: str | None) -> torch.Tensor:
-    groups = x.groups
-    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(
-        x.values,
-        x.scales,
-        groups.tokens_per_expert,
-        groups.expert_offsets,
-        groups.scale_offsets,
-        w.values,
-        w.scales,
-        out_dtype,
-        backend,
-        min(x.scale_group, w.scale_group),
-    )
+    layout = (x.groups.tokens_per_expert, x.groups.expert_offsets, x.groups.scale_offsets)
+    operands = (x.values, x.scales, *layout, w.values, w.scales)
+    scale_group = min(x.scale_group, w.scale_group)
+    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(*operands, out_dtype, backend, scale_group)
     return product
 
 
@@ -230,7 +211,7 @@ def grouped_gemm_workspace_size(
         raise TypeError(f"w: must be an ExpertWeights, got {type(w).__name__}")
     check_num_tokens(num_tokens, w.num_experts)
     check_n("w", w.n)
-    problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_out_dtype(out_dtype), w.device)
+    problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_float_dtype("out_dtype", out_dtype), w.device)
     asked = requested(backend)
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
@@ -265,7 +246,7 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
         raise TypeError(f"x: must be a GroupedMXFP8 (from quantize_grouped), got {type(x).__name__}")
     if not isinstance(w, ExpertWeights):
         raise TypeError(f"w: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
-    check_out_dtype(out_dtype)
+    check_float_dtype("out_dtype", out_dtype)
     if w.device != x.device:
         fail("w", f"must be on {x.device}, as x", w.device)
     num_experts, n, k = w.values.shape

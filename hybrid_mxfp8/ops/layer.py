@@ -20,25 +20,17 @@ from hybrid_mxfp8.core.activation import SwiGLU
 from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
-from hybrid_mxfp8.dispatch.backend import Backend, Quantizer, Steps
+from hybrid_mxfp8.dispatch.backend import Quantizer
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
-from hybrid_mxfp8.dispatch.problem import (
-    GemmBuffers,
-    Problem,
-    QuantizeBuffers,
-    QuantizeProblem,
-    split_layout,
-)
-from hybrid_mxfp8.dispatch.registry import choose_quantizer, choose_ready
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
+from hybrid_mxfp8.dispatch.registry import Ready, choose_quantizer, choose_ready
 
 
 class MoEShape(NamedTuple):
-    """All of an MoE layer that sizes its intermediates, but for the number of tokens.
-
-    H and I are ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E,
-    H, I). ``scale_groups`` are those of x and w13, and of the activation and w2.
-    """
+    """All of an MoE layer that sizes its intermediates, but for the number of tokens. H and I are
+    ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
+    ``scale_groups`` are those of x and w13, and of the activation and w2."""
 
     experts: int
     hidden: int
@@ -56,13 +48,7 @@ class MoEShape(NamedTuple):
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
-    """The shape of a layer.
-
-    Raises:
-        TypeError: not ExpertWeights.
-        ValueError: weights that are not (E, 2I, H) and (E, H, I) with E >= 1 and H, I multiples of
-            32, on one device.
-    """
+    """The shape of a layer, whose weights must fit together, on one device, with E >= 1."""
     for name, w in (("w13q", w13q), ("w2q", w2q)):
         if not isinstance(w, ExpertWeights):
             raise TypeError(f"{name}: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
@@ -95,54 +81,32 @@ def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
 
 
 class Backends(NamedTuple):
-    """What runs a layer: the quantizer, which also routes and combines, and the two products; see
-    ``registry.Ready``."""
+    """What runs a layer: quantizer, router and combine, and the two products; see ``Ready``."""
 
     quantizer: Quantizer
-    up: Backend
-    down: Backend
-    workspace_bytes: int
-    lasting: bool
+    up: Ready
+    down: Ready
 
 
 def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
     """Raises as ``registry.choose`` does."""
     up, down = (choose_ready(problem, backend) for problem in shape.problems(num_tokens))
-    return Backends(
-        choose_quantizer(shape.device, backend),
-        up.backend,
-        down.backend,
-        max(up.workspace_bytes, down.workspace_bytes),
-        up.lasting and down.lasting,
-    )
+    return Backends(choose_quantizer(shape.device, backend), up, down)
 
 
 class Arena(NamedTuple):
-    """Where the intermediates of M tokens lie; T = M * top_k rows, sorted by expert.
+    """Where the intermediates of M tokens lie; T = M * top_k rows, sorted by expert."""
 
-    Attributes:
-        sorted_token_ids: (T,) int32, the token of each row.
-        inverse_permutation: (M, top_k) int32, the row of each choice of each token.
-        layout: (3E+2,) int32, the rows' layout.
-        scratch: int32, of the routing kernels.
-        xq: tokens in MXFP8: values (T, H), scales (S, H/32).
-        h: (T, 2I), gate and up.
-        hq: the activation in MXFP8: values (T, I), scales (S, I/32).
-        y: (T, H), the experts' outputs.
-        workspace: uint8, of both products, or None.
-        size: bytes.
-    """
-
-    sorted_token_ids: Buffer
-    inverse_permutation: Buffer
-    layout: Buffer
-    scratch: Buffer
-    xq: tuple[Buffer, Buffer]
-    h: Buffer
-    hq: tuple[Buffer, Buffer]
-    y: Buffer
-    workspace: Buffer | None
-    size: int
+    sorted_token_ids: Buffer  # (T,) int32, the token of each row
+    inverse_permutation: Buffer  # (M, top_k) int32, the row of each choice of each token
+    layout: Buffer  # (3E+2,) int32, the rows' layout
+    scratch: Buffer  # int32, of the routing kernels
+    xq: tuple[Buffer, Buffer]  # tokens in MXFP8: values (T, H), scales (S, H/32)
+    h: Buffer  # (T, 2I), gate and up
+    hq: tuple[Buffer, Buffer]  # the activation in MXFP8: values (T, I), scales (S, I/32)
+    y: Buffer  # (T, H), the experts' outputs
+    workspace: Buffer | None  # uint8, of both products
+    size: int  # bytes
 
 
 def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) -> Arena:
@@ -161,7 +125,7 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) 
         return place(torch.float8_e4m3fn, rows, k), place(torch.uint8, scale_rows, scale_cols(k))
 
     int32 = torch.int32
-    gemm_bytes = backends.workspace_bytes
+    gemm_bytes = max(backends.up.workspace_bytes, backends.down.workspace_bytes)
     return Arena(
         sorted_token_ids=place(int32, rows),
         inverse_permutation=place(int32, num_tokens, shape.top_k),
@@ -197,12 +161,7 @@ def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
 ) -> Plan:
     """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
-    ids, weights, and what is given of the biases and x's scales).
-
-    Raises:
-        ValueError: more rows, padded to scale tiles, than int32 counts.
-        BackendUnavailableError: as ``registry.choose``.
-    """
+    ids, weights, and what is given of the biases and x's scales)."""
     num_tokens, device = inputs.x.shape[0], shape.device
     check_rows("x", shape, num_tokens)
     backends = choose_backends(shape, num_tokens, backend)
@@ -221,42 +180,25 @@ def plan_layer(
     up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
     down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
     x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)
-    scale_stride = 0 if linear_scales is None else linear_scales.stride(0)
 
-    quantizer, up, down = backends.quantizer, backends.up, backends.down
-    up_problem, down_problem = shape.problems(num_tokens)
-    tokens, expert_offsets, scale_offsets = split_layout(a.layout, shape.experts)
-
-    def quantize(
-        source: Buffer,
-        stride: int,
-        target: tuple[Buffer, Buffer],
-        scale_group: int,
-        *,
-        gather: Buffer | None = None,
-        scales: Buffer | None = None,
-        activation: SwiGLU | None = None,
-    ) -> Steps:
-        sizes = (up_problem.num_tokens, shape.experts, target[0].shape[1], source.shape[0], stride)
-        problem = QuantizeProblem(
-            *sizes, "rceil", activation, scale_group=scale_group, scale_stride=scale_stride if scales else 0
-        )
-        buffers = QuantizeBuffers(source, *target, gather, expert_offsets, scale_offsets, x_scales=scales)
-        return quantizer.quantize(problem, buffers)
-
-    def product(
-        chosen: Backend, problem: Problem, xq: tuple[Buffer, Buffer], w: tuple[Buffer, Buffer], result: Buffer
-    ) -> Steps:
-        buffers = GemmBuffers(*xq, tokens, expert_offsets, scale_offsets, *w, result, a.workspace)
-        return chosen.plan(problem, buffers)
-
+    quantizer = backends.quantizer
+    up, down = shape.problems(num_tokens)
+    layout = split_layout(a.layout, shape.experts)
+    offsets = layout[1:]
+    sizes = (up.num_tokens, shape.experts)
+    gather = QuantizeProblem(*sizes, shape.hidden, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
+    activate = QuantizeProblem(
+        *sizes, shape.intermediate, up.num_tokens, up.n, "rceil", activation, scale_group=down.scale_group
+    )
+    if linear_scales is not None:
+        gather = gather._replace(scale_stride=linear_scales.stride(0))
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantize(x, rows.stride(0), a.xq, up_problem.scale_group, gather=a.sorted_token_ids, scales=x_scales),
-        *product(up, up_problem, a.xq, w13, a.h),
+        *quantizer.quantize(gather, QuantizeBuffers(x, *a.xq, a.sorted_token_ids, *offsets, x_scales=x_scales)),
+        *backends.up.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
-        *quantize(a.h, 2 * shape.intermediate, a.hq, down_problem.scale_group, activation=activation),
-        *product(down, down_problem, a.hq, w2, a.y),
+        *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),
+        *backends.down.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
-    return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.lasting)
+    return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.up.lasting and backends.down.lasting)

@@ -1,15 +1,10 @@
-"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. No device data is looked at, so
-nothing syncs.
-
-Under ``torch.compile``, and for fake and meta tensors, each is one operator of
-``hybrid_mxfp8.ops.torch_library``; eager calls don't pay for PyTorch's dispatcher.
-"""
+"""``quantize_grouped`` and ``quantize_weights``: rows to MXFP8. Nothing looks at device data."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -92,15 +87,15 @@ def quantize_grouped(
         signature, sizes = _signature(x, groups, scaling, row_index, activation, out, backend)
         plan = PLANS.get(signature, sizes)
     if plan is None:
-        rows = _check(x, groups, scale_rounding, scale_group, row_index, activation)
+        problem = _check(x, groups, scale_rounding, scale_group, row_index, activation)
         if is_tracing(x):
             check_no_buffer("out", out)
-            return _quantize_traced(x, groups, rows, row_index, backend)
+            return _quantize_traced(x, groups, problem, row_index, backend)
         if out is not None:
-            _check_out(out, rows)
+            _check_out(out, problem, x.device)
         buffers = None if out is None else (metadata(out.values), metadata(out.scales))
-        given = (metadata(x), metadata(groups), rows, metadata(row_index), buffers, backend)
-        plan = PLANS.make(signature, _sizes(x, rows.num_tokens, out), functools.partial(plan_rows, *given))
+        given = (metadata(x), metadata(groups), problem, metadata(row_index), buffers, backend)
+        plan = PLANS.make(signature, _sizes(x, problem.num_rows, out), functools.partial(plan_rows, *given))
     if out is None:
         num_tokens, k, scale_rows, scale_columns, _ = plan.result
         # Unpacked: PyTorch takes 1.2 µs longer to parse a tuple.
@@ -112,14 +107,14 @@ def quantize_grouped(
 
 
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
-    """Quantize checked rows into checked buffers, of any number of scale rows that are whole 128x4
-    tiles."""
+    """Quantize checked rows into checked buffers, of any number of whole 128x4 tiles."""
     sizes = (x.shape[0], groups.num_tokens, scales.shape[0])
     signature = (_INTO, settings(None), groups.num_experts, *map(describe_rows, (x, values, scales)))
     plan = PLANS.get(signature, sizes)
     if plan is None:
-        rows = Rows(groups.num_tokens, groups.num_experts, values.shape[1], "rceil", None, x.device)
-        given = (metadata(x), metadata(groups), rows, None, (metadata(values), metadata(scales)), None)
+        shape = (groups.num_tokens, groups.num_experts, values.shape[1], x.shape[0], x.stride(0))
+        problem = QuantizeProblem(*shape, "rceil")
+        given = (metadata(x), metadata(groups), problem, None, (metadata(values), metadata(scales)), None)
         plan = PLANS.make(signature, sizes, functools.partial(plan_rows, *given))
     _run(plan, x, groups, None, values, scales)
 
@@ -150,8 +145,7 @@ def _run(
 def _signature(
     x: Any, groups: Any, scaling: tuple[Any, ...], row_index: Any, activation: Any, out: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
-    """All that checks and launches depend on, and the sizes; None for what has none, such as fake
-    tensors."""
+    """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
     try:
         if type(groups) is GroupLayout:
             num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]
@@ -186,23 +180,6 @@ def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[
     return x.shape[0], num_tokens, num_tokens if out is None else out.scales.shape[0]
 
 
-class Rows(NamedTuple):
-    """What the checks of ``quantize_grouped`` find out."""
-
-    num_tokens: int
-    num_experts: int
-    k: int
-    scale_rounding: str
-    activation: SwiGLU | None
-    device: torch.device
-    scale_group: int = BLOCK_SIZE
-
-    @property
-    def scales_shape(self) -> tuple[int, int]:
-        """(S, C)."""
-        return grouped_scale_rows(self.num_tokens, self.num_experts), scale_cols(self.k)
-
-
 def _check(
     x: torch.Tensor,
     groups: GroupLayout | torch.Tensor,
@@ -210,7 +187,7 @@ def _check(
     scale_group: int,
     row_index: torch.Tensor | None,
     activation: str | SwiGLU | None,
-) -> Rows:
+) -> QuantizeProblem:
     check_devices(x=x, groups=groups, row_index=row_index)
     if isinstance(groups, GroupLayout):
         device, num_experts = groups.device, groups.num_experts
@@ -239,22 +216,29 @@ def _check(
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
         fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
-    return Rows(num_tokens, num_experts, k, scale_rounding, swiglu, device, scale_group)
+    sizes = (num_tokens, num_experts, k, x.shape[0], x.stride(0))
+    grouping: Grouping = "offsets" if isinstance(groups, GroupLayout) else "counts"
+    return QuantizeProblem(*sizes, scale_rounding, swiglu, grouping, scale_group=scale_group)
 
 
-def _check_out(out: GroupedMXFP8, rows: Rows) -> None:
+def _scales_shape(p: QuantizeProblem) -> tuple[int, int]:
+    """(S, C)."""
+    return grouped_scale_rows(p.num_rows, p.num_experts), scale_cols(p.k)
+
+
+def _check_out(out: GroupedMXFP8, p: QuantizeProblem, device: torch.device) -> None:
     if not isinstance(out, GroupedMXFP8):
         raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
-    check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=rows.device)
-    check_shape("out", out.values, (rows.num_tokens, rows.k), "(T, K)")
-    check_shape("out", out.scales, rows.scales_shape, "(S, C)")
+    check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=device)
+    check_shape("out", out.values, (p.num_rows, p.k), "(T, K)")
+    check_shape("out", out.scales, _scales_shape(p), "(S, C)")
     check_aligned("out", out.scales)
 
 
 def plan_rows(
     x: Any,
     groups: Any,
-    rows: Rows,
+    problem: QuantizeProblem,
     row_index: Any,
     out: tuple[Any, Any] | None,
     backend: str | None,
@@ -263,15 +247,15 @@ def plan_rows(
     num_scale_rows: int,
 ) -> Plan:
     """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
-    row_index or nothing); from Metadata of other R, T and S, without ``out`` (values, scales) for
-    buffers that are allocated for each call."""
-    quantizer = choose_quantizer(rows.device, backend)
-    rows = rows._replace(num_tokens=num_tokens)
+    row_index or nothing), from Metadata of other R, T and S; ``out`` as (values, scales)."""
+    quantizer = choose_quantizer(x.device, backend)
+    p = problem._replace(num_rows=num_tokens, num_source_rows=num_source_rows)
+    scales_shape = _scales_shape(p)
     operands = Operands()
     source = operands.add("x", of_rows(x, num_source_rows))
     if out is None:
-        scale_target = operands.buffer("out", torch.uint8, rows.scales_shape)
-        value_target = operands.buffer("out", E4M3, (num_tokens, rows.k))
+        scale_target = operands.buffer("out", torch.uint8, scales_shape)
+        value_target = operands.buffer("out", E4M3, (num_tokens, p.k))
     else:
         values, scales = of_rows(out[0], num_tokens), of_rows(out[1], num_scale_rows)
         scale_target = operands.add("out", scales, written=True, label="its own scales")
@@ -284,41 +268,31 @@ def plan_rows(
         )
     else:
         counts = operands.add("groups", groups)
-        layout = operands.buffer("layout", torch.int32, (3 * rows.num_experts + 2,))
+        layout = operands.buffer("layout", torch.int32, (3 * p.num_experts + 2,))
         buffers = buffers._replace(counts=counts, layout=layout)
     if row_index is not None:
         buffers = buffers._replace(row_index=operands.add("row_index", of_rows(row_index, num_tokens)))
     steps: Steps = ()
-    if rows.num_tokens and rows.num_experts:
-        shape = (rows.num_tokens, rows.num_experts, rows.k, num_source_rows, x.stride(0))
-        grouping: Grouping = "counts" if buffers.counts else "offsets"
-        problem = QuantizeProblem(*shape, rows.scale_rounding, rows.activation, grouping, scale_group=rows.scale_group)
-        steps = quantizer.quantize(problem, buffers)
+    if p.num_rows and p.num_experts:
+        steps = quantizer.quantize(p, buffers)
     elif buffers.counts is not None and buffers.layout is not None:
-        steps = quantizer.group_offsets(buffers.counts, buffers.layout, rows.num_tokens, False)
-    return Plan(rows.device, operands, steps, result=(num_tokens, rows.k, *rows.scales_shape, rows.scale_group))
+        steps = quantizer.group_offsets(buffers.counts, buffers.layout, p.num_rows, False)
+    return Plan(x.device, operands, steps, result=(num_tokens, p.k, *scales_shape, p.scale_group))
 
 
 def _quantize_traced(
     x: torch.Tensor,
     groups: GroupLayout | torch.Tensor,
-    rows: Rows,
+    p: QuantizeProblem,
     row_index: torch.Tensor | None,
     backend: str | None,
 ) -> GroupedMXFP8:
-    layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, rows.num_tokens)
-    values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(
-        x,
-        layout.tokens_per_expert,
-        layout.expert_offsets,
-        layout.scale_offsets,
-        rows.scale_rounding,
-        row_index,
-        None if rows.activation is None else rows.activation.spec,
-        backend,
-        rows.scale_group,
-    )
-    return GroupedMXFP8.unchecked(values.view(E4M3), scales, layout, rows.scale_group)
+    layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, p.num_rows)
+    offsets = (layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets)
+    activation = None if p.activation is None else p.activation.spec
+    options = (p.scale_rounding, row_index, activation, backend, p.scale_group)
+    values, scales = torch.ops.hybrid_mxfp8.quantize_grouped(x, *offsets, *options)
+    return GroupedMXFP8.unchecked(values.view(E4M3), scales, layout, p.scale_group)
 
 
 def quantize_weights(

@@ -1,5 +1,6 @@
-"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel to their experts
-as such; and the two launches at both ends of the way. No device data is looked at."""
+"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel as such; and the
+two launches at both ends of the way.
+"""
 
 from __future__ import annotations
 
@@ -55,48 +56,25 @@ def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: 
 
 
 def pack_tokens(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor | None,
-    topk_weights: torch.Tensor | None,
+    x: torch.Tensor,  # as for :func:`quantize_tokens`
+    topk_ids: torch.Tensor | None,  # (M, top_k) int32 or int64; None as the weights
+    topk_weights: torch.Tensor | None,  # (M, top_k) bf16, fp16 or fp32
     *,
-    num_records: int,
-    num_experts: int,
+    num_records: int,  # R >= M; records from M on choose no expert
+    num_experts: int,  # E; an id outside 0 .. E-1 becomes -1
     scale_group: int = BLOCK_SIZE,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Quantize tokens into the records in which they travel; see ``core.token_record``.
-
-    Args:
-        x: as for :func:`quantize_tokens`.
-        topk_ids: (M, top_k) int32 or int64; copied if not contiguous. Or None, as the weights.
-        topk_weights: (M, top_k) bf16, fp16 or fp32; copied if not contiguous.
-        num_records: R >= M. Records from M on choose no expert, and hold nothing else.
-        num_experts: E; an id outside 0 .. E-1 becomes -1.
-        scale_group: as for :func:`quantize_tokens`.
-        backend: as for :func:`quantize_tokens`.
-
-    Returns:
-        (R, TokenRecord.size) uint8.
-
-    Raises:
-        As :func:`quantize_tokens`; ValueError also for more tokens than records.
-    """
+    """Quantize tokens into records (R, TokenRecord.size) uint8; see ``core.token_record``. Raises
+    as :func:`quantize_tokens`; ValueError also for more tokens than records."""
     if topk_ids is not None and topk_weights is not None:
         topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     signature = plan = None
     if not torch.compiler.is_compiling():
         try:
             given = describe(x), describe(topk_ids), describe(topk_weights)
-            signature = (
-                _PACK,
-                settings(backend),
-                torch.is_grad_enabled(),
-                num_records,
-                num_experts,
-                scale_group,
-                type(scale_group),  # 32.0 equals 32
-                given,
-            )
+            sizes = (num_records, num_experts, scale_group, type(scale_group))  # 32.0 equals 32
+            signature = (_PACK, settings(backend), torch.is_grad_enabled(), sizes, given)
             plan = PLANS.get(signature)
         except (AttributeError, RuntimeError, TypeError):
             signature = None
@@ -162,16 +140,8 @@ def _plan_pack(
 
 
 def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """out[m] = sum over k of y[rows[m, k]], in fp32, in the order of k.
-
-    Args:
-        y: (T, H) bf16, fp16 or fp32, contiguous.
-        rows: (M, n) int32, contiguous; outside 0 .. T-1: nothing.
-        backend: as for :func:`quantize_tokens`.
-
-    Returns:
-        (M, H) of y's dtype.
-    """
+    """out[m] = sum over k of y[rows[m, k]], in fp32, in the order of k: (M, H) of y's dtype, of y
+    (T, H) and rows (M, n) int32, both contiguous. A row outside 0 .. T-1 adds nothing."""
     out = torch.empty(rows.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
     if not (y.numel() and rows.numel()):
         return out.zero_()

@@ -87,10 +87,7 @@ def _quantize_grouped_fake(
     # or T >= E.
     groups = torch.sym_min(tokens_per_expert.shape[0], num_tokens)
     scale_rows = (num_tokens + (SCALE_TILE_ROWS - 1) * groups) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
-    return (
-        x.new_empty(num_tokens, k, dtype=torch.uint8),
-        x.new_empty(scale_rows, scale_cols(k), dtype=torch.uint8),
-    )
+    return (x.new_empty(num_tokens, k, dtype=torch.uint8), x.new_empty(scale_rows, scale_cols(k), dtype=torch.uint8))
 
 
 def _quantize_weights(
@@ -109,8 +106,7 @@ def _quantize_weights_fake(w: torch.Tensor, *others: Any) -> tuple[torch.Tensor,
 
 
 def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
-    """As float8_e4m3fn. Checked first: viewing another dtype's bytes would only change the
-    shape."""
+    """As float8_e4m3fn; checked first, as a view of another dtype would only change the shape."""
     check_tensor(name, values, dtypes=(torch.uint8, torch.float8_e4m3fn), ndim=ndim, dims=dims)
     return values.view(torch.float8_e4m3fn)
 
@@ -203,8 +199,7 @@ def _pack_tokens_fake(
 
 
 def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> torch.library.Library:
-    """Define operators by their schemas, each with its implementation and its fake one; they live
-    as long as what is returned."""
+    """Define operators by schema, real and fake; they live as long as what is returned."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema, (real, fake) in operators.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -231,10 +226,7 @@ LIBRARY = define_operators(
         ),
         "grouped_gemm(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
         " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend,"
-        " int scale_group=32) -> Tensor": (
-            _grouped_gemm,
-            _grouped_gemm_fake,
-        ),
+        " int scale_group=32) -> Tensor": (_grouped_gemm, _grouped_gemm_fake),
         "moe_forward(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
         " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation,"
         " str? backend, int w13_scale_group=32, int w2_scale_group=32, Tensor? x_scales=None,"

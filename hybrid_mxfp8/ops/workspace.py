@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_int, fail, short
+from hybrid_mxfp8.core.checks import check_float_dtype, check_int, fail, short
 from hybrid_mxfp8.core.operands import ExpertWeights
 from hybrid_mxfp8.dispatch.device import is_capturing
 from hybrid_mxfp8.ops.layer import arena, check_rows, choose_backends, shape_of
@@ -60,8 +60,7 @@ class MoEWorkspace:
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("top_k", top_k)):
             check_int(name, value, 1)
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(dtype)}")
+        check_float_dtype("dtype", dtype)
         self.shape = shape_of(w13q, w2q, top_k, dtype)
         check_rows("max_tokens", self.shape, max_tokens)
         self.max_tokens = max_tokens
@@ -133,8 +132,7 @@ class MoEWorkspace:
             del self._threads[process]
 
     def _wait_for_last_stream(self, last: torch.cuda.Stream) -> None:
-        """Have the current stream wait for all that was queued where the workspace was used
-        last."""
+        """Have the current stream wait for what was queued where this was used last."""
         device = self.shape.device
         if torch._C._cuda_getCurrentRawStream(device.index) == last.cuda_stream or is_capturing(device):
             return

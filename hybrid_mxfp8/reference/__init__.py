@@ -5,16 +5,9 @@ nothing here is meant for a hot path, and ``grouped_matmul`` syncs with the devi
 ``core``.
 """
 
-from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped, scale_values
+from hybrid_mxfp8.core.dequantize import dequantize, dequantize_grouped, scale_values
 from hybrid_mxfp8.core.layout import group_offsets
-from hybrid_mxfp8.core.scale_layout import (
-    scale_rows_of_tokens,
-    swizzle_grouped_scales,
-    swizzle_scales,
-    swizzled_offsets,
-    unswizzle_grouped_scales,
-    unswizzle_scales,
-)
+from hybrid_mxfp8.core.scale_layout import scale_rows_of_tokens, swizzled_offsets
 from hybrid_mxfp8.reference.product import grouped_matmul
 from hybrid_mxfp8.reference.quantization import (
     gather_rows,
@@ -23,12 +16,10 @@ from hybrid_mxfp8.reference.quantization import (
     quantize_rows,
     quantize_weights,
     swiglu,
-    write_grouped,
 )
 
 __all__ = [
     "dequantize",
-    "dequantize_experts",
     "dequantize_grouped",
     "gather_rows",
     "group_offsets",
@@ -40,10 +31,5 @@ __all__ = [
     "scale_rows_of_tokens",
     "scale_values",
     "swiglu",
-    "swizzle_grouped_scales",
-    "swizzle_scales",
     "swizzled_offsets",
-    "unswizzle_grouped_scales",
-    "unswizzle_scales",
-    "write_grouped",
 ]

@@ -1,5 +1,4 @@
-"""Quantization in plain PyTorch, on CPU and CUDA tensors with the same bytes: integer arithmetic on
-fp32 bits and one multiplication by a power of two."""
+"""Quantization in PyTorch, the same bytes on CPU and CUDA: integers, and powers of two."""
 
 from __future__ import annotations
 
@@ -17,19 +16,9 @@ FP32_INF_BITS = 0x7F800000
 def quantize(
     x: torch.Tensor, scale_rounding: str = "rceil", scale_group: int = BLOCK_SIZE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rows to MXFP8.
-
-    Args:
-        x: (..., K) bf16, fp16 or fp32, K % 32 == 0.
-        scale_rounding: ``rceil``, ``floor`` or ``even``; design and formulas in the numerics
-            section of the README.
-        scale_group: elements whose blocks get one scale: 32 or 128.
-
-    Returns:
-        values (..., K) float8_e4m3fn and row-major scales (..., K/32) uint8, E8M0. A group with a
-        NaN or an Inf has scale 255 and only NaN elements; a group of zeros has scale 0 and keeps
-        its signs.
-    """
+    """Rows (..., K), K % 32 == 0, to values (..., K) e4m3 and row-major scales (..., K/32) uint8. A
+    group with a NaN or an Inf has scale 255 and only NaN elements; a group of zeros has scale 0 and
+    keeps its signs. The README's section on numerics has the design and the formulas."""
     blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
     # Integer comparison orders magnitudes as floats do, and puts NaN above Inf above all finite
     # values.
@@ -55,23 +44,14 @@ def swiglu(x: torch.Tensor, activation: SwiGLU = PLAIN_SWIGLU) -> torch.Tensor:
 
 
 def write_grouped(
-    values: torch.Tensor,
-    linear_scales: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    scale_offsets: torch.Tensor,
-    out_values: torch.Tensor,
-    out_scales: torch.Tensor,
+    values: torch.Tensor,  # (T, K) e4m3
+    linear_scales: torch.Tensor,  # (T, K/32) uint8, row-major
+    expert_offsets: torch.Tensor,  # (E+1,) int32
+    scale_offsets: torch.Tensor,  # (E+1,) int32
+    out_values: torch.Tensor,  # (T, K) e4m3; rows beyond the last expert keep what they hold
+    out_scales: torch.Tensor,  # (S, C) uint8; so do rows beyond scale_offsets[E]
 ) -> None:
-    """Put quantized rows into a grouped operand's buffers, padding included.
-
-    Args:
-        values: (T, K) float8_e4m3fn.
-        linear_scales: (T, K/32) uint8, row-major.
-        expert_offsets: (E+1,) int32.
-        scale_offsets: (E+1,) int32.
-        out_values: (T, K) float8_e4m3fn; rows beyond the last expert keep what they hold.
-        out_scales: (S, C) uint8; rows beyond scale_offsets[E] keep what they hold.
-    """
+    """Put quantized rows into a grouped operand's buffers, padding included."""
     num_rows = out_scales.shape[0]
     swizzled, owned = swizzle_grouped_scales(linear_scales, expert_offsets, scale_offsets, num_rows)
     used = (torch.arange(num_rows, device=out_scales.device) < scale_offsets[-1]).unsqueeze(1)
@@ -82,30 +62,18 @@ def write_grouped(
 
 
 def quantize_rows(
-    x: torch.Tensor,
-    row_index: torch.Tensor | None,
+    x: torch.Tensor,  # (R, K), or (R, 2K) with an activation; bf16, fp16 or fp32
+    row_index: torch.Tensor | None,  # (T,) int32, the source of each row
     scale_rounding: str,
     scale_group: int,
-    activation: SwiGLU | None,
+    activation: SwiGLU | None,  # what is quantized of [gate | up]
     expert_offsets: torch.Tensor,
     scale_offsets: torch.Tensor,
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
     """What the kernel does for grouped rows: gather, activation, quantization, scales in their
-    places.
-
-    Args:
-        x: (R, K), or (R, 2K) with an activation; bf16, fp16 or fp32.
-        row_index: (T,) int32, the source of each row, or None; one outside 0 .. R-1 reads as zeros.
-        scale_rounding: as for :func:`quantize`.
-        scale_group: as for :func:`quantize`.
-        activation: what is quantized of [gate | up], or None.
-        expert_offsets: (E+1,) int32.
-        scale_offsets: (E+1,) int32.
-        out_values: as for :func:`write_grouped`.
-        out_scales: as for :func:`write_grouped`.
-    """
+    places. An index outside 0 .. R-1 reads as zeros; outputs are those of :func:`write_grouped`."""
     if row_index is not None:
         inside = (row_index >= 0) & (row_index < x.shape[0])
         rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(row_index.shape[0], x.shape[1])
@@ -115,40 +83,30 @@ def quantize_rows(
 
 
 def gather_rows(
-    x_values: torch.Tensor,
-    x_scales: torch.Tensor,
-    row_index: torch.Tensor,
+    x_values: torch.Tensor,  # (R, K) e4m3
+    x_scales: torch.Tensor,  # (R, K/32) uint8, row-major
+    row_index: torch.Tensor,  # (T,) int32
     expert_offsets: torch.Tensor,
     scale_offsets: torch.Tensor,
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
-    """As :func:`quantize_rows`, of rows that are quantized: x_values (R, K) float8_e4m3fn and
-    x_scales (R, K/32) uint8, row-major."""
+    """As :func:`quantize_rows`, of rows that are quantized."""
     index = row_index.to(torch.int64)
     values = x_values.view(torch.uint8)[index].view(torch.float8_e4m3fn)
     write_grouped(values, x_scales[index], expert_offsets, scale_offsets, out_values, out_scales)
 
 
 def pack_tokens(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor | None,
-    topk_weights: torch.Tensor | None,
-    records: torch.Tensor,
-    num_experts: int,
+    x: torch.Tensor,  # (M, H) bf16, fp16 or fp32
+    topk_ids: torch.Tensor | None,  # (M, top_k) int32 or int64
+    topk_weights: torch.Tensor | None,  # (M, top_k) bf16, fp16 or fp32
+    records: torch.Tensor,  # (R, bytes) uint8, R >= M, written
+    num_experts: int,  # E
     scale_group: int = BLOCK_SIZE,
 ) -> None:
-    """Tokens to the records in which they travel; see ``core.token_record``.
-
-    Args:
-        x: (M, H) bf16, fp16 or fp32.
-        topk_ids: (M, top_k) int32 or int64, or None; outside 0 .. E-1: written as -1.
-        topk_weights: (M, top_k) bf16, fp16 or fp32, or None.
-        records: (R, bytes) uint8, R >= M, written; of those from M on only the ids, -1, and the
-            weights, 0.
-        num_experts: E.
-        scale_group: as for :func:`quantize`.
-    """
+    """Tokens to the records in which they travel; see ``core.token_record``. Ids outside 0 .. E-1
+    become -1; records from M on get ids -1 and weights 0, and keep the rest."""
     num_tokens, hidden = x.shape
     top_k = 0 if topk_ids is None else topk_ids.shape[1]
     values, scales, ids, weights = TokenRecord(hidden, top_k).split(records)

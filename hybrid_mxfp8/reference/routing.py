@@ -1,5 +1,4 @@
-"""Routing, expert bias and combine in plain PyTorch: the twins of the kernels, bit for bit, on any
-device."""
+"""Routing, expert bias and combine in PyTorch: the kernels' twins, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,26 +8,15 @@ from hybrid_mxfp8 import reference
 
 
 def route(
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    sorted_token_ids: torch.Tensor,
-    inverse_permutation: torch.Tensor,
-    layout: torch.Tensor,
-    scratch: torch.Tensor | None = None,
+    topk_ids: torch.Tensor,  # (M, top_k) int32 or int64
+    num_experts: int,  # E
+    sorted_token_ids: torch.Tensor,  # (S,) int32, written: the token of each row
+    inverse_permutation: torch.Tensor,  # (M, top_k) int32, written: the row of each slot, or -1
+    layout: torch.Tensor,  # (3E+2,) int32, written: see GroupLayout.from_buffer
+    scratch: torch.Tensor | None = None,  # not used
 ) -> None:
-    """Sort the (token, k) slots of a batch by expert, stably; arguments as for
-    ``triton_kernels.route.route``.
-
-    Args:
-        topk_ids: (M, top_k) int32 or int64; S = M * top_k slots. Outside 0 .. E-1: dropped, sorted
-            behind all experts.
-        num_experts: E.
-        sorted_token_ids: (S,) int32, written: the token of each row.
-        inverse_permutation: (M, top_k) int32, written: the row of each slot, -1 for a dropped one.
-        layout: (3E+2,) int32, written: tokens (E,), expert offsets (E+1,), scale offsets (E+1,) of
-            the rows.
-        scratch: not used.
-    """
+    """Sort the (token, k) slots of a batch by expert, stably: S = M * top_k of them. A slot with an
+    id outside 0 .. E-1 is dropped: sorted behind all experts."""
     ids = topk_ids.reshape(-1).to(torch.int64)
     experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     order = torch.sort(experts, stable=True).indices
@@ -44,15 +32,7 @@ def route(
 def add_expert_bias(
     y: torch.Tensor, inverse_permutation: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor
 ) -> None:
-    """y[inverse_permutation[m, k]] += bias[topk_ids[m, k]], summed in fp32 and rounded to y's
-    dtype.
-
-    Args:
-        y: (T, N) bf16, fp16 or fp32; changed.
-        inverse_permutation: (M, top_k) int32; -1 is skipped.
-        topk_ids: (M, top_k) int32 or int64.
-        bias: (E, N) bf16, fp16 or fp32.
-    """
+    """y[row of slot] += bias (E, N)[id], summed in fp32, for y (T, N); row -1 is skipped."""
     rows, ids = inverse_permutation.reshape(-1).to(torch.int64), topk_ids.reshape(-1).to(torch.int64)
     live = rows >= 0
     # Rows of dropped slots land in one extra row, so that no shape depends on device data.
@@ -65,24 +45,15 @@ def add_expert_bias(
 
 
 def combine(
-    y: torch.Tensor,
-    inverse_permutation: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
+    y: torch.Tensor,  # (T, H) bf16, fp16 or fp32, T >= 1
+    inverse_permutation: torch.Tensor,  # (M, top_k) int32; a slot of row -1 adds nothing
+    topk_ids: torch.Tensor,  # (M, top_k) int32 or int64
+    topk_weights: torch.Tensor,  # (M, top_k) bf16, fp16 or fp32
+    bias: torch.Tensor | None,  # (E, H) bf16, fp16 or fp32
+    out: torch.Tensor,  # (M, H) bf16, fp16 or fp32, written
 ) -> None:
     """out[m] = sum over k of topk_weights[m, k] * (y[inverse_permutation[m, k]] + bias[topk_ids[m,
-    k]]), in fp32, in the order of k.
-
-    Args:
-        y: (T, H) bf16, fp16 or fp32, T >= 1.
-        inverse_permutation: (M, top_k) int32; a slot whose row is -1 contributes nothing.
-        topk_ids: (M, top_k) int32 or int64.
-        topk_weights: (M, top_k) bf16, fp16 or fp32.
-        bias: (E, H) bf16, fp16 or fp32, or None.
-        out: (M, H) bf16, fp16 or fp32, written.
-    """
+    k]]), in fp32, in the order of k."""
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for k in range(inverse_permutation.shape[1]):
         rows = inverse_permutation[:, k].to(torch.int64)

@@ -46,10 +46,11 @@ def dequantized(xq: mx.GroupedMXFP8, block_t: int, rows: int | None = None) -> t
     workspace = torch.full((layout.size,), cases.POISON, dtype=torch.uint8)
     wanted = layout.num_tokens if rows is None else rows
     kernels.dequantize_tokens(xq, workspace, layout, block_t, wanted)
-    listed = layout.tiles(workspace).tolist()
+    words, expanded = kernels.hopper_workspace(layout, workspace)
+    listed = words.tolist()
     assert listed[0][1] == 0, "slices taken"
     assert all(row[3] == 0 for row in listed[1 : 1 + listed[0][0]]), "slices done"
-    return layout.expanded(workspace), [row[:3] for row in listed[1 : 1 + listed[0][0]]]
+    return expanded, [row[:3] for row in listed[1 : 1 + listed[0][0]]]
 
 
 def check(counts: Sequence[int], num_tokens: int, k: int, block_t: int, rng: torch.Generator) -> None:

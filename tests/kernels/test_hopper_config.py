@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import hopper_workspace
 from stand_ins import pretend_capability
 
 from hybrid_mxfp8.core.formats import ceil_div
@@ -110,8 +111,8 @@ def test_the_list_of_tiles_holds_any_layout(counts: list[int], block_t: int) -> 
 def test_the_workspace_is_cut_without_overlap(t: int, e: int, k: int) -> None:
     layout = WorkspaceLayout.of(t, e, k, HopperGemmConfig(16, 16, 128, 2))
     workspace = torch.zeros(layout.size, dtype=torch.uint8)
-    layout.tiles(workspace).fill_(-1)
-    expanded = layout.expanded(workspace)
+    words, expanded = hopper_workspace(layout, workspace)
+    words.fill_(-1)
     assert not expanded.view(torch.int16).any()
     assert expanded.shape == (t, ceil_div(k, 64) * 64)
     assert (expanded.data_ptr() - workspace.data_ptr()) % 256 == 0

@@ -18,6 +18,7 @@ from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
+from hybrid_mxfp8.triton_kernels.gemm.hopper_config import TILE_WORDS, WorkspaceLayout
 
 
 def launch(steps: Callable[..., Steps], *tensors: torch.Tensor | None) -> None:
@@ -227,3 +228,10 @@ def combine(
     from hybrid_mxfp8.triton_kernels.moe import combine as module
 
     launch(lambda *buffers: module.combine(*buffers, out.stride(0)), y, inverse_permutation, ids, weights, bias, out)
+
+
+def hopper_workspace(layout: WorkspaceLayout, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The list of token tiles (1 + max_tiles, 4), and the expanded tokens (T, padded_k); views."""
+    words = workspace[: (1 + layout.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
+    expanded = workspace[layout.tokens_at : layout.size].view(torch.bfloat16).view(layout.num_tokens, layout.padded_k)
+    return words, expanded

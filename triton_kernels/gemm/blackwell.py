@@ -38,6 +38,7 @@ from hybrid_mxfp8.triton_kernels.gemm.portable import find_tile
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -47,9 +48,7 @@ def _scale_tiles(desc, row_tile, column_tile, ROW_TILES: tl.constexpr):
     return tiles.trans(0, 3, 2, 1, 4).reshape(ROW_TILES * 128, 4)
 
 
-@triton.jit(
-    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_scale_rows", "num_experts"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def grouped_gemm_blackwell_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     x_desc,  # (T, K) e4m3, blocks (BLOCK_T, 128)
@@ -146,7 +145,7 @@ def _scale_tile_map(scales: Buffer, row_tiles: int) -> TensorMap:
 def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tuple[KernelLaunch, ...]:
     """The launch of one product; operands are 16-byte aligned."""
     p, b = problem, buffers
-    arguments = (
+    operands = (
         b.out,
         TensorMap(b.x_values, (p.num_tokens, p.k), (config.block_t, 128)),
         _scale_tile_map(b.x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)),
@@ -155,13 +154,9 @@ def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tup
         _scale_tile_map(b.w_scales, 1),
         b.expert_offsets,
         b.scale_offsets,
-        p.num_tokens,
-        b.x_scales.shape[0],
-        p.num_experts,
-        p.n,
-        p.k,
     )
+    sizes = (p.num_tokens, b.x_scales.shape[0], p.num_experts, p.n, p.k)
     constants = (next_power_of_2(p.num_experts), config.block_t, config.warp_specialize, config.num_stages)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, arguments, constants, options),)
+    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, (*operands, *sizes), constants, options),)

@@ -26,6 +26,7 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_config import COLUMN_GROUP, Workspa
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
 from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -60,20 +61,7 @@ def _list_tiles(
         tl.store(entry + 3, tl.zeros_like(i), mask=wanted)
 
 
-# What changes with every batch is not specialized on, so that a new number of tokens compiles no
-# new kernel.
-@triton.jit(
-    do_not_specialize=[
-        "expert_offsets_ptr",
-        "scale_offsets_ptr",
-        "num_tokens",
-        "num_scale_rows",
-        "num_experts",
-        "row_programs",
-        "max_tiles",
-        "tokens_at",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def dequantize_tokens_kernel(
     values_ptr,  # (T, K) e4m3
     scales_ptr,  # (S, C) uint8, swizzled
@@ -167,10 +155,8 @@ class DequantizeConfig:
 
 def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False) -> DequantizeConfig:
     """Tile of the expansion; pure. Few rows: small programs, so that a decode batch fills the GPU.
-
     Seen on an H100 in µs: T 32, K 7168 2.4; T 2048 17.7, 8192 66, and T 16384, K 2048 37.9 with
-    4x1024, the best of ten.
-    """
+    4x1024, the best of ten."""
     columns = next_power_of_2(max(round_up(k, COLUMN_GROUP), 128))
     if interpreted:
         return DequantizeConfig(min(next_power_of_2(max(num_tokens, 1)), 64), min(columns, 1024), 4)
@@ -182,34 +168,15 @@ def select_dequantize_config(num_tokens: int, k: int, interpreted: bool = False)
 def dequantize_tokens(
     buffers: GemmBuffers, workspace: Buffer, layout: WorkspaceLayout, num_experts: int, block_t: int, rows: int
 ) -> KernelLaunch:
-    """The launch that writes the list of token tiles and the dequantized tokens.
-
-    Args:
-        buffers: of the product whose tokens are read.
-        workspace: ``layout.size`` bytes, 256-byte aligned.
-        layout: where the list of tiles and the dequantized tokens go.
-        num_experts: E.
-        block_t: rows of a token tile; a tile belongs to one expert.
-        rows: how many of the first rows are dequantized.
-    """
-    num_tokens, k = buffers.x_values.shape
+    """The launch that writes the list of token tiles, of ``block_t`` rows of one expert each, and
+    the first ``rows`` rows in bf16 into ``workspace``: ``layout.size`` bytes, 256-byte aligned."""
+    b, (num_tokens, k) = buffers, buffers.x_values.shape
     config = select_dequantize_config(rows, k, INTERPRETED)
     row_programs = ceil_div(rows, config.block_rows)
     experts = next_power_of_2(num_experts)
-    arguments = (
-        buffers.x_values,
-        buffers.x_scales,
-        workspace,
-        buffers.expert_offsets,
-        buffers.scale_offsets,
-        num_tokens,
-        buffers.x_scales.shape[0],
-        num_experts,
-        k,
-        row_programs,
-        layout.max_tiles,
-        layout.tokens_at // 256,
-    )
+    operands = (b.x_values, b.x_scales, workspace, b.expert_offsets, b.scale_offsets)
+    places = (row_programs, layout.max_tiles, layout.tokens_at // 256)
+    arguments = (*operands, num_tokens, b.x_scales.shape[0], num_experts, k, *places)
     programs = (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols)
     constants = (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols)
     options = (("num_warps", config.num_warps),)

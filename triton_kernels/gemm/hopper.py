@@ -5,7 +5,7 @@ must stay 8 bits wide all the way to the registers; prefill is bound by wgmma, s
 must hide behind it. Hence:
 
 - Tokens, few bytes, are expanded to bf16 by a kernel before (``dequantize_tokens``), which also
-  lists the token tiles. Where tiles are widest it fused_dequantize those of the first tiles alone,
+  lists the token tiles. Where tiles are widest it expands those of the first tiles alone,
   and three spare warps the others, just ahead of their use.
 - One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16
   tokens.
@@ -50,9 +50,7 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
 )
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch, triton_version
 
-SLICE = gl.constexpr(4)
-"""Rows that a warp fused_dequantize at a time."""
-
+SLICE = gl.constexpr(4)  # rows that a warp dequantizes at a time
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 """Its second name is that before 3.7."""
 
@@ -101,8 +99,7 @@ def _words_layout():
 
 @gluon.constexpr_function
 def _store_layout(tokens):
-    """(128, tokens) of y transposed: wgmma's accumulator by weight rows, neighbouring rows in one
-    register pair."""
+    """(128, tokens) of y transposed: wgmma's accumulator, neighbouring rows in a register pair."""
     columns = [1] + [8 << i for i in range((tokens // 8).bit_length() - 1)]
     return gl.DistributedLinearLayout(
         reg_bases=[[1, 0]] + [[0, c] for c in columns],
@@ -138,13 +135,9 @@ def _expanded_layout():
     )
 
 
-# ---------------------------------------------------------------- device functions
-
-
 @gluon.jit
 def _times_scale(codes, b):
-    """e4m3 bytes times 2**(b - 127), as bf16; b int32 of the same shape, or one that broadcasts to
-    it, along the last axis."""
+    """e4m3 bytes times 2**(b - 127), as bf16; b int32, may broadcast along the last axis."""
     # The factor as bf16, twice in a word: b << 7, but 0x40, a subnormal, for 0 and NaN for 255.
     bits = gl.where(b == 255, 0x7FC0, gl.maximum(b << 7, 0x40))
     return gl.inline_asm_elementwise(
@@ -177,8 +170,7 @@ def _times_scale(codes, b):
 
 @gluon.jit
 def _dequantize(codes, words, HALF: gl.constexpr, A_LAYOUT: gl.constexpr):
-    """(128, 64) e4m3 bytes times their scales, bytes 2 HALF and 2 HALF + 1 of ``words`` (128,), as
-    wgmma's A."""
+    """(128, 64) e4m3 times their scales, bytes 2 HALF (+ 1) of ``words`` (128,), as wgmma's A."""
     blocks_layout: gl.constexpr = _blocks_layout()
     blocks = gl.convert_layout(codes.reshape([128, 2, 32]), blocks_layout, assert_trivial=True)
     words = gl.convert_layout(words, gl.SliceLayout(1, gl.SliceLayout(2, blocks_layout)), assert_trivial=True)
@@ -199,8 +191,7 @@ def _before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T: gl.constexpr):
-    """(first row, end) of a tile or of its part; the end may be far beyond the tile, or before the
-    first row."""
+    """(first row, end) of a tile or its part; the end may be beyond it, or before the first row."""
     start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
     end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
     rows = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
@@ -230,8 +221,7 @@ def _take_slice(counter_ptr):
 
 @gluon.jit
 def _report_slice(done_ptr):
-    """Count a slice as written, after every lane's writes, for TMA units on other multiprocessors
-    to read."""
+    """Count a slice as written by all lanes, for TMA units on other multiprocessors to read."""
     lane = _lanes()
     one = gl.inline_asm_elementwise(
         "fence.proxy.async; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
@@ -429,8 +419,7 @@ def _consumer(
     y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
     BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Two warpgroups: empty the ring, tile after tile; an expert's last tile may be short and then
-    takes less."""
+    """Two warpgroups: empty the ring, tile after tile; an expert's last may take less."""
     num_t_tiles = gl.load(tiles_ptr)
     num_n_tiles = (N + 127) // 128
     stage = 0
@@ -485,8 +474,7 @@ def hopper_gemm_kernel(
     STAGES: gl.constexpr,
     FUSED_DEQUANTIZE: gl.constexpr,
 ):
-    """Grid (multiprocessors,), 8 warps that multiply; one more feeds them, and with
-    FUSED_DEQUANTIZE three more expand tokens."""
+    """Grid (multiprocessors,), 8 warps multiply, one feeds; FUSED_DEQUANTIZE: 3 more expand."""
     # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and
     # not stored.
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler pairs the stores
@@ -556,15 +544,9 @@ def hopper_gemm_kernel(
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------- launches
-
-
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:
-    """The two launches of one product: tokens to bf16, then the product.
-
-    Weights and their scales are 16-byte aligned, and ``buffers.workspace`` has the bytes of the
-    WorkspaceLayout.
-    """
+    """The two launches of one product: tokens to bf16, then the product. Weights and their scales
+    are 16-byte aligned, and ``buffers.workspace`` has the bytes of the WorkspaceLayout."""
     assert config.is_valid(), config
     assert buffers.workspace is not None
     if triton_version() == (3, 8):
@@ -590,16 +572,8 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
         tensor_map(w_scale_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
         tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
-        b.x_values,
-        b.x_scales,
-        b.expert_offsets,
-        b.scale_offsets,
-        b.x_scales.shape[0],
-        layout.tokens_at // 256,
-        first_tile,
-        p.k,
-        p.n,
-        num_k_tiles,
+        *(b.x_values, b.x_scales, b.expert_offsets, b.scale_offsets, b.x_scales.shape[0]),
+        *(layout.tokens_at // 256, first_tile, p.k, p.n, num_k_tiles),
     )
     constants = (config.block_t, config.small_block_t, block_k, config.num_stages, config.fused_dequantize)
     product = KernelLaunch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),))

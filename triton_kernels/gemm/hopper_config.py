@@ -1,50 +1,27 @@
-"""What the Hopper grouped GEMM decides on the host: tile, and what lies where in its workspace.
-Plain ints, no Gluon."""
+"""The Hopper grouped GEMM's tile and what lies where in its workspace. No Gluon."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from hybrid_mxfp8.core.formats import MAX_INT32, ceil_div, round_up, scale_cols, token_tiles_bound
 
-COLUMN_GROUP = 64
-"""Columns of expanded tokens that are reordered among themselves; rows are padded to whole
-groups."""
-
-AVERAGES = (56, 128)
-"""Tokens an expert up to which select_hopper_config takes its first and its second tile."""
-
-MAX_TOKENS = MAX_INT32 - 256
-"""The most rows that the kernel takes."""
-
-TILE_WORDS = 4
-"""int32 words of each entry in the list of token tiles."""
-
-SHARED_MEMORY = 232448
-"""Bytes of shared memory that a program can have on compute capability 9.0."""
+COLUMN_GROUP = 64  # columns of expanded tokens that are reordered among themselves
+AVERAGES = (56, 128)  # tokens an expert up to which the first and the second tile are taken
+MAX_TOKENS = MAX_INT32 - 256  # the most rows that the kernel takes
+TILE_WORDS = 4  # int32 words of each entry in the list of token tiles
+SHARED_MEMORY = 232448  # bytes of shared memory that a program can have on compute capability 9.0
 
 
 @dataclass(frozen=True)
 class HopperGemmConfig:
-    """A tile of 128 weight rows by ``block_t`` tokens, fed in stages of ``block_k`` columns.
+    """A tile of 128 weight rows by ``block_t`` tokens, fed in stages of ``block_k`` columns."""
 
-    Attributes:
-        block_t: 16, 32, 64, 128 or 256.
-        small_block_t: 16, 32 or 64, at most ``block_t``: a tile of so few tokens loads and
-            multiplies no more than these.
-        block_k: 64 or 128.
-        num_stages: depth of the ring in shared memory.
-        fused_dequantize: whether spare warps expand tokens beside the product; those that the first
-            tiles need are expanded before.
-    """
-
-    block_t: int
-    small_block_t: int
-    block_k: int
-    num_stages: int
-    fused_dequantize: bool = False
+    block_t: int  # 16, 32, 64, 128 or 256
+    small_block_t: int  # 16, 32 or 64: what a tile of so few tokens loads and multiplies
+    block_k: int  # 64 or 128
+    num_stages: int  # depth of the ring in shared memory
+    fused_dequantize: bool = False  # spare warps expand all but the first tiles' tokens
 
     @property
     def shared_memory(self) -> int:
@@ -89,40 +66,36 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
 
 
 def largest_batches(num_tokens: int, num_experts: int) -> tuple[int, ...]:
-    """Of the batches of up to ``num_tokens`` rows that the kernel takes, the largest of each
-    configuration."""
+    """The largest batch of up to ``num_tokens`` rows of each configuration."""
     rows = min(num_tokens, MAX_TOKENS)
     ends = (average * max(num_experts, 1) for average in AVERAGES)
     return (*(end for end in ends if end < rows), rows)
 
 
 def tiles_at_once(programs: int, row_tiles: int) -> int:
-    """How many token tiles the first ``programs`` tiles are of, in the order in which the grid
-    takes them."""
+    """How many token tiles the first ``programs`` tiles are of, in the grid's order."""
     return ceil_div(programs, row_tiles)
 
 
 def hopper_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
-    """Whether 32 bits reach every row of weights, every scale tile, and every output of 512
-    rows."""
+    """Whether 32 bits reach every weight row, scale tile, and output of 512 rows."""
     scale_tiles = num_experts * ceil_div(n, 128) * (scale_cols(k) // 4)
     return num_tokens <= MAX_TOKENS and max(num_experts * n + 128, scale_tiles, 512 * n) <= MAX_INT32
 
 
 @dataclass(frozen=True)
 class WorkspaceLayout:
-    """The workspace of one call: the list of token tiles, then the expanded tokens.
+    """The workspace of one call: int32 words (1 + max_tiles, 4), then tokens (T, padded_k) in bf16,
+    columns reordered in each 64, those from K on zero.
 
-    Attributes:
-        num_tokens: T.
-        padded_k: K rounded up to whole column groups.
-        max_tiles: the most token tiles that T rows over E experts can need, each expert starting a
-            new one.
+    The words are the number of token tiles and the slices of rows that the product's spare warps
+    have taken; then of each tile its expert, first row, the expert's end row, and how many of its
+    slices are written.
     """
 
-    num_tokens: int
-    padded_k: int
-    max_tiles: int
+    num_tokens: int  # T
+    padded_k: int  # K rounded up to whole column groups
+    max_tiles: int  # the most token tiles that T rows over E experts can need
 
     @classmethod
     def of(cls, num_tokens: int, num_experts: int, k: int, config: HopperGemmConfig) -> WorkspaceLayout:
@@ -138,13 +111,3 @@ class WorkspaceLayout:
     def size(self) -> int:
         """Bytes."""
         return self.tokens_at + self.num_tokens * self.padded_k * 2
-
-    def tiles(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(1 + max_tiles, 4) int32 view: the number of token tiles and the slices of rows that the
-        product's spare warps have taken; then of each tile its expert, first row, the expert's end
-        row, and how many of its slices are written."""
-        return workspace[: (1 + self.max_tiles) * TILE_WORDS * 4].view(torch.int32).view(-1, TILE_WORDS)
-
-    def expanded(self, workspace: torch.Tensor) -> torch.Tensor:
-        """(T, padded_k) bf16 view: columns reordered in each 64, those from K on zero."""
-        return workspace[self.tokens_at : self.size].view(torch.bfloat16).view(self.num_tokens, self.padded_k)

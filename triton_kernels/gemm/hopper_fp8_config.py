@@ -7,29 +7,20 @@ from dataclasses import dataclass
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_BYTES, grouped_scale_rows, scale_cols
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import SHARED_MEMORY, hopper_takes
 
-MAX_EXPERTS = 512
-"""The warp that feeds the others holds all experts' offsets in registers."""
+MAX_EXPERTS = 512  # the warp that feeds the others holds all experts' offsets in registers
 
 
 @dataclass(frozen=True)
 class HopperFp8Config:
-    """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns.
+    """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns."""
 
-    Attributes:
-        block_t: tokens of a tile: 32 or 128.
-        small_t: a tile of so few tokens multiplies no more than these: 16 or 32, below ``block_t``.
-        num_stages: depth of the ring in shared memory, at least 3: two are multiplied at a time,
-            and the next one is waited for meanwhile.
-    """
-
-    block_t: int
-    small_t: int
-    num_stages: int
+    block_t: int  # tokens of a tile: 32 or 128
+    small_t: int  # what a tile of so few tokens multiplies: 16 or 32, below ``block_t``
+    num_stages: int  # of the ring; 2 are multiplied, and 1 is waited for meanwhile
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of the ring: codes, two scale tiles as they lie in memory, scales as fp32, what
-        tile it is, and three barriers a stage."""
+        """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage."""
         rows = 128 + self.block_t
         return self.num_stages * (rows * 128 + 2 * SCALE_TILE_BYTES + rows * 4 + 16 + 24)
 
@@ -45,11 +36,9 @@ class HopperFp8Config:
 
 
 def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Config:
-    """Tile by the average number of tokens an expert gets. Pure.
-
-    Numbers: µs on an H200, (N, K, E) = (4096, 7168, 32) and (1536, 2048, 128), each token going to
-    an expert at random; bench/results/hopper_fp8.md has all, and spread evenly.
-    """
+    """Tile by the average number of tokens an expert gets. Pure. Numbers: µs on an H200, (N, K, E)
+    = (4096, 7168, 32) and (1536, 2048, 128), each token going to an expert at random;
+    bench/results/hopper_fp8.md has all, and spread evenly."""
     if num_tokens <= 16 * num_experts:
         # 16: 235.9 and 108.0, with 128 tokens 233.2 and 108.2; evenly 232.7 and 106.9, with 128
         # tokens 233.5 and 108.1.
@@ -59,7 +48,6 @@ def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Conf
 
 
 def hopper_fp8_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
-    """Whether 32 bits reach everything, as for the bf16 kernel, and every scale tile of the tokens;
-    and whether the experts are few enough."""
+    """As for the bf16 kernel, with the tokens' scale tiles, and few enough experts."""
     token_scale_tiles = grouped_scale_rows(num_tokens, num_experts) // 128 * (scale_cols(k) // 4)
     return num_experts <= MAX_EXPERTS and token_scale_tiles <= MAX_INT32 and hopper_takes(num_tokens, num_experts, n, k)

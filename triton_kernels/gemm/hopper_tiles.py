@@ -44,16 +44,14 @@ def split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
 
 @gluon.jit
 def tile_coordinates(index, whole, parts, num_n_tiles):
-    """(token tile, n tile, part): all row tiles of a token tile follow each other, then those of
-    the next token tile."""
+    """(token tile, n tile, part): a token tile's n tiles follow each other."""
     cut = gl.maximum(index - whole, 0)
     tile = gl.minimum(index, whole) + cut // parts
     t_tile = tile // num_n_tiles
     return t_tile, tile - t_tile * num_n_tiles, cut % parts
 
 
-SCALE_WORDS = SCALE_TILE_BYTES // 4
-"""int32 words of a 128x4 tile of scales."""
+SCALE_WORDS = SCALE_TILE_BYTES // 4  # int32 words of a 128x4 tile of scales
 
 
 @functools.cache
@@ -62,8 +60,7 @@ def _box_layout(swizzle: int, element_bits: int) -> gl.NVMMASharedLayout:
 
 
 def tensor_map(buffer: Buffer, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
-    """TMA's view of a contiguous matrix. A scale tile lies in memory as it is, the others in
-    swizzled lines."""
+    """TMA's view of a contiguous matrix: scale tiles as they are, the rest in swizzled lines."""
     size = buffer.dtype.itemsize
     swizzle = 0 if buffer.dtype == torch.int32 else min(box_columns * size, 128)
     return TensorMap(buffer, (rows, columns), (box_rows, box_columns), _box_layout(swizzle, 8 * size))

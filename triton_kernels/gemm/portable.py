@@ -2,21 +2,17 @@
 launch.
 
 The operands are swapped: 128 rows of weights fill the M side of the matrix unit and the tokens its
-N side, which goes down to 16. So an expert with few tokens still gets the native block-scaled MMA,
-which falls back to bf16 below 128 rows, and computes few columns in vain.
-
+N side, which goes down to 16. So an expert with few tokens still gets the native block-scaled MMA.
 A program finds its (expert, token tile) by scanning the groups: the host only knows a bound on the
 number of token tiles, and programs beyond the real number leave at once.
 
 Three formulations of one tile product, chosen by what the target has:
 
-- ``scaled``: ``tl.dot_scaled`` on the e4m3 operands and their scales (Blackwell; the interpreter
-  from Triton 3.9 on)
+- ``scaled``: ``tl.dot_scaled`` (Blackwell; the interpreter from Triton 3.9 on)
 - ``bf16``: operands times scales in bf16 registers, then a bf16 ``tl.dot``. An e4m3 value times a
   power of two is exact in bf16 while it stays above 2**-133; only blocks with scale bytes 0 to 2
   (amax below 2**-115) can hold smaller elements, which are then off by at most 2**-134.
-- ``fp32``: the same in fp32, exact always; for interpreters that lack ``tl.dot_scaled`` (3.7 and
-  older) or round scale bytes 0 and 255 (3.8)
+- ``fp32``: the same in fp32, exact always; for older interpreters
 """
 
 from __future__ import annotations
@@ -40,14 +36,14 @@ from hybrid_mxfp8.triton_kernels.numerics import (
     loop_bound,
 )
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales, load_scale_tile
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 Formulation = Literal["scaled", "bf16", "fp32"]
 
 
 @triton.jit
 def find_tile(tile, expert_offsets_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The expert of token tile ``tile``, the tile's place among that expert's, and the number of
-    all token tiles."""
+    """The expert of token tile ``tile``, the tile's place in it, and how many tiles there are."""
     e = tl.arange(0, EXPERTS)
     mask = e < num_experts
     starts = tl.load(expert_offsets_ptr + e, mask=mask, other=0)
@@ -73,9 +69,7 @@ def _dequantize(values, scales, FORMULATION: tl.constexpr):
     return tl.reshape(product, [ROWS, 128])
 
 
-@triton.jit(
-    do_not_specialize=["expert_offsets_ptr", "scale_offsets_ptr", "num_tokens", "num_scale_rows", "num_experts"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def grouped_gemm_kernel(
     x_ptr,  # (T, K) e4m3
     x_scales_ptr,  # (S, C) uint8, swizzled
@@ -163,12 +157,10 @@ def select_formulation(capability: tuple[int, int] | None, triton: tuple[int, in
 def select_gemm_config(
     num_tokens: int, num_experts: int, formulation: Formulation, interpreted: bool = False
 ) -> TritonGemmConfig:
-    """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure.
-
-    8 warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens
-    too, for some shapes), and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit
-    of registers: up to 16 bytes spill with 3.9.
-    """
+    """Tile by the average number of tokens an expert gets, the only thing the host knows. Pure. 8
+    warps but for the smallest tile: with 4, the bf16 formulation spills on sm_90 (at 16 tokens too,
+    for some shapes), and ``scaled`` on sm_100 with Triton 3.6. 128x128 in bf16 is at the limit of
+    registers: up to 16 bytes spill with 3.9."""
     average = num_tokens / max(num_experts, 1)
     if interpreted:
         return TritonGemmConfig(16 if average <= 16 else 64, formulation, 4, 1)
@@ -190,20 +182,8 @@ def plan(problem: Problem, buffers: GemmBuffers) -> tuple[KernelLaunch, ...]:
     p, b = problem, buffers
     config = config_for(p)
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    arguments = (
-        b.x_values,
-        b.x_scales,
-        b.w_values,
-        b.w_scales,
-        b.out,
-        b.expert_offsets,
-        b.scale_offsets,
-        p.num_tokens,
-        b.x_scales.shape[0],
-        p.num_experts,
-        p.n,
-        p.k,
-    )
+    operands = (b.x_values, b.x_scales, b.w_values, b.w_scales, b.out, b.expert_offsets, b.scale_offsets)
+    sizes = (p.num_tokens, b.x_scales.shape[0], p.num_experts, p.n, p.k)
     constants = (next_power_of_2(p.num_experts), config.block_t, config.formulation)
     options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    return (KernelLaunch(grouped_gemm_kernel, programs, arguments, constants, options),)
+    return (KernelLaunch(grouped_gemm_kernel, programs, (*operands, *sizes), constants, options),)

@@ -15,28 +15,15 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
-UNROLLED = tl.constexpr(16)
-"""Choices of a token that are unrolled, so that their loads overlap; each takes a tenth of a second
-to compile, or more."""
+UNROLLED = tl.constexpr(16)  # choices whose loads overlap; each takes 0.1 s or more to compile
 
 
 @triton.jit
-def _add_choice(
-    total,
-    slot,
-    col,
-    y_ptr,
-    inverse_permutation_ptr,
-    ids_ptr,
-    weights_ptr,
-    bias_ptr,
-    num_rows,
-    H,
-    HAS_BIAS: tl.constexpr,
-):
+def _add_choice(total, slot, col, y_ptr, rows_ptr, ids_ptr, weights_ptr, bias_ptr, num_rows, H, HAS_BIAS: tl.constexpr):
     """``total`` plus the weighted row of one slot; as it was for a dropped one."""
-    row = tl.load(inverse_permutation_ptr + slot)
+    row = tl.load(rows_ptr + slot)
     live = col < tl.where((row >= 0) & (row < num_rows), H, 0)
     value = to_fp32(tl.load(y_ptr + row.to(tl.int64) * H + col, mask=live, other=0.0))
     if HAS_BIAS:
@@ -46,10 +33,10 @@ def _add_choice(
     return tl.where(live, total + weight * value, total)
 
 
-@triton.jit(do_not_specialize=["inverse_permutation_ptr", "ids_ptr", "weights_ptr", "num_rows"])
+@triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     y_ptr,  # (T, H) bf16, fp16 or fp32
-    inverse_permutation_ptr,  # (M, top_k) int32
+    rows_ptr,  # (M, top_k) int32: the inverse permutation
     ids_ptr,  # (M, top_k) int32 or int64, HAS_BIAS only
     weights_ptr,  # (M, top_k) bf16, fp16 or fp32
     bias_ptr,  # (E, H), HAS_BIAS only
@@ -73,32 +60,12 @@ def combine_kernel(
     if TOP_K <= UNROLLED:
         for k in tl.static_range(TOP_K):
             total = _add_choice(
-                total,
-                first + k,
-                col,
-                y_ptr,
-                inverse_permutation_ptr,
-                ids_ptr,
-                weights_ptr,
-                bias_ptr,
-                num_rows,
-                H,
-                HAS_BIAS,
+                total, first + k, col, y_ptr, rows_ptr, ids_ptr, weights_ptr, bias_ptr, num_rows, H, HAS_BIAS
             )
     else:
         for k in range(0, TOP_K):
             total = _add_choice(
-                total,
-                first + k,
-                col,
-                y_ptr,
-                inverse_permutation_ptr,
-                ids_ptr,
-                weights_ptr,
-                bias_ptr,
-                num_rows,
-                H,
-                HAS_BIAS,
+                total, first + k, col, y_ptr, rows_ptr, ids_ptr, weights_ptr, bias_ptr, num_rows, H, HAS_BIAS
             )
     tl.store(out_ptr + token * out_stride + col, from_fp32(total, out_ptr.dtype.element_ty), mask=inside)
 
@@ -112,17 +79,7 @@ def combine(
     out: Buffer,
     out_stride: int,
 ) -> tuple[KernelLaunch, ...]:
-    """out[m] = sum over k of topk_weights[m, k] * (y[row of slot (m, k)] + bias[topk_ids[m, k]]).
-
-    Args:
-        y: (T, H) bf16, fp16 or fp32.
-        inverse_permutation: (M, top_k) int32; a slot whose row is -1 contributes nothing.
-        topk_ids: (M, top_k) int32 or int64.
-        topk_weights: (M, top_k) bf16, fp16 or fp32.
-        bias: (E, H) bf16, fp16 or fp32, or None.
-        out: (M, H) bf16, fp16 or fp32, unit column stride, written.
-        out_stride: elements from one row of ``out`` to the next.
-    """
+    """The launch of ``reference.routing.combine``; ``out`` may have any stride between rows."""
     num_tokens, hidden = out.shape
     block = min(next_power_of_2(hidden), 2048 if INTERPRETED else 1024)
     programs = num_tokens * ceil_div(hidden, block)

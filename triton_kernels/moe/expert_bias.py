@@ -17,9 +17,10 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
-@triton.jit(do_not_specialize=["inverse_permutation_ptr", "ids_ptr", "num_rows"])
+@triton.jit(do_not_specialize=VARYING)
 def expert_bias_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     inverse_permutation_ptr,  # (S,) int32
@@ -46,14 +47,7 @@ def expert_bias_kernel(
 
 
 def add_expert_bias(y: Buffer, inverse_permutation: Buffer, topk_ids: Buffer, bias: Buffer) -> tuple[KernelLaunch, ...]:
-    """y[row of slot (m, k)] += bias[topk_ids[m, k]], summed in fp32.
-
-    Args:
-        y: (T, N) bf16, fp16 or fp32; changed.
-        inverse_permutation: (M, top_k) int32; -1 is skipped.
-        topk_ids: (M, top_k) int32 or int64.
-        bias: (E, N) bf16, fp16 or fp32.
-    """
+    """The launch of ``reference.routing.add_expert_bias``."""
     num_rows, n = y.shape
     block = min(next_power_of_2(n), 2048 if INTERPRETED else 1024)
     programs = math.prod(topk_ids.shape) * ceil_div(n, block)

@@ -12,10 +12,11 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import to_fp32
-from hybrid_mxfp8.triton_kernels.quantize import _quantize_groups, select_quantize_config
+from hybrid_mxfp8.triton_kernels.quantize import quantize_groups, select_quantize_config
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "weights_ptr", "num_tokens", "num_records", "num_experts"])
+@triton.jit(do_not_specialize=VARYING)
 def pack_tokens_kernel(
     x_ptr,  # (M, K) bf16, fp16 or fp32
     row_stride,  # elements
@@ -48,7 +49,7 @@ def pack_tokens_kernel(
     mask = token[:, None] & (col < K)[None, :]
     x = to_fp32(tl.load(x_ptr + row.to(tl.int64)[:, None] * row_stride + col[None, :], mask=mask, other=0.0))
     GROUPS: tl.constexpr = BLOCK_COLS // SCALE_GROUP
-    codes, scale = _quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
+    codes, scale = quantize_groups(tl.reshape(x, [BLOCK_ROWS, GROUPS, SCALE_GROUP]), ROUNDING_BIAS)
     if SCALE_GROUP > 32:
         scale = tl.broadcast_to(scale[:, :, None], [BLOCK_ROWS, GROUPS, SCALE_GROUP // 32])
         scale = tl.reshape(scale, [BLOCK_ROWS, BLOCK_COLS // 32])
@@ -81,18 +82,7 @@ def pack_tokens(
     num_experts: int,
     scale_group: int,
 ) -> tuple[KernelLaunch, ...]:
-    """Quantize tokens into their records; what ``reference.pack_tokens`` computes.
-
-    Args:
-        x: (M, H) bf16, fp16 or fp32, unit column stride.
-        row_stride: elements from one row of x to the next.
-        topk_ids: (M, top_k) int32 or int64, or None; outside 0 .. E-1: written as -1.
-        topk_weights: (M, top_k) bf16, fp16 or fp32, or None.
-        records: (R, TokenRecord.size) uint8, R >= M and R >= 1, written; of those from M on only
-            the ids, -1, and the weights, 0.
-        num_experts: E.
-        scale_group: elements that share one scale: 32 or 128.
-    """
+    """The launch of ``reference.pack_tokens``; x has any stride between rows, and R >= 1."""
     num_tokens, hidden = x.shape
     num_records, record_size = records.shape
     top_k = 0 if topk_ids is None else topk_ids.shape[1]

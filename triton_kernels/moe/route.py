@@ -26,6 +26,7 @@ from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
 from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
+from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -51,17 +52,7 @@ def _store_rows(sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, row
     tl.store(inverse_permutation_ptr + slot, tl.where(expert < num_experts, row, -1), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ids_ptr",
-        "sorted_token_ids_ptr",
-        "inverse_permutation_ptr",
-        "layout_ptr",
-        "num_slots",
-        "top_k",
-        "num_experts",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def rank_kernel(
     ids_ptr,  # (S,) int32 or int64
     sorted_token_ids_ptr,  # (S,) int32
@@ -98,7 +89,7 @@ def rank_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "counts_ptr", "num_slots", "num_experts"])
+@triton.jit(do_not_specialize=VARYING)
 def count_kernel(
     ids_ptr,  # (S,) int32 or int64
     counts_ptr,  # (1 + blocks, BINS) int32; the first row is left for the totals
@@ -115,7 +106,7 @@ def count_kernel(
     tl.store(row + tl.arange(0, BINS), tl.histogram(expert, BINS))
 
 
-@triton.jit(do_not_specialize=["counts_ptr", "num_blocks"])
+@triton.jit(do_not_specialize=VARYING)
 def sum_kernel(
     counts_ptr,  # (1 + blocks, BINS) int32
     num_blocks,
@@ -123,8 +114,7 @@ def sum_kernel(
     EXPERTS: tl.constexpr,  # of a program
     BLOCKS: tl.constexpr,  # summed at once
 ):
-    """Grid (BINS / EXPERTS,): a block's counts become those of all blocks before it; the first row,
-    the totals."""
+    """Grid (BINS / EXPERTS,): each block's counts become those before it; first row: totals."""
     wait_for_predecessor()
     e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
@@ -138,18 +128,7 @@ def sum_kernel(
     tl.store(counts_ptr + e, total)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ids_ptr",
-        "counts_ptr",
-        "sorted_token_ids_ptr",
-        "inverse_permutation_ptr",
-        "layout_ptr",
-        "num_slots",
-        "top_k",
-        "num_experts",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def scatter_kernel(
     ids_ptr,  # (S,) int32 or int64
     counts_ptr,  # (1 + blocks, BINS) int32, summed
@@ -185,8 +164,7 @@ def scatter_kernel(
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """Slots of a program, slots they are compared with at once, whether all of it is one launch,
-    and its warps."""
+    """Slots of a program and of a comparison, whether one launch is all, and its warps."""
 
     block: int
     chunk: int
@@ -194,9 +172,7 @@ class RouteConfig:
     num_warps: int
 
 
-ONE_LAUNCH_MAX_SLOTS = 4096
-"""S*S comparisons take an H100 about 4 us there (modelled: 4 instructions each), three launches as
-long."""
+ONE_LAUNCH_MAX_SLOTS = 4096  # S*S comparisons take an H100 4 us (modelled), as do three launches
 
 
 def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
@@ -233,17 +209,7 @@ def route(
     scratch: Buffer,
     num_experts: int,
 ) -> tuple[KernelLaunch, ...]:
-    """Sort the slots of ``topk_ids`` by expert; what ``reference.routing.route`` computes.
-
-    Args:
-        topk_ids: (M, top_k) int32 or int64, M * top_k >= 1; S = M * top_k slots. Outside 0 .. E-1:
-            dropped.
-        sorted_token_ids: (S,) int32, written: the token of each row.
-        inverse_permutation: (M, top_k) int32, written: the row of each slot, -1 for a dropped one.
-        layout: (3E+2,) int32, written: the layout of the rows.
-        scratch: (:func:`scratch_elements`,) int32 or more.
-        num_experts: E >= 1.
-    """
+    """The launches of ``reference.routing.route``, with :func:`scratch_elements` of ``scratch``."""
     num_tokens, top_k = topk_ids.shape
     num_slots = num_tokens * top_k
     config = select_route_config(num_slots, INTERPRETED)

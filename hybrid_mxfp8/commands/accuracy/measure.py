@@ -1,10 +1,8 @@
 """What each format keeps: of a grouped GEMM, and of all else when one channel is large.
 
-MXFP8 is the reference quantizer, whose bytes every backend writes. The FP8 formats have an fp32
-scale, amax/448, for a whole tensor or for each row: a token, or an output feature of the weights.
-
-Truth is the product of the fp32 operands, accumulated in float64; so are the products of what the
-formats leave of them, which shows the formats alone and no kernel's accumulation.
+MXFP8 is the reference quantizer. The FP8 formats have an fp32 scale, amax/448, for a whole tensor
+or for each row. Truth is the product of the fp32 operands, accumulated in float64; so are the
+products of what the formats leave of them.
 """
 
 from __future__ import annotations
@@ -71,11 +69,7 @@ class Score:
 
 
 def score(operands: Operands) -> list[Score]:
-    """Each format on a grouped GEMM. Scales of tokens span all experts', those of weights one's.
-
-    Raises:
-        ValueError: no expert has a token.
-    """
+    """Each format on a grouped GEMM of some token; scales of tokens span all experts'."""
     busy = [e for e, count in enumerate(operands.rows) if count]
     if not busy:
         raise ValueError(f"operands: {operands.name} must have at least one token, got none")
@@ -96,10 +90,7 @@ class ChannelEffect:
 
 
 def channel_effect(x: torch.Tensor, ratios: Sequence[float]) -> list[ChannelEffect]:
-    """Make the largest channel of x (R, K) fp32 larger in every token; look at the other blocks.
-
-    Transformers' activations have such channels in every token: a scale a token is no help.
-    """
+    """Make the largest channel of x (R, K) fp32 larger in all tokens; look at other blocks."""
     channel = int(x.square().sum(dim=0).argmax())
     others = torch.ones(x.shape[1], dtype=torch.bool)
     others[channel // BLOCK_SIZE * BLOCK_SIZE :][:BLOCK_SIZE] = False

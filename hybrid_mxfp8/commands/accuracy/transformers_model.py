@@ -64,8 +64,7 @@ def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> ModelRepo
 def logits(
     model: Any, through: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[Operands]]:
-    """Logits with every operand of the experts' products passed ``through``, and those operands
-    as they were."""
+    """Logits with every operand of the experts' products passed ``through``, and those operands."""
     seen: list[Operands] = []
 
     def multiply(operands: Operands) -> torch.Tensor:

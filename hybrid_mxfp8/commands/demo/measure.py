@@ -20,16 +20,11 @@ from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm
 from hybrid_mxfp8.ops.quantize import quantize_grouped, quantize_weights
 
 OPERAND_FLOOR_DB: Final = 24.0
-"""With ``rceil`` nothing saturates and e4m3 rounds by at most 2**-4 of an element: 24.08 dB,
-whatever the data. Elements that are subnormal in their block lose more, but carry less than 1e-7
-of its power.
-"""
+"""``rceil`` saturates nothing, and e4m3 rounds by at most 2**-4 of an element: 24.08 dB. Elements
+that are subnormal in their block lose more, but carry less than 1e-7 of its power."""
 
-PRODUCT_CALC_DIFF: Final = 1e-3
-"""What DeepGEMM's and SGLang's tests allow; operands at their usual 31.5 dB make 7e-4."""
-
-ACCUMULATION_STEP: Final = 2.0**-23
-"""fp32 accumulation, at worst truncating at each of K steps, relative to the magnitudes' sum."""
+PRODUCT_CALC_DIFF: Final = 1e-3  # what DeepGEMM's and SGLang's tests allow; usual ones are 7e-4
+ACCUMULATION_STEP: Final = 2.0**-23  # fp32 accumulation, at worst truncating at each of K steps
 
 
 @dataclass(frozen=True)

