@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import moe_truth
 import cases
+import moe_truth
 import pytest
 import torch
 
