@@ -152,7 +152,7 @@ def test_a_workspace_on_another_stream_waits_for_its_last_call() -> None:
     torch.cuda.synchronize()
     for i, (out, batch) in enumerate(zip(outs, batches, strict=True)):
         with torch.cuda.stream(streams[i % 3]):
-            torch.cuda._sleep(20_000_000)
+            torch.cuda._sleep(100_000_000)
             call = (batch.x, job.w13q, job.w2q, batch.ids, batch.weights)
             mx.moe_forward(*call, workspace=job.workspace, out=out, backend="triton")
     assert not streams[2].query(), "the host waited, or the last call did not"
