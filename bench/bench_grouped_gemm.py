@@ -2,14 +2,12 @@
 baseline, and peers.
 
 Operands have groups of 32, on Hopper those of 128, layers' default there, too. Inputs are random
-normal, the weights made on the GPU and kept while cases of the same shape follow. Where the bf16
-weights beside ours would not fit in memory, the case takes fewer experts and its note says so.
+normal, the weights made on the GPU and kept while cases of the same shape follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -26,9 +24,6 @@ from .deep_gemm import deep_gemm
 from .peers import Absent, Contender, Field, GemmInputs, bf16_grouped_mm, check_product, gemm_peers
 from .shapes import Case
 from .timing import num_sets
-
-MEMORY_SHARE = 0.8
-"""Of the free memory, for inputs; the rest is for contenders' outputs and for graphs."""
 
 BACKENDS = ("cutlass", "triton")
 
@@ -47,22 +42,22 @@ class Kept(Generic[T]):
     """Holds the last value that was made: consecutive cases often share it."""
 
     def __init__(self) -> None:
-        self.key: tuple[int, ...] | None = None
+        self._key: tuple[int, ...] | None = None
         self._value: T | None = None
 
     def get(self, key: tuple[int, ...], make: Callable[[], T]) -> T:
         """The value of this key; another one is freed before it is made."""
-        if self.key != key or self._value is None:
+        if self._key != key or self._value is None:
             self.clear()
             if torch.cuda.is_available():
                 # Cached blocks of other sizes would leave no room for these.
                 torch.cuda.empty_cache()
-            self._value, self.key = make(), key
+            self._value, self._key = make(), key
         return self._value
 
     def clear(self) -> None:
         """Free it."""
-        self.key = self._value = None
+        self._key = self._value = None
 
 
 def make_weights(num_experts: int, n: int, k: int, sets: int, device: str) -> Weights:
@@ -71,22 +66,9 @@ def make_weights(num_experts: int, n: int, k: int, sets: int, device: str) -> We
     return Weights(w, [mx.quantize_weights(each) for each in w])
 
 
-def kept_bytes(store: Kept[Weights], num_experts: int, n: int, k: int) -> int:
-    """Memory of the kept weights if they have this shape; else they are freed."""
-    if store.key is None or store.key[:3] != (num_experts, n, k):
-        store.clear()
-        return 0
-    return store.key[3] * all_weight_bytes(num_experts, n, k)
-
-
 def weight_bytes(num_experts: int, n: int, k: int) -> int:
     """One set of weights, quantized."""
     return num_experts * (n * k + padded_scale_rows(n) * scale_cols(k))
-
-
-def all_weight_bytes(num_experts: int, n: int, k: int) -> int:
-    """One set of weights, quantized and in bf16."""
-    return weight_bytes(num_experts, n, k) + work.BF16 * num_experts * n * k
 
 
 def token_bytes(case: Case) -> int:
@@ -106,29 +88,6 @@ def plan_sets(case: Case, l2_bytes: int) -> tuple[int, int]:
     sets = max(num_sets(job.bytes, l2_bytes), 2)
     sets = min(sets, max(2, int(8e9 // max(token_bytes(case), 1))))
     return sets, min(sets, num_sets(weight_bytes(case.num_experts, case.n, case.k), l2_bytes))
-
-
-def needed_bytes(case: Case, l2_bytes: int) -> int:
-    """Memory of all inputs and outputs, with the weights in bf16 and quantized twice."""
-    sets, weight_sets = plan_sets(case, l2_bytes)
-    shape = case.num_experts, case.n, case.k
-    return weight_sets * (all_weight_bytes(*shape) + weight_bytes(*shape)) + sets * token_bytes(case)
-
-
-def fit(case: Case, l2_bytes: int, free_bytes: int) -> tuple[Case, str]:
-    """The case with as many experts as memory has room for, and a note if they are fewer.
-
-    Raises:
-        ValueError: not even one expert fits.
-    """
-    fitted = case
-    while needed_bytes(fitted, l2_bytes) > MEMORY_SHARE * free_bytes:
-        if fitted.num_experts == 1:
-            raise ValueError(f"{case.name}: needs {needed_bytes(fitted, l2_bytes)} bytes, {free_bytes} are free")
-        fitted = dataclasses.replace(fitted, num_experts=math.ceil(fitted.num_experts / 2))
-    if fitted is case:
-        return case, ""
-    return fitted, f"{fitted.num_experts} of {case.num_experts} experts: more do not fit in memory beside bf16 weights"
 
 
 def our_gemm(inputs: GemmInputs, backend: str, counts: Sequence[torch.Tensor] | None = None) -> Callable[[int], object]:
@@ -198,14 +157,9 @@ def in_groups(inputs: GemmInputs, group: int) -> GemmInputs:
 
 
 def prepare(
-    case: Case,
-    capability: tuple[int, int],
-    l2_bytes: int,
-    store: Kept[Weights],
-    device: str = "cuda",
-    note: str = "",
+    case: Case, capability: tuple[int, int], l2_bytes: int, store: Kept[Weights], device: str = "cuda"
 ) -> Prepared:
-    """Inputs and contenders of a case that fits (see :func:`fit`)."""
+    """Inputs and contenders; the weights stay in ``store``."""
     inputs, counts = make_inputs(case, store, l2_bytes, device)
     usable, absent = usable_backends(inputs.x[0].device)
     group = preferred_scale_group(inputs.x[0].device)
@@ -215,4 +169,4 @@ def prepare(
             field += our_contenders(operands, counts, backend)
     baseline = bf16_grouped_mm(inputs)
     field += [baseline, *gemm_peers(inputs, capability), deep_gemm(inputs, capability), *absent]
-    return Prepared(case, field, baseline.name, len(inputs.x), work.gemm(inputs.counts, case.n, case.k), note)
+    return Prepared(case, field, baseline.name, len(inputs.x), work.gemm(inputs.counts, case.n, case.k))

@@ -8,10 +8,8 @@ groups that ``MXFP8Experts`` takes on the card.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,7 +21,7 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 
 from . import work
-from .bench_grouped_gemm import BACKENDS, MEMORY_SHARE, Kept, weight_bytes
+from .bench_grouped_gemm import BACKENDS, Kept, weight_bytes
 from .bench_quantize import SEED, Prepared
 from .peers import Absent, Contender, Field
 from .sglang_moe import Blocks, sglang_moe
@@ -69,14 +67,6 @@ def make_layer(experts: int, intermediate: int, hidden: int, fp8: bool, device: 
     return Layer(w13, w2, *quantized, tuple(map(Blocks.of, (w13, w2) if fp8 else ())))
 
 
-def kept_bytes(store: Kept[Layer], case: Case, fp8: bool) -> int:
-    """Memory of the kept layer if it has this shape; otherwise it is freed, and it is 0."""
-    if store.key is None or store.key[1:] != (case.n, case.k):
-        store.clear()
-        return 0
-    return layer_bytes(dataclasses.replace(case, num_experts=store.key[0]), fp8)
-
-
 def why_not() -> str | None:
     """Why there is no baseline; None if there is."""
     if importlib.util.find_spec("transformers") is None:
@@ -94,47 +84,11 @@ def bf16_bytes(case: Case) -> int:
     return work.BF16 * case.num_experts * 3 * case.n * case.k
 
 
-def layer_bytes(case: Case, fp8: bool) -> int:
-    """Both, and those in FP8."""
-    return quantized_bytes(case) + bf16_bytes(case) * (3 if fp8 else 2) // 2
-
-
-def intermediate_bytes(case: Case) -> int:
-    """A generous bound on what either contender holds between tokens in and tokens out."""
-    return 6 * work.BF16 * case.num_tokens * case.top_k * (case.k + 2 * case.n)
-
-
-def set_bytes(case: Case) -> int:
-    """One set of inputs and its output."""
-    return 2 * case.num_tokens * case.k * work.BF16 + 12 * case.num_tokens * case.top_k
-
-
 def plan_sets(case: Case, l2_bytes: int) -> int:
     """Sets of tokens, routed to different experts: together they leave the L2 cache behind."""
     active = min(case.num_experts, case.num_tokens * case.top_k)
     counts = [1] * active
     return max(num_sets(work.moe(counts, case.num_tokens, case.k, case.n).bytes, l2_bytes), 2)
-
-
-def fit(case: Case, l2_bytes: int, free_bytes: int, fp8: bool) -> tuple[Case, str]:
-    """The case with as many experts as memory has room for, and a note if they are fewer.
-
-    Raises:
-        ValueError: not even as many experts as a token visits fit.
-    """
-    fitted = case
-    while True:
-        sets = plan_sets(fitted, l2_bytes)
-        needed = layer_bytes(fitted, fp8) + intermediate_bytes(fitted) + sets * set_bytes(fitted)
-        if needed <= MEMORY_SHARE * free_bytes:
-            break
-        if fitted.num_experts <= fitted.top_k:
-            raise ValueError(f"{case.name}: needs {needed} bytes, {free_bytes} are free")
-        fewer = max(math.ceil(fitted.num_experts / 2), fitted.top_k)
-        fitted = dataclasses.replace(fitted, num_experts=fewer)
-    if fitted is case:
-        return case, ""
-    return fitted, f"{fitted.num_experts} of {case.num_experts} experts: more do not fit in memory beside bf16 weights"
 
 
 def make_inputs(case: Case, sets: int, device: str) -> Inputs:
@@ -237,25 +191,10 @@ def prepare(
     l2_bytes: int,
     store: Kept[Layer],
     sglang: ModuleType | str,
-    free_bytes: Callable[[], int],
     device: str = "cuda",
 ) -> Prepared:
-    """Inputs and contenders of a case, or of one with as many experts as memory has room for.
-
-    Args:
-        case: of kind moe.
-        l2_bytes: size of the L2 cache.
-        store: keeps the layer while cases of its shape follow.
-        sglang: as ``sglang_moe.load`` returns it.
-        free_bytes: asks how much memory is free.
-        device: where.
-
-    Raises:
-        ImportError: no transformers 5, whose layer is the baseline.
-    """
+    """Inputs and contenders; the layer stays in ``store``, ``sglang`` is what ``load`` returned."""
     fp8 = not isinstance(sglang, str)
-    kept = kept_bytes(store, case, fp8)
-    case, note = fit(case, l2_bytes, free_bytes() + kept, fp8)
     shape = (case.num_experts, case.n, case.k)
     layer = store.get(shape, lambda: make_layer(*shape, fp8, device))
     sets = plan_sets(case, l2_bytes)
@@ -266,4 +205,4 @@ def prepare(
     field += sglang_moe(sglang, case, layer, inputs, functools.partial(check_layer, layer, inputs))
     absent = [Absent(f"moe_forward ({name})", answers[name][1]) for name in BACKENDS if not answers[name][0]]
     job = work.moe(inputs.counts, case.num_tokens, case.k, case.n)
-    return Prepared(case, [*field, baseline, *absent], baseline.name, sets, job, note)
+    return Prepared(case, [*field, baseline, *absent], baseline.name, sets, job)

@@ -48,7 +48,6 @@ class Prepared:
     baseline: str
     sets: int
     job: Work
-    note: str = ""
 
 
 def counts_of_set(case: Case, index: int) -> list[int]:

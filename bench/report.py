@@ -111,7 +111,6 @@ def make_row(
     limits: Limits,
     plan: Plan,
     check: str | None,
-    note: str,
 ) -> dict[str, Any]:
     """One line of the record; a contender that failed has ``failure`` and no numbers."""
     row: dict[str, Any] = {
@@ -128,7 +127,7 @@ def make_row(
         "ours": contender.ours,
         "warm": contender.warm,
         "baseline": baseline.name,
-        "note": "; ".join(part for part in (note, contender.note) if part),
+        "note": contender.note,
         "check": check,
         "failure": result.failure,
         "bytes": contender.work.bytes,

@@ -12,12 +12,15 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from hybrid_mxfp8.commands.bench import add_arguments
+from hybrid_mxfp8.commands.progress import progress
 
 from . import bench_grouped_gemm, bench_moe, bench_quantize, model, plots, report, sglang_moe
 from .bench_grouped_gemm import Kept, Weights
@@ -80,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
 
 def why_not() -> str | None:
     """Why nothing can be measured here; None if it can."""
-    import torch
-
     if not torch.cuda.is_available():
         return "no CUDA GPU here (torch.cuda.is_available() is False)"
     if torch.version.hip is not None:
@@ -108,10 +109,6 @@ def _draw(record: dict[str, Any], folder: Path, stem: str) -> int:
 
 
 def _measure(args: argparse.Namespace, wanted: Sequence[Case], sglang: ModuleType | str) -> int:
-    import torch
-
-    from hybrid_mxfp8.commands.progress import progress
-
     started = time.monotonic()
     budget_s = (QUICK_BUDGET_S if args.quick else FULL_BUDGET_S) if args.budget is None else args.budget
     device = CudaDevice()
@@ -174,13 +171,6 @@ def _conclude(record: dict[str, Any], path: Path, with_plots: bool) -> int:
     return 1 if unmeasured or any(row["ours"] for row in failed) else status
 
 
-def free_gpu_bytes() -> int:
-    """Memory that a case can have: what no process uses, and what the allocator only keeps."""
-    import torch
-
-    return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
-
-
 class Suite:
     """Runs cases one after another and keeps what they share: weights, and the card's limits."""
 
@@ -191,7 +181,6 @@ class Suite:
         limits: Limits,
         quick: bool,
         place: str = "cuda",
-        free_bytes: Callable[[], int] = free_gpu_bytes,
         sglang: ModuleType | str = "not asked for",
     ) -> None:
         self._timer = timer
@@ -199,7 +188,6 @@ class Suite:
         self._limits = limits
         self._quick = quick
         self._place = place
-        self._free_bytes = free_bytes
         self._sglang = sglang
         self._store: Kept[Weights] = Kept()
         self._layers: Kept[Layer] = Kept()
@@ -223,7 +211,9 @@ class Suite:
         try:
             self._add(case, record)
         except self._timer.failures as error:
-            record["not_run"].append({"case": case.name, "reason": one_line(error), "failed": True})
+            # A card too small for the case is no failure.
+            failed = not isinstance(error, torch.OutOfMemoryError)
+            record["not_run"].append({"case": case.name, "reason": one_line(error), "failed": failed})
             self.close()
             self._timer.synchronize()
 
@@ -257,7 +247,6 @@ class Suite:
                     self._limits,
                     timing_plan,
                     checks.get(name),
-                    prepared.note,
                 )
             )
 
@@ -275,8 +264,6 @@ class Suite:
             return bench_quantize.prepare(case, capability, self._l2_bytes, self._place)
         if case.kind == "moe":
             self._store.clear()
-            return bench_moe.prepare(case, self._l2_bytes, self._layers, self._sglang, self._free_bytes, self._place)
+            return bench_moe.prepare(case, self._l2_bytes, self._layers, self._sglang, self._place)
         self._layers.clear()
-        kept = bench_grouped_gemm.kept_bytes(self._store, case.num_experts, case.n, case.k)
-        fitted, note = bench_grouped_gemm.fit(case, self._l2_bytes, self._free_bytes() + kept)
-        return bench_grouped_gemm.prepare(fitted, capability, self._l2_bytes, self._store, self._place, note)
+        return bench_grouped_gemm.prepare(case, capability, self._l2_bytes, self._store, self._place)

@@ -123,7 +123,7 @@ def suite(monkeypatch):
     for module in (gemm, moe):
         monkeypatch.setattr(module, "BACKENDS", ("cutlass", "reference"))
     monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
-    return run.Suite(EveryCallTakes10Us(), 1000, HOPPER, quick=True, place="cpu", free_bytes=lambda: 10**9)
+    return run.Suite(EveryCallTakes10Us(), 1000, HOPPER, quick=True, place="cpu")
 
 
 def measured(suite, *cases):
@@ -158,7 +158,7 @@ def test_a_case_is_checked_and_timed(case, name, check, suite):
 
 
 def test_a_wrong_result_is_not_timed(suite, monkeypatch):
-    """It fails its row, and the others go on; a case that can't be prepared is listed as failed."""
+    """It fails its row, and the others go on; so does a case, unless memory is too small for it."""
 
     def wrong(x, groups, *, out, **options):
         out.values.view(torch.uint8).fill_(0x38)
@@ -173,9 +173,11 @@ def test_a_wrong_result_is_not_timed(suite, monkeypatch):
     assert "differ from the reference" in rows[quantize.OURS]["failure"]
     assert "us" not in rows[quantize.OURS]
     assert rows["bf16 copy of the same bytes"]["us"] > 0
-    monkeypatch.setattr(gemm, "make_inputs", lambda *arguments: (_ for _ in ()).throw(RuntimeError("out of memory")))
-    (left,) = measured(suite, Case("gemm", "test", 8, 16, 64, 2))["not_run"]
-    assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": "RuntimeError: out of memory", "failed": True}
+    for error, failed in ((RuntimeError("no"), True), (torch.OutOfMemoryError("no"), False)):
+        monkeypatch.setattr(gemm, "make_inputs", lambda *arguments, error=error: (_ for _ in ()).throw(error))
+        (left,) = measured(suite, Case("gemm", "test", 8, 16, 64, 2))["not_run"]
+        reason = f"{type(error).__name__}: no"
+        assert left == {"case": "gemm 8x16x64 E2 uniform", "reason": reason, "failed": failed}
 
 
 def multiply(x, w, y, *groups):
@@ -304,7 +306,7 @@ def test_a_run_leaves_a_record_a_table_and_pictures(suite, monkeypatch, tmp_path
     monkeypatch.setattr(run, "CudaDevice", EveryCallTakes10Us)
     monkeypatch.setattr(run, "measure_limits", lambda *arguments: HOPPER)
     monkeypatch.setattr(run.report, "describe_machine", lambda label: machine | {"commit": label})
-    monkeypatch.setattr(run, "Suite", functools.partial(run.Suite, place="cpu", free_bytes=lambda: 10**9))
+    monkeypatch.setattr(run, "Suite", functools.partial(run.Suite, place="cpu"))
     monkeypatch.setattr(run, "cases", lambda quick, only, part: chosen)
     assert run.main(["--quick", "--out", str(tmp_path), "--commit", "abc123", "--plots"]) == 0
     assert "commit abc123" in capsys.readouterr().out

@@ -63,12 +63,3 @@ def test_the_machine_is_described(capability):
     assert tuple(machine["capability"]) == capability
     assert machine["l2_bytes"] > 0
     assert machine["commit"] == "abc"
-
-
-def test_memory_that_the_allocator_only_keeps_is_free(capability):
-    before = run.free_gpu_bytes()
-    block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
-    held = run.free_gpu_bytes()
-    del block
-    assert held <= before - 2**26 + 2**22
-    assert run.free_gpu_bytes() >= held + 2**26
