@@ -24,7 +24,7 @@ from . import work
 from .bench_grouped_gemm import BACKENDS, Kept, weight_bytes
 from .bench_quantize import SEED, Prepared
 from .peers import Absent, Contender, Field
-from .sglang_moe import Blocks, sglang_moe
+from .sglang_moe import Blocks, fp8_blocks, sglang_moe
 from .shapes import Case
 from .timing import num_sets
 
@@ -64,7 +64,7 @@ def make_layer(experts: int, intermediate: int, hidden: int, fp8: bool, device: 
     )
     group = preferred_scale_group(w13.device)
     quantized = (mx.quantize_weights(w, scale_group=group) for w in (w13, w2))
-    return Layer(w13, w2, *quantized, tuple(map(Blocks.of, (w13, w2) if fp8 else ())))
+    return Layer(w13, w2, *quantized, tuple(map(fp8_blocks, (w13, w2) if fp8 else ())))
 
 
 def why_not() -> str | None:

@@ -192,7 +192,7 @@ def _gather(inputs: QuantizeInputs, job: Work) -> tuple[Field, str]:
 
 
 def _swiglu(inputs: QuantizeInputs, job: Work) -> tuple[Field, str]:
-    from .silu_mul import silu_mul
+    from .peer_kernels import silu_mul
 
     x, groups, out = inputs.x, inputs.groups, inputs.out
     tokens, k = x[0].shape[0], x[0].shape[1] // 2

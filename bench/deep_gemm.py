@@ -33,6 +33,38 @@ def deep_gemm(inputs: GemmInputs, capability: tuple[int, int]) -> Contender | Ab
     gemm = find_function("deep_gemm", name, reason)
     if isinstance(gemm, str):
         return Absent(NAME, gemm)
-    room = -(-largest // MASKED_ALIGNMENT) * MASKED_ALIGNMENT
+    padded: list[tuple[torch.Tensor, ...]] = []
+    for xq in inputs.xq:
+        counts = xq.groups.tokens_per_expert.long()
+        rooms = -(-counts // ALIGNMENT) * ALIGNMENT
+        if masked:
+            rooms = torch.full_like(counts, -(-largest // MASKED_ALIGNMENT) * MASKED_ALIGNMENT)
+        owners, rows = rows_in_rooms(counts, rooms)
+        values = torch.zeros(int(rooms.sum()), k, dtype=torch.uint8, device=rows.device)
+        values[rows] = xq.values.view(torch.uint8)
+        experts = torch.full(values.shape[:1], -1, dtype=torch.int32, device=rows.device)
+        experts[rows] = owners.int()
+        padded.append((values.view(torch.float8_e4m3fn), rows, experts))
+    total, device = padded[0][0].shape[0], padded[0][0].device
+    shape = (num_experts, total // num_experts) if masked else (total,)
+    x_scales = torch.ones(*shape[:-1], k // 128, shape[-1], device=device).mT
+    w_scales = torch.ones(num_experts, n // 128, k // 128, device=device)
+    y = [torch.empty(*shape, n, dtype=torch.bfloat16, device=device) for _ in padded]
     average = -(-sum(inputs.counts) // num_experts)
-    rooms = [num_experts * [room] if masked else [-(-c // ALIGNMENT) * ALIGNMENT for c in inputs.counts]]
+
+    def call(i: int) -> object:
+        values, _, experts = padded[i]
+        x = values.view(*shape, k), x_scales
+        w = inputs.wq[i % len(inputs.wq)].values, w_scales
+        return gemm(x, w, y[i], *((inputs.xq[i].groups.tokens_per_expert, average) if masked else (experts,)))
+
+    return Contender(
+        NAME,
+        call,
+        work.gemm_fp8_blocks(inputs.counts, n, k),
+        precision="fp8",
+        note=f"not MXFP8: scales of 1x128 and 128x128; {'masked' if masked else 'contiguous'} layout",
+        check=check_product(
+            inputs.xq[0].values, inputs.wq[0].values, inputs.counts, lambda: y[0].view(total, n)[padded[0][1]]
+        ),
+    )

@@ -1,15 +1,14 @@
 """Generation with transformers: ms a token with experts in MXFP8 beside its own ``grouped_mm``.
 
     python -m bench.generation --out FILE.json     # some 100 s on an H100, half of it compilation
-    python -m bench.generation --layers 2 --batches 1 --static-batches "" --out FILE.json
-    python -m bench.generation --model tiny --out FILE.json        # anywhere: no figures to quote
+    python -m bench.generation --tiny --out FILE.json    # anywhere: no figures to quote
 
-A model of Qwen3-30B-A3B's sizes, but for its layers, with random weights in bf16, and a copy of it
-after ``quantize_model_``. Both ``generate`` from the same random prompts, in turns, in one process.
-A step's time is that between two calls of a stopping criterion that waits for the GPU. Their
-median, without the first of each ``generate``, is ms a token. With a static cache transformers
-compiles the model and captures it in CUDA graphs, with its dynamic one it runs eagerly. Newer
-versions take ``batched_mm`` in the place of ``grouped_mm`` while they decode.
+8 layers of Qwen3-30B-A3B's sizes with random weights in bf16, and a copy of that model after
+``quantize_model_``. Both ``generate`` from the same random prompts, in turns, in one process. A
+step's time is that between two calls of a stopping criterion that waits for the GPU. Their median,
+without the first of each ``generate``, is ms a token. With a static cache transformers compiles
+the model and captures it in CUDA graphs, with its dynamic one it runs eagerly. Newer versions take
+``batched_mm`` in the place of ``grouped_mm`` while they decode.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -31,42 +31,36 @@ from hybrid_mxfp8.dispatch.device import default_device
 
 from . import report
 
-SIZES = {
-    "qwen3-30b-a3b": (151936, 2048, 768, 32, 4, 128, 128, 8),
-    "tiny": (97, 64, 32, 4, 2, 16, 8, 2),
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
 }
-NAMES = (
-    "vocab_size",
-    "hidden_size",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
-)
 OURS, BASELINE = "hybrid_mxfp8", "grouped_mm"
 PROMPT = 32
 """Tokens."""
-FIRST = 8
-"""Steps of a ``generate`` that are not counted: prefill, compilation, capture."""
-PREFILL = (4, 2048)
-PREFILL_ROUNDS = 9
+FIRST, STEPS = 8, 16
+"""Steps of a ``generate`` that are not counted, prefill, compilation and capture, and that are."""
 
 Models = Mapping[str, Any]
 
 
-def make_models(size: str, layers: int, device: torch.device) -> dict[str, Any]:
+def make_models(tiny: bool, device: torch.device) -> Models:
     """Two models for inference of the same weights, ours and transformers'."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     from hybrid_mxfp8.integrations import transformers as integration
 
     integration.register()
-    sizes = dict(zip(NAMES, SIZES[size], strict=True))
-    config = Qwen3MoeConfig(num_hidden_layers=layers, norm_topk_prob=True, **sizes)
+    # The configuration's defaults are Qwen3-30B-A3B's sizes, but for these.
+    sizes = {"num_hidden_layers": 1, "head_dim": 16, **TINY} if tiny else {"num_hidden_layers": 8, "head_dim": 128}
     options = {"dtype": torch.bfloat16, "experts_implementation": BASELINE}
     with device:
+        config = Qwen3MoeConfig(norm_topk_prob=True, **sizes)
         baseline = AutoModelForCausalLM.from_config(config, **options).eval()
     ours = copy.deepcopy(baseline)
     ours.set_experts_implementation(OURS)
@@ -80,22 +74,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def steps_ms(model: Any, prompt: torch.Tensor, steps: int, cache_implementation: str) -> list[float]:
+def decode_ms(model: Any, prompt: torch.Tensor, cache_implementation: str) -> list[float]:
     """ms of each decoding step of one ``generate``, without its first."""
     from transformers import StoppingCriteria
 
     class Clock(StoppingCriteria):
         """Never stops, and notes when a step has ended."""
 
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             synchronize(ids.device)
-            self.ends.append(time.perf_counter())
+            ends.append(time.perf_counter())
             return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
-    clock, tokens = Clock(), FIRST + steps
+    ends: list[float] = []
+    tokens = FIRST + STEPS
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -103,10 +95,10 @@ def steps_ms(model: Any, prompt: torch.Tensor, steps: int, cache_implementation:
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
-        stopping_criteria=[clock],
+        stopping_criteria=[Clock()],
         cache_implementation=cache_implementation,
     )
-    return [1e3 * (end - start) for start, end in zip(clock.ends[FIRST - 1 :], clock.ends[FIRST:], strict=False)]
+    return [1e3 * (end - start) for start, end in itertools.pairwise(ends[FIRST - 1 :])]
 
 
 @torch.no_grad()
@@ -131,30 +123,23 @@ def row(case: str, models: Models, rounds: int, sample: Callable[[Any], list[flo
     return found
 
 
-def prompt_for(model: Any, *shape: int) -> torch.Tensor:
-    """Random tokens (batch, length)."""
+def random_prompt(model: Any, *shape: int) -> torch.Tensor:
+    """Tokens (batch, length)."""
     return torch.randint(3, model.config.vocab_size, shape, device=model.device)
 
 
-def measure(
-    models: Models, batches: Sequence[int], static_batches: Sequence[int], steps: int, rounds: int
-) -> Iterator[dict[str, Any]]:
+def measure(models: Models, tiny: bool) -> Iterator[dict[str, Any]]:
     """The rows of all cases."""
-    ids = prompt_for(models[BASELINE], *PREFILL)
-    sample: Callable[[Any], list[float]] = functools.partial(prefill_ms, prompt=ids)
-    yield row("prefill of {} x {} tokens".format(*PREFILL), models, PREFILL_ROUNDS, sample)
-    for cache, how, sizes in (("dynamic", "eager", batches), ("static", "static cache", static_batches)):
-        for batch in sizes:
-            # What was compiled for another batch would be compiled again for any batch.
-            torch._dynamo.reset()
-            ids = prompt_for(models[BASELINE], batch, PROMPT)
-            sample = functools.partial(steps_ms, prompt=ids, steps=steps, cache_implementation=cache)
-            yield row(f"a token, batch {batch}, {how}", models, rounds, sample)
-
-
-def integers(text: str) -> list[int]:
-    """Of a list with commas, which may be empty."""
-    return [int(part) for part in text.split(",") if part]
+    prompt = functools.partial(random_prompt, models[BASELINE])
+    batch, length = (2, 16) if tiny else (4, 2048)
+    prefill = functools.partial(prefill_ms, prompt=prompt(batch, length))
+    yield row(f"prefill of {batch} x {length} tokens", models, 9, prefill)
+    cases = [("dynamic", "eager", batch) for batch in ((2,) if tiny else (1, 16, 64))]
+    for cache, how, batch in cases if tiny else [*cases, ("static", "static cache", 16)]:
+        # What was compiled for another batch would be compiled again for any batch.
+        torch._dynamo.reset()
+        decode = functools.partial(decode_ms, prompt=prompt(batch, PROMPT), cache_implementation=cache)
+        yield row(f"a token, batch {batch}, {how}", models, 2, decode)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,20 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.generation", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE.json", required=True)
-    add("--model", choices=SIZES, default="qwen3-30b-a3b", help="its sizes")
-    add("--layers", type=int, default=8)
-    add("--batches", type=integers, default=[1, 16, 64], metavar="N,N", help="with the dynamic cache, eagerly")
-    add("--static-batches", type=integers, default=[16], metavar="N,N", help="compiled: some 25 s for each model")
-    add("--steps", type=int, default=16, help="counted steps of a round")
-    add("--rounds", type=int, default=2)
+    add("--tiny", action="store_true", help="a layer that any machine has room for")
     add("--commit", metavar="ID", help="recorded as the commit, where there is no git checkout")
     args = parser.parse_args(argv)
     started = time.monotonic()
     torch.manual_seed(0)
     import transformers
 
-    models = make_models(args.model, args.layers, default_device())
-    ids = prompt_for(models[BASELINE], 4, PROMPT)
+    models = make_models(args.tiny, default_device())
+    ids = random_prompt(models[BASELINE], 4, PROMPT)
     with torch.no_grad():
         snr = mx.signal_to_noise_db(*(models[name](ids).logits for name in (BASELINE, OURS)))
     report.say(f"logits at {snr:.1f} dB of {BASELINE}'s")
@@ -183,11 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {
         "machine": machine | {"transformers": transformers.__version__},
         "method": " ".join(__doc__.partition("\n\n")[2].rpartition("\n\n")[2].split()),
-        "model": f"{args.layers} layers of {args.model}",
+        "model": "tiny" if args.tiny else "8 layers of qwen3-30b-a3b",
         "logits_db": round(snr, 1),
         "rows": [],
     }
-    for each in measure(models, args.batches, args.static_batches, args.steps, args.rounds):
+    for each in measure(models, args.tiny):
         record["rows"].append(each)
         record["seconds"] = round(time.monotonic() - started, 1)
         report.write_json(record, args.out)

@@ -1,18 +1,18 @@
 """The Hopper FP8 grouped GEMM alone, at each tile, beside the bf16 kernel, torch and DeepGEMM.
 
-One process, one GPU, timed as the suite does. 0 tokens an expert stand for one token of 8 experts,
-as a layer with one token has.
+One process, one GPU, timed as the suite does. dB: the first and last rows of the expert that has
+most, against fp64 of the same operands, both rounded. 0 tokens an expert stand for one token of 8
+experts, as a layer with one token has.
 
-    python -m bench.hopper_fp8 --shapes 0 --tokens 256,1024 --even
+    python -m bench.hopper_fp8 --shapes 0 --tokens 256,1024
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import triton
@@ -37,6 +37,7 @@ CONFIGS = tuple(select_hopper_fp8_config(average, 1) for average in (1, 1000))
 
 
 def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: HopperFp8Config) -> Callable[[], None]:
+    """The FP8 kernel at this tile."""
     e, n, k = w.values.shape
     g = x.groups
     given = [x.values, x.scales, g.tokens_per_expert, g.expert_offsets, g.scale_offsets, w.values, w.scales, y]
@@ -47,17 +48,8 @@ def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: Hop
     return lambda: step.run(given, y.device)
 
 
-def at(config: HopperFp8Config, inputs: GemmInputs) -> Call:
-    """The FP8 kernel at this tile."""
-    w = inputs.wq
-    sets = enumerate(zip(inputs.xq, inputs.y, strict=True))
-    launches = [launch(x, w[i % len(w)], y, config) for i, (x, y) in sets]
-    return lambda i: launches[i]()
-
-
 def error_db(inputs: GemmInputs) -> float:
-    """Of set 0: the first and last rows of the expert that has the most, against fp64 of the same
-    operands, both rounded to y's dtype."""
+    """Of set 0."""
     counts, y = inputs.counts, inputs.y[0]
     e = counts.index(max(counts))
     rows = range(sum(counts[:e]), sum(counts[: e + 1]))
@@ -66,50 +58,54 @@ def error_db(inputs: GemmInputs) -> float:
     return mx.signal_to_noise_db(exact.to(y.dtype), y[some])
 
 
-def run(case: Case, store: Kept[Weights], configs: Sequence[HopperFp8Config], reps: int) -> None:
+def run(case: Case, store: Kept[Weights]) -> None:
+    """Print a line."""
     plain, _ = make_inputs(case, store, torch.cuda.get_device_properties().L2_cache_size, "cuda")
     inputs = in_groups(plain, 128)
-    ours = {"{}/{} s{}".format(*dataclasses.astuple(config)): at(config, inputs) for config in configs}
-    ours = {"bf16 kernel": our_gemm(inputs, "triton"), **ours}
+    sets = [(x, inputs.wq[i % len(inputs.wq)], y) for i, (x, y) in enumerate(zip(inputs.xq, inputs.y, strict=True))]
+    calls: dict[str, Call] = {"bf16 kernel": our_gemm(inputs, "triton")}
+    for config in CONFIGS:
+        launches = [launch(*operands, config) for operands in sets]
+        calls["{}/{} s{}".format(*dataclasses.astuple(config))] = lambda i, launches=launches: launches[i]()
     db = {}
-    for name, call in ours.items():
+    for name, call in calls.items():
         inputs.y[0].fill_(float("nan"))
         call(0)
         db[name] = f" {error_db(inputs):3.0f} dB"
     peers = [bf16_grouped_mm(plain), deep_gemm(plain, torch.cuda.get_device_capability())]
-    calls = ours | {peer.name: peer.call for peer in peers if isinstance(peer, Contender)}
-    timing_plan = plan(len(inputs.x), work.gemm(inputs.counts, case.n, case.k), quick=True)
-    results = measure(calls, dataclasses.replace(timing_plan, min_rounds=reps, max_rounds=reps), CudaDevice())
-    us = {name: result.timing.median_us for name, result in results.items() if result.timing}
-    flops = 2e-6 * case.num_tokens * case.n * case.k
-    cells = [
-        f"{name} {v:7.1f} us {us['bf16 kernel'] / v:4.2f}x {flops / v:5.0f} TF{db.get(name, '')}"
-        for name, v in us.items()
-    ]
-    print(" | ".join([case.name, *cells]), flush=True)
-    for name, result in results.items():
-        if result.failure:
-            print(f"{name}: {result.failure}", flush=True)
+    calls |= {peer.name: peer.call for peer in peers if isinstance(peer, Contender)}
+    timing_plan = plan(len(sets), work.gemm(inputs.counts, case.n, case.k), quick=True)
+    cells, baseline = [case.name], float("nan")
+    for name, result in measure(calls, timing_plan, CudaDevice()).items():
+        if result.timing is None:
+            cells.append(f"{name} failed: {result.failure}")
+            continue
+        us = result.timing.median_us
+        baseline = us if len(cells) == 1 else baseline
+        teraflops = 2e-6 * case.num_tokens * case.n * case.k / us
+        cells.append(f"{name} {us:7.1f} us {baseline / us:4.2f}x {teraflops:5.0f} TF{db.get(name, '')}")
+    print(" | ".join(cells), flush=True)
+
+
+def integers(text: str) -> list[int]:
+    """Of a list with commas."""
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
+    """Every shape and number of tokens, even counts and random ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="0,1,2", help="indices into SHAPES")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--even", action="store_true", help="even counts alone")
-    parser.add_argument("--configs", default="", help="Python list of HopperFp8Config argument tuples")
-    parser.add_argument("--reps", type=int, default=9)
-    a = parser.parse_args()
+    parser.add_argument("--shapes", type=integers, default=[*range(len(SHAPES))], help="indices into SHAPES")
+    parser.add_argument("--tokens", type=integers, default=TOKENS, help="of each expert")
+    args = parser.parse_args()
     os.environ["HYBRID_MXFP8_HOPPER_GEMM"] = "bf16"  # what mx.grouped_gemm takes; tiles are launched by themselves
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)
-    configs = [HopperFp8Config(*c) for c in ast.literal_eval(a.configs)] if a.configs else CONFIGS
     store: Kept[Weights] = Kept()
-    for i in map(int, a.shapes.split(",")):
-        e, n, k = SHAPES[i]
-        for per in map(int, a.tokens.split(",")):
-            for distribution in ("uniform",) if a.even or per < 2 else ("uniform", "random"):
-                run(Case("gemm", "tiles", e * per or 8, n, k, e, distribution), store, configs, a.reps)
+    for e, n, k in (SHAPES[i] for i in args.shapes):
+        for per in args.tokens:
+            for distribution in ("uniform",) if per < 2 else ("uniform", "random"):
+                run(Case("gemm", "tiles", e * per or 8, n, k, e, distribution), store)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,13 @@ def find_function(module: str, name: str, reason: str | None = None) -> Any:
         return f"this {package} does not load ({error})"
 
 
+def rows_in_rooms(counts: torch.Tensor, rooms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expert of each of T rows in order, and its place where expert e has room for rooms[e]."""
+    owners = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    shift = (rooms.cumsum(0) - rooms) - (counts.cumsum(0) - counts)
+    return owners, torch.arange(len(owners), device=counts.device) + shift[owners]
+
+
 def bf16_copy(num_bytes: int, sets: int, device: torch.device) -> Contender:
     """A copy that moves ``num_bytes`` in all, half read and half written, in bf16."""
     # Whole 256-byte stretches, so that every set is as aligned as the first.

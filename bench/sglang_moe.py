@@ -12,17 +12,17 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import work
-from .peers import Absent, Contender, Field, find_function
+from .limits import Precision
+from .peers import Absent, Contender, Field, find_function, rows_in_rooms
 from .shapes import Case
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 NAME = "SGLang"
 MODULE = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
-Precision = Literal["bf16", "fp8"]
 
 
 def _tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
@@ -38,32 +37,31 @@ def _tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[s
     return sizes | {"num_warps": warps, "num_stages": stages}
 
 
-TILES: dict[Precision, tuple[dict[str, int], ...]] = {
-    "fp8": (_tile(16, 128, 128, 1, 4, 3), _tile(64, 128, 128, 32, 4, 3), _tile(128, 128, 128, 32, 8, 3)),
-    "bf16": (_tile(16, 128, 128, 1, 4, 3), _tile(64, 128, 64, 1, 4, 3), _tile(128, 256, 64, 1, 8, 4)),
-}
-"""SGLang's default for FP8 and two more rows; in bf16 those that its own tuning for Qwen3-30B-A3B
-on an H100 has for few, for 1024 and for many tokens."""
+TILES = (
+    (True, _tile(16, 128, 128, 1, 4, 3)),
+    (True, _tile(64, 128, 128, 32, 4, 3)),
+    (True, _tile(128, 128, 128, 32, 8, 3)),
+    (False, _tile(16, 128, 128, 1, 4, 3)),
+    (False, _tile(64, 128, 64, 1, 4, 3)),
+    (False, _tile(128, 256, 64, 1, 8, 4)),
+)
+"""(whether in FP8, tile): SGLang's default for FP8 and two more rows; in bf16 those that its own
+tuning for Qwen3-30B-A3B on an H100 has for few, for 1024 and for many tokens."""
+
+Blocks = tuple[torch.Tensor, torch.Tensor | None]
+"""Weights (E, N, K) and, of e4m3, scales (E, N/128, K/128) fp32."""
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Weights (E, N, K) e4m3 and scales (E, N/128, K/128) fp32; in bf16 without scales."""
-
-    values: torch.Tensor
-    scales: torch.Tensor | None
-
-    @classmethod
-    def of(cls, w: torch.Tensor) -> Blocks:
-        """Quantize w (E, N, K), an expert at a time."""
-        experts, n, k = w.shape
-        values = torch.empty_like(w, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(experts, n // 128, k // 128, device=w.device)
-        for e in range(experts):
-            blocks = w[e].float().view(n // 128, 128, k // 128, 128)
-            scales[e] = blocks.abs().amax((1, 3)).clamp(1e-10) / 448
-            values[e] = (blocks / scales[e, :, None, :, None]).view(n, k).to(torch.float8_e4m3fn)
-        return cls(values, scales)
+def fp8_blocks(w: torch.Tensor) -> Blocks:
+    """Quantize w (E, N, K), an expert at a time."""
+    experts, n, k = w.shape
+    values = torch.empty_like(w, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(experts, n // 128, k // 128, device=w.device)
+    for e in range(experts):
+        blocks = w[e].float().view(n // 128, 128, k // 128, 128)
+        scales[e] = blocks.abs().amax((1, 3)).clamp(1e-10) / 448
+        values[e] = (blocks / scales[e, :, None, :, None]).view(n, k).to(torch.float8_e4m3fn)
+    return values, scales
 
 
 class _StandIn(MetaPathFinder, Loader):
@@ -73,16 +71,10 @@ class _StandIn(MetaPathFinder, Loader):
         self._names = names
 
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        """See importlib."""
-        return ModuleSpec(name, self, is_package=True) if _is_sglang(name) else None
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "sglang" else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """See importlib."""
         module.__getattr__ = self._names.get
-
-
-def _is_sglang(module: str) -> bool:
-    return module.partition(".")[0] == "sglang"
 
 
 def load(file: Path | None) -> ModuleType | str:
@@ -94,7 +86,7 @@ def load(file: Path | None) -> ModuleType | str:
     if file is None:
         found = find_function(MODULE, "invoke_fused_moe_kernel")
         return f"{found}; --sglang-kernel takes its file" if isinstance(found, str) else sys.modules[MODULE]
-    from .quantize_fp8 import quantize_fp8
+    from .peer_kernels import quantize_fp8
 
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     no = ("is_hip", "is_cpu", "cpu_has_amx_support", "is_batch_invariant_mode_enabled")
@@ -114,7 +106,7 @@ def load(file: Path | None) -> ModuleType | str:
         loader.exec_module(module)
     finally:
         sys.meta_path.remove(stand_in)
-        for name in filter(_is_sglang, list(sys.modules)):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
             del sys.modules[name]
     return module
 
@@ -126,31 +118,18 @@ def sort_by_expert(ids: torch.Tensor, experts: int, tile: int) -> tuple[torch.Te
     flat = ids.reshape(-1)
     counts = torch.bincount(flat, minlength=experts)
     tiles = -(-counts // tile)
-    order = flat.argsort(stable=True)
-    owners = flat[order]
-    shift = (tiles.cumsum(0) - tiles) * tile - (counts.cumsum(0) - counts)
-    padded = torch.full((int(tiles.sum()) * tile,), flat.numel(), device=ids.device)
-    padded[torch.arange(flat.numel(), device=ids.device) + shift[owners]] = order
-    owner_of_tile = torch.arange(experts, device=ids.device).repeat_interleave(tiles)
-    return padded.int(), owner_of_tile.int(), torch.tensor([padded.numel()], dtype=torch.int32, device=ids.device)
+    _, rows = rows_in_rooms(counts, tiles * tile)
+    padded = torch.full((int(tiles.sum()) * tile,), flat.numel(), dtype=torch.int32, device=ids.device)
+    padded[rows] = flat.argsort(stable=True).int()
+    owners = torch.arange(experts, dtype=torch.int32, device=ids.device).repeat_interleave(tiles)
+    return padded, owners, torch.tensor([padded.numel()], dtype=torch.int32, device=ids.device)
 
 
 def sglang_moe(
-    kernels: ModuleType | str,
-    case: Case,
-    layer: Layer,
-    inputs: Inputs,
-    check: Callable[[Callable[[], torch.Tensor]], Callable[[], str]],
+    kernels: ModuleType | str, case: Case, layer: Layer, inputs: Inputs, check: Callable[..., Callable[[], str]]
 ) -> Field:
-    """A contender for each precision and each tile that suits the case, or an absent one.
-
-    Args:
-        kernels: as ``load`` returns them.
-        case: a moe case.
-        layer: with its weights in FP8, if there are kernels.
-        inputs: of the case.
-        check: makes a check of what returns (M, H) of set 0.
-    """
+    """A contender for each precision and each tile that suits the case; absent if ``kernels`` says
+    why. ``check`` makes a check of what returns (M, H) of set 0."""
     if isinstance(kernels, str):
         return [Absent(f"{NAME} fused MoE", kernels)]
     slots = case.num_tokens * case.top_k
@@ -160,42 +139,42 @@ def sglang_moe(
         torch.empty(*shape, dtype=torch.bfloat16, device=layer.w2.device)
         for shape in ((slots, 2 * case.n), (slots, case.n), (case.num_tokens, case.top_k, case.k))
     )
-    return [
-        _contender(kernels, case, precision, tile, layer, inputs, (gate_up, h, y), check)
-        for precision, tiles in TILES.items()
-        for tile in tiles
-        if suits[tile["BLOCK_SIZE_M"]]
-    ]
+    field: Field = []
+    for fp8, tile in TILES:
+        if suits[rows := tile["BLOCK_SIZE_M"]]:
+            precision: Precision = "fp8" if fp8 else "bf16"
+            name = f"{NAME} {precision}, tile of {rows}"
+            call = _layer_call(kernels, case, layer, inputs, (gate_up, h, y), fp8, tile)
+            job = (work.moe_fp8_blocks if fp8 else work.moe_bf16)(inputs.counts, case.num_tokens, case.k, case.n)
+            note = "sorting by expert left out" + ("; not MXFP8: scales of 1x128 and 128x128" if fp8 else "")
+            field.append(Contender(name, call, job, precision=precision, note=note, check=check(lambda: inputs.out[0])))
+    return field
 
 
-def _contender(
+def _layer_call(
     kernels: ModuleType,
     case: Case,
-    precision: Precision,
-    tile: dict[str, int],
     layer: Layer,
     inputs: Inputs,
     buffers: tuple[torch.Tensor, ...],
-    check: Callable[[Callable[[], torch.Tensor]], Callable[[], str]],
-) -> Contender:
+    fp8: bool,
+    tile: dict[str, int],
+) -> Callable[[int], None]:
     import triton.language as tl
 
-    fp8 = precision == "fp8"
-    w13, w2 = layer.blocks if fp8 else (Blocks(layer.w13, None), Blocks(layer.w2, None))
-    rows = tile["BLOCK_SIZE_M"]
-    routing = [sort_by_expert(ids, case.num_experts, rows) for ids in inputs.ids]
+    w13, w2 = layer.blocks if fp8 else ((layer.w13, None), (layer.w2, None))
+    routing = [sort_by_expert(ids, case.num_experts, tile["BLOCK_SIZE_M"]) for ids in inputs.ids]
     gate_up, h, y = buffers
+    absent = dict.fromkeys(("bias", "A_scale", "B_zp"))
+    off = dict.fromkeys(("use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant"), False)
 
     def multiply(i: int, x: torch.Tensor, w: Blocks, out: torch.Tensor, top_k: int, weigh: bool) -> None:
         sorted_token_ids, expert_ids, num_tokens_post_padded = routing[i]
         kernels.invoke_fused_moe_kernel(
             A=x,
-            B=w.values,
-            bias=None,
+            B=w[0],
             C=out,
-            A_scale=None,
-            B_scale=w.scales,
-            B_zp=None,
+            B_scale=w[1],
             topk_weights=inputs.weights[i],
             topk_ids=inputs.ids[i],
             sorted_token_ids=sorted_token_ids,
@@ -206,11 +185,9 @@ def _contender(
             config=tile,
             compute_type=tl.bfloat16,
             use_fp8_w8a8=fp8,
-            use_int8_w8a8=False,
-            use_int8_w8a16=False,
-            use_int4_w4a16=False,
-            per_channel_quant=False,
             block_shape=[128, 128] if fp8 else None,
+            **absent,
+            **off,
         )
 
     def call(i: int) -> None:
@@ -219,11 +196,4 @@ def _contender(
         multiply(i, h, w2, y, 1, weigh=True)
         kernels.moe_sum_reduce_triton(y, inputs.out[i], 1.0)
 
-    return Contender(
-        f"{NAME} {precision}, tile of {rows}",
-        call,
-        (work.moe_fp8_blocks if fp8 else work.moe_bf16)(inputs.counts, case.num_tokens, case.k, case.n),
-        precision=precision,
-        note="sorting by expert left out" + ("; not MXFP8: scales of 1x128 and 128x128" if fp8 else ""),
-        check=check(lambda: inputs.out[0]),
-    )
+    return call

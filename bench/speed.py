@@ -9,7 +9,6 @@ lacks has no line.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +18,19 @@ from typing import Any
 from .generation import BASELINE, OURS
 from .shapes import MAIN_MODELS, MODEL_TOKENS, MODELS, Case, moe_case
 
-PRODUCT = (32, 4096, 7168)
-PRODUCT_ROWS = (16, 128, 256, 2048)
-"""Of each expert; DeepSeek-V3's gate and up, an eighth of its experts."""
+LAYERS = {
+    f"{model.name} layer, batch {tokens}": moe_case(model, tokens)
+    for model in MODELS
+    if model.name in MAIN_MODELS
+    for tokens in MODEL_TOKENS
+}
+PRODUCTS = {
+    f"product of 32 experts, 4096 x 7168, {rows} rows each": Case("gemm", "main", 32 * rows, 4096, 7168, 32)
+    for rows in (16, 128, 256, 2048)
+}
+"""DeepSeek-V3's gate and up, an eighth of its experts."""
+PEERS = {"moe": {"SGLang FP8": "SGLang fp8"}, "gemm": {"torch bf16": "torch bf16", "DeepGEMM FP8": "DeepGEMM fp8"}}
+"""How they are called in the table, and how the names of their contenders begin."""
 
 Line = tuple[str, float, str, float]
 """Job, our ms, whom it is compared with, their ms."""
@@ -34,26 +43,14 @@ def generation_lines(record: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def suite_lines(record: Mapping[str, Any]) -> Iterator[Line]:
-    """Layers beside SGLang's in FP8, products beside torch's and DeepGEMM's."""
-    models = [model for model in MODELS if model.name in MAIN_MODELS]
-    for model, tokens in itertools.product(models, MODEL_TOKENS):
-        job = f"{model.name} layer, batch {tokens}"
-        yield from lines_of(job, moe_case(model, tokens), {"SGLang FP8": "SGLang fp8"}, record["rows"])
-    experts, n, k = PRODUCT
-    for rows in PRODUCT_ROWS:
-        job = f"product of {experts} experts, {n} x {k}, {rows} rows each"
-        peers = {"torch bf16": "torch bf16", "DeepGEMM FP8": "DeepGEMM fp8"}
-        yield from lines_of(job, Case("gemm", "main", experts * rows, n, k, experts), peers, record["rows"])
-
-
-def lines_of(job: str, case: Case, peers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
-    """A line for each peer, by how its contenders' names begin."""
-    timed = [row for row in rows if row["case"] == case.name and not row["failure"]]
-    ours = [row["us"] / 1e3 for row in timed if row["ours"]]
-    for name, prefix in peers.items():
-        theirs = [row["us"] / 1e3 for row in timed if row["contender"].startswith(prefix)]
-        if ours and theirs:
-            yield job, min(ours), name, min(theirs)
+    """A line for each layer or product and each peer that have a time."""
+    for job, case in (LAYERS | PRODUCTS).items():
+        timed = [row for row in record["rows"] if row["case"] == case.name and not row["failure"]]
+        ours = [row["us"] / 1e3 for row in timed if row["ours"]]
+        for name, prefix in PEERS[case.kind].items():
+            theirs = [row["us"] / 1e3 for row in timed if row["contender"].startswith(prefix)]
+            if ours and theirs:
+                yield job, min(ours), name, min(theirs)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
