@@ -3,9 +3,9 @@ it says is modelled.
 
 For exact group sizes, one tile configuration and one card::
 
-    tiles  = sum over experts of ceil(N / 128) * ceil(tokens / token_tile), rounded up to whole
-    clusters waves  = ceil(clusters of tiles / clusters that fit on the card)
-    step   = max(MMA time, time to bring the step's operands from L2)       one step is 128 of K
+    tiles   = sum over experts of ceil(N / 128) * ceil(tokens / token_tile), in whole clusters
+    waves   = ceil(clusters of tiles / clusters that fit on the card)
+    step    = max(MMA time, time to bring the step's operands from L2)      one step is 128 of K
     compute = waves * (steps * step + what the epilogue does not hide)
     memory  = bytes of :func:`work.gemm` / streaming rate
     time    = max(compute, memory) + launch
@@ -18,51 +18,20 @@ group: the choice is shown with this model's time for it, beside the best that t
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
+from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, TILE_K, WEIGHT_ROWS, GemmConfig, select_config
+
 from . import work
+from .report import table
 from .shapes import MODELS, tokens_per_expert
 
-WEIGHT_ROWS = 128
-TILE_K = 128
 EXPLAINED_TOKENS = (1, 128, 1024, 8192)
 """Tokens of a batch, before routing, for which choices are explained."""
-
-
-class TileConfig(Protocol):
-    """What the model needs of a configuration, such as ``cutlass_kernels.config.GemmConfig``."""
-
-    @property
-    def cta_group(self) -> int:
-        """SMs that one MMA spans, 1 or 2."""
-
-    @property
-    def token_tile(self) -> int:
-        """Tokens of a tile."""
-
-    @property
-    def cluster(self) -> tuple[int, int]:
-        """CTAs of a cluster along N and along the tokens."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A configuration of the model's own."""
-
-    cta_group: int
-    token_tile: int
-    cluster: tuple[int, int]
-
-    def __str__(self) -> str:
-        rows = WEIGHT_ROWS * self.cta_group
-        return f"{self.cta_group}sm_{rows}x{self.token_tile}x{TILE_K}_{self.cluster[0]}x{self.cluster[1]}"
 
 
 @dataclass(frozen=True)
@@ -111,10 +80,8 @@ EXPOSED_DRAIN_AT_256 = 0.5
 class Prediction:
     """What the model says, in µs unless named otherwise. Modelled, never measured."""
 
-    tiles: int
     waves: int
     bytes: int
-    flops: int
     mma_us: float
     l2_us: float
     compute_us: float
@@ -128,27 +95,9 @@ class Prediction:
             return "memory"
         return "MMA" if self.mma_us >= self.l2_us else "L2"
 
-    @property
-    def tflop_s(self) -> float:
-        """Rate of the whole call."""
-        return self.flops / self.us / 1e6
 
-    @property
-    def tb_s(self) -> float:
-        """Rate of the whole call."""
-        return self.bytes / self.us / 1e6
-
-
-def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: int) -> Prediction:
-    """Time of one grouped GEMM.
-
-    Args:
-        card: where.
-        config: how it is tiled.
-        counts: (E,) tokens of each expert.
-        n: N.
-        k: K.
-    """
+def predict(card: Card, config: GemmConfig, counts: Sequence[int], n: int, k: int) -> Prediction:
+    """Time of one grouped GEMM with (E,) counts."""
     along_n, along_tokens = config.cluster
     weight_clusters = math.ceil(math.ceil(n / WEIGHT_ROWS) / along_n)
     token_clusters = sum(math.ceil(math.ceil(c / config.token_tile) / along_tokens) for c in counts)
@@ -170,10 +119,8 @@ def predict(card: Card, config: TileConfig, counts: Sequence[int], n: int, k: in
     compute_us = us(waves * (steps * max(mma, fetch) + exposed))
     memory_us = job.bytes / card.streaming_tb_s / 1e6
     return Prediction(
-        tiles=clusters * along_n * along_tokens,
         waves=waves,
         bytes=job.bytes,
-        flops=job.flops,
         mma_us=us(waves * steps * mma),
         l2_us=us(waves * steps * fetch),
         compute_us=compute_us,
@@ -190,7 +137,7 @@ class Published:
     counts: tuple[int, ...]
     n: int
     k: int
-    config: Tile
+    config: GemmConfig
     us: float
     assumed: str
 
@@ -199,7 +146,7 @@ def _even(tokens: int, experts: int) -> tuple[int, ...]:
     return tuple(tokens_per_expert("uniform", tokens, experts, 0))
 
 
-SGLANG = Tile(2, 128, (4, 1))
+SGLANG = GemmConfig(2, 128, (4, 1))
 TORCHAO_TFLOP_S = 2303
 PUBLISHED = (
     Published("SGLang T 1024", _even(1024, 64), 4096, 4096, SGLANG, 180.1, "16 tokens an expert"),
@@ -209,16 +156,11 @@ PUBLISHED = (
         _even(131072, 8),
         7168,
         2048,
-        Tile(2, 256, (2, 1)),
+        GemmConfig(2, 256, (2, 1)),
         2 * 131072 * 7168 * 2048 / TORCHAO_TFLOP_S / 1e6,
         "even groups, N 7168 and K 2048, and the tile",
     ),
 )
-
-
-def against_published(card: Card = B200) -> list[tuple[Published, Prediction]]:
-    """Each published figure with the model's."""
-    return [(p, predict(card, p.config, p.counts, p.n, p.k)) for p in PUBLISHED]
 
 
 def random_counts(tokens: int, experts: int) -> tuple[int, ...]:
@@ -227,130 +169,62 @@ def random_counts(tokens: int, experts: int) -> tuple[int, ...]:
     return tuple(int(c) for c in draws)
 
 
-def _selector() -> Any | None:
-    """The module that chooses the CUTLASS backend's configuration; None in a version without it."""
-    if importlib.util.find_spec("hybrid_mxfp8.cutlass_kernels.config") is None:
-        return None
-    return importlib.import_module("hybrid_mxfp8.cutlass_kernels.config")
+def published_rows(card: Card) -> Iterable[tuple[str, ...]]:
+    """Each published figure with the model's."""
+    for p in PUBLISHED:
+        q = predict(card, p.config, p.counts, p.n, p.k)
+        times = f"{q.us:.1f}", f"{p.us:.1f}", f"{100 * (q.us / p.us - 1):+.1f} %"
+        yield p.who, p.assumed, str(p.config), str(q.waves), q.bound, *times
 
 
-def best(
-    card: Card, configs: Iterable[TileConfig], counts: Sequence[int], n: int, k: int
-) -> tuple[TileConfig, Prediction]:
-    """The configuration with the least modelled time; of equals the first."""
-    return min(((c, predict(card, c, counts, n, k)) for c in configs), key=lambda pair: pair[1].us)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A choice of select_config, with this model's time for it and for the best it knows."""
-
-    shape: str
-    chosen: str
-    prediction: Prediction
-    alternative: str
-    alternative_us: float
-
-    @property
-    def loss_percent(self) -> float:
-        """By how much this model thinks the choice is slower than the best."""
-        return 100 * (self.prediction.us / self.alternative_us - 1)
-
-
-def explain(card: Card = B200) -> list[Explanation]:
-    """select_config's choices over the models' shapes, randomly routed; empty without one."""
-    config = _selector()
-    if config is None:
-        return []
-    explanations = []
+def choice_rows(card: Card) -> Iterable[tuple[str, ...]]:
+    """select_config's choice for each of the models' shapes, randomly routed, with this model's
+    time for it, and the best configuration that it knows; of equals the first."""
     for model in MODELS:
         for n, k in model.gemms:
-            for tokens in EXPLAINED_TOKENS:
-                rows = tokens * model.top_k
+            for rows in (tokens * model.top_k for tokens in EXPLAINED_TOKENS):
                 counts = random_counts(rows, model.experts)
-                chosen = config.select_config(model.experts, n, k, rows, sm_count=card.sms)
-                other, least = best(card, config.CONFIGS, counts, n, k)
-                explanations.append(
-                    Explanation(
-                        f"{model.name} {rows}x{n}x{k} E{model.experts}",
-                        str(chosen),
-                        predict(card, chosen, counts, n, k),
-                        str(other),
-                        least.us,
-                    )
+                chosen = select_config(model.experts, n, k, rows, sm_count=card.sms)
+                found = predict(card, chosen, counts, n, k)
+                least, best = min(((predict(card, c, counts, n, k).us, c) for c in CONFIGS), key=lambda pair: pair[0])
+                loss_percent = 100 * (found.us / least - 1)
+                yield (
+                    f"{model.name} {rows}x{n}x{k} E{model.experts}",
+                    str(chosen),
+                    str(found.waves),
+                    f"{found.bytes / 1e6:.0f}",
+                    f"{found.mma_us:.1f}",
+                    f"{found.l2_us:.1f}",
+                    f"{found.memory_us:.1f}",
+                    found.bound,
+                    f"{found.us:.1f}",
+                    str(best) if loss_percent > 0.5 else "the same time",
+                    f"{loss_percent:.1f} %",
                 )
-    return explanations
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+PUBLISHED_HEADER = "figure|assumed|configuration|waves|bound by|modelled µs|published µs|difference"
+CHOICES_HEADER = (
+    "shape|chosen|waves|MB|MMA µs|L2 µs|memory µs|bound by|modelled µs|this model's best|lost by the choice"
+)
 
 
 def report(card: Card = B200) -> str:
     """The comparison with published figures and the explanation of every choice, in markdown."""
-    lines = [
-        f"# Modelled times of the CUTLASS backend on a {card.name}",
-        "",
-        "Nothing below was measured by this project: it is modelled, from datasheets and other projects' published figures.",
-        "",
-        "## Modelled against published",
-        "",
-        *_table(
-            ("figure", "assumed", "configuration", "waves", "bound by", "modelled µs", "published µs", "difference"),
-            [
-                (
-                    p.who,
-                    p.assumed,
-                    str(p.config),
-                    str(q.waves),
-                    q.bound,
-                    f"{q.us:.1f}",
-                    f"{p.us:.1f}",
-                    f"{100 * (q.us / p.us - 1):+.1f} %",
-                )
-                for p, q in against_published(card)
-            ],
-        ),
-        "",
-        "## select_config's choices, modelled",
-        "",
-        "Each row picks an expert at random.",
-        "",
-    ]
-    explanations = explain(card)
-    if not explanations:
-        return "\n".join(
-            [*lines, "This version has no hybrid_mxfp8.cutlass_kernels.config: nothing chooses a configuration yet."]
-        )
-    lines += _table(
-        (
-            "shape",
-            "chosen",
-            "waves",
-            "MB",
-            "MMA µs",
-            "L2 µs",
-            "memory µs",
-            "bound by",
-            "modelled µs",
-            "this model's best",
-            "lost by the choice",
-        ),
+    return "\n".join(
         [
-            (
-                e.shape,
-                e.chosen,
-                str(e.prediction.waves),
-                f"{e.prediction.bytes / 1e6:.0f}",
-                f"{e.prediction.mma_us:.1f}",
-                f"{e.prediction.l2_us:.1f}",
-                f"{e.prediction.memory_us:.1f}",
-                e.prediction.bound,
-                f"{e.prediction.us:.1f}",
-                e.alternative if e.loss_percent > 0.5 else "the same time",
-                f"{e.loss_percent:.1f} %",
-            )
-            for e in explanations
-        ],
+            f"# Modelled times of the CUTLASS backend on a {card.name}",
+            "",
+            "Nothing below was measured by this project: it is modelled, from datasheets and other projects' published figures.",
+            "",
+            "## Modelled against published",
+            "",
+            *table(PUBLISHED_HEADER.split("|"), published_rows(card)),
+            "",
+            "## select_config's choices, modelled",
+            "",
+            "Each row picks an expert at random.",
+            "",
+            *table(CHOICES_HEADER.split("|"), choice_rows(card)),
+        ]
     )
-    return "\n".join(lines)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import sys
 import time
@@ -70,9 +69,6 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None:
         report.say(listing(wanted, reason))
         return 0
-    if importlib.util.find_spec("hybrid_mxfp8.triton_kernels") is None:
-        report.say("hybrid_mxfp8 is not installed: pip install --no-deps --no-build-isolation -e .")
-        return 2
     try:
         sglang = sglang_moe.load(args.sglang_kernel)
     except (OSError, SyntaxError, ImportError, AttributeError, TypeError) as error:
