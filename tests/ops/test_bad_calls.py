@@ -8,13 +8,12 @@ device still works afterwards.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import cases
 import pytest
 import torch
 from bad_calls import gemm, layouts, moe, operands, operators, quantize, sglang
-from bad_calls.row import E4M3, Bad, E, K, N, Odd, T, weights
+from bad_calls.row import E4M3, Bad, K, Odd, T
 from guards import Guards, check_alive
 
 import hybrid_mxfp8 as mx
@@ -38,14 +37,17 @@ ODD = [
 
 @pytest.mark.parametrize("row", BAD)
 def test_bad(row: Bad) -> None:
+    """Also where one like it has passed just before, whose plan must say nothing for this."""
     guards = Guards()
     call = row.prepare(guards)
     guards.ready()
-    for _ in range(2):  # what was refused once is refused again
-        with pytest.raises(row.error) as caught:
-            call()
-        assert type(caught.value) is row.error
-        assert re.search(row.message, str(caught.value)), str(caught.value)
+    with mx.use_backend("reference"):
+        row.good(Guards(size=1 << 20))()
+        for _ in range(2):  # what was refused once is refused again
+            with pytest.raises(row.error) as caught:
+                call()
+            assert type(caught.value) is row.error
+            assert re.search(row.message, str(caught.value)), str(caught.value)
     guards.check(refused=True)
 
 
@@ -73,84 +75,8 @@ def test_garbage_stays_inside(row: Odd, multiplier: str, device: str) -> None:
     guards.check()
 
 
-def operand(k: int = K, experts: int = E) -> mx.GroupedMXFP8:
-    return cases.poisoned_output(cases.layout([T // 2] + [0] * (experts - 1), T), k)
-
-
-def strided(*shape: int) -> torch.Tensor:
-    return torch.ones(*shape, 2, dtype=torch.bfloat16)[..., 0]
-
-
-CHANGED: dict[str, tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
-    "quantize_grouped": (
-        mx.quantize_grouped,
-        {"x": torch.ones(T, K), "groups": operand().groups, "out": operand(), "backend": "reference"},
-        [
-            ({"x": torch.ones(T, K).double()}, "x: dtype must be bfloat16 or float16 or float32, got float64"),
-            ({"x": torch.ones(T - 1, K)}, f"x: must have T = groups.num_tokens = {T} rows, got {T - 1}"),
-            ({"x": torch.ones(T, 48)}, "x: K must be a positive multiple of 32, got 48"),
-            ({"x": strided(T, K)}, f"x: must have unit stride along its columns, got strides ({2 * K}, 2)"),
-            ({"x": torch.ones(T, K, requires_grad=True)}, "x: must not require grad (MXFP8 quantization has no backward"),
-            ({"x": [[0.0]]}, "x: must be a torch.Tensor (R, K), got list"),
-            ({"scale_rounding": ["rceil"]}, "scale_rounding: must be one of rceil, floor, even, got ['rceil']"),
-            ({"activation": ["swiglu"]}, "activation: must be None, 'swiglu'"),
-            ({"out": operand(64)}, f"out: must have shape (T, K) = ({T}, {K}), got ({T}, 64)"),
-            ({"out": operand(experts=1)}, "out: must have shape (S, C) = (384, 4), got (128, 4)"),
-            ({"backend": "none"}, "backend: must be one of auto, cutlass, triton, reference, got 'none'"),
-        ],
-    ),
-    "quantize_grouped of counts": (
-        mx.quantize_grouped,
-        {"x": torch.ones(T, K), "groups": torch.tensor([T - 1, 0, 1]), "backend": "reference"},
-        [({"groups": torch.tensor([T - 1, T - 1, T])}, f"groups: must have a sum of at most num_tokens = {T} (counts, not offsets?")],
-    ),
-    "grouped_gemm": (
-        mx.grouped_gemm,
-        {"x": operand(), "w": weights(), "out": torch.empty(T, N, dtype=torch.bfloat16), "backend": "reference"},
-        [
-            ({"w": weights(e=E + 1)}, f"w: must have x's E = {E} experts, got {E + 1} (from_ends takes offsets without"),
-            ({"w": weights(k=64)}, f"x: must have w's K = 64, got {K}"),
-            ({"out_dtype": ["bf16"]}, "out_dtype: must be bfloat16 or float16 or float32, got ['bf16']"),
-            ({"out_dtype": torch.float16}, "out: dtype must be float16, got bfloat16"),
-            ({"out": torch.empty(T, N)}, "out: dtype must be bfloat16, got float32"),
-            ({"out": strided(T, N)}, f"out: must be contiguous, got shape ({T}, {N}) with strides"),
-            ({"out": torch.empty(T + 1, N, dtype=torch.bfloat16)}, f"out: must have shape (T, N) = ({T}, {N}), got"),
-            ({"workspace": torch.empty(64)}, "workspace: dtype must be uint8, got float32"),
-            ({"backend": "none"}, "backend: must be one of auto, cutlass, triton, reference, got 'none'"),
-        ],
-    ),
-    "moe_forward": (
-        mx.moe_forward,
-        {**moe._good(), "out": torch.empty(moe.M, moe.H, dtype=torch.bfloat16), "backend": "reference"},
-        [
-            ({"x": torch.zeros(moe.M, 32)}, "x: must have shape (M, H) with topk_ids' M and w13q's H = (7, 64), got (7, 32)"),
-            ({"w2q": moe.w2(e=3)}, "w13q: must be (E, 2I, H) = (3, 64, 64), as w2q is (E, H, I), got (4, 64, 64)"),
-            ({"topk_ids": torch.zeros(7, 2)}, "topk_ids: dtype must be int32 or int64, got float32"),
-            ({"topk_weights": torch.zeros(7, 2, requires_grad=True)}, "topk_weights: must not require grad"),
-            ({"activation": ["gelu"]}, "activation: must be 'swiglu' (silu(gate) * up, elsewhere called 'silu'), 'swigluoai'"),
-            ({"w13_bias": torch.zeros(4, 32)}, "w13_bias: must have shape (E, N) = (4, 64), got (4, 32)"),
-            ({"out": torch.empty(7, 64)}, "out: dtype must be bfloat16, got float32"),
-            ({"out": torch.empty(7, 32, dtype=torch.bfloat16)}, "out: must have shape (M, H) = (7, 64), got (7, 32)"),
-            ({"workspace": object()}, "workspace: must be a MoEWorkspace, got object"),
-            ({"backend": "none"}, "backend: must be one of auto, cutlass, triton, reference, got 'none'"),
-        ],
-    ),
-}  # fmt: skip
-"""Each public function, arguments that it takes, and what is wrong with it then."""
-
-
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_call_that_passed_says_nothing_for_one_like_it(name: str) -> None:
-    call, good, changes = CHANGED[name]
-    for changed, message in changes:
-        call(**good)
-        for _ in range(2):
-            with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
-                call(**{**good, **changed})
-
-
 def test_gradients_are_refused_only_where_they_would_be_lost() -> None:
-    x, groups = torch.ones(T, K, requires_grad=True), operand().groups
+    x, groups = torch.ones(T, K, requires_grad=True), cases.layout([T // 2, 0, 0], T)
     for _ in range(2):
         with torch.no_grad():
             mx.quantize_grouped(x, groups, backend="reference")

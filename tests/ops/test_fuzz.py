@@ -40,7 +40,7 @@ def test_random_calls(kernels_run: None, device: str) -> None:
     run_state_machine_as_test(Machine, settings=BOUNDED)
     done = fuzz_machine.COUNTS - before
     assert done["steps"] >= BOUNDED.max_examples * BOUNDED.stateful_step_count
-    assert len(done) >= 10, "few kinds of calls"
+    assert len(done) >= 8, "few kinds of calls"
 
 
 # ---------------------------------------------------------------- it would find
@@ -69,8 +69,9 @@ def _row_beyond_the_groups(right: Callable[..., None], *arguments: Any) -> None:
 def _byte_past_the_end(right: Callable[..., None], *arguments: Any) -> None:
     right(*arguments)
     out = arguments[-1]
-    if out.untyped_storage().nbytes() > out.numel() * out.itemsize:
-        torch.as_strided(out, (1,), (1,), out.storage_offset() + out.numel()).zero_()
+    end = out.storage_offset() + out.numel()
+    if out.untyped_storage().nbytes() >= (end + 1) * out.itemsize:
+        torch.as_strided(out, (1,), (1,), end).zero_()
 
 
 def _row_of_another_token(right: Callable[..., None], x: Any, row_index: Any, *arguments: Any) -> None:

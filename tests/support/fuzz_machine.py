@@ -18,12 +18,10 @@ pools, so that a GPU compiles a bounded set of kernels.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cases
@@ -41,7 +39,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env, reference
-from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 
 GPU = torch.cuda.is_available() and not env.triton_interpret()
@@ -232,13 +229,9 @@ class Machine(RuleBasedStateMachine):
         self.layers: list[Layer] = []
         self.outs: dict[tuple[Any, ...], torch.Tensor] = {}
         self.workspaces: dict[tuple[Any, ...], mx.MoEWorkspace] = {}  # shared by layers of one shape
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
-        self.saved = 0
 
     def teardown(self) -> None:
         COUNTS["examples"] += 1
-        if self.folder:
-            self.folder.cleanup()
 
     @initialize(
         experts=st.sampled_from(POOL.experts), inner=st.lists(st.sampled_from(POOL.ks), min_size=1, max_size=2),
@@ -530,50 +523,6 @@ class Machine(RuleBasedStateMachine):
         self.weights = [*self.weights[-5:], Weights(wq, w)]
         self.done("operands_of_any_bytes")
 
-    @precondition(lambda self: self.weights and self.taken % 3 == 1)
-    @rule(weight=index, as_e8m0=st.booleans(), as_bytes=st.booleans())
-    def from_linear_scales(self, weight: int, as_e8m0: bool, as_bytes: bool) -> None:
-        held = self.weights[weight % len(self.weights)]
-        linear = held.operand.linear_scales()
-        assert np.array_equal(truth.as_bytes(linear), held.plain[1])
-        values = held.operand.values.view(torch.uint8) if as_bytes else held.operand.values
-        again = mx.ExpertWeights.from_linear_scales(values, linear.view(torch.float8_e8m0fnu) if as_e8m0 else linear)
-        assert torch.equal(again.scales, held.operand.scales)
-        assert np.array_equal(truth.doubles(again.dequantize()), truth.dequantize(*held.plain), equal_nan=True)
-        self.done("from_linear_scales")
-
-    @precondition(lambda self: self.tokens and self.taken % 3 == 2)
-    @rule(tokens=index, as_e8m0=st.booleans(), as_bytes=st.booleans())
-    def tokens_from_linear_scales(self, tokens: int, as_e8m0: bool, as_bytes: bool) -> None:
-        held = self.tokens[tokens % len(self.tokens)]
-        xq, owned = held.operand, sum(held.layout.tokens)
-        linear = xq.linear_scales()
-        assert np.array_equal(truth.as_bytes(linear)[:owned], held.plain[1][:owned])
-        values = xq.values.view(torch.uint8) if as_bytes else xq.values
-        scales = linear.view(torch.float8_e8m0fnu) if as_e8m0 else linear
-        again = mx.GroupedMXFP8.from_linear_scales(values, scales, xq.groups)
-        assert np.array_equal(truth.doubles(again.dequantize()), truth.doubles(xq.dequantize()), equal_nan=True)
-        self.done("tokens_from_linear_scales")
-
-    @precondition(lambda self: self.weights and self.taken % 4 == 2)
-    @rule(weight=index, joined=st.booleans(), direct=st.booleans())
-    def save_and_load(self, weight: int, joined: bool, direct: bool) -> None:
-        held = self.weights[weight % len(self.weights)]
-        self.folder = self.folder or tempfile.TemporaryDirectory()
-        path = Path(self.folder.name) / f"{self.saved % 3} ü.safetensors"
-        self.saved += 1
-        names = ["layers.0.experts.gate_proj", "layers.0.experts.up_proj"][: 1 + joined]
-        checkpoint.save_experts(path, dict.fromkeys(names, held.operand), force=True)
-        loaded = checkpoint.load_experts(path, names, device=DEVICE if direct else None)
-        values, scales = (
-            loaded.values.cpu().chunk(len(names), dim=1),
-            loaded.linear_scales().cpu().chunk(len(names), dim=1),
-        )
-        for v, s in zip(values, scales, strict=True):
-            assert np.array_equal(truth.as_bytes(v), held.plain[0])
-            assert np.array_equal(truth.as_bytes(s), held.plain[1])
-        self.done("save_and_load")
-
     # ------------------------------------------------------------ products
 
     def pairs(self) -> list[tuple[Tokens, Weights]]:
@@ -632,23 +581,6 @@ class Machine(RuleBasedStateMachine):
             if twice is not None:
                 assert torch.equal(bits(twice[:used]), bits(y[:used]))
         self.done("multiply")
-
-    @precondition(lambda self: self.pairs())
-    @rule(pair=index, dtype=st.sampled_from(cases.DTYPES), way=ways, which=index)
-    def through_the_operator(self, pair: int, dtype: torch.dtype, way: str, which: int) -> None:
-        """``torch.ops`` gives the bits of the function."""
-        pairs = self.pairs()
-        x, w = (held.operand for held in pairs[pair % len(pairs)])
-        used, name = pairs[pair % len(pairs)][0].layout.used, BACKENDS[which % len(BACKENDS)]
-        groups = x.groups
-        with asking(way, name) as asked:
-            got = torch.ops.hybrid_mxfp8.grouped_gemm(
-                x.values, x.scales, groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets,
-                w.values.view(torch.uint8), w.scales, dtype, asked.get("backend"),
-            )  # fmt: skip
-            expected = mx.grouped_gemm(x, w, out_dtype=dtype, **asked)
-        assert torch.equal(bits(got[:used]), bits(expected[:used]))
-        self.done("through_the_operator")
 
     # ------------------------------------------------------------ the MoE layer
 

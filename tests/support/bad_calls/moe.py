@@ -47,6 +47,7 @@ def meta(w: mx.ExpertWeights) -> mx.ExpertWeights:
 
 
 forward = refused(mx.moe_forward, _good)
+into = refused(mx.moe_forward, lambda: _all())
 tokens = refused(mx.quantize_tokens, lambda: {"x": normal(M, H)})
 module = refused(mx.MXFP8Experts, lambda: {"w13q": w13(), "w2q": w2()})
 made = refused(mx.MXFP8Experts.from_weights, lambda: {"w13": normal(E, 2 * I, H), "w2": normal(E, H, I)})
@@ -71,7 +72,7 @@ BAD: list[Bad] = [
     *of_tensor(forward, "forward", "x", lambda: normal(M, H), "(M, H)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", "^x: must be on cpu, as w13q, got meta$", more="grad"),
     *of_tensor(forward, "forward", "topk_ids", ids, "(M, top_k)", "int32 or int64", (torch.int16, torch.uint8, torch.float32, torch.bool), "", more=""),
     *of_tensor(forward, "forward", "topk_weights", lambda: torch.ones(M, TOP_K), "(M, top_k)", FLOATS, (torch.float64, torch.int32), "", more="grad"),
-    *of_tensor(forward, "forward", "out", lambda: normal(M, H), "(M, H)", "bfloat16", (torch.float32,), "must have unit stride along its columns", more="grad"),
+    *of_tensor(into, "forward", "out", lambda: normal(M, H), "(M, H)", "bfloat16", (torch.float32,), "must have unit stride along its columns", more="grad"),
     *(forward(f"x of shape {s}", ValueError, r"^x: must have shape \(M, H\)", x=torch.zeros(s)) for s in ((M + 1, H), (M - 1, H), (M, H + 32), (M, 0))),
     forward("MXFP8 tokens of another H", ValueError, r"^x: must have shape \(M, H\) .* = \(7, 64\), got \(7, 32\)$", x=lambda: mx.quantize_tokens(normal(M, 32))),
     forward("out of another dtype than MXFP8 tokens", TypeError, "^out: dtype must be float16", x=lambda: mx.quantize_tokens(normal(M, H, dtype=torch.float16)), out=normal(M, H)),
@@ -96,10 +97,10 @@ BAD: list[Bad] = [
           row(f"{word}: {name} too narrow", ValueError, rf"^{name}: must have shape \(E, N\)", **{name: torch.zeros(E, n - 1)}),
       )),
     forward("w2_bias with grad", ValueError, "^w2_bias: must not require grad", w2_bias=lambda: grad(torch.zeros(E, H))),
-    forward("out of fewer rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M - 1, H)),
-    forward("out of wider rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M, H + 1)),
-    forward("out one row for all", ValueError, "^out: must have a row stride of at least H = 64, got 0$", out=normal(1, H).expand(M, H)),
-    forward("out with rows that overlap", ValueError, "^out: must have a row stride of at least H = 64, got 32$", out=lambda: normal(M * H).as_strided((M, H), (32, 1))),
+    into("out of fewer rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M - 1, H)),
+    into("out of wider rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M, H + 1)),
+    into("out one row for all", ValueError, "^out: must have a row stride of at least H = 64, got 0$", out=normal(1, H).expand(M, H)),
+    into("out with rows that overlap", ValueError, "^out: must have a row stride of at least H = 64, got 32$", out=lambda: normal(M * H).as_strided((M, H), (32, 1))),
     *(row(f"{word}: {what}", TypeError, "^workspace: must be a MoEWorkspace, got", workspace=value)
       for word, row in (("forward", forward), ("module", module))
       for what, value in (("workspace bytes", torch.zeros(99, dtype=torch.uint8)), ("workspace a number", 1 << 20), ("workspace a class", mx.MoEWorkspace))),

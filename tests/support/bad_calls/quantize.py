@@ -46,6 +46,7 @@ def _with_out(**changes: Any) -> dict[str, Any]:
 
 tokens = refused(mx.quantize_grouped, _tokens)
 into = refused(mx.quantize_grouped, _with_out)
+counted = refused(mx.quantize_grouped, lambda: {"x": normal(T, K), "groups": ints(*COUNTS)})
 experts = refused(mx.quantize_weights, lambda: {"w": normal(E, N, K)})
 
 
@@ -60,8 +61,8 @@ BAD: list[Bad] = [
     *(tokens(f"x with K = {k}", ValueError, f"^x: K must be a positive multiple of 32, got {k}$", x=normal(T, k)) for k in (0, 16, 33, 48)),
     *(experts(f"w with K = {k}", ValueError, f"^w: K must be a positive multiple of 32, got {k}$", w=normal(E, N, k)) for k in (0, 16, 33)),
     tokens("x an operand", TypeError, r"^x: must be a torch\.Tensor .* got GroupedMXFP8$", x=lambda: poison(T, K, E, layout())),
-    tokens("ends as counts", ValueError, r"^groups: must have a sum of at most num_tokens = 40 \(counts, not offsets\? GroupLayout.from_ends takes these\), got \[20, 20, 35\]$", groups=ints(20, 20, 35)),
-    tokens("negative counts", ValueError, r"^groups: must be at least 0, got \[20, -5, 15\]$", groups=ints(20, -5, 15)),
+    counted("ends as counts", ValueError, r"^groups: must have a sum of at most num_tokens = 40 \(counts, not offsets\? GroupLayout.from_ends takes these\), got \[20, 20, 35\]$", groups=ints(20, 20, 35)),
+    counted("negative counts", ValueError, r"^groups: must be at least 0, got \[20, -5, 15\]$", groups=ints(20, -5, 15)),
     tokens("x transposed", ValueError, "^x: must have unit stride along its columns", x=normal(K, T).T),
     tokens("x a row too many", ValueError, "^x: must have T = groups.num_tokens = 40 rows, got 41$", x=normal(T + 1, K)),
     tokens("x without rows", ValueError, "^x: must have T = groups.num_tokens = 40 rows, got 0$", x=normal(0, K)),

@@ -34,12 +34,14 @@ class Bad:
         prepare: puts its tensors into guarded memory, and returns the call.
         error: exactly this type.
         message: a regular expression that the error's message has.
+        good: prepares one like it that passes.
     """
 
     what: str
     prepare: Callable[[Guards], Call]
     error: type[Exception]
     message: str
+    good: Callable[[Guards], Call] = lambda g: lambda: None
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,28 @@ class Odd:
     prepare: Callable[[Guards], Prepared]
 
 
-def refused(call: Callable[..., object], good: Callable[[], dict[str, Any]]) -> Callable[..., Bad]:
-    """Makes rows: ``call`` with good arguments but for a few, which are values, or functions that
-    make them."""
+def placed(call: Callable[..., object], make: Callable[[], dict[str, Any]]) -> Callable[[Guards], Call]:
+    """Prepares ``call`` with these arguments."""
+
+    def prepare(g: Guards) -> Call:
+        arguments = {name: g.place(value) for name, value in make().items()}
+        return lambda: call(**arguments)
+
+    return prepare
+
+
+def refused(
+    call: Callable[..., object], good: Callable[[], dict[str, Any]], *, passes: bool = True
+) -> Callable[..., Bad]:
+    """Makes rows: ``call`` with good arguments, which pass, but for a few, which are values, or
+    functions that make them."""
 
     def row(what: str, error: type[Exception], message: str, /, **changes: Any) -> Bad:
-        def prepare(g: Guards) -> Call:
+        def bad() -> dict[str, Any]:
             made = {name: value() if isinstance(value, FunctionType) else value for name, value in changes.items()}
-            arguments = {name: g.place(value) for name, value in {**good(), **made}.items()}
-            return lambda: call(**arguments)
+            return {**good(), **made}
 
-        return Bad(what, prepare, error, message)
+        return Bad(what, placed(call, bad), error, message, *([placed(call, good)] if passes else []))
 
     return row
 
@@ -159,7 +172,7 @@ def overlapping(
             arguments[name] = _with(arguments[name], part, there) if part else there
         return lambda: call(**arguments)
 
-    return Bad(what, prepare, ValueError, message)
+    return Bad(what, prepare, ValueError, message, placed(call, good))
 
 
 def _with(operand: Any, part: str, there: torch.Tensor) -> Any:
@@ -179,7 +192,7 @@ def shifted(
         arguments[name] = _with(arguments[name], part, there) if part else there
         return lambda: call(**arguments)
 
-    return Bad(what, prepare, ValueError, message)
+    return Bad(what, prepare, ValueError, message, placed(call, good))
 
 
 def shapes(what: str, run: Callable[[Any], object], check: Callable[[Any], None]) -> list[Odd]:
