@@ -66,33 +66,17 @@ TWICE = b'{"w":{"dtype":"F8_E4M3","shape":[2,8,32],"data_offsets":[0,512]},"w":{
 NOT_COMPLETE = "is no complete safetensors file"
 HEADERS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "length of 2^64 - 1": (header(), {"length": 2**64 - 1}, NOT_COMPLETE),
-    "length of 2^63": (header(), {"length": 2**63}, NOT_COMPLETE),
-    "length beyond the format": (header(), {"length": 10**9}, NOT_COMPLETE),
     "length beyond the file": (header(), {"length": 5000}, NOT_COMPLETE),
-    "length of nothing": (header(), {"length": 0}, NOT_COMPLETE),
-    "length too short": (header(), {"length": 20}, NOT_COMPLETE),
-    "no object": (b"[]", {}, NOT_COMPLETE),
     "no JSON": (b"MZ\x90\x00", {}, NOT_COMPLETE),
-    "no UTF-8": (b'{"\xff\xfe": 1}', {}, NOT_COMPLETE),
     "nested without end": (b"[" * 100_000, {}, NOT_COMPLETE),
-    "nested in a field": (b'{"w":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, {}, NOT_COMPLETE),
-    "metadata of numbers": (header(__metadata__={"a": 1}), {}, NOT_COMPLETE),
-    "metadata as a list": (header(__metadata__=["a"]), {}, NOT_COMPLETE),
     "shape larger than data": (header(w=tensor("F8_E4M3", [2, 8, 64])), {}, NOT_COMPLETE),
-    "shape smaller than data": (header(w=tensor("F8_E4M3", [1, 8, 32])), {}, NOT_COMPLETE),
     "shape beyond 2^64": (header(w=tensor("F8_E4M3", [2**62, 8, 32])), {}, NOT_COMPLETE),
     "a negative dimension": (header(w=tensor("F8_E4M3", [-2, -8, 32])), {}, NOT_COMPLETE),
-    "a fraction of a dimension": (header(w=tensor("F8_E4M3", [2.0, 8, 32])), {}, NOT_COMPLETE),
-    "a dimension in words": (header(w=tensor("F8_E4M3", ["2", 8, 32])), {}, NOT_COMPLETE),
     "overlap": (header(w_scale_inv=scales("U8", [2, 8, 1], VALUES - 8, VALUES + 8)), {}, NOT_COMPLETE),
-    "one region twice": (header(w_scale_inv=tensor("U8", [2, 8, 32])), {}, NOT_COMPLETE),
     "a hole": (header(w_scale_inv=scales("U8", [8], VALUES + 8)), {}, NOT_COMPLETE),
-    "backwards": (header(w_scale_inv=scales("U8", [2, 8, 1], VALUES + SCALES, VALUES)), {}, NOT_COMPLETE),
     "beyond the end": (header(), {"data": DATA[:-1]}, NOT_COMPLETE),
     "data that no tensor has": (header(), {"data": DATA + b"more"}, NOT_COMPLETE),
     "unknown dtype": (header(w=tensor("F8_E9M9", [2, 8, 32])), {}, NOT_COMPLETE),
-    "no dtype": (header(w={"shape": [2, 8, 32], "data_offsets": [0, VALUES]}), {}, NOT_COMPLETE),
-    "one field twice": (b'{"w":{"dtype":"U8","dtype":"F32","shape":[528],"data_offsets":[0,528]}}', {}, NOT_COMPLETE),
     "one tensor twice": (TWICE, {"data": DATA[:VALUES]}, "'w' is there twice"),
     "signed dtype": (header(w=tensor("I8", [2, 8, 32])), {}, "w: dtype must be F8_E4M3, got I8"),
     "other fp8": (header(w=tensor("F8_E5M2", [2, 8, 32])), {}, "w: dtype must be F8_E4M3, got F8_E5M2"),
@@ -130,17 +114,6 @@ def test_the_file_without_lies(tmp_path: Path) -> None:
     """What the lies are made of is right, so each of them is refused for itself."""
     loaded = checkpoint.load_experts(write(tmp_path / "m.safetensors", header()), "w")
     assert loaded.values.view(torch.uint8).flatten().tolist() == list(DATA[:VALUES])
-
-
-def test_cut_anywhere(tmp_path: Path) -> None:
-    """At every one of its bytes."""
-    path = write(tmp_path / "cut.safetensors", header())
-    whole = path.read_bytes()
-    for kept in range(len(whole)):
-        path.write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match="is no complete safetensors file") as caught:
-            checkpoint.load_experts(path, "w")
-        assert str(path) in str(caught.value)
 
 
 def test_any_flipped_bit_of_the_header(tmp_path: Path) -> None:
@@ -220,18 +193,13 @@ QUANTIZED = b'{"quantization_config": {"quant_method": "fp8"}}'
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "parent": (index({"w": "../secret.safetensors"}), "index.json: must name files of its own folder"),
     "absolute": (index({"w": "/etc/passwd"}), "index.json: must name files of its own folder"),
-    "below": (index({"w": "sub/1.safetensors"}), "index.json: must name files of its own folder"),
-    "around": (index({"w": "./1.safetensors"}), "index.json: must name files of its own folder"),
     "the folder itself": (index({"w": "."}), "index.json: must name files of its own folder"),
     "the folder above": (index({"w": ".."}), "index.json: names the file '..', which is not there"),
-    "no name": (index({"w": ""}), "index.json: names the file '', which is not there"),
     "a zero byte": (index({"w": "1\0.safetensors"}), "index.json: names the file .*which is not there"),
     "a number": (index({"w": 1}), "index.json: must have a weight_map"),
-    "a list": (index(["1.safetensors"]), "index.json: must have a weight_map"),
     "one tensor twice": (index(BOTH), "index.json: is no JSON: 'b.weight' is there twice"),
     "nested without end": (index(b"[" * 100_000), "index.json: is no JSON"),
     "no UTF-8": (index(b'{"weight_map": {"\xff": "1.safetensors"}}'), "index.json: is no JSON"),
-    "empty": (index(b""), "index.json: is no JSON"),
     "of another tensor": (index({"c.weight": "1.safetensors"}), "1.safetensors: has no tensor 'c.weight', which the index"),
     "no file": (lambda at: (at / "2.safetensors").unlink(), "names the file '2.safetensors', which is not there"),
     "link to nothing": (instead("2.safetensors", lambda at: at.symlink_to("absent")), "'2.safetensors', which is not there"),
@@ -351,16 +319,6 @@ def test_a_disk_that_fills(limit: int, tmp_path: Path, capsys: pytest.CaptureFix
         checkpoint.save_experts(target, {"w": w})
     assert list(tmp_path.iterdir()) == [source]
     assert quantize(source, target, "--experts", "w") == 0
-
-
-@pytest.mark.parametrize("limit", [0, 200, 600, 700])
-def test_a_disk_that_fills_with_a_folder(
-    folder: Path, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with files_up_to(limit):
-        assert quantize(folder, tmp_path / "out", *ALL) == 2
-    assert "can't be written: File too large: '" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
