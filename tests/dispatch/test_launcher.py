@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from fake_driver import build, child, fake, in_child, launches, new_function, program_of  # noqa: F401
-from forked import Child
 
 from hybrid_mxfp8.dispatch import launcher, module_cache
 from hybrid_mxfp8.dispatch.launcher import ADDRESS, MAX_PARAMS, MAX_TENSOR_MAPS, SCALAR, TENSOR_MAP
@@ -370,39 +369,12 @@ def test_source_is_part_of_the_key(filled: Path, monkeypatch: pytest.MonkeyPatch
     assert len(modules(filled)) == 2
 
 
-def test_module_that_is_damaged_or_anybodys_is_built_again(filled: Path) -> None:
-    [module] = modules(filled)
-    library = module.library.read_bytes()
-    for spoil in (lambda: module.library.write_bytes(library[:-1] + b"!"), lambda: module.library.chmod(0o666)):
-        spoil()
-        assert not module.intact()
-        launcher._load()
-        assert module.intact()
-
-
-@pytest.mark.parametrize("parent", [False, True])
-def test_cache_that_others_own_or_can_write_is_refused(
-    filled: Path, parent: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = filled.parent if parent else filled
-    path.chmod(0o757)
-    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{path} can be written by everyone \(mode 0757\)"):
-        launcher._load()
-    path.chmod(0o755)
-    monkeypatch.setattr(os, "geteuid", lambda: 4321)
-    if path.stat().st_uid == 0:
-        os.chown(path, 1234, -1)
-    with pytest.raises(launcher.LauncherUnavailableError, match="belongs to user"):
+def test_cache_that_others_can_write_is_refused(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled.chmod(0o757)
+    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{filled} can be written by everyone \(mode 0757\)"):
         launcher._load()
     monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
     launcher._load()
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(launcher.LauncherUnavailableError, match=r"cannot be written .*: set HYBRID_MXFP8_CACHE_DIR"):
-        launcher._load()
 
 
 @pytest.mark.parametrize(
@@ -454,10 +426,3 @@ def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not cache.exists()
     with pytest.raises(launcher.LauncherUnavailableError, match="does not run"):
         launcher.load()
-
-
-def test_processes_that_build_at_once(cache: Path) -> None:
-    processes = [Child(lambda: launcher._load().check is not None) for _ in range(4)]
-    assert [process.result() for process in processes] == [True] * 4
-    [module] = modules(cache)
-    assert module.intact()

@@ -306,29 +306,6 @@ def test_weights(device: str, e: int, n: int, k: int, rounding: str, group: int,
         assert np.array_equal(truth.as_bytes(expected.scales[expert]).reshape(-1), truth.swizzle(linear))
 
 
-def test_weights_with_strides(device: str, rng: torch.Generator) -> None:
-    base = cases.random_rows(4 * 50, 256, torch.float16, rng, device).reshape(4, 50, 256)
-    for w in (base[::2, :, 32:128], base[:, 3:43, :96], base.transpose(0, 1)[:, :, :64], base[:1].expand(3, 50, 256)):
-        expected = mx.quantize_weights(w.contiguous(), backend="reference")
-        for backend in ("triton", "reference"):
-            same_bytes(mx.quantize_weights(w, backend=backend), expected)
-
-
-def test_out_is_written_again_with_another_layout(device: str, rng: torch.Generator) -> None:
-    """Buffers of an earlier result for other groups of the same shapes: no byte of the first
-    shows."""
-    x = cases.random_rows(150, 96, torch.bfloat16, rng, device)
-    first = mx.quantize_grouped(x, cases.layout([150, 0, 0], device=device), backend="triton")
-    groups = cases.layout([1, 2, 3], 150, device)
-    second = mx.quantize_grouped(x.flip(0), groups, out=first, backend="triton")
-    assert second.scales.data_ptr() == first.scales.data_ptr()
-    assert second.groups is groups
-    used = int(groups.scale_offsets[-1])
-    plain = mx.quantize_grouped(x.flip(0), groups, backend="reference")
-    assert torch.equal(second.scales[:used], plain.scales[:used])
-    assert torch.equal(cases.bits(second.values)[:6], cases.bits(plain.values)[:6])
-
-
 def test_no_sync(device: str, no_sync: None) -> None:
     x = torch.empty(64, 256, dtype=torch.bfloat16, device=device).normal_()
     counts = torch.full((4,), 16, dtype=torch.int32, device=device)
