@@ -1,11 +1,11 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before still runs.
 
 The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel of a call but the first
-so, if it waits. The rule, in every kernel: no access to global memory before
-:func:`wait_for_predecessor`, and no trigger before that wait. A kernel whose predecessor triggered
-thus starts when all before the predecessor have ended, and waits for the predecessor: it sees
-what any kernel before it wrote, and may overwrite what any of them read. Warps that only read what
-kernels before the predecessor wrote need not wait: ``gemm.hopper_fp8`` loads weights so.
+so, if it waits. The rule, in every kernel: before :func:`wait_for_predecessor` nothing is written,
+nothing is read that the kernel before writes, and the next kernel is not let go. So a kernel starts
+when all before its predecessor have ended, and waits for that one: it sees what any of them wrote,
+and may overwrite what any of them read. All kernels wait before their first access, but for the
+warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def wait_for_predecessor():
     """Wait until the kernel before has ended and its writes are visible to this grid; then let the
     next kernel start as soon as all programs of this one have come here.
 
-    For Triton and Gluon. Nothing below compute capability 9.0 and in the interpreter, and no wait
-    where the launch came without the attribute.
+    For Triton and Gluon. Does nothing below compute capability 9.0 and in the interpreter; a launch
+    without the attribute has nothing to wait for.
     """
     if not INTERPRET and cuda_capability_geq(9):
         tl.inline_asm_elementwise(

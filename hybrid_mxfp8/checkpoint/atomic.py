@@ -17,7 +17,7 @@ from pathlib import Path
 
 SUFFIX = ".partial"
 
-_writing: set[Path] = set()  # another file of its number is from an earlier process
+_writing: set[Path] = set()  # by this process; others of its number are leftovers of an earlier one
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def check_aligned(name: str, value: torch.Tensor) -> None:
 
 
 def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Shares no memory with the others, from first to last byte, while it is written."""
+    """Check that it shares no byte with the others, each taken from its first to its last."""
     span = written.data_ptr(), written.data_ptr() + extent(written)
     for other, tensor in others.items():
         if tensor is not None:

@@ -176,7 +176,7 @@ class GroupLayout:
 
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
-    """On a CPU, that these are of this form; the ValueError guesses which they are of."""
+    """On a CPU, check that these are of ``form``; the error says of which other they may be."""
     if not given.is_cpu or is_tracing(given):
         return
     numbers = given.tolist()

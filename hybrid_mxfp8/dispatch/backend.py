@@ -27,7 +27,7 @@ class Step(Protocol):
         ...
 
     def hooked(self) -> bool:
-        """Whether a profiler, say, is to see each launch, which only ``run`` shows it."""
+        """Whether hooks, of a profiler say, must see each launch: only ``run`` calls them."""
         ...
 
 

@@ -105,11 +105,11 @@ def program_words(
     for pair in written:
         words += pair
     words.append(len(launches))
-    overlaps = env.pdl()
+    dependent = env.pdl()
     for i, launch in enumerate(launches):
         at = len(words)
         words += launch
-        if i == 0 or not overlaps:
+        if i == 0 or not dependent:
             words[at + PDL] = 0
     return words
 

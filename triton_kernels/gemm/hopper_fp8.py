@@ -128,7 +128,8 @@ def _load_weights(
 ):  # fmt: skip
     """One warp: weights and their scales of tile after tile.
 
-    It does not wait for the kernel before, which writes tokens. What it reads is older.
+    It does not wait for the kernel before, which writes tokens: weights and expert offsets are
+    older.
     """
     num_n_tiles = (N + 127) // 128
     stage = 0
@@ -159,7 +160,7 @@ def _load_tokens(
 ):  # fmt: skip
     """One warp: tokens and their scales of tile after tile; in its first stage, which tile it is.
 
-    All that is written is written after this warp has waited.
+    It waits for the kernel before; y is stored only after tokens have come, so after that.
     """
     wait_for_predecessor()
     num_n_tiles = (N + 127) // 128
@@ -244,8 +245,8 @@ def _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexp
     is dropped."""
     x = x_ring.index(stage).slice(0, COLUMNS, dim=0).permute((1, 0))
     p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=False, is_async=True)
-    # Triton lets all warps meet before it waits. Here, where each has a product running, that costs
-    # nothing; and so the next stage is waited for here, too.
+    # Triton puts a barrier of all these warps before a wait. It costs nothing while each has a
+    # product running, so the next stage is waited for here, too.
     mbarrier.wait(ready.index(stage), phase)
     next_stage, next_phase = advance(stage, phase, STAGES)
     mbarrier.wait(full.index(next_stage), next_phase)
@@ -357,7 +358,7 @@ def hopper_fp8_gemm_kernel(
     PIECE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid (multiprocessors,); 8 warps multiply, two feed them, one converts scales."""
+    """Grid (at most multiprocessors,); 8 warps multiply, two feed them, one converts scales."""
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
     words: gl.constexpr = w_scales_desc.layout
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
