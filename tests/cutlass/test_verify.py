@@ -111,13 +111,6 @@ def test_another_driver_asks_again(toolkit: FakeToolkit, monkeypatch: pytest.Mon
     assert children(toolkit) == 2
 
 
-def test_two_processes_at_once(toolkit: FakeToolkit) -> None:
-    jit.build(toolkit.source)
-    both = [Child(run, toolkit, "right") for _ in range(2)]
-    assert [child.result()["ok"] for child in both] == [True, True]
-    assert children(toolkit) == 1
-
-
 def test_a_cache_that_cannot_be_written(toolkit: FakeToolkit) -> None:
     """Each process verifies for itself, once."""
     jit.build(toolkit.source)

@@ -74,13 +74,6 @@ def forward(layer: moe_truth.Layer, weights: tuple[mx.ExpertWeights, mx.ExpertWe
     return call
 
 
-def test_threads_with_their_own_workspaces(new_workspace: Any, forward: Forward) -> None:
-    workspaces = [new_workspace() for _ in range(THREADS)]
-    expected = {tokens: forward(None, tokens) for tokens in range(1, 7)}
-    for results in together(THREADS, lambda i: [forward(workspaces[i], 1 + (i + step) % 6) for step in range(12)]):
-        assert all(torch.equal(y, expected[y.shape[0]]) for y in results)
-
-
 class Pause(TorchDispatchMode):
     """Stops its thread in the first product, until it may go on."""
 
