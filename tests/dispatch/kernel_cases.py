@@ -10,6 +10,7 @@ import torch
 
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
+from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.abi import Argument
 
 T, E, N, K = 96, 8, 256, 512
@@ -134,6 +135,21 @@ def hopper_gemm(fused: bool = False) -> Case:
     return Case(90, "gemm.hopper", "hopper_gemm_kernel", 132, arguments, constants, {"num_warps": 8})
 
 
+def hopper_fp8_gemm() -> Case:
+    from hybrid_mxfp8.triton_kernels.gemm import hopper_fp8, hopper_fp8_config
+
+    b = _numbering()
+    y, w, w_scales, x, x_scales = b(BF16, T, N), b(FP8, E, N, K), b(U8, E, N, 16), b(FP8, T, K), b(U8, S, 16)
+    offsets, scale_offsets = b(I32, E + 1), b(I32, E + 1, offset=36)
+    buffers = GemmBuffers(x, x_scales, offsets, offsets, scale_offsets, w, w_scales, y, None)
+    problem = Problem(E, N, K, T, BF16, torch.device("cpu"), scale_group=128)
+    (launch,) = hopper_fp8.plan(problem, buffers, hopper_fp8_config.select_hopper_fp8_config(T, E))
+    return Case(
+        *(90, "gemm.hopper_fp8", "hopper_fp8_gemm_kernel", launch.programs, launch.arguments, launch.constants),
+        dict(launch.options),
+    )
+
+
 def portable_gemm() -> Case:
     b = _numbering()
     arguments = (
@@ -176,6 +192,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "dequantize_tokens": dequantize_tokens,
     "hopper_gemm": hopper_gemm,
     "hopper_gemm_fused": lambda: hopper_gemm(fused=True),
+    "hopper_fp8_gemm": hopper_fp8_gemm,
     "portable_gemm": portable_gemm,
     "blackwell_gemm": blackwell_gemm,
     "blackwell_gemm_small": lambda: blackwell_gemm(16),
