@@ -75,10 +75,12 @@ def test_the_warp_that_loads_tokens_waits_for_the_kernel_before(compile_product:
     multiply store the output, once tokens have come."""
     operations = r"griddepcontrol\.wait|(?:ld|st|red|atom)\.global|cp\.async\.bulk\.tensor"
     ptx = compile_product(CONFIGS[0], torch.bfloat16).ptx
-    parts = [re.findall(operations, part) for part in re.split(r"barrier\.sync\s+1;", ptx)]
+    texts = re.split(r"barrier\.sync\s+1;", ptx)
+    parts = [re.findall(operations, text) for text in texts]
     (tokens,) = [part for part in parts if "griddepcontrol.wait" in part]
     (weights,) = [part for part in parts if "ld.global" in part and part is not tokens]
     assert tokens[0] == "griddepcontrol.wait"
     assert set(tokens[1:]) == set(weights) == {"ld.global", "cp.async.bulk.tensor"}
     assert weights.count("cp.async.bulk.tensor") == 2, "weights, and their scales"
+    assert not re.search(r"ld\.global(?!\.cg\.)", texts[parts.index(weights)]), "L1 may be older than the routing"
     assert {operation for part in parts if part not in (tokens, weights) for operation in part} == {"st.global"}

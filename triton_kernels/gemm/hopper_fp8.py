@@ -64,9 +64,11 @@ def _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS: gl.constexpr,
     """(numbers, first rows, ends, token tiles) of all experts, (EXPERTS,) each."""
     layout: gl.constexpr = gl.BlockedLayout([EXPERTS // 32], [32], [1], [0])
     e = gl.arange(0, EXPERTS, layout=layout)
+    # From L2: in a warp that has not waited nothing says that L1 was emptied since routing wrote,
+    # and it may hold the same addresses of a workspace's call before.
+    starts = gl.load(expert_offsets_ptr + e, mask=e < num_experts, other=0, cache_modifier=".cg")
+    ends = gl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=0, cache_modifier=".cg")
     # Clamped to the buffers, so that a layout put together by hand can't lead outside them.
-    starts = gl.load(expert_offsets_ptr + e, mask=e < num_experts, other=0)
-    ends = gl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=0)
     starts = gl.minimum(gl.maximum(starts, 0), num_tokens)
     ends = gl.minimum(gl.maximum(ends, starts), num_tokens)
     return e, starts, ends, (ends - starts + BLOCK_T - 1) // BLOCK_T
