@@ -30,6 +30,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch.device import default_device
 
 from . import report
+from .run import why_not
 
 SIZES = {
     "qwen3-30b-a3b": (151936, 2048, 768, 32, 4, 128, 128, 8),
@@ -170,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, default=2)
     add("--commit", metavar="ID", help="recorded as the commit, where there is no git checkout")
     args = parser.parse_args(argv)
+    # On a CPU its real sizes take tens of GB and, without a word, a long time.
+    if args.model != "tiny" and (reason := why_not()) is not None:
+        sys.exit(f"Nothing was measured: {reason}. A CPU can try it with --model tiny.")
     started = time.monotonic()
     torch.manual_seed(0)
     import transformers
