@@ -30,6 +30,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch.device import default_device
 
 from . import report
+from .run import why_not
 
 TINY = {
     "vocab_size": 97,
@@ -150,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tiny", action="store_true", help="a layer that any machine has room for")
     add("--commit", metavar="ID", help="recorded as the commit, where there is no git checkout")
     args = parser.parse_args(argv)
+    # On a CPU its real sizes take tens of GB and, without a word, a long time.
+    if not args.tiny and (reason := why_not()) is not None:
+        sys.exit(f"Nothing was measured: {reason}. A CPU can try it with --tiny.")
     started = time.monotonic()
     torch.manual_seed(0)
     import transformers

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,7 @@ from . import work
 from .bench_grouped_gemm import Kept, Weights, in_groups, make_inputs, our_gemm
 from .deep_gemm import deep_gemm
 from .peers import Contender, GemmInputs, bf16_grouped_mm
+from .run import why_not
 from .shapes import Case
 from .timing import Call, CudaDevice, measure, plan
 
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("--shapes", type=integers, default=[*range(len(SHAPES))], help="indices into SHAPES")
     parser.add_argument("--tokens", type=integers, default=TOKENS, help="of each expert")
     args = parser.parse_args()
+    if (reason := why_not()) is not None:
+        sys.exit(f"Nothing was measured: {reason}.")
     os.environ["HYBRID_MXFP8_HOPPER_GEMM"] = "bf16"  # what mx.grouped_gemm takes; tiles are launched by themselves
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | ``HYBRID_MXFP8_BACKEND`` | ``auto`` (default), ``cutlass``, ``triton``, ``reference`` | the backend where neither ``backend=`` nor ``use_backend()`` names one |
 | ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
-| ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch (Hopper and newer): the kernels of a call after its first start while the one before still runs |
+| ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch (Hopper and newer): each kernel of a call but its first starts, and waits on the GPU, while the one before still runs; ``0`` launches them one after another |
 | ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``bf16``, ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernels: the FP8 one for operands of scale group 128, else the bf16 one; bf16: that one for all; 0: the portable one |
 | ``HYBRID_MXFP8_VERIFY`` | ``1`` (default), ``0`` | whether a module of the CUTLASS backend is compared with the reference before its first use on a GPU |
 | ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |

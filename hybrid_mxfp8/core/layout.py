@@ -29,7 +29,7 @@ Form = Literal["counts", "ends", "indptr"]  # rows of each expert, their ends, o
 _MEANT: Final[dict[Form, str]] = {
     "counts": "counts, not offsets?",
     "ends": "inclusive ends, not counts?",
-    "indptr": "offsets from 0, neither ends nor counts?",
+    "indptr": "offsets from 0, not ends or counts?",
 }
 
 

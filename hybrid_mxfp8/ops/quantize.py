@@ -322,7 +322,7 @@ def quantize_weights(
     num_experts, n, k = w.shape
     check_k("w", k)
     if w.stride(2) != 1 and w.numel():
-        fail("w", "must have unit stride along K", f"strides {w.stride()}")
+        fail("w", "must have unit stride along K (as .contiguous() makes it)", f"strides {w.stride()}")
     if is_tracing(w):
         values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend, scale_group)
         return ExpertWeights.unchecked(values.view(E4M3), scales, scale_group)

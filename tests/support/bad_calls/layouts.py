@@ -47,7 +47,7 @@ def _numbers(way: str, given: tuple[int, ...], expected: str, guess: str = "") -
 
 
 SUM, COUNTS_MEANT = "must have a sum of at most num_tokens = 9", "counts, not offsets?"
-ENDS_MEANT, INDPTR_MEANT = "inclusive ends, not counts?", "offsets from 0, neither ends nor counts?"
+ENDS_MEANT, INDPTR_MEANT = "inclusive ends, not counts?", "offsets from 0, not ends or counts?"
 NUMBERS = [
     _numbers("from_counts", (3, 0, 5, 3), SUM, COUNTS_MEANT),
     _numbers("from_counts", NINE["ends"], SUM, f"{COUNTS_MEANT} GroupLayout.from_ends takes these"),
