@@ -5,7 +5,8 @@ so, if it waits. The rule, in every kernel: before :func:`wait_for_predecessor` 
 nothing is read that the kernel before writes, and the next kernel is not let go. So a kernel starts
 when all before its predecessor have ended, and waits for that one: it sees what any of them wrote,
 and may overwrite what any of them read. All kernels wait before their first access, but for the
-warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor.
+warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor, and which
+it does not read through L1.
 """
 
 from __future__ import annotations
