@@ -73,6 +73,7 @@ BAD: list[Bad] = [
             ("an expert too few", ValueError, r"^w: must have x's E = 3 experts, got 2 \(from_indptr takes offsets with a leading 0\)$", {"w": lambda: weights(2)}),
             ("no experts", ValueError, "^w: must have x's E = 3 experts, got 0$", {"w": lambda: weights(0)}),
             ("another K", ValueError, "^x: must have w's K = 128, got 96$", {"w": lambda: weights(k=128)}),
+            ("another K of x", ValueError, "^x: must have w's K = 96, got 128$", {"x": lambda: grouped(k=128)}),
             ("(E, K, N)", ValueError, r"^w: must be \(E, N, K\) with x's K = 96 \(transposed\?\), got \(3, 96, 64\)$", {"w": lambda: weights(n=96, k=64)}),
             ("w on meta", ValueError, "^w: must be on cpu, as x, got meta$", {"w": _meta_weights}),
             *((f"N = {n}", ValueError, f"^w: N must be a positive multiple of 8, got {n}$", {"w": lambda n=n: weights(n=n)}) for n in (0, 1, 4, 7, 9, 20)),
