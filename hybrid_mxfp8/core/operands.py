@@ -26,12 +26,15 @@ from hybrid_mxfp8.core.checks import (
     resolve_device,
     short,
 )
-from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import decibels
-from hybrid_mxfp8.core.scale_group import find_scale_group, regroup
-from hybrid_mxfp8.core.scale_layout import (
+from hybrid_mxfp8.core.scales import (
+    dequantize,
+    dequantize_experts,
+    dequantize_grouped,
+    find_scale_group,
+    regroup,
     swizzle_grouped_scales,
     swizzle_scales,
     unswizzle_grouped_scales,

@@ -10,7 +10,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_contiguous, check_tensor, is_tracing, short
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
-from hybrid_mxfp8.core.scale_group import find_scale_group
+from hybrid_mxfp8.core.scales import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
 from hybrid_mxfp8.ops.layer import shape_of

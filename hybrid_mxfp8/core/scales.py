@@ -1,16 +1,29 @@
-"""Where scales lie: 128x4 tiles, for one matrix and for rows grouped by expert. In PyTorch, on any
-device.
+"""E8M0 scales: what they mean, where they lie, and groups of 128. In PyTorch, on any device.
 
-The layout is that of CUTLASS and cuBLAS: ``formats.scale_offset`` states it for one scale, the
-functions here for tensors.
+They lie in 128x4 tiles, the layout of CUTLASS and cuBLAS: ``formats.scale_offset`` states it for
+one scale, the functions here for tensors, of one matrix and of rows grouped by expert.
+
+A group of 128 is four neighbouring blocks of a row, from columns 0, 128, 256 and so on, with equal
+scales. That is plain MXFP8, which every backend takes, and of which FP8 tensor cores can sum 128
+elements before a scale is needed. Where K is no multiple of 128 the last group of a row has fewer
+blocks.
 """
 
 from __future__ import annotations
 
 import torch
 
-from hybrid_mxfp8.core.checks import check_int, short
-from hybrid_mxfp8.core.formats import SCALE_TILE_BYTES, SCALE_TILE_COLS, SCALE_TILE_ROWS, padded_scale_rows, round_up
+from hybrid_mxfp8.core.checks import check_int, is_tracing, short
+from hybrid_mxfp8.core.formats import (
+    BLOCK_SIZE,
+    E4M3_NAN,
+    E8M0_NAN,
+    SCALE_TILE_COLS,
+    SCALE_TILE_ROWS,
+    padded_scale_rows,
+    round_up,
+    scale_offset,
+)
 
 
 def swizzle_scales(linear: torch.Tensor) -> torch.Tensor:
@@ -32,9 +45,7 @@ def swizzle_scales(linear: torch.Tensor) -> torch.Tensor:
     padded[..., :rows, :cols] = linear
     # (row tile, row // 32 % 4, row % 32, column tile, column % 4), to be stored as (row tile,
     # column tile, row % 32, ...).
-    tiles = padded.reshape(
-        *batch, padded_rows // SCALE_TILE_ROWS, 4, 32, padded_cols // SCALE_TILE_COLS, SCALE_TILE_COLS
-    )
+    tiles: torch.Tensor = padded.unflatten(-1, (-1, SCALE_TILE_COLS)).unflatten(-3, (-1, 4, 32))
     return tiles.movedim((-2, -3, -4), (-4, -3, -2)).reshape(*batch, padded_rows, padded_cols)
 
 
@@ -88,10 +99,9 @@ def scale_rows_of_tokens(
 
 def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) -> torch.Tensor:
     """``formats.scale_offset``, elementwise: (rows, num_cols) int64."""
-    row = scale_rows.to(torch.int64).unsqueeze(1)
-    col = torch.arange(num_cols, device=scale_rows.device).unsqueeze(0)
-    tile = (row // SCALE_TILE_ROWS) * (padded_cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
-    return tile * SCALE_TILE_BYTES + row % 32 * 16 + row % SCALE_TILE_ROWS // 32 * 4 + col % SCALE_TILE_COLS
+    cols = torch.arange(num_cols, device=scale_rows.device)
+    offsets: torch.Tensor = scale_offset(scale_rows.to(torch.int64).unsqueeze(1), cols, padded_cols)
+    return offsets
 
 
 def swizzle_grouped_scales(
@@ -115,3 +125,78 @@ def unswizzle_grouped_scales(
     offsets = swizzled_offsets(torch.where(owned, scale_row, 0), cols, scales.shape[1])
     # With no scale rows there is no owned row either.
     return (scales.reshape(-1)[offsets] if scales.numel() else offsets.to(torch.uint8)), owned
+
+
+def scale_values(scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """E8M0 bytes as ``2**(b - 127)``, exact in fp32 (0 is subnormal there); 255 is NaN."""
+    b = scales.to(torch.int32)
+    bits = torch.where(b == 0, 0x00400000, b << 23)
+    bits = torch.where(b == E8M0_NAN, 0x7FC00000, bits).to(torch.int32)
+    return bits.view(torch.float32).to(dtype)
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """values (..., K) e4m3 times row-major scales (..., K/32) uint8: (..., K) in ``dtype``. Exact
+    in float64; in float32 all but a value that reaches 2**128, which becomes Inf."""
+    blocks = _decode(values, dtype).unflatten(-1, (-1, BLOCK_SIZE))
+    product: torch.Tensor = blocks.mul_(scale_values(scales, dtype).unsqueeze(-1))
+    return product.flatten(-2)
+
+
+def _decode(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3 in ``dtype``, new memory; on a CPU by a table, five times as fast as PyTorch."""
+    if not values.is_cpu:
+        return values.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+    return table.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)
+
+
+def dequantize_grouped(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    scale_offsets: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """(T, K) in ``dtype`` of e4m3 and swizzled scales (S, C); 0 in rows that no expert owns."""
+    num_tokens, k = values.shape
+    linear, owned = unswizzle_grouped_scales(scales, expert_offsets, scale_offsets, num_tokens, k // BLOCK_SIZE)
+    return torch.where(owned.unsqueeze(1), dequantize(values, linear, dtype), 0)
+
+
+def dequantize_experts(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(E, N, K) in ``dtype`` of e4m3 and swizzled scales (E, roundup(N, 128), C)."""
+    _, n, k = values.shape
+    return dequantize(values, unswizzle_scales(scales, n, k // BLOCK_SIZE), dtype)
+
+
+def largest_of_group(of_blocks: torch.Tensor, scale_group: int) -> torch.Tensor:
+    """For each block of (..., K/32) the largest number in its group."""
+    blocks, size = of_blocks.shape[-1], scale_group // BLOCK_SIZE
+    padded = torch.nn.functional.pad(of_blocks, (0, -blocks % size))
+    largest: torch.Tensor = padded.unflatten(-1, (-1, size)).amax(-1)
+    return largest.repeat_interleave(size, -1)[..., :blocks]
+
+
+def find_scale_group(linear: torch.Tensor) -> int:
+    """128 where all blocks of each group of (..., K/32) uint8 have one scale, else 32. Syncs."""
+    if is_tracing(linear):
+        return BLOCK_SIZE
+    first = linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]
+    return 128 if torch.equal(linear, first) else BLOCK_SIZE
+
+
+def regroup(values: torch.Tensor, linear: torch.Tensor, scale_group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """values (..., K) e4m3 and row-major scales (..., K/32) uint8 with one scale a group, as new
+    tensors. That is the largest scale of the group's blocks; those of zeros don't count. Elements
+    of the other blocks become smaller by a power of two, and are rounded once if that takes them
+    among e4m3's subnormals. A block of scale 255 makes its group NaN."""
+    codes = values.view(torch.uint8).unflatten(-1, (-1, BLOCK_SIZE))
+    counts = (codes & 0x7F != 0).any(-1) | (linear == E8M0_NAN)
+    shared = largest_of_group(torch.where(counts, linear, 0), scale_group)
+    shift = (shared.int() - linear).clamp(0, 126)  # zeros under a larger scale stay zeros
+    factor = ((127 - shift) << 23).view(torch.float32)
+    elements = values.float().unflatten(-1, (-1, BLOCK_SIZE)) * factor.unsqueeze(-1)
+    rounded = elements.to(torch.float8_e4m3fn).view(torch.uint8)
+    rounded = torch.where((shared == E8M0_NAN).unsqueeze(-1), E4M3_NAN, rounded)
+    return rounded.flatten(-2).view(torch.float8_e4m3fn), shared
