@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs and of products
+
+
+class Checked:
+    """A frozen dataclass that checks its fields, unless it is made by ``unchecked``."""
+
+    __match_args__: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def unchecked(cls, *fields: Any, **named: Any) -> Self:
+        """Of buffers that this package has just made or checked; by name is faster."""
+        self = object.__new__(cls)
+        if fields:
+            named.update(zip(cls.__match_args__, fields, strict=False))
+        self.__dict__.update(named)
+        return self
 
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import torch
 
 from hybrid_mxfp8.core.checks import (
+    Checked,
     arrived,
     check_contiguous,
     check_num_tokens,
@@ -34,7 +35,7 @@ _MEANT: Final[dict[Form, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class GroupLayout:
+class GroupLayout(Checked):
     """Rows sorted by expert: rows expert_offsets[e] .. expert_offsets[e+1] belong to expert e.
 
     Attributes:
@@ -82,18 +83,6 @@ class GroupLayout:
             ):
                 if not torch.equal(given, expected):
                     fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
-
-    @classmethod
-    def unchecked(
-        cls, tokens_per_expert: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int
-    ) -> GroupLayout:
-        """Without the checks, for tensors that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "tokens_per_expert", tokens_per_expert)
-        object.__setattr__(self, "expert_offsets", expert_offsets)
-        object.__setattr__(self, "scale_offsets", scale_offsets)
-        object.__setattr__(self, "num_tokens", num_tokens)
-        return self
 
     @property
     def num_experts(self) -> int:
@@ -172,7 +161,9 @@ class GroupLayout:
         # Tensor.split comes here by way of Python.
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
-        return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
+        return cls.unchecked(
+            tokens_per_expert=tokens, expert_offsets=offsets, scale_offsets=scale_offsets, num_tokens=num_tokens
+        )
 
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:

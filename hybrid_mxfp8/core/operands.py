@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8.core.checks import (
+    Checked,
     arrived,
     check_contiguous,
     check_float_dtype,
@@ -42,7 +43,7 @@ from hybrid_mxfp8.core.scales import (
 )
 
 
-class _Operand:
+class _Operand(Checked):
     """Pickled by bytes: PyTorch pickles a float8 tensor, and fails to load it (<= 2.13)."""
 
     values: torch.Tensor
@@ -111,18 +112,6 @@ class MXFP8Tokens(_Operand):
         check_float_dtype("dtype", self.dtype)
         check_scale_group(self.scale_group)
 
-    @classmethod
-    def unchecked(
-        cls, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, scale_group: int = BLOCK_SIZE
-    ) -> MXFP8Tokens:
-        """Without the checks, for buffers that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "scale_group", scale_group)
-        return self
-
     @property
     def shape(self) -> torch.Size:
         """(M, H)."""
@@ -176,18 +165,6 @@ class GroupedMXFP8(_Operand):
         check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
         check_contiguous("scales", self.scales)
         check_scale_group(self.scale_group)
-
-    @classmethod
-    def unchecked(
-        cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout, scale_group: int = BLOCK_SIZE
-    ) -> GroupedMXFP8:
-        """Without the checks, for buffers that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "scale_group", scale_group)
-        return self
 
     @property
     def k(self) -> int:
@@ -273,15 +250,6 @@ class ExpertWeights(_Operand):
     def __post_init__(self) -> None:
         check_weights(self.values, self.scales)
         check_scale_group(self.scale_group)
-
-    @classmethod
-    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, scale_group: int = BLOCK_SIZE) -> ExpertWeights:
-        """Without the checks, for buffers that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "scale_group", scale_group)
-        return self
 
     @property
     def num_experts(self) -> int:

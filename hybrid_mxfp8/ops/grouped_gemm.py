@@ -76,8 +76,8 @@ def grouped_gemm(
             check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, out_dtype, backend)
         _check_buffers(problem, out, workspace)
-        given = (problem, metadata(x), metadata(w), metadata(workspace), backend)
-        plan = PLANS.make(signature, _sizes(x, workspace), functools.partial(_plan, *given))
+        make = functools.partial(_plan, [*map(metadata, (x, w, workspace))], problem, backend)
+        plan = PLANS.make(signature, _sizes(x, workspace), make)
     num_tokens, n, workspace_bytes = plan.result
     y = torch.empty(num_tokens, n, dtype=out_dtype, device=x.values.device) if out is None else out
     groups = x.groups
@@ -121,18 +121,11 @@ def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, i
     return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
 
 
-def _plan(
-    problem: Problem,
-    x: GroupedMXFP8,
-    w: ExpertWeights,
-    workspace: Any,
-    backend: str | None,
-    num_tokens: int,
-    num_scale_rows: int,
-    workspace_bytes: int,
-) -> Plan:
+def _plan(given: Any, problem: Problem, backend: str | None, *sizes: int) -> Plan:
     """The launches of one product, of (x, its scales, three of the layout, w, its scales, out,
     workspace or nothing), from Metadata of other T and S."""
+    x, w, workspace = given
+    num_tokens, num_scale_rows, workspace_bytes = sizes
     problem = problem._replace(num_tokens=num_tokens)
     chosen, needed, lasting = choose_ready(problem, backend)
     if workspace is not None and workspace_bytes < needed:
@@ -148,7 +141,7 @@ def _plan(
         operands.add("w.values", w.values),
         operands.add("w.scales", w.scales),
     )
-    shape = (problem.num_tokens, problem.n)
+    shape = (num_tokens, problem.n)
     # One that is allocated for each call is aligned as PyTorch aligns.
     y = operands.buffer("out", problem.out_dtype, shape)
     memory = None
@@ -157,7 +150,7 @@ def _plan(
     elif needed:
         memory = operands.buffer("workspace", torch.uint8, (needed,))
     steps: Steps = ()
-    if problem.num_tokens and problem.num_experts:
+    if num_tokens and problem.num_experts:
         steps = chosen.plan(problem, GemmBuffers(*read, y, memory))
     return Plan(problem.device, operands, steps, result=(*shape, needed), lasting=lasting)
 
@@ -216,9 +209,7 @@ def grouped_gemm_workspace_size(
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
         chosen = choose(p, backend)
-        free = [chosen]
-        if asked == AUTO:
-            free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]]
+        free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]] if asked == AUTO else [chosen]
         sizes += [chosen.workspace_size(p), *(b.workspace_bound(p) for b in free)]
     return max(sizes)
 

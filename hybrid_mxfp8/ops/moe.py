@@ -26,7 +26,7 @@ from hybrid_mxfp8.core.checks import (
     is_tracing,
 )
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
-from hybrid_mxfp8.dispatch.buffers import Metadata, metadata, of_rows
+from hybrid_mxfp8.dispatch.buffers import Metadata, metadata
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import requested, settings
 from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, parts_of, plan_layer, shape_of
@@ -115,25 +115,13 @@ def moe_forward(
             return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if out is None else out.zero_()
         if workspace is not None:
             workspace.check(shape, x.shape[0])
-        inputs = _contiguous(inputs)
         target = Metadata(x.dtype, x.shape, (x.shape[1], 1), x.device) if out is None else metadata(out)
-        given = (LayerInputs(*map(metadata, inputs)), shape, swiglu, target, backend)
-        plan = PLANS.make(signature, (x.shape[0],), functools.partial(_plan_of_sizes, *given))
-    else:
-        inputs = _contiguous(inputs)
+        given = LayerInputs(*map(metadata, _contiguous(inputs)))
+        make = functools.partial(plan_layer, given, shape, swiglu, target, backend)
+        plan = PLANS.make(signature, (x.shape[0],), make)
     y = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    _run(plan, inputs, y, workspace)
+    _run(plan, _contiguous(inputs), y, workspace)
     return y
-
-
-def _plan_of_sizes(
-    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: Any, backend: str | None, num_tokens: int
-) -> Plan:
-    """The plan of M, from Metadata of another."""
-    given = (inputs.x, inputs.topk_ids, inputs.topk_weights, out)
-    x, topk_ids, topk_weights, out = (of_rows(tensor, num_tokens) for tensor in given)
-    inputs = inputs._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-    return plan_layer(inputs, shape, activation, out, backend)
 
 
 def _contiguous(inputs: LayerInputs) -> LayerInputs:
