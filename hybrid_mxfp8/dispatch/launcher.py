@@ -98,19 +98,16 @@ def program_words(
         written: (index of a buffer that is written, index of the one buffer that it may be the
             same memory as, else -1). A buffer that overlaps it in any other way is refused by
             ``run``, also one that starts where it does.
-        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them. The
-            first one waits for whatever ran before; so do all with HYBRID_MXFP8_PDL=0.
+        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them; with
+            HYBRID_MXFP8_PDL=0 none starts before the one before has ended.
     """
     words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
         words += pair
     words.append(len(launches))
     dependent = env.pdl()
-    for i, launch in enumerate(launches):
-        at = len(words)
-        words += launch
-        if i == 0 or not dependent:
-            words[at + PDL] = 0
+    for launch in launches:
+        words += launch if dependent else (*launch[:PDL], 0, *launch[PDL + 1 :])
     return words
 
 
@@ -119,8 +116,8 @@ def launch_words(
 ) -> list[int]:
     """One launch; ``params`` are the words of each parameter, its kind first.
 
-    With ``pdl`` it may start before the launch before it has ended: a kernel that waits for that
-    itself, by the rule of ``triton_kernels.dependent_launch``.
+    With ``pdl`` it may start before the launch before it in the program has ended: a kernel that
+    waits for that itself, by the rule of ``triton_kernels.dependent_launch``.
     """
     words = [function, grid, block_threads, shared_bytes, int(pdl), len(params)]
     for param in params:
