@@ -174,6 +174,26 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
         fail(name, f"must not require grad ({hint})", "requires_grad=True")
 
 
+def check_unit_stride(name: str, value: torch.Tensor) -> None:
+    """Elements of a row lie side by side."""
+    if value.stride(-1) != 1 and value.numel():
+        fail(name, "must have unit stride along its columns", f"strides {value.stride()}")
+
+
+def check_rows(name: str, value: Any, dims: str, device: torch.device | None = None) -> None:
+    """Rows that can be quantized: bf16, fp16 or fp32, of any row stride."""
+    check_tensor(name, value, dtypes=FLOAT_DTYPES, ndim=2, dims=dims, device=device)
+    check_no_grad(name, value)
+    check_unit_stride(name, value)
+
+
+def check_choices(topk_ids: Any, topk_weights: Any, device: torch.device) -> None:
+    """What a router gives: experts of each token, and their weights, both (M, top_k)."""
+    check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
+    check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=device)
+    check_no_grad("topk_weights", topk_weights)
+
+
 def is_tracing(x: torch.Tensor) -> bool:
     """Whether there are shapes alone: under torch.compile, vmap and the like, or ``x`` is fake or
     meta. Then the public functions go through the operators of ``ops.torch_library``."""

@@ -13,20 +13,7 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import (
-    Checked,
-    arrived,
-    check_contiguous,
-    check_float_dtype,
-    check_k,
-    check_no_grad,
-    check_scale_group,
-    check_shape,
-    check_tensor,
-    fail,
-    resolve_device,
-    short,
-)
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import decibels
@@ -43,7 +30,7 @@ from hybrid_mxfp8.core.scales import (
 )
 
 
-class _Operand(Checked):
+class _Operand(checks.Checked):
     """Pickled by bytes: PyTorch pickles a float8 tensor, and fails to load it (<= 2.13)."""
 
     values: torch.Tensor
@@ -64,12 +51,12 @@ def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device:
     """Elements (``rows``, K) and row-major scales (``rows``, K/32), each as such or as bytes."""
     dims, ndim = f"({rows}, K/{BLOCK_SIZE})", rows.count(",") + 2
     dtypes = (torch.float8_e4m3fn, torch.uint8)
-    check_tensor("values", values, dtypes=dtypes, ndim=ndim, dims=f"({rows}, K)", device=device)
+    checks.check_tensor("values", values, dtypes=dtypes, ndim=ndim, dims=f"({rows}, K)", device=device)
     dtypes = (torch.uint8, torch.float8_e8m0fnu)
-    check_tensor("scales", scales, dtypes=dtypes, ndim=ndim, dims=dims, device=values.device)
-    check_no_grad("values", values)
-    check_k("values", values.shape[-1])
-    check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
+    checks.check_tensor("scales", scales, dtypes=dtypes, ndim=ndim, dims=dims, device=values.device)
+    checks.check_no_grad("values", values)
+    checks.check_k("values", values.shape[-1])
+    checks.check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,20 +84,21 @@ class MXFP8Tokens(_Operand):
 
     def __repr__(self) -> str:
         shape = f"num_tokens={self.shape[0]}, hidden={self.shape[1]}, scale_group={self.scale_group}"
-        return f"MXFP8Tokens({shape}, dtype={short(self.dtype)}, device={str(self.device)!r})"
+        return f"MXFP8Tokens({shape}, dtype={checks.short(self.dtype)}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
-        check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(M, H)")
+        checks.check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(M, H)")
         num_tokens, hidden = self.values.shape
-        check_k("values", hidden)
-        check_no_grad("values", self.values)
-        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(M, H/32)", device=self.values.device)
-        check_shape("scales", self.scales, (num_tokens, hidden // BLOCK_SIZE), "(M, H/32)")
+        checks.check_k("values", hidden)
+        checks.check_no_grad("values", self.values)
+        checks.check_tensor(
+            "scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(M, H/32)", device=self.values.device
+        )
+        checks.check_shape("scales", self.scales, (num_tokens, hidden // BLOCK_SIZE), "(M, H/32)")
         for name, tensor in (("values", self.values), ("scales", self.scales)):
-            if tensor.stride(1) != 1 and tensor.numel():
-                fail(name, "must have unit stride along its columns", f"strides {tensor.stride()}")
-        check_float_dtype("dtype", self.dtype)
-        check_scale_group(self.scale_group)
+            checks.check_unit_stride(name, tensor)
+        checks.check_float_dtype("dtype", self.dtype)
+        checks.check_scale_group(self.scale_group)
 
     @property
     def shape(self) -> torch.Size:
@@ -152,19 +140,21 @@ class GroupedMXFP8(_Operand):
     def __post_init__(self) -> None:
         if not isinstance(self.groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(self.groups).__name__}")
-        check_tensor(
+        checks.check_tensor(
             "values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=self.groups.device
         )
         num_tokens, k = self.values.shape
         if num_tokens != self.groups.num_tokens:
-            fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
-        check_k("values", k)
-        check_contiguous("values", self.values)
-        check_no_grad("values", self.values)
-        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device)
-        check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
-        check_contiguous("scales", self.scales)
-        check_scale_group(self.scale_group)
+            checks.fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
+        checks.check_k("values", k)
+        checks.check_contiguous("values", self.values)
+        checks.check_no_grad("values", self.values)
+        checks.check_tensor(
+            "scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device
+        )
+        checks.check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
+        checks.check_contiguous("scales", self.scales)
+        checks.check_scale_group(self.scale_group)
 
     @property
     def k(self) -> int:
@@ -202,7 +192,7 @@ class GroupedMXFP8(_Operand):
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
-        values, scales = arrived(values, scales)
+        values, scales = checks.arrived(values, scales)
         _check_linear(values, scales, "T", groups.device)
         swizzled, _ = swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
@@ -213,14 +203,14 @@ class GroupedMXFP8(_Operand):
 def check_weights(values: torch.Tensor, scales: torch.Tensor, owner: str = "") -> None:
     """The tensors of an :class:`ExpertWeights`, called ``owner`` + ``values`` and ``scales``."""
     name, scales_name, dims = f"{owner}values", f"{owner}scales", "(E, roundup(N, 128), C)"
-    check_tensor(name, values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+    checks.check_tensor(name, values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
     num_experts, n, k = values.shape
-    check_k(name, k)
-    check_contiguous(name, values)
-    check_no_grad(name, values)
-    check_tensor(scales_name, scales, dtypes=(torch.uint8,), ndim=3, dims=dims, device=values.device)
-    check_shape(scales_name, scales, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
-    check_contiguous(scales_name, scales)
+    checks.check_k(name, k)
+    checks.check_contiguous(name, values)
+    checks.check_no_grad(name, values)
+    checks.check_tensor(scales_name, scales, dtypes=(torch.uint8,), ndim=3, dims=dims, device=values.device)
+    checks.check_shape(scales_name, scales, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
+    checks.check_contiguous(scales_name, scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +239,7 @@ class ExpertWeights(_Operand):
 
     def __post_init__(self) -> None:
         check_weights(self.values, self.scales)
-        check_scale_group(self.scale_group)
+        checks.check_scale_group(self.scale_group)
 
     @property
     def num_experts(self) -> int:
@@ -272,7 +262,7 @@ class ExpertWeights(_Operand):
         Raises:
             ValueError: no such device; a dtype is none, and would turn bytes into numbers.
         """
-        device = resolve_device(device)
+        device = checks.resolve_device(device)
         return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group)
 
     def regrouped(self, scale_group: int) -> tuple[ExpertWeights, float]:
@@ -288,7 +278,7 @@ class ExpertWeights(_Operand):
         Raises:
             ValueError: ``scale_group`` is neither 32 nor 128.
         """
-        if check_scale_group(scale_group) <= self.scale_group:
+        if checks.check_scale_group(scale_group) <= self.scale_group:
             return ExpertWeights.unchecked(self.values, self.scales, scale_group), math.inf
         values, scales = torch.empty_like(self.values), torch.empty_like(self.scales)
         power = noise = 0.0
@@ -323,7 +313,7 @@ class ExpertWeights(_Operand):
             TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
                 grad.
         """
-        values, scales = arrived(values, scales)
+        values, scales = checks.arrived(values, scales)
         _check_linear(values, scales, "E, N")
         scale_group = find_scale_group(scales.view(torch.uint8))
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), scale_group)

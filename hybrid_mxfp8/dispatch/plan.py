@@ -238,7 +238,7 @@ class PlanCache:
         if signature is not None and plan.lasting:
             self.add(signature, plan, sizes)
             templates = self._templates.get(signature, ())
-            if min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
+            if sizes and min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
                 with contextlib.suppress(AttributeError, TypeError):
                     self._keep(self._templates, signature, (*templates, Template(sizes, make)))
         return plan

@@ -32,13 +32,6 @@ def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
-def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int) -> ExpertWeights:
-    """Of a module's buffers, which anyone may have replaced: plans take them for contiguous."""
-    check_contiguous(f"{name}_values", values)
-    check_contiguous(f"{name}_scales", scales)
-    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, scale_group)
-
-
 def _state(scales: torch.Tensor) -> tuple[int, int]:
     """What changes when a buffer is replaced, or written in place."""
     return scales.data_ptr(), 0 if scales.is_inference() else scales._version
@@ -90,16 +83,14 @@ class MXFP8Experts(torch.nn.Module):
         check_biases(shape, w13_bias, w2_bias)
         check_workspace(workspace)
         requested(backend)
-        self.register_buffer("w13_values", w13q.values.view(torch.uint8))
-        self.register_buffer("w13_scales", w13q.scales)
-        self.register_buffer("w2_values", w2q.values.view(torch.uint8))
-        self.register_buffer("w2_scales", w2q.scales)
+        # Of each buffer of scales: when it was looked at, and what was found.
+        self._scale_groups: dict[str, tuple[tuple[int, int], int]] = {}
+        for name, w in (("w13", w13q), ("w2", w2q)):
+            self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
+            self.register_buffer(f"{name}_scales", w.scales)
+            self._scale_groups[name] = (_state(w.scales), w.scale_group)
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
-        # Of each buffer of scales: when it was looked at, and what was found.
-        self._scale_groups = {
-            name: (_state(w.scales), w.scale_group) for name, w in (("w13_scales", w13q), ("w2_scales", w2q))
-        }
         self.activation = swiglu_of(activation)
         self.workspace = workspace
         self.backend = backend
@@ -150,23 +141,25 @@ class MXFP8Experts(torch.nn.Module):
     @property
     def w13q(self) -> ExpertWeights:
         """(E, 2I, H), the buffers' memory."""
-        return _weights("w13", self.w13_values, self.w13_scales, self._scale_group("w13_scales"))
+        return self._weights("w13")
 
     @property
     def w2q(self) -> ExpertWeights:
         """(E, H, I), the buffers' memory."""
-        return _weights("w2", self.w2_values, self.w2_scales, self._scale_group("w2_scales"))
+        return self._weights("w2")
 
-    def _scale_group(self, name: str) -> int:
-        """That of a buffer of scales, which is looked at again where anyone may have changed it."""
-        scales = getattr(self, name)
+    def _weights(self, name: str) -> ExpertWeights:
+        """Anyone may have replaced a buffer: plans take them for contiguous, and the scales' group
+        is looked for again where they may have changed."""
+        values, scales = getattr(self, f"{name}_values"), getattr(self, f"{name}_scales")
+        check_contiguous(f"{name}_values", values)
+        check_contiguous(f"{name}_scales", scales)
+        values = values.view(torch.float8_e4m3fn)
         state, group = self._scale_groups[name]
-        if torch.compiler.is_compiling() or is_tracing(scales) or _state(scales) == state:
-            return group
-        values = getattr(self, name.replace("scales", "values")).view(torch.float8_e4m3fn)
-        group = find_scale_group(ExpertWeights.unchecked(values, scales.contiguous()).linear_scales())
-        self._scale_groups[name] = (_state(scales), group)
-        return group
+        if not (is_tracing(scales) or _state(scales) == state):
+            group = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
+            self._scale_groups[name] = (_state(scales), group)
+        return ExpertWeights.unchecked(values=values, scales=scales, scale_group=group)
 
     def extra_repr(self) -> str:
         """Shapes, for ``print(module)``."""

@@ -57,4 +57,4 @@ def _plan(read: dict[str, torch.Tensor], buffer: torch.Tensor, steps: Callable[.
     return Plan(buffer.device, operands, steps(choose_quantizer(buffer.device, "auto"), target, *source, *sizes))
 
 
-layout.launch_with(build)
+layout.launch = build

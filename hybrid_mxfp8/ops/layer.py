@@ -80,18 +80,11 @@ def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
         fail(name, "M * top_k, and each expert's padding, must fit int32", rows)
 
 
-class Backends(NamedTuple):
-    """What runs a layer: quantizer, router and combine, and the two products; see ``Ready``."""
-
-    quantizer: Quantizer
-    up: Ready
-    down: Ready
-
-
-def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
-    """Raises as ``registry.choose`` does."""
+def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> tuple[Quantizer, Ready, Ready]:
+    """Quantizer, router and combine, and the two products' backends; raises as
+    ``registry.choose``."""
     up, down = (choose_ready(problem, backend) for problem in shape.problems(num_tokens))
-    return Backends(choose_quantizer(shape.device, backend), up, down)
+    return choose_quantizer(shape.device, backend), up, down
 
 
 class Arena(NamedTuple):
@@ -109,7 +102,7 @@ class Arena(NamedTuple):
     size: int  # bytes
 
 
-def arena(shape: MoEShape, num_tokens: int, backends: Backends) -> Arena:
+def arena(shape: MoEShape, num_tokens: int, quantizer: Quantizer, up: Ready, down: Ready) -> Arena:
     """The intermediates of M = ``num_tokens`` >= 1, in the first operand of a plan."""
     rows = num_tokens * shape.top_k
     scale_rows = grouped_scale_rows(rows, shape.experts)
@@ -125,12 +118,12 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends) -> Arena:
         return place(torch.float8_e4m3fn, rows, k), place(torch.uint8, scale_rows, scale_cols(k))
 
     int32 = torch.int32
-    gemm_bytes = max(backends.up.workspace_bytes, backends.down.workspace_bytes)
+    gemm_bytes = max(up.workspace_bytes, down.workspace_bytes)
     return Arena(
         sorted_token_ids=place(int32, rows),
         inverse_permutation=place(int32, num_tokens, shape.top_k),
         layout=place(int32, 3 * shape.experts + 2),
-        scratch=place(int32, backends.quantizer.route_scratch(rows, shape.experts)),
+        scratch=place(int32, quantizer.route_scratch(rows, shape.experts)),
         xq=operand(shape.hidden),
         h=place(shape.dtype, rows, 2 * shape.intermediate),
         hq=operand(shape.intermediate),
@@ -163,8 +156,8 @@ def plan_layer(
     """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
     ids, weights, and what is given of the biases and x's scales), from Metadata of another M."""
     check_rows("x", shape, num_tokens)
-    backends = choose_backends(shape, num_tokens, backend)
-    a = arena(shape, num_tokens, backends)
+    quantizer, up_ready, down_ready = choose_backends(shape, num_tokens, backend)
+    a = arena(shape, num_tokens, quantizer, up_ready, down_ready)
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
     rows, linear_scales = parts_of(of_rows(inputs.x, num_tokens))
@@ -179,7 +172,6 @@ def plan_layer(
     down_bias = None if inputs.w2_bias is None else operands.add("w2_bias", inputs.w2_bias)
     x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)
 
-    quantizer = backends.quantizer
     up, down = shape.problems(num_tokens)
     layout = split_layout(a.layout, shape.experts)
     offsets = layout[1:]
@@ -192,12 +184,10 @@ def plan_layer(
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
         *quantizer.quantize(gather, QuantizeBuffers(x, *a.xq, a.sorted_token_ids, *offsets, x_scales=x_scales)),
-        *backends.up.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
+        *up_ready.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),
-        *backends.down.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
+        *down_ready.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
-    return Plan(
-        shape.device, operands, steps, arena_bytes=a.size, lasting=backends.up.lasting and backends.down.lasting
-    )
+    return Plan(shape.device, operands, steps, arena_bytes=a.size, lasting=up_ready.lasting and down_ready.lasting)

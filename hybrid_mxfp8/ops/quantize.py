@@ -8,23 +8,8 @@ from typing import Any
 
 import torch
 
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
-from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
-    arrived,
-    check_aligned,
-    check_contiguous,
-    check_devices,
-    check_k,
-    check_no_buffer,
-    check_no_grad,
-    check_scale_group,
-    check_scale_rounding,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout, check_numbers
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
@@ -80,7 +65,7 @@ def quantize_grouped(
             have a sum above T.
         BackendUnavailableError: the named backend can't run here.
     """
-    rows = x, groups, row_index = arrived(x, groups, row_index)
+    rows = x, groups, row_index = checks.arrived(x, groups, row_index)
     signature = plan = None
     if not torch.compiler.is_compiling():
         options = (scale_rounding, scale_group, type(scale_group), activation)  # 32.0 equals 32
@@ -88,8 +73,8 @@ def quantize_grouped(
         plan = PLANS.get(signature, sizes)
     if plan is None:
         problem = _check(rows, scale_rounding, scale_group, activation)
-        if is_tracing(x):
-            check_no_buffer("out", out)
+        if checks.is_tracing(x):
+            checks.check_no_buffer("out", out)
             return _quantize_traced(rows, problem, backend)
         if out is not None:
             _check_out(out, problem, x.device)
@@ -178,35 +163,32 @@ def _check(
     rows: tuple[Any, ...], scale_rounding: str, scale_group: int, activation: str | SwiGLU | None
 ) -> QuantizeProblem:
     x, groups, row_index = rows
-    check_devices(x=x, groups=groups, row_index=row_index)
+    checks.check_devices(x=x, groups=groups, row_index=row_index)
     grouping: Grouping = "offsets"
     if isinstance(groups, GroupLayout):
         num_experts = groups.num_experts
     elif isinstance(groups, torch.Tensor):
-        check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
-        check_contiguous("groups", groups)
+        checks.check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        checks.check_contiguous("groups", groups)
         grouping, num_experts = "counts", groups.shape[0]
     else:
         raise TypeError(f"groups: must be a GroupLayout or a tensor of counts (E,), got {type(groups).__name__}")
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=groups.device)
-    check_no_grad("x", x)
-    check_scale_rounding(scale_rounding)
-    check_scale_group(scale_group)
+    checks.check_rows("x", x, "(R, K)", groups.device)
+    checks.check_scale_rounding(scale_rounding)
+    checks.check_scale_group(scale_group)
     swiglu = None if activation is None else swiglu_of(activation, "None, ")
     num_tokens, width = x.shape
     if swiglu is not None and width % 2:
-        fail("x", "must have an even number of columns, gate and up, for swiglu", width)
+        checks.fail("x", "must have an even number of columns, gate and up, for swiglu", width)
     k = width if swiglu is None else width // 2
-    check_k("x", k)
-    if x.stride(1) != 1 and x.numel():
-        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    checks.check_k("x", k)
     if row_index is not None:
-        check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=x.device)
-        check_contiguous("row_index", row_index)
+        checks.check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=x.device)
+        checks.check_contiguous("row_index", row_index)
         num_tokens = row_index.shape[0]
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
-        fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
+        checks.fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
     sizes = (num_tokens, num_experts, k, x.shape[0], x.stride(0))
     return QuantizeProblem(*sizes, scale_rounding, swiglu, grouping, scale_group=scale_group)
 
@@ -219,10 +201,10 @@ def _scales_shape(p: QuantizeProblem) -> tuple[int, int]:
 def _check_out(out: GroupedMXFP8, p: QuantizeProblem, device: torch.device) -> None:
     if not isinstance(out, GroupedMXFP8):
         raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
-    check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=device)
-    check_shape("out", out.values, (p.num_rows, p.k), "(T, K)")
-    check_shape("out", out.scales, _scales_shape(p), "(S, C)")
-    check_aligned("out", out.scales)
+    checks.check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=device)
+    checks.check_shape("out", out.values, (p.num_rows, p.k), "(T, K)")
+    checks.check_shape("out", out.scales, _scales_shape(p), "(S, C)")
+    checks.check_aligned("out", out.scales)
 
 
 def _plan(rows: Any, out: tuple[Any, Any] | None, problem: QuantizeProblem, backend: str | None, *sizes: int) -> Plan:
@@ -288,16 +270,16 @@ def quantize_weights(
         ValueError: wrong shape, stride or option.
         BackendUnavailableError: the named backend can't run here.
     """
-    (w,) = arrived(w)
-    check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
-    check_no_grad("w", w)
-    check_scale_rounding(scale_rounding)
-    check_scale_group(scale_group)
+    (w,) = checks.arrived(w)
+    checks.check_tensor("w", w, dtypes=checks.FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
+    checks.check_no_grad("w", w)
+    checks.check_scale_rounding(scale_rounding)
+    checks.check_scale_group(scale_group)
     num_experts, n, k = w.shape
-    check_k("w", k)
+    checks.check_k("w", k)
     if w.stride(2) != 1 and w.numel():
-        fail("w", "must have unit stride along K (as .contiguous() makes it)", f"strides {w.stride()}")
-    if is_tracing(w):
+        checks.fail("w", "must have unit stride along K (as .contiguous() makes it)", f"strides {w.stride()}")
+    if checks.is_tracing(w):
         values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend, scale_group)
         return ExpertWeights.unchecked(values.view(E4M3), scales, scale_group)
     values = torch.empty(num_experts, n, k, dtype=E4M3, device=w.device)
