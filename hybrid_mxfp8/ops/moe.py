@@ -176,7 +176,7 @@ def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | Non
     checks.check_devices(**inputs._asdict())
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if not isinstance(x, MXFP8Tokens):
-        checks.check_rows("x", x, "(M, H)")
+        checks.check_unquantized("x", x, "(M, H)")
     checks.check_choices(topk_ids, topk_weights, x.device)
     num_tokens, top_k = topk_ids.shape
     shape = shape_of(w13q, w2q, top_k, x.dtype)

@@ -173,7 +173,7 @@ def _check(
         grouping, num_experts = "counts", groups.shape[0]
     else:
         raise TypeError(f"groups: must be a GroupLayout or a tensor of counts (E,), got {type(groups).__name__}")
-    checks.check_rows("x", x, "(R, K)", groups.device)
+    checks.check_unquantized("x", x, "(R, K)", groups.device)
     checks.check_scale_rounding(scale_rounding)
     checks.check_scale_group(scale_group)
     swiglu = None if activation is None else swiglu_of(activation, "None, ")

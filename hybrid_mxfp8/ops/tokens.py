@@ -40,7 +40,7 @@ def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: 
         BackendUnavailableError: the named backend can't run here.
     """
     (x,) = checks.arrived(x)
-    checks.check_rows("x", x, "(M, H)")
+    checks.check_unquantized("x", x, "(M, H)")
     records = pack_tokens(
         x, None, None, num_records=x.shape[0], num_experts=0, scale_group=scale_group, backend=backend
     )
@@ -91,7 +91,7 @@ def check_tokens(
     x: torch.Tensor, topk_ids: torch.Tensor | None = None, topk_weights: torch.Tensor | None = None
 ) -> TokenRecord:
     """That they can be packed; the record they take."""
-    checks.check_rows("x", x, "(M, H)")
+    checks.check_unquantized("x", x, "(M, H)")
     num_tokens, hidden = x.shape
     checks.check_k("x", hidden)
     if topk_ids is None or topk_weights is None:

@@ -45,10 +45,6 @@ def _group_offsets(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: boo
     return torch.cat([layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets])
 
 
-def _group_offsets_fake(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
-    return counts_or_ends.new_empty(3 * counts_or_ends.shape[0] + 2, dtype=torch.int32)
-
-
 def _quantize_grouped(
     x: torch.Tensor,
     tokens_per_expert: torch.Tensor,
@@ -125,11 +121,6 @@ def _grouped_gemm(
     return grouped_gemm.grouped_gemm(x, w, out_dtype=out_dtype, backend=backend)
 
 
-def _grouped_gemm_fake(x_values: torch.Tensor, *others: Any) -> torch.Tensor:
-    w_values, _, out_dtype = others[4:7]
-    return x_values.new_empty(x_values.shape[0], w_values.shape[1], dtype=out_dtype)
-
-
 def _moe_forward(
     x: torch.Tensor,
     w13_values: torch.Tensor,
@@ -194,10 +185,10 @@ def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[
 
 
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
-    (_group_offsets, _group_offsets_fake),
+    (_group_offsets, lambda given, *others: given.new_empty(3 * given.shape[0] + 2, dtype=torch.int32)),
     (_quantize_grouped, _quantize_grouped_fake),
     (_quantize_weights, _quantize_weights_fake),
-    (_grouped_gemm, _grouped_gemm_fake),
+    (_grouped_gemm, lambda x, *others: x.new_empty(x.shape[0], others[4].shape[1], dtype=others[6])),
     (_moe_forward, _moe_forward_fake),
     (_pack_tokens, _pack_tokens_fake),
 )
