@@ -69,8 +69,7 @@ class MXFP8Tokens(_Operand):
             stride.
         dtype: what the tokens were: bf16, fp16 or fp32. The layer's result and its rows between the
             products have it.
-        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales; not
-            looked at.
+        scale_group: 32 or 128, as of :class:`GroupedMXFP8`.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape, stride or device, or one that
@@ -221,8 +220,7 @@ class ExpertWeights(_Operand):
         values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
         scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns
             from K/32 on must hold zeros; padding rows may hold anything.
-        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales. The
-            scales are not looked at: a kernel may read one of the four.
+        scale_group: 32 or 128, as of :class:`GroupedMXFP8`.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one

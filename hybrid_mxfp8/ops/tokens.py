@@ -40,12 +40,12 @@ def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: 
         BackendUnavailableError: the named backend can't run here.
     """
     (x,) = checks.arrived(x)
-    checks.check_unquantized("x", x, "(M, H)")
+    checks.check_tensor("x", x, dtypes=checks.FLOAT_DTYPES, ndim=2, dims="(M, H)")
     records = pack_tokens(
         x, None, None, num_records=x.shape[0], num_experts=0, scale_group=scale_group, backend=backend
     )
     values, scales, _, _ = TokenRecord(x.shape[1]).split(records)
-    return MXFP8Tokens.unchecked(values, scales, x.dtype, scale_group)
+    return MXFP8Tokens.unchecked(values=values, scales=scales, dtype=x.dtype, scale_group=scale_group)
 
 
 def pack_tokens(
