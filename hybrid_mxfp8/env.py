@@ -115,12 +115,12 @@ def config() -> str | None:
 
 def pdl() -> bool:
     """HYBRID_MXFP8_PDL: False only for 0, ValueError for neither 0 nor 1."""
-    return _switch("HYBRID_MXFP8_PDL", default="1")
+    return _choice("HYBRID_MXFP8_PDL", "1", "0") == "1"
 
 
 def verify() -> bool:
     """HYBRID_MXFP8_VERIFY: False only for 0, ValueError for neither 0 nor 1."""
-    return _switch("HYBRID_MXFP8_VERIFY", default="1")
+    return _choice("HYBRID_MXFP8_VERIFY", "1", "0") == "1"
 
 
 def hopper_gemm() -> str:
@@ -130,11 +130,7 @@ def hopper_gemm() -> str:
 
 def trust_cache() -> bool:
     """HYBRID_MXFP8_TRUST_CACHE: True only for 1, ValueError for neither 0 nor 1."""
-    return _switch("HYBRID_MXFP8_TRUST_CACHE", default="0")
-
-
-def _switch(name: str, default: str) -> bool:
-    return _choice(name, default, "1" if default == "0" else "0") == "1"
+    return _choice("HYBRID_MXFP8_TRUST_CACHE", "0", "1") == "1"
 
 
 def _choice(name: str, default: str, *others: str) -> str:
