@@ -30,7 +30,7 @@ from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequant
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import decibels
-from hybrid_mxfp8.core.scale_group import find_scale_group, regroup
+from hybrid_mxfp8.core.scale_group import at_most_one, find_scale_group, regroup
 from hybrid_mxfp8.core.scale_layout import (
     swizzle_grouped_scales,
     swizzle_scales,
@@ -253,6 +253,8 @@ class ExpertWeights(_Operand):
             from K/32 on must hold zeros; padding rows may hold anything.
         scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales. The
             scales are not looked at: a kernel may read one of the four.
+        squares: whether moreover the 128 rows from row 0, 128, 256, ... of an expert have equal
+            scales, none above 1; only with groups of 128. Not looked at either.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one
@@ -262,22 +264,28 @@ class ExpertWeights(_Operand):
     values: torch.Tensor
     scales: torch.Tensor
     scale_group: int = BLOCK_SIZE
+    squares: bool = False
 
     def __repr__(self) -> str:
         shape = f"num_experts={self.num_experts}, n={self.n}, k={self.k}"
-        return f"ExpertWeights({shape}, scale_group={self.scale_group}, device={str(self.device)!r})"
+        squares = ", squares=True" if self.squares else ""
+        return f"ExpertWeights({shape}, scale_group={self.scale_group}{squares}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
         check_weights(self.values, self.scales)
-        check_scale_group(self.scale_group)
+        if check_scale_group(self.scale_group) != 128 and self.squares:
+            fail("squares", "must be False for groups of 32", self.squares)
 
     @classmethod
-    def unchecked(cls, values: torch.Tensor, scales: torch.Tensor, scale_group: int = BLOCK_SIZE) -> ExpertWeights:
+    def unchecked(
+        cls, values: torch.Tensor, scales: torch.Tensor, scale_group: int = BLOCK_SIZE, squares: bool = False
+    ) -> ExpertWeights:
         """Without the checks, for buffers that this package has just made or checked."""
         self = object.__new__(cls)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "scale_group", scale_group)
+        object.__setattr__(self, "squares", squares)
         return self
 
     @property
@@ -302,11 +310,15 @@ class ExpertWeights(_Operand):
             ValueError: no such device; a dtype is none, and would turn bytes into numbers.
         """
         device = resolve_device(device)
-        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group)
+        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group, self.squares)
 
-    def regrouped(self, scale_group: int) -> tuple[ExpertWeights, float]:
+    def regrouped(self, scale_group: int, *, squares: bool = False) -> tuple[ExpertWeights, float]:
         """The weights with one scale a group, the largest of its blocks', and the signal-to-noise
         ratio of that in dB: inf where no value changed. Syncs.
+
+        With ``squares`` the groups of 128 rows share their largest scale, too, as in FP8 with a
+        scale for 128x128: Hopper's fastest kernel wants that. The result's ``squares`` stays False
+        if a scale is above 1, as no trained network's is.
 
         Elements under a smaller scale than their group's are rounded once where they leave e4m3's
         range downwards. Values that are NaN before or after don't count for the ratio: a block of
@@ -315,21 +327,30 @@ class ExpertWeights(_Operand):
         groups of 32.
 
         Raises:
-            ValueError: ``scale_group`` is neither 32 nor 128.
+            ValueError: ``scale_group`` is neither 32 nor 128, or squares of 32 are asked for.
         """
-        if check_scale_group(scale_group) <= self.scale_group:
-            return ExpertWeights.unchecked(self.values, self.scales, scale_group), math.inf
-        values, scales = torch.empty_like(self.values), torch.empty_like(self.scales)
+        check_scale_group(scale_group)
+        if squares and scale_group != 128:
+            fail("squares", "must be False for groups of 32", squares)
+        if scale_group <= self.scale_group and squares <= self.squares:
+            return ExpertWeights.unchecked(self.values, self.scales, scale_group, squares), math.inf
+        new = self._regrouped(scale_group, squares)
         power = noise = 0.0
-        for e, linear in enumerate(self.linear_scales()):
-            new_values, new_linear = regroup(self.values[e], linear, scale_group)
+        for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):
             before = dequantize(self.values[e], linear, torch.float64)
-            change = dequantize(new_values, new_linear, torch.float64).sub_(before)
+            change = dequantize(new.values[e], new_linear, torch.float64).sub_(before)
             power += float(before.square_().nansum())
             noise += float(change.square_().nansum())
+        return new, decibels(power, noise)
+
+    def _regrouped(self, scale_group: int, squares: bool) -> ExpertWeights:
+        """``regrouped``, but for what it says in dB."""
+        values, scales = torch.empty_like(self.values), torch.empty_like(self.scales)
+        for e, linear in enumerate(self.linear_scales()):
+            new_values, new_linear = regroup(self.values[e], linear, scale_group, squares)
             values[e].view(torch.uint8).copy_(new_values.view(torch.uint8))
             scales[e] = swizzle_scales(new_linear)
-        return ExpertWeights.unchecked(values, scales, scale_group), decibels(power, noise)
+        return ExpertWeights.unchecked(values, scales, scale_group, squares and at_most_one(scales))
 
     def dequantize(self) -> torch.Tensor:
         """(E, N, K) fp32, exact."""
@@ -342,7 +363,7 @@ class ExpertWeights(_Operand):
     @classmethod
     def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
         """Weights from a checkpoint's row-major scales. They are looked at once, which syncs: where
-        all have groups of 128 the result says so.
+        all have groups of 128, or squares, the result says so.
 
         Args:
             values: (E, N, K) float8_e4m3fn, or its bytes as uint8.
@@ -354,5 +375,5 @@ class ExpertWeights(_Operand):
         """
         values, scales = arrived(values, scales)
         _check_linear(values, scales, "E, N")
-        scale_group = find_scale_group(scales.view(torch.uint8))
-        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), scale_group)
+        found = find_scale_group(scales.view(torch.uint8))
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), *found)

@@ -32,11 +32,16 @@ def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
-def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int) -> ExpertWeights:
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scaling: tuple[int, bool]) -> ExpertWeights:
     """Of a module's buffers, which anyone may have replaced: plans take them for contiguous."""
     check_contiguous(f"{name}_values", values)
     check_contiguous(f"{name}_scales", scales)
-    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, scale_group)
+    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, *scaling)
+
+
+def for_fp8_units(w: ExpertWeights) -> ExpertWeights:
+    """Groups of 128 in squares, which Hopper's kernel multiplies faster; others as they are."""
+    return w._regrouped(128, squares=True) if w.scale_group == 128 else w
 
 
 def _state(scales: torch.Tensor) -> tuple[int, int]:
@@ -97,8 +102,9 @@ class MXFP8Experts(torch.nn.Module):
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         # Of each buffer of scales: when it was looked at, and what was found.
-        self._scale_groups = {
-            name: (_state(w.scales), w.scale_group) for name, w in (("w13_scales", w13q), ("w2_scales", w2q))
+        self._scalings = {
+            name: (_state(w.scales), (w.scale_group, w.squares))
+            for name, w in (("w13_scales", w13q), ("w2_scales", w2q))
         }
         self.activation = swiglu_of(activation)
         self.workspace = workspace
@@ -125,8 +131,9 @@ class MXFP8Experts(torch.nn.Module):
             transposed: w13 is (E, H, 2I) and w2 (E, I, H).
             interleaved: gate and up rows of w13 and its bias take turns, gate first. gpt-oss is
                 both.
-            scale_group: 32 or 128, as in ``quantize_weights``; None: 128 where the weights are on
-                Hopper, whose FP8 tensor cores know no block scales, and 32 elsewhere.
+            scale_group: 32 or 128, as in ``quantize_weights``; None: where the weights are on
+                Hopper, whose FP8 tensor cores know no block scales, squares of 128x128, and 32
+                elsewhere.
             options: as for the class.
 
         Raises:
@@ -145,28 +152,31 @@ class MXFP8Experts(torch.nn.Module):
         group = preferred_scale_group(w13.device) if scale_group is None else scale_group
         whole = (w.detach().contiguous() if transposed else w.detach() for w in (w13, w2))
         w13q, w2q = (quantize_weights(w, scale_group=group, backend=backend) for w in whole)
+        if scale_group is None:
+            w13q, w2q = for_fp8_units(w13q), for_fp8_units(w2q)
         return cls(w13q, w2q, w13_bias=w13_bias, **options)
 
     @property
     def w13q(self) -> ExpertWeights:
         """(E, 2I, H), the buffers' memory."""
-        return _weights("w13", self.w13_values, self.w13_scales, self._scale_group("w13_scales"))
+        return _weights("w13", self.w13_values, self.w13_scales, self._scaling("w13_scales"))
 
     @property
     def w2q(self) -> ExpertWeights:
         """(E, H, I), the buffers' memory."""
-        return _weights("w2", self.w2_values, self.w2_scales, self._scale_group("w2_scales"))
+        return _weights("w2", self.w2_values, self.w2_scales, self._scaling("w2_scales"))
 
-    def _scale_group(self, name: str) -> int:
-        """That of a buffer of scales, which is looked at again where anyone may have changed it."""
+    def _scaling(self, name: str) -> tuple[int, bool]:
+        """(scale_group, squares) of a buffer of scales, which is looked at again where anyone may
+        have changed it."""
         scales = getattr(self, name)
-        state, group = self._scale_groups[name]
+        state, found = self._scalings[name]
         if torch.compiler.is_compiling() or is_tracing(scales) or _state(scales) == state:
-            return group
+            return found
         values = getattr(self, name.replace("scales", "values")).view(torch.float8_e4m3fn)
-        group = find_scale_group(ExpertWeights.unchecked(values, scales.contiguous()).linear_scales())
-        self._scale_groups[name] = (_state(scales), group)
-        return group
+        found = find_scale_group(ExpertWeights.unchecked(values, scales.contiguous()).linear_scales())
+        self._scalings[name] = (_state(scales), found)
+        return found
 
     def extra_repr(self) -> str:
         """Shapes, for ``print(module)``."""

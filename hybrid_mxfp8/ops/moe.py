@@ -253,7 +253,7 @@ def _forward_traced(
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     weights = (w13q.values, w13q.scales, w2q.values, w2q.scales)
-    options = (topk_ids, topk_weights, w13_bias, w2_bias, activation.spec, backend, *shape.scale_groups)
+    options = (topk_ids, topk_weights, w13_bias, w2_bias, activation.spec, backend, *shape.scale_groups, *shape.squares)
     given: tuple[Any, ...] = (x, *weights, *options)
     if isinstance(x, MXFP8Tokens):
         given = (x.values.view(torch.uint8), *weights, *options, x.scales, x.dtype, x.scale_group)

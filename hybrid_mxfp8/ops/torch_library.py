@@ -111,8 +111,8 @@ def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor
     return values.view(torch.float8_e4m3fn)
 
 
-def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int) -> ExpertWeights:
-    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group)
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int, squares: bool) -> ExpertWeights:
+    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group, squares)
 
 
 def _grouped_gemm(
@@ -126,11 +126,12 @@ def _grouped_gemm(
     out_dtype: torch.dtype,
     backend: str | None,
     scale_group: int = BLOCK_SIZE,
+    squares: bool = False,
 ) -> torch.Tensor:
     x_values = _e4m3("x_values", x_values, 2, "(T, K)")
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, x_values.shape[0])
     x = GroupedMXFP8(x_values, x_scales, groups, scale_group)
-    w = _weights("w_values", w_values, w_scales, scale_group)
+    w = _weights("w_values", w_values, w_scales, scale_group, squares)
     return grouped_gemm.grouped_gemm(x, w, out_dtype=out_dtype, backend=backend)
 
 
@@ -153,6 +154,8 @@ def _moe_forward(
     backend: str | None,
     w13_scale_group: int = BLOCK_SIZE,
     w2_scale_group: int = BLOCK_SIZE,
+    w13_squares: bool = False,
+    w2_squares: bool = False,
     x_scales: torch.Tensor | None = None,
     x_dtype: torch.dtype | None = None,
     x_scale_group: int = BLOCK_SIZE,
@@ -162,8 +165,8 @@ def _moe_forward(
         given = MXFP8Tokens(_e4m3("x", x, 2, "(M, H)"), x_scales, x_dtype or torch.bfloat16, x_scale_group)
     return moe.moe_forward(
         given,
-        _weights("w13_values", w13_values, w13_scales, w13_scale_group),
-        _weights("w2_values", w2_values, w2_scales, w2_scale_group),
+        _weights("w13_values", w13_values, w13_scales, w13_scale_group, w13_squares and w13_scale_group == 128),
+        _weights("w2_values", w2_values, w2_scales, w2_scale_group, w2_squares and w2_scale_group == 128),
         topk_ids,
         topk_weights,
         activation=activation,
@@ -174,7 +177,7 @@ def _moe_forward(
 
 
 def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    x_dtype = others[13] if len(others) > 13 else None
+    x_dtype = others[15] if len(others) > 15 else None
     return x.new_empty(x.shape, dtype=x_dtype or x.dtype)
 
 
@@ -226,11 +229,14 @@ LIBRARY = define_operators(
         ),
         "grouped_gemm(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
         " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend,"
-        " int scale_group=32) -> Tensor": (_grouped_gemm, _grouped_gemm_fake),
+        " int scale_group=32, bool squares=False) -> Tensor": (_grouped_gemm, _grouped_gemm_fake),
         "moe_forward(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
         " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation,"
-        " str? backend, int w13_scale_group=32, int w2_scale_group=32, Tensor? x_scales=None,"
-        " ScalarType? x_dtype=None, int x_scale_group=32) -> Tensor": (_moe_forward, _moe_forward_fake),
+        " str? backend, int w13_scale_group=32, int w2_scale_group=32, bool w13_squares=False,"
+        " bool w2_squares=False, Tensor? x_scales=None, ScalarType? x_dtype=None, int x_scale_group=32) -> Tensor": (
+            _moe_forward,
+            _moe_forward_fake,
+        ),
         "pack_tokens(Tensor x, Tensor? topk_ids, Tensor? topk_weights, SymInt num_records, SymInt num_experts,"
         " str? backend, int scale_group=32) -> Tensor": (_pack_tokens, _pack_tokens_fake),
     }

@@ -15,8 +15,14 @@ class HopperFp8Config:
     """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns."""
 
     block_t: int  # tokens of a tile: 32 or 128
-    small_t: int  # what a tile of so few tokens multiplies: 16 or 32, below ``block_t``
+    small_t: int  # what a tile of so few tokens multiplies: 16 or 64, below ``block_t``
     num_stages: int  # of the ring; 2 are multiplied, and 1 is waited for meanwhile
+    squares: bool = False  # weights have one scale for 128x128: a whole tile's tokens are rows
+
+    @property
+    def box(self) -> int:
+        """Tokens that TMA loads at once."""
+        return self.block_t // 2
 
     @property
     def shared_memory(self) -> int:
@@ -27,24 +33,24 @@ class HopperFp8Config:
     def is_valid(self) -> bool:
         """The single statement of what the kernel takes."""
         return (
-            self.block_t in (32, 128)
-            and self.small_t in (16, 32)
-            and self.small_t < self.block_t
+            (self.block_t, self.small_t) in ((32, 16), (128, 64))
+            and self.squares <= (self.block_t == 128)
             and self.num_stages >= 3
             and self.shared_memory <= SHARED_MEMORY
         )
 
 
-def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Config:
-    """Tile by the average number of tokens an expert gets. Pure. Numbers: µs on an H200, (N, K, E)
-    = (4096, 7168, 32) and (1536, 2048, 128), each token going to an expert at random;
-    bench/results/hopper_fp8.md has all, and spread evenly."""
+def select_hopper_fp8_config(num_tokens: int, num_experts: int, squares: bool) -> HopperFp8Config:
+    """Tile by the average number of tokens an expert gets, and by whether weights have one scale
+    for 128x128. Pure. Numbers: µs on an H200, (N, K, E) = (4096, 7168, 32) and (1536, 2048, 128),
+    each token going to an expert at random; bench/results/hopper_fp8.md has all, and spread evenly.
+    """
     if num_tokens <= 16 * num_experts:
         # 16: 235.9 and 108.0, with 128 tokens 233.2 and 108.2; evenly 232.7 and 106.9, with 128
         # tokens 233.5 and 108.1.
         return HopperFp8Config(32, 16, 9)
-    # 64: 296.4 and 138.0, with 32 tokens 434.9 and 155.4.
-    return HopperFp8Config(128, 32, 6)
+    # 32: 242.9 and 114.3, with 32 tokens 293.5 and 125.2.
+    return HopperFp8Config(128, 64, 6, squares)
 
 
 def hopper_fp8_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
