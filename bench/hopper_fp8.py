@@ -68,7 +68,8 @@ def run(case: Case, store: Kept[Weights]) -> None:
     calls: dict[str, Call] = {"bf16 kernel": our_gemm(inputs, "triton")}
     for config in CONFIGS:
         launches = [launch(*operands, config) for operands in sets]
-        calls["{}/{} s{}{}".format(*dataclasses.astuple(config)[:3], " squares" * config.squares)] = lambda i, launches=launches: launches[i]()
+        name = "{}/{} s{}{}".format(*dataclasses.astuple(config)[:3], " squares" * config.squares)
+        calls[name] = lambda i, launches=launches: launches[i]()
     db = {}
     for name, call in calls.items():
         inputs.y[0].fill_(float("nan"))

@@ -125,7 +125,7 @@ def _tile(
 @gluon.jit
 def _load_weights(
     w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-    EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+    W_WORDS: gl.constexpr, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: weights and their scales of tile after tile.
 
@@ -147,7 +147,7 @@ def _load_weights(
             for k_tile in range(num_k_tiles):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(bar, 128 * 128 + 512)
+                mbarrier.expect(bar, 128 * 128 + 4 * W_WORDS)
                 tma_load(w_desc, [row, k_tile * 128], bar, w_ring.index(stage))
                 tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
                 stage, phase = advance(stage, phase, STAGES)
@@ -208,8 +208,10 @@ def _scaler(
     while rows > 0:
         for _ in range(num_k_tiles):
             mbarrier.wait(full.index(stage), phase)
-            w = _scale_pieces(raw_w_ring.index(stage))
-            if not SQUARES:
+            if SQUARES:
+                square = _first_scale(raw_w_ring.index(stage))
+            else:
+                w = _scale_pieces(raw_w_ring.index(stage))
                 out = w_scale_ring.index(stage)
                 for i in gl.static_range(4):
                     _put(out, i, w[i])
@@ -220,12 +222,22 @@ def _scaler(
                 # A tile that starts within a block of 128 rows ends in it.
                 for by in gl.static_range(1, 4 - i):
                     values = gl.where(piece == by, x[i + by], values)
-                # Rows 0 to 31 exist, and have the scale of their square.
-                _put(out, i, values * w[0] if SQUARES else values)
+                if SQUARES:
+                    values *= square
+                _put(out, i, values)
             mbarrier.arrive(ready.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(full.index(stage), phase)
         _, rows, _, piece = _announced(info_ring.index(stage), 1)
+
+
+@gluon.jit
+def _first_scale(raw):
+    """That of row 0, from the first words of a scale tile."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
+    words = raw.slice(0, 4, dim=1).load(layout)
+    i = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))[None, :]
+    return gl.sum(gl.sum(gl.where(i == 0, _scale_to_fp32(words), 0.0), 1), 0)
 
 
 @gluon.jit
@@ -357,7 +369,7 @@ def _consumer(
         else:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, BLOCK_T, SQUARES, SQUARES, STORE_COLUMNS, STAGES,
+                N, num_k_tiles, BLOCK_T, SQUARES and BLOCK_T == 128, SQUARES, STORE_COLUMNS, STAGES,
             )  # fmt: skip
         start, rows, n_tile, _ = _announced(info_ring.index(stage), 8)
 
@@ -368,9 +380,9 @@ def _consumer(
 def hopper_fp8_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     w_desc,  # (E*N, K) e4m3, boxes of (128, 128)
-    w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
+    w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row; boxes of (1, W_WORDS)
     x_desc,  # (T, K) e4m3, boxes of (BOX, 128)
-    x_scales_desc,  # (scale tiles, 128) int32
+    x_scales_desc,  # (scale tiles, 128) int32, boxes of (1, 128)
     expert_offsets_ptr,  # (E+1,) int32
     scale_offsets_ptr,  # (E+1,) int32
     num_experts,  # E
@@ -382,6 +394,7 @@ def hopper_fp8_gemm_kernel(
     SMALL_T: gl.constexpr,
     BOX: gl.constexpr,  # tokens that TMA loads at once
     SQUARES: gl.constexpr,
+    W_WORDS: gl.constexpr,  # 128, or of squares as few as TMA aligns
     STORE_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -391,7 +404,7 @@ def hopper_fp8_gemm_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], w_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_T, 128], x_desc.layout)
-    raw_w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
+    raw_w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, W_WORDS], words)
     raw_x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
     w_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
     x_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_T], plain)
@@ -413,7 +426,7 @@ def hopper_fp8_gemm_kernel(
             (
                 _load_weights,
                 (w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N,
-                 num_k_tiles, EXPERTS, BLOCK_T, STAGES),
+                 num_k_tiles, W_WORDS, EXPERTS, BLOCK_T, STAGES),
             ),
             (
                 _load_tokens,
@@ -443,7 +456,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     arguments = (
         b.out,
         tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
-        tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, config.w_words),
         tensor_map(b.x_values, p.num_tokens, p.k, config.box, 128),
         tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         b.expert_offsets,
@@ -455,7 +468,15 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     )
     experts = max(next_power_of_2(p.num_experts), 32)
     store_columns = 64 * 2 // p.out_dtype.itemsize
-    tile = (config.block_t, config.small_t, config.box, config.squares, store_columns, config.num_stages)
+    tile = (
+        config.block_t,
+        config.small_t,
+        config.box,
+        config.squares,
+        config.w_words,
+        store_columns,
+        config.num_stages,
+    )
     constants = (experts, *tile)
     # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
     options = (("num_warps", 8), ("maxnreg", 168))

@@ -25,6 +25,11 @@ class HopperFp8Config:
         return self.block_t // 2
 
     @property
+    def w_words(self) -> int:
+        """Words of a weights' scale tile that are loaded: all, or the first line of a square's."""
+        return 32 if self.squares else 128
+
+    @property
     def shared_memory(self) -> int:
         """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage."""
         rows = 128 + self.block_t
@@ -34,7 +39,6 @@ class HopperFp8Config:
         """The single statement of what the kernel takes."""
         return (
             (self.block_t, self.small_t) in ((32, 16), (128, 64))
-            and self.squares <= (self.block_t == 128)
             and self.num_stages >= 3
             and self.shared_memory <= SHARED_MEMORY
         )
