@@ -31,7 +31,8 @@ class HopperFp8Config:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage."""
+        """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage. Of
+        squares it is less."""
         rows = 128 + self.block_t
         return self.num_stages * (rows * 128 + 2 * SCALE_TILE_BYTES + rows * 4 + 16 + 24)
 
@@ -50,10 +51,10 @@ def select_hopper_fp8_config(num_tokens: int, num_experts: int, squares: bool) -
     each token going to an expert at random; bench/results/hopper_fp8.md has all, and spread evenly.
     """
     if num_tokens <= 16 * num_experts:
-        # 16: 235.9 and 108.0, with 128 tokens 233.2 and 108.2; evenly 232.7 and 106.9, with 128
-        # tokens 233.5 and 108.1.
-        return HopperFp8Config(32, 16, 9)
-    # 32: 242.9 and 114.3, with 32 tokens 293.5 and 125.2.
+        # Squares, 4: 215.6 and 94.5, with 128 tokens 238.8 and 97.1; 16: 219.9 and 101.3, 224.3 and
+        # 101.2.
+        return HopperFp8Config(32, 16, 10, squares)
+    # 32: 228.2 and 105.9; with 32 tokens and no squares 283.1 and 120.7.
     return HopperFp8Config(128, 64, 6, squares)
 
 
