@@ -334,7 +334,7 @@ class ExpertWeights(_Operand):
             fail("squares", "must be False for groups of 32", squares)
         if scale_group <= self.scale_group and squares <= self.squares:
             return ExpertWeights.unchecked(self.values, self.scales, scale_group, squares), math.inf
-        new = self._regrouped(scale_group, squares)
+        new = self.regroup_into(torch.empty_like(self.values), torch.empty_like(self.scales), scale_group, squares)
         power = noise = 0.0
         for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):
             before = dequantize(self.values[e], linear, torch.float64)
@@ -343,9 +343,10 @@ class ExpertWeights(_Operand):
             noise += float(change.square_().nansum())
         return new, decibels(power, noise)
 
-    def _regrouped(self, scale_group: int, squares: bool) -> ExpertWeights:
-        """``regrouped``, but for what it says in dB."""
-        values, scales = torch.empty_like(self.values), torch.empty_like(self.scales)
+    def regroup_into(
+        self, values: torch.Tensor, scales: torch.Tensor, scale_group: int, squares: bool
+    ) -> ExpertWeights:
+        """``regrouped`` without its dB, into other tensors or its own; one expert at a time."""
         for e, linear in enumerate(self.linear_scales()):
             new_values, new_linear = regroup(self.values[e], linear, scale_group, squares)
             values[e].view(torch.uint8).copy_(new_values.view(torch.uint8))

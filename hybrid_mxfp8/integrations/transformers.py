@@ -39,7 +39,7 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_scale_group, fail, reso
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
-from hybrid_mxfp8.ops.experts import MXFP8Experts, for_fp8_units
+from hybrid_mxfp8.ops.experts import MXFP8Experts, for_fp8_units_
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
 
@@ -268,7 +268,7 @@ def _quantize(
                 for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
             )
             if scale_group is None:
-                w13q, w2q = for_fp8_units(w13q), for_fp8_units(w2q)
+                w13q, w2q = for_fp8_units_(w13q), for_fp8_units_(w2q)
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         w13_bias, w2_bias = biases or (None, None)

@@ -39,9 +39,10 @@ def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scaling: tup
     return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, *scaling)
 
 
-def for_fp8_units(w: ExpertWeights) -> ExpertWeights:
-    """Groups of 128 in squares, which Hopper's kernel multiplies faster; others as they are."""
-    return w._regrouped(128, squares=True) if w.scale_group == 128 else w
+def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
+    """Groups of 128 in squares, in place, which Hopper's kernel multiplies faster; others as they
+    are."""
+    return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
 
 
 def _state(scales: torch.Tensor) -> tuple[int, int]:
@@ -153,7 +154,7 @@ class MXFP8Experts(torch.nn.Module):
         whole = (w.detach().contiguous() if transposed else w.detach() for w in (w13, w2))
         w13q, w2q = (quantize_weights(w, scale_group=group, backend=backend) for w in whole)
         if scale_group is None:
-            w13q, w2q = for_fp8_units(w13q), for_fp8_units(w2q)
+            w13q, w2q = for_fp8_units_(w13q), for_fp8_units_(w2q)
         return cls(w13q, w2q, w13_bias=w13_bias, **options)
 
     @property

@@ -253,9 +253,10 @@ def _forward_traced(
 ) -> torch.Tensor:
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     weights = (w13q.values, w13q.scales, w2q.values, w2q.scales)
-    options = (topk_ids, topk_weights, w13_bias, w2_bias, activation.spec, backend, *shape.scale_groups, *shape.squares)
+    options = (topk_ids, topk_weights, w13_bias, w2_bias, activation.spec, backend, *shape.scale_groups)
     given: tuple[Any, ...] = (x, *weights, *options)
     if isinstance(x, MXFP8Tokens):
         given = (x.values.view(torch.uint8), *weights, *options, x.scales, x.dtype, x.scale_group)
-    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(*given)
+    squares = dict(zip(("w13_squares", "w2_squares"), shape.squares, strict=True))
+    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(*given, **squares)
     return result if out is None else out.copy_(result)

@@ -154,11 +154,11 @@ def _moe_forward(
     backend: str | None,
     w13_scale_group: int = BLOCK_SIZE,
     w2_scale_group: int = BLOCK_SIZE,
-    w13_squares: bool = False,
-    w2_squares: bool = False,
     x_scales: torch.Tensor | None = None,
     x_dtype: torch.dtype | None = None,
     x_scale_group: int = BLOCK_SIZE,
+    w13_squares: bool = False,
+    w2_squares: bool = False,
 ) -> torch.Tensor:
     given: torch.Tensor | MXFP8Tokens = x
     if x_scales is not None:
@@ -177,7 +177,7 @@ def _moe_forward(
 
 
 def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    x_dtype = others[15] if len(others) > 15 else None
+    x_dtype = others[13] if len(others) > 13 else None
     return x.new_empty(x.shape, dtype=x_dtype or x.dtype)
 
 
@@ -232,8 +232,8 @@ LIBRARY = define_operators(
         " int scale_group=32, bool squares=False) -> Tensor": (_grouped_gemm, _grouped_gemm_fake),
         "moe_forward(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
         " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation,"
-        " str? backend, int w13_scale_group=32, int w2_scale_group=32, bool w13_squares=False,"
-        " bool w2_squares=False, Tensor? x_scales=None, ScalarType? x_dtype=None, int x_scale_group=32) -> Tensor": (
+        " str? backend, int w13_scale_group=32, int w2_scale_group=32, Tensor? x_scales=None,"
+        " ScalarType? x_dtype=None, int x_scale_group=32, bool w13_squares=False, bool w2_squares=False) -> Tensor": (
             _moe_forward,
             _moe_forward_fake,
         ),
