@@ -18,7 +18,6 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
-from hybrid_mxfp8.dispatch.device import preferred_scale_group
 
 from . import work
 from .bench_grouped_gemm import BACKENDS, Kept, weight_bytes
@@ -62,9 +61,8 @@ def make_layer(experts: int, intermediate: int, hidden: int, fp8: bool, device: 
         torch.empty(experts, n, k, dtype=torch.bfloat16, device=device).normal_(std=k**-0.5)
         for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
     )
-    group = preferred_scale_group(w13.device)
-    quantized = (mx.quantize_weights(w, scale_group=group) for w in (w13, w2))
-    return Layer(w13, w2, *quantized, tuple(map(fp8_blocks, (w13, w2) if fp8 else ())))
+    quantized = mx.MXFP8Experts.from_weights(w13, w2)
+    return Layer(w13, w2, quantized.w13q, quantized.w2q, tuple(map(fp8_blocks, (w13, w2) if fp8 else ())))
 
 
 def why_not() -> str | None:

@@ -34,7 +34,7 @@ from .timing import Call, CudaDevice, measure, plan
 
 SHAPES = ((32, 4096, 7168), (8, 7168, 2048), (128, 1536, 2048))
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
-CONFIGS = tuple(select_hopper_fp8_config(average, 1) for average in (1, 1000))
+CONFIGS = tuple(select_hopper_fp8_config(*given) for given in ((1, 1, False), (1000, 1, False), (1000, 1, True)))
 """Each that is ever chosen."""
 
 
@@ -45,7 +45,7 @@ def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: Hop
     given = [x.values, x.scales, g.tokens_per_expert, g.expert_offsets, g.scale_offsets, w.values, w.scales, y]
     operands = Operands()
     buffers = GemmBuffers(*[operands.add("tensor", t) for t in given], None)
-    problem = Problem(e, n, k, g.num_tokens, y.dtype, y.device, scale_group=128)
+    problem = Problem(e, n, k, g.num_tokens, y.dtype, y.device, 128)
     (step,) = hopper_fp8.plan(problem, buffers, config)
     return lambda: step.run(given, y.device)
 
@@ -68,7 +68,8 @@ def run(case: Case, store: Kept[Weights]) -> None:
     calls: dict[str, Call] = {"bf16 kernel": our_gemm(inputs, "triton")}
     for config in CONFIGS:
         launches = [launch(*operands, config) for operands in sets]
-        calls["{}/{} s{}".format(*dataclasses.astuple(config))] = lambda i, launches=launches: launches[i]()
+        name = "{}/{} s{}{}".format(*dataclasses.astuple(config)[:3], " squares" * config.squares)
+        calls[name] = lambda i, launches=launches: launches[i]()
     db = {}
     for name, call in calls.items():
         inputs.y[0].fill_(float("nan"))

@@ -54,7 +54,7 @@ def _hopper_fp8_config(problem: Problem) -> HopperFp8Config | None:
         return None
     if not hopper_fp8_takes(p.num_tokens, p.num_experts, p.n, p.k):
         return None
-    return select_hopper_fp8_config(p.num_tokens, p.num_experts)
+    return select_hopper_fp8_config(p.num_tokens, p.num_experts, p.squares)
 
 
 def _hopper_config(problem: Problem) -> HopperGemmConfig | None:

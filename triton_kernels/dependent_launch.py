@@ -5,8 +5,8 @@ so, if it waits. The rule, in every kernel: before :func:`wait_for_predecessor` 
 nothing is read that the kernel before writes, and the next kernel is not let go. So a kernel starts
 when all before its predecessor have ended, and waits for that one: it sees what any of them wrote,
 and may overwrite what any of them read. All kernels wait before their first access, but for the
-warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor, and which
-it does not read through L1.
+warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor. It empties
+L1 instead.
 """
 
 from __future__ import annotations
@@ -35,3 +35,12 @@ def wait_for_predecessor():
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def empty_l1():
+    """Forget what this multiprocessor's L1 cache holds, for a warp that does not wait: of the same
+    addresses it may hold what they had in a call before, which used the same workspace."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+    )

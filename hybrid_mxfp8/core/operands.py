@@ -18,6 +18,7 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import decibels
 from hybrid_mxfp8.core.scales import (
+    at_most_one,
     dequantize,
     dequantize_experts,
     dequantize_grouped,
@@ -221,6 +222,8 @@ class ExpertWeights(_Operand):
         scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns
             from K/32 on must hold zeros; padding rows may hold anything.
         scale_group: 32 or 128, as of :class:`GroupedMXFP8`.
+        squares: whether moreover the 128 rows from row 0, 128, 256, ... of an expert have equal
+            scales, none above 1; only with groups of 128. Not looked at either.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, not contiguous, or one
@@ -230,14 +233,17 @@ class ExpertWeights(_Operand):
     values: torch.Tensor
     scales: torch.Tensor
     scale_group: int = BLOCK_SIZE
+    squares: bool = False
 
     def __repr__(self) -> str:
         shape = f"num_experts={self.num_experts}, n={self.n}, k={self.k}"
-        return f"ExpertWeights({shape}, scale_group={self.scale_group}, device={str(self.device)!r})"
+        squares = ", squares=True" if self.squares else ""
+        return f"ExpertWeights({shape}, scale_group={self.scale_group}{squares}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
         check_weights(self.values, self.scales)
-        checks.check_scale_group(self.scale_group)
+        if checks.check_scale_group(self.scale_group) != 128 and self.squares:
+            checks.fail("squares", "must be False for groups of 32", self.squares)
 
     @property
     def num_experts(self) -> int:
@@ -261,11 +267,15 @@ class ExpertWeights(_Operand):
             ValueError: no such device; a dtype is none, and would turn bytes into numbers.
         """
         device = checks.resolve_device(device)
-        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group)
+        return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group, self.squares)
 
-    def regrouped(self, scale_group: int) -> tuple[ExpertWeights, float]:
+    def regrouped(self, scale_group: int, *, squares: bool = False) -> tuple[ExpertWeights, float]:
         """The weights with one scale a group, the largest of its blocks', and the signal-to-noise
         ratio of that in dB: inf where no value changed. Syncs.
+
+        With ``squares`` the groups of 128 rows share their largest scale, too, as in FP8 with a
+        scale for 128x128: Hopper's fastest kernel wants that. The result's ``squares`` stays False
+        if a scale is above 1, as no trained network's is.
 
         Elements under a smaller scale than their group's are rounded once where they leave e4m3's
         range downwards. Values that are NaN before or after don't count for the ratio: a block of
@@ -274,21 +284,31 @@ class ExpertWeights(_Operand):
         groups of 32.
 
         Raises:
-            ValueError: ``scale_group`` is neither 32 nor 128.
+            ValueError: ``scale_group`` is neither 32 nor 128, or squares of 32 are asked for.
         """
-        if checks.check_scale_group(scale_group) <= self.scale_group:
-            return ExpertWeights.unchecked(self.values, self.scales, scale_group), math.inf
-        values, scales = torch.empty_like(self.values), torch.empty_like(self.scales)
+        checks.check_scale_group(scale_group)
+        if squares and scale_group != 128:
+            checks.fail("squares", "must be False for groups of 32", squares)
+        if scale_group <= self.scale_group and squares <= self.squares:
+            return ExpertWeights.unchecked(self.values, self.scales, scale_group, squares), math.inf
+        new = self.regroup_into(torch.empty_like(self.values), torch.empty_like(self.scales), scale_group, squares)
         power = noise = 0.0
-        for e, linear in enumerate(self.linear_scales()):
-            new_values, new_linear = regroup(self.values[e], linear, scale_group)
+        for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):
             before = dequantize(self.values[e], linear, torch.float64)
-            change = dequantize(new_values, new_linear, torch.float64).sub_(before)
+            change = dequantize(new.values[e], new_linear, torch.float64).sub_(before)
             power += float(before.square_().nansum())
             noise += float(change.square_().nansum())
+        return new, decibels(power, noise)
+
+    def regroup_into(
+        self, values: torch.Tensor, scales: torch.Tensor, scale_group: int, squares: bool
+    ) -> ExpertWeights:
+        """``regrouped`` without its dB, into other tensors or its own; one expert at a time."""
+        for e, linear in enumerate(self.linear_scales()):
+            new_values, new_linear = regroup(self.values[e], linear, scale_group, squares)
             values[e].view(torch.uint8).copy_(new_values.view(torch.uint8))
             scales[e] = swizzle_scales(new_linear)
-        return ExpertWeights.unchecked(values, scales, scale_group), decibels(power, noise)
+        return ExpertWeights.unchecked(values, scales, scale_group, squares and at_most_one(scales))
 
     def dequantize(self) -> torch.Tensor:
         """(E, N, K) fp32, exact."""
@@ -301,7 +321,7 @@ class ExpertWeights(_Operand):
     @classmethod
     def from_linear_scales(cls, values: torch.Tensor, scales: torch.Tensor) -> ExpertWeights:
         """Weights from a checkpoint's row-major scales. They are looked at once, which syncs: where
-        all have groups of 128 the result says so.
+        all have groups of 128, or squares, the result says so.
 
         Args:
             values: (E, N, K) float8_e4m3fn, or its bytes as uint8.
@@ -313,5 +333,5 @@ class ExpertWeights(_Operand):
         """
         values, scales = checks.arrived(values, scales)
         _check_linear(values, scales, "E, N")
-        scale_group = find_scale_group(scales.view(torch.uint8))
-        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), scale_group)
+        found = find_scale_group(scales.view(torch.uint8))
+        return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), *found)

@@ -171,7 +171,10 @@ def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = N
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")
     shape, scales_shape = values.shape, scales.shape
-    known = (shape, scales_shape) if rows is None else (shape[0] == rows, shape[-1], scales_shape[-1])
+    if isinstance(operand, ExpertWeights):
+        known: tuple[Hashable, ...] = shape, scales_shape, operand.squares
+    else:
+        known = shape[0] == rows, shape[-1], scales_shape[-1]
     return known, values.device, values.data_ptr() & 15, scales.data_ptr() & 15, operand.scale_group
 
 

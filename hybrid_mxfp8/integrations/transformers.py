@@ -39,7 +39,7 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_scale_group, fail, reso
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
-from hybrid_mxfp8.ops.experts import MXFP8Experts
+from hybrid_mxfp8.ops.experts import MXFP8Experts, for_fp8_units_
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
 
@@ -267,6 +267,8 @@ def _quantize(
                 quantize_fp8_blocks(_local(module, w), _local(module, s), **options)
                 for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
             )
+            if scale_group is None:
+                w13q, w2q = for_fp8_units_(w13q), for_fp8_units_(w2q)
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
         w13_bias, w2_bias = biases or (None, None)
@@ -333,8 +335,8 @@ def quantize_model_(
         device: where each layer's experts are quantized and stay; default: where they are. From a
             model on the CPU, a GPU thus gets one layer's unquantized experts at a time.
         progress: show a progress bar on stderr.
-        scale_group: of the weights, as in ``MXFP8Experts.from_weights``: None: 128 on Hopper, else
-            32.
+        scale_group: of the weights, as in ``MXFP8Experts.from_weights``: None: squares of 128x128
+            on Hopper, else 32.
         backend: of the quantization and the forward; None: as everywhere.
 
     Returns the memory saved; ``print`` it for a sentence.

@@ -164,7 +164,8 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, back
     layout = (x.groups.tokens_per_expert, x.groups.expert_offsets, x.groups.scale_offsets)
     operands = (x.values, x.scales, *layout, w.values, w.scales)
     scale_group = min(x.scale_group, w.scale_group)
-    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(*operands, out_dtype, backend, scale_group)
+    scaling = scale_group, scale_group == 128 and w.squares
+    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(*operands, out_dtype, backend, *scaling)
     return product
 
 
@@ -243,4 +244,6 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
             checks.fail("w", f"must be (E, N, K) with x's K = {x.k} (transposed?)", tuple(w.values.shape))
         checks.fail("x", f"must have w's K = {k}", x.k)
     checks.check_n("w", n)
-    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, min(x.scale_group, w.scale_group))
+    scale_group = min(x.scale_group, w.scale_group)
+    scaling = scale_group, scale_group == 128 and w.squares
+    return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, *scaling)

@@ -30,7 +30,8 @@ from hybrid_mxfp8.dispatch.registry import Ready, choose_quantizer, choose_ready
 class MoEShape(NamedTuple):
     """All of an MoE layer that sizes its intermediates, but for the number of tokens. H and I are
     ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
-    ``scale_groups`` are those of x and w13, and of the activation and w2."""
+    ``scale_groups`` are those of x and w13, and of the activation and w2; ``squares``, whether w13
+    and w2 have one scale for 128x128."""
 
     experts: int
     hidden: int
@@ -39,12 +40,14 @@ class MoEShape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     scale_groups: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)
+    squares: tuple[bool, bool] = (False, False)
 
     def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
         """The two products for M = ``num_tokens``."""
         rest = (num_tokens * self.top_k, self.dtype, self.device)
-        up = Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, self.scale_groups[0])
-        return up, Problem(self.experts, self.hidden, self.intermediate, *rest, self.scale_groups[1])
+        groups = [(g, g == 128 and squares) for g, squares in zip(self.scale_groups, self.squares, strict=True)]
+        up = Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, *groups[0])
+        return up, Problem(self.experts, self.hidden, self.intermediate, *rest, *groups[1])
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
@@ -70,7 +73,8 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     if w2q.values.device != w13q.values.device:
         fail("w2q", f"must be on {w13q.values.device}, as w13q", w2q.values.device)
     scale_groups = (w13q.scale_group, w2q.scale_group)
-    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, scale_groups)
+    squares = (w13q.squares, w2q.squares)
+    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, scale_groups, squares)
 
 
 def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:

@@ -227,5 +227,6 @@ def _forward_traced(
     given: tuple[Any, ...] = (x, *weights, *options)
     if isinstance(x, MXFP8Tokens):
         given = (x.values.view(torch.uint8), *weights, *options, x.scales, x.dtype, x.scale_group)
-    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(*given)
+    squares = dict(zip(("w13_squares", "w2_squares"), shape.squares, strict=True))
+    result: torch.Tensor = torch.ops.hybrid_mxfp8.moe_forward(*given, **squares)
     return result if out is None else out.copy_(result)

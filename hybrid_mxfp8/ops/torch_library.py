@@ -98,8 +98,8 @@ def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor
     return values.view(torch.float8_e4m3fn)
 
 
-def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int) -> ExpertWeights:
-    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group)
+def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int, squares: bool) -> ExpertWeights:
+    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group, squares)
 
 
 def _grouped_gemm(
@@ -113,11 +113,12 @@ def _grouped_gemm(
     out_dtype: torch.dtype,
     backend: str | None,
     scale_group: int = BLOCK_SIZE,
+    squares: bool = False,
 ) -> torch.Tensor:
     x_values = _e4m3("x_values", x_values, 2, "(T, K)")
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, x_values.shape[0])
     x = GroupedMXFP8(x_values, x_scales, groups, scale_group)
-    w = _weights("w_values", w_values, w_scales, scale_group)
+    w = _weights("w_values", w_values, w_scales, scale_group, squares)
     return grouped_gemm.grouped_gemm(x, w, out_dtype=out_dtype, backend=backend)
 
 
@@ -138,12 +139,15 @@ def _moe_forward(
     x_scales: torch.Tensor | None = None,
     x_dtype: torch.dtype | None = None,
     x_scale_group: int = BLOCK_SIZE,
+    w13_squares: bool = False,
+    w2_squares: bool = False,
 ) -> torch.Tensor:
     given: torch.Tensor | MXFP8Tokens = x
     if x_scales is not None:
         given = MXFP8Tokens(_e4m3("x", x, 2, "(M, H)"), x_scales, x_dtype or torch.bfloat16, x_scale_group)
-    w13q = _weights("w13_values", w13_values, w13_scales, w13_scale_group)
-    w2q = _weights("w2_values", w2_values, w2_scales, w2_scale_group)
+    squares = w13_squares and w13_scale_group == 128, w2_squares and w2_scale_group == 128
+    w13q = _weights("w13_values", w13_values, w13_scales, w13_scale_group, squares[0])
+    w2q = _weights("w2_values", w2_values, w2_scales, w2_scale_group, squares[1])
     options: dict[str, Any] = {"w13_bias": w13_bias, "w2_bias": w2_bias, "activation": activation, "backend": backend}
     return moe.moe_forward(given, w13q, w2q, topk_ids, topk_weights, **options)
 

@@ -101,7 +101,8 @@ class MoEWorkspace:
         Raises:
             ValueError: a layer of another shape, or more tokens than ``max_tokens``.
         """
-        shape = shape._replace(scale_groups=self.shape.scale_groups)  # what other groups need more is allocated once
+        # What other groups need more is allocated once.
+        shape = shape._replace(scale_groups=self.shape.scale_groups, squares=self.shape.squares)
         if shape != self.shape:
             given = {f: v for f, v, own in zip(shape._fields, shape, self.shape, strict=True) if v != own}
             expected = ", ".join(f"{field} = {short(value)}" for field, value in given.items())

@@ -16,7 +16,7 @@ from compiling import SHARED_LIMIT, Compiled, CompileFor
 from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config, select_hopper_fp8_config
 
 E = 8
-CONFIGS = [select_hopper_fp8_config(average * E, E) for average in (1, 1000)]
+CONFIGS = [select_hopper_fp8_config(*given) for given in ((E, E, False), (1000 * E, E, False), (1000 * E, E, True))]
 DTYPES = [torch.bfloat16, torch.float32]
 
 Compile = Callable[[HopperFp8Config, torch.dtype], Compiled]
@@ -36,7 +36,7 @@ def compile_product(compile_for: CompileFor, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_t} tokens")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_t}{' squares' * config.squares}")
 def test_each_configuration(
     compile_product: Compile, config: HopperFp8Config, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -50,14 +50,18 @@ def test_each_configuration(
     assert compiled.count(r"\.ftz") == 0, "a scale may be subnormal"
     # The compiler adds room for the output on its way to memory.
     assert config.shared_memory <= compiled.shared <= SHARED_LIMIT[90]
+    assert (compiled.count(r"mul\.f32") < 10) == config.squares, "scales are multiplied with each other, not with sums"
     assert compiled.resources(tmp_path).stack == 0
     assert "C75" not in compiled.ptxas_output(tmp_path), "wgmma is serialized"
 
 
-def test_two_products_run_at_a_time_and_both_stages_are_freed(compile_product: Compile) -> None:
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=["128", "128 squares"])
+def test_two_products_run_at_a_time_and_both_stages_are_freed(
+    compile_product: Compile, config: HopperFp8Config
+) -> None:
     """Stages that the loop over K carries or computes: one from outside would starve the feeding
     warp after one round."""
-    intermediate = str(compile_product(CONFIGS[-1], torch.bfloat16).kernel.asm["ttgir"])
+    intermediate = str(compile_product(config, torch.bfloat16).kernel.asm["ttgir"])
     loops = [
         loop for loop in re.findall(r"scf\.for .*?scf\.yield", intermediate, re.DOTALL) if "warp_group_dot " in loop
     ]
@@ -82,5 +86,6 @@ def test_the_warp_that_loads_tokens_waits_for_the_kernel_before(compile_product:
     assert tokens[0] == "griddepcontrol.wait"
     assert set(tokens[1:]) == set(weights) == {"ld.global", "cp.async.bulk.tensor"}
     assert weights.count("cp.async.bulk.tensor") == 2, "weights, and their scales"
-    assert not re.search(r"ld\.global(?!\.cg\.)", texts[parts.index(weights)]), "L1 may be older than the routing"
+    before_its_loads = texts[parts.index(weights)].partition("ld.global")[0]
+    assert "fence.acq_rel.gpu" in before_its_loads, "L1 may be older than the routing"
     assert {operation for part in parts if part not in (tokens, weights) for operation in part} == {"st.global"}

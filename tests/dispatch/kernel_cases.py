@@ -143,7 +143,7 @@ def hopper_fp8_gemm() -> Case:
     offsets, scale_offsets = b(I32, E + 1), b(I32, E + 1, offset=36)
     buffers = GemmBuffers(x, x_scales, offsets, offsets, scale_offsets, w, w_scales, y, None)
     problem = Problem(E, N, K, T, BF16, torch.device("cpu"), scale_group=128)
-    (launch,) = hopper_fp8.plan(problem, buffers, hopper_fp8_config.select_hopper_fp8_config(T, E))
+    (launch,) = hopper_fp8.plan(problem, buffers, hopper_fp8_config.select_hopper_fp8_config(T, E, False))
     return Case(
         *(90, "gemm.hopper_fp8", "hopper_fp8_gemm_kernel", launch.programs, launch.arguments, launch.constants),
         dict(launch.options),

@@ -16,7 +16,9 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config, 
 
 pytestmark = pytest.mark.gpu
 
-CONFIGS = [select_hopper_fp8_config(average, 1) for average in (1, 1000)]
+CONFIGS = [
+    select_hopper_fp8_config(average, 1, squares) for average, squares in ((1, False), (1000, False), (1000, True))
+]
 UNITS = 33 * 2.0**-13
 """What FP8 units may lose, of the sum of magnitudes: they align 32 products and the sum so far to
 the largest, and cut what lies below 13 bits. Cut, not rounded: of one sign it adds up."""
@@ -30,7 +32,7 @@ def _hopper() -> None:
         pytest.skip("needs a GPU of compute capability 9.0")
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.block_t} tokens")
+@pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.block_t}{' squares' * config.squares}")
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HopperFp8Config:
     """Forced for any problem of groups of 128."""
     monkeypatch.setattr(backend, "_hopper_fp8_config", lambda problem: request.param)
@@ -51,11 +53,13 @@ def rows(kind: str, count: int, k: int, rng: torch.Generator) -> torch.Tensor:
     return x.bfloat16().cuda()
 
 
-def made(counts: Sequence[int], t: int, n: int, k: int, rng: torch.Generator, kind: str = "normal") -> Operands:
+def made(
+    counts: Sequence[int], t: int, n: int, k: int, rng: torch.Generator, kind: str = "normal", squares: bool = False
+) -> Operands:
     w = rows("normal", len(counts) * n, k, rng).view(len(counts), n, k) * k**-0.5
     groups = cases.layout(counts, t, "cuda")
     xq = mx.quantize_grouped(rows(kind, t, k, rng), groups, scale_group=128)
-    return xq, mx.quantize_weights(w, scale_group=128)
+    return xq, mx.quantize_weights(w, scale_group=128).regrouped(128, squares=squares)[0]
 
 
 def product(x: mx.GroupedMXFP8, w: mx.ExpertWeights, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -89,7 +93,7 @@ def check(x: mx.GroupedMXFP8, w: mx.ExpertWeights, counts: Sequence[int], dtype:
 def test_accuracy(kind: str, config: HopperFp8Config, rng: torch.Generator) -> None:
     """At least 60 dB from the exact product of the same operands."""
     counts = [100, 1, 0, 300]
-    x, w = made(counts, 401, 512, 7168, rng, kind)
+    x, w = made(counts, 401, 512, 7168, rng, kind, config.squares)
     y, ref = product(x, w), exact(x, w, counts)[0]
     assert mx.signal_to_noise_db(y, ref) >= 60
 
@@ -98,20 +102,20 @@ def test_accuracy(kind: str, config: HopperFp8Config, rng: torch.Generator) -> N
 def test_a_few_tiles(config: HopperFp8Config, rng: torch.Generator) -> None:
     """Full and ragged ones, an empty expert, a second tile of weights, several steps along K."""
     counts = [3, 0, 65, 1]
-    check(*made(counts, 72, 264, 416, rng), counts, torch.bfloat16)
+    check(*made(counts, 72, 264, 416, rng, squares=config.squares), counts, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, t) in cases.RAGGED.items() if t])
 def test_ragged(name: str, config: HopperFp8Config, rng: torch.Generator) -> None:
     counts, num_tokens = cases.RAGGED[name]
-    check(*made(counts, num_tokens, 136, 160, rng), counts)
+    check(*made(counts, num_tokens, 136, 160, rng, squares=config.squares), counts)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("n", "k"), [(8, 32), (128, 128), (264, 288), (384, 1056)])
 def test_shapes_and_dtypes(n: int, k: int, dtype: torch.dtype, config: HopperFp8Config, rng: torch.Generator) -> None:
     counts = [3, 0, 64, 65, 128, 129, 1, 270]
-    check(*made(counts, 680, n, k, rng), counts, dtype)
+    check(*made(counts, 680, n, k, rng, squares=config.squares), counts, dtype)
 
 
 @pytest.mark.parametrize("experts", [1, 33, 512])
@@ -128,16 +132,23 @@ def test_special_values(config: HopperFp8Config, rng: torch.Generator) -> None:
     )  # positive, at most 1, so that nothing but scales makes Inf
     scales_x = torch.full((70, k // 32), 127, dtype=torch.uint8)
     scales_w = torch.full((2, n, k // 32), 127, dtype=torch.uint8)
-    for i, b in enumerate((0, 1, 254, 255)):
-        scales_x[i + 1, 4:8], scales_w[:, i + 1, 4:8] = b, b
     codes_x[10, 200] = codes_w[1, 10, 7] = 0x7F
     codes_w[:, 3, 128:256] = codes_x[3, 128:256] = 1  # 2**-9: times 2**127 it is finite
-    scales_x[20, :4], scales_w[:, 20, :4] = 254, 230
+    scales_x[20, :4] = 254
+    for i, b in enumerate((0, 1, 254, 255)):
+        scales_x[i + 1, 4:8] = b
+        if not config.squares:
+            scales_w[:, i + 1, 4:8] = b
+    if config.squares:  # none above 1
+        for e, rows_of, columns, b in ((0, 0, 4, 0), (0, 1, 4, 1), (1, 0, 8, 120), (1, 1, 8, 255)):
+            scales_w[e, 128 * rows_of : 128 * (rows_of + 1), columns : columns + 4] = b
+    else:
+        scales_w[:, 20, :4] = 230
     w = mx.ExpertWeights.from_linear_scales(codes_w.view(torch.float8_e4m3fn).cuda(), scales_w.cuda())
     groups = cases.layout(counts, 70, "cuda")
     values = codes_x.view(torch.float8_e4m3fn).cuda()
     x = mx.GroupedMXFP8.from_linear_scales(values, scales_x.cuda(), groups, scale_group=128)
-    assert (x.scale_group, w.scale_group) == (128, 128)
+    assert (x.scale_group, w.scale_group, w.squares) == (128, 128, config.squares)
     assert bool(product(x, w)[20, 20].isinf())
     check(x, w, counts)
 
@@ -148,7 +159,7 @@ def test_the_same_bytes_again_and_on_any_grid(
 ) -> None:
     """Whatever the number of programs, by which the last tiles are cut; and from one run to the
     next."""
-    x, w = made(counts, 1500, 1024, 1184, rng)
+    x, w = made(counts, 1500, 1024, 1184, rng, squares=config.squares)
     ys = []
     for programs in (1, 5, 24, 47, 132, 132, 132):
         monkeypatch.setattr(hopper_fp8, "multiprocessors", lambda device, programs=programs: programs)
@@ -162,6 +173,7 @@ def test_an_experts_rows_do_not_depend_on_others(config: HopperFp8Config, rng: t
     k = 416
     own = rows("normal", 45, k, rng)
     w = mx.quantize_weights(rows("normal", 3 * 264, k, rng).view(3, 264, k), scale_group=128)
+    w, _ = w.regrouped(128, squares=config.squares)
     ys = []
     for before, after in ((0, 0), (7, 300), (130, 1)):
         x = torch.cat([rows("normal", before, k, rng), own, rows("heavy-tailed", after, k, rng)])
@@ -173,7 +185,7 @@ def test_an_experts_rows_do_not_depend_on_others(config: HopperFp8Config, rng: t
 
 def test_in_a_graph(config: HopperFp8Config, rng: torch.Generator) -> None:
     """Captured once, replayed with other tokens and counts in the same memory."""
-    x, w = made([30, 50], 90, 264, 416, rng)
+    x, w = made([30, 50], 90, 264, 416, rng, squares=config.squares)
     out = torch.empty(90, 264, device="cuda")
     product(x, w)
     graph = torch.cuda.CUDAGraph()
@@ -186,6 +198,14 @@ def test_in_a_graph(config: HopperFp8Config, rng: torch.Generator) -> None:
         getattr(x.groups, name).copy_(getattr(other.groups, name))
     graph.replay()
     assert torch.equal(out[:73], product(other, w)[:73])
+
+
+@pytest.mark.parametrize("counts", [[40, 24], [300, 129]], ids=str)
+def test_squares_change_no_bit(counts: list[int], rng: torch.Generator) -> None:
+    """Nor do tokens as rows: whichever tile takes them, sums are the same."""
+    x, w = made(counts, sum(counts), 264, 416, rng, squares=True)
+    assert w.squares
+    assert torch.equal(product(x, w), product(x, w.regrouped(128)[0]))
 
 
 def test_which_kernel_takes_it(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

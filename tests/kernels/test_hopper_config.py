@@ -58,23 +58,23 @@ def test_what_does_not_fit_is_invalid(config: HopperGemmConfig) -> None:
     assert not config.is_valid()
 
 
-def test_the_fp8_kernel_has_two_tiles() -> None:
+@pytest.mark.parametrize("squares", [False, True])
+def test_the_fp8_kernel_has_two_tiles(squares: bool) -> None:
     """The wide one beyond 16 tokens an expert on average."""
-    small, wide = HopperFp8Config(32, 16, 9), HopperFp8Config(128, 32, 6)
+    small, wide = HopperFp8Config(32, 16, 10 if squares else 9, squares), HopperFp8Config(128, 64, 6, squares)
     assert small.is_valid()
     assert wide.is_valid()
     for num_tokens, expected in ((0, small), (1, small), (160, small), (161, wide), (40960, wide)):
-        assert select_hopper_fp8_config(num_tokens, 10) == expected
+        assert select_hopper_fp8_config(num_tokens, 10, squares) == expected
 
 
 @pytest.mark.parametrize(
     "config",
     [
         HopperFp8Config(64, 32, 6),  # no such tile
-        HopperFp8Config(128, 64, 6),  # few tokens are 16 or 32
-        HopperFp8Config(32, 32, 6),  # few tokens are more than half
-        HopperFp8Config(128, 32, 2),  # nothing to overlap
-        HopperFp8Config(128, 32, 7),  # 238 KB of shared memory
+        HopperFp8Config(32, 64, 6),  # few tokens are fewer
+        HopperFp8Config(128, 64, 2),  # nothing to overlap
+        HopperFp8Config(128, 64, 7),  # 238 KB of shared memory
     ],
 )
 def test_what_does_not_fit_the_fp8_kernel_is_invalid(config: HopperFp8Config) -> None:
@@ -96,7 +96,7 @@ def test_stages_are_counted_in_full() -> None:
 def test_stages_of_the_fp8_kernel_are_counted_in_full() -> None:
     """6 stages of 128x128 weights and tokens, two scale tiles and these in fp32, 16 bytes that say
     which tile it is, three barriers."""
-    config = HopperFp8Config(128, 32, 6)
+    config = HopperFp8Config(128, 64, 6)
     assert config.shared_memory == 6 * (2 * 16384 + 2 * 512 + 2 * 512 + 16 + 24) <= SHARED_MEMORY
 
 

@@ -281,14 +281,14 @@ def test_a_workspace_on_a_second_stream_waits_for_the_first(
 
 def test_module_is_the_function(backend: str, device: str, rng: torch.Generator) -> None:
     """Biases lose their grad."""
-    layer = moe_truth.make_layer(rng, bias=True)
+    layer = moe_truth.make_layer(rng, intermediate=64, bias=True)  # of one block any scales have groups of 128
     assert layer.w13_bias is not None
     assert layer.w2_bias is not None
     biases = {"w13_bias": layer.w13_bias.requires_grad_(), "w2_bias": layer.w2_bias.requires_grad_()}
     experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, **biases, backend="reference").to(device)
     assert not any(buffer.requires_grad for buffer in experts.buffers())
     assert not list(experts.parameters())
-    assert "experts=5, hidden=64, intermediate=32, bias=True" in repr(experts)
+    assert "experts=5, hidden=64, intermediate=64, bias=True" in repr(experts)
     there = moe_truth.to(layer, device)
     experts.backend = backend
     with torch.no_grad():

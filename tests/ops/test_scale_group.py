@@ -41,15 +41,18 @@ def random_weights(rng: torch.Generator, k: int) -> tuple[torch.Tensor, torch.Te
     return codes, scales
 
 
+@pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 288])
-def test_regrouped_weights(device: str, k: int, rng: torch.Generator) -> None:
+def test_regrouped_weights(device: str, k: int, squares: bool, rng: torch.Generator) -> None:
     """By the definition: the largest scale of blocks that are not zeros, elements rounded once."""
     codes, scales = (part.to(device) for part in random_weights(rng, k))
     w = dataclasses.replace(from_bytes(codes, scales), scale_group=32)
-    got, db = w.regrouped(128)
+    got, db = w.regrouped(128, squares=squares)
     plain_codes, plain = (truth.as_bytes(part.to(torch.uint8)).reshape(48, -1) for part in (codes, scales))
     counts = (plain_codes.reshape(48, -1, 32) & 0x7F).any(axis=2) | (plain == 255)
     shared = truth.largest_of_group(np.where(counts, plain, 0), 128)
+    if squares:  # each expert's 24 rows are in one
+        shared = np.repeat(shared.reshape(2, 24, -1).max(axis=1), 24, axis=0)
     values = truth.dequantize(plain_codes, plain) / np.repeat(truth.scale_factors(shared), 32, axis=1)
     expected = truth.encode_e4m3(values)
     assert np.array_equal(truth.as_bytes(got.linear_scales()).reshape(48, -1), shared)
@@ -57,7 +60,7 @@ def test_regrouped_weights(device: str, k: int, rng: torch.Generator) -> None:
     nan = np.isnan(values)
     assert np.array_equal(got_codes[~nan], expected[~nan])
     assert ((got_codes[nan] & 0x7F) == 0x7F).all()
-    assert (got.scale_group, got.device) == (128, w.device)
+    assert (got.scale_group, got.squares, got.device) == (128, False, w.device), "scales above 1"
     before, after = truth.dequantize(plain_codes, plain), truth.dequantize(expected, shared)
     noise = np.nansum((after - before) ** 2)
     assert db == (pytest.approx(10 * math.log10(np.nansum(before**2) / noise)) if noise else math.inf)
@@ -69,6 +72,42 @@ def test_groups_that_are_there_stay(rng: torch.Generator) -> None:
         again, db = given.regrouped(group)
         assert (again.values.data_ptr(), again.scales.data_ptr()) == (given.values.data_ptr(), given.scales.data_ptr())
         assert (again.scale_group, db) == (group, math.inf)
+
+
+def test_squares(rng: torch.Generator, tmp_path: Path) -> None:
+    """Of 128 rows, the last of fewer: kept by a device, a checkpoint, a module; not by one scale
+    that differs or is above 1. Their product is as exact as that of groups."""
+    w = torch.randn(2, 200, 288, generator=rng) * torch.logspace(-3, 0, 288)
+    groups = mx.quantize_weights(w, scale_group=128)
+    squares, db = groups.regrouped(128, squares=True)
+    assert (groups.squares, squares.squares) == (False, True)
+    assert db > 60
+    linear = squares.linear_scales()
+    assert torch.equal(linear[:, 0], groups.linear_scales()[:, :128].amax(1))
+    assert torch.equal(linear[:, 199], groups.linear_scales()[:, 128:].amax(1))
+    assert "squares=True" in repr(squares.to("cpu"))
+    again, db = squares.regrouped(128)
+    assert (again.values is squares.values, again.squares, db) == (True, False, math.inf)
+    save_experts(tmp_path / "w.safetensors", {"w": squares})
+    assert load_experts(tmp_path / "w.safetensors", "w").squares
+    module = mx.MXFP8Experts(*(mx.quantize_weights(torch.ones(1, n, 32), scale_group=128) for n in (64, 32)))
+    assert not module.w13q.squares
+    module.load_state_dict({**module.state_dict()})
+    assert module.w13q.squares
+    linear[:, :128, 0] = 128
+    assert not mx.ExpertWeights.from_linear_scales(squares.values, linear).squares
+    linear[:, :128, 0] = 255
+    assert not mx.ExpertWeights.from_linear_scales(squares.values, linear).squares, "a block of a group"
+    linear[:, :128, :4] = 255
+    assert mx.ExpertWeights.from_linear_scales(squares.values, linear).squares
+    linear[1, 7, 8] += 1
+    assert not mx.ExpertWeights.from_linear_scales(squares.values, linear).squares
+    for make in (
+        lambda: groups.regrouped(32, squares=True),
+        lambda: mx.ExpertWeights(groups.values, groups.scales, 32, True),
+    ):
+        with pytest.raises(ValueError, match=r"^squares: must be False for groups of 32, got True$"):
+            make()
 
 
 @pytest.mark.parametrize("name", ["normal", "student t", "outlier channels", "blocks 2**-8 .. 2**8"])
@@ -136,6 +175,8 @@ def test_hopper_gets_groups_of_128(rng: torch.Generator, monkeypatch: pytest.Mon
             128,
             128,
         ]
+        squares = [w.squares for experts in made for w in (experts.w13q, experts.w2q)]
+        assert squares == [group == 128] * 2 + [False] * 4, "not where a group is asked for"
         assert mx.quantize_weights(layer.w2).scale_group == 32
 
 

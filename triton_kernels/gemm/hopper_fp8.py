@@ -7,8 +7,12 @@ as they are, and each partial sum, times the scale of its row and of its column,
 - Two warps feed a ring of stages, one weights, one tokens, each with a 128x4 tile of scales. The
   second says in a tile's first stage which tile it is.
 - Another warp turns the scales of a stage into fp32, in the order of rows.
-- Two warpgroups multiply, 64 weight rows each, two stages at a time: while the first one's partial
-  sum is added, the second one's product runs.
+- Two warpgroups multiply, 64 rows each, two stages at a time: while the first one's partial sum is
+  added, the second one's product runs.
+- Rows of the product are weights and its columns tokens, of which 16 or 64 cost less than 128.
+  Where weights have one scale for a square of 128x128 (``config.squares``), whole tiles of tokens
+  are the rows instead: then a thread needs two scales a stage, one for each of its rows, and adds a
+  partial sum by one instruction. A row and a column of scales take two, and many reads.
 - The grid is persistent. An expert's tokens beyond its last whole tile take a narrower one.
 
 The units cut products some 13 bits below the largest of those that they add at once:
@@ -25,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.device import multiprocessors
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
-from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
+from hybrid_mxfp8.triton_kernels.dependent_launch import empty_l1, wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import HopperFp8Config
 from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
     SCALE_WORDS,
@@ -36,9 +40,6 @@ from hybrid_mxfp8.triton_kernels.gemm.hopper_tiles import (
     tma_load,
 )
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
-
-BOX = gl.constexpr(16)
-"""Tokens that TMA loads at once; a tile loads as many times as it needs."""
 
 
 @gluon.constexpr_function
@@ -64,10 +65,8 @@ def _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS: gl.constexpr,
     """(numbers, first rows, ends, token tiles) of all experts, (EXPERTS,) each."""
     layout: gl.constexpr = gl.BlockedLayout([EXPERTS // 32], [32], [1], [0])
     e = gl.arange(0, EXPERTS, layout=layout)
-    # From L2: in a warp that has not waited nothing says that L1 was emptied since routing wrote,
-    # and it may hold the same addresses of a workspace's call before.
-    starts = gl.load(expert_offsets_ptr + e, mask=e < num_experts, other=0, cache_modifier=".cg")
-    ends = gl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=0, cache_modifier=".cg")
+    starts = gl.load(expert_offsets_ptr + e, mask=e < num_experts, other=0)
+    ends = gl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=0)
     # Clamped to the buffers, so that a layout put together by hand can't lead outside them.
     starts = gl.minimum(gl.maximum(starts, 0), num_tokens)
     ends = gl.minimum(gl.maximum(ends, starts), num_tokens)
@@ -126,13 +125,14 @@ def _tile(
 @gluon.jit
 def _load_weights(
     w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-    EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+    W_WORDS: gl.constexpr, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: weights and their scales of tile after tile.
 
     It does not wait for the kernel before, which writes tokens: weights and expert offsets are
     older.
     """
+    empty_l1()
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
@@ -147,7 +147,7 @@ def _load_weights(
             for k_tile in range(num_k_tiles):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(bar, 128 * 128 + 512)
+                mbarrier.expect(bar, 128 * 128 + 4 * W_WORDS)
                 tma_load(w_desc, [row, k_tile * 128], bar, w_ring.index(stage))
                 tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
                 stage, phase = advance(stage, phase, STAGES)
@@ -158,7 +158,7 @@ def _load_weights(
 @gluon.jit
 def _load_tokens(
     x_desc, x_scales_desc, x_ring, raw_x_ring, info_ring, full, empty, expert_offsets_ptr, scale_offsets_ptr, num_experts,
-    num_tokens, N, num_k_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+    num_tokens, N, num_k_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: tokens and their scales of tile after tile; in its first stage, which tile it is.
 
@@ -182,6 +182,7 @@ def _load_tokens(
             for k_tile in range(num_k_tiles):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
+                # The last box may hold tokens of the next expert, which no result depends on.
                 for i in gl.static_range(BLOCK_T // BOX):
                     mbarrier.expect(bar, (i + 1) * BOX * 128 + 512, pred=boxes == i + 1)
                 for i in gl.static_range(BLOCK_T // BOX):
@@ -197,9 +198,9 @@ def _load_tokens(
 @gluon.jit
 def _scaler(
     raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, num_k_tiles,
-    BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_T: gl.constexpr, SQUARES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp: the scales of each stage to fp32."""
+    """One warp: the scales of each stage to fp32; with SQUARES tokens' ones times the weights'."""
     stage = 0
     phase = 0
     mbarrier.wait(full.index(stage), phase)
@@ -207,10 +208,13 @@ def _scaler(
     while rows > 0:
         for _ in range(num_k_tiles):
             mbarrier.wait(full.index(stage), phase)
-            w = _scale_pieces(raw_w_ring.index(stage))
-            out = w_scale_ring.index(stage)
-            for i in gl.static_range(4):
-                _put(out, i, w[i])
+            if SQUARES:
+                square = _first_scale(raw_w_ring.index(stage))
+            else:
+                w = _scale_pieces(raw_w_ring.index(stage))
+                out = w_scale_ring.index(stage)
+                for i in gl.static_range(4):
+                    _put(out, i, w[i])
             out = x_scale_ring.index(stage)
             x = _scale_pieces(raw_x_ring.index(stage))
             for i in gl.static_range(BLOCK_T // 32):
@@ -218,11 +222,22 @@ def _scaler(
                 # A tile that starts within a block of 128 rows ends in it.
                 for by in gl.static_range(1, 4 - i):
                     values = gl.where(piece == by, x[i + by], values)
+                if SQUARES:
+                    values *= square
                 _put(out, i, values)
             mbarrier.arrive(ready.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(full.index(stage), phase)
         _, rows, _, piece = _announced(info_ring.index(stage), 1)
+
+
+@gluon.jit
+def _first_scale(raw):
+    """That of row 0, from the first words of a scale tile."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
+    words = raw.slice(0, 4, dim=1).load(layout)
+    i = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))[None, :]
+    return gl.sum(gl.sum(gl.where(i == 0, _scale_to_fp32(words), 0.0), 1), 0)
 
 
 @gluon.jit
@@ -242,11 +257,16 @@ def _put(out, i: gl.constexpr, values):
 
 
 @gluon.jit
-def _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+def _multiply(
+    p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, STAGES: gl.constexpr
+):
     """(p, next stage, its phase): start the product of a stage in the registers of p, whose value
     is dropped."""
-    x = x_ring.index(stage).slice(0, COLUMNS, dim=0).permute((1, 0))
-    p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=False, is_async=True)
+    if TOKEN_ROWS:
+        p = warpgroup_mma(x_ring.index(stage), w_ring.index(stage).permute((1, 0)), p, use_acc=False, is_async=True)
+    else:
+        x = x_ring.index(stage).slice(0, COLUMNS, dim=0).permute((1, 0))
+        p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=False, is_async=True)
     # Triton puts a barrier of all these warps before a wait. It costs nothing while each has a
     # product running, so the next stage is waited for here, too.
     mbarrier.wait(ready.index(stage), phase)
@@ -256,13 +276,20 @@ def _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexp
 
 
 @gluon.jit
-def _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS: gl.constexpr, LATER: gl.constexpr):
+def _promote(
+    acc, p, w_scale_ring, x_scale_ring, empty, stage,
+    COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, SQUARES: gl.constexpr, LATER: gl.constexpr,
+):  # fmt: skip
     """(acc plus the product p of a stage, scaled; p free for another one), while LATER products may
     still run. Gives the stage back."""
     p = warpgroup_mma_wait(LATER, deps=(p,))
-    rows = w_scale_ring.index(stage).load(gl.SliceLayout(1, acc.type.layout))
-    columns = x_scale_ring.index(stage).slice(0, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
-    acc += p * rows[:, None] * columns[None, :]
+    if TOKEN_ROWS:
+        acc += p * x_scale_ring.index(stage).load(gl.SliceLayout(1, acc.type.layout))[:, None]
+    else:
+        if not SQUARES:
+            p *= w_scale_ring.index(stage).load(gl.SliceLayout(1, acc.type.layout))[:, None]
+        columns = x_scale_ring.index(stage).slice(0, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
+        acc += p * columns[None, :]
     # So that the next product starts after these sums, not before: its registers are those of p.
     acc, p = warpgroup_mma_wait(LATER, deps=(acc, p))
     # Each thread by itself: nobody waits for the others.
@@ -271,28 +298,36 @@ def _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS: gl.const
 
 
 @gluon.jit
-def _store(y_ptr, acc, start, rows, n_first, N, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr):  # fmt: skip
-    """Tokens FIRST to FIRST + COLUMNS of a tile, PIECE at a time through shared memory."""
-    if COLUMNS > PIECE:
+def _store(
+    y_ptr, acc, start, rows, n_first, N,
+    FIRST: gl.constexpr, COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, STORE_COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + COLUMNS of a tile, STORE_COLUMNS at a time through shared memory."""
+    if COLUMNS > STORE_COLUMNS:
         left, right = acc.reshape([128, 2, COLUMNS // 2]).permute(0, 2, 1).split()
         half: gl.constexpr = _accumulator(COLUMNS // 2)
         left = gl.convert_layout(left, half, assert_trivial=True)
         right = gl.convert_layout(right, half, assert_trivial=True)
-        _store(y_ptr, left, start, rows, n_first, N, FIRST, COLUMNS // 2, PIECE)
-        _store(y_ptr, right, start, rows, n_first, N, FIRST + COLUMNS // 2, COLUMNS // 2, PIECE)
+        _store(y_ptr, left, start, rows, n_first, N, FIRST, COLUMNS // 2, TOKEN_ROWS, STORE_COLUMNS)
+        _store(y_ptr, right, start, rows, n_first, N, FIRST + COLUMNS // 2, COLUMNS // 2, TOKEN_ROWS, STORE_COLUMNS)
     else:
-        layout: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
-        y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), layout)
-        n = gl.arange(0, 128, layout=gl.SliceLayout(1, layout))
-        t = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+        y = acc.to(y_ptr.dtype.element_ty)
         y_rows = y_ptr + start.to(gl.int64) * N + n_first
-        gl.store(y_rows + (t[None, :] * N + n[:, None]), y, mask=(n < N - n_first)[:, None] & (t < rows)[None, :])
+        if TOKEN_ROWS:
+            layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [8, 1], [1, 0])
+            t = gl.arange(0, 128, layout=gl.SliceLayout(1, layout))[:, None]
+            n = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
+        else:
+            layout: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
+            n = gl.arange(0, 128, layout=gl.SliceLayout(1, layout))[:, None]
+            t = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
+        gl.store(y_rows + (t * N + n), gl.convert_layout(y, layout), mask=(n < N - n_first) & (t < rows))
 
 
 @gluon.jit
 def _consume_tile(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile, N, num_k_tiles,
-    COLUMNS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, SQUARES: gl.constexpr, STORE_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of up to COLUMNS tokens, stored; returns the ring's next stage and phase.
 
@@ -302,23 +337,23 @@ def _consume_tile(
     p = acc
     q = acc
     for _ in range(num_k_tiles // 2):
-        p, second, its_phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
-        q, third, phase = _multiply(q, w_ring, x_ring, full, ready, second, its_phase, COLUMNS, STAGES)
-        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, 1)
-        acc, q = _promote(acc, q, w_scale_ring, x_scale_ring, empty, second, COLUMNS, 0)
+        p, second, its_phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, TOKEN_ROWS, STAGES)
+        q, third, phase = _multiply(q, w_ring, x_ring, full, ready, second, its_phase, COLUMNS, TOKEN_ROWS, STAGES)
+        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, TOKEN_ROWS, SQUARES, 1)
+        acc, q = _promote(acc, q, w_scale_ring, x_scale_ring, empty, second, COLUMNS, TOKEN_ROWS, SQUARES, 0)
         stage = third
     if num_k_tiles % 2 == 1:
-        p, second, phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, STAGES)
-        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, 0)
+        p, second, phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, TOKEN_ROWS, STAGES)
+        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, TOKEN_ROWS, SQUARES, 0)
         stage = second
-    _store(y_ptr, acc, start, rows, n_tile * 128, N, 0, COLUMNS, PIECE)
+    _store(y_ptr, acc, start, rows, n_tile * 128, N, 0, COLUMNS, TOKEN_ROWS, STORE_COLUMNS)
     return stage, phase
 
 
 @gluon.jit
 def _consumer(
     y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, SMALL_T: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_T: gl.constexpr, SMALL_T: gl.constexpr, SQUARES: gl.constexpr, STORE_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Empty the ring, tile after tile."""
     stage = 0
@@ -329,12 +364,12 @@ def _consumer(
         if rows <= SMALL_T:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, SMALL_T, PIECE, STAGES,
+                N, num_k_tiles, SMALL_T, False, SQUARES, STORE_COLUMNS, STAGES,
             )  # fmt: skip
         else:
             stage, phase = _consume_tile(
                 y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, BLOCK_T, PIECE, STAGES,
+                N, num_k_tiles, BLOCK_T, SQUARES and BLOCK_T == 128, SQUARES, STORE_COLUMNS, STAGES,
             )  # fmt: skip
         start, rows, n_tile, _ = _announced(info_ring.index(stage), 8)
 
@@ -345,9 +380,9 @@ def _consumer(
 def hopper_fp8_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     w_desc,  # (E*N, K) e4m3, boxes of (128, 128)
-    w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
+    w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row; boxes of (1, W_WORDS)
     x_desc,  # (T, K) e4m3, boxes of (BOX, 128)
-    x_scales_desc,  # (scale tiles, 128) int32
+    x_scales_desc,  # (scale tiles, 128) int32, boxes of (1, 128)
     expert_offsets_ptr,  # (E+1,) int32
     scale_offsets_ptr,  # (E+1,) int32
     num_experts,  # E
@@ -357,7 +392,10 @@ def hopper_fp8_gemm_kernel(
     EXPERTS: gl.constexpr,
     BLOCK_T: gl.constexpr,
     SMALL_T: gl.constexpr,
-    PIECE: gl.constexpr,
+    BOX: gl.constexpr,  # tokens that TMA loads at once
+    SQUARES: gl.constexpr,
+    W_WORDS: gl.constexpr,  # 128, or of squares as few as TMA aligns
+    STORE_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Grid (at most multiprocessors,); 8 warps multiply, two feed them, one converts scales."""
@@ -366,7 +404,7 @@ def hopper_fp8_gemm_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], w_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_T, 128], x_desc.layout)
-    raw_w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
+    raw_w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, W_WORDS], words)
     raw_x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
     w_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
     x_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_T], plain)
@@ -383,22 +421,22 @@ def hopper_fp8_gemm_kernel(
             (
                 _consumer,
                 (y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-                 BLOCK_T, SMALL_T, PIECE, STAGES),
+                 BLOCK_T, SMALL_T, SQUARES, STORE_COLUMNS, STAGES),
             ),
             (
                 _load_weights,
                 (w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N,
-                 num_k_tiles, EXPERTS, BLOCK_T, STAGES),
+                 num_k_tiles, W_WORDS, EXPERTS, BLOCK_T, STAGES),
             ),
             (
                 _load_tokens,
                 (x_desc, x_scales_desc, x_ring, raw_x_ring, info_ring, full, empty, expert_offsets_ptr,
-                 scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles, EXPERTS, BLOCK_T, STAGES),
+                 scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles, EXPERTS, BLOCK_T, BOX, STAGES),
             ),
             (
                 _scaler,
                 (raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, num_k_tiles,
-                 BLOCK_T, STAGES),
+                 BLOCK_T, SQUARES, STAGES),
             ),
         ],
         [1, 1, 1],
@@ -418,8 +456,8 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     arguments = (
         b.out,
         tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
-        tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
-        tensor_map(b.x_values, p.num_tokens, p.k, BOX.value, 128),
+        tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, config.w_words),
+        tensor_map(b.x_values, p.num_tokens, p.k, config.box, 128),
         tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         b.expert_offsets,
         b.scale_offsets,
@@ -429,8 +467,17 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
         num_k_tiles,
     )
     experts = max(next_power_of_2(p.num_experts), 32)
-    piece = 64 * 2 // p.out_dtype.itemsize
-    constants = (experts, config.block_t, config.small_t, piece, config.num_stages)
+    store_columns = 64 * 2 // p.out_dtype.itemsize
+    tile = (
+        config.block_t,
+        config.small_t,
+        config.box,
+        config.squares,
+        config.w_words,
+        store_columns,
+        config.num_stages,
+    )
+    constants = (experts, *tile)
     # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
     options = (("num_warps", 8), ("maxnreg", 168))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)

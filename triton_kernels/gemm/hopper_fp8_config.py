@@ -15,36 +15,47 @@ class HopperFp8Config:
     """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns."""
 
     block_t: int  # tokens of a tile: 32 or 128
-    small_t: int  # what a tile of so few tokens multiplies: 16 or 32, below ``block_t``
+    small_t: int  # what a tile of so few tokens multiplies: 16 or 64, below ``block_t``
     num_stages: int  # of the ring; 2 are multiplied, and 1 is waited for meanwhile
+    squares: bool = False  # weights have one scale for 128x128: a whole tile's tokens are rows
+
+    @property
+    def box(self) -> int:
+        """Tokens that TMA loads at once."""
+        return self.block_t // 2
+
+    @property
+    def w_words(self) -> int:
+        """Words of a weights' scale tile that are loaded: all, or the first line of a square's."""
+        return 32 if self.squares else 128
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage."""
+        """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage. Of
+        squares it is less."""
         rows = 128 + self.block_t
         return self.num_stages * (rows * 128 + 2 * SCALE_TILE_BYTES + rows * 4 + 16 + 24)
 
     def is_valid(self) -> bool:
         """The single statement of what the kernel takes."""
         return (
-            self.block_t in (32, 128)
-            and self.small_t in (16, 32)
-            and self.small_t < self.block_t
+            (self.block_t, self.small_t) in ((32, 16), (128, 64))
             and self.num_stages >= 3
             and self.shared_memory <= SHARED_MEMORY
         )
 
 
-def select_hopper_fp8_config(num_tokens: int, num_experts: int) -> HopperFp8Config:
-    """Tile by the average number of tokens an expert gets. Pure. Numbers: µs on an H200, (N, K, E)
-    = (4096, 7168, 32) and (1536, 2048, 128), each token going to an expert at random;
-    bench/results/hopper_fp8.md has all, and spread evenly."""
+def select_hopper_fp8_config(num_tokens: int, num_experts: int, squares: bool) -> HopperFp8Config:
+    """Tile by the average number of tokens an expert gets, and by whether weights have one scale
+    for 128x128. Pure. Numbers: µs on an H200, (N, K, E) = (4096, 7168, 32) and (1536, 2048, 128),
+    each token going to an expert at random; bench/results/hopper_fp8.md has all, and spread evenly.
+    """
     if num_tokens <= 16 * num_experts:
-        # 16: 235.9 and 108.0, with 128 tokens 233.2 and 108.2; evenly 232.7 and 106.9, with 128
-        # tokens 233.5 and 108.1.
-        return HopperFp8Config(32, 16, 9)
-    # 64: 296.4 and 138.0, with 32 tokens 434.9 and 155.4.
-    return HopperFp8Config(128, 32, 6)
+        # Squares, 4: 215.6 and 94.5, with 128 tokens 238.8 and 97.1; 16: 219.9 and 101.3, 224.3 and
+        # 101.2.
+        return HopperFp8Config(32, 16, 10 if squares else 9, squares)
+    # 32: 228.2 and 105.9; with 32 tokens and no squares 283.1 and 120.7.
+    return HopperFp8Config(128, 64, 6, squares)
 
 
 def hopper_fp8_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
