@@ -62,7 +62,7 @@ def grouped_gemm(
         if checks.is_tracing(x.values):
             checks.check_no_buffer("out", out)
             checks.check_no_buffer("workspace", workspace)
-            return _gemm_traced(x, w, out_dtype, backend)
+            return _gemm_traced(x, w, problem, backend)
         _check_buffers(problem, out, workspace)
         make = functools.partial(_plan, [*map(metadata, (x, w, workspace))], problem, backend)
         plan = PLANS.make(signature, _sizes(x, workspace), make)
@@ -160,12 +160,11 @@ def _check_buffers(problem: Problem, out: torch.Tensor | None, workspace: torch.
             checks.fail("workspace", f"must start at a {ALIGNMENT}-byte boundary", f"address {workspace.data_ptr():#x}")
 
 
-def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, backend: str | None) -> torch.Tensor:
+def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, p: Problem, backend: str | None) -> torch.Tensor:
     layout = (x.groups.tokens_per_expert, x.groups.expert_offsets, x.groups.scale_offsets)
     operands = (x.values, x.scales, *layout, w.values, w.scales)
-    scale_group = min(x.scale_group, w.scale_group)
-    scaling = scale_group, scale_group == 128 and w.squares
-    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(*operands, out_dtype, backend, *scaling)
+    options = (p.out_dtype, backend, p.scale_group, p.squares)
+    product: torch.Tensor = torch.ops.hybrid_mxfp8.grouped_gemm(*operands, *options)
     return product
 
 
