@@ -29,8 +29,6 @@ from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
 
-MISSING = "not installed"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -58,41 +56,35 @@ def examine() -> dict[str, Any]:
         "cache": cache(env.cache_dir()),
         **cached(env.cache_dir()),
         "environment": env.in_force(),
+        "settings_problems": settings_problems(),
     }
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python, and what it builds on."""
+    kinds = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    build = next((f"{kind} {version}" for kind, version in kinds.items() if version is not None), "CPUs alone")
     return {
         "hybrid_mxfp8": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {_torch_build()}",
+        "torch": f"{torch.__version__}, built for {build}",
         "Triton": _distribution("triton"),
         **{name: _distribution(name) for name in ("apache-tvm-ffi", "safetensors", "transformers")},
         **({"NVIDIA driver": driver} if (driver := verify.driver_version()) else {}),
     }
 
 
-def _torch_build() -> str:
-    if torch.version.hip is not None:
-        return f"built for ROCm {torch.version.hip}"
-    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda is not None else "built for CPUs alone"
-
-
 def _distribution(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return MISSING
+        return "not installed"
 
 
 def gpus() -> list[dict[str, str]]:
     """Name and compute capability of each GPU that PyTorch sees."""
-    found = []
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        found.append({"name": torch.cuda.get_device_name(index), "compute_capability": f"{major}.{minor}"})
-    return found
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}"} for gpu in found]
 
 
 def tools() -> dict[str, Any]:
@@ -155,6 +147,17 @@ def cached(folder: Path) -> dict[str, Any]:
     return {"cached": [entry for entry in found if entry["kind"] != "lock"], "modules_problem": ""}
 
 
+def settings_problems() -> list[str]:
+    """What is wrong with variables of which nothing above says it."""
+    found = []
+    for read in (env.pdl, env.hopper_gemm, env.verify):
+        try:
+            read()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def render(facts: dict[str, Any]) -> str:
     """The facts as a page of plain text."""
     folder = facts["cache"]
@@ -171,6 +174,7 @@ def render(facts: dict[str, Any]) -> str:
         *((entry["kind"], f"{entry['about']}, {size(entry['bytes'])}") for entry in facts["cached"]),
         *([("modules", facts["modules_problem"])] if facts["modules_problem"] else []),
         *facts["environment"].items(),
+        *(("setting", problem) for problem in facts["settings_problems"]),
     ]
     width = max(len(name) for name, _ in lines)
     answers = [

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from hybrid_mxfp8.commands.accuracy.measure import ChannelEffect, Score
+from hybrid_mxfp8.commands.accuracy.measure import Score
+from hybrid_mxfp8.commands.demo.measure import Effect
 
 COLOURS: Final = {
     "bf16": "#7f7f7f",
@@ -22,9 +23,7 @@ FIGURES: Final = (("tokens", "x_db", "o", 0.26), ("weights", "w_db", "s", 0.0), 
 """Label, figure, marker and height in its row."""
 
 
-def draw(
-    panels: Sequence[tuple[str, Sequence[Score]]], effects: Sequence[ChannelEffect], source: str, path: Path
-) -> None:
+def draw(panels: Sequence[tuple[str, Sequence[Score]]], effects: Sequence[Effect], source: str, path: Path) -> None:
     """Write the picture, ``source`` printed below, in the format that the file's ending names."""
     from matplotlib.figure import Figure
 
@@ -73,7 +72,7 @@ def _experts(axis: Any, title: str, scores: Sequence[Score]) -> None:
     _frame(axis, title + below, "x", [score.format.name for score in shown])
 
 
-def _channel(axis: Any, effects: Sequence[ChannelEffect]) -> None:
+def _channel(axis: Any, effects: Sequence[Effect]) -> None:
     ratios = [effect.ratio for effect in effects]
     for name, colour in COLOURS.items():
         style = "--" if name in ("bf16", "MXFP8 floor", "MXFP8 even") else "-"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -30,21 +29,14 @@ SIZES: Final = {
 }
 
 
-@dataclass(frozen=True)
-class ModelReport:
-    """Operands of the last layer's experts, and the logits' signal-to-noise in dB by format."""
-
-    workload: Workload
-    logits_db: dict[str, float]
-
-
 def installed() -> bool:
     """Whether transformers is."""
     return importlib.util.find_spec("transformers") is not None
 
 
-def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> ModelReport:
-    """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format."""
+def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> tuple[Workload, dict[str, float]]:
+    """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format: the
+    last layer's operands, and the logits' signal-to-noise in dB by format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -56,8 +48,8 @@ def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> ModelRepo
     truth, seen = logits(model, lambda x: x, ids)
     logits_db = {form.name: signal_to_noise_db(truth, logits(model, form.through, ids)[0]) for form in FORMATS}
     name = f"Qwen3-MoE, {sizes['num_hidden_layers']} layers, {sizes['num_experts']} experts"
-    workload = Workload(f"{name}, RANDOM weights and tokens; the experts of its last layer", False, tuple(seen[-2:]))
-    return ModelReport(workload, logits_db)
+    source = f"{name}, RANDOM weights and tokens; the experts of its last layer"
+    return Workload(source, False, tuple(seen[-2:])), logits_db
 
 
 @torch.no_grad()

@@ -45,9 +45,9 @@ class Findings:
             for e, q in enumerate(self.mxfp8)
             if not q.good
         ]
-        for a in (a for a in self.agreements if not a.good):
+        for a in self.agreements:
             how = f"differ by {a.of_bound:.2g} times the bound" if a.same_operands else "wrote different bytes"
-            found.append(f"{name}: {a.first} and {a.second} {how}")
+            found += [] if a.good else [f"{name}: {a.first} and {a.second} {how}"]
         return found
 
 
@@ -85,12 +85,9 @@ def run(args: argparse.Namespace) -> int:
         findings = [examine(gemm, names, bar) for gemm in gemms]
     effects = measure.outlier_effect(gemms[0].x, names[0], OUTLIER_FACTORS)
     faults = [fault for found in findings for fault in found.faults]
-    conclusion = _conclusion(workload, findings, effects[-1], names)
-    if faults:
-        conclusion = "\n  ".join(("FAILED:", *faults))
+    conclusion = "\n  ".join(("FAILED:", *faults)) if faults else _conclusion(workload, findings, effects[-1], names)
     tables = (*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects))
-    for text in (*tables, conclusion):
-        print(f"\n{text}")
+    print("\n" + "\n\n".join((*tables, conclusion)))
     return 1 if faults else 0
 
 
@@ -180,18 +177,16 @@ def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
     return format_table(header, rows, left=(0, 1, 2), title=title)
 
 
-def _outlier_table(effects: Sequence[measure.OutlierEffect]) -> str:
+def _outlier_table(effects: Sequence[measure.Effect]) -> str:
     title = (
         "One outlier: the largest element of GEMM1's tokens made larger still, up to a multiple of the tokens' rms, and "
         "what that leaves of all the other blocks, in dB"
     )
-    rows = [(f"{e.ratio:,.0f} x rms", f"{e.mxfp8_db:.1f}", f"{e.fp8_db:.1f}") for e in effects]
-    return format_table(("outlier", "MXFP8", "per-tensor FP8"), rows, left=(), title=title)
+    rows = [(f"{e.ratio:,.0f} x rms", *(f"{db:.1f}" for db in e.db.values())) for e in effects]
+    return format_table(("outlier", *effects[0].db), rows, left=(), title=title)
 
 
-def _conclusion(
-    workload: Workload, findings: Sequence[Findings], last: measure.OutlierEffect, names: Sequence[str]
-) -> str:
+def _conclusion(workload: Workload, findings: Sequence[Findings], last: measure.Effect, names: Sequence[str]) -> str:
     """What was shown, in plain words."""
     ours = [q.product_db for found in findings for q in found.mxfp8]
     theirs = [q.product_db for found in findings for q in found.fp8]
@@ -204,5 +199,5 @@ def _conclusion(
     return wrap(
         f"{kind}, MXFP8 products keep {min(ours):.0f} to {max(ours):.0f} dB and per-tensor FP8 keeps {min(theirs):.0f} to "
         f"{max(theirs):.0f}; with an outlier of {last.ratio:,.0f} times the rms, block scaling leaves the other elements at "
-        f"{last.mxfp8_db:.0f} dB, where one scale for the tensor leaves {last.fp8_db:.0f}; {compared}."
+        f"{last.db['MXFP8']:.0f} dB, where one scale for the tensor leaves {last.db['per-tensor FP8']:.0f}; {compared}."
     )
