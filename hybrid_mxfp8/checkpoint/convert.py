@@ -16,9 +16,8 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
@@ -51,6 +50,9 @@ QUANTIZATION_CONFIG: Final = {
 
 Progress = Callable[[str, int], None]
 """Told the name and the source bytes of each block that is done."""
+
+Block = tuple[str, torch.Tensor, int]
+"""Which matrix of a stack, rows of it (R, K), and their bytes in the source."""
 
 
 @dataclass(frozen=True)
@@ -235,17 +237,6 @@ def convert(
     return conversion.summary
 
 
-class _Quantized(NamedTuple):
-    """A block of rows in MXFP8, and the sums of squares of its source and of what it lost."""
-
-    number: str  # of the matrix in its stack
-    values: torch.Tensor
-    scales: torch.Tensor
-    signal: float
-    noise: float
-    num_bytes: int  # in the source
-
-
 @dataclass(frozen=True)
 class _Conversion:
     checkpoint: Checkpoint
@@ -255,16 +246,9 @@ class _Conversion:
     summary: Summary
 
     def folder(self, target: Path) -> None:
-        source, config_file = self.checkpoint.path, self.checkpoint.path / CONFIG_FILE
+        source = self.checkpoint.path
         others = _other_files(source)  # before anything is converted, which may take hours
-        config = read_json(config_file) if config_file.exists() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"{config_file}: must hold an object, got a {type(config).__name__}")
-        if config_file.exists():
-            parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-            found = (part.pop("quantization_config", None) for part in parts)
-            said = [each for each in found if each is not None]
-            _check_one_format(self.checkpoint, said, self.planned)
+        config = _new_config(self.checkpoint, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
             weight_map: dict[str, str] = {}
@@ -276,9 +260,7 @@ class _Conversion:
             if (source / INDEX_FILE).exists():
                 metadata = {"total_size": self.summary.bytes_after}
                 _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-            if config_file.exists():
-                untouched = _modules_not_converted(self.planned)
-                config["quantization_config"] = {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
+            if config is not None:
                 _write_json(folder / CONFIG_FILE, config)
             replace_folder(folder, target)
 
@@ -315,22 +297,21 @@ class _Conversion:
 
     def quantize(self, entry: Entry, writer: SafetensorsWriter) -> None:
         name, summary = entry.name, self.summary
+        energies: dict[str, tuple[float, float]] = {}  # of each matrix, and of what it lost
         with contextlib.closing(in_order(self.quantized, self.blocks(entry), self.threads)) as done:
-            for number, blocks in itertools.groupby(done, key=attrgetter("number")):
-                signal = noise = 0.0
-                for block in blocks:
-                    signal += block.signal
-                    noise += block.noise
-                    if not math.isfinite(signal) or not math.isfinite(noise):
-                        place = self.checkpoint.place(name) + number
-                        why = "holds NaN or Inf, each of which would make its whole block of 32 NaN"
-                        raise ValueError(f"{place}: {why}")
-                    writer.append(name, block.values)
-                    writer.append(f"{name}_scale_inv", block.scales)
-                    self.progress(name, block.num_bytes)
-                db = 10 * math.log10(signal / noise) if noise and signal else math.inf
-                if db < summary.worst_db or not summary.worst_name:
-                    summary.worst_db, summary.worst_name = db, name + number
+            for number, num_bytes, values, scales, signal, noise in done:
+                if not math.isfinite(signal) or not math.isfinite(noise):
+                    place = self.checkpoint.place(name) + number
+                    raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
+                writer.append(name, values)
+                writer.append(f"{name}_scale_inv", scales)
+                self.progress(name, num_bytes)
+                before = energies.get(number, (0.0, 0.0))
+                energies[number] = before[0] + signal, before[1] + noise
+        for number, (signal, noise) in energies.items():
+            db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+            if db < summary.worst_db or not summary.worst_name:
+                summary.worst_db, summary.worst_name = db, name + number
 
     @property
     def threads(self) -> int:
@@ -338,16 +319,16 @@ class _Conversion:
         on_cpu = self.options.device is None or self.options.device.type == "cpu"
         return min(torch.get_num_threads(), MAX_THREADS) if on_cpu and not env.triton_interpret() else 1
 
-    def quantized(self, block: tuple[str, torch.Tensor, int]) -> _Quantized:
-        """One of :meth:`blocks` in MXFP8."""
+    def quantized(self, block: Block) -> tuple[str, int, torch.Tensor, torch.Tensor, float, float]:
+        """Elements and scales of a block, and the sums of squares of it and of what it lost."""
         number, w, num_bytes = block
         w = w.float()  # once for all that follows
         wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
         signal, noise = _energy(w), _energy(wq.dequantize()[0].sub_(w))
-        return _Quantized(number, wq.values, wq.linear_scales(), signal, noise, num_bytes)
+        return number, num_bytes, wq.values, wq.linear_scales(), signal, noise
 
-    def blocks(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """A tensor's matrices in blocks: which one, its rows (R, K), their bytes in the source."""
+    def blocks(self, entry: Entry) -> Iterator[Block]:
+        """A tensor's matrices, each in blocks of rows."""
         shape, scales = self.planned.shape(entry), self.planned.scales.get(entry.name)
         n, k = shape[-2:]
         turns = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
@@ -381,18 +362,32 @@ def _energy(x: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
+def _new_config(checkpoint: Checkpoint, planned: Plan) -> dict[str, Any] | None:
+    """The result's ``config.json``, with the modules whose weight matrix is a float in it; None
+    where the source has none."""
+    file = checkpoint.path / CONFIG_FILE
+    if not file.exists():
+        return None
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold an object, got a {type(config).__name__}")
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    found = [part.pop("quantization_config", None) for part in parts]
+    _check_one_format(checkpoint, [each for each in found if each is not None], planned)
+    floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
+    weights = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
+    untouched = sorted(name.removesuffix(".weight") for name in weights)
+    return {**config, "quantization_config": {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}}
+
+
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
     """That one ``quantization_config`` can say what all weights are in the result."""
     file = checkpoint.path / CONFIG_FILE
-    scales = {checkpoint.scale_of(entry.name) for entry in planned.copied if entry.dtype.startswith("F8")}
-    left = [
-        entry.name
-        for entry in planned.copied
-        if entry.dtype.startswith("F8")
-        and entry.name not in scales
-        and checkpoint.scale_of(entry.name) is not None
-        and not is_mxfp8(checkpoint, entry)
-    ]
+
+    fp8 = [entry for entry in planned.copied if entry.dtype.startswith("F8")]
+    scales = {checkpoint.scale_of(entry.name) for entry in fp8} - {None}
+    weights = (entry for entry in fp8 if entry.name not in scales and checkpoint.scale_of(entry.name) is not None)
+    left = [entry.name for entry in weights if not is_mxfp8(checkpoint, entry)]
     if left:
         raise ValueError(
             f"{file}: can't say beside MXFP8 that weights are FP8, and {len(left)} would stay so, {left[0]} first: match "
@@ -424,10 +419,3 @@ def _write_json(file: Path, content: object) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, f"can't be written: {error.strerror}", str(file)) from error
-
-
-def _modules_not_converted(planned: Plan) -> list[str]:
-    """Modules with a weight matrix that is a float in the result."""
-    floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
-    names = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
-    return sorted(name.removesuffix(".weight") for name in names)

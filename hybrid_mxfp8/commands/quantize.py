@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from hybrid_mxfp8.checkpoint.convert import Options, Summary, convert, plan
 from hybrid_mxfp8.checkpoint.reader import Checkpoint
@@ -60,11 +59,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         yield
     finally:
@@ -123,9 +118,8 @@ def describe(summary: Summary, target: Path) -> str:
     if found.transposed:
         lines.append(f"transposed from (E, K, N): {len(found.transposed)}, {min(found.transposed)} among them")
     if found.interleaved:
-        lines.append(
-            f"gate and up rows put one after another: {len(found.interleaved)}, {min(found.interleaved)} among them"
-        )
+        turned = f"{len(found.interleaved)}, {min(found.interleaved)} among them"
+        lines.append(f"gate and up rows put one after another: {turned}")
     if found.widened:
         lines.append(f"other FP8 tensors written as bf16: {len(found.widened)}, {found.widened[0].name} among them")
     if found.kept:
