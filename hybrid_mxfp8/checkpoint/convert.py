@@ -26,8 +26,8 @@ from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
-from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, layout_of, matches
-from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, bias_names, layout_of, matches
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.ops.experts import gate_then_up
 from hybrid_mxfp8.ops.quantize import quantize_weights
@@ -59,12 +59,12 @@ Block = tuple[str, torch.Tensor, int]
 class Options:
     """How to convert."""
 
-    patterns: tuple[str, ...]  # as in a shell, for the names of the expert tensors
+    patterns: Patterns  # as in a shell, for the names of the expert tensors
     scale_rounding: str = "rceil"
     device: torch.device | None = None  # where to quantize; None means the CPU
     others_to_bf16: bool = False  # FP8 matrices in blocks of 128x128 that no pattern matches
-    transposed: tuple[str, ...] | None = None  # stacks kept as (E, K, N); None: as config.json says
-    interleaved: tuple[str, ...] | None = None  # weights with gate and up rows in turns; None: likewise
+    transposed: Patterns | None = None  # stacks kept as (E, K, N); None: as config.json says
+    interleaved: Patterns | None = None  # weights with gate and up rows in turns; None: likewise
 
 
 @dataclass
@@ -87,10 +87,8 @@ class Plan:
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
         """Of a tensor in the result: (..., N, K)."""
-        if entry.name not in self.transposed:
-            return entry.shape
-        experts, k, n = entry.shape
-        return experts, n, k
+        *stack, n, k = entry.shape
+        return (*stack, k, n) if entry.name in self.transposed else entry.shape
 
 
 @dataclass
@@ -117,8 +115,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     _find_layout(found, checkpoint, entries, options)
     for entry in entries:
         widened = options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
-        scales = block_scales(checkpoint, entry)
-        if scales and (widened or _is_quantized(entry, options)):
+        if (widened or _is_quantized(entry, options)) and (scales := block_scales(checkpoint, entry)):
             found.scales[entry.name] = scales
     dropped = {scales.name for scales in found.scales.values()}
     for entry in entries:
@@ -149,12 +146,11 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
     stacks = {e.name: e.shape for e in entries if len(e.shape) == 3}
     found.transposed = {name for name in quantized & stacks.keys() if matches(name, transposed)}
     found.interleaved = {name for name in quantized if matches(name, interleaved)}
-    for option, given, names in (
-        ("transposed", options.transposed, found.transposed),
-        ("interleaved", options.interleaved, found.interleaved),
+    for option, what, given, names in (
+        ("transposed", "stack of three dimensions", options.transposed, found.transposed),
+        ("interleaved", "matrix", options.interleaved, found.interleaved),
     ):
         if given and not names:
-            what = "stack of three dimensions" if option == "transposed" else "matrix"
             raise ValueError(f"--{option}: no {what} that --experts matches has a name like {' or '.join(given)}")
     if known.interleaved and options.interleaved is None:
         fused = sorted(n for n in quantized - found.interleaved if "gate_up_proj" in n or "w13" in n)
@@ -166,10 +162,9 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
         if down in stacks and quantized & {up, down}:
             _check_last_dimensions(*((name, stacks[name], matches(name, transposed)) for name in (up, down)))
     shapes = {entry.name: entry.shape for entry in entries}
-    for weight in entries:
-        if weight.name in found.interleaved:
-            n = found.shape(weight)[-2]
-            found.interleaved |= {name for name in bias_names(weight.name) if shapes.get(name, (0,))[-1:] == (n,)}
+    for weight in [entry for entry in entries if entry.name in found.interleaved]:
+        n = found.shape(weight)[-2]
+        found.interleaved |= {name for name in bias_names(weight.name) if shapes.get(name, (0,))[-1:] == (n,)}
 
 
 def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
@@ -415,7 +410,5 @@ def _other_files(folder: Path) -> list[Path]:
 
 
 def _write_json(file: Path, content: object) -> None:
-    try:
+    with errors_name(file):
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OSError(error.errno, f"can't be written: {error.strerror}", str(file)) from error

@@ -115,13 +115,12 @@ def describe(summary: Summary, target: Path) -> str:
     ]
     lost = f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
     lines.append(lost if math.isfinite(summary.worst_db) else "no matrix lost anything")
-    if found.transposed:
-        lines.append(f"transposed from (E, K, N): {len(found.transposed)}, {min(found.transposed)} among them")
-    if found.interleaved:
-        turned = f"{len(found.interleaved)}, {min(found.interleaved)} among them"
-        lines.append(f"gate and up rows put one after another: {turned}")
-    if found.widened:
-        lines.append(f"other FP8 tensors written as bf16: {len(found.widened)}, {found.widened[0].name} among them")
+    for what, names in (
+        ("transposed from (E, K, N)", found.transposed),
+        ("gate and up rows put one after another", found.interleaved),
+        ("other FP8 tensors written as bf16", [entry.name for entry in found.widened]),
+    ):
+        lines += [f"{what}: {len(names)}, {min(names)} among them"] if names else []
     if found.kept:
         lines.append(f"{len(found.kept)} matching vectors and biases stay as they were, {found.kept[0]} among them")
     return "\n".join(lines)
