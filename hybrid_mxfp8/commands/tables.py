@@ -29,9 +29,5 @@ def format_table(
 
 def size(num_bytes: int) -> str:
     """Bytes for people."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+    power = min((max(num_bytes, 1).bit_length() - 1) // 10, 4)
+    return f"{num_bytes / 1024**power:.2f} {'KMGT'[power - 1]}iB" if power else f"{num_bytes} B"
