@@ -101,9 +101,7 @@ def tools() -> dict[str, Any]:
 
 
 def _tool(found: toolchain.CutlassHeaders | toolchain.CudaCompiler, path: Path) -> dict[str, str]:
-    return {
-        "origin": found.origin, "path": str(path), "version": found.version_string, "problem": found.problem
-    }  # fmt: skip
+    return dict(origin=found.origin, path=str(path), version=found.version_string, problem=found.problem)
 
 
 def host_compiler() -> str:
@@ -177,18 +175,10 @@ def render(facts: dict[str, Any]) -> str:
         *(("setting", problem) for problem in facts["settings_problems"]),
     ]
     width = max(len(name) for name, _ in lines)
-    answers = [
-        (name, "yes" if answer["available"] else "no", answer["reason"]) for name, answer in facts["backends"].items()
-    ]
-    return "\n".join(
-        [
-            *(f"{name:<{width}}  {value}" for name, value in lines),
-            "",
-            format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2)),
-            "",
-            f"Calls that name no backend use: {facts['default_backend']}{_meaning(facts)}",
-        ]
-    )
+    page = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    answers = [(name, "yes" if a["available"] else "no", a["reason"]) for name, a in facts["backends"].items()]
+    table = format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2))
+    return f"{page}\n\n{table}\n\nCalls that name no backend use: {facts['default_backend']}{_meaning(facts)}"
 
 
 def _meaning(facts: dict[str, Any]) -> str:
@@ -202,14 +192,8 @@ def _meaning(facts: dict[str, Any]) -> str:
 
 
 def _found(what: str, candidates: list[dict[str, str]], used: str = "") -> list[tuple[str, str]]:
-    if not candidates:
-        return [(what, "not found (only the cutlass backend needs them)")]
-    return [
-        (
-            what,
-            f"{c['version'] or '?'} from {c['origin']}, {c['path']}"
-            + (f" ({c['problem']})" if c["problem"] else "")
-            + (" (used)" if c["origin"] == used else ""),
-        )
-        for c in candidates
-    ]
+    found = []
+    for c in candidates:
+        problem, mark = f" ({c['problem']})" if c["problem"] else "", " (used)" if c["origin"] == used else ""
+        found.append((what, f"{c['version'] or '?'} from {c['origin']}, {c['path']}{problem}{mark}"))
+    return found or [(what, "not found (only the cutlass backend needs them)")]
