@@ -180,9 +180,8 @@ def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[st
         hint = "--transposed must match both"
     else:
         hint = "they look like (E, K, N): give --transposed, and --interleaved if gate and up rows take turns"
-    raise ValueError(
-        f"{up[0]}: must be (E, N, K) = (E, 2I, H), as {down[0]} is (E, H, I), got {up[1]} and {down[1]}: {hint}"
-    )
+    expected = f"must be (E, N, K) = (E, 2I, H), as {down[0]} is (E, H, I)"
+    raise ValueError(f"{up[0]}: {expected}, got {up[1]} and {down[1]}: {hint}")
 
 
 def _is_quantized(entry: Entry, options: Options) -> bool:
@@ -199,10 +198,8 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
     if len(shape) > 3:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
     if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
-        which = "second" if entry.name in found.transposed else "last"
-        raise ValueError(
-            f"{place}: must have K, its {which} dimension, a positive multiple of {BLOCK_SIZE}, got {entry.shape}"
-        )
+        which = f"its {'second' if entry.name in found.transposed else 'last'} dimension"
+        raise ValueError(f"{place}: must have K, {which}, a positive multiple of {BLOCK_SIZE}, got {entry.shape}")
     if entry.name in found.interleaved and shape[-2] % 2:
         raise ValueError(f"{place}: must have an even N for gate and up rows in turns, got {shape}")
     if fp8 and entry.name in found.transposed | found.interleaved:

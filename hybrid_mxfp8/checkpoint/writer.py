@@ -78,9 +78,8 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         self._header = text + b" " * (-len(text) % 8)
         if (size := len(self._header)) > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path}: its header would have {size} bytes, of which the format allows {MAX_HEADER_BYTES}"
-            )
+            allowed = f"of which the format allows {MAX_HEADER_BYTES}"
+            raise ValueError(f"{path}: its header would have {size} bytes, {allowed}")
         self._path = path
         self._file: BinaryIO
 

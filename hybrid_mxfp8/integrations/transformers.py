@@ -257,17 +257,9 @@ def _quantize(
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p.to(device) for p in _parameters(module).values())
         w13_bias, w2_bias = biases or (None, None)
-        return MXFP8Experts.from_weights(
-            w13,
-            w2,
-            w13_bias=w13_bias,
-            w2_bias=w2_bias,
-            transposed=bool(module.is_transposed),
-            interleaved=not module.is_concatenated,
-            scale_group=scale_group,
-            activation=activation,
-            backend=backend,
-        )
+        order = {"transposed": bool(module.is_transposed), "interleaved": not module.is_concatenated}
+        options = {"scale_group": scale_group, "activation": activation, "backend": backend}
+        return MXFP8Experts.from_weights(w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, **order, **options)
 
 
 @dataclass(frozen=True)

@@ -121,16 +121,10 @@ def _score_table(operands: Operands, scores: Sequence[Score]) -> str:
     num_experts, n, k = operands.w.shape
     title = f"{operands.name}: {num_experts} experts, {sum(operands.rows)} tokens, N {n}, K {k}"
     header = ("format", "bits", "x dB", "w dB", "y dB", "worst y dB", "worst calc_diff")
-    rows = [
-        (
-            s.format.name,
-            f"{s.format.bits(k):.2f}",
-            *(f"{s.mean(figure):.1f}" for figure in ("x_db", "w_db", "product_db")),
-            f"{s.worst_db:.1f}",
-            f"{s.worst_diff:.1e}",
-        )
-        for s in scores
-    ]
+    rows = []
+    for s in scores:
+        means = (f"{s.mean(figure):.1f}" for figure in ("x_db", "w_db", "product_db"))
+        rows.append((s.format.name, f"{s.format.bits(k):.2f}", *means, f"{s.worst_db:.1f}", f"{s.worst_diff:.1e}"))
     return format_table(header, rows, title=title)
 
 
@@ -172,17 +166,13 @@ def as_json(parts: Sequence[Part], effects: Sequence[Effect]) -> dict[str, Any]:
         formats = {s.format.name: [finite(asdict(q)) for q in s.experts] for s in scores}
         return {"name": operands.name, "tokens": list(operands.rows), "n": n, "k": k, "formats": formats}
 
+    def workload(part: Part) -> dict[str, Any]:
+        gemms, logits_db = [gemm(*pair) for pair in part.scores], part.logits_db and finite(part.logits_db)
+        return {"source": part.workload.source, "real": part.workload.real, "logits_db": logits_db, "gemms": gemms}
+
     transformers = importlib.metadata.version("transformers") if transformers_model.installed() else None
     return {
         "versions": {"hybrid-mxfp8": __version__, "torch": torch.__version__, "transformers": transformers},
-        "workloads": [
-            {
-                "source": part.workload.source,
-                "real": part.workload.real,
-                "logits_db": part.logits_db and finite(part.logits_db),
-                "gemms": [gemm(operands, scores) for operands, scores in part.scores],
-            }
-            for part in parts
-        ],
+        "workloads": list(map(workload, parts)),
         "channel": [{"ratio": effect.ratio, "db": finite(effect.db)} for effect in effects],
     }

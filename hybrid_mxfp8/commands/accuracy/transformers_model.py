@@ -15,17 +15,9 @@ from hybrid_mxfp8.core.metrics import signal_to_noise_db
 
 TOKENS: Final = 256
 SIZES: Final = {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
+    **{"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128},
+    **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    **{"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
 
 

@@ -147,10 +147,8 @@ def _quality_table(found: Findings) -> str:
 
     num_experts, n, k = found.operands.w.shape
     figures = ("x dB", "w dB", "y dB", "calc_diff")
-    rows = [
-        (str(e), str(count), *cells(ours), "|", *cells(theirs))
-        for e, (count, ours, theirs) in enumerate(zip(found.operands.rows, found.mxfp8, found.fp8, strict=True))
-    ]
+    experts = zip(range(num_experts), found.operands.rows, found.mxfp8, found.fp8, strict=True)
+    rows = [(str(e), str(count), *cells(ours), "|", *cells(theirs)) for e, count, ours, theirs in experts]
     table = format_table(("expert", "rows", *figures, "|", *figures), rows)
     title = f"{found.operands.name}: {num_experts} experts, N {n}, K {k}"
     above = f"{'MXFP8 against fp32':>{table.index('|') - 2}}  |  per-tensor FP8 against fp32"
@@ -160,18 +158,12 @@ def _quality_table(found: Findings) -> str:
 def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"Only {names[0]} can run here, so there is nothing to compare it with."
-    rows = [
-        (
-            found.operands.name,
-            f"{a.first} / {a.second}",
-            "the same" if a.same_operands else "DIFFERENT",
-            f"{abs(a.diff):.1e}",
-            f"{a.largest:.1e}",
-            f"{a.of_bound:.4f}",
-        )
-        for found in findings
-        for a in found.agreements
-    ]
+    rows = []
+    for found in findings:
+        for a in found.agreements:
+            names_and_bytes = f"{a.first} / {a.second}", "the same" if a.same_operands else "DIFFERENT"
+            figures = f"{abs(a.diff):.1e}", f"{a.largest:.1e}", f"{a.of_bound:.4f}"
+            rows.append((found.operands.name, *names_and_bytes, *figures))
     title = "Backend against backend (fp32 accumulation in any order explains a difference of up to 1 bound)"
     header = ("product", "backends", "operand bytes", "calc_diff", "largest difference", "of bound")
     return format_table(header, rows, left=(0, 1, 2), title=title)
@@ -191,11 +183,9 @@ def _conclusion(workload: Workload, findings: Sequence[Findings], last: measure.
     ours = [q.product_db for found in findings for q in found.mxfp8]
     theirs = [q.product_db for found in findings for q in found.fp8]
     kind = "On a real model's numbers" if workload.real else "On synthetic numbers"
-    compared = (
-        f"{' and '.join(names)} wrote the same bytes and agree as closely as fp32 accumulation allows"
-        if len(names) > 1
-        else f"only {names[0]} could run"
-    )
+    compared = f"only {names[0]} could run"
+    if len(names) > 1:
+        compared = f"{' and '.join(names)} wrote the same bytes and agree as closely as fp32 accumulation allows"
     return wrap(
         f"{kind}, MXFP8 products keep {min(ours):.0f} to {max(ours):.0f} dB and per-tensor FP8 keeps {min(theirs):.0f} to "
         f"{max(theirs):.0f}; with an outlier of {last.ratio:,.0f} times the rms, block scaling leaves the other elements at "
