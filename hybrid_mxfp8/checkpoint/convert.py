@@ -26,7 +26,7 @@ from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
-from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, bias_names, layout_of, matches
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.ops.experts import gate_then_up
@@ -98,7 +98,6 @@ class Summary:
     plan: Plan
     expert_bytes_before: int = 0
     expert_bytes_after: int = 0
-    bytes_before: int = 0
     bytes_after: int = 0
     worst_db: float = math.inf  # signal-to-noise against what the source's bytes stand for
     worst_name: str = ""
@@ -164,7 +163,8 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
     shapes = {entry.name: entry.shape for entry in entries}
     for weight in [entry for entry in entries if entry.name in found.interleaved]:
         n = found.shape(weight)[-2]
-        found.interleaved |= {name for name in bias_names(weight.name) if shapes.get(name, (0,))[-1:] == (n,)}
+        biases = f"{weight.name}_bias", f"{weight.name.removesuffix('weight')}bias"
+        found.interleaved |= {name for name in biases if shapes.get(name, (0,))[-1:] == (n,)}
 
 
 def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
@@ -269,7 +269,6 @@ class _Conversion:
         scales = [p.scales[entry.name] for entry in quantized if entry.name in p.scales]
         summary.expert_bytes_before += sum(e.num_bytes for e in [*quantized, *scales])
         summary.expert_bytes_after += sum(e.num_bytes for e in after)
-        summary.bytes_before += sum(e.num_bytes for e in [*quantized, *widened, *copied, *dropped])
         summary.bytes_after += sum(e.num_bytes for e in entries)
         said = {**METADATA, "mxfp8.scale_rounding": self.options.scale_rounding} if quantized else {}
         with SafetensorsWriter(target, entries, self.checkpoint.files[file] | said) as writer:
@@ -375,7 +374,6 @@ def _new_config(checkpoint: Checkpoint, planned: Plan) -> dict[str, Any] | None:
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
     """That one ``quantization_config`` can say what all weights are in the result."""
     file = checkpoint.path / CONFIG_FILE
-
     fp8 = [entry for entry in planned.copied if entry.dtype.startswith("F8")]
     scales = {checkpoint.scale_of(entry.name) for entry in fp8} - {None}
     weights = (entry for entry in fp8 if entry.name not in scales and checkpoint.scale_of(entry.name) is not None)

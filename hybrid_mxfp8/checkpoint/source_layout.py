@@ -54,8 +54,3 @@ def layout_of(checkpoint: Path) -> SourceLayout:
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     types = [kind for part in parts if isinstance(kind := part.get("model_type"), str)]
     return next((OF_MODELS[kind] for kind in types if kind in OF_MODELS), SourceLayout())
-
-
-def bias_names(weight: str) -> tuple[str, str]:
-    """What the bias of a weight may be called."""
-    return f"{weight}_bias", f"{weight.removesuffix('weight')}bias"

@@ -143,9 +143,7 @@ def remove(entry: Entry) -> str:
     """Remove one entry; why it stays, or empty."""
     import filelock
 
-    name = re.sub(r"\.lock$|\.log$", "", entry.path.name)
-    if entry.kind == "unfinished build":
-        name = re.sub(r"^\.building-|-[0-9a-f]{16}$", "", name)
+    name = re.sub(r"^\.building-(.*)-[0-9a-f]{16}$|\.lock$|\.log$", r"\1", entry.path.name)
     lock = entry.path.with_name(f"{name}.lock")
     try:
         with filelock.FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():

@@ -111,7 +111,7 @@ def describe(summary: Summary, target: Path) -> str:
     lines = [
         f"{target}: {len(found.quantized)} expert tensor{'s' if len(found.quantized) > 1 else ''} to MXFP8, "
         f"{size(before)} -> {size(after)} ({after / before:.2f}x); "
-        f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}"
+        f"all tensors {size(found.num_bytes)} -> {size(summary.bytes_after)}"
     ]
     lost = f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
     lines.append(lost if math.isfinite(summary.worst_db) else "no matrix lost anything")
