@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.commands.tables import format_table, size
+from hybrid_mxfp8.commands.terminal import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.jit.build import MODULE_NAME, Built
 from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST, Module, trust_problem

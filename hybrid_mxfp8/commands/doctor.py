@@ -20,7 +20,7 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands import cache as caches
-from hybrid_mxfp8.commands.tables import format_table, size
+from hybrid_mxfp8.commands.terminal import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from hybrid_mxfp8.checkpoint.convert import Options, Summary, convert, plan
 from hybrid_mxfp8.checkpoint.reader import Checkpoint
-from hybrid_mxfp8.commands.progress import progress
-from hybrid_mxfp8.commands.tables import size
+from hybrid_mxfp8.commands.terminal import progress, size
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.dispatch.device import default_device

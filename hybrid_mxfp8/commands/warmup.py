@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hybrid_mxfp8.commands.progress import progress
+from hybrid_mxfp8.commands.terminal import progress
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source

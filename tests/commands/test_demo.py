@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_mxfp8.commands import cli, tables
+from hybrid_mxfp8.commands import cli, terminal
 from hybrid_mxfp8.commands.demo import command, measure, workload
 
 
@@ -242,12 +242,12 @@ def test_end_to_end(tmp_path: Path) -> None:
         "triton / reference",
     ):
         assert expected in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= tables.WIDTH
+    assert max(map(len, done.stdout.splitlines())) <= terminal.WIDTH
     assert done.stdout.split("\n\n")[-1].startswith("On synthetic numbers, MXFP8 products keep")
 
 
 def test_table_is_aligned() -> None:
     rows = [("a", "1"), ("long", "1,000")]
-    assert tables.format_table(("name", "n"), rows) == "name      n\n----  -----\na         1\nlong  1,000"
+    assert terminal.format_table(("name", "n"), rows) == "name      n\n----  -----\na         1\nlong  1,000"
     with pytest.raises(ValueError, match=r"zip\(\) argument"):
-        tables.format_table(("a", "b"), [("1",)])
+        terminal.format_table(("a", "b"), [("1",)])

@@ -22,8 +22,7 @@ from hybrid_mxfp8.commands.accuracy.measure import Score, channel_effect, score
 from hybrid_mxfp8.commands.demo.command import load
 from hybrid_mxfp8.commands.demo.measure import Effect
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload
-from hybrid_mxfp8.commands.progress import progress
-from hybrid_mxfp8.commands.tables import format_table, wrap
+from hybrid_mxfp8.commands.terminal import format_table, progress, wrap
 
 PICTURES = (".png", ".svg", ".pdf")
 RATIOS = tuple(2.0**i for i in range(17))

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
-from hybrid_mxfp8.commands.progress import progress
-from hybrid_mxfp8.commands.tables import format_table, wrap
+from hybrid_mxfp8.commands.terminal import format_table, progress, wrap
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.problem import Problem
