@@ -252,10 +252,7 @@ def _wait_for_slices(done_ptr, wanted):
 
 
 @gluon.jit
-def _dequantize_slices(
-    values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr, num_scale_rows, K, first_tile,
-    BLOCK_T: gl.constexpr,
-):  # fmt: skip
+def _dequantize_slices(operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T: gl.constexpr):
     """One warp: tokens to bf16, as ``dequantize_tokens`` writes them, a slice of a tile after the
     other, until none is left.
 
@@ -263,6 +260,7 @@ def _dequantize_slices(
     they wait for, however many programs of the grid are running. Rows past a tile's end are not
     waited for: they are multiplied as they are, and give columns that are not stored.
     """
+    values_ptr, scales_ptr, dequantized_ptr, expert_offsets_ptr, scale_offsets_ptr = operands
     num_t_tiles = gl.load(tiles_ptr)
     K = K // 32 * 32  # K % 32 == 0, said so that the compiler reads words
     padded_k = (K + 63) // 64 * 64
@@ -306,10 +304,11 @@ def _dequantize_slices(
 
 @gluon.jit
 def _produce_tile(
-    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row, scale_tile, start,
-    num_k_tiles, TOKENS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    w_desc, w_scales_desc, x_desc, ring, stage, phase, w_row, scale_tile, start, num_k_tiles,
+    TOKENS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All stages of one tile; returns the ring's next stage and phase."""
+    w_ring, scale_ring, x_ring, full, empty = ring
     for k_tile in range(num_k_tiles):
         # One scale tile spans 128 columns, and comes with their first stage.
         for part in gl.static_range(128 // BLOCK_K):
@@ -328,7 +327,7 @@ def _produce_tile(
 
 @gluon.jit
 def _producer(
-    w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
+    w_desc, w_scales_desc, x_desc, small_x_desc, ring, tiles_ptr, N, num_k_tiles, first_tile,
     BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     FUSED_DEQUANTIZE: gl.constexpr,
 ):  # fmt: skip
@@ -349,23 +348,24 @@ def _producer(
                 _wait_for_slices(tiles_ptr + 4 + t_tile * 4 + 3, BLOCK_T // SLICE)
             if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
                 stage, phase = _produce_tile(
-                    w_desc, w_scales_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
-                    scale_tile, start, num_k_tiles, SMALL_BLOCK_T, BLOCK_K, STAGES,
+                    w_desc, w_scales_desc, small_x_desc, ring, stage, phase, w_row, scale_tile, start, num_k_tiles,
+                    SMALL_BLOCK_T, BLOCK_K, STAGES,
                 )  # fmt: skip
             else:
                 stage, phase = _produce_tile(
-                    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
-                    scale_tile, start, num_k_tiles, BLOCK_T, BLOCK_K, STAGES,
+                    w_desc, w_scales_desc, x_desc, ring, stage, phase, w_row, scale_tile, start, num_k_tiles,
+                    BLOCK_T, BLOCK_K, STAGES,
                 )  # fmt: skip
 
 
 @gluon.jit
 def _consume_tile(
-    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
+    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles,
     TOKENS: gl.constexpr, BOX: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of 128 weight rows by at most TOKENS of the BOX tokens of a stage, stored; returns
     the ring's next stage and phase."""
+    w_ring, scale_ring, x_ring, full, empty = ring
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     store_layout: gl.constexpr = _store_layout(TOKENS)
@@ -416,7 +416,7 @@ def _consume_tile(
 
 @gluon.jit
 def _consumer(
-    y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
+    y_ptr, ring, tiles_ptr, N, num_k_tiles,
     BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups: empty the ring, tile after tile; an expert's last may take less."""
@@ -431,18 +431,15 @@ def _consumer(
         if start < end:
             if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
                 stage, phase = _consume_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    SMALL_BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES,
+                    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, SMALL_BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES
                 )  # fmt: skip
             elif BLOCK_T > 128 and end - start <= 128:
                 stage, phase = _consume_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    128, BLOCK_T, BLOCK_K, STAGES,
+                    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, 128, BLOCK_T, BLOCK_K, STAGES
                 )  # fmt: skip
             else:
                 stage, phase = _consume_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    BLOCK_T, BLOCK_T, BLOCK_K, STAGES,
+                    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, BLOCK_T, BLOCK_T, BLOCK_K, STAGES
                 )  # fmt: skip
 
 
@@ -490,37 +487,23 @@ def hopper_gemm_kernel(
     # Before the other warps start, so that it holds for them, too.
     wait_for_predecessor()
     # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its
-    # message C7512). Tuples of arguments are written where they are used: kept in a variable, their
-    # constants become tensors.
+    # message C7512). Constants are written where they are used: in a tuple that is kept in a
+    # variable they become tensors.
+    ring = (w_ring, scale_ring, x_ring, full, empty)
     if FUSED_DEQUANTIZE:
         dequantized_ptr = (workspace_ptr + tokens_at.to(gl.int64) * 256).to(gl.pointer_type(gl.bfloat16), bitcast=True)
+        operands = (values_ptr, scales_ptr, dequantized_ptr, expert_offsets_ptr, scale_offsets_ptr)
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES),
-                ),
+                (_consumer, (y_ptr, ring, tiles_ptr, N, num_k_tiles, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES)),
                 (
                     _producer,
-                    (w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
-                     num_k_tiles, first_tile, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, True),
+                    (w_desc, w_scales_desc, x_desc, small_x_desc, ring, tiles_ptr, N, num_k_tiles, first_tile,
+                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, True),
                 ),
-                (
-                    _dequantize_slices,
-                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
-                     num_scale_rows, K, first_tile, BLOCK_T),
-                ),
-                (
-                    _dequantize_slices,
-                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
-                     num_scale_rows, K, first_tile, BLOCK_T),
-                ),
-                (
-                    _dequantize_slices,
-                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
-                     num_scale_rows, K, first_tile, BLOCK_T),
-                ),
+                (_dequantize_slices, (operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T)),
+                (_dequantize_slices, (operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T)),
+                (_dequantize_slices, (operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T)),
             ],
             [1, 1, 1, 1],
             [48, 48, 48, 48],
@@ -528,15 +511,11 @@ def hopper_gemm_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES),
-                ),
+                (_consumer, (y_ptr, ring, tiles_ptr, N, num_k_tiles, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES)),
                 (
                     _producer,
-                    (w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
-                     num_k_tiles, 0, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, False),
+                    (w_desc, w_scales_desc, x_desc, small_x_desc, ring, tiles_ptr, N, num_k_tiles, 0,
+                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, False),
                 ),
             ],
             [1],
