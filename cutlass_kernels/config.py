@@ -18,6 +18,7 @@ measurement yet.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -52,8 +53,16 @@ class GemmConfig:
     cluster: tuple[int, int]  # preferred CTAs of a cluster, (along N, along the tokens)
 
     def __post_init__(self) -> None:
-        if problem := invalid(self.cta_group, self.token_tile, self.cluster):
-            raise ValueError(f"config: {problem}")
+        """The single statement of what the kernel can be."""
+        cta_group, token_tile, cluster = self.cta_group, self.token_tile, self.cluster
+        if cta_group not in (1, 2):
+            raise ValueError(f"config: cta_group must be 1 or 2, got {cta_group}")
+        if token_tile not in TOKEN_TILES:  # what CUTLASS's block-scaled mainloop takes
+            raise ValueError(f"config: token_tile must be one of {TOKEN_TILES}, got {token_tile}")
+        if any(extent not in (1, 2, 4) for extent in cluster):  # scales are multicast to at most 4 CTAs a side
+            raise ValueError(f"config: cluster extents must be 1, 2 or 4, got {cluster}")
+        if cluster[0] % cta_group:
+            raise ValueError(f"config: a cluster must hold whole pairs of SMs along N, got {cluster}")
 
     @property
     def module(self) -> str:
@@ -75,25 +84,12 @@ class GemmConfig:
         if match is not None:
             cta_group, token_tile = int(match[1]), int(match[3])
             cluster = (int(match[5]), int(match[6])) if match[5] else (cta_group, 1)
-            if not invalid(cta_group, token_tile, cluster):
+            with contextlib.suppress(ValueError):
                 config = cls(cta_group, token_tile, cluster)
                 if name in (config.name, config.module):
                     return config
         names = ", ".join(MODULES)
         raise ValueError(f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}")
-
-
-def invalid(cta_group: int, token_tile: int, cluster: tuple[int, int]) -> str:
-    """The single statement of what the kernel can be: why not this, or an empty string."""
-    if cta_group not in (1, 2):
-        return f"cta_group must be 1 or 2, got {cta_group}"
-    if token_tile not in TOKEN_TILES:  # what CUTLASS's block-scaled mainloop takes
-        return f"token_tile must be one of {TOKEN_TILES}, got {token_tile}"
-    if any(extent not in (1, 2, 4) for extent in cluster):  # scales are multicast to at most 4 CTAs a side
-        return f"cluster extents must be 1, 2 or 4, got {cluster}"
-    if cluster[0] % cta_group:
-        return f"a cluster must hold whole pairs of SMs along N, got {cluster}"
-    return ""
 
 
 CONFIGS = tuple(
