@@ -190,13 +190,14 @@ def _before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T: gl.constexpr):
-    """(first row, end) of a tile or its part; the end may be beyond it, or before the first row."""
+def _tile(tiles_ptr, index, whole, parts, num_n_tiles, BLOCK_T: gl.constexpr):
+    """(token tile, n tile, first row, end) of a tile or its part, which may end before it starts."""
+    t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
     start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
     end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
     rows = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
     start += part * rows
-    return start, gl.minimum(end, start + rows)
+    return t_tile, n_tile, start, gl.minimum(end, start + rows)
 
 
 @gluon.jit
@@ -338,8 +339,7 @@ def _producer(
     phase = 1
     whole, parts, count = split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
-        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        t_tile, n_tile, start, end = _tile(tiles_ptr, index, whole, parts, num_n_tiles, BLOCK_T)
         if start < end:
             expert = gl.load(tiles_ptr + 4 + t_tile * 4)
             w_row = expert * N + n_tile * 128
@@ -426,8 +426,7 @@ def _consumer(
     phase = 0
     whole, parts, count = split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
-        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        t_tile, n_tile, start, end = _tile(tiles_ptr, index, whole, parts, num_n_tiles, BLOCK_T)
         if start < end:
             if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
                 stage, phase = _consume_tile(
