@@ -69,13 +69,9 @@ class GemmConfig:
         """What is compiled, like ``2sm_256x128x128``; the cluster is chosen at launch."""
         return f"{self.cta_group}sm_{WEIGHT_ROWS * self.cta_group}x{self.token_tile}x{TILE_K}"
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         """All of it, like ``2sm_256x128x128_4x1``."""
         return f"{self.module}_{self.cluster[0]}x{self.cluster[1]}"
-
-    def __str__(self) -> str:
-        return self.name
 
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
@@ -86,7 +82,7 @@ class GemmConfig:
             cluster = (int(match[5]), int(match[6])) if match[5] else (cta_group, 1)
             with contextlib.suppress(ValueError):
                 config = cls(cta_group, token_tile, cluster)
-                if name in (config.name, config.module):
+                if name in (str(config), config.module):
                     return config
         names = ", ".join(MODULES)
         raise ValueError(f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}")
@@ -98,7 +94,7 @@ CONFIGS = tuple(
     for token_tile in TOKEN_TILES
     for cluster in CLUSTERS[cta_group]
 )
-"""All that select_config chooses from."""
+"""All that select_estimate chooses from."""
 
 MODULES = tuple(dict.fromkeys(config.module for config in CONFIGS))
 """All that is ever compiled, per output type."""
@@ -168,11 +164,6 @@ def select_estimate(
     """The configuration with the least modelled time, with that time, for T = ``num_tokens`` rows
     of E experts, both at least 1, and ``out_bytes`` an output element."""
     return _select(num_experts, n, k, token_bucket(num_tokens), sm_count, out_bytes)
-
-
-def select_config(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int = SM_COUNT) -> GemmConfig:
-    """As :func:`select_estimate`, the configuration alone."""
-    return select_estimate(num_experts, n, k, num_tokens, sm_count).config
 
 
 @functools.lru_cache(maxsize=4096)
