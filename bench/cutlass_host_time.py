@@ -46,14 +46,14 @@ def main() -> None:
         x = mx.quantize_grouped(torch.randn(num_tokens, k, device="cuda"), groups)
         w = mx.quantize_weights(torch.randn(num_experts, n, k, device="cuda", dtype=torch.bfloat16))
         out = torch.empty(num_tokens, n, dtype=torch.bfloat16, device="cuda")
-        size = launcher.workspace_size(Problem(num_experts, n, k, num_tokens, out.dtype, out.device))
+        problem = Problem(num_experts, n, k, num_tokens, out.dtype, out.device)
         offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
-        workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        workspace = torch.empty(launcher.workspace_size(problem), dtype=torch.uint8, device="cuda")
         times = []
         for _ in range(BATCHES):
             start = time.perf_counter()
             for _ in range(CALLS):
-                launcher.launch(x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
+                launcher.launch(problem, x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
             times.append((time.perf_counter() - start) / CALLS * 1e6)
             torch.cuda.synchronize()
         times.sort()

@@ -42,6 +42,7 @@ NOT_RUN = "run in an emulator of its PTX, not yet on hardware; verified at first
 
 
 def launch(
+    problem: Problem,  # T, E >= 1
     x_values: torch.Tensor,  # (T, K) e4m3, rows sorted by expert
     x_scales: torch.Tensor,  # (S, C) uint8, swizzled
     tokens_per_expert: torch.Tensor,  # (E,) int32
@@ -52,15 +53,12 @@ def launch(
     out: torch.Tensor,  # (T, N) bf16, fp16 or fp32, on a 16-byte boundary
     workspace: torch.Tensor,  # :func:`workspace_size` bytes on a 128-byte boundary
 ) -> None:
-    """Write the product to ``out``, T and E >= 1. Raises as :func:`workspace_size`, and what C++'s
-    checks raise."""
-    num_experts, n, k = w_values.shape
-    problem = Problem(num_experts, n, k, x_values.shape[0], out.dtype, out.device)
+    """Write the product to ``out``. Raises as :func:`workspace_size` and as C++ checks."""
     config, module = _ready(problem)
     # e4m3 travels as bytes: not every torch exports it through DLPack.
     x_bytes, w_bytes = x_values.view(torch.uint8), w_values.view(torch.uint8)
     offsets = tokens_per_expert, expert_offsets, scale_offsets
-    how = *config.cluster, _sm_count(out.device), env.pdl()
+    how = *config.cluster, _sm_count(problem.device), env.pdl()
     module.grouped_gemm(x_bytes, x_scales, w_bytes, w_scales, *offsets, out, workspace, *how)
 
 

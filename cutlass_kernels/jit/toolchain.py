@@ -114,9 +114,8 @@ def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
 
 def find_cutlass() -> CutlassHeaders:
     """The headers to compile with; BackendUnavailableError if there are none."""
-    chosen = env.cutlass_dir()
     found = cutlass_candidates()
-    if chosen is not None:
+    if (chosen := env.cutlass_dir()) is not None:
         if not found or found[0].origin != CHOSEN:
             raise BackendUnavailableError(
                 f"{CHOSEN}: expected a folder that holds include/cutlass/version.h, got {chosen}"
@@ -134,12 +133,10 @@ def find_cutlass() -> CutlassHeaders:
 def cutlass_candidates() -> list[CutlassHeaders]:
     """All headers that were found: those of HYBRID_MXFP8_CUTLASS_DIR first, then each package's."""
     found = []
-    chosen = env.cutlass_dir()
-    if chosen is not None:  # a CUTLASS checkout, or its include folder
+    if (chosen := env.cutlass_dir()) is not None:  # a CUTLASS checkout, or its include folder
         found.append(_read_cutlass(chosen / "include", CHOSEN) or _read_cutlass(chosen, CHOSEN))
     for origin, (module, folder) in CUTLASS_PACKAGES.items():
-        package = package_folder(module)
-        if package is not None:
+        if (package := package_folder(module)) is not None:
             found.append(_read_cutlass(package / folder, origin))
     return [headers for headers in found if headers is not None]
 

@@ -349,7 +349,8 @@ def launch(counts: list[int], out: torch.Tensor, workspace: torch.Tensor) -> mx.
     w = mx.quantize_weights(torch.ones(len(counts), 136, 96), backend="reference")
     groups = x.groups
     offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
-    cutlass.launch(x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
+    same = problem(num_experts=len(counts), n=136, k=96, num_tokens=sum(counts))
+    cutlass.launch(same, x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
     return groups
 
 
