@@ -18,6 +18,7 @@ import torch
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.scales import dequantize, scale_rows_of_tokens, swizzled_offsets
 
 from . import work
 from .peers import Contender, Field, QuantizeInputs, bf16_copy, quantize_peers
@@ -81,10 +82,8 @@ def sampled_rows(out: mx.GroupedMXFP8) -> tuple[torch.Tensor, torch.Tensor, torc
     """Some row numbers (R,), and what ``out`` holds there: codes (R, K), row-major scales."""
     tokens, groups = out.values.shape[0], out.groups
     rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=out.values.device).long()
-    scale_rows, _ = reference.scale_rows_of_tokens(
-        groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows
-    )
-    offsets = reference.swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
+    scale_rows, _ = scale_rows_of_tokens(groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows)
+    offsets = swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
     return rows, out.values[rows], out.scales.reshape(-1)[offsets]
 
 
@@ -112,7 +111,7 @@ def check_swiglu(x: torch.Tensor, out: mx.GroupedMXFP8) -> Callable[[], str]:
 
     def check() -> str:
         rows, values, scales = sampled_rows(out)
-        decibels = mx.signal_to_noise_db(reference.swiglu(x[rows]), reference.dequantize(values, scales))
+        decibels = mx.signal_to_noise_db(reference.swiglu(x[rows]), dequantize(values, scales))
         if decibels < 25.0:
             raise AssertionError(f"signal-to-noise is {decibels:.1f} dB, expected the format's 30 or so")
         return f"{decibels:.1f} dB against fp32"

@@ -20,7 +20,7 @@ from hybrid_mxfp8.core.activation import SwiGLU  # noqa: E402
 from hybrid_mxfp8.core.layout import GroupLayout  # noqa: E402
 from hybrid_mxfp8.core.metrics import calc_diff, signal_to_noise_db  # noqa: E402
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8, MXFP8Tokens  # noqa: E402
-from hybrid_mxfp8.core.scale_layout import swizzle_scales, unswizzle_scales  # noqa: E402
+from hybrid_mxfp8.core.scales import swizzle_scales, unswizzle_scales  # noqa: E402
 from hybrid_mxfp8.dispatch.registry import backends, use_backend  # noqa: E402
 from hybrid_mxfp8.errors import BackendUnavailableError  # noqa: E402
 from hybrid_mxfp8.ops import group_layout, torch_library  # noqa: E402, F401  # these register what they define

@@ -241,7 +241,8 @@ class ExpertParallelExperts(torch.nn.Module):
         """This rank's part of the sum of the tokens in records: (records, H)."""
         record = TokenRecord(x.shape[1], topk_ids.shape[1])
         values, scales, ids, weights = record.split(received)
-        tokens = MXFP8Tokens.unchecked(values, scales, x.dtype, self._scale_group)
+        given = {"values": values, "scales": scales, "dtype": x.dtype, "scale_group": self._scale_group}
+        tokens = MXFP8Tokens.unchecked(**given)
         # Numbers of other ranks' experts, and -1, fall outside those of this rank and are skipped.
         part: torch.Tensor = self.experts(tokens, ids - self._first, weights)
         return part

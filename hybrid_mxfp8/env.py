@@ -54,9 +54,12 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 _STARTING: Final = threading.Lock()
 
-_RAW: Final = getattr(os.environ, "_data", None)
-_CHOOSING: Final = tuple(name for name in (*VARIABLES, "PATH") if name != "HYBRID_MXFP8_LOG")
-_SNAPSHOT_KEYS: Final = tuple(getattr(os.environ, "encodekey", str)(name) for name in _CHOOSING)
+_RAW: Final = getattr(os.environ, "_data", os.environ)
+_SNAPSHOT_KEYS: Final = tuple(
+    name if _RAW is os.environ else os.environ.encodekey(name)
+    for name in (*VARIABLES, "PATH")
+    if name != "HYBRID_MXFP8_LOG"
+)
 
 
 def snapshot() -> tuple[object, ...]:
@@ -65,9 +68,7 @@ def snapshot() -> tuple[object, ...]:
     Taken at every call: ``os.environ`` needs 1.7 µs for each that is unset, its own dictionary
     0.05.
     """
-    if _RAW is not None:
-        return tuple(map(_RAW.get, _SNAPSHOT_KEYS))
-    return tuple(map(os.environ.get, _CHOOSING))
+    return tuple(map(_RAW.get, _SNAPSHOT_KEYS))
 
 
 def in_force() -> dict[str, str]:
@@ -114,16 +115,12 @@ def config() -> str | None:
 
 def pdl() -> bool:
     """HYBRID_MXFP8_PDL: False only for 0, ValueError for neither 0 nor 1."""
-    return _switch("HYBRID_MXFP8_PDL", default="1")
+    return _choice("HYBRID_MXFP8_PDL", "1", "0") == "1"
 
 
 def verify() -> bool:
-    """HYBRID_MXFP8_VERIFY: False only for 0.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
-    """
-    return _switch("HYBRID_MXFP8_VERIFY", default="1")
+    """HYBRID_MXFP8_VERIFY: False only for 0, ValueError for neither 0 nor 1."""
+    return _choice("HYBRID_MXFP8_VERIFY", "1", "0") == "1"
 
 
 def hopper_gemm() -> str:
@@ -133,11 +130,7 @@ def hopper_gemm() -> str:
 
 def trust_cache() -> bool:
     """HYBRID_MXFP8_TRUST_CACHE: True only for 1, ValueError for neither 0 nor 1."""
-    return _switch("HYBRID_MXFP8_TRUST_CACHE", default="0")
-
-
-def _switch(name: str, default: str) -> bool:
-    return _choice(name, default, "1" if default == "0" else "0") == "1"
+    return _choice("HYBRID_MXFP8_TRUST_CACHE", "0", "1") == "1"
 
 
 def _choice(name: str, default: str, *others: str) -> str:

@@ -170,7 +170,7 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
         return b.new_empty(num_tokens, n, dtype=dtype)
     check_aligned("sfb", sfb)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0])
-    x, w = GroupedMXFP8.unchecked(b, scales, groups), ExpertWeights(a, sfa)
+    x, w = GroupedMXFP8.unchecked(values=b, scales=scales, groups=groups), ExpertWeights(a, sfa)
     memory = _aligned_part(workspace, grouped_gemm_bytes(x, w, dtype))
     if memory is not None:
         metadata = {"tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}

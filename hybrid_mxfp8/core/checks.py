@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs and of products
+
+
+class Checked:
+    """A frozen dataclass that checks its fields, unless it is made by ``unchecked``."""
+
+    __match_args__: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def unchecked(cls, *fields: Any, **named: Any) -> Self:
+        """Of buffers that this package has just made or checked; by name is faster."""
+        self = object.__new__(cls)
+        if fields:
+            named.update(zip(cls.__match_args__, fields, strict=False))
+        self.__dict__.update(named)
+        return self
 
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:
@@ -154,6 +172,26 @@ def check_no_grad(name: str, value: torch.Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         hint = "MXFP8 quantization has no backward; use torch.no_grad() or .detach()"
         fail(name, f"must not require grad ({hint})", "requires_grad=True")
+
+
+def check_unit_stride(name: str, value: torch.Tensor) -> None:
+    """Elements of a row lie side by side."""
+    if value.stride(-1) != 1 and value.numel():
+        fail(name, "must have unit stride along its columns", f"strides {value.stride()}")
+
+
+def check_unquantized(name: str, value: Any, dims: str, device: torch.device | None = None) -> None:
+    """Rows that can be quantized: bf16, fp16 or fp32, of any row stride."""
+    check_tensor(name, value, dtypes=FLOAT_DTYPES, ndim=2, dims=dims, device=device)
+    check_no_grad(name, value)
+    check_unit_stride(name, value)
+
+
+def check_choices(topk_ids: Any, topk_weights: Any, device: torch.device) -> None:
+    """What a router gives: experts of each token, and their weights, both (M, top_k)."""
+    check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
+    check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=device)
+    check_no_grad("topk_weights", topk_weights)
 
 
 def is_tracing(x: torch.Tensor) -> bool:

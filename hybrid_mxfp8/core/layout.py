@@ -13,15 +13,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from hybrid_mxfp8.core.checks import (
-    arrived,
-    check_contiguous,
-    check_num_tokens,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.formats import SCALE_TILE_ROWS, grouped_scale_rows
 
 Form = Literal["counts", "ends", "indptr"]  # rows of each expert, their ends, or offsets from 0
@@ -34,7 +26,7 @@ _MEANT: Final[dict[Form, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class GroupLayout:
+class GroupLayout(checks.Checked):
     """Rows sorted by expert: rows expert_offsets[e] .. expert_offsets[e+1] belong to expert e.
 
     Attributes:
@@ -65,15 +57,17 @@ class GroupLayout:
     num_tokens: int
 
     def __post_init__(self) -> None:
-        tokens = check_tensor("tokens_per_expert", self.tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)")
-        check_contiguous("tokens_per_expert", tokens)
+        tokens = checks.check_tensor(
+            "tokens_per_expert", self.tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)"
+        )
+        checks.check_contiguous("tokens_per_expert", tokens)
         num_experts = tokens.shape[0]
         for name, offsets in (("expert_offsets", self.expert_offsets), ("scale_offsets", self.scale_offsets)):
-            check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E+1,)", device=tokens.device)
-            check_shape(name, offsets, (num_experts + 1,), "(E+1,)")
-            check_contiguous(name, offsets)
-        check_num_tokens(self.num_tokens, num_experts)
-        if tokens.device.type == "cpu" and not is_tracing(tokens):
+            checks.check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E+1,)", device=tokens.device)
+            checks.check_shape(name, offsets, (num_experts + 1,), "(E+1,)")
+            checks.check_contiguous(name, offsets)
+        checks.check_num_tokens(self.num_tokens, num_experts)
+        if tokens.device.type == "cpu" and not checks.is_tracing(tokens):
             check_numbers("tokens_per_expert", tokens, self.num_tokens, "counts")
             valid = group_offsets(tokens, self.num_tokens, from_ends=False)
             for name, given, expected, of in (
@@ -81,19 +75,7 @@ class GroupLayout:
                 ("scale_offsets", self.scale_offsets, valid[2], "tokens_per_expert rounded up to 128"),
             ):
                 if not torch.equal(given, expected):
-                    fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
-
-    @classmethod
-    def unchecked(
-        cls, tokens_per_expert: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int
-    ) -> GroupLayout:
-        """Without the checks, for tensors that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "tokens_per_expert", tokens_per_expert)
-        object.__setattr__(self, "expert_offsets", expert_offsets)
-        object.__setattr__(self, "scale_offsets", scale_offsets)
-        object.__setattr__(self, "num_tokens", num_tokens)
-        return self
+                    checks.fail(name, f"must be 0 and the prefix sums of {of}, {expected.tolist()}", given.tolist())
 
     @property
     def num_experts(self) -> int:
@@ -127,10 +109,8 @@ class GroupLayout:
         """The layout of ``offs`` (E,) int32 or int64: the end of each expert's rows, as
         ``torch.nn.functional.grouped_mm`` takes them.
 
-        Raises:
-            TypeError: ``offs`` is no int32 or int64 tensor, or ``num_tokens`` no int.
-            ValueError: rank other than 1, ``num_tokens`` negative or too large for int32 offsets;
-                on a CPU an end that is negative, below the one before or above ``num_tokens``.
+        Raises as ``from_counts``; on a CPU ValueError also for an end below the one before or above
+        ``num_tokens``.
         """
         return cls._build("offs", offs, num_tokens, "ends")
 
@@ -139,31 +119,29 @@ class GroupLayout:
         """The layout of ``m_indptr`` (E+1,) int32 or int64: 0, then the end of each expert's rows,
         as FlashInfer's grouped GEMMs take them.
 
-        Raises:
-            TypeError: ``m_indptr`` is no int32 or int64 tensor, or ``num_tokens`` no int.
-            ValueError: rank other than 1, no entry, ``num_tokens`` negative or too large for int32
-                offsets; on a CPU a first entry other than 0, and what ``from_ends`` refuses.
+        Raises as ``from_ends``; ValueError also for no entry, and on a CPU for a first one other
+        than 0.
         """
         return cls._build("m_indptr", m_indptr, num_tokens, "indptr")
 
     @classmethod
     def _build(cls, name: str, given: Any, num_tokens: Any, form: Form) -> GroupLayout:
         dims = "(E+1,)" if form == "indptr" else "(E,)"
-        (given,) = arrived(given)
-        check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims=dims)
+        (given,) = checks.arrived(given)
+        checks.check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims=dims)
         if form == "indptr" and not given.shape[0]:
-            fail(name, "must have shape (E+1,), with a leading 0", (0,))
-        check_num_tokens(num_tokens, given.shape[0] - (form == "indptr"))
+            checks.fail(name, "must have shape (E+1,), with a leading 0", (0,))
+        checks.check_num_tokens(num_tokens, given.shape[0] - (form == "indptr"))
         check_numbers(name, given, num_tokens, form)
         if form == "indptr":
             given = given[1:]
         from_ends = form != "counts"
-        if is_tracing(given):
+        if checks.is_tracing(given):
             layout = torch.ops.hybrid_mxfp8.group_offsets(given, num_tokens, from_ends)
-        elif given.device.type == "cpu" or _launch is None:
+        elif given.device.type == "cpu" or launch is None:
             return cls.unchecked(*group_offsets(given, num_tokens, from_ends), num_tokens)
         else:
-            layout = _launch(given, num_tokens, from_ends)
+            layout = launch(given, num_tokens, from_ends)
         return cls.from_buffer(layout, given.shape[0], num_tokens)
 
     @classmethod
@@ -172,19 +150,21 @@ class GroupLayout:
         # Tensor.split comes here by way of Python.
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
-        return cls.unchecked(tokens, offsets, scale_offsets, num_tokens)
+        return cls.unchecked(
+            tokens_per_expert=tokens, expert_offsets=offsets, scale_offsets=scale_offsets, num_tokens=num_tokens
+        )
 
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
     """On a CPU, check that these are of ``form``; the error says of which other they may be."""
-    if not given.is_cpu or is_tracing(given):
+    if not given.is_cpu or checks.is_tracing(given):
         return
     numbers = given.tolist()
     if fault := fault_of(numbers, num_tokens, form):
         if min(numbers) >= 0:
             fits = " or ".join(f"from_{other}" for other in _MEANT if not fault_of(numbers, num_tokens, other))
             fault += f" ({_MEANT[form]}" + (f" GroupLayout.{fits} takes these)" if fits else ")")
-        fail(name, fault, numbers if len(numbers) <= 16 else f"{numbers[:16]} and {len(numbers) - 16} more")
+        checks.fail(name, fault, numbers if len(numbers) <= 16 else f"{numbers[:16]} and {len(numbers) - 16} more")
 
 
 def fault_of(numbers: Sequence[int], num_tokens: int, form: Form) -> str:
@@ -200,13 +180,8 @@ def fault_of(numbers: Sequence[int], num_tokens: int, form: Form) -> str:
     return f"must be at most num_tokens = {num_tokens}" if any(end > num_tokens for end in numbers[-1:]) else ""
 
 
-_launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
-
-
-def launch_with(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> None:
-    """Have ``function`` build layouts on GPUs; no kernel is known to this package."""
-    global _launch
-    _launch = function
+launch: Callable[[torch.Tensor, int, bool], torch.Tensor] | None = None
+"""Builds layouts on GPUs; ``ops.group_layout`` sets it, as no kernel is known to this package."""
 
 
 def group_offsets(

@@ -13,25 +13,17 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import (
-    arrived,
-    check_contiguous,
-    check_float_dtype,
-    check_k,
-    check_no_grad,
-    check_scale_group,
-    check_shape,
-    check_tensor,
-    fail,
-    resolve_device,
-    short,
-)
-from hybrid_mxfp8.core.dequantize import dequantize, dequantize_experts, dequantize_grouped
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import decibels
-from hybrid_mxfp8.core.scale_group import at_most_one, find_scale_group, regroup
-from hybrid_mxfp8.core.scale_layout import (
+from hybrid_mxfp8.core.scales import (
+    at_most_one,
+    dequantize,
+    dequantize_experts,
+    dequantize_grouped,
+    find_scale_group,
+    regroup,
     swizzle_grouped_scales,
     swizzle_scales,
     unswizzle_grouped_scales,
@@ -39,7 +31,7 @@ from hybrid_mxfp8.core.scale_layout import (
 )
 
 
-class _Operand:
+class _Operand(checks.Checked):
     """Pickled by bytes: PyTorch pickles a float8 tensor, and fails to load it (<= 2.13)."""
 
     values: torch.Tensor
@@ -60,12 +52,12 @@ def _check_linear(values: torch.Tensor, scales: torch.Tensor, rows: str, device:
     """Elements (``rows``, K) and row-major scales (``rows``, K/32), each as such or as bytes."""
     dims, ndim = f"({rows}, K/{BLOCK_SIZE})", rows.count(",") + 2
     dtypes = (torch.float8_e4m3fn, torch.uint8)
-    check_tensor("values", values, dtypes=dtypes, ndim=ndim, dims=f"({rows}, K)", device=device)
+    checks.check_tensor("values", values, dtypes=dtypes, ndim=ndim, dims=f"({rows}, K)", device=device)
     dtypes = (torch.uint8, torch.float8_e8m0fnu)
-    check_tensor("scales", scales, dtypes=dtypes, ndim=ndim, dims=dims, device=values.device)
-    check_no_grad("values", values)
-    check_k("values", values.shape[-1])
-    check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
+    checks.check_tensor("scales", scales, dtypes=dtypes, ndim=ndim, dims=dims, device=values.device)
+    checks.check_no_grad("values", values)
+    checks.check_k("values", values.shape[-1])
+    checks.check_shape("scales", scales, (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE), dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +70,7 @@ class MXFP8Tokens(_Operand):
             stride.
         dtype: what the tokens were: bf16, fp16 or fp32. The layer's result and its rows between the
             products have it.
-        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales; not
-            looked at.
+        scale_group: 32 or 128, as of :class:`GroupedMXFP8`.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape, stride or device, or one that
@@ -93,32 +84,21 @@ class MXFP8Tokens(_Operand):
 
     def __repr__(self) -> str:
         shape = f"num_tokens={self.shape[0]}, hidden={self.shape[1]}, scale_group={self.scale_group}"
-        return f"MXFP8Tokens({shape}, dtype={short(self.dtype)}, device={str(self.device)!r})"
+        return f"MXFP8Tokens({shape}, dtype={checks.short(self.dtype)}, device={str(self.device)!r})"
 
     def __post_init__(self) -> None:
-        check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(M, H)")
+        checks.check_tensor("values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(M, H)")
         num_tokens, hidden = self.values.shape
-        check_k("values", hidden)
-        check_no_grad("values", self.values)
-        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(M, H/32)", device=self.values.device)
-        check_shape("scales", self.scales, (num_tokens, hidden // BLOCK_SIZE), "(M, H/32)")
+        checks.check_k("values", hidden)
+        checks.check_no_grad("values", self.values)
+        checks.check_tensor(
+            "scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(M, H/32)", device=self.values.device
+        )
+        checks.check_shape("scales", self.scales, (num_tokens, hidden // BLOCK_SIZE), "(M, H/32)")
         for name, tensor in (("values", self.values), ("scales", self.scales)):
-            if tensor.stride(1) != 1 and tensor.numel():
-                fail(name, "must have unit stride along its columns", f"strides {tensor.stride()}")
-        check_float_dtype("dtype", self.dtype)
-        check_scale_group(self.scale_group)
-
-    @classmethod
-    def unchecked(
-        cls, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, scale_group: int = BLOCK_SIZE
-    ) -> MXFP8Tokens:
-        """Without the checks, for buffers that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "scale_group", scale_group)
-        return self
+            checks.check_unit_stride(name, tensor)
+        checks.check_float_dtype("dtype", self.dtype)
+        checks.check_scale_group(self.scale_group)
 
     @property
     def shape(self) -> torch.Size:
@@ -160,31 +140,21 @@ class GroupedMXFP8(_Operand):
     def __post_init__(self) -> None:
         if not isinstance(self.groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(self.groups).__name__}")
-        check_tensor(
+        checks.check_tensor(
             "values", self.values, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=self.groups.device
         )
         num_tokens, k = self.values.shape
         if num_tokens != self.groups.num_tokens:
-            fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
-        check_k("values", k)
-        check_contiguous("values", self.values)
-        check_no_grad("values", self.values)
-        check_tensor("scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device)
-        check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
-        check_contiguous("scales", self.scales)
-        check_scale_group(self.scale_group)
-
-    @classmethod
-    def unchecked(
-        cls, values: torch.Tensor, scales: torch.Tensor, groups: GroupLayout, scale_group: int = BLOCK_SIZE
-    ) -> GroupedMXFP8:
-        """Without the checks, for buffers that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "scale_group", scale_group)
-        return self
+            checks.fail("values", f"must have T = groups.num_tokens = {self.groups.num_tokens} rows", num_tokens)
+        checks.check_k("values", k)
+        checks.check_contiguous("values", self.values)
+        checks.check_no_grad("values", self.values)
+        checks.check_tensor(
+            "scales", self.scales, dtypes=(torch.uint8,), ndim=2, dims="(S, C)", device=self.values.device
+        )
+        checks.check_shape("scales", self.scales, (self.groups.scale_rows, scale_cols(k)), "(S, C)")
+        checks.check_contiguous("scales", self.scales)
+        checks.check_scale_group(self.scale_group)
 
     @property
     def k(self) -> int:
@@ -222,7 +192,7 @@ class GroupedMXFP8(_Operand):
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
-        values, scales = arrived(values, scales)
+        values, scales = checks.arrived(values, scales)
         _check_linear(values, scales, "T", groups.device)
         swizzled, _ = swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
@@ -233,14 +203,14 @@ class GroupedMXFP8(_Operand):
 def check_weights(values: torch.Tensor, scales: torch.Tensor, owner: str = "") -> None:
     """The tensors of an :class:`ExpertWeights`, called ``owner`` + ``values`` and ``scales``."""
     name, scales_name, dims = f"{owner}values", f"{owner}scales", "(E, roundup(N, 128), C)"
-    check_tensor(name, values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+    checks.check_tensor(name, values, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
     num_experts, n, k = values.shape
-    check_k(name, k)
-    check_contiguous(name, values)
-    check_no_grad(name, values)
-    check_tensor(scales_name, scales, dtypes=(torch.uint8,), ndim=3, dims=dims, device=values.device)
-    check_shape(scales_name, scales, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
-    check_contiguous(scales_name, scales)
+    checks.check_k(name, k)
+    checks.check_contiguous(name, values)
+    checks.check_no_grad(name, values)
+    checks.check_tensor(scales_name, scales, dtypes=(torch.uint8,), ndim=3, dims=dims, device=values.device)
+    checks.check_shape(scales_name, scales, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
+    checks.check_contiguous(scales_name, scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,8 +221,7 @@ class ExpertWeights(_Operand):
         values: (E, N, K) float8_e4m3fn, contiguous, K % 32 == 0.
         scales: (E, roundup(N, 128), C) uint8, E8M0 in 128x4 tiles, C = roundup(K/32, 4). Columns
             from K/32 on must hold zeros; padding rows may hold anything.
-        scale_group: 32, or 128 where four neighbouring blocks of a row have equal scales. The
-            scales are not looked at: a kernel may read one of the four.
+        scale_group: 32 or 128, as of :class:`GroupedMXFP8`.
         squares: whether moreover the 128 rows from row 0, 128, 256, ... of an expert have equal
             scales, none above 1; only with groups of 128. Not looked at either.
 
@@ -273,20 +242,8 @@ class ExpertWeights(_Operand):
 
     def __post_init__(self) -> None:
         check_weights(self.values, self.scales)
-        if check_scale_group(self.scale_group) != 128 and self.squares:
-            fail("squares", "must be False for groups of 32", self.squares)
-
-    @classmethod
-    def unchecked(
-        cls, values: torch.Tensor, scales: torch.Tensor, scale_group: int = BLOCK_SIZE, squares: bool = False
-    ) -> ExpertWeights:
-        """Without the checks, for buffers that this package has just made or checked."""
-        self = object.__new__(cls)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "scales", scales)
-        object.__setattr__(self, "scale_group", scale_group)
-        object.__setattr__(self, "squares", squares)
-        return self
+        if checks.check_scale_group(self.scale_group) != 128 and self.squares:
+            checks.fail("squares", "must be False for groups of 32", self.squares)
 
     @property
     def num_experts(self) -> int:
@@ -309,7 +266,7 @@ class ExpertWeights(_Operand):
         Raises:
             ValueError: no such device; a dtype is none, and would turn bytes into numbers.
         """
-        device = resolve_device(device)
+        device = checks.resolve_device(device)
         return ExpertWeights.unchecked(self.values.to(device), self.scales.to(device), self.scale_group, self.squares)
 
     def regrouped(self, scale_group: int, *, squares: bool = False) -> tuple[ExpertWeights, float]:
@@ -329,9 +286,9 @@ class ExpertWeights(_Operand):
         Raises:
             ValueError: ``scale_group`` is neither 32 nor 128, or squares of 32 are asked for.
         """
-        check_scale_group(scale_group)
+        checks.check_scale_group(scale_group)
         if squares and scale_group != 128:
-            fail("squares", "must be False for groups of 32", squares)
+            checks.fail("squares", "must be False for groups of 32", squares)
         if scale_group <= self.scale_group and squares <= self.squares:
             return ExpertWeights.unchecked(self.values, self.scales, scale_group, squares), math.inf
         new = self.regroup_into(torch.empty_like(self.values), torch.empty_like(self.scales), scale_group, squares)
@@ -374,7 +331,7 @@ class ExpertWeights(_Operand):
             TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
                 grad.
         """
-        values, scales = arrived(values, scales)
+        values, scales = checks.arrived(values, scales)
         _check_linear(values, scales, "E, N")
         found = find_scale_group(scales.view(torch.uint8))
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), *found)

@@ -148,8 +148,10 @@ static int encode(CUtensorMap *map, const int64_t *word, const TVMFFIAny *addres
   return 0;
 }
 
-/* Makes the launch at `word`; *next is the word after it. */
-static int launch(const int64_t *word, CUstream stream, const TVMFFIAny *addresses, const int64_t **next) {
+/* Makes the launch at `word`; *next is the word after it. Only one that follows another of its
+   program may start early; an empty grid is no launch. */
+static int launch(const int64_t *word, CUstream stream, const TVMFFIAny *addresses, const int64_t **next,
+                  int *follows) {
   _Alignas(128) CUtensorMap maps[MAX_TENSOR_MAPS];
   uint64_t pointers[MAX_PARAMS];
   void *params[MAX_PARAMS];
@@ -160,7 +162,7 @@ static int launch(const int64_t *word, CUstream stream, const TVMFFIAny *address
   CUlaunchConfig config = {.gridDimX = grid, .gridDimY = 1, .gridDimZ = 1,
                            .blockDimX = word[2], .blockDimY = 1, .blockDimZ = 1,
                            .sharedMemBytes = word[3], .hStream = stream,
-                           .attrs = &overlapping, .numAttrs = word[4]};
+                           .attrs = &overlapping, .numAttrs = *follows && word[4]};
   word += 6;
   for (int64_t i = 0; i < num_params; i++) {
     switch (*word++) {
@@ -178,13 +180,15 @@ static int launch(const int64_t *word, CUstream stream, const TVMFFIAny *address
     }
   }
   if (grid) CHECK(cuLaunchKernelEx, &config, function, params, NULL);
+  *follows |= grid > 0;
   *next = word;
   return 0;
 }
 
 static int launch_all(const int64_t *word, CUstream stream, const TVMFFIAny *addresses) {
+  int follows = 0;
   for (int64_t left = *word++; left > 0; left--)
-    if (launch(word, stream, addresses, &word)) return -1;
+    if (launch(word, stream, addresses, &word, &follows)) return -1;
   return 0;
 }
 

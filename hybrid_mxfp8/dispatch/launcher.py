@@ -30,14 +30,9 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 
-SCALAR, ADDRESS, TENSOR_MAP = range(3)
-"""Kinds of a kernel's parameter; launcher.c has what follows each of them."""
-
-PDL = 4
-"""The word of a launch that says whether it may start early."""
-
-MAX_PARAMS, MAX_TENSOR_MAPS = 128, 16
-"""Of one launch, as launcher.c holds them."""
+SCALAR, ADDRESS, TENSOR_MAP = range(3)  # kinds of a parameter; launcher.c has what follows each
+PDL = 4  # the word of a launch that says whether it may start early
+MAX_PARAMS, MAX_TENSOR_MAPS = 128, 16  # of one launch, as launcher.c holds them
 
 
 class LauncherUnavailableError(RuntimeError):
@@ -45,29 +40,16 @@ class LauncherUnavailableError(RuntimeError):
 
 
 class Launcher(NamedTuple):
-    """The functions of launcher.c.
+    """The functions of launcher.c, which says what each raises."""
 
-    Attributes:
-        run: ``run(program.address, stream, *addresses)``, ints all: 0; or 1 + i * (how many) + j,
-            and nothing was launched, since buffer i, which is written, overlaps buffer j.
-            RuntimeError: from the driver.
-        check: ``check(function, *sizes)``: RuntimeError unless the kernel with this handle of the
-            driver has parameters of these sizes in bytes, and no more.
-        verify: ``verify(address, length)``: ValueError unless the words there are a program.
-    """
-
-    run: Callable[..., int]
-    check: Callable[..., int]
-    verify: Callable[[int, int], int]
+    run: Callable[..., int]  # (address of a program, stream, *addresses): 0, or a code for an overlap
+    check: Callable[..., int]  # (function, *bytes of each parameter)
+    verify: Callable[[int, int], int]  # (address of a program, how many words)
 
 
 class Program:
-    """All launches of a plan, as ``run`` reads them; it must outlive every ``run``.
-
-    Attributes:
-        words: as :func:`program_words` gives them.
-        address: of the words, for ``run``.
-        run: of the Launcher.
+    """All launches of a plan, as ``run`` reads them, from :func:`program_words`; it must outlive
+    every ``run``.
 
     Raises:
         ValueError: a word is out of range, or a launch has more parameters than launcher.c holds.
@@ -90,27 +72,23 @@ def program_words(
     written: Sequence[tuple[int, int]],
     launches: Sequence[Sequence[int]],
 ) -> list[int]:
-    """Put a program together.
+    """The words of a program, which launcher.c describes.
 
     Args:
         device_index: of the GPU that the kernels are loaded on.
         extents: bytes of each buffer that ``run`` takes the address of; 0 overlaps nothing.
-        written: (index of a buffer that is written, index of the one buffer that it may be the
-            same memory as, else -1). A buffer that overlaps it in any other way is refused by
-            ``run``, also one that starts where it does.
-        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them. The
-            first one waits for whatever ran before; so do all with HYBRID_MXFP8_PDL=0.
+        written: (index of a buffer that is written, index of the one that it may be, address for
+            address, else -1).
+        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them; with
+            HYBRID_MXFP8_PDL=0 none starts before the one before has ended.
     """
     words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
         words += pair
     words.append(len(launches))
     dependent = env.pdl()
-    for i, launch in enumerate(launches):
-        at = len(words)
-        words += launch
-        if i == 0 or not dependent:
-            words[at + PDL] = 0
+    for launch in launches:
+        words += launch if dependent else (*launch[:PDL], 0, *launch[PDL + 1 :])
     return words
 
 
@@ -119,8 +97,8 @@ def launch_words(
 ) -> list[int]:
     """One launch; ``params`` are the words of each parameter, its kind first.
 
-    With ``pdl`` it may start before the launch before it has ended: a kernel that waits for that
-    itself, by the rule of ``triton_kernels.dependent_launch``.
+    With ``pdl`` it may start before the launch before it in the program has ended: a kernel that
+    waits for that itself, by the rule of ``triton_kernels.dependent_launch``.
     """
     words = [function, grid, block_threads, shared_bytes, int(pdl), len(params)]
     for param in params:

@@ -19,6 +19,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -45,49 +46,39 @@ class Operand(NamedTuple):
     may_equal: int = -1  # the operand that it may be, address for address; -1 if none
 
 
-class Operands:
-    """Collects the tensors of a plan in the order in which ``run`` takes them."""
-
-    def __init__(self) -> None:
-        self.list: list[Operand] = []
+class Operands(list[Operand]):
+    """The tensors of a plan, in the order in which ``run`` takes them."""
 
     def add(
         self, name: str, tensor: torch.Tensor, *, written: bool = False, label: str | None = None, may_equal: int = -1
     ) -> Buffer:
         """The next tensor, as launches see it."""
-        self.list.append(Operand(name, label or name, extent(tensor), written, may_equal))
+        self.append(Operand(name, label or name, extent(tensor), written, may_equal))
         aligned = tensor.data_ptr() % 16 == 0
-        return Buffer(len(self.list) - 1, 0, tensor.dtype, tensor.shape, aligned, True)
+        return Buffer(len(self) - 1, 0, tensor.dtype, tensor.shape, aligned, True)
 
     def buffer(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Buffer:
         """The next tensor, contiguous, aligned and written: one that is allocated for each call."""
-        self.list.append(Operand(name, name, math.prod(shape) * dtype.itemsize, True))
-        return Buffer(len(self.list) - 1, 0, dtype, shape)
+        self.append(Operand(name, name, math.prod(shape) * dtype.itemsize, True))
+        return Buffer(len(self) - 1, 0, dtype, shape)
 
 
+@dataclass(eq=False)
 class Plan:
     """The launches of one signature and its sizes."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        operands: Operands,
-        steps: Steps,
-        *,
-        arena_bytes: int = 0,
-        result: Any = (),
-        lasting: bool = True,
-    ) -> None:
-        self.device = device
-        self.operands = tuple(operands.list)  # what ``run`` takes, in order
-        self.steps = steps
-        self.arena_bytes = arena_bytes  # of the operand ``workspace``, if there is one
-        self.result = result  # what else the caller needs, such as the shape of an output
-        self.lasting = lasting  # whether another call of its signature would be planned alike
-        self._index = -1 if device.index is None else device.index
-        self._parts: list[tuple[launcher.Program | None, Steps]] | None = None
-        self._hooked: Callable[[], bool] = lambda: True
-        self._make: Callable[[], Plan] | None = None  # where a template left operands and steps out
+    device: torch.device
+    operands: Operands
+    steps: Steps
+    arena_bytes: int = 0  # of the operand ``workspace``, if there is one
+    result: Any = ()  # what else the caller needs, such as the shape of an output
+    lasting: bool = True  # whether another call of its signature would be planned alike
+    _parts: list[tuple[launcher.Program | None, Steps]] | None = None  # steps as they run
+    _hooked: Callable[[], bool] = lambda: True
+    _make: Callable[[], Plan] | None = None  # where a template left operands and steps out
+
+    def __post_init__(self) -> None:
+        self._index = -1 if self.device.index is None else self.device.index
 
     def run(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream; ValueError if what is written overlaps another operand."""
@@ -205,11 +196,9 @@ class Template:
         result = self._fill(words, *sizes)
         if result is None:
             return None
-        plan = Plan(self._device, Operands(), (), arena_bytes=result[0], result=result[1:])
-        plan._parts = [(launcher.Program(words), ())]
-        plan._hooked = self._hooked
-        plan._make = functools.partial(self._make, *sizes)
-        return plan
+        parts: list[tuple[launcher.Program | None, Steps]] = [(launcher.Program(words), ())]
+        make = functools.partial(self._make, *sizes)
+        return Plan(self._device, Operands(), (), result[0], result[1:], True, parts, self._hooked, make)
 
 
 class PlanCache:
@@ -241,7 +230,7 @@ class PlanCache:
         if signature is not None and plan.lasting:
             self.add(signature, plan, sizes)
             templates = self._templates.get(signature, ())
-            if min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
+            if sizes and min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
                 with contextlib.suppress(AttributeError, TypeError):
                     self._keep(self._templates, signature, (*templates, Template(sizes, make)))
         return plan

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 
 from hybrid_mxfp8 import reference
@@ -9,45 +12,41 @@ from hybrid_mxfp8.core.layout import caller_offsets, group_offsets
 from hybrid_mxfp8.dispatch.backend import Backend, Call, Quantizer, Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
-from hybrid_mxfp8.reference import routing
+
+
+def _step(function: Callable[..., None], *arguments: Any) -> Steps:
+    return (Call(function, arguments),)
 
 
 def _plan(problem: Problem, buffers: GemmBuffers) -> Steps:
     b = buffers
     operands = (b.x_values, b.x_scales, b.expert_offsets, b.scale_offsets, b.w_values, b.w_scales, b.out)
-    return (Call(reference.grouped_matmul, operands),)
+    return _step(reference.grouped_matmul, *operands)
 
 
 def _quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> Steps:
     p, b = problem, buffers
     if p.grouping == "uniform":
-        return (Call(reference.quantize_weights, (b.x, b.values, b.scales, p.scale_rounding, p.scale_group)),)
+        return _step(reference.quantize_weights, b.x, b.values, b.scales, p.scale_rounding, p.scale_group)
     steps: Steps = ()
     expert_offsets, scale_offsets = b.expert_offsets, b.scale_offsets
     if p.grouping == "counts":
         assert b.counts is not None
         assert b.layout is not None
         _, expert_offsets, scale_offsets = split_layout(b.layout, p.num_experts)
-        steps = _group_offsets(b.counts, b.layout, p.num_rows, False)
+        steps = _write_layout(group_offsets, b.layout, b.counts, p.num_rows, False)
+    target = (expert_offsets, scale_offsets, b.values, b.scales)
     if b.x_scales is not None:
-        given = (b.x, b.x_scales, b.row_index, expert_offsets, scale_offsets, b.values, b.scales)
-        return *steps, Call(reference.gather_rows, given)
+        return steps + _step(reference.gather_rows, b.x, b.x_scales, b.row_index, *target)
     source = (b.x, b.row_index, p.scale_rounding, p.scale_group, p.activation)
-    return *steps, Call(reference.quantize_rows, (*source, expert_offsets, scale_offsets, b.values, b.scales))
+    return steps + _step(reference.quantize_rows, *source, *target)
 
 
-def _group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> Steps:
-    def write(given: torch.Tensor, layout: torch.Tensor) -> None:
-        layout.copy_(torch.cat(group_offsets(given, num_tokens, from_ends)))
+def _write_layout(offsets: Callable[..., Iterable[torch.Tensor]], layout: Buffer, *given: Any) -> Steps:
+    def write(layout: torch.Tensor, *given: Any) -> None:
+        layout.copy_(torch.cat([*offsets(*given)]))
 
-    return (Call(write, (given, layout)),)
-
-
-def _caller_layout(counts: Buffer, scale_starts: Buffer, layout: Buffer, num_tokens: int, num_scale_rows: int) -> Steps:
-    def write(counts: torch.Tensor, scale_starts: torch.Tensor, layout: torch.Tensor) -> None:
-        layout.copy_(torch.cat(caller_offsets(counts, scale_starts, num_tokens, num_scale_rows)))
-
-    return (Call(write, (counts, scale_starts, layout)),)
+    return _step(write, layout, *given)
 
 
 BACKEND = Backend(
@@ -65,17 +64,13 @@ QUANTIZER = Quantizer(
     name="reference",
     available=lambda device: (True, "always"),
     quantize=_quantize,
-    group_offsets=_group_offsets,
-    caller_layout=_caller_layout,
-    pack_tokens=lambda x, stride, ids, weights, records, experts, scale_group: (
-        Call(reference.pack_tokens, (x, ids, weights, records, experts, scale_group)),
-    ),
-    route=lambda ids, tokens, inverse, layout, scratch, experts: (
-        Call(routing.route, (ids, experts, tokens, inverse, layout)),
+    group_offsets=lambda given, layout, *rest: _write_layout(group_offsets, layout, given, *rest),
+    caller_layout=lambda counts, starts, layout, *rest: _write_layout(caller_offsets, layout, counts, starts, *rest),
+    pack_tokens=lambda x, stride, *given: _step(reference.pack_tokens, x, *given),
+    route=lambda ids, tokens, inverse, layout, scratch, experts: _step(
+        reference.route, ids, experts, tokens, inverse, layout
     ),
     route_scratch=lambda choices, experts: 0,
-    add_expert_bias=lambda y, inverse, ids, bias: (Call(routing.add_expert_bias, (y, inverse, ids, bias)),),
-    combine=lambda y, inverse, ids, weights, bias, out, out_stride: (
-        Call(routing.combine, (y, inverse, ids, weights, bias, out)),
-    ),
+    add_expert_bias=lambda *given: _step(reference.add_expert_bias, *given),
+    combine=lambda *given: _step(reference.combine, *given[:-1]),  # all but the stride of ``out``
 )

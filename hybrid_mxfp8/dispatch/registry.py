@@ -175,8 +175,9 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Quanti
             _log_choice("quantize", "triton", device, reason, "")
         return quantizer
     if name == "cutlass":
-        reason = f"backend cutlass, which quantizes with the triton kernel: {reason}"
-        raise BackendUnavailableError(_cause(backend) + reason)
+        able, own_reason = backend_of(name).available(device)
+        reason = f", which quantizes with the triton kernel: {reason}" if able else f": {own_reason}"
+        raise BackendUnavailableError(f"{_cause(backend)}backend cutlass{reason}")
     if name == "triton":
         raise BackendUnavailableError(f"{_cause(backend)}backend triton: {reason}")
     if name == AUTO:

@@ -10,7 +10,7 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_contiguous, check_tensor, is_tracing, short
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
-from hybrid_mxfp8.core.scale_group import find_scale_group
+from hybrid_mxfp8.core.scales import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
 from hybrid_mxfp8.ops.layer import shape_of
@@ -30,13 +30,6 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
 def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
     """2I entries along ``dim`` < 0, gate and up in turns, to all of gate, then those of up."""
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
-
-
-def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scaling: tuple[int, bool]) -> ExpertWeights:
-    """Of a module's buffers, which anyone may have replaced: plans take them for contiguous."""
-    check_contiguous(f"{name}_values", values)
-    check_contiguous(f"{name}_scales", scales)
-    return ExpertWeights.unchecked(values.view(torch.float8_e4m3fn), scales, *scaling)
 
 
 def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
@@ -96,17 +89,14 @@ class MXFP8Experts(torch.nn.Module):
         check_biases(shape, w13_bias, w2_bias)
         check_workspace(workspace)
         requested(backend)
-        self.register_buffer("w13_values", w13q.values.view(torch.uint8))
-        self.register_buffer("w13_scales", w13q.scales)
-        self.register_buffer("w2_values", w2q.values.view(torch.uint8))
-        self.register_buffer("w2_scales", w2q.scales)
+        # Of each buffer of scales: when it was looked at, and what was found.
+        self._scalings: dict[str, tuple[tuple[int, int], tuple[int, bool]]] = {}
+        for name, w in (("w13", w13q), ("w2", w2q)):
+            self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
+            self.register_buffer(f"{name}_scales", w.scales)
+            self._scalings[name] = (_state(w.scales), (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
-        # Of each buffer of scales: when it was looked at, and what was found.
-        self._scalings = {
-            name: (_state(w.scales), (w.scale_group, w.squares))
-            for name, w in (("w13_scales", w13q), ("w2_scales", w2q))
-        }
         self.activation = swiglu_of(activation)
         self.workspace = workspace
         self.backend = backend
@@ -160,24 +150,26 @@ class MXFP8Experts(torch.nn.Module):
     @property
     def w13q(self) -> ExpertWeights:
         """(E, 2I, H), the buffers' memory."""
-        return _weights("w13", self.w13_values, self.w13_scales, self._scaling("w13_scales"))
+        return self._weights("w13")
 
     @property
     def w2q(self) -> ExpertWeights:
         """(E, H, I), the buffers' memory."""
-        return _weights("w2", self.w2_values, self.w2_scales, self._scaling("w2_scales"))
+        return self._weights("w2")
 
-    def _scaling(self, name: str) -> tuple[int, bool]:
-        """(scale_group, squares) of a buffer of scales, which is looked at again where anyone may
-        have changed it."""
-        scales = getattr(self, name)
+    def _weights(self, name: str) -> ExpertWeights:
+        """Anyone may have replaced a buffer: plans take them for contiguous, and the scales' group
+        and squares are looked for again where they may have changed."""
+        values, scales = getattr(self, f"{name}_values"), getattr(self, f"{name}_scales")
+        check_contiguous(f"{name}_values", values)
+        check_contiguous(f"{name}_scales", scales)
+        values = values.view(torch.float8_e4m3fn)
         state, found = self._scalings[name]
-        if torch.compiler.is_compiling() or is_tracing(scales) or _state(scales) == state:
-            return found
-        values = getattr(self, name.replace("scales", "values")).view(torch.float8_e4m3fn)
-        found = find_scale_group(ExpertWeights.unchecked(values, scales.contiguous()).linear_scales())
-        self._scalings[name] = (_state(scales), found)
-        return found
+        if not (is_tracing(scales) or _state(scales) == state):
+            found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
+            self._scalings[name] = (_state(scales), found)
+        scale_group, squares = found
+        return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)
 
     def extra_repr(self) -> str:
         """Shapes, for ``print(module)``."""

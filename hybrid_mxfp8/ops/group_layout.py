@@ -45,16 +45,16 @@ def _run(
     plan = PLANS.get(signature, sizes)
     if plan is None:
         without_memory = {name: metadata(tensor) for name, tensor in read.items()}
-        plan = PLANS.make(signature, sizes, functools.partial(_plan, without_memory, metadata(buffer), steps))
+        plan = PLANS.make(signature, sizes, functools.partial(_plan, without_memory, steps))
     plan.run(buffer, *read.values())
     return buffer
 
 
-def _plan(read: dict[str, torch.Tensor], buffer: torch.Tensor, steps: Callable[..., Steps], *sizes: int) -> Plan:
-    operands = Operands()
-    target = operands.add("layout", buffer, written=True)
+def _plan(read: dict[str, torch.Tensor], steps: Callable[..., Steps], *sizes: int) -> Plan:
+    first, operands = next(iter(read.values())), Operands()
+    target = operands.buffer("layout", torch.int32, (3 * first.shape[0] + 2,))
     source = [operands.add(name, tensor) for name, tensor in read.items()]
-    return Plan(buffer.device, operands, steps(choose_quantizer(buffer.device, "auto"), target, *source, *sizes))
+    return Plan(first.device, operands, steps(choose_quantizer(first.device, "auto"), target, *source, *sizes))
 
 
-layout.launch_with(build)
+layout.launch = build

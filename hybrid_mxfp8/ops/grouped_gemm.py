@@ -8,19 +8,7 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import (
-    check_aligned,
-    check_contiguous,
-    check_float_dtype,
-    check_n,
-    check_no_buffer,
-    check_no_grad,
-    check_num_tokens,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
@@ -71,13 +59,13 @@ def grouped_gemm(
         plan = PLANS.get(signature, sizes)
     if plan is None:
         problem = _problem(x, w, out_dtype)
-        if is_tracing(x.values):
-            check_no_buffer("out", out)
-            check_no_buffer("workspace", workspace)
+        if checks.is_tracing(x.values):
+            checks.check_no_buffer("out", out)
+            checks.check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, out_dtype, backend)
         _check_buffers(problem, out, workspace)
-        given = (problem, metadata(x), metadata(w), metadata(workspace), backend)
-        plan = PLANS.make(signature, _sizes(x, workspace), functools.partial(_plan, *given))
+        make = functools.partial(_plan, [*map(metadata, (x, w, workspace))], problem, backend)
+        plan = PLANS.make(signature, _sizes(x, workspace), make)
     num_tokens, n, workspace_bytes = plan.result
     y = torch.empty(num_tokens, n, dtype=out_dtype, device=x.values.device) if out is None else out
     groups = x.groups
@@ -121,22 +109,15 @@ def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, i
     return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
 
 
-def _plan(
-    problem: Problem,
-    x: GroupedMXFP8,
-    w: ExpertWeights,
-    workspace: Any,
-    backend: str | None,
-    num_tokens: int,
-    num_scale_rows: int,
-    workspace_bytes: int,
-) -> Plan:
+def _plan(given: Any, problem: Problem, backend: str | None, *sizes: int) -> Plan:
     """The launches of one product, of (x, its scales, three of the layout, w, its scales, out,
     workspace or nothing), from Metadata of other T and S."""
+    x, w, workspace = given
+    num_tokens, num_scale_rows, workspace_bytes = sizes
     problem = problem._replace(num_tokens=num_tokens)
     chosen, needed, lasting = choose_ready(problem, backend)
     if workspace is not None and workspace_bytes < needed:
-        fail("workspace", f"must have at least {needed} bytes", workspace_bytes)
+        checks.fail("workspace", f"must have at least {needed} bytes", workspace_bytes)
     operands = Operands()
     groups = x.groups
     read = (
@@ -148,7 +129,7 @@ def _plan(
         operands.add("w.values", w.values),
         operands.add("w.scales", w.scales),
     )
-    shape = (problem.num_tokens, problem.n)
+    shape = (num_tokens, problem.n)
     # One that is allocated for each call is aligned as PyTorch aligns.
     y = operands.buffer("out", problem.out_dtype, shape)
     memory = None
@@ -157,7 +138,7 @@ def _plan(
     elif needed:
         memory = operands.buffer("workspace", torch.uint8, (needed,))
     steps: Steps = ()
-    if problem.num_tokens and problem.num_experts:
+    if num_tokens and problem.num_experts:
         steps = chosen.plan(problem, GemmBuffers(*read, y, memory))
     return Plan(problem.device, operands, steps, result=(*shape, needed), lasting=lasting)
 
@@ -165,16 +146,18 @@ def _plan(
 def _check_buffers(problem: Problem, out: torch.Tensor | None, workspace: torch.Tensor | None) -> None:
     """Those of ``out`` and ``workspace`` that are given fit, but for the workspace's size."""
     if out is not None:
-        check_tensor("out", out, dtypes=(problem.out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
-        check_shape("out", out, (problem.num_tokens, problem.n), "(T, N)")
-        check_contiguous("out", out)
-        check_aligned("out", out)
-        check_no_grad("out", out)
+        checks.check_tensor("out", out, dtypes=(problem.out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
+        checks.check_shape("out", out, (problem.num_tokens, problem.n), "(T, N)")
+        checks.check_contiguous("out", out)
+        checks.check_aligned("out", out)
+        checks.check_no_grad("out", out)
     if workspace is not None:
-        check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device)
-        check_contiguous("workspace", workspace)
+        checks.check_tensor(
+            "workspace", workspace, dtypes=(torch.uint8,), ndim=1, dims="(bytes,)", device=problem.device
+        )
+        checks.check_contiguous("workspace", workspace)
         if workspace.numel() and workspace.data_ptr() % ALIGNMENT:
-            fail("workspace", f"must start at a {ALIGNMENT}-byte boundary", f"address {workspace.data_ptr():#x}")
+            checks.fail("workspace", f"must start at a {ALIGNMENT}-byte boundary", f"address {workspace.data_ptr():#x}")
 
 
 def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype, backend: str | None) -> torch.Tensor:
@@ -210,16 +193,14 @@ def grouped_gemm_workspace_size(
     """
     if not isinstance(w, ExpertWeights):
         raise TypeError(f"w: must be an ExpertWeights, got {type(w).__name__}")
-    check_num_tokens(num_tokens, w.num_experts)
-    check_n("w", w.n)
-    problem = Problem(w.num_experts, w.n, w.k, num_tokens, check_float_dtype("out_dtype", out_dtype), w.device)
+    checks.check_num_tokens(num_tokens, w.num_experts)
+    checks.check_n("w", w.n)
+    problem = Problem(w.num_experts, w.n, w.k, num_tokens, checks.check_float_dtype("out_dtype", out_dtype), w.device)
     asked = requested(backend)
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
         chosen = choose(p, backend)
-        free = [chosen]
-        if asked == AUTO:
-            free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]]
+        free = [b for b in map(backend_of, NAMES) if b.available(p.device)[0]] if asked == AUTO else [chosen]
         sizes += [chosen.workspace_size(p), *(b.workspace_bound(p) for b in free)]
     return max(sizes)
 
@@ -247,9 +228,9 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
         raise TypeError(f"x: must be a GroupedMXFP8 (from quantize_grouped), got {type(x).__name__}")
     if not isinstance(w, ExpertWeights):
         raise TypeError(f"w: must be an ExpertWeights (from quantize_weights), got {type(w).__name__}")
-    check_float_dtype("out_dtype", out_dtype)
+    checks.check_float_dtype("out_dtype", out_dtype)
     if w.device != x.device:
-        fail("w", f"must be on {x.device}, as x", w.device)
+        checks.fail("w", f"must be on {x.device}, as x", w.device)
     num_experts, n, k = w.values.shape
     if num_experts != x.groups.num_experts:
         slips = {
@@ -257,12 +238,12 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
             1: " (from_ends takes offsets without a leading 0)",
         }
         hint = slips.get(num_experts - x.groups.num_experts, "")
-        fail("w", f"must have x's E = {x.groups.num_experts} experts", f"{num_experts}{hint}")
+        checks.fail("w", f"must have x's E = {x.groups.num_experts} experts", f"{num_experts}{hint}")
     if k != x.k:
         if n == x.k:
-            fail("w", f"must be (E, N, K) with x's K = {x.k} (transposed?)", tuple(w.values.shape))
-        fail("x", f"must have w's K = {k}", x.k)
-    check_n("w", n)
+            checks.fail("w", f"must be (E, N, K) with x's K = {x.k} (transposed?)", tuple(w.values.shape))
+        checks.fail("x", f"must have w's K = {k}", x.k)
+    checks.check_n("w", n)
     scale_group = min(x.scale_group, w.scale_group)
     scaling = scale_group, scale_group == 128 and w.squares
     return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, *scaling)

@@ -12,7 +12,7 @@ tensors: making a view costs the host more than an allocation.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.dispatch.backend import Quantizer
-from hybrid_mxfp8.dispatch.buffers import Buffer
+from hybrid_mxfp8.dispatch.buffers import Buffer, of_rows
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
 from hybrid_mxfp8.dispatch.registry import Ready, choose_quantizer, choose_ready
@@ -84,18 +84,11 @@ def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
         fail(name, "M * top_k, and each expert's padding, must fit int32", rows)
 
 
-class Backends(NamedTuple):
-    """What runs a layer: quantizer, router and combine, and the two products; see ``Ready``."""
-
-    quantizer: Quantizer
-    up: Ready
-    down: Ready
-
-
-def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> Backends:
-    """Raises as ``registry.choose`` does."""
+def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> tuple[Quantizer, Ready, Ready]:
+    """Quantizer, router and combine, and the two products' backends; raises as
+    ``registry.choose``."""
     up, down = (choose_ready(problem, backend) for problem in shape.problems(num_tokens))
-    return Backends(choose_quantizer(shape.device, backend), up, down)
+    return choose_quantizer(shape.device, backend), up, down
 
 
 class Arena(NamedTuple):
@@ -113,15 +106,15 @@ class Arena(NamedTuple):
     size: int  # bytes
 
 
-def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) -> Arena:
-    """The intermediates of M = ``num_tokens`` >= 1, in operand ``index`` of a plan."""
+def arena(shape: MoEShape, num_tokens: int, quantizer: Quantizer, up: Ready, down: Ready) -> Arena:
+    """The intermediates of M = ``num_tokens`` >= 1, in the first operand of a plan."""
     rows = num_tokens * shape.top_k
     scale_rows = grouped_scale_rows(rows, shape.experts)
     size = 0
 
     def place(dtype: torch.dtype, *extents: int) -> Buffer:
         nonlocal size
-        buffer = Buffer(index, size, dtype, extents)
+        buffer = Buffer(0, size, dtype, extents)
         size = round_up(size + math.prod(extents) * dtype.itemsize, ALIGNMENT)
         return buffer
 
@@ -129,12 +122,12 @@ def arena(shape: MoEShape, num_tokens: int, backends: Backends, index: int = 0) 
         return place(torch.float8_e4m3fn, rows, k), place(torch.uint8, scale_rows, scale_cols(k))
 
     int32 = torch.int32
-    gemm_bytes = max(backends.up.workspace_bytes, backends.down.workspace_bytes)
+    gemm_bytes = max(up.workspace_bytes, down.workspace_bytes)
     return Arena(
         sorted_token_ids=place(int32, rows),
         inverse_permutation=place(int32, num_tokens, shape.top_k),
         layout=place(int32, 3 * shape.experts + 2),
-        scratch=place(int32, backends.quantizer.route_scratch(rows, shape.experts)),
+        scratch=place(int32, quantizer.route_scratch(rows, shape.experts)),
         xq=operand(shape.hidden),
         h=place(shape.dtype, rows, 2 * shape.intermediate),
         hq=operand(shape.intermediate),
@@ -162,47 +155,43 @@ def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor 
 
 
 def plan_layer(
-    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: torch.Tensor, backend: str | None
+    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: Any, backend: str | None, num_tokens: int
 ) -> Plan:
     """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
-    ids, weights, and what is given of the biases and x's scales)."""
-    num_tokens, device = inputs.x.shape[0], shape.device
+    ids, weights, and what is given of the biases and x's scales), from Metadata of another M."""
     check_rows("x", shape, num_tokens)
-    backends = choose_backends(shape, num_tokens, backend)
-    a = arena(shape, num_tokens, backends)
+    quantizer, up_ready, down_ready = choose_backends(shape, num_tokens, backend)
+    a = arena(shape, num_tokens, quantizer, up_ready, down_ready)
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
-    rows, linear_scales = parts_of(inputs.x)
+    rows, linear_scales = parts_of(of_rows(inputs.x, num_tokens))
     same_rows = linear_scales is None and rows.stride() == out.stride()
-    y = operands.add("out", out, written=True, may_equal=2 if same_rows else -1)
+    y = operands.add("out", of_rows(out, num_tokens), written=True, may_equal=2 if same_rows else -1)
     x = operands.add("x", rows)
     w13 = operands.add("w13q.values", inputs.w13q.values), operands.add("w13q.scales", inputs.w13q.scales)
     w2 = operands.add("w2q.values", inputs.w2q.values), operands.add("w2q.scales", inputs.w2q.scales)
-    ids = operands.add("topk_ids", inputs.topk_ids)
-    weights = operands.add("topk_weights", inputs.topk_weights)
-    w13_bias, w2_bias = inputs.w13_bias, inputs.w2_bias
-    up_bias = None if w13_bias is None else operands.add("w13_bias", w13_bias)
-    down_bias = None if w2_bias is None else operands.add("w2_bias", w2_bias)
+    ids = operands.add("topk_ids", of_rows(inputs.topk_ids, num_tokens))
+    weights = operands.add("topk_weights", of_rows(inputs.topk_weights, num_tokens))
+    up_bias = None if inputs.w13_bias is None else operands.add("w13_bias", inputs.w13_bias)
+    down_bias = None if inputs.w2_bias is None else operands.add("w2_bias", inputs.w2_bias)
     x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)
 
-    quantizer = backends.quantizer
     up, down = shape.problems(num_tokens)
     layout = split_layout(a.layout, shape.experts)
     offsets = layout[1:]
     sizes = (up.num_tokens, shape.experts)
-    gather = QuantizeProblem(*sizes, shape.hidden, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
-    activate = QuantizeProblem(
-        *sizes, shape.intermediate, up.num_tokens, up.n, "rceil", activation, scale_group=down.scale_group
-    )
+    gather = QuantizeProblem(*sizes, up.k, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
     if linear_scales is not None:
         gather = gather._replace(scale_stride=linear_scales.stride(0))
+    source = (up.num_tokens, up.n)
+    activate = QuantizeProblem(*sizes, down.k, *source, "rceil", activation, scale_group=down.scale_group)
     steps = (
         *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
         *quantizer.quantize(gather, QuantizeBuffers(x, *a.xq, a.sorted_token_ids, *offsets, x_scales=x_scales)),
-        *backends.up.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
+        *up_ready.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),
-        *backends.down.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
+        *down_ready.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
-    return Plan(device, operands, steps, arena_bytes=a.size, lasting=backends.up.lasting and backends.down.lasting)
+    return Plan(shape.device, operands, steps, arena_bytes=a.size, lasting=up_ready.lasting and down_ready.lasting)

@@ -12,21 +12,10 @@ from typing import Any
 
 import torch
 
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
-from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
-    arrived,
-    check_contiguous,
-    check_devices,
-    check_no_grad,
-    check_scale_group,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
-from hybrid_mxfp8.dispatch.buffers import Metadata, metadata, of_rows
+from hybrid_mxfp8.dispatch.buffers import Metadata, metadata
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import requested, settings
 from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, parts_of, plan_layer, shape_of
@@ -97,7 +86,7 @@ def moe_forward(
         BackendUnavailableError: the named backend can't run this here.
     """
     check_workspace(workspace)
-    x, topk_ids, topk_weights = arrived(x, topk_ids, topk_weights)
+    x, topk_ids, topk_weights = checks.arrived(x, topk_ids, topk_weights)
     inputs = LayerInputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
     signature = plan = None
     if not torch.compiler.is_compiling():
@@ -108,32 +97,20 @@ def moe_forward(
         shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
             _check_out(out, x)
-        if is_tracing(parts_of(x)[0]):
+        if checks.is_tracing(parts_of(x)[0]):
             return _forward_traced(inputs, shape, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)
             return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if out is None else out.zero_()
         if workspace is not None:
             workspace.check(shape, x.shape[0])
-        inputs = _contiguous(inputs)
         target = Metadata(x.dtype, x.shape, (x.shape[1], 1), x.device) if out is None else metadata(out)
-        given = (LayerInputs(*map(metadata, inputs)), shape, swiglu, target, backend)
-        plan = PLANS.make(signature, (x.shape[0],), functools.partial(_plan_of_sizes, *given))
-    else:
-        inputs = _contiguous(inputs)
+        given = LayerInputs(*map(metadata, _contiguous(inputs)))
+        make = functools.partial(plan_layer, given, shape, swiglu, target, backend)
+        plan = PLANS.make(signature, (x.shape[0],), make)
     y = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    _run(plan, inputs, y, workspace)
+    _run(plan, _contiguous(inputs), y, workspace)
     return y
-
-
-def _plan_of_sizes(
-    inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: Any, backend: str | None, num_tokens: int
-) -> Plan:
-    """The plan of M, from Metadata of another."""
-    given = (inputs.x, inputs.topk_ids, inputs.topk_weights, out)
-    x, topk_ids, topk_weights, out = (of_rows(tensor, num_tokens) for tensor in given)
-    inputs = inputs._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-    return plan_layer(inputs, shape, activation, out, backend)
 
 
 def _contiguous(inputs: LayerInputs) -> LayerInputs:
@@ -196,33 +173,27 @@ def _describe_tokens(x: torch.Tensor | MXFP8Tokens) -> tuple[Hashable, ...] | No
 
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:
     """All that is read fits together."""
-    check_devices(**inputs._asdict())
+    checks.check_devices(**inputs._asdict())
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if not isinstance(x, MXFP8Tokens):
-        check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
-        if x.stride(1) != 1:
-            fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
-        check_no_grad("x", x)
-    device = x.device
-    check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=device)
-    check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=device)
+        checks.check_unquantized("x", x, "(M, H)")
+    checks.check_choices(topk_ids, topk_weights, x.device)
     num_tokens, top_k = topk_ids.shape
     shape = shape_of(w13q, w2q, top_k, x.dtype)
-    if shape.device != device:
-        fail("w13q", f"must be on {device}, as x", shape.device)
+    if shape.device != x.device:
+        checks.fail("w13q", f"must be on {x.device}, as x", shape.device)
     if x.shape != (num_tokens, shape.hidden):
         expected = f"must have shape (M, H) with topk_ids' M and w13q's H = {(num_tokens, shape.hidden)}"
-        fail("x", expected, tuple(x.shape))
-    check_shape("topk_weights", topk_weights, (num_tokens, top_k), "(M, top_k)")
+        checks.fail("x", expected, tuple(x.shape))
+    checks.check_shape("topk_weights", topk_weights, (num_tokens, top_k), "(M, top_k)")
     swiglu = swiglu_of(activation)
-    check_no_grad("topk_weights", topk_weights)
     check_biases(shape, w13_bias, w2_bias)
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
         if bias is not None:
-            check_no_grad(name, bias)
+            checks.check_no_grad(name, bias)
     w13_group, w2_group = shape.scale_groups
     if scale_group is not None:
-        check_scale_group(scale_group)
+        checks.check_scale_group(scale_group)
         w13_group, w2_group = min(scale_group, w13_group), min(scale_group, w2_group)
     if isinstance(x, MXFP8Tokens):
         w13_group = min(w13_group, x.scale_group)
@@ -233,19 +204,18 @@ def check_biases(shape: MoEShape, w13_bias: torch.Tensor | None, w2_bias: torch.
     """Those that are given are (E, 2I) and (E, H)."""
     for name, bias, n in (("w13_bias", w13_bias, 2 * shape.intermediate), ("w2_bias", w2_bias, shape.hidden)):
         if bias is not None:
-            check_tensor(name, bias, dtypes=FLOAT_DTYPES, ndim=2, dims="(E, N)", device=shape.device)
-            check_shape(name, bias, (shape.experts, n), "(E, N)")
-            check_contiguous(name, bias)
+            checks.check_tensor(name, bias, dtypes=checks.FLOAT_DTYPES, ndim=2, dims="(E, N)", device=shape.device)
+            checks.check_shape(name, bias, (shape.experts, n), "(E, N)")
+            checks.check_contiguous(name, bias)
 
 
 def _check_out(out: torch.Tensor, x: torch.Tensor | MXFP8Tokens) -> None:
-    check_tensor("out", out, dtypes=(x.dtype,), ndim=2, dims="(M, H)", device=x.device)
-    check_shape("out", out, (x.shape[0], x.shape[1]), "(M, H)")
-    check_no_grad("out", out)
-    if out.stride(1) != 1:
-        fail("out", "must have unit stride along its columns", f"strides {out.stride()}")
+    checks.check_tensor("out", out, dtypes=(x.dtype,), ndim=2, dims="(M, H)", device=x.device)
+    checks.check_shape("out", out, (x.shape[0], x.shape[1]), "(M, H)")
+    checks.check_no_grad("out", out)
+    checks.check_unit_stride("out", out)
     if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
-        fail("out", f"must have a row stride of at least H = {out.shape[1]}", out.stride(0))
+        checks.fail("out", f"must have a row stride of at least H = {out.shape[1]}", out.stride(0))
 
 
 def _forward_traced(

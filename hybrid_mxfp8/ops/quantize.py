@@ -8,23 +8,8 @@ from typing import Any
 
 import torch
 
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
-from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
-    arrived,
-    check_aligned,
-    check_contiguous,
-    check_devices,
-    check_k,
-    check_no_buffer,
-    check_no_grad,
-    check_scale_group,
-    check_scale_rounding,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout, check_numbers
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
@@ -80,22 +65,22 @@ def quantize_grouped(
             have a sum above T.
         BackendUnavailableError: the named backend can't run here.
     """
-    x, groups, row_index = arrived(x, groups, row_index)
+    rows = x, groups, row_index = checks.arrived(x, groups, row_index)
     signature = plan = None
     if not torch.compiler.is_compiling():
-        scaling = (scale_rounding, scale_group, type(scale_group))  # 32.0 equals 32
-        signature, sizes = _signature(x, groups, scaling, row_index, activation, out, backend)
+        options = (scale_rounding, scale_group, type(scale_group), activation)  # 32.0 equals 32
+        signature, sizes = _signature(rows, options, out, backend)
         plan = PLANS.get(signature, sizes)
     if plan is None:
-        problem = _check(x, groups, scale_rounding, scale_group, row_index, activation)
-        if is_tracing(x):
-            check_no_buffer("out", out)
-            return _quantize_traced(x, groups, problem, row_index, backend)
+        problem = _check(rows, scale_rounding, scale_group, activation)
+        if checks.is_tracing(x):
+            checks.check_no_buffer("out", out)
+            return _quantize_traced(rows, problem, backend)
         if out is not None:
             _check_out(out, problem, x.device)
         buffers = None if out is None else (metadata(out.values), metadata(out.scales))
-        given = (metadata(x), metadata(groups), problem, metadata(row_index), buffers, backend)
-        plan = PLANS.make(signature, _sizes(x, problem.num_rows, out), functools.partial(plan_rows, *given))
+        make = functools.partial(_plan, [*map(metadata, rows)], buffers, problem, backend)
+        plan = PLANS.make(signature, _sizes(x, problem.num_rows, out), make)
     if out is None:
         num_tokens, k, scale_rows, scale_columns, _ = plan.result
         # Unpacked: PyTorch takes 1.2 µs longer to parse a tuple.
@@ -103,7 +88,7 @@ def quantize_grouped(
         scales = torch.empty(scale_rows, scale_columns, dtype=torch.uint8, device=x.device)
     else:
         values, scales = out.values, out.scales
-    return _run(plan, x, groups, row_index, values, scales)
+    return _run(plan, rows, values, scales)
 
 
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
@@ -113,20 +98,14 @@ def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, sc
     plan = PLANS.get(signature, sizes)
     if plan is None:
         shape = (groups.num_tokens, groups.num_experts, values.shape[1], x.shape[0], x.stride(0))
-        problem = QuantizeProblem(*shape, "rceil")
-        given = (metadata(x), metadata(groups), problem, None, (metadata(values), metadata(scales)), None)
-        plan = PLANS.make(signature, sizes, functools.partial(plan_rows, *given))
-    _run(plan, x, groups, None, values, scales)
+        buffers = metadata(values), metadata(scales)
+        given = ((metadata(x), metadata(groups), None), buffers, QuantizeProblem(*shape, "rceil"), None)
+        plan = PLANS.make(signature, sizes, functools.partial(_plan, *given))
+    _run(plan, (x, groups, None), values, scales)
 
 
-def _run(
-    plan: Plan,
-    x: torch.Tensor,
-    groups: GroupLayout | torch.Tensor,
-    row_index: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-) -> GroupedMXFP8:
+def _run(plan: Plan, rows: tuple[Any, ...], values: torch.Tensor, scales: torch.Tensor) -> GroupedMXFP8:
+    x, groups, row_index = rows
     if isinstance(groups, GroupLayout):
         layout = groups
         inputs = (x, scales, values, groups.expert_offsets, groups.scale_offsets)
@@ -139,13 +118,14 @@ def _run(
         plan.run(*inputs)
     else:
         plan.run(*inputs, row_index)
-    return GroupedMXFP8.unchecked(values, scales, layout, plan.result[-1])
+    return GroupedMXFP8.unchecked(values=values, scales=scales, groups=layout, scale_group=plan.result[-1])
 
 
 def _signature(
-    x: Any, groups: Any, scaling: tuple[Any, ...], row_index: Any, activation: Any, out: Any, backend: Any
+    rows: tuple[Any, ...], options: tuple[Any, ...], out: Any, backend: Any
 ) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
     """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
+    x, groups, row_index = rows
     try:
         if type(groups) is GroupLayout:
             num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]
@@ -163,8 +143,7 @@ def _signature(
             _ROWS,
             settings(backend),
             torch.is_grad_enabled(),
-            scaling,
-            activation,
+            options,
             describe_rows(x, num_tokens),
             layout,
             describe_rows(row_index, num_tokens),
@@ -181,43 +160,36 @@ def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[
 
 
 def _check(
-    x: torch.Tensor,
-    groups: GroupLayout | torch.Tensor,
-    scale_rounding: str,
-    scale_group: int,
-    row_index: torch.Tensor | None,
-    activation: str | SwiGLU | None,
+    rows: tuple[Any, ...], scale_rounding: str, scale_group: int, activation: str | SwiGLU | None
 ) -> QuantizeProblem:
-    check_devices(x=x, groups=groups, row_index=row_index)
+    x, groups, row_index = rows
+    checks.check_devices(x=x, groups=groups, row_index=row_index)
+    grouping: Grouping = "offsets"
     if isinstance(groups, GroupLayout):
-        device, num_experts = groups.device, groups.num_experts
+        num_experts = groups.num_experts
     elif isinstance(groups, torch.Tensor):
-        check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
-        check_contiguous("groups", groups)
-        device, num_experts = groups.device, groups.shape[0]
+        checks.check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), ndim=1, dims="(E,)")
+        checks.check_contiguous("groups", groups)
+        grouping, num_experts = "counts", groups.shape[0]
     else:
         raise TypeError(f"groups: must be a GroupLayout or a tensor of counts (E,), got {type(groups).__name__}")
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(R, K)", device=device)
-    check_no_grad("x", x)
-    check_scale_rounding(scale_rounding)
-    check_scale_group(scale_group)
+    checks.check_unquantized("x", x, "(R, K)", groups.device)
+    checks.check_scale_rounding(scale_rounding)
+    checks.check_scale_group(scale_group)
     swiglu = None if activation is None else swiglu_of(activation, "None, ")
     num_tokens, width = x.shape
     if swiglu is not None and width % 2:
-        fail("x", "must have an even number of columns, gate and up, for swiglu", width)
+        checks.fail("x", "must have an even number of columns, gate and up, for swiglu", width)
     k = width if swiglu is None else width // 2
-    check_k("x", k)
-    if x.stride(1) != 1 and x.numel():
-        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    checks.check_k("x", k)
     if row_index is not None:
-        check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=device)
-        check_contiguous("row_index", row_index)
+        checks.check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=x.device)
+        checks.check_contiguous("row_index", row_index)
         num_tokens = row_index.shape[0]
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
         name = "x" if row_index is None else "row_index"
-        fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
+        checks.fail(name, f"must have T = groups.num_tokens = {groups.num_tokens} rows", num_tokens)
     sizes = (num_tokens, num_experts, k, x.shape[0], x.stride(0))
-    grouping: Grouping = "offsets" if isinstance(groups, GroupLayout) else "counts"
     return QuantizeProblem(*sizes, scale_rounding, swiglu, grouping, scale_group=scale_group)
 
 
@@ -229,25 +201,17 @@ def _scales_shape(p: QuantizeProblem) -> tuple[int, int]:
 def _check_out(out: GroupedMXFP8, p: QuantizeProblem, device: torch.device) -> None:
     if not isinstance(out, GroupedMXFP8):
         raise TypeError(f"out: must be a GroupedMXFP8, got {type(out).__name__}")
-    check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=device)
-    check_shape("out", out.values, (p.num_rows, p.k), "(T, K)")
-    check_shape("out", out.scales, _scales_shape(p), "(S, C)")
-    check_aligned("out", out.scales)
+    checks.check_tensor("out", out.values, dtypes=(E4M3,), ndim=2, dims="(T, K)", device=device)
+    checks.check_shape("out", out.values, (p.num_rows, p.k), "(T, K)")
+    checks.check_shape("out", out.scales, _scales_shape(p), "(S, C)")
+    checks.check_aligned("out", out.scales)
 
 
-def plan_rows(
-    x: Any,
-    groups: Any,
-    problem: QuantizeProblem,
-    row_index: Any,
-    out: tuple[Any, Any] | None,
-    backend: str | None,
-    num_source_rows: int,
-    num_tokens: int,
-    num_scale_rows: int,
-) -> Plan:
+def _plan(rows: Any, out: tuple[Any, Any] | None, problem: QuantizeProblem, backend: str | None, *sizes: int) -> Plan:
     """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
     row_index or nothing), from Metadata of other R, T and S; ``out`` as (values, scales)."""
+    x, groups, row_index = rows
+    num_source_rows, num_tokens, num_scale_rows = sizes
     quantizer = choose_quantizer(x.device, backend)
     p = problem._replace(num_rows=num_tokens, num_source_rows=num_source_rows)
     scales_shape = _scales_shape(p)
@@ -260,33 +224,25 @@ def plan_rows(
         values, scales = of_rows(out[0], num_tokens), of_rows(out[1], num_scale_rows)
         scale_target = operands.add("out", scales, written=True, label="its own scales")
         value_target = operands.add("out", values, written=True)
-    buffers = QuantizeBuffers(source, value_target, scale_target)
+    given = {}
     if isinstance(groups, GroupLayout):
-        buffers = buffers._replace(
-            expert_offsets=operands.add("expert_offsets", groups.expert_offsets),
-            scale_offsets=operands.add("scale_offsets", groups.scale_offsets),
-        )
+        given["expert_offsets"] = operands.add("expert_offsets", groups.expert_offsets)
+        given["scale_offsets"] = operands.add("scale_offsets", groups.scale_offsets)
     else:
-        counts = operands.add("groups", groups)
-        layout = operands.buffer("layout", torch.int32, (3 * p.num_experts + 2,))
-        buffers = buffers._replace(counts=counts, layout=layout)
+        given["counts"] = operands.add("groups", groups)
+        given["layout"] = operands.buffer("layout", torch.int32, (3 * p.num_experts + 2,))
     if row_index is not None:
-        buffers = buffers._replace(row_index=operands.add("row_index", of_rows(row_index, num_tokens)))
+        given["row_index"] = operands.add("row_index", of_rows(row_index, num_tokens))
     steps: Steps = ()
     if p.num_rows and p.num_experts:
-        steps = quantizer.quantize(p, buffers)
-    elif buffers.counts is not None and buffers.layout is not None:
-        steps = quantizer.group_offsets(buffers.counts, buffers.layout, p.num_rows, False)
+        steps = quantizer.quantize(p, QuantizeBuffers(source, value_target, scale_target, **given))
+    elif "counts" in given:
+        steps = quantizer.group_offsets(given["counts"], given["layout"], p.num_rows, False)
     return Plan(x.device, operands, steps, result=(num_tokens, p.k, *scales_shape, p.scale_group))
 
 
-def _quantize_traced(
-    x: torch.Tensor,
-    groups: GroupLayout | torch.Tensor,
-    p: QuantizeProblem,
-    row_index: torch.Tensor | None,
-    backend: str | None,
-) -> GroupedMXFP8:
+def _quantize_traced(rows: tuple[Any, ...], p: QuantizeProblem, backend: str | None) -> GroupedMXFP8:
+    x, groups, row_index = rows
     layout = groups if isinstance(groups, GroupLayout) else GroupLayout.from_counts(groups, p.num_rows)
     offsets = (layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets)
     activation = None if p.activation is None else p.activation.spec
@@ -314,16 +270,16 @@ def quantize_weights(
         ValueError: wrong shape, stride or option.
         BackendUnavailableError: the named backend can't run here.
     """
-    (w,) = arrived(w)
-    check_tensor("w", w, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
-    check_no_grad("w", w)
-    check_scale_rounding(scale_rounding)
-    check_scale_group(scale_group)
+    (w,) = checks.arrived(w)
+    checks.check_tensor("w", w, dtypes=checks.FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
+    checks.check_no_grad("w", w)
+    checks.check_scale_rounding(scale_rounding)
+    checks.check_scale_group(scale_group)
     num_experts, n, k = w.shape
-    check_k("w", k)
+    checks.check_k("w", k)
     if w.stride(2) != 1 and w.numel():
-        fail("w", "must have unit stride along K (as .contiguous() makes it)", f"strides {w.stride()}")
-    if is_tracing(w):
+        checks.fail("w", "must have unit stride along K (as .contiguous() makes it)", f"strides {w.stride()}")
+    if checks.is_tracing(w):
         values, scales = torch.ops.hybrid_mxfp8.quantize_weights(w, scale_rounding, backend, scale_group)
         return ExpertWeights.unchecked(values.view(E4M3), scales, scale_group)
     values = torch.empty(num_experts, n, k, dtype=E4M3, device=w.device)
@@ -331,27 +287,13 @@ def quantize_weights(
     signature = (_WEIGHTS, settings(backend), scale_rounding, scale_group, describe(w))
     plan = PLANS.get(signature)
     if plan is None:
-        plan = _plan_weights(w, values, scales, scale_rounding, scale_group, backend)
+        rows, quantizer, operands = num_experts * n, choose_quantizer(w.device, backend), Operands()
+        source = operands.add("w", w)
+        target = operands.add("values", values, written=True), operands.add("scales", scales, written=True)
+        sizes = (rows, num_experts, k, rows, w.stride(1))
+        problem = QuantizeProblem(*sizes, scale_rounding, None, "uniform", w.stride(0), scale_group)
+        steps = quantizer.quantize(problem, QuantizeBuffers(source, *target)) if rows else ()
+        plan = Plan(w.device, operands, steps)
         PLANS.add(signature, plan)
     plan.run(w, values, scales)
     return ExpertWeights(values, scales, scale_group)
-
-
-def _plan_weights(
-    w: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    scale_rounding: str,
-    scale_group: int,
-    backend: str | None,
-) -> Plan:
-    quantizer = choose_quantizer(w.device, backend)
-    operands = Operands()
-    source = operands.add("w", w)
-    target = operands.add("values", values, written=True), operands.add("scales", scales, written=True)
-    num_experts, n, k = w.shape
-    rows = num_experts * n
-    sizes = (rows, num_experts, k, rows, w.stride(1))
-    problem = QuantizeProblem(*sizes, scale_rounding, None, "uniform", w.stride(0), scale_group)
-    steps = quantizer.quantize(problem, QuantizeBuffers(source, *target)) if rows else ()
-    return Plan(w.device, operands, steps)

@@ -4,19 +4,12 @@ two launches at both ends of the way.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 
-from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
-    arrived,
-    check_k,
-    check_no_grad,
-    check_scale_group,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import MXFP8Tokens
 from hybrid_mxfp8.core.token_record import TokenRecord
@@ -46,13 +39,13 @@ def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: 
         ValueError: wrong shape or stride; x requires grad.
         BackendUnavailableError: the named backend can't run here.
     """
-    (x,) = arrived(x)
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
+    (x,) = checks.arrived(x)
+    checks.check_tensor("x", x, dtypes=checks.FLOAT_DTYPES, ndim=2, dims="(M, H)")
     records = pack_tokens(
         x, None, None, num_records=x.shape[0], num_experts=0, scale_group=scale_group, backend=backend
     )
     values, scales, _, _ = TokenRecord(x.shape[1]).split(records)
-    return MXFP8Tokens.unchecked(values, scales, x.dtype, scale_group)
+    return MXFP8Tokens.unchecked(values=values, scales=scales, dtype=x.dtype, scale_group=scale_group)
 
 
 def pack_tokens(
@@ -67,76 +60,60 @@ def pack_tokens(
 ) -> torch.Tensor:
     """Quantize tokens into records (R, TokenRecord.size) uint8; see ``core.token_record``. Raises
     as :func:`quantize_tokens`; ValueError also for more tokens than records."""
+    tokens: tuple[torch.Tensor, ...] = (x,)
     if topk_ids is not None and topk_weights is not None:
-        topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+        tokens = x, topk_ids.contiguous(), topk_weights.contiguous()
     signature = plan = None
     if not torch.compiler.is_compiling():
         try:
-            given = describe(x), describe(topk_ids), describe(topk_weights)
             sizes = (num_records, num_experts, scale_group, type(scale_group))  # 32.0 equals 32
-            signature = (_PACK, settings(backend), torch.is_grad_enabled(), sizes, given)
+            signature = (_PACK, settings(backend), torch.is_grad_enabled(), sizes, *map(describe, tokens))
             plan = PLANS.get(signature)
         except (AttributeError, RuntimeError, TypeError):
             signature = None
     if plan is None:
-        record = check_tokens(x, topk_ids, topk_weights)
-        check_scale_group(scale_group)
+        record = check_tokens(*tokens)
+        checks.check_scale_group(scale_group)
         if x.shape[0] > num_records:
-            fail("x", f"must have at most max_tokens = {num_records} rows", x.shape[0])
-        if is_tracing(x):
-            packed: torch.Tensor = torch.ops.hybrid_mxfp8.pack_tokens(
-                x, topk_ids, topk_weights, num_records, num_experts, backend, scale_group
-            )
+            checks.fail("x", f"must have at most max_tokens = {num_records} rows", x.shape[0])
+        if checks.is_tracing(x):
+            options = (num_records, num_experts, backend, scale_group)
+            packed: torch.Tensor = torch.ops.hybrid_mxfp8.pack_tokens(x, *(tokens[1:] or (None, None)), *options)
             return packed
-        records = torch.empty(num_records, record.size, dtype=torch.uint8, device=x.device)
-        plan = _plan_pack(x, topk_ids, topk_weights, records, num_experts, scale_group, backend)
-        if signature is not None:
-            PLANS.add(signature, plan)
-    else:
-        records = torch.empty(num_records, plan.result, dtype=torch.uint8, device=x.device)
-    if topk_ids is None or topk_weights is None:
-        plan.run(records, x)
-    else:
-        plan.run(records, x, topk_ids, topk_weights)
+        make = functools.partial(_plan_pack, tokens, (num_records, record.size), num_experts, scale_group, backend)
+        plan = PLANS.make(signature, (), make)
+    records = torch.empty(num_records, plan.result, dtype=torch.uint8, device=x.device)
+    plan.run(records, *tokens)
     return records
 
 
-def check_tokens(x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None) -> TokenRecord:
+def check_tokens(
+    x: torch.Tensor, topk_ids: torch.Tensor | None = None, topk_weights: torch.Tensor | None = None
+) -> TokenRecord:
     """That they can be packed; the record they take."""
-    check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
-    check_no_grad("x", x)
+    checks.check_unquantized("x", x, "(M, H)")
     num_tokens, hidden = x.shape
-    check_k("x", hidden)
-    if x.stride(1) != 1 and x.numel():
-        fail("x", "must have unit stride along its columns", f"strides {x.stride()}")
+    checks.check_k("x", hidden)
     if topk_ids is None or topk_weights is None:
         return TokenRecord(hidden)
-    check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)", device=x.device)
-    check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)", device=x.device)
-    check_shape("topk_ids", topk_ids, (num_tokens, topk_ids.shape[1]), "(M, top_k) with x's M")
-    check_shape("topk_weights", topk_weights, (num_tokens, topk_ids.shape[1]), "(M, top_k)")
-    check_no_grad("topk_weights", topk_weights)
+    checks.check_choices(topk_ids, topk_weights, x.device)
+    checks.check_shape("topk_ids", topk_ids, (num_tokens, topk_ids.shape[1]), "(M, top_k) with x's M")
+    checks.check_shape("topk_weights", topk_weights, (num_tokens, topk_ids.shape[1]), "(M, top_k)")
     return TokenRecord(hidden, topk_ids.shape[1])
 
 
 def _plan_pack(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor | None,
-    topk_weights: torch.Tensor | None,
-    records: torch.Tensor,
-    num_experts: int,
-    scale_group: int,
-    backend: str | None,
+    tokens: tuple[torch.Tensor, ...], shape: tuple[int, int], num_experts: int, scale_group: int, backend: str | None
 ) -> Plan:
-    quantizer = choose_quantizer(x.device, backend)
-    operands = Operands()
-    target = operands.add("records", records, written=True)
-    source = operands.add("x", x)
-    ids = None if topk_ids is None else operands.add("topk_ids", topk_ids)
-    weights = None if topk_weights is None else operands.add("topk_weights", topk_weights)
-    given = (source, x.stride(0), ids, weights, target, num_experts, scale_group)
-    steps = quantizer.pack_tokens(*given) if records.numel() else ()
-    return Plan(x.device, operands, steps, result=records.shape[1])
+    """The launch of (records of this shape, x, and ids and weights if there are any)."""
+    quantizer, operands = choose_quantizer(tokens[0].device, backend), Operands()
+    target = operands.buffer("records", torch.uint8, shape)
+    names = ("x", "topk_ids", "topk_weights")
+    source, *choices = [operands.add(name, tensor) for name, tensor in zip(names, tokens, strict=False)]
+    ids, weights = choices or (None, None)
+    given = (source, tokens[0].stride(0), ids, weights, target, num_experts, scale_group)
+    steps = quantizer.pack_tokens(*given) if math.prod(shape) else ()
+    return Plan(tokens[0].device, operands, steps, result=shape[1])
 
 
 def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -152,10 +129,8 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None)
         operands = Operands()
         target, source = operands.add("out", out, written=True), operands.add("y", y)
         places, weights = operands.add("rows", rows), operands.add("weights", ones)
-        steps = choose_quantizer(y.device, backend).combine(
-            source, places, places, weights, None, target, out.stride(0)
-        )
-        plan = Plan(y.device, operands, steps)
+        given = (source, places, places, weights, None, target, out.stride(0))
+        plan = Plan(y.device, operands, choose_quantizer(y.device, backend).combine(*given))
         PLANS.add(signature, plan)
     plan.run(out, y, rows, ones)
     return out

@@ -45,10 +45,6 @@ def _group_offsets(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: boo
     return torch.cat([layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets])
 
 
-def _group_offsets_fake(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
-    return counts_or_ends.new_empty(3 * counts_or_ends.shape[0] + 2, dtype=torch.int32)
-
-
 def _quantize_grouped(
     x: torch.Tensor,
     tokens_per_expert: torch.Tensor,
@@ -65,15 +61,8 @@ def _quantize_grouped(
     else:
         num_tokens = check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)").shape[0]
     groups = GroupLayout(tokens_per_expert, expert_offsets, scale_offsets, num_tokens)
-    xq = quantize.quantize_grouped(
-        x,
-        groups,
-        scale_rounding=scale_rounding,
-        scale_group=scale_group,
-        row_index=row_index,
-        activation=activation,
-        backend=backend,
-    )
+    scaling: dict[str, Any] = {"scale_rounding": scale_rounding, "scale_group": scale_group, "activation": activation}
+    xq = quantize.quantize_grouped(x, groups, row_index=row_index, backend=backend, **scaling)
     return xq.values.view(torch.uint8), xq.scales
 
 
@@ -99,10 +88,8 @@ def _quantize_weights(
 
 def _quantize_weights_fake(w: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     num_experts, n, k = w.shape
-    return (
-        w.new_empty(num_experts, n, k, dtype=torch.uint8),
-        w.new_empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8),
-    )
+    scales = w.new_empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8)
+    return w.new_empty(num_experts, n, k, dtype=torch.uint8), scales
 
 
 def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
@@ -135,11 +122,6 @@ def _grouped_gemm(
     return grouped_gemm.grouped_gemm(x, w, out_dtype=out_dtype, backend=backend)
 
 
-def _grouped_gemm_fake(x_values: torch.Tensor, *others: Any) -> torch.Tensor:
-    w_values, _, out_dtype = others[4:7]
-    return x_values.new_empty(x_values.shape[0], w_values.shape[1], dtype=out_dtype)
-
-
 def _moe_forward(
     x: torch.Tensor,
     w13_values: torch.Tensor,
@@ -163,17 +145,11 @@ def _moe_forward(
     given: torch.Tensor | MXFP8Tokens = x
     if x_scales is not None:
         given = MXFP8Tokens(_e4m3("x", x, 2, "(M, H)"), x_scales, x_dtype or torch.bfloat16, x_scale_group)
-    return moe.moe_forward(
-        given,
-        _weights("w13_values", w13_values, w13_scales, w13_scale_group, w13_squares and w13_scale_group == 128),
-        _weights("w2_values", w2_values, w2_scales, w2_scale_group, w2_squares and w2_scale_group == 128),
-        topk_ids,
-        topk_weights,
-        activation=activation,
-        w13_bias=w13_bias,
-        w2_bias=w2_bias,
-        backend=backend,
-    )
+    squares = w13_squares and w13_scale_group == 128, w2_squares and w2_scale_group == 128
+    w13q = _weights("w13_values", w13_values, w13_scales, w13_scale_group, squares[0])
+    w2q = _weights("w2_values", w2_values, w2_scales, w2_scale_group, squares[1])
+    options: dict[str, Any] = {"w13_bias": w13_bias, "w2_bias": w2_bias, "activation": activation, "backend": backend}
+    return moe.moe_forward(given, w13q, w2q, topk_ids, topk_weights, **options)
 
 
 def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -212,32 +188,17 @@ def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[
     return library
 
 
+_OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
+    (_group_offsets, lambda given, *others: given.new_empty(3 * given.shape[0] + 2, dtype=torch.int32)),
+    (_quantize_grouped, _quantize_grouped_fake),
+    (_quantize_weights, _quantize_weights_fake),
+    (_grouped_gemm, lambda x, *others: x.new_empty(x.shape[0], others[4].shape[1], dtype=others[6])),
+    (_moe_forward, _moe_forward_fake),
+    (_pack_tokens, _pack_tokens_fake),
+)
 LIBRARY = define_operators(
     {
-        "group_offsets(Tensor counts_or_ends, SymInt num_tokens, bool from_ends) -> Tensor": (
-            _group_offsets,
-            _group_offsets_fake,
-        ),
-        "quantize_grouped(Tensor x, Tensor tokens_per_expert, Tensor expert_offsets, Tensor scale_offsets,"
-        " str scale_rounding, Tensor? row_index, str? activation, str? backend, int scale_group=32) -> (Tensor, Tensor)": (
-            _quantize_grouped,
-            _quantize_grouped_fake,
-        ),
-        "quantize_weights(Tensor w, str scale_rounding, str? backend, int scale_group=32) -> (Tensor, Tensor)": (
-            _quantize_weights,
-            _quantize_weights_fake,
-        ),
-        "grouped_gemm(Tensor x_values, Tensor x_scales, Tensor tokens_per_expert, Tensor expert_offsets,"
-        " Tensor scale_offsets, Tensor w_values, Tensor w_scales, ScalarType out_dtype, str? backend,"
-        " int scale_group=32, bool squares=False) -> Tensor": (_grouped_gemm, _grouped_gemm_fake),
-        "moe_forward(Tensor x, Tensor w13_values, Tensor w13_scales, Tensor w2_values, Tensor w2_scales,"
-        " Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation,"
-        " str? backend, int w13_scale_group=32, int w2_scale_group=32, Tensor? x_scales=None,"
-        " ScalarType? x_dtype=None, int x_scale_group=32, bool w13_squares=False, bool w2_squares=False) -> Tensor": (
-            _moe_forward,
-            _moe_forward_fake,
-        ),
-        "pack_tokens(Tensor x, Tensor? topk_ids, Tensor? topk_weights, SymInt num_records, SymInt num_experts,"
-        " str? backend, int scale_group=32) -> Tensor": (_pack_tokens, _pack_tokens_fake),
+        torch.library.infer_schema(real, op_name=real.__name__[1:], mutates_args=()): (real, fake)
+        for real, fake in _OPERATORS
     }
 )

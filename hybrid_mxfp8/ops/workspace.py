@@ -64,7 +64,7 @@ class MoEWorkspace:
         self.shape = shape_of(w13q, w2q, top_k, dtype)
         check_rows("max_tokens", self.shape, max_tokens)
         self.max_tokens = max_tokens
-        self._allocate(arena(self.shape, max_tokens, choose_backends(self.shape, max_tokens, backend)).size)
+        self._allocate(arena(self.shape, max_tokens, *choose_backends(self.shape, max_tokens, backend)).size)
 
     def _allocate(self, size: int) -> None:
         """New memory, which no stream or thread has used."""

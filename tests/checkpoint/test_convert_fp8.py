@@ -19,6 +19,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint import convert, fp8_blocks
 from hybrid_mxfp8.checkpoint import reader as checkpoint
+from hybrid_mxfp8.core.scales import dequantize
 
 E8M0 = torch.float8_e8m0fnu
 EXPERT, OTHER = "model.layers.3.mlp.experts.0.up_proj.weight", "model.layers.3.self_attn.o_proj.weight"
@@ -144,7 +145,7 @@ def test_powers_of_two_lose_nothing(rng: torch.Generator, tmp_path: Path, capsys
     scales = torch.tensor([[2.0**-100, 2.0**-13], [1.0, 2.0**90], [2.0**-5, 2.0**-6], [2.0**-7, 2.0**-8]])
     found = converted({"w": values, "w_scale_inv": scales}, tmp_path)
     assert "no matrix lost anything" in capsys.readouterr().out
-    assert torch.equal(reference.dequantize(found["w"], found["w_scale_inv"]), truth(values, scales))
+    assert torch.equal(dequantize(found["w"], found["w_scale_inv"]), truth(values, scales))
 
 
 def test_other_scales_are_told_by_what_they_lose(
@@ -154,7 +155,7 @@ def test_other_scales_are_told_by_what_they_lose(
     scales = torch.full((2, 2), float(weight.abs().max()) / 448)
     values = (weight / scales[0, 0]).to(FP8)
     found = converted({"w": values, "w_scale_inv": scales}, tmp_path)
-    db = mx.signal_to_noise_db(truth(values, scales), reference.dequantize(found["w"], found["w_scale_inv"]))
+    db = mx.signal_to_noise_db(truth(values, scales), dequantize(found["w"], found["w_scale_inv"]))
     assert 28 < db < 40
     said = capsys.readouterr().out
     assert f"worst signal-to-noise {db:.1f} dB, in w" in said

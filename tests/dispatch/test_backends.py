@@ -161,10 +161,19 @@ def test_a_name_may_be_written_as_in_the_variable(written: str, monkeypatch: pyt
     assert requested(None) == "reference"
 
 
-def test_cutlass_that_cannot_quantize_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its own name, which is the one that the user wrote."""
-    answering(monkeypatch, triton=(False, "no such luck: buy one"))
-    message = r"^backend cutlass, which quantizes with the triton kernel: no such luck: buy one$"
+@pytest.mark.parametrize(
+    ("cutlass", "message"),
+    [
+        ((True, "yes"), ", which quantizes with the triton kernel: no such luck: buy one"),
+        ((False, "not here: go there"), ": not here: go there"),
+    ],
+)
+def test_cutlass_that_cannot_quantize_says_so(
+    cutlass: tuple[bool, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own name, which is the one that the user wrote, and with its own reason first."""
+    answering(monkeypatch, triton=(False, "no such luck: buy one"), cutlass=cutlass)
+    message = f"^backend cutlass{message}$"
     for call in (
         lambda: mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="cutlass"),
         lambda: mx.quantize_weights(torch.ones(2, 8, 64), backend="cutlass"),

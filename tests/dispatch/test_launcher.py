@@ -64,9 +64,10 @@ def test_launch_reaches_the_driver_as_the_words_say() -> None:
 
 @in_child
 def test_empty_grid_launches_nothing() -> None:
+    """Nor may the first kernel after it overlap what ran before the program."""
     function = new_function()
-    assert run(program_of(0, [], [], [launch(function, grid=0), launch(function, grid=1)])) == 0
-    assert [made.grid for made in launches()] == [(1, 1, 1)]
+    assert run(program_of(0, [], [], [launch(function, grid=0), launch(function, grid=1, pdl=True)])) == 0
+    assert [(made.grid, made.attributes) for made in launches()] == [((1, 1, 1), ())]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])

@@ -99,7 +99,7 @@ def rows(t: int, **options: Any) -> None:
 
 
 CALLS: dict[str, tuple[int, Callable[[int], Any]]] = {
-    "layout of counts": (90, lambda t: layout._launch(empty(E, dtype=I32), t, False)),  # type: ignore[misc]
+    "layout of counts": (90, lambda t: layout.launch(empty(E, dtype=I32), t, False)),  # type: ignore[misc]
     "quantize": (90, rows),
     "quantize swiglu": (90, lambda t: rows(t, activation="swiglu")),
     "quantize into out": (90, lambda t: rows(t, out=tokens(t))),

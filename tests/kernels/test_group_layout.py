@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import reference
+from hybrid_mxfp8.core.layout import group_offsets as reference_offsets
 
 GroupOffsets = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 ALL_DATA = {
@@ -29,7 +29,7 @@ ALL_DATA = {
 
 @pytest.fixture
 def group_offsets(backend: str) -> GroupOffsets:
-    return reference.group_offsets if backend == "reference" else kernels.group_offsets
+    return reference_offsets if backend == "reference" else kernels.group_offsets
 
 
 def check(group_offsets: GroupOffsets, given: list[int], num_tokens: int, dtype: torch.dtype, from_ends: bool) -> None:

@@ -13,7 +13,7 @@ from guards import Guards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_mxfp8.reference import routing
+from hybrid_mxfp8 import reference as routing
 
 ROUTES: dict[str, tuple[int, int, int]] = {
     "one slot": (1, 1, 1),

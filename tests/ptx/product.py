@@ -19,7 +19,7 @@ from compiling import StubDriver
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env, reference
-from hybrid_mxfp8.core.layout import GroupLayout
+from hybrid_mxfp8.core.layout import GroupLayout, group_offsets
 from hybrid_mxfp8.cutlass_kernels.config import GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import source as gemm_source
@@ -27,7 +27,6 @@ from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.errors import BackendUnavailableError
-from hybrid_mxfp8.reference import routing
 from hybrid_mxfp8.triton_kernels import abi, group_layout, launch
 from hybrid_mxfp8.triton_kernels.gemm import blackwell
 from hybrid_mxfp8.triton_kernels.moe import route

@@ -54,7 +54,7 @@ def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16, scale_grou
     rows = sum(counts)
     spread = torch.exp2(torch.randint(-20, 20, (rows, k // 32, 1), generator=_generator()).float())
     x = (torch.randn(rows, k // 32, 32, generator=_generator()) * spread).reshape(rows, k).to(dtype)
-    _, offsets, scale_offsets = product.reference.group_offsets(tokens, rows, from_ends=False)
+    _, offsets, scale_offsets = product.group_offsets(tokens, rows, from_ends=False)
     scale_rows, columns = (rows + 127 * len(counts)) // 128 * 128, -(-k // 32 // 4) * 4
 
     def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:
@@ -88,7 +88,7 @@ def group_offsets(from_ends: bool) -> Kernels:
         made = product.group_layout.group_offsets
         return lambda given, layout: made(given, layout, 200, from_ends), t["given"], t["layout"]
 
-    truth = torch.cat(product.reference.group_offsets(given, 200, from_ends))
+    truth = torch.cat(product.group_offsets(given, 200, from_ends))
     return Kernels(steps, {"given": given}, {"layout": buffer}, {"layout": truth})
 
 
@@ -103,7 +103,7 @@ def route(tokens: int, top_k: int, experts: int) -> Kernels:
         "layout": torch.zeros(3 * experts + 2, dtype=torch.int32),
     }
     expected = {name: torch.zeros_like(tensor) for name, tensor in outputs.items()}
-    product.routing.route(ids, experts, *expected.values())
+    product.reference.route(ids, experts, *expected.values())
     outputs["scratch"] = torch.zeros(max(scratch, 4), dtype=torch.int32)
 
     def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import reference as routing
 from hybrid_mxfp8.core.activation import PLAIN_SWIGLU
-from hybrid_mxfp8.reference import routing
 
 
 @dataclass(frozen=True)

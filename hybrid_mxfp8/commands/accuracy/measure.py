@@ -20,6 +20,7 @@ from hybrid_mxfp8.commands.demo.measure import Effect, Quality, grouped_product,
 from hybrid_mxfp8.commands.demo.workload import Operands
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, SCALE_ROUNDINGS
 from hybrid_mxfp8.core.metrics import signal_to_noise_db
+from hybrid_mxfp8.core.scales import dequantize
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Format:
 
 
 def _mxfp8(scale_rounding: str, x: torch.Tensor) -> torch.Tensor:
-    return reference.dequantize(*reference.quantize(x, scale_rounding))
+    return dequantize(*reference.quantize(x, scale_rounding))
 
 
 FORMATS: Final = (

@@ -1,13 +1,26 @@
-"""Quantization in PyTorch, the same bytes on CPU and CUDA: integers, and powers of two."""
+"""The PyTorch counterpart of every kernel: the truth that kernels are compared with.
+
+Every function works on CPU and CUDA tensors and gives the same bytes on both: quantization by
+integers and powers of two. Clarity over speed: nothing here is meant for a hot path, and
+``grouped_matmul`` syncs with the device. May import: ``core``.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
 from hybrid_mxfp8.core.activation import PLAIN_SWIGLU, SwiGLU
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX, E4M3_NAN, E8M0_NAN, SCALE_ROUNDING_BIAS
-from hybrid_mxfp8.core.scale_group import largest_of_group
-from hybrid_mxfp8.core.scale_layout import swizzle_grouped_scales, swizzle_scales
+from hybrid_mxfp8.core.layout import group_offsets
+from hybrid_mxfp8.core.scales import (
+    dequantize_experts,
+    dequantize_grouped,
+    largest_of_group,
+    swizzle_grouped_scales,
+    swizzle_scales,
+)
 from hybrid_mxfp8.core.token_record import TokenRecord
 
 FP32_INF_BITS = 0x7F800000
@@ -129,3 +142,79 @@ def quantize_weights(
         values, scales = quantize(w[e], scale_rounding, scale_group)
         out_values[e].view(torch.uint8).copy_(values.view(torch.uint8))
         out_scales[e] = swizzle_scales(scales)
+
+
+def grouped_matmul(
+    x_values: torch.Tensor,  # (T, K) e4m3
+    x_scales: torch.Tensor,  # (S, C) uint8, swizzled
+    expert_offsets: torch.Tensor,  # (E+1,) int32
+    scale_offsets: torch.Tensor,  # (E+1,) int32
+    w_values: torch.Tensor,  # (E, N, K) e4m3
+    w_scales: torch.Tensor,  # (E, roundup(N, 128), C) uint8, swizzled
+    out: torch.Tensor,  # (T, N) bf16, fp16 or fp32; rows that no expert owns keep what they hold
+) -> None:
+    """out[t] = x[t] @ w[expert of t].T, accumulated in float64; syncs to learn the group sizes."""
+    x = dequantize_grouped(x_values, x_scales, expert_offsets, scale_offsets, torch.float64)
+    offsets = expert_offsets.clamp(0, out.shape[0]).tolist()
+    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if start < end:
+            w = dequantize_experts(w_values[e : e + 1], w_scales[e : e + 1], torch.float64)[0]
+            out[start:end] = (x[start:end] @ w.T).to(out.dtype)
+
+
+def route(
+    topk_ids: torch.Tensor,  # (M, top_k) int32 or int64
+    num_experts: int,  # E
+    sorted_token_ids: torch.Tensor,  # (S,) int32, written: the token of each row
+    inverse_permutation: torch.Tensor,  # (M, top_k) int32, written: the row of each slot, or -1
+    layout: torch.Tensor,  # (3E+2,) int32, written: see GroupLayout.from_buffer
+) -> None:
+    """Sort the (token, k) slots of a batch by expert, stably: S = M * top_k of them. A slot with an
+    id outside 0 .. E-1 is dropped: sorted behind all experts."""
+    ids = topk_ids.reshape(-1).to(torch.int64)
+    experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    order = torch.sort(experts, stable=True).indices
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(order.numel(), device=order.device)
+    sorted_token_ids.copy_(order // topk_ids.shape[1])
+    inverse_permutation.view(-1).copy_(torch.where(experts < num_experts, rows, -1))
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, experts, torch.ones_like(experts))
+    layout.copy_(torch.cat(group_offsets(counts[:num_experts], ids.numel(), from_ends=False)))
+
+
+def add_expert_bias(
+    y: torch.Tensor, inverse_permutation: torch.Tensor, topk_ids: torch.Tensor, bias: torch.Tensor
+) -> None:
+    """y[row of slot] += bias (E, N)[id], summed in fp32, for y (T, N); row -1 is skipped."""
+    rows, ids = inverse_permutation.reshape(-1).to(torch.int64), topk_ids.reshape(-1).to(torch.int64)
+    live = rows >= 0
+    # Rows of dropped slots land in one extra row, so that no shape depends on device data.
+    target = torch.where(live, rows, y.shape[0])
+    added = torch.zeros(y.shape[0] + 1, y.shape[1], dtype=torch.float32, device=y.device)
+    added[target] = bias[torch.where(live, ids, 0)].float()
+    owned = torch.zeros(y.shape[0] + 1, dtype=torch.bool, device=y.device)
+    owned[target] = True
+    y.copy_(torch.where(owned[:-1].unsqueeze(1), (y.float() + added[:-1]).to(y.dtype), y))
+
+
+def combine(
+    y: torch.Tensor,  # (T, H) bf16, fp16 or fp32, T >= 1
+    inverse_permutation: torch.Tensor,  # (M, top_k) int32; a slot of row -1 adds nothing
+    topk_ids: torch.Tensor,  # (M, top_k) int32 or int64
+    topk_weights: torch.Tensor,  # (M, top_k) bf16, fp16 or fp32
+    bias: torch.Tensor | None,  # (E, H) bf16, fp16 or fp32
+    out: torch.Tensor,  # (M, H) bf16, fp16 or fp32, written
+) -> None:
+    """out[m] = sum over k of topk_weights[m, k] * (y[inverse_permutation[m, k]] + bias[topk_ids[m,
+    k]]), in fp32, in the order of k."""
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for k in range(inverse_permutation.shape[1]):
+        rows = inverse_permutation[:, k].to(torch.int64)
+        live = rows >= 0
+        value = y[torch.where(live, rows, 0)].float()
+        if bias is not None:
+            value = value + bias[torch.where(live, topk_ids[:, k].to(torch.int64), 0)].float()
+        weighted = topk_weights[:, k].float().unsqueeze(1) * value
+        total = torch.where(live.unsqueeze(1), total + weighted, total)
+    out.copy_(total.to(out.dtype))
