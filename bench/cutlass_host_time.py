@@ -29,7 +29,7 @@ CALLS, BATCHES = 200, 50
 
 
 def main() -> None:
-    """Print the median and best time of a call, with and without a workspace of the caller's."""
+    """Print the median and best time of a call."""
     walker = jit.load(cutlass_modules.argument_walker())
     stand_in = SimpleNamespace(
         grouped_gemm=walker.everything_but_the_gemm,
@@ -46,21 +46,18 @@ def main() -> None:
         x = mx.quantize_grouped(torch.randn(num_tokens, k, device="cuda"), groups)
         w = mx.quantize_weights(torch.randn(num_experts, n, k, device="cuda", dtype=torch.bfloat16))
         out = torch.empty(num_tokens, n, dtype=torch.bfloat16, device="cuda")
-        size = launcher.workspace_size(Problem(num_experts, n, k, num_tokens, out.dtype, out.device))
+        problem = Problem(num_experts, n, k, num_tokens, out.dtype, out.device)
         offsets = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
-        for workspace in (torch.empty(size, dtype=torch.uint8, device="cuda"), None):
-            times = []
-            for _ in range(BATCHES):
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    launcher.launch(x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
-                times.append((time.perf_counter() - start) / CALLS * 1e6)
-                torch.cuda.synchronize()
-            times.sort()
-            kind = "allocating" if workspace is None else "with workspace"
-            print(
-                f"E {num_experts}, N {n}, K {k}, T {num_tokens}, {kind}: {times[BATCHES // 2]:.1f} us, best {times[0]:.1f}"
-            )
+        workspace = torch.empty(launcher.workspace_size(problem), dtype=torch.uint8, device="cuda")
+        times = []
+        for _ in range(BATCHES):
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                launcher.launch(problem, x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
+            times.append((time.perf_counter() - start) / CALLS * 1e6)
+            torch.cuda.synchronize()
+        times.sort()
+        print(f"E {num_experts}, N {n}, K {k}, T {num_tokens}: {times[BATCHES // 2]:.1f} us, best {times[0]:.1f}")
 
 
 if __name__ == "__main__":

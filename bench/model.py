@@ -12,7 +12,7 @@ For exact group sizes, one tile configuration and one card::
 
 The constants come from datasheets and from published figures other than those that the model is
 then compared with, so the comparison can fail. It explains
-:func:`hybrid_mxfp8.cutlass_kernels.config.select_config`, whose own model knows only the average
+:func:`hybrid_mxfp8.cutlass_kernels.config.select_estimate`, whose own model knows only the average
 group: the choice is shown with this model's time for it, beside the best that this model finds.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, TILE_K, WEIGHT_ROWS, GemmConfig, select_config
+from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, TILE_K, WEIGHT_ROWS, GemmConfig, select_estimate
 
 from . import work
 from .report import table
@@ -164,7 +164,7 @@ PUBLISHED = (
 
 
 def random_counts(tokens: int, experts: int) -> tuple[int, ...]:
-    """(E,) counts of rows that each pick an expert at random, as select_config expects."""
+    """(E,) counts of rows that each pick an expert at random, as select_estimate expects."""
     draws = np.random.default_rng(0).multinomial(tokens, np.full(experts, 1 / experts))
     return tuple(int(c) for c in draws)
 
@@ -178,13 +178,13 @@ def published_rows(card: Card) -> Iterable[tuple[str, ...]]:
 
 
 def choice_rows(card: Card) -> Iterable[tuple[str, ...]]:
-    """select_config's choice for each of the models' shapes, randomly routed, with this model's
+    """select_estimate's choice for each of the models' shapes, randomly routed, with this model's
     time for it, and the best configuration that it knows; of equals the first."""
     for model in MODELS:
         for n, k in model.gemms:
             for rows in (tokens * model.top_k for tokens in EXPLAINED_TOKENS):
                 counts = random_counts(rows, model.experts)
-                chosen = select_config(model.experts, n, k, rows, sm_count=card.sms)
+                chosen = select_estimate(model.experts, n, k, rows, sm_count=card.sms).config
                 found = predict(card, chosen, counts, n, k)
                 least, best = min(((predict(card, c, counts, n, k).us, c) for c in CONFIGS), key=lambda pair: pair[0])
                 loss_percent = 100 * (found.us / least - 1)
@@ -221,7 +221,7 @@ def report(card: Card = B200) -> str:
             "",
             *table(PUBLISHED_HEADER.split("|"), published_rows(card)),
             "",
-            "## select_config's choices, modelled",
+            "## select_estimate's choices, modelled",
             "",
             "Each row picks an expert at random.",
             "",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hybrid_mxfp8.commands.bench import add_arguments
-from hybrid_mxfp8.commands.progress import progress
+from hybrid_mxfp8.commands.terminal import progress
 
 from . import bench_grouped_gemm, bench_moe, bench_quantize, model, plots, report, sglang_moe
 from .bench_grouped_gemm import Kept, Weights

@@ -14,6 +14,6 @@ BACKEND = Backend(
     can_run=grouped_gemm.can_run,
     workspace_size=grouped_gemm.workspace_size,
     workspace_bound=grouped_gemm.workspace_bound,
-    plan=lambda problem, buffers: (Call(grouped_gemm.launch, tuple(buffers)),),
+    plan=lambda problem, buffers: (Call(grouped_gemm.launch, (problem, *buffers)),),
     explain=grouped_gemm.explain,
 )

@@ -18,6 +18,7 @@ measurement yet.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -52,21 +53,25 @@ class GemmConfig:
     cluster: tuple[int, int]  # preferred CTAs of a cluster, (along N, along the tokens)
 
     def __post_init__(self) -> None:
-        if problem := invalid(self.cta_group, self.token_tile, self.cluster):
-            raise ValueError(f"config: {problem}")
+        """The single statement of what the kernel can be."""
+        cta_group, token_tile, cluster = self.cta_group, self.token_tile, self.cluster
+        if cta_group not in (1, 2):
+            raise ValueError(f"config: cta_group must be 1 or 2, got {cta_group}")
+        if token_tile not in TOKEN_TILES:  # what CUTLASS's block-scaled mainloop takes
+            raise ValueError(f"config: token_tile must be one of {TOKEN_TILES}, got {token_tile}")
+        if any(extent not in (1, 2, 4) for extent in cluster):  # scales are multicast to at most 4 CTAs a side
+            raise ValueError(f"config: cluster extents must be 1, 2 or 4, got {cluster}")
+        if cluster[0] % cta_group:
+            raise ValueError(f"config: a cluster must hold whole pairs of SMs along N, got {cluster}")
 
     @property
     def module(self) -> str:
         """What is compiled, like ``2sm_256x128x128``; the cluster is chosen at launch."""
         return f"{self.cta_group}sm_{WEIGHT_ROWS * self.cta_group}x{self.token_tile}x{TILE_K}"
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         """All of it, like ``2sm_256x128x128_4x1``."""
         return f"{self.module}_{self.cluster[0]}x{self.cluster[1]}"
-
-    def __str__(self) -> str:
-        return self.name
 
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
@@ -75,25 +80,12 @@ class GemmConfig:
         if match is not None:
             cta_group, token_tile = int(match[1]), int(match[3])
             cluster = (int(match[5]), int(match[6])) if match[5] else (cta_group, 1)
-            if not invalid(cta_group, token_tile, cluster):
+            with contextlib.suppress(ValueError):
                 config = cls(cta_group, token_tile, cluster)
-                if name in (config.name, config.module):
+                if name in (str(config), config.module):
                     return config
         names = ", ".join(MODULES)
         raise ValueError(f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}")
-
-
-def invalid(cta_group: int, token_tile: int, cluster: tuple[int, int]) -> str:
-    """The single statement of what the kernel can be: why not this, or an empty string."""
-    if cta_group not in (1, 2):
-        return f"cta_group must be 1 or 2, got {cta_group}"
-    if token_tile not in TOKEN_TILES:  # what CUTLASS's block-scaled mainloop takes
-        return f"token_tile must be one of {TOKEN_TILES}, got {token_tile}"
-    if any(extent not in (1, 2, 4) for extent in cluster):  # scales are multicast to at most 4 CTAs a side
-        return f"cluster extents must be 1, 2 or 4, got {cluster}"
-    if cluster[0] % cta_group:
-        return f"a cluster must hold whole pairs of SMs along N, got {cluster}"
-    return ""
 
 
 CONFIGS = tuple(
@@ -102,7 +94,7 @@ CONFIGS = tuple(
     for token_tile in TOKEN_TILES
     for cluster in CLUSTERS[cta_group]
 )
-"""All that select_config chooses from."""
+"""All that select_estimate chooses from."""
 
 MODULES = tuple(dict.fromkeys(config.module for config in CONFIGS))
 """All that is ever compiled, per output type."""
@@ -172,11 +164,6 @@ def select_estimate(
     """The configuration with the least modelled time, with that time, for T = ``num_tokens`` rows
     of E experts, both at least 1, and ``out_bytes`` an output element."""
     return _select(num_experts, n, k, token_bucket(num_tokens), sm_count, out_bytes)
-
-
-def select_config(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int = SM_COUNT) -> GemmConfig:
-    """As :func:`select_estimate`, the configuration alone."""
-    return select_estimate(num_experts, n, k, num_tokens, sm_count).config
 
 
 @functools.lru_cache(maxsize=4096)

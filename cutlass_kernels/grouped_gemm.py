@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,34 +33,16 @@ OUT_TYPES = {
 }
 """Output type: its name in a module's, and in C++."""
 
-TARGETS = {(10, 0): ("10.0a", "10.0f"), (10, 3): ("10.3a", "10.0f")}
+Capability = tuple[int, int]
+TARGETS: dict[Capability | None, tuple[str, ...]] = {(10, 0): ("10.0a", "10.0f"), (10, 3): ("10.3a", "10.0f")}
 """What code runs on a compute capability: its own first, then its family's."""
 
 WORKSPACE_OF_SM, WORKSPACE_OF_EXPERT = 8192, 512  # bytes: more than any module needs
 NOT_RUN = "run in an emulator of its PTX, not yet on hardware; verified at first use"
 
 
-class Plan(NamedTuple):
-    """How a problem is launched."""
-
-    module: Any  # tvm-ffi's; exports grouped_gemm and workspace_size
-    cluster: tuple[int, int]  # preferred CTAs, (along N, along the tokens)
-    sm_count: int
-    workspace_bytes: int  # what a launch needs, exactly
-
-
-def make_plan(p: Problem) -> Plan:
-    """The plan of T, E >= 1, its module compiled if need be. BackendUnavailableError where that
-    can't be done, or it computes something wrong here: from then on :func:`can_run` says no."""
-    config = _choose(p)[0].config
-    module = _module(config.module, p.out_dtype, p.capability)
-    _check_verified(config.module, p.out_dtype, p.device)
-    sm_count = _sm_count(p.device)
-    size = module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, sm_count)
-    return Plan(module, config.cluster, sm_count, size)
-
-
 def launch(
+    problem: Problem,  # T, E >= 1
     x_values: torch.Tensor,  # (T, K) e4m3, rows sorted by expert
     x_scales: torch.Tensor,  # (S, C) uint8, swizzled
     tokens_per_expert: torch.Tensor,  # (E,) int32
@@ -69,21 +51,15 @@ def launch(
     w_values: torch.Tensor,  # (E, N, K) e4m3
     w_scales: torch.Tensor,  # (E, roundup(N, 128), C) uint8, swizzled
     out: torch.Tensor,  # (T, N) bf16, fp16 or fp32, on a 16-byte boundary
-    workspace: torch.Tensor | None,  # :func:`workspace_size` bytes on a 128-byte boundary
+    workspace: torch.Tensor,  # :func:`workspace_size` bytes on a 128-byte boundary
 ) -> None:
-    """Write the product to ``out``; raises as :func:`make_plan`, and what C++'s checks raise."""
-    num_experts, n, k = w_values.shape
-    problem = Problem(num_experts, n, k, x_values.shape[0], out.dtype, out.device)
-    if nothing_to_compute(problem):
-        return
-    plan = make_plan(problem)
-    if workspace is None:
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=out.device)
+    """Write the product to ``out``. Raises as :func:`workspace_size` and as C++ checks."""
+    config, module = _ready(problem)
     # e4m3 travels as bytes: not every torch exports it through DLPack.
     x_bytes, w_bytes = x_values.view(torch.uint8), w_values.view(torch.uint8)
     offsets = tokens_per_expert, expert_offsets, scale_offsets
-    how = *plan.cluster, plan.sm_count, env.pdl()
-    plan.module.grouped_gemm(x_bytes, x_scales, w_bytes, w_scales, *offsets, out, workspace, *how)
+    how = *config.cluster, _sm_count(problem.device), env.pdl()
+    module.grouped_gemm(x_bytes, x_scales, w_bytes, w_scales, *offsets, out, workspace, *how)
 
 
 def nothing_to_compute(p: Problem) -> bool:
@@ -92,8 +68,13 @@ def nothing_to_compute(p: Problem) -> bool:
 
 
 def workspace_size(p: Problem) -> int:
-    """Exact bytes of ``workspace``; compiles the module if need be. Raises as :func:`make_plan`."""
-    return 0 if nothing_to_compute(p) else make_plan(p).workspace_bytes
+    """Exact bytes of ``workspace``, from the module, compiled if need be. BackendUnavailableError
+    where that can't be done, or it computes something wrong here: from then on :func:`can_run` says
+    no."""
+    if nothing_to_compute(p):
+        return 0
+    _, module = _ready(p)
+    return int(module.workspace_size(p.num_experts, p.n, p.k, p.num_tokens, _sm_count(p.device)))
 
 
 def workspace_bound(p: Problem) -> int:
@@ -102,17 +83,16 @@ def workspace_bound(p: Problem) -> int:
     return 0 if nothing_to_compute(p) else WORKSPACE_OF_SM * _sm_count(p.device) + WORKSPACE_OF_EXPERT * p.num_experts
 
 
-def availability(capability: tuple[int, int] | None) -> Support:
+def availability(capability: Capability | None) -> Support:
     """Whether the backend runs on a compute capability (None: no GPU) with the tools there are.
     Tools are looked for once in an environment, the variables that say where to look. A build that
     failed before any module was loaded counts as a missing tool: the next would fail alike."""
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
     if capability not in TARGETS:
-        text = f"{capability[0]}.{capability[1]}"
-        if capability[0] == 12:
-            text += ", whose tensor cores take other instructions"
-        return False, f"needs compute capability 10.0 or 10.3, got {text}: use the triton backend"
+        other = ", whose tensor cores take other instructions" if capability[0] == 12 else ""
+        got = f"{capability[0]}.{capability[1]}{other}"
+        return False, f"needs compute capability 10.0 or 10.3, got {got}: use the triton backend"
     failed = _failed_builds(capability)
     if failed and not any(loaded[2] == capability for loaded in _modules):
         return False, next(iter(failed.values()))
@@ -189,18 +169,25 @@ def _choose(p: Problem) -> tuple[Estimate, bool]:
     return estimate(config, *shape), True
 
 
+def _ready(p: Problem) -> tuple[GemmConfig, Any]:
+    """The configuration, and its module (tvm-ffi's), built and verified if need be."""
+    config = _choose(p)[0].config
+    module = _module(config.module, p.out_dtype, p.capability)
+    _check_verified(config.module, p.out_dtype, p.device)
+    return config, module
+
+
 def _sm_count(device: torch.device) -> int:
     return devices.multiprocessors(device) or SM_COUNT
 
 
-Capability = tuple[int, int]
 Environment = tuple[Path | None, tuple[str, Path] | None, Path, bool, tuple[Path, ...]]
 
 _modules: dict[tuple[str, torch.dtype, Capability | None], Any] = {}
 """The loaded modules, by :attr:`GemmConfig.module` and output type."""
 
 _verified: set[tuple[str, torch.dtype, torch.device]] = set()  # found right on a GPU
-_failures: dict[tuple[Capability, Environment], dict[tuple[str, torch.dtype], str]] = {}
+_failures: dict[tuple[Capability | None, Environment], dict[tuple[str, torch.dtype], str]] = {}
 """Why a module could not be built or loaded, or was found wrong."""
 
 
@@ -210,28 +197,19 @@ def _environment() -> Environment:
 
 
 def _failed_builds(capability: Capability | None) -> dict[tuple[str, torch.dtype], str]:
-    if not _failures or capability is None:  # the environment takes longer to read than a launch
-        return {}
-    return _failures.get((capability, _environment()), {})
+    # The environment takes longer to read than a launch.
+    return _failures.get((capability, _environment()), {}) if _failures else {}
 
 
-def _check_not_failed(module: str, out_dtype: torch.dtype, capability: Capability | None) -> Capability:
-    assert capability is not None, "availability() asks for a GPU"
-    if why := _failed_builds(capability).get((module, out_dtype)):
-        raise BackendUnavailableError(why)
-    return capability
-
-
-def _module(module: str, out_dtype: torch.dtype, found: Capability | None) -> Any:
+def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) -> Any:
     """The module, the capability's or its family's; built now if neither is there."""
-    key = module, out_dtype, found
-    if key in _modules:
-        return _modules[key]
-    capability = _check_not_failed(module, out_dtype, found)
-    try:
-        _modules[key] = jit.load(_source(module, out_dtype, capability))
-    except BackendUnavailableError as error:
-        raise _failed(module, out_dtype, capability, str(error)) from error
+    key = module, out_dtype, capability
+    if key not in _modules:
+        missing = _source(*key)
+        try:
+            _modules[key] = jit.load(missing)
+        except BackendUnavailableError as error:
+            raise _failed(*key, str(error)) from error
     return _modules[key]
 
 
@@ -239,8 +217,8 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
     """Check the module on this GPU; tried now, in a process of its own, if need be."""
     if (module, out_dtype, device) in _verified or not env.verify():
         return
-    capability = _check_not_failed(module, out_dtype, devices.capability(device))
-    built = jit.build(_source(module, out_dtype, capability))
+    key = module, out_dtype, devices.capability(device)
+    built = jit.build(_source(*key))
     record = verify.find(built, device)
     if record is None:
         if torch.cuda.is_current_stream_capturing():
@@ -250,18 +228,20 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
             )
         record = verify.verified(built, device)
     if not record["ok"]:
-        why = f"{module} failed its verification on {device}: {record['reason']}"
-        raise _failed(module, out_dtype, capability, why)
+        raise _failed(*key, f"{module} failed its verification on {device}: {record['reason']}")
     _verified.add((module, out_dtype, device))
 
 
-def _source(module: str, out_dtype: torch.dtype, capability: Capability) -> jit.Source:
-    """For the target that is built, the capability's own first; for that if none is."""
+def _source(module: str, out_dtype: torch.dtype, capability: Capability | None) -> jit.Source:
+    """For the target that is built, the capability's own first; for that if none is.
+    BackendUnavailableError for one that failed before."""
+    if why := _failed_builds(capability).get((module, out_dtype)):
+        raise BackendUnavailableError(why)
     sources = [source(module, out_dtype, arch) for arch in TARGETS[capability]]
     return next((s for s in sources if jit.find(s) is not None), sources[0])
 
 
-def _failed(module: str, out_dtype: torch.dtype, capability: Capability, why: str) -> BackendUnavailableError:
+def _failed(module: str, out_dtype: torch.dtype, capability: Capability | None, why: str) -> BackendUnavailableError:
     _failures.setdefault((capability, _environment()), {})[module, out_dtype] = why
     return BackendUnavailableError(
         f"{why}; this process will not try again in this environment: the next call without a named backend uses another"

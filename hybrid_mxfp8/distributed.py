@@ -126,14 +126,12 @@ class ExpertParallelExperts(torch.nn.Module):
         w2_bias: torch.Tensor | None = None,
         **options: Any,
     ) -> ExpertParallelExperts:
-        """Quantize this rank's of all E experts.
+        """Quantize this rank's of all E experts. ``group``, ``dispatch`` and ``max_tokens`` are as
+        for the class.
 
         Args:
             w13: (E, 2I, H) bf16, fp16 or fp32, of all ranks; may be on the CPU, or memory-mapped.
             w2: (E, H, I).
-            group: as for the class, as are ``dispatch`` and ``max_tokens``.
-            dispatch: see there.
-            max_tokens: see there.
             device: where the rank's are quantized and kept; default: where w13 is.
             w13_bias: (E, 2I), of all ranks, or None.
             w2_bias: (E, H), or None.
@@ -145,14 +143,14 @@ class ExpertParallelExperts(torch.nn.Module):
             TypeError, ValueError: as ``MXFP8Experts.from_weights`` and the class.
         """
         check_tensor("w13", w13, dtypes=FLOAT_DTYPES, ndim=3, dims="(E, 2I, H)")
-        given = {"w13": w13, "w2": w2, "w13_bias": w13_bias, "w2_bias": w2_bias}
         num_experts = w13.shape[0]
         group, own = _own_experts(num_experts, group)
-        kept: dict[str, Any] = {}
-        for name, tensor in given.items():
-            if tensor is not None and tensor.shape[:1] != (num_experts,):
-                fail(name, f"must have w13's E = {num_experts} first", tuple(tensor.shape))
-            kept[name] = None if tensor is None else tensor[own.start : own.stop].to(device)
+        kept: dict[str, Any] = {"w13": w13, "w2": w2, "w13_bias": w13_bias, "w2_bias": w2_bias}
+        for name, tensor in kept.items():
+            if tensor is not None:
+                if tensor.shape[:1] != (num_experts,):
+                    fail(name, f"must have w13's E = {num_experts} first", tuple(tensor.shape))
+                kept[name] = tensor[own.start : own.stop].to(device)
         experts = MXFP8Experts.from_weights(**kept, **options)
         return cls(experts, num_experts=num_experts, group=group, dispatch=dispatch, max_tokens=max_tokens)
 
@@ -168,16 +166,14 @@ class ExpertParallelExperts(torch.nn.Module):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> ExpertParallelExperts:
-        """Read this rank's experts, and of the others only the files' headers.
+        """Read this rank's experts, and of the others only the files' headers. ``group``,
+        ``dispatch`` and ``max_tokens`` are as for the class.
 
         Args:
             path: an MXFP8 checkpoint, as for ``load_experts``.
             names: those of w13 and of w2, each as for ``load_experts``: such as
                 ``(["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
                 "experts.*.down_proj.weight")``.
-            group: as for the class, as are ``dispatch`` and ``max_tokens``.
-            dispatch: see there.
-            max_tokens: see there.
             device: where they go; default the CPU.
             **options: of ``MXFP8Experts``; biases are this rank's alone.
 

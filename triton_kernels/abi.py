@@ -13,14 +13,15 @@ What is outside of this raises LauncherUnavailableError, and Triton's launcher t
 
 from __future__ import annotations
 
-import contextlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hybrid_mxfp8.core.formats import ceil_div
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.dispatch.launcher import (
     ADDRESS,
@@ -44,9 +45,11 @@ TENSOR_MAP_BYTES = 128
 MAX_SHARED_BYTES = 228 * 1024
 """More than this takes an attribute of the launch that Triton sets and launcher.c does not."""
 
-_INTEGER_BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8}
+SCRATCH_POINTERS = 2
+
+_INTEGER_TYPES = ("i1", "u1", "i8", "u8", "i16", "u16", "i32", "u32", "i64")
 """Less u64, which Triton takes for integers from 2**63 on: no word of a program holds them."""
-_FLOAT_FORMATS = {"fp32": "<f4x", "fp64": "<d"}
+_FLOAT_FORMATS = {"fp32": "<f", "fp64": "<d"}
 _TMA_DATA_TYPES = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 """The driver's number of an element type, from the one that the compiler gives."""
 
@@ -101,8 +104,6 @@ def _descriptor(argument: TensorMap, address: int) -> Any:
     shape = [value_of(size) for size in argument.shape]
     strides, box = list(_strides(shape)), list(argument.box)
     if argument.layout is None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         return TensorDescriptor(memory, shape, strides, box)
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
@@ -118,53 +119,30 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def compile_kernel(
-    kernel: Any,
-    arguments: Sequence[Argument],
-    constants: Sequence[object],
-    options: Mapping[str, Any],
-    device: torch.device,
+    kernel: Any, arguments: Sequence[Argument], constants: Sequence[object], options: Mapping[str, Any]
 ) -> Any:
-    """Compile ``kernel``, or find it in Triton's cache, just as a launch with such tensors would.
-
-    Args:
-        kernel: a jitted function whose constexpr parameters come last.
-        arguments: of its other parameters, in order.
-        constants: of its constexpr parameters, in order.
-        options: for the compiler, such as ``{"num_warps": 4}``.
-        device: to compile for.
+    """Compile for the current device, or find in Triton's cache, what a launch with such tensors
+    would: ``kernel``, a jitted function whose constexpr parameters, ``constants``, come last.
 
     Returns:
         What Triton compiled, not loaded yet. Triton unloads a kernel whose object dies.
     """
-    with _current(device):
-        return kernel.warmup(*map(_stand_in, arguments), *constants, grid=(1,), **options)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return kernel.warmup(*map(_stand_in, arguments), *constants, grid=(1,), **options)
 
 
 # ---------------------------------------------------------------- launching
 
 
-_POINTER, _INTEGER, _FLOAT, _MAP, _CONSTANT = range(5)
-
-
-class _Step(NamedTuple):
-    """What to do with one argument at a launch.
+class _Argument(NamedTuple):
+    """How one argument reaches the kernel.
 
     Attributes:
-        kind: of the argument.
-        slot: of the first word that depends on it.
-        detail: _POINTER: whether it must be aligned; _INTEGER: (least, greatest, divisor); _FLOAT:
-            its ``struct`` format; _MAP: (box, bytes of an element); _CONSTANT: what it must be.
-        name: of the parameter.
+        sizes: bytes of each of the kernel's parameters that it becomes.
+        encode: the words of each of them, its kind first.
     """
 
-    kind: int
-    slot: int
-    detail: Any
-    name: str
+    sizes: tuple[int, ...]
+    encode: Callable[[Any], list[list[int]]]
 
 
 class Abi(NamedTuple):
@@ -172,13 +150,13 @@ class Abi(NamedTuple):
 
     Attributes:
         compiled: by Triton; held, because Triton unloads a kernel whose object dies.
-        template: the words of a launch, with zeros for what arguments decide.
-        steps: what each argument decides.
+        arguments: how each of them is passed.
+        waits: whether the kernel may start early, since it waits for its predecessor itself.
     """
 
     compiled: Any
-    template: list[int]
-    steps: tuple[_Step, ...]
+    arguments: tuple[_Argument, ...]
+    waits: bool
 
     def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
         """The words of a launch, for ``launcher.program``.
@@ -191,67 +169,75 @@ class Abi(NamedTuple):
             ValueError: the kernel was compiled for other arguments: a pointer is less aligned, an
                 integer is wider, no multiple of 16, or not the constant that it was.
         """
-        words = self.template[:]
-        words[1] = grid
-        argument: Any  # each kind of step knows its own
-        for (kind, slot, detail, name), argument in zip(self.steps, arguments, strict=True):
-            if kind == _POINTER:
-                if detail and not argument.aligned:
-                    raise ValueError(f"{name}: compiled for memory that is aligned to 16 bytes, got {argument}")
-                words[slot] = argument.operand
-                words[slot + 1] = argument.offset
-            elif kind == _INTEGER:
-                least, greatest, divisor = detail
-                if not least <= argument <= greatest or (divisor > 1 and argument % divisor):
-                    raise ValueError(
-                        f"{name}: compiled for a multiple of {divisor} from {least} to {greatest}, got {argument}"
-                    )
-                words[slot] = argument
-            elif kind == _MAP:
-                if not argument.buffer.aligned:
-                    raise ValueError(f"{name}: compiled for memory that is aligned to 16 bytes, got {argument}")
-                words[slot] = argument.buffer.operand
-                words[slot + 1] = argument.buffer.offset
-                geometry = _geometry(argument.shape, *detail)
-                words[slot + 6 : slot + 6 + len(geometry)] = geometry
-            elif kind == _CONSTANT:
-                if argument != detail:
-                    raise ValueError(f"{name}: compiled for {detail}, got {argument}")
-            else:
-                words[slot] = int.from_bytes(struct.pack(detail, argument), "little", signed=True)
-        return words
+        params = [words for own, given in zip(self.arguments, arguments, strict=True) for words in own.encode(given)]
+        params += [[SCALAR, 0]] * SCRATCH_POINTERS
+        function, metadata = self.compiled.function, self.compiled.metadata
+        return launch_words(function, grid, 32 * metadata.num_warps, metadata.shared, self.waits, params)
 
 
-def _geometry(shape: tuple[int, ...], box: tuple[int, ...], element_bytes: int) -> list[int]:
-    """The words of a tensor map from its dims on, and of the scalars that follow it."""
-    if len(shape) != len(box) or any(size >= 2**31 for size in shape):
-        raise ValueError(f"tensor map: expected {len(box)} dimensions below 2**31, got {shape}")
-    strides = _strides(shape)
-    words = [*shape[::-1], *box[::-1], *(stride * element_bytes for stride in strides[-2::-1])]
-    for scalar in (*shape, *strides):
-        words += SCALAR, scalar
-    return words
+def _constant(name: str, constant: Any) -> _Argument:
+    def encode(argument: Any) -> list[list[int]]:
+        if argument != constant:
+            raise ValueError(f"{name}: compiled for {constant}, got {argument}")
+        return []
+
+    return _Argument((), encode)
 
 
-class _Params:
-    """Collects a kernel's parameters: their sizes and words, and what each argument decides."""
+def _pointer(name: str, aligned: bool) -> _Argument:
+    def encode(buffer: Buffer) -> list[list[int]]:
+        if aligned:
+            _check_aligned(name, buffer.aligned, buffer)
+        return [[ADDRESS, buffer.operand, buffer.offset]]
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.params: list[list[int]] = []
-        self.steps: list[_Step] = []
-        self.slot = len(launch_words(0, 0, 0, 0, False, []))
+    return _Argument((8,), encode)
 
-    def add(self, size: int, words: list[int]) -> int:
-        """Another parameter; returns the slot after its kind."""
-        slot = self.slot + 1
-        self.sizes.append(size)
-        self.params.append(words)
-        self.slot += len(words)
-        return slot
 
-    def add_argument(self, kind: int, size: int, words: list[int], detail: Any, name: str) -> None:
-        self.steps.append(_Step(kind, self.add(size, words), detail, name))
+def _check_aligned(name: str, aligned: bool, argument: Buffer | TensorMap) -> None:
+    if not aligned:
+        raise ValueError(f"{name}: compiled for memory that is aligned to 16 bytes, got {argument}")
+
+
+def _integer(name: str, type_: str, divisor: int) -> _Argument:
+    bits, signed = int(type_[1:]), type_[0] == "i" and type_ != "i1"
+    least, greatest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+    def encode(number: int) -> list[list[int]]:
+        if not least <= number <= greatest or (divisor > 1 and number % divisor):
+            raise ValueError(f"{name}: compiled for a multiple of {divisor} from {least} to {greatest}, got {number}")
+        return [[SCALAR, number]]
+
+    return _Argument((ceil_div(bits, 8),), encode)
+
+
+def _float(format_: str) -> _Argument:
+    def encode(number: float) -> list[list[int]]:
+        return [[SCALAR, int.from_bytes(struct.pack(format_, number), "little", signed=True)]]
+
+    return _Argument((struct.calcsize(format_),), encode)
+
+
+def _tensor_map(name: str, described: Mapping[str, Any], argument: Argument) -> _Argument:
+    """A tensor map, then its shape and strides as scalars; ``described`` is of the compiler."""
+    if described["fp4_padded"] or described.get("is_im2col"):
+        raise LauncherUnavailableError(f"{name}: a tensor map of padded FP4 or of image columns")
+    box, element_bytes = tuple(described["block_size"]), described["elem_size"]
+    rank = len(box)
+    if not isinstance(argument, TensorMap) or len(argument.shape) != rank:
+        raise LauncherUnavailableError(f"{name}: expected a TensorMap of {rank} dimensions, got {argument}")
+    element = [_TMA_DATA_TYPES[described["elem_type"]], element_bytes, described["swizzle"], rank]
+
+    def encode(tensor_map: TensorMap) -> list[list[int]]:
+        buffer, shape = tensor_map.buffer, tensor_map.shape
+        _check_aligned(name, buffer.aligned, tensor_map)
+        if len(shape) != rank or any(size >= 2**31 for size in shape):
+            raise ValueError(f"tensor map: expected {rank} dimensions below 2**31, got {shape}")
+        strides = _strides(shape)
+        byte_strides = [stride * element_bytes for stride in strides[-2::-1]]
+        words = [TENSOR_MAP, buffer.operand, buffer.offset, *element, *shape[::-1], *box[::-1], *byte_strides]
+        return [words, *([SCALAR, scalar] for scalar in (*shape, *strides))]
+
+    return _Argument((TENSOR_MAP_BYTES, *[4] * rank, *[8] * rank), encode)
 
 
 def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
@@ -270,15 +256,20 @@ def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
     run = compiled.run  # loads it
     if reason := _unsupported(metadata, run):
         raise LauncherUnavailableError(f"{metadata.name}: {reason}")
-    ptx = compiled.asm.get("ptx")  # absent where Triton stores binaries only
-    waits = ptx is not None and "griddepcontrol.wait" in ptx
-    params = _params(compiled, arguments)
+    own = _arguments(compiled, arguments)
+    sizes = [size for argument in own for size in argument.sizes] + [8] * SCRATCH_POINTERS
+    num_maps = sizes.count(TENSOR_MAP_BYTES)
+    if len(sizes) > MAX_PARAMS or num_maps > MAX_TENSOR_MAPS:
+        raise LauncherUnavailableError(
+            f"{metadata.name}: expected at most {MAX_PARAMS} parameters and {MAX_TENSOR_MAPS} tensor maps, "
+            f"got {len(sizes)} and {num_maps}"
+        )
     try:
-        launcher.check(compiled.function, *params.sizes)
+        launcher.check(compiled.function, *sizes)
     except RuntimeError as error:
         raise LauncherUnavailableError(f"{metadata.name}: {error}") from error
-    template = launch_words(compiled.function, 0, 32 * metadata.num_warps, metadata.shared, waits, params.params)
-    return Abi(compiled, template, tuple(params.steps))
+    ptx = compiled.asm.get("ptx", "")  # absent where Triton stores binaries only
+    return Abi(compiled, tuple(own), "griddepcontrol.wait" in ptx)
 
 
 def _check_version(version: str = triton.__version__) -> None:
@@ -304,57 +295,32 @@ def _unsupported(metadata: Any, run: Any) -> str:
     return ""
 
 
-def _params(compiled: Any, arguments: Sequence[Argument]) -> _Params:
-    source, name = compiled.src, compiled.metadata.name
+def _arguments(compiled: Any, arguments: Sequence[Argument]) -> list[_Argument]:
+    source = compiled.src
     maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-    params = _Params()
     given = iter(arguments)
+    found = []
     for i, (param, type_) in enumerate(zip(source.fn.params, source.signature.values(), strict=True)):
         if param.is_constexpr:
             continue
-        argument = next(given)
+        argument, name = next(given), param.name
+        kernel_and_name = f"{compiled.metadata.name}: {name}"
         divisible = any(attribute == "tt.divisibility" for attribute, _ in source.attrs.get((i,), ()))
         if type_ == "constexpr":
-            constant = source.constants[(i,)]
-            params.steps.append(_Step(_CONSTANT, 0, constant, param.name))
+            found.append(_constant(name, source.constants[(i,)]))
         elif not isinstance(type_, str):
-            raise LauncherUnavailableError(f"{name}: {param.name} is a tuple")
+            raise LauncherUnavailableError(f"{kernel_and_name} is a tuple")
         elif type_.startswith("*"):
-            params.add_argument(_POINTER, 8, [ADDRESS, 0, 0], divisible, param.name)
+            found.append(_pointer(name, divisible))
         elif type_.startswith("tensordesc"):
-            _add_map(params, next(maps, None), argument, f"{name}: {param.name}")
-        elif type_ in _INTEGER_BYTES:
-            bits, signed = int(type_[1:]), type_[0] == "i" and type_ != "i1"
-            least, greatest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-            detail = (least, greatest, 16 if divisible else 1)
-            params.add_argument(_INTEGER, _INTEGER_BYTES[type_], [SCALAR, 0], detail, param.name)
+            described = next(maps, None)
+            if not described:
+                raise LauncherUnavailableError(f"{kernel_and_name}: a tensor descriptor that is no tensor map for TMA")
+            found.append(_tensor_map(kernel_and_name, described, argument))
+        elif type_ in _INTEGER_TYPES:
+            found.append(_integer(name, type_, 16 if divisible else 1))
         elif type_ in _FLOAT_FORMATS:
-            size = 8 if type_ == "fp64" else 4
-            params.add_argument(_FLOAT, size, [SCALAR, 0], _FLOAT_FORMATS[type_], param.name)
+            found.append(_float(_FLOAT_FORMATS[type_]))
         else:
-            raise LauncherUnavailableError(f"{name}: {param.name} is of type {type_}")
-    for _ in range(2):
-        params.add(8, [SCALAR, 0])  # scratch memory
-    num_maps = sum(words[0] == TENSOR_MAP for words in params.params)
-    if len(params.params) > MAX_PARAMS or num_maps > MAX_TENSOR_MAPS:
-        raise LauncherUnavailableError(
-            f"{name}: expected at most {MAX_PARAMS} parameters and {MAX_TENSOR_MAPS} tensor maps, "
-            f"got {len(params.params)} and {num_maps}"
-        )
-    return params
-
-
-def _add_map(params: _Params, described: Any, argument: Any, name: str) -> None:
-    if not described:
-        raise LauncherUnavailableError(f"{name}: a tensor descriptor that is no tensor map for TMA")
-    if described["fp4_padded"] or described.get("is_im2col"):
-        raise LauncherUnavailableError(f"{name}: a tensor map of padded FP4 or of image columns")
-    box, element_bytes = described["block_size"], described["elem_size"]
-    rank = len(box)
-    if not isinstance(argument, TensorMap) or len(argument.shape) != rank:
-        raise LauncherUnavailableError(f"{name}: expected a TensorMap of {rank} dimensions, got {argument}")
-    data_type = _TMA_DATA_TYPES[described["elem_type"]]
-    words = [TENSOR_MAP, 0, 0, data_type, element_bytes, described["swizzle"], rank, *[0] * (3 * rank - 1)]
-    params.add_argument(_MAP, TENSOR_MAP_BYTES, words, (tuple(box), element_bytes), name)
-    for size in [4] * rank + [8] * rank:
-        params.add(size, [SCALAR, 0])
+            raise LauncherUnavailableError(f"{kernel_and_name} is of type {type_}")
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 
@@ -68,9 +68,11 @@ def _hopper_config(problem: Problem) -> HopperGemmConfig | None:
 
 
 @functools.cache
-def _hopper_kernels(name: str) -> ModuleType:
-    """Imported where they can run alone: Gluon's names differ from one Triton to the next."""
-    return importlib.import_module(f"hybrid_mxfp8.triton_kernels.gemm.{name}")
+def _hopper_plan(name: str) -> Callable[..., Steps]:
+    """``plan`` of one of these kernels, which are imported where they can run alone: Gluon's names
+    differ from one Triton to the next."""
+    plan: Callable[..., Steps] = importlib.import_module(f"hybrid_mxfp8.triton_kernels.gemm.{name}").plan
+    return plan
 
 
 def _blackwell_config(problem: Problem) -> blackwell.BlackwellConfig | None:
@@ -103,18 +105,13 @@ def workspace_bound(problem: Problem) -> int:
 def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
     """The launches of one product. TMA reads from 16-byte boundaries, ``portable`` from any."""
     weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
-    tokens_aligned = buffers.x_values.aligned and buffers.x_scales.aligned
-    fp8_config = _hopper_fp8_config(problem)
-    if fp8_config is not None and weights_aligned and tokens_aligned:
-        fp8_launches: Steps = _hopper_kernels("hopper_fp8").plan(problem, buffers, fp8_config)
-        return fp8_launches
-    hopper_config = _hopper_config(problem)
-    if hopper_config is not None and weights_aligned:
-        launches: Steps = _hopper_kernels("hopper").plan(problem, buffers, hopper_config)
-        return launches
-    blackwell_config = _blackwell_config(problem)
-    if blackwell_config is not None and weights_aligned and tokens_aligned:
-        return blackwell.plan(problem, buffers, blackwell_config)
+    all_aligned = weights_aligned and buffers.x_values.aligned and buffers.x_scales.aligned
+    if all_aligned and (fp8 := _hopper_fp8_config(problem)):
+        return _hopper_plan("hopper_fp8")(problem, buffers, fp8)
+    if weights_aligned and (bf16 := _hopper_config(problem)):
+        return _hopper_plan("hopper")(problem, buffers, bf16)
+    if all_aligned and (scaled := _blackwell_config(problem)):
+        return blackwell.plan(problem, buffers, scaled)
     return portable.plan(problem, buffers)
 
 

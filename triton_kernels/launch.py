@@ -27,20 +27,6 @@ from hybrid_mxfp8.triton_kernels.numerics import INTERPRET
 INTERPRETED: bool = INTERPRET.value
 """Whether this process's kernels run in Triton's interpreter, on the CPU."""
 
-Argument = Buffer | TensorMap | int | None
-
-
-class Compiled(NamedTuple):
-    """A kernel compiled for one specialization, on one device.
-
-    Attributes:
-        kernel: Triton's, which unloads the code when nobody holds it.
-        abi: how the C launcher passes its arguments; None where Triton must launch it.
-    """
-
-    kernel: Any
-    abi: abi.Abi | None
-
 
 class KernelLaunch(NamedTuple):
     """One kernel on a grid of ``programs``.
@@ -55,7 +41,7 @@ class KernelLaunch(NamedTuple):
 
     kernel: Any
     programs: int
-    arguments: tuple[Argument, ...]
+    arguments: tuple[abi.Argument, ...]
     constants: tuple[Hashable, ...]
     options: tuple[tuple[str, int], ...]
 
@@ -64,8 +50,8 @@ class KernelLaunch(NamedTuple):
         called."""
         if INTERPRETED:
             return None
-        compiled = self.compile(device)
-        return None if compiled.abi is None else compiled.abi.words(self.programs, self.arguments)
+        _, found = self.compile(device)
+        return None if found is None else found.words(self.programs, self.arguments)
 
     def run(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         """Launch through Triton, or interpret."""
@@ -76,14 +62,16 @@ class KernelLaunch(NamedTuple):
             return
         arguments = [abi.triton_argument(a, tensors) for a in self.arguments]
         with torch.cuda.device(device):
-            self.compile(device).kernel[(self.programs, 1, 1)](*arguments, *self.constants)
+            kernel, _ = self.compile(device)
+            kernel[(self.programs, 1, 1)](*arguments, *self.constants)
 
     def hooked(self) -> bool:
         """Whether hooks are installed that Triton's own launch calls."""
         return abi.hooks_installed()
 
-    def compile(self, device: torch.device) -> Compiled:
-        """Compile, or find what was compiled for these types before."""
+    def compile(self, device: torch.device) -> tuple[Any, abi.Abi | None]:
+        """The compiled kernel, new or of a launch before with such types, and how the C launcher
+        passes its arguments; None where Triton must launch it."""
         # By the kernel's identity: Triton hashes a kernel by its source.
         key = (id(self.kernel), self.constants, self.options, device, self._specialization())
         found = _compiled.get(key)
@@ -113,23 +101,22 @@ class KernelLaunch(NamedTuple):
                 key.append(-(2**31) <= argument <= 2**31 - 1)
         return tuple(key)
 
-    def _compile(self, device: torch.device) -> Compiled:
-        options = dict(self.options)
-        kernel = abi.compile_kernel(self.kernel, self.arguments, self.constants, options, device)
-        try:
-            with torch.cuda.device(device):
-                return Compiled(kernel, abi.abi_of(kernel, self.arguments))
-        except launcher.LauncherUnavailableError:
-            return Compiled(kernel, None)
+    def _compile(self, device: torch.device) -> tuple[Any, abi.Abi | None]:
+        with torch.cuda.device(device):
+            kernel = abi.compile_kernel(self.kernel, self.arguments, self.constants, dict(self.options))
+            try:
+                return kernel, abi.abi_of(kernel, self.arguments)
+            except launcher.LauncherUnavailableError:
+                return kernel, None
 
 
-_compiled: dict[Hashable, Compiled] = {}
+_compiled: dict[Hashable, tuple[Any, abi.Abi | None]] = {}
 _locks: dict[int, contextlib.AbstractContextManager[object]] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compiled.clear)
 
 
-def _interpreted(argument: Argument, tensors: Sequence[torch.Tensor]) -> Any:
+def _interpreted(argument: abi.Argument, tensors: Sequence[torch.Tensor]) -> Any:
     """As the interpreter takes it, which knows an e4m3 tensor by its bytes alone."""
     if isinstance(argument, Buffer):
         tensor = argument.view(tensors)

@@ -49,20 +49,12 @@ void enable_device(int device) {
 }
 
 Launch make_launch(int device, int64_t sm_count, int64_t cluster_m, int64_t cluster_n) {
-  Launch launch{};
-  launch.device = device;
-  launch.sm_count = static_cast<int>(sm_count);
-  launch.cluster = dim3(cluster_m, cluster_n, 1);
-  launch.cluster_fallback = dim3(HYBRID_MXFP8_CTA_GROUP, 1, 1);
-  return launch;
+  return {device, static_cast<int>(sm_count), dim3(cluster_m, cluster_n, 1), dim3(HYBRID_MXFP8_CTA_GROUP, 1, 1)};
 }
 
 int64_t workspace_size(int64_t num_experts, int64_t n, int64_t k, int64_t num_tokens, int64_t sm_count) {
-  Problem problem{};
-  problem.num_experts = static_cast<int>(num_experts);
-  problem.n = static_cast<int>(n);
-  problem.k = static_cast<int>(k);
-  problem.num_tokens = static_cast<int>(num_tokens);
+  Problem problem{static_cast<int>(num_experts), static_cast<int>(n), static_cast<int>(k),
+                  static_cast<int>(num_tokens), /*scale_rows=*/0};
   return Selected::workspace_size(problem, make_launch(0, sm_count, HYBRID_MXFP8_CTA_GROUP, 1));
 }
 

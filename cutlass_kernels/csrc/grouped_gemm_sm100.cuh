@@ -168,21 +168,9 @@ struct GroupedGemm {
   using ScaleConfig = cutlass::detail::Sm1xxBlockScaledConfig<kScaleBlock>;
   using ScaleLayout = typename CollectiveMainloop::InternalLayoutSFB;
 
-  CUTLASS_HOST_DEVICE static WeightStride weight_stride(int k) {
-    WeightStride stride{};
-    cute::get<0>(stride) = k;
-    return stride;
-  }
-  CUTLASS_HOST_DEVICE static TokenStride token_stride(int k) {
-    TokenStride stride{};
-    cute::get<0>(stride) = k;
-    return stride;
-  }
-  CUTLASS_HOST_DEVICE static OutStride out_stride(int n) {
-    OutStride stride{};
-    cute::get<1>(stride) = n;
-    return stride;
-  }
+  CUTLASS_HOST_DEVICE static WeightStride weight_stride(int k) { return {k, cute::_1{}, cute::_0{}}; }
+  CUTLASS_HOST_DEVICE static TokenStride token_stride(int k) { return {k, cute::_1{}, cute::_0{}}; }
+  CUTLASS_HOST_DEVICE static OutStride out_stride(int n) { return {cute::_1{}, n, cute::_0{}}; }
   CUTLASS_HOST_DEVICE static ScaleLayout weight_scale_layout(int n, int tokens, int k) {
     return ScaleConfig::tile_atom_to_shape_SFA(cute::make_shape(n, tokens, k, 1));
   }

@@ -21,7 +21,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.cutlass_kernels.jit.toolchain import CudaCompiler, CutlassHeaders
-from hybrid_mxfp8.dispatch.module_cache import BUILDING, LIBRARY, Module, build_once, check_trusted, write_manifest
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, Module, build_once, check_trusted, write_manifest
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 logger = logging.getLogger("hybrid_mxfp8")
@@ -113,7 +112,9 @@ def built_elsewhere(source: Source) -> Built | None:
     """The intact module of this source by the newest CUTLASS and nvcc, whichever those are."""
     check_cache()
     versions = {}
-    for module in _folders(f"{source.name}-{source.key()}-cutlass*"):
+    # os.path's test answers False for a path that cannot be, such as one too long.
+    folders = cache().glob(f"{source.name}-{source.key()}-cutlass*") if os.path.isdir(cache()) else ()
+    for module in map(Built, folders):
         named = re.fullmatch(MODULE_NAME, module.folder.name)
         if named is not None and _usable(module):
             # As numbers: 4.10.0 is newer than 4.8.1.
@@ -121,17 +122,10 @@ def built_elsewhere(source: Source) -> Built | None:
     return max(versions, key=lambda module: versions[module], default=None)
 
 
-def built() -> list[Built]:
-    """Every intact module in the cache, by name."""
-    check_cache()
-    return sorted((m for m in _folders("*-cutlass*-nvcc*") if m.intact()), key=lambda m: m.folder.name)
-
-
 def build(source: Source) -> Built:
     """The module, built now if need be, or waited for while another process does it.
     BackendUnavailableError for missing or old tools, a failed compilation, an unwritable cache."""
-    found = find(source)
-    if found is not None:
+    if (found := find(source)) is not None:
         return found
     cutlass, cuda = toolchain.find_for(source.arch)
     module = Built(cache() / _folder_name(source, cutlass, cuda))
@@ -142,13 +136,6 @@ def build(source: Source) -> Built:
 def load(source: Source) -> Any:
     """The tvm-ffi module, loaded once in a process; raises as :func:`build`."""
     return build(source).load()
-
-
-def _folders(pattern: str) -> Iterator[Built]:
-    # os.path's test answers False for a path that cannot be, such as one too long.
-    if os.path.isdir(cache()):
-        folders = (folder for folder in cache().glob(pattern) if folder.is_dir())
-        yield from (Built(folder) for folder in folders if not folder.name.startswith(BUILDING))
 
 
 def _usable(module: Built) -> bool:

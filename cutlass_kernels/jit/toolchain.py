@@ -114,9 +114,8 @@ def find_for(arch: str) -> tuple[CutlassHeaders, CudaCompiler]:
 
 def find_cutlass() -> CutlassHeaders:
     """The headers to compile with; BackendUnavailableError if there are none."""
-    chosen = env.cutlass_dir()
     found = cutlass_candidates()
-    if chosen is not None:
+    if (chosen := env.cutlass_dir()) is not None:
         if not found or found[0].origin != CHOSEN:
             raise BackendUnavailableError(
                 f"{CHOSEN}: expected a folder that holds include/cutlass/version.h, got {chosen}"
@@ -134,12 +133,10 @@ def find_cutlass() -> CutlassHeaders:
 def cutlass_candidates() -> list[CutlassHeaders]:
     """All headers that were found: those of HYBRID_MXFP8_CUTLASS_DIR first, then each package's."""
     found = []
-    chosen = env.cutlass_dir()
-    if chosen is not None:  # a CUTLASS checkout, or its include folder
+    if (chosen := env.cutlass_dir()) is not None:  # a CUTLASS checkout, or its include folder
         found.append(_read_cutlass(chosen / "include", CHOSEN) or _read_cutlass(chosen, CHOSEN))
     for origin, (module, folder) in CUTLASS_PACKAGES.items():
-        package = package_folder(module)
-        if package is not None:
+        if (package := package_folder(module)) is not None:
             found.append(_read_cutlass(package / folder, origin))
     return [headers for headers in found if headers is not None]
 
@@ -191,10 +188,9 @@ def cuda_candidates() -> Iterator[CudaCompiler]:
     """Every compiler there is, usable or not, the preferred first."""
     for origin, nvcc in _nvcc_candidates():
         try:
-            home, version, problem, host = _probe_nvcc(nvcc, nvcc.stat().st_mtime_ns, tuple(env.search_path()))
+            yield _probe_nvcc(origin, nvcc, nvcc.stat().st_mtime_ns, tuple(env.search_path()))
         except OSError as error:
-            home, version, problem, host = nvcc.parent.parent, (), error.strerror or str(error), ""
-        yield CudaCompiler(home, version, origin, problem, host)
+            yield CudaCompiler(nvcc.parent.parent, (), origin, error.strerror or str(error))
 
 
 def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
@@ -213,13 +209,14 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
 
 
 @functools.lru_cache
-def _probe_nvcc(nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> tuple[Path, tuple[int, ...], str, str]:
-    """Toolkit folder, version, why it is not used, and the host compiler that it finds on PATH.
-    nvcc itself is asked: it may be a wrapper script, whose folder says nothing of the toolkit's."""
+def _probe_nvcc(origin: str, nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> CudaCompiler:
+    """What nvcc itself says: it may be a wrapper script, whose folder says nothing of the
+    toolkit's; its host compiler is the one that it finds on PATH."""
     said = _output(nvcc, "--version")
     match = re.search(r"release [\d.]+, V([\d.]+)", said)
     if match is None:
-        return nvcc.parent.parent, (), f"not nvcc: {said.strip().partition(chr(10))[0] or 'no --version'}", ""
+        first = said.strip().partition("\n")[0]
+        return CudaCompiler(nvcc.parent.parent, (), origin, f"not nvcc: {first or 'no --version'}")
     version = tuple(map(int, match.group(1).split(".")))
     # A dry run prints the environment nvcc would work in, its own real folder first, then commands.
     # It runs the host compiler before, and prints nothing if that fails.
@@ -230,7 +227,8 @@ def _probe_nvcc(nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> tuple[Path
     problem = "" if version >= MIN_CUDA else f"CUDA {_dotted(version)} is older than {_dotted(MIN_CUDA)}"
     if not problem and "host compiler" in dry_run:
         problem = NO_HOST_COMPILER
-    return folder.resolve().parent, version, problem, host.group(1).replace('"', "") if host is not None else ""
+    command = host.group(1).replace('"', "") if host is not None else ""
+    return CudaCompiler(folder.resolve().parent, version, origin, problem, command)
 
 
 def first_line(compiler: str) -> str:

@@ -16,9 +16,8 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
@@ -27,8 +26,8 @@ from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
-from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, bias_names, layout_of, matches
-from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.ops.experts import gate_then_up
 from hybrid_mxfp8.ops.quantize import quantize_weights
@@ -52,17 +51,20 @@ QUANTIZATION_CONFIG: Final = {
 Progress = Callable[[str, int], None]
 """Told the name and the source bytes of each block that is done."""
 
+Block = tuple[str, torch.Tensor, int]
+"""Which matrix of a stack, rows of it (R, K), and their bytes in the source."""
+
 
 @dataclass(frozen=True)
 class Options:
     """How to convert."""
 
-    patterns: tuple[str, ...]  # as in a shell, for the names of the expert tensors
+    patterns: Patterns  # as in a shell, for the names of the expert tensors
     scale_rounding: str = "rceil"
     device: torch.device | None = None  # where to quantize; None means the CPU
     others_to_bf16: bool = False  # FP8 matrices in blocks of 128x128 that no pattern matches
-    transposed: tuple[str, ...] | None = None  # stacks kept as (E, K, N); None: as config.json says
-    interleaved: tuple[str, ...] | None = None  # weights with gate and up rows in turns; None: likewise
+    transposed: Patterns | None = None  # stacks kept as (E, K, N); None: as config.json says
+    interleaved: Patterns | None = None  # weights with gate and up rows in turns; None: likewise
 
 
 @dataclass
@@ -85,10 +87,8 @@ class Plan:
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
         """Of a tensor in the result: (..., N, K)."""
-        if entry.name not in self.transposed:
-            return entry.shape
-        experts, k, n = entry.shape
-        return experts, n, k
+        *stack, n, k = entry.shape
+        return (*stack, k, n) if entry.name in self.transposed else entry.shape
 
 
 @dataclass
@@ -98,7 +98,6 @@ class Summary:
     plan: Plan
     expert_bytes_before: int = 0
     expert_bytes_after: int = 0
-    bytes_before: int = 0
     bytes_after: int = 0
     worst_db: float = math.inf  # signal-to-noise against what the source's bytes stand for
     worst_name: str = ""
@@ -115,8 +114,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     _find_layout(found, checkpoint, entries, options)
     for entry in entries:
         widened = options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
-        scales = block_scales(checkpoint, entry)
-        if scales and (widened or _is_quantized(entry, options)):
+        if (widened or _is_quantized(entry, options)) and (scales := block_scales(checkpoint, entry)):
             found.scales[entry.name] = scales
     dropped = {scales.name for scales in found.scales.values()}
     for entry in entries:
@@ -147,12 +145,11 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
     stacks = {e.name: e.shape for e in entries if len(e.shape) == 3}
     found.transposed = {name for name in quantized & stacks.keys() if matches(name, transposed)}
     found.interleaved = {name for name in quantized if matches(name, interleaved)}
-    for option, given, names in (
-        ("transposed", options.transposed, found.transposed),
-        ("interleaved", options.interleaved, found.interleaved),
+    for option, what, given, names in (
+        ("transposed", "stack of three dimensions", options.transposed, found.transposed),
+        ("interleaved", "matrix", options.interleaved, found.interleaved),
     ):
         if given and not names:
-            what = "stack of three dimensions" if option == "transposed" else "matrix"
             raise ValueError(f"--{option}: no {what} that --experts matches has a name like {' or '.join(given)}")
     if known.interleaved and options.interleaved is None:
         fused = sorted(n for n in quantized - found.interleaved if "gate_up_proj" in n or "w13" in n)
@@ -164,10 +161,10 @@ def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], 
         if down in stacks and quantized & {up, down}:
             _check_last_dimensions(*((name, stacks[name], matches(name, transposed)) for name in (up, down)))
     shapes = {entry.name: entry.shape for entry in entries}
-    for weight in entries:
-        if weight.name in found.interleaved:
-            n = found.shape(weight)[-2]
-            found.interleaved |= {name for name in bias_names(weight.name) if shapes.get(name, (0,))[-1:] == (n,)}
+    for weight in [entry for entry in entries if entry.name in found.interleaved]:
+        n = found.shape(weight)[-2]
+        biases = f"{weight.name}_bias", f"{weight.name.removesuffix('weight')}bias"
+        found.interleaved |= {name for name in biases if shapes.get(name, (0,))[-1:] == (n,)}
 
 
 def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
@@ -183,9 +180,8 @@ def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[st
         hint = "--transposed must match both"
     else:
         hint = "they look like (E, K, N): give --transposed, and --interleaved if gate and up rows take turns"
-    raise ValueError(
-        f"{up[0]}: must be (E, N, K) = (E, 2I, H), as {down[0]} is (E, H, I), got {up[1]} and {down[1]}: {hint}"
-    )
+    expected = f"must be (E, N, K) = (E, 2I, H), as {down[0]} is (E, H, I)"
+    raise ValueError(f"{up[0]}: {expected}, got {up[1]} and {down[1]}: {hint}")
 
 
 def _is_quantized(entry: Entry, options: Options) -> bool:
@@ -202,10 +198,8 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
     if len(shape) > 3:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
     if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
-        which = "second" if entry.name in found.transposed else "last"
-        raise ValueError(
-            f"{place}: must have K, its {which} dimension, a positive multiple of {BLOCK_SIZE}, got {entry.shape}"
-        )
+        which = f"its {'second' if entry.name in found.transposed else 'last'} dimension"
+        raise ValueError(f"{place}: must have K, {which}, a positive multiple of {BLOCK_SIZE}, got {entry.shape}")
     if entry.name in found.interleaved and shape[-2] % 2:
         raise ValueError(f"{place}: must have an even N for gate and up rows in turns, got {shape}")
     if fp8 and entry.name in found.transposed | found.interleaved:
@@ -235,17 +229,6 @@ def convert(
     return conversion.summary
 
 
-class _Quantized(NamedTuple):
-    """A block of rows in MXFP8, and the sums of squares of its source and of what it lost."""
-
-    number: str  # of the matrix in its stack
-    values: torch.Tensor
-    scales: torch.Tensor
-    signal: float
-    noise: float
-    num_bytes: int  # in the source
-
-
 @dataclass(frozen=True)
 class _Conversion:
     checkpoint: Checkpoint
@@ -255,16 +238,9 @@ class _Conversion:
     summary: Summary
 
     def folder(self, target: Path) -> None:
-        source, config_file = self.checkpoint.path, self.checkpoint.path / CONFIG_FILE
+        source = self.checkpoint.path
         others = _other_files(source)  # before anything is converted, which may take hours
-        config = read_json(config_file) if config_file.exists() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"{config_file}: must hold an object, got a {type(config).__name__}")
-        if config_file.exists():
-            parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-            found = (part.pop("quantization_config", None) for part in parts)
-            said = [each for each in found if each is not None]
-            _check_one_format(self.checkpoint, said, self.planned)
+        config = _new_config(self.checkpoint, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
             weight_map: dict[str, str] = {}
@@ -276,9 +252,7 @@ class _Conversion:
             if (source / INDEX_FILE).exists():
                 metadata = {"total_size": self.summary.bytes_after}
                 _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-            if config_file.exists():
-                untouched = _modules_not_converted(self.planned)
-                config["quantization_config"] = {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
+            if config is not None:
                 _write_json(folder / CONFIG_FILE, config)
             replace_folder(folder, target)
 
@@ -295,7 +269,6 @@ class _Conversion:
         scales = [p.scales[entry.name] for entry in quantized if entry.name in p.scales]
         summary.expert_bytes_before += sum(e.num_bytes for e in [*quantized, *scales])
         summary.expert_bytes_after += sum(e.num_bytes for e in after)
-        summary.bytes_before += sum(e.num_bytes for e in [*quantized, *widened, *copied, *dropped])
         summary.bytes_after += sum(e.num_bytes for e in entries)
         said = {**METADATA, "mxfp8.scale_rounding": self.options.scale_rounding} if quantized else {}
         with SafetensorsWriter(target, entries, self.checkpoint.files[file] | said) as writer:
@@ -315,22 +288,21 @@ class _Conversion:
 
     def quantize(self, entry: Entry, writer: SafetensorsWriter) -> None:
         name, summary = entry.name, self.summary
+        energies: dict[str, tuple[float, float]] = {}  # of each matrix, and of what it lost
         with contextlib.closing(in_order(self.quantized, self.blocks(entry), self.threads)) as done:
-            for number, blocks in itertools.groupby(done, key=attrgetter("number")):
-                signal = noise = 0.0
-                for block in blocks:
-                    signal += block.signal
-                    noise += block.noise
-                    if not math.isfinite(signal) or not math.isfinite(noise):
-                        place = self.checkpoint.place(name) + number
-                        why = "holds NaN or Inf, each of which would make its whole block of 32 NaN"
-                        raise ValueError(f"{place}: {why}")
-                    writer.append(name, block.values)
-                    writer.append(f"{name}_scale_inv", block.scales)
-                    self.progress(name, block.num_bytes)
-                db = 10 * math.log10(signal / noise) if noise and signal else math.inf
-                if db < summary.worst_db or not summary.worst_name:
-                    summary.worst_db, summary.worst_name = db, name + number
+            for number, num_bytes, values, scales, signal, noise in done:
+                if not math.isfinite(signal) or not math.isfinite(noise):
+                    place = self.checkpoint.place(name) + number
+                    raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
+                writer.append(name, values)
+                writer.append(f"{name}_scale_inv", scales)
+                self.progress(name, num_bytes)
+                before = energies.get(number, (0.0, 0.0))
+                energies[number] = before[0] + signal, before[1] + noise
+        for number, (signal, noise) in energies.items():
+            db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+            if db < summary.worst_db or not summary.worst_name:
+                summary.worst_db, summary.worst_name = db, name + number
 
     @property
     def threads(self) -> int:
@@ -338,16 +310,16 @@ class _Conversion:
         on_cpu = self.options.device is None or self.options.device.type == "cpu"
         return min(torch.get_num_threads(), MAX_THREADS) if on_cpu and not env.triton_interpret() else 1
 
-    def quantized(self, block: tuple[str, torch.Tensor, int]) -> _Quantized:
-        """One of :meth:`blocks` in MXFP8."""
+    def quantized(self, block: Block) -> tuple[str, int, torch.Tensor, torch.Tensor, float, float]:
+        """Elements and scales of a block, and the sums of squares of it and of what it lost."""
         number, w, num_bytes = block
         w = w.float()  # once for all that follows
         wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
         signal, noise = _energy(w), _energy(wq.dequantize()[0].sub_(w))
-        return _Quantized(number, wq.values, wq.linear_scales(), signal, noise, num_bytes)
+        return number, num_bytes, wq.values, wq.linear_scales(), signal, noise
 
-    def blocks(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """A tensor's matrices in blocks: which one, its rows (R, K), their bytes in the source."""
+    def blocks(self, entry: Entry) -> Iterator[Block]:
+        """A tensor's matrices, each in blocks of rows."""
         shape, scales = self.planned.shape(entry), self.planned.scales.get(entry.name)
         n, k = shape[-2:]
         turns = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
@@ -381,18 +353,31 @@ def _energy(x: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
+def _new_config(checkpoint: Checkpoint, planned: Plan) -> dict[str, Any] | None:
+    """The result's ``config.json``, with the modules whose weight matrix is a float in it; None
+    where the source has none."""
+    file = checkpoint.path / CONFIG_FILE
+    if not file.exists():
+        return None
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold an object, got a {type(config).__name__}")
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    found = [part.pop("quantization_config", None) for part in parts]
+    _check_one_format(checkpoint, [each for each in found if each is not None], planned)
+    floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
+    weights = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
+    untouched = sorted(name.removesuffix(".weight") for name in weights)
+    return {**config, "quantization_config": {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}}
+
+
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
     """That one ``quantization_config`` can say what all weights are in the result."""
     file = checkpoint.path / CONFIG_FILE
-    scales = {checkpoint.scale_of(entry.name) for entry in planned.copied if entry.dtype.startswith("F8")}
-    left = [
-        entry.name
-        for entry in planned.copied
-        if entry.dtype.startswith("F8")
-        and entry.name not in scales
-        and checkpoint.scale_of(entry.name) is not None
-        and not is_mxfp8(checkpoint, entry)
-    ]
+    fp8 = [entry for entry in planned.copied if entry.dtype.startswith("F8")]
+    scales = {checkpoint.scale_of(entry.name) for entry in fp8} - {None}
+    weights = (entry for entry in fp8 if entry.name not in scales and checkpoint.scale_of(entry.name) is not None)
+    left = [entry.name for entry in weights if not is_mxfp8(checkpoint, entry)]
     if left:
         raise ValueError(
             f"{file}: can't say beside MXFP8 that weights are FP8, and {len(left)} would stay so, {left[0]} first: match "
@@ -420,14 +405,5 @@ def _other_files(folder: Path) -> list[Path]:
 
 
 def _write_json(file: Path, content: object) -> None:
-    try:
+    with errors_name(file):
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OSError(error.errno, f"can't be written: {error.strerror}", str(file)) from error
-
-
-def _modules_not_converted(planned: Plan) -> list[str]:
-    """Modules with a weight matrix that is a float in the result."""
-    floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
-    names = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
-    return sorted(name.removesuffix(".weight") for name in names)

@@ -88,8 +88,7 @@ def quantize_fp8_blocks(
     out = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn, device=device)
     out_scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=device)
     for e in range(num_experts):
-        w = dequantize(values[e].detach().to(device), scales[e].detach().to(device))
-        w = w.unsqueeze(0)
+        w = dequantize(values[e].detach().to(device), scales[e].detach().to(device)).unsqueeze(0)
         wq = quantize_weights(w, scale_rounding=scale_rounding, scale_group=scale_group, backend=backend)
         out[e].view(torch.uint8).copy_(wq.values[0].view(torch.uint8))
         out_scales[e].copy_(wq.scales[0])

@@ -189,14 +189,12 @@ def load_experts(
             that are not MXFP8 or don't fit together, or a file that can't be read.
         FileNotFoundError: no such file or folder.
     """
-    if isinstance(names, str):
-        names = [names]
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names: must be a string or a sequence of strings, got {names!r}")
     if experts is not None and not isinstance(experts, range):
         raise TypeError(f"experts: must be a range of experts' numbers, got {type(experts).__name__}")
-    if device is not None:
-        device = resolve_device(device)
+    device = None if device is None else resolve_device(device)
     if not names:
         raise ValueError("names: must name at least one tensor, got none")
     with Checkpoint(path) as checkpoint:
@@ -211,18 +209,15 @@ def load_experts(
             experts = range(num_experts)
         elif not experts or min(experts) < 0 or max(experts) >= num_experts:
             raise ValueError(f"experts: must be numbers of 0 .. {num_experts - 1}, at least one, got {experts}")
-        n = sum(shape[1] for shape in shapes)
-        values = torch.empty(len(experts), n, k, dtype=torch.uint8, device=device)
-        scales = torch.empty(len(experts), n, k // BLOCK_SIZE, dtype=torch.uint8, device=device)
-        start = 0
-        for members, shape in zip(columns, shapes, strict=True):
-            rows = slice(start, start + shape[1])
-            for e, (name, index) in enumerate(members[number] for number in experts):
+        rows = [shape[1] for shape in shapes]
+        values = torch.empty(len(experts), sum(rows), k, dtype=torch.uint8, device=device)
+        scales = torch.empty(len(experts), sum(rows), k // BLOCK_SIZE, dtype=torch.uint8, device=device)
+        for members, *parts in zip(columns, values.split(rows, 1), scales.split(rows, 1), strict=True):
+            for (name, index), v, s in zip((members[e] for e in experts), *parts, strict=True):
                 scale_name = checkpoint.scale_of(name)
                 assert scale_name is not None
-                values[e, rows].copy_(_matrix(checkpoint, name, index))
-                scales[e, rows].copy_(_matrix(checkpoint, scale_name, index))
-            start += shape[1]
+                v.copy_(_matrix(checkpoint, name, index))
+                s.copy_(_matrix(checkpoint, scale_name, index))
     return ExpertWeights.from_linear_scales(values, scales)
 
 
@@ -257,10 +252,8 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists; force=True replaces it")
-    entries = []
-    for name, w in experts.items():
-        shape = (w.num_experts, w.n, w.k)
-        entries += [Entry(name, "F8_E4M3", shape), scale_entry(name, shape)]
+    weights = [Entry(name, "F8_E4M3", tuple(w.values.shape)) for name, w in experts.items()]
+    entries = [*weights, *(scale_entry(w.name, w.shape) for w in weights)]
     with SafetensorsWriter(path, entries, {"format": "pt", **METADATA}) as writer:
         for name, w in experts.items():
             writer.append(name, w.values)

@@ -26,16 +26,12 @@ class SourceLayout(NamedTuple):
 
 
 _FUSED: Final = ("*.experts.gate_up_proj", "*.experts.down_proj")
-_W13_IN_TURNS: Final = SourceLayout(interleaved=("*.experts.w13_weight",))
+_W13: Final = ("*.experts.w13_weight",)
 
 OF_MODELS: Final[Mapping[str, SourceLayout]] = {
     "gpt_oss": SourceLayout(_FUSED, _FUSED[:1]),
-    "inkling_mm_model": _W13_IN_TURNS,
-    "inkling2": _W13_IN_TURNS,
-    "inkling2_text": _W13_IN_TURNS,
-    "llama4": SourceLayout(_FUSED),
-    "llama4_text": SourceLayout(_FUSED),
-    "openai_privacy_filter": SourceLayout(_FUSED),
+    **dict.fromkeys(("inkling_mm_model", "inkling2", "inkling2_text"), SourceLayout(interleaved=_W13)),
+    **dict.fromkeys(("llama4", "llama4_text", "openai_privacy_filter"), SourceLayout(_FUSED)),
 }
 """By ``model_type``."""
 
@@ -54,8 +50,3 @@ def layout_of(checkpoint: Path) -> SourceLayout:
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     types = [kind for part in parts if isinstance(kind := part.get("model_type"), str)]
     return next((OF_MODELS[kind] for kind in types if kind in OF_MODELS), SourceLayout())
-
-
-def bias_names(weight: str) -> tuple[str, str]:
-    """What the bias of a weight may be called."""
-    return f"{weight}_bias", f"{weight.removesuffix('weight')}bias"

@@ -46,6 +46,15 @@ class Entry(NamedTuple):
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
+@contextlib.contextmanager
+def errors_name(file: Path) -> Iterator[None]:
+    """An open file's errors name no file, and those of opening it the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"can't be written: {error.strerror}", str(file)) from error
+
+
 class SafetensorsWriter:
     """A file being written: ``append`` within the ``with`` block, a complete file after it."""
 
@@ -68,15 +77,14 @@ class SafetensorsWriter:
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         self._header = text + b" " * (-len(text) % 8)
-        if len(self._header) > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path}: its header would have {len(self._header)} bytes, of which the format allows {MAX_HEADER_BYTES}"
-            )
+        if (size := len(self._header)) > MAX_HEADER_BYTES:
+            allowed = f"of which the format allows {MAX_HEADER_BYTES}"
+            raise ValueError(f"{path}: its header would have {size} bytes, {allowed}")
         self._path = path
         self._file: BinaryIO
 
     def __enter__(self) -> SafetensorsWriter:
-        with contextlib.ExitStack() as stack, self._errors_name_the_file():
+        with contextlib.ExitStack() as stack, errors_name(self._path):
             self._temporary = stack.enter_context(atomic_write(self._path))
             self._file = self._temporary.open("wb")
             stack.callback(self._close)
@@ -91,14 +99,14 @@ class SafetensorsWriter:
         data = data.detach().contiguous().reshape(-1).view(torch.uint8)
         if data.numel() > self._end[name] - self._at[name]:
             raise ValueError(f"{name}: {data.numel()} bytes where {self._end[name] - self._at[name]} are left")
-        with self._errors_name_the_file():
+        with errors_name(self._path):
             self._file.seek(8 + len(self._header) + self._at[name])
             for part in data.split(CHUNK_BYTES):
                 self._file.write(memoryview(part.cpu().numpy()))
         self._at[name] += data.numel()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with self._stack, self._errors_name_the_file():
+        with self._stack, errors_name(self._path):
             if kind is None:
                 short = [name for name, at in self._at.items() if at != self._end[name]]
                 if short:
@@ -111,11 +119,3 @@ class SafetensorsWriter:
     def _close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk, of what is to be thrown away
             self._file.close()
-
-    @contextlib.contextmanager
-    def _errors_name_the_file(self) -> Iterator[None]:
-        """An open file's errors name no file, and those of opening it the temporary one."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, f"can't be written: {error.strerror}", str(self._path)) from error

@@ -18,26 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="the main shapes, under a minute")
     add("--only", choices=KINDS, help="one kind of benchmark (default: all)")
-    add(
-        "--case",
-        default="",
-        metavar="TEXT",
-        help="cases with this in their names, as --list prints them (default: all)",
-    )
+    cases = "cases with this in their names, as --list prints them (default: all)"
+    add("--case", default="", metavar="TEXT", help=cases)
     add("--out", type=Path, metavar="FOLDER", help="where JSON, markdown and plots go (default: bench/results)")
     add("--plots", action="store_true", help="draw PNG plots too (needs matplotlib)")
     add("--list", action="store_true", help="print the cases and run nothing")
     add("--from-json", type=Path, metavar="FILE", help="make the table (and plots) of an earlier run; needs no GPU")
     add("--model", action="store_true", help="print the model of what can't be run here; needs no GPU")
-    add(
-        "--budget", type=_seconds, metavar="SECONDS", help="start no case after this long (default: 50 quick, 520 full)"
-    )
-    add(
-        "--sglang-kernel",
-        type=Path,
-        metavar="FILE",
-        help="SGLang's fused_moe_triton_kernels.py, to compare layers with",
-    )
+    budget = "start no case after this long (default: 50 quick, 520 full)"
+    add("--budget", type=_seconds, metavar="SECONDS", help=budget)
+    kernel = "SGLang's fused_moe_triton_kernels.py, to compare layers with"
+    add("--sglang-kernel", type=Path, metavar="FILE", help=kernel)
     add("--commit", metavar="ID", help="recorded as the commit, where there is no git checkout")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.commands.tables import format_table, size
+from hybrid_mxfp8.commands.terminal import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.jit.build import MODULE_NAME, Built
 from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST, Module, trust_problem
@@ -143,9 +143,7 @@ def remove(entry: Entry) -> str:
     """Remove one entry; why it stays, or empty."""
     import filelock
 
-    name = re.sub(r"\.lock$|\.log$", "", entry.path.name)
-    if entry.kind == "unfinished build":
-        name = re.sub(r"^\.building-|-[0-9a-f]{16}$", "", name)
+    name = re.sub(r"^\.building-(.*)-[0-9a-f]{16}$|\.lock$|\.log$", r"\1", entry.path.name)
     lock = entry.path.with_name(f"{name}.lock")
     try:
         with filelock.FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():

@@ -20,7 +20,7 @@ import torch
 from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands import cache as caches
-from hybrid_mxfp8.commands.tables import format_table, size
+from hybrid_mxfp8.commands.terminal import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
@@ -28,8 +28,6 @@ from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, requested
 from hybrid_mxfp8.errors import BackendUnavailableError
-
-MISSING = "not installed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,41 +56,35 @@ def examine() -> dict[str, Any]:
         "cache": cache(env.cache_dir()),
         **cached(env.cache_dir()),
         "environment": env.in_force(),
+        "settings_problems": settings_problems(),
     }
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python, and what it builds on."""
+    kinds = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    build = next((f"{kind} {version}" for kind, version in kinds.items() if version is not None), "CPUs alone")
     return {
         "hybrid_mxfp8": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {_torch_build()}",
+        "torch": f"{torch.__version__}, built for {build}",
         "Triton": _distribution("triton"),
         **{name: _distribution(name) for name in ("apache-tvm-ffi", "safetensors", "transformers")},
         **({"NVIDIA driver": driver} if (driver := verify.driver_version()) else {}),
     }
 
 
-def _torch_build() -> str:
-    if torch.version.hip is not None:
-        return f"built for ROCm {torch.version.hip}"
-    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda is not None else "built for CPUs alone"
-
-
 def _distribution(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return MISSING
+        return "not installed"
 
 
 def gpus() -> list[dict[str, str]]:
     """Name and compute capability of each GPU that PyTorch sees."""
-    found = []
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        found.append({"name": torch.cuda.get_device_name(index), "compute_capability": f"{major}.{minor}"})
-    return found
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}"} for gpu in found]
 
 
 def tools() -> dict[str, Any]:
@@ -109,9 +101,7 @@ def tools() -> dict[str, Any]:
 
 
 def _tool(found: toolchain.CutlassHeaders | toolchain.CudaCompiler, path: Path) -> dict[str, str]:
-    return {
-        "origin": found.origin, "path": str(path), "version": found.version_string, "problem": found.problem
-    }  # fmt: skip
+    return dict(origin=found.origin, path=str(path), version=found.version_string, problem=found.problem)
 
 
 def host_compiler() -> str:
@@ -155,6 +145,17 @@ def cached(folder: Path) -> dict[str, Any]:
     return {"cached": [entry for entry in found if entry["kind"] != "lock"], "modules_problem": ""}
 
 
+def settings_problems() -> list[str]:
+    """What is wrong with variables of which nothing above says it."""
+    found = []
+    for read in (env.pdl, env.hopper_gemm, env.verify):
+        try:
+            read()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def render(facts: dict[str, Any]) -> str:
     """The facts as a page of plain text."""
     folder = facts["cache"]
@@ -171,20 +172,13 @@ def render(facts: dict[str, Any]) -> str:
         *((entry["kind"], f"{entry['about']}, {size(entry['bytes'])}") for entry in facts["cached"]),
         *([("modules", facts["modules_problem"])] if facts["modules_problem"] else []),
         *facts["environment"].items(),
+        *(("setting", problem) for problem in facts["settings_problems"]),
     ]
     width = max(len(name) for name, _ in lines)
-    answers = [
-        (name, "yes" if answer["available"] else "no", answer["reason"]) for name, answer in facts["backends"].items()
-    ]
-    return "\n".join(
-        [
-            *(f"{name:<{width}}  {value}" for name, value in lines),
-            "",
-            format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2)),
-            "",
-            f"Calls that name no backend use: {facts['default_backend']}{_meaning(facts)}",
-        ]
-    )
+    page = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    answers = [(name, "yes" if a["available"] else "no", a["reason"]) for name, a in facts["backends"].items()]
+    table = format_table(("backend", "runs", f"why, on {facts['device']}"), answers, left=(0, 1, 2))
+    return f"{page}\n\n{table}\n\nCalls that name no backend use: {facts['default_backend']}{_meaning(facts)}"
 
 
 def _meaning(facts: dict[str, Any]) -> str:
@@ -198,14 +192,8 @@ def _meaning(facts: dict[str, Any]) -> str:
 
 
 def _found(what: str, candidates: list[dict[str, str]], used: str = "") -> list[tuple[str, str]]:
-    if not candidates:
-        return [(what, "not found (only the cutlass backend needs them)")]
-    return [
-        (
-            what,
-            f"{c['version'] or '?'} from {c['origin']}, {c['path']}"
-            + (f" ({c['problem']})" if c["problem"] else "")
-            + (" (used)" if c["origin"] == used else ""),
-        )
-        for c in candidates
-    ]
+    found = []
+    for c in candidates:
+        problem, mark = f" ({c['problem']})" if c["problem"] else "", " (used)" if c["origin"] == used else ""
+        found.append((what, f"{c['version'] or '?'} from {c['origin']}, {c['path']}{problem}{mark}"))
+    return found or [(what, "not found (only the cutlass backend needs them)")]

@@ -10,12 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from hybrid_mxfp8.checkpoint.convert import Options, Summary, convert, plan
 from hybrid_mxfp8.checkpoint.reader import Checkpoint
-from hybrid_mxfp8.commands.progress import progress
-from hybrid_mxfp8.commands.tables import size
+from hybrid_mxfp8.commands.terminal import progress, size
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.dispatch.device import default_device
@@ -60,11 +58,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         yield
     finally:
@@ -116,18 +110,16 @@ def describe(summary: Summary, target: Path) -> str:
     lines = [
         f"{target}: {len(found.quantized)} expert tensor{'s' if len(found.quantized) > 1 else ''} to MXFP8, "
         f"{size(before)} -> {size(after)} ({after / before:.2f}x); "
-        f"all tensors {size(summary.bytes_before)} -> {size(summary.bytes_after)}"
+        f"all tensors {size(found.num_bytes)} -> {size(summary.bytes_after)}"
     ]
     lost = f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
     lines.append(lost if math.isfinite(summary.worst_db) else "no matrix lost anything")
-    if found.transposed:
-        lines.append(f"transposed from (E, K, N): {len(found.transposed)}, {min(found.transposed)} among them")
-    if found.interleaved:
-        lines.append(
-            f"gate and up rows put one after another: {len(found.interleaved)}, {min(found.interleaved)} among them"
-        )
-    if found.widened:
-        lines.append(f"other FP8 tensors written as bf16: {len(found.widened)}, {found.widened[0].name} among them")
+    for what, names in (
+        ("transposed from (E, K, N)", found.transposed),
+        ("gate and up rows put one after another", found.interleaved),
+        ("other FP8 tensors written as bf16", [entry.name for entry in found.widened]),
+    ):
+        lines += [f"{what}: {len(names)}, {min(names)} among them"] if names else []
     if found.kept:
         lines.append(f"{len(found.kept)} matching vectors and biases stay as they were, {found.kept[0]} among them")
     return "\n".join(lines)

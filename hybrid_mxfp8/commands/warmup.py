@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
-from hybrid_mxfp8.commands.progress import progress
+from hybrid_mxfp8.commands.terminal import progress
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source
@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
     wanted = [source(m, out, arch) for arch in archs for m in args.configs for out in args.out_dtypes]
     missing = [s for s in wanted if jit.find(s) is None]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} modules are in {jit.cache()}")
-    failures = build_all(missing, args.jobs or default_jobs()) if missing else []
+    failures = build_all(missing, args.jobs or default_jobs())
     failures += verify_all(wanted)
     for failure in failures:
         print(failure)
     return 1 if failures else 0
 
 
-def verify_all(sources: Iterable[jit.Source]) -> list[str]:
+def verify_all(sources: Sequence[jit.Source]) -> list[str]:
     """Verify the modules that this machine's GPU runs; returns what is wrong, a line each."""
     if not torch.cuda.is_available():
         return []
@@ -72,30 +72,26 @@ def verify_all(sources: Iterable[jit.Source]) -> list[str]:
     return failures
 
 
-def build_all(sources: Iterable[jit.Source], jobs: int) -> list[str]:
+def build_all(sources: Sequence[jit.Source], jobs: int) -> list[str]:
     """Build, ``jobs`` at a time, with a progress bar; returns what failed, a line each."""
     failures = []
-    pending = list(sources)
     # Threads, as each build is a process of its own.
-    with ThreadPoolExecutor(jobs) as pool, progress(len(pending), unit="module", desc=f"{jobs} at a time") as bar:
-        building = {pool.submit(jit.build, s): s for s in pending}
+    with ThreadPoolExecutor(jobs) as pool, progress(len(sources), unit="module", desc=f"{jobs} at a time") as bar:
+        building = {pool.submit(jit.build, s): s.name for s in sources}
         for done in as_completed(building):
             try:
                 done.result()
             except BackendUnavailableError as error:
-                failures.append(f"{building[done].name}: {error}")
-            bar.set_postfix_str(building[done].name)
+                failures.append(f"{building[done]}: {error}")
+            bar.set_postfix_str(building[done])
             bar.update()
     return failures
 
 
 def default_arch() -> str:
     """The target of this machine's GPU if the backend runs on it, else B200's."""
-    if torch.cuda.is_available():
-        targets = TARGETS.get(torch.cuda.get_device_capability())
-        if targets:
-            return targets[0]
-    return ARCHS[0]
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return TARGETS.get(capability, ARCHS)[0]
 
 
 def default_jobs() -> int:
@@ -106,13 +102,10 @@ def default_jobs() -> int:
 
 def available_memory() -> int:
     """Bytes that this process can have: the machine's, or its control group's if fewer."""
-    memory = _read_int(Path("/proc/meminfo"), "MemAvailable:")
-    limits = [memory * 1024] if memory is not None else [BYTES_A_JOB]
-    group = Path("/sys/fs/cgroup")
+    memory, group = _read_int(Path("/proc/meminfo"), "MemAvailable:"), Path("/sys/fs/cgroup")
     limit, used = _read_int(group / "memory.max"), _read_int(group / "memory.current")
-    if limit is not None and used is not None:
-        limits.append(limit - used)
-    return min(limits)
+    available = BYTES_A_JOB if memory is None else memory * 1024
+    return available if limit is None or used is None else min(available, limit - used)
 
 
 def _read_int(file: Path, label: str = "") -> int | None:
@@ -125,12 +118,8 @@ def _read_int(file: Path, label: str = "") -> int | None:
 
 
 def _configs(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_parse_config(name) for name in text.split(",")))
-
-
-def _parse_config(name: str) -> str:
     try:
-        return GemmConfig.parse(name).module
+        return tuple(dict.fromkeys(GemmConfig.parse(name).module for name in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

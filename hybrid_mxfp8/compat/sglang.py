@@ -151,10 +151,11 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     device = a.device
     check_n("a", n)
     check_k("a", k)
-    check_tensor("sfa", sfa, dtypes=(torch.uint8,), ndim=3, dims="(E, roundup(N, 128), K/32)", device=device)
-    check_shape("sfa", sfa, (num_experts, padded_scale_rows(n), scale_cols(k)), "(E, roundup(N, 128), K/32)")
-    for name, tensor in (("a", a), ("sfa", sfa)):
-        check_contiguous(name, tensor)
+    dims = "(E, roundup(N, 128), K/32)"
+    check_tensor("sfa", sfa, dtypes=(torch.uint8,), ndim=3, dims=dims, device=device)
+    check_shape("sfa", sfa, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
+    check_contiguous("a", a)
+    check_contiguous("sfa", sfa)
     check_tensor("b", b, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
     num_tokens = b.shape[0]
     check_shape("b", b, (num_tokens, k), "(T, K)")
@@ -172,9 +173,8 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
     x, w = GroupedMXFP8.unchecked(values=b, scales=scales, groups=groups), ExpertWeights(a, sfa)
     memory = _aligned_part(workspace, grouped_gemm_bytes(x, w, dtype))
     if memory is not None:
-        read = {"a": a, "b": b, "sfa": sfa, "sfb": sfb}
         metadata = {"tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
-        check_no_overlap("workspace", memory, **read, **metadata)
+        check_no_overlap("workspace", memory, a=a, b=b, sfa=sfa, sfb=sfb, **metadata)
     return grouped_gemm(x, w, out_dtype=dtype, workspace=memory)
 
 
@@ -234,9 +234,7 @@ def _layout(
 def _aligned_part(workspace: torch.Tensor, needed: int) -> torch.Tensor | None:
     """The first ``needed`` bytes of a workspace at an aligned address; None for too few."""
     flat = workspace.view(-1)
-    skipped = -flat.data_ptr() % ALIGNMENT
-    if not needed:
-        return flat[:0]
+    skipped = -flat.data_ptr() % ALIGNMENT if needed else 0
     return flat[skipped : skipped + needed] if skipped + needed <= flat.numel() else None
 
 
@@ -248,8 +246,7 @@ def _grouped_quant(*arguments: torch.Tensor) -> None:
 def _moe_grouped_gemm(*arguments: Any) -> torch.Tensor:
     a, b, *others, dtype = arguments
     operands = [a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn), *others]
-    no_workspace = a.new_empty(0, dtype=torch.uint8)
-    return es_sm100_mxfp8_blockscaled_moe_grouped_gemm(*[*operands, no_workspace, dtype])
+    return es_sm100_mxfp8_blockscaled_moe_grouped_gemm(*[*operands, a.new_empty(0, dtype=torch.uint8), dtype])
 
 
 def _moe_grouped_gemm_fake(a: torch.Tensor, b: torch.Tensor, *others: Any) -> torch.Tensor:

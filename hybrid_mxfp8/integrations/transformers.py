@@ -89,16 +89,9 @@ def experts_forward(
     return result
 
 
-class _Version(NamedTuple):
+def _version(parameter: torch.Tensor) -> tuple[int, int, int]:
     """Changes when a parameter is written to or gets other memory, but for writes to its data."""
-
-    storage: int
-    address: int
-    version: int
-
-    @classmethod
-    def of(cls, parameter: torch.Tensor) -> _Version:
-        return cls(parameter.untyped_storage()._cdata, parameter.data_ptr(), parameter._version)
+    return parameter.untyped_storage()._cdata, parameter.data_ptr(), parameter._version
 
 
 class _Cached(NamedTuple):
@@ -107,22 +100,17 @@ class _Cached(NamedTuple):
     weak, so that a parameter that was replaced does not keep its memory; while one to a storage is
     held, no other storage gets its number. A copy of the module quantizes anew."""
 
-    versions: tuple[_Version, ...]
     experts: MXFP8Experts
-    parameters: tuple[weakref.ref[torch.Tensor], ...]
-    storages: tuple[StorageWeakRef, ...]
-
-    @classmethod
-    def of(cls, experts: MXFP8Experts, parameters: list[torch.Tensor]) -> _Cached:
-        storages = tuple(StorageWeakRef(parameter.untyped_storage()) for parameter in parameters)
-        return cls(tuple(map(_Version.of, parameters)), experts, tuple(map(weakref.ref, parameters)), storages)
+    versions: list[tuple[int, int, int]]
+    parameters: list[weakref.ref[torch.Tensor]]
+    storages: list[StorageWeakRef]
 
     def __reduce__(self) -> tuple[type[_Cached], tuple[Any, ...]]:
-        return type(self), ((), self.experts, (), ())
+        return type(self), (self.experts, [], [], [])
 
     def are_of(self, parameters: list[torch.Tensor]) -> bool:
         """Whether the experts are those of these parameters, as they are now."""
-        versions = tuple(map(_Version.of, parameters))
+        versions = list(map(_version, parameters))
         return self.versions == versions and all(map(operator.is_, (p() for p in self.parameters), parameters))
 
 
@@ -130,20 +118,12 @@ def _is_fp8(module: torch.nn.Module) -> bool:
     return any(getattr(module, name).dtype == torch.float8_e4m3fn for name in WEIGHTS)
 
 
-def _parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
+def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights, biases and scales by name; of a DTensor this rank's shard."""
     biases = BIASES if getattr(module, "has_bias", False) else ()
-    return (*WEIGHTS, *biases, *(FP8_SCALES if _is_fp8(module) else ()))
-
-
-def _parameters(module: torch.nn.Module) -> list[torch.Tensor]:
-    """In the order of their names."""
-    return [_local(module, name) for name in _parameter_names(module)]
-
-
-def _local(module: torch.nn.Module, name: str) -> torch.Tensor:
-    """A parameter; of a DTensor this rank's shard."""
-    parameter = getattr(module, name)
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
+    names = (*WEIGHTS, *biases, *(FP8_SCALES if _is_fp8(module) else ()))
+    found = ((name, getattr(module, name)) for name in names)
+    return {name: p.to_local() if hasattr(p, "to_local") else p for name, p in found}
 
 
 def _unproven(parameters: list[torch.Tensor]) -> str | None:
@@ -167,12 +147,15 @@ def _unproven(parameters: list[torch.Tensor]) -> str | None:
 
 def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     """The module's experts, from the cache while its parameters are those that were quantized."""
-    parameters = _parameters(module) if _has_experts(module) else []  # then _quantize says what is wrong
+    # Without experts _quantize says what is wrong.
+    parameters = list(_parameters(module).values()) if _has_experts(module) else []
     if (where := _unproven(parameters)) is not None:
         fail("experts", f"must be quantized by quantize_model_(model) {where}", type(module).__name__)
     cached: _Cached | None = getattr(module, _CACHE, None)
     if cached is None or not cached.are_of(parameters):
-        cached = _Cached.of(_quantize(module), parameters)
+        storages = [StorageWeakRef(p.untyped_storage()) for p in parameters]
+        versions = list(map(_version, parameters))
+        cached = _Cached(_quantize(module), versions, list(map(weakref.ref, parameters)), storages)
         # Past nn.Module.__setattr__, which would make it a submodule.
         object.__setattr__(module, _CACHE, cached)
     return cached.experts
@@ -214,15 +197,16 @@ def why_not(module: torch.nn.Module) -> str | None:
             return f"its gate function is no SwiGLU{'' if module.is_concatenated else ' of rows in turns'}"
         name = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
         return f"its activation is {name}, not SiLU"
-    _, down, *_ = _parameters(module)
+    parameters = _parameters(module)
+    down = parameters["down_proj"]
     if down.shape[0] != getattr(module, "num_experts", down.shape[0]):
         return f"{down.shape[0]} of its {module.num_experts} experts are here"
     hidden, intermediate = sorted((1, 2), reverse=bool(module.is_transposed))
     if down.shape[hidden] % BLOCK_SIZE or down.shape[intermediate] % BLOCK_SIZE:
         return f"its H = {down.shape[hidden]} and I = {down.shape[intermediate]} are not both multiples of {BLOCK_SIZE}"
     if _is_fp8(module):
-        return _why_not_fp8(module, down.shape[intermediate])
-    wrong = [short(p.dtype) for p in _parameters(module) if p.dtype not in FLOAT_DTYPES]
+        return _why_not_fp8(module, parameters)
+    wrong = [short(p.dtype) for p in parameters.values() if p.dtype not in FLOAT_DTYPES]
     return f"its weights are {wrong[0]}" if wrong else None
 
 
@@ -236,16 +220,19 @@ def _unknown_option(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _why_not_fp8(module: torch.nn.Module, intermediate: int) -> str | None:
+def _why_not_fp8(module: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> str | None:
     for name, scale_name in zip(WEIGHTS, FP8_SCALES, strict=True):
-        weight, scale = _local(module, name), _local(module, scale_name)
-        expected = scales_shape(weight.shape)
-        if weight.dtype != torch.float8_e4m3fn or not isinstance(scale, torch.Tensor) or scale.shape != expected:
+        weight, shape = parameters[name], getattr(parameters[scale_name], "shape", None)
+        if shape == (*weight.shape[:2], weight.shape[2] // BLOCK_SIZE):  # of `python -m hybrid_mxfp8 quantize`, say
+            return f"its {name} is MXFP8 already: load the checkpoint that it was made from"
+        if weight.dtype != torch.float8_e4m3fn or shape != scales_shape(weight.shape):
             return f"its {name} is not FP8 with a scale for each block of {BLOCK}x{BLOCK}"
+    if module.is_transposed or module.has_bias or not module.is_concatenated:
+        return "it is FP8 with a bias, transposed or interleaved"
+    intermediate = parameters["down_proj"].shape[2]
     if intermediate % BLOCK:  # a block of scales would be gate's and up's
         return f"it is FP8 and its I = {intermediate} is no multiple of {BLOCK}"
-    other = module.is_transposed or module.has_bias or not module.is_concatenated
-    return "it is FP8 with a bias, transposed or interleaved" if other else None
+    return None
 
 
 def _quantize(
@@ -261,28 +248,18 @@ def _quantize(
     assert activation is not None, "why_not has found one"
     with torch.no_grad():
         if _is_fp8(module):
-            group = scale_group or preferred_scale_group(device or _parameters(module)[0].device)
+            w13, w2, *scales = _parameters(module).values()
+            group = scale_group or preferred_scale_group(device or w13.device)
             options: dict[str, Any] = {"scale_group": group, "device": device, "backend": backend}
-            w13q, w2q = (
-                quantize_fp8_blocks(_local(module, w), _local(module, s), **options)
-                for w, s in zip(WEIGHTS, FP8_SCALES, strict=True)
-            )
+            w13q, w2q = (quantize_fp8_blocks(*pair, **options) for pair in zip((w13, w2), scales, strict=True))
             if scale_group is None:
                 w13q, w2q = for_fp8_units_(w13q), for_fp8_units_(w2q)
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
-        w13, w2, *biases = (p if device is None else p.to(device) for p in _parameters(module))
+        w13, w2, *biases = (p.to(device) for p in _parameters(module).values())
         w13_bias, w2_bias = biases or (None, None)
-        return MXFP8Experts.from_weights(
-            w13,
-            w2,
-            w13_bias=w13_bias,
-            w2_bias=w2_bias,
-            transposed=bool(module.is_transposed),
-            interleaved=not module.is_concatenated,
-            scale_group=scale_group,
-            activation=activation,
-            backend=backend,
-        )
+        order = {"transposed": bool(module.is_transposed), "interleaved": not module.is_concatenated}
+        options = {"scale_group": scale_group, "activation": activation, "backend": backend}
+        return MXFP8Experts.from_weights(w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, **order, **options)
 
 
 @dataclass(frozen=True)
@@ -370,16 +347,16 @@ def quantize_model_(
         reason = why_not(module)
         if reason is not None:
             fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
-        if (some_memory or offloading) and any(p.is_meta for p in _parameters(module)):
+        if (some_memory or offloading) and any(p.is_meta for p in _parameters(module).values()):
             fail("model", "must have all experts in memory, not offloaded by a device_map", f"{name} on meta")
     model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
-        before += sum(p.nbytes for p in _parameters(module))
+        before += sum(p.nbytes for p in _parameters(module).values())
         experts = _quantize(module, backend, where, scale_group)
         after += sum(buffer.nbytes for buffer in experts.buffers())
         # The names stay, as parameters that are None, for code that looks for them.
-        for parameter in _parameter_names(module):
+        for parameter in _parameters(module):
             module.register_parameter(parameter, None)
         object.__setattr__(module, _CACHE, None)
         module.add_module(_OWNED, experts)

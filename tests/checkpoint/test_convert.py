@@ -290,6 +290,15 @@ def test_known_layout_under_other_names(tmp_path: Path, capsys: pytest.CaptureFi
     assert quantize(*given, "--interleaved", "*.gate_up_proj.weight") == 0
 
 
+@pytest.mark.parametrize("name", ["layer.experts.0.w13.bias", "layer.experts.0.w13.weight_bias"])
+def test_a_single_experts_bias_is_put_in_order(name: str, tmp_path: Path) -> None:
+    """Before and after its weight in the alphabet."""
+    save_file({"layer.experts.0.w13.weight": torch.ones(64, 32), name: torch.arange(64.0)}, tmp_path / "in")
+    assert quantize(tmp_path / "in", tmp_path / "out", *ALL, "--interleaved", "*.weight") == 0
+    with safe_open(tmp_path / "out", framework="pt") as file:
+        assert file.get_tensor(name).tolist() == [*range(0, 64, 2), *range(1, 64, 2)]
+
+
 @pytest.mark.parametrize("pattern", ["*.experts.*", "*_proj", "*scales"])
 @pytest.mark.parametrize("mark", ["_", "."])
 def test_mxfp4_is_named(mark: str, pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
         def record(step: launch.KernelLaunch, tensors: object, device: torch.device) -> None:
             if step.kernel is getattr(module, name):
                 arguments = (step.kernel, step.arguments, step.constants, dict(step.options))
-                kernel = abi.compile_kernel(*arguments, torch.device("cpu"))
+                kernel = abi.compile_kernel(*arguments)
                 compiled.append(Compiled(arch, kernel, (step.programs,)))
 
         with monkeypatch.context() as patch:

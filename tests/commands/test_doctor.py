@@ -142,13 +142,22 @@ def test_the_last_line_says_what_the_default_comes_to(asked: str, able: tuple[st
     assert page.splitlines()[-1] == f"Calls that name no backend use: {said}"
 
 
-def test_a_wrong_backend_in_the_environment_is_told_not_raised(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("BACKEND", "one of auto, cutlass, triton, reference"),
+        ("PDL", "0 or 1"),
+        ("VERIFY", "0 or 1"),
+        ("HOPPER_GEMM", "0, 1 or bf16"),
+        ("TRUST_CACHE", "0 or 1"),
+    ],
+)
+def test_a_wrong_value_in_the_environment_is_told_not_raised(
+    variable: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "tritom")
+    monkeypatch.setenv(f"HYBRID_MXFP8_{variable}", "tritom")
     assert cli.main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert "HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got 'tritom'" in said
+    assert f"HYBRID_MXFP8_{variable}: must be {expected}, got 'tritom'" in capsys.readouterr().out
 
 
 def test_cache_counts_bytes_and_creates_nothing(tmp_path: Path) -> None:

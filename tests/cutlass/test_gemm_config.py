@@ -14,7 +14,6 @@ from hybrid_mxfp8.cutlass_kernels.config import (
     TOKEN_TILES,
     GemmConfig,
     estimate,
-    select_config,
     select_estimate,
     token_bucket,
 )
@@ -22,7 +21,7 @@ from hybrid_mxfp8.cutlass_kernels.config import (
 
 def test_names_parse_back() -> None:
     for config in CONFIGS:
-        assert GemmConfig.parse(config.name) == config
+        assert GemmConfig.parse(str(config)) == config
         assert GemmConfig.parse(config.module).module == config.module
     assert GemmConfig.parse("2sm_256x128x128").cluster == (2, 1)
     assert len(MODULES) == 2 * len(TOKEN_TILES)
@@ -88,9 +87,9 @@ def test_waves_by_hand() -> None:
     sm_count=st.sampled_from([1, 8, 132, 148, 160]),
 )
 def test_some_configuration_is_always_chosen(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int) -> None:
-    config = select_config(num_experts, n, k, num_tokens, sm_count)
+    config = select_estimate(num_experts, n, k, num_tokens, sm_count).config
     assert config in CONFIGS
-    assert config == select_config(num_experts, n, k, num_tokens, sm_count)
+    assert config == select_estimate(num_experts, n, k, num_tokens, sm_count).config
     assert config.cluster[0] * config.cluster[1] <= sm_count
 
 

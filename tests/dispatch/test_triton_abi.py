@@ -17,7 +17,6 @@ from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.triton_kernels import abi
 
-CPU = torch.device("cpu")
 STREAM = 7
 NEVER_CLEARS_BIT_21 = triton.__version__.startswith("3.6.")
 
@@ -42,7 +41,7 @@ def use_gpu(arch: int) -> None:
 
 def compiled_of(case: Case) -> Any:
     use_gpu(case.arch)
-    compiled = abi.compile_kernel(case.load(), case.arguments, case.constants, case.options, CPU)
+    compiled = abi.compile_kernel(case.load(), case.arguments, case.constants, case.options)
     compiled.run  # noqa: B018 - loads it
     set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
     return compiled
@@ -162,7 +161,7 @@ def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
         case = Case(90, "", "", 2, everything(dtype, count), (16,), {"num_warps": 1})
         case_kernel = takes_everything
         use_gpu(90)
-        compiled = abi.compile_kernel(case_kernel, case.arguments, case.constants, case.options, CPU)
+        compiled = abi.compile_kernel(case_kernel, case.arguments, case.constants, case.options)
         memory: dict[int, torch.Tensor] = {}
         tensors = [as_tensor(argument, memory) for argument in case.arguments]
         assert case_kernel[(2,)](*tensors, 16, num_warps=1) is compiled
@@ -185,7 +184,7 @@ def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
 def test_integers_of_unsigned_64_bits_are_left_to_triton() -> None:
     use_gpu(90)
     given = everything(torch.bfloat16, count=2**63)
-    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1}, CPU)
+    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1})
     with pytest.raises(launcher.LauncherUnavailableError, match="takes_everything: count is of type u64"):
         abi.abi_of(compiled, given)
 
@@ -198,7 +197,7 @@ def changed(arguments: tuple[abi.Argument, ...], i: int, argument: abi.Argument)
 def test_words_refuse_what_the_kernel_was_not_compiled_for() -> None:
     use_gpu(90)
     given = everything(torch.bfloat16)
-    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1}, CPU)
+    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1})
     compiled.run  # noqa: B018
     set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
     found = abi.abi_of(compiled, given)

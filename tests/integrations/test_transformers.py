@@ -261,11 +261,11 @@ def test_another_parameter_at_the_same_address_is_quantized(experts: Module) -> 
     memory = experts.gate_up_proj.data
     experts.gate_up_proj = parameter(memory.data)
     first = experts(*arguments())
-    version, gone = integration._Version.of(experts.gate_up_proj), weakref.ref(experts.gate_up_proj)
+    version, gone = integration._version(experts.gate_up_proj), weakref.ref(experts.gate_up_proj)
     memory.data.mul_(2)
     experts.gate_up_proj = parameter(memory.data)
     assert gone() is None
-    assert integration._Version.of(experts.gate_up_proj) == version
+    assert integration._version(experts.gate_up_proj) == version
     assert not torch.equal(experts(*arguments()), first)
 
 
@@ -492,10 +492,11 @@ def test_fp8_scales_written_in_place_are_seen(fp8: Module) -> None:
         (lambda e: setattr(e, "down_proj_scale_inv", None), "its down_proj is not FP8 with a scale for each block"),
         (lambda e: setattr(e, "gate_up_proj_scale_inv", parameter(torch.ones(8, 2, 1))), "its gate_up_proj is not FP8"),
         (lambda e: setattr(e, "gate_up_proj", parameter(torch.zeros(8, 256, 256))), "its gate_up_proj is not FP8"),
+        (lambda e: setattr(e, "down_proj_scale_inv", parameter(torch.ones(8, 256, 4))), "down_proj is MXFP8 already"),
         (lambda e: setattr(e, "has_bias", True), "it is FP8 with a bias, transposed or interleaved"),
         (lambda e: setattr(e, "is_transposed", True), "it is FP8 with a bias, transposed or interleaved"),
     ],
-    ids=["no scales", "scales of rows", "one of two", "bias", "transposed"],
+    ids=["no scales", "scales of rows", "one of two", "MXFP8", "bias", "transposed"],
 )
 def test_fp8_experts_it_can_not_compute(fp8: Module, change: Callable[[Module], None], reason: str) -> None:
     change(last(fp8))

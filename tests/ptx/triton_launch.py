@@ -109,9 +109,7 @@ def capture(arch: int, steps: Callable[..., Any], *tensors: torch.Tensor | None)
     try:
         captured = []
         for step in product.launches.steps_of(steps, *tensors):
-            compiled = product.abi.compile_kernel(
-                step.kernel, step.arguments, step.constants, dict(step.options), torch.device("cpu")
-            )
+            compiled = product.abi.compile_kernel(step.kernel, step.arguments, step.constants, dict(step.options))
             arguments = dict(zip(step.kernel.arg_names, step.arguments, strict=False))  # constants come last
             captured.append(Captured(compiled, (step.programs,), arguments, given))
         return captured

@@ -110,7 +110,8 @@ class FakeToolkit:
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     def modules(self) -> list[str]:
-        return [built.folder.name for built in jit.built()]
+        """The intact ones in the cache."""
+        return [path.name for path in sorted(self.cache.glob("[!.]*-nvcc*")) if jit.Built(path).intact()]
 
     def leftovers(self) -> list[Path]:
         return list(self.cache.glob(f"{BUILDING}*"))

@@ -46,7 +46,7 @@ class _Recorder:
 def compiled_kernels() -> set[str]:
     """Names of the kernels that this process has compiled, which it does to launch them."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
-    return {compiled.kernel.metadata.name for compiled in launch._compiled.values()} if launch else set()
+    return {kernel.metadata.name for kernel, _ in launch._compiled.values()} if launch else set()
 
 
 def kernels_in_source() -> set[str]:

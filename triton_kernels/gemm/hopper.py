@@ -190,13 +190,14 @@ def _before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T: gl.constexpr):
-    """(first row, end) of a tile or its part; the end may be beyond it, or before the first row."""
+def _tile(tiles_ptr, index, whole, parts, num_n_tiles, BLOCK_T: gl.constexpr):
+    """(token tile, n tile, first row, end) of a tile or its part; may end before it starts."""
+    t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
     start = gl.load(tiles_ptr + 4 + t_tile * 4 + 1)
     end = gl.load(tiles_ptr + 4 + t_tile * 4 + 2)
     rows = gl.where(index < whole, BLOCK_T, BLOCK_T // parts)
     start += part * rows
-    return start, gl.minimum(end, start + rows)
+    return t_tile, n_tile, start, gl.minimum(end, start + rows)
 
 
 @gluon.jit
@@ -252,10 +253,7 @@ def _wait_for_slices(done_ptr, wanted):
 
 
 @gluon.jit
-def _dequantize_slices(
-    values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr, num_scale_rows, K, first_tile,
-    BLOCK_T: gl.constexpr,
-):  # fmt: skip
+def _dequantize_slices(operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T: gl.constexpr):
     """One warp: tokens to bf16, as ``dequantize_tokens`` writes them, a slice of a tile after the
     other, until none is left.
 
@@ -263,6 +261,7 @@ def _dequantize_slices(
     they wait for, however many programs of the grid are running. Rows past a tile's end are not
     waited for: they are multiplied as they are, and give columns that are not stored.
     """
+    values_ptr, scales_ptr, dequantized_ptr, expert_offsets_ptr, scale_offsets_ptr = operands
     num_t_tiles = gl.load(tiles_ptr)
     K = K // 32 * 32  # K % 32 == 0, said so that the compiler reads words
     padded_k = (K + 63) // 64 * 64
@@ -305,11 +304,12 @@ def _dequantize_slices(
 
 
 @gluon.jit
-def _produce_tile(
-    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row, scale_tile, start,
-    num_k_tiles, TOKENS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce_tile(w_descs, x_desc, ring, stage, phase, w_row, scale_tile, start, num_k_tiles, TOKENS: gl.constexpr):
     """All stages of one tile; returns the ring's next stage and phase."""
+    w_desc, w_scales_desc = w_descs
+    w_ring, scale_ring, x_ring, full, empty = ring
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_K: gl.constexpr = w_ring.shape[2]
     for k_tile in range(num_k_tiles):
         # One scale tile spans 128 columns, and comes with their first stage.
         for part in gl.static_range(128 // BLOCK_K):
@@ -328,19 +328,18 @@ def _produce_tile(
 
 @gluon.jit
 def _producer(
-    w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles, first_tile,
-    BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    FUSED_DEQUANTIZE: gl.constexpr,
+    descs, ring, tiles_ptr, N, num_k_tiles, first_tile,
+    BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, FUSED_DEQUANTIZE: gl.constexpr,
 ):  # fmt: skip
     """One warp: keep the ring full, tile after tile."""
+    w_descs, x_desc, small_x_desc = descs
     num_t_tiles = gl.load(tiles_ptr)
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
     whole, parts, count = split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
-        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        t_tile, n_tile, start, end = _tile(tiles_ptr, index, whole, parts, num_n_tiles, BLOCK_T)
         if start < end:
             expert = gl.load(tiles_ptr + 4 + t_tile * 4)
             w_row = expert * N + n_tile * 128
@@ -349,23 +348,23 @@ def _producer(
                 _wait_for_slices(tiles_ptr + 4 + t_tile * 4 + 3, BLOCK_T // SLICE)
             if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
                 stage, phase = _produce_tile(
-                    w_desc, w_scales_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
-                    scale_tile, start, num_k_tiles, SMALL_BLOCK_T, BLOCK_K, STAGES,
-                )  # fmt: skip
+                    w_descs, small_x_desc, ring, stage, phase, w_row, scale_tile, start, num_k_tiles, SMALL_BLOCK_T
+                )
             else:
                 stage, phase = _produce_tile(
-                    w_desc, w_scales_desc, x_desc, w_ring, scale_ring, x_ring, full, empty, stage, phase, w_row,
-                    scale_tile, start, num_k_tiles, BLOCK_T, BLOCK_K, STAGES,
-                )  # fmt: skip
+                    w_descs, x_desc, ring, stage, phase, w_row, scale_tile, start, num_k_tiles, BLOCK_T
+                )
 
 
 @gluon.jit
 def _consume_tile(
-    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-    TOKENS: gl.constexpr, BOX: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, TOKENS: gl.constexpr, BOX: gl.constexpr
+):
     """One tile of 128 weight rows by at most TOKENS of the BOX tokens of a stage, stored; returns
     the ring's next stage and phase."""
+    w_ring, scale_ring, x_ring, full, empty = ring
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_K: gl.constexpr = w_ring.shape[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     store_layout: gl.constexpr = _store_layout(TOKENS)
@@ -415,10 +414,7 @@ def _consume_tile(
 
 
 @gluon.jit
-def _consumer(
-    y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _consumer(y_ptr, ring, tiles_ptr, N, num_k_tiles, BLOCK_T: gl.constexpr, SMALL_BLOCK_T: gl.constexpr):
     """Two warpgroups: empty the ring, tile after tile; an expert's last may take less."""
     num_t_tiles = gl.load(tiles_ptr)
     num_n_tiles = (N + 127) // 128
@@ -426,24 +422,20 @@ def _consumer(
     phase = 0
     whole, parts, count = split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
-        start, end = _rows_of(tiles_ptr, t_tile, part, index, whole, parts, BLOCK_T)
+        _, n_tile, start, end = _tile(tiles_ptr, index, whole, parts, num_n_tiles, BLOCK_T)
         if start < end:
             if SMALL_BLOCK_T < BLOCK_T and end - start <= SMALL_BLOCK_T:
                 stage, phase = _consume_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    SMALL_BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES,
-                )  # fmt: skip
+                    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, SMALL_BLOCK_T, SMALL_BLOCK_T
+                )
             elif BLOCK_T > 128 and end - start <= 128:
                 stage, phase = _consume_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    128, BLOCK_T, BLOCK_K, STAGES,
-                )  # fmt: skip
+                    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, 128, BLOCK_T
+                )
             else:
                 stage, phase = _consume_tile(
-                    y_ptr, w_ring, scale_ring, x_ring, full, empty, stage, phase, start, end, n_tile, N, num_k_tiles,
-                    BLOCK_T, BLOCK_T, BLOCK_K, STAGES,
-                )  # fmt: skip
+                    y_ptr, ring, stage, phase, start, end, n_tile, N, num_k_tiles, BLOCK_T, BLOCK_T
+                )
 
 
 @gluon.jit(
@@ -490,58 +482,33 @@ def hopper_gemm_kernel(
     # Before the other warps start, so that it holds for them, too.
     wait_for_predecessor()
     # The multiplying warps are the default partition: ptxas serializes wgmma in any other (its
-    # message C7512). Tuples of arguments are written where they are used: kept in a variable, their
-    # constants become tensors.
+    # message C7512). Constants are written where they are used: in a tuple that is kept in a
+    # variable they become tensors.
+    descs = ((w_desc, w_scales_desc), x_desc, small_x_desc)
+    ring = (w_ring, scale_ring, x_ring, full, empty)
     if FUSED_DEQUANTIZE:
         dequantized_ptr = (workspace_ptr + tokens_at.to(gl.int64) * 256).to(gl.pointer_type(gl.bfloat16), bitcast=True)
+        operands = (values_ptr, scales_ptr, dequantized_ptr, expert_offsets_ptr, scale_offsets_ptr)
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES),
-                ),
-                (
-                    _producer,
-                    (w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
-                     num_k_tiles, first_tile, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, True),
-                ),
-                (
-                    _dequantize_slices,
-                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
-                     num_scale_rows, K, first_tile, BLOCK_T),
-                ),
-                (
-                    _dequantize_slices,
-                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
-                     num_scale_rows, K, first_tile, BLOCK_T),
-                ),
-                (
-                    _dequantize_slices,
-                    (values_ptr, scales_ptr, dequantized_ptr, tiles_ptr, expert_offsets_ptr, scale_offsets_ptr,
-                     num_scale_rows, K, first_tile, BLOCK_T),
-                ),
+                (_consumer, (y_ptr, ring, tiles_ptr, N, num_k_tiles, BLOCK_T, SMALL_BLOCK_T)),
+                (_producer, (descs, ring, tiles_ptr, N, num_k_tiles, first_tile, BLOCK_T, SMALL_BLOCK_T, True)),
+                (_dequantize_slices, (operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T)),
+                (_dequantize_slices, (operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T)),
+                (_dequantize_slices, (operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK_T)),
             ],
             [1, 1, 1, 1],
             [48, 48, 48, 48],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (y_ptr, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N, num_k_tiles,
-                     BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES),
-                ),
-                (
-                    _producer,
-                    (w_desc, w_scales_desc, x_desc, small_x_desc, w_ring, scale_ring, x_ring, full, empty, tiles_ptr, N,
-                     num_k_tiles, 0, BLOCK_T, SMALL_BLOCK_T, BLOCK_K, STAGES, False),
-                ),
+                (_consumer, (y_ptr, ring, tiles_ptr, N, num_k_tiles, BLOCK_T, SMALL_BLOCK_T)),
+                (_producer, (descs, ring, tiles_ptr, N, num_k_tiles, 0, BLOCK_T, SMALL_BLOCK_T, False)),
             ],
             [1],
             [40],
-        )  # fmt: skip
+        )
 
 
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tuple[KernelLaunch, ...]:

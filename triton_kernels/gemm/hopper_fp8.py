@@ -314,14 +314,16 @@ def _store(
         y = acc.to(y_ptr.dtype.element_ty)
         y_rows = y_ptr + start.to(gl.int64) * N + n_first
         if TOKEN_ROWS:
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [8, 1], [1, 0])
-            t = gl.arange(0, 128, layout=gl.SliceLayout(1, layout))[:, None]
-            n = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
+            by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [8, 1], [1, 0])
+            t = gl.arange(0, 128, layout=gl.SliceLayout(1, by_rows))[:, None]
+            n = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, by_rows))[None, :]
+            y = gl.convert_layout(y, by_rows)
         else:
-            layout: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
-            n = gl.arange(0, 128, layout=gl.SliceLayout(1, layout))[:, None]
-            t = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
-        gl.store(y_rows + (t * N + n), gl.convert_layout(y, layout), mask=(n < N - n_first) & (t < rows))
+            by_columns: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
+            n = gl.arange(0, 128, layout=gl.SliceLayout(1, by_columns))[:, None]
+            t = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, by_columns))[None, :]
+            y = gl.convert_layout(y, by_columns)
+        gl.store(y_rows + (t * N + n), y, mask=(n < N - n_first) & (t < rows))
 
 
 @gluon.jit

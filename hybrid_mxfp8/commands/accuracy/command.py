@@ -18,11 +18,11 @@ import torch
 
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands.accuracy import transformers_model
-from hybrid_mxfp8.commands.accuracy.measure import ChannelEffect, Score, channel_effect, score
+from hybrid_mxfp8.commands.accuracy.measure import Score, channel_effect, score
 from hybrid_mxfp8.commands.demo.command import load
+from hybrid_mxfp8.commands.demo.measure import Effect
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload
-from hybrid_mxfp8.commands.progress import progress
-from hybrid_mxfp8.commands.tables import format_table, wrap
+from hybrid_mxfp8.commands.terminal import format_table, progress, wrap
 
 PICTURES = (".png", ".svg", ".pdf")
 RATIOS = tuple(2.0**i for i in range(17))
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     with progress(2 + 2 * with_model) as bar:
         parts = [Part("MiniLM" if workload.real else "synthetic", workload, _scored(workload, bar))]
         if with_model:
-            found = transformers_model.report()
-            parts.append(Part("random Qwen3-MoE", found.workload, _scored(found.workload, bar), found.logits_db))
+            model, logits_db = transformers_model.report()
+            parts.append(Part("random Qwen3-MoE", model, _scored(model, bar), logits_db))
     effects = channel_effect(workload.gemms[0].x, RATIOS)
     print(describe(parts, effects))
     if not with_model and not args.no_transformers:
@@ -97,7 +97,7 @@ def _scored(workload: Workload, bar: Any) -> list[tuple[Operands, list[Score]]]:
     return scores
 
 
-def describe(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> str:
+def describe(parts: Sequence[Part], effects: Sequence[Effect]) -> str:
     """The report in words and tables."""
     texts = [
         wrap(
@@ -120,20 +120,14 @@ def _score_table(operands: Operands, scores: Sequence[Score]) -> str:
     num_experts, n, k = operands.w.shape
     title = f"{operands.name}: {num_experts} experts, {sum(operands.rows)} tokens, N {n}, K {k}"
     header = ("format", "bits", "x dB", "w dB", "y dB", "worst y dB", "worst calc_diff")
-    rows = [
-        (
-            s.format.name,
-            f"{s.format.bits(k):.2f}",
-            *(f"{s.mean(figure):.1f}" for figure in ("x_db", "w_db", "product_db")),
-            f"{s.worst_db:.1f}",
-            f"{s.worst_diff:.1e}",
-        )
-        for s in scores
-    ]
+    rows = []
+    for s in scores:
+        means = (f"{s.mean(figure):.1f}" for figure in ("x_db", "w_db", "product_db"))
+        rows.append((s.format.name, f"{s.format.bits(k):.2f}", *means, f"{s.worst_db:.1f}", f"{s.worst_diff:.1e}"))
     return format_table(header, rows, title=title)
 
 
-def _effect_table(effects: Sequence[ChannelEffect]) -> str:
+def _effect_table(effects: Sequence[Effect]) -> str:
     title = (
         "One channel of the first product's tokens grows in all tokens, up to a multiple of the others' rms, as channels "
         "of large models do: what is left of the blocks without it, in dB"
@@ -144,7 +138,7 @@ def _effect_table(effects: Sequence[ChannelEffect]) -> str:
     return format_table(header, rows, title=title)
 
 
-def _conclusion(part: Part, last: ChannelEffect) -> str:
+def _conclusion(part: Part, last: Effect) -> str:
     """The comparison in one sentence."""
     by_format = zip(*(scores for _, scores in part.scores), strict=True)
     db = {s[0].format.name: fmean(each.mean("product_db") for each in s) for s in by_format}
@@ -160,7 +154,7 @@ def _conclusion(part: Part, last: ChannelEffect) -> str:
     )
 
 
-def as_json(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> dict[str, Any]:
+def as_json(parts: Sequence[Part], effects: Sequence[Effect]) -> dict[str, Any]:
     """Every figure, with what it was measured on; null where it is infinite."""
 
     def finite(values: dict[str, float]) -> dict[str, float | None]:
@@ -171,17 +165,13 @@ def as_json(parts: Sequence[Part], effects: Sequence[ChannelEffect]) -> dict[str
         formats = {s.format.name: [finite(asdict(q)) for q in s.experts] for s in scores}
         return {"name": operands.name, "tokens": list(operands.rows), "n": n, "k": k, "formats": formats}
 
+    def workload(part: Part) -> dict[str, Any]:
+        gemms, logits_db = [gemm(*pair) for pair in part.scores], part.logits_db and finite(part.logits_db)
+        return {"source": part.workload.source, "real": part.workload.real, "logits_db": logits_db, "gemms": gemms}
+
     transformers = importlib.metadata.version("transformers") if transformers_model.installed() else None
     return {
         "versions": {"hybrid-mxfp8": __version__, "torch": torch.__version__, "transformers": transformers},
-        "workloads": [
-            {
-                "source": part.workload.source,
-                "real": part.workload.real,
-                "logits_db": part.logits_db and finite(part.logits_db),
-                "gemms": [gemm(operands, scores) for operands, scores in part.scores],
-            }
-            for part in parts
-        ],
+        "workloads": list(map(workload, parts)),
         "channel": [{"ratio": effect.ratio, "db": finite(effect.db)} for effect in effects],
     }

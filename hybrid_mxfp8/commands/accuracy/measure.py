@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.commands.demo.measure import Quality, grouped_product, per_tensor_fp8, quality, through_e4m3
+from hybrid_mxfp8.commands.demo.measure import Effect, Quality, grouped_product, per_tensor_fp8, quality, through_e4m3
 from hybrid_mxfp8.commands.demo.workload import Operands
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, SCALE_ROUNDINGS
 from hybrid_mxfp8.core.metrics import signal_to_noise_db
@@ -82,15 +82,7 @@ def score(operands: Operands) -> list[Score]:
     return scores
 
 
-@dataclass(frozen=True)
-class ChannelEffect:
-    """What is left of other blocks, in dB, for a channel of rms ``ratio`` times theirs."""
-
-    ratio: float
-    db: dict[str, float]
-
-
-def channel_effect(x: torch.Tensor, ratios: Sequence[float]) -> list[ChannelEffect]:
+def channel_effect(x: torch.Tensor, ratios: Sequence[float]) -> list[Effect]:
     """Make the largest channel of x (R, K) fp32 larger in all tokens; look at other blocks."""
     channel = int(x.square().sum(dim=0).argmax())
     others = torch.ones(x.shape[1], dtype=torch.bool)
@@ -103,5 +95,5 @@ def channel_effect(x: torch.Tensor, ratios: Sequence[float]) -> list[ChannelEffe
         spoiled = x.clone()
         spoiled[:, channel] = (unit * rms * ratio).to(x.dtype)
         left = {form.name: signal_to_noise_db(rest, form.through(spoiled)[:, others]) for form in FORMATS}
-        effects.append(ChannelEffect(ratio, left))
+        effects.append(Effect(ratio, left))
     return effects

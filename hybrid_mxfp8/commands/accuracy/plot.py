@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from hybrid_mxfp8.commands.accuracy.measure import ChannelEffect, Score
+from hybrid_mxfp8.commands.accuracy.measure import Score
+from hybrid_mxfp8.commands.demo.measure import Effect
 
 COLOURS: Final = {
     "bf16": "#7f7f7f",
@@ -22,9 +23,7 @@ FIGURES: Final = (("tokens", "x_db", "o", 0.26), ("weights", "w_db", "s", 0.0), 
 """Label, figure, marker and height in its row."""
 
 
-def draw(
-    panels: Sequence[tuple[str, Sequence[Score]]], effects: Sequence[ChannelEffect], source: str, path: Path
-) -> None:
+def draw(panels: Sequence[tuple[str, Sequence[Score]]], effects: Sequence[Effect], source: str, path: Path) -> None:
     """Write the picture, ``source`` printed below, in the format that the file's ending names."""
     from matplotlib.figure import Figure
 
@@ -37,8 +36,8 @@ def draw(
     shown = [value for value in every if math.isfinite(value)]
     axes[0].set_xlim(min(shown) - 1, max(shown) + 1)
     upper.supxlabel("signal-to-noise, dB; a small mark is an expert, a large one their mean", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    upper.legend(handles, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    legend = axes[0].get_legend_handles_labels()
+    upper.legend(*legend, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     left, right = lower.subplots(1, 2, width_ratios=(1.5, 1))
     _channel(left, effects)
     _differences(right, panels)
@@ -73,7 +72,12 @@ def _experts(axis: Any, title: str, scores: Sequence[Score]) -> None:
     _frame(axis, title + below, "x", [score.format.name for score in shown])
 
 
-def _channel(axis: Any, effects: Sequence[ChannelEffect]) -> None:
+def _beside(axis: Any, text: str, at: tuple[float, float], **style: Any) -> None:
+    """A label beside the frame, where neither marks nor lines cross it."""
+    axis.annotate(text, at, xycoords=("axes fraction", "data"), va="center", **style)
+
+
+def _channel(axis: Any, effects: Sequence[Effect]) -> None:
     ratios = [effect.ratio for effect in effects]
     for name, colour in COLOURS.items():
         style = "--" if name in ("bf16", "MXFP8 floor", "MXFP8 even") else "-"
@@ -85,9 +89,7 @@ def _channel(axis: Any, effects: Sequence[ChannelEffect]) -> None:
     for name in sorted(COLOURS, key=lambda name: -effects[-1].db[name]):
         # Labels at the lines' ends, pushed apart where those meet.
         at = min(effects[-1].db[name], at - (high - low) * 0.055)
-        axis.annotate(
-            name, (1.01, at), xycoords=("axes fraction", "data"), fontsize=8, color=COLOURS[name], va="center"
-        )
+        _beside(axis, name, (1.01, at), fontsize=8, color=COLOURS[name])
     axis.set_xlabel("rms of that channel / rms of the others", fontsize=8)
     axis.set_ylabel("signal-to-noise, dB", fontsize=8)
     _frame(axis, "One channel grows in all tokens: what is left of the other blocks", "both")
@@ -99,10 +101,8 @@ def _differences(axis: Any, panels: Sequence[tuple[str, Sequence[Score]]]) -> No
         for row, score in enumerate(scores):
             height = row - 0.4 + (i + 0.5) * 0.8 / len(panels)
             axis.plot(score.worst_diff, height, "o", color=COLOURS[score.format.name], ms=5)
-            # Beside the frame, where neither marks nor the line cross it.
             text = f"{string.ascii_lowercase[i]}  {score.worst_diff:.1e}"
-            at = {"xy": (1.02, height), "xycoords": ("axes fraction", "data"), "va": "center"}
-            axis.annotate(text, **at, fontsize=6.5, color="0.35")
+            _beside(axis, text, (1.02, height), fontsize=6.5, color="0.35")
     axis.axvline(1e-3, color="0.4", linewidth=1, linestyle=":")
     axis.set_xscale("log")
     axis.set_xlabel("calc_diff, less is better", fontsize=8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -16,26 +15,10 @@ from hybrid_mxfp8.core.metrics import signal_to_noise_db
 
 TOKENS: Final = 256
 SIZES: Final = {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
+    **{"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128},
+    **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    **{"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """Operands of the last layer's experts, and the logits' signal-to-noise in dB by format."""
-
-    workload: Workload
-    logits_db: dict[str, float]
 
 
 def installed() -> bool:
@@ -43,8 +26,9 @@ def installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> ModelReport:
-    """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format."""
+def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> tuple[Workload, dict[str, float]]:
+    """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format: the
+    last layer's operands, and the logits' signal-to-noise in dB by format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -56,8 +40,8 @@ def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> ModelRepo
     truth, seen = logits(model, lambda x: x, ids)
     logits_db = {form.name: signal_to_noise_db(truth, logits(model, form.through, ids)[0]) for form in FORMATS}
     name = f"Qwen3-MoE, {sizes['num_hidden_layers']} layers, {sizes['num_experts']} experts"
-    workload = Workload(f"{name}, RANDOM weights and tokens; the experts of its last layer", False, tuple(seen[-2:]))
-    return ModelReport(workload, logits_db)
+    source = f"{name}, RANDOM weights and tokens; the experts of its last layer"
+    return Workload(source, False, tuple(seen[-2:])), logits_db
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
-from hybrid_mxfp8.commands.progress import progress
-from hybrid_mxfp8.commands.tables import format_table, wrap
+from hybrid_mxfp8.commands.terminal import format_table, progress, wrap
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch.device import default_device
 from hybrid_mxfp8.dispatch.problem import Problem
@@ -45,9 +44,9 @@ class Findings:
             for e, q in enumerate(self.mxfp8)
             if not q.good
         ]
-        for a in (a for a in self.agreements if not a.good):
+        for a in self.agreements:
             how = f"differ by {a.of_bound:.2g} times the bound" if a.same_operands else "wrote different bytes"
-            found.append(f"{name}: {a.first} and {a.second} {how}")
+            found += [] if a.good else [f"{name}: {a.first} and {a.second} {how}"]
         return found
 
 
@@ -85,12 +84,9 @@ def run(args: argparse.Namespace) -> int:
         findings = [examine(gemm, names, bar) for gemm in gemms]
     effects = measure.outlier_effect(gemms[0].x, names[0], OUTLIER_FACTORS)
     faults = [fault for found in findings for fault in found.faults]
-    conclusion = _conclusion(workload, findings, effects[-1], names)
-    if faults:
-        conclusion = "\n  ".join(("FAILED:", *faults))
+    conclusion = "\n  ".join(("FAILED:", *faults)) if faults else _conclusion(workload, findings, effects[-1], names)
     tables = (*map(_quality_table, findings), _agreement_table(findings, names), _outlier_table(effects))
-    for text in (*tables, conclusion):
-        print(f"\n{text}")
+    print("\n" + "\n\n".join((*tables, conclusion)))
     return 1 if faults else 0
 
 
@@ -150,10 +146,8 @@ def _quality_table(found: Findings) -> str:
 
     num_experts, n, k = found.operands.w.shape
     figures = ("x dB", "w dB", "y dB", "calc_diff")
-    rows = [
-        (str(e), str(count), *cells(ours), "|", *cells(theirs))
-        for e, (count, ours, theirs) in enumerate(zip(found.operands.rows, found.mxfp8, found.fp8, strict=True))
-    ]
+    experts = zip(range(num_experts), found.operands.rows, found.mxfp8, found.fp8, strict=True)
+    rows = [(str(e), str(count), *cells(ours), "|", *cells(theirs)) for e, count, ours, theirs in experts]
     table = format_table(("expert", "rows", *figures, "|", *figures), rows)
     title = f"{found.operands.name}: {num_experts} experts, N {n}, K {k}"
     above = f"{'MXFP8 against fp32':>{table.index('|') - 2}}  |  per-tensor FP8 against fp32"
@@ -163,46 +157,36 @@ def _quality_table(found: Findings) -> str:
 def _agreement_table(findings: Sequence[Findings], names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"Only {names[0]} can run here, so there is nothing to compare it with."
-    rows = [
-        (
-            found.operands.name,
-            f"{a.first} / {a.second}",
-            "the same" if a.same_operands else "DIFFERENT",
-            f"{abs(a.diff):.1e}",
-            f"{a.largest:.1e}",
-            f"{a.of_bound:.4f}",
-        )
-        for found in findings
-        for a in found.agreements
-    ]
+    rows = []
+    for found in findings:
+        for a in found.agreements:
+            names_and_bytes = f"{a.first} / {a.second}", "the same" if a.same_operands else "DIFFERENT"
+            figures = f"{abs(a.diff):.1e}", f"{a.largest:.1e}", f"{a.of_bound:.4f}"
+            rows.append((found.operands.name, *names_and_bytes, *figures))
     title = "Backend against backend (fp32 accumulation in any order explains a difference of up to 1 bound)"
     header = ("product", "backends", "operand bytes", "calc_diff", "largest difference", "of bound")
     return format_table(header, rows, left=(0, 1, 2), title=title)
 
 
-def _outlier_table(effects: Sequence[measure.OutlierEffect]) -> str:
+def _outlier_table(effects: Sequence[measure.Effect]) -> str:
     title = (
         "One outlier: the largest element of GEMM1's tokens made larger still, up to a multiple of the tokens' rms, and "
         "what that leaves of all the other blocks, in dB"
     )
-    rows = [(f"{e.ratio:,.0f} x rms", f"{e.mxfp8_db:.1f}", f"{e.fp8_db:.1f}") for e in effects]
-    return format_table(("outlier", "MXFP8", "per-tensor FP8"), rows, left=(), title=title)
+    rows = [(f"{e.ratio:,.0f} x rms", *(f"{db:.1f}" for db in e.db.values())) for e in effects]
+    return format_table(("outlier", *effects[0].db), rows, left=(), title=title)
 
 
-def _conclusion(
-    workload: Workload, findings: Sequence[Findings], last: measure.OutlierEffect, names: Sequence[str]
-) -> str:
+def _conclusion(workload: Workload, findings: Sequence[Findings], last: measure.Effect, names: Sequence[str]) -> str:
     """What was shown, in plain words."""
     ours = [q.product_db for found in findings for q in found.mxfp8]
     theirs = [q.product_db for found in findings for q in found.fp8]
     kind = "On a real model's numbers" if workload.real else "On synthetic numbers"
-    compared = (
-        f"{' and '.join(names)} wrote the same bytes and agree as closely as fp32 accumulation allows"
-        if len(names) > 1
-        else f"only {names[0]} could run"
-    )
+    compared = f"only {names[0]} could run"
+    if len(names) > 1:
+        compared = f"{' and '.join(names)} wrote the same bytes and agree as closely as fp32 accumulation allows"
     return wrap(
         f"{kind}, MXFP8 products keep {min(ours):.0f} to {max(ours):.0f} dB and per-tensor FP8 keeps {min(theirs):.0f} to "
         f"{max(theirs):.0f}; with an outlier of {last.ratio:,.0f} times the rms, block scaling leaves the other elements at "
-        f"{last.mxfp8_db:.0f} dB, where one scale for the tensor leaves {last.fp8_db:.0f}; {compared}."
+        f"{last.db['MXFP8']:.0f} dB, where one scale for the tensor leaves {last.db['per-tensor FP8']:.0f}; {compared}."
     )

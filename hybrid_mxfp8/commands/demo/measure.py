@@ -70,12 +70,12 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class OutlierEffect:
-    """Signal-to-noise in dB of all other blocks when one element is ``ratio`` times their rms."""
+class Effect:
+    """Signal-to-noise in dB of all other blocks, by format, when one element, or the rms of one
+    channel, is ``ratio`` times their rms."""
 
     ratio: float
-    mxfp8_db: float
-    fp8_db: float
+    db: dict[str, float]
 
 
 def through_e4m3(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
@@ -116,13 +116,12 @@ def grouped_product(x: torch.Tensor, w: torch.Tensor, rows: Sequence[int]) -> to
 def agreement(a: Run, b: Run) -> Agreement:
     """Compare two backends' runs of one problem, whose x has no unused rows."""
 
-    def operands(run: Run) -> tuple[torch.Tensor, ...]:
+    def operands(run: Run) -> list[torch.Tensor]:
         used = int(run.x.groups.scale_offsets[-1])  # scale rows beyond them are never written
-        return run.x.values, run.x.scales[:used], run.w.values, run.w.scales
+        written = run.x.values, run.x.scales[:used], run.w.values, run.w.scales
+        return [operand.view(torch.uint8) for operand in written]
 
-    same = all(
-        torch.equal(p.view(torch.uint8), q.view(torch.uint8)) for p, q in zip(operands(a), operands(b), strict=True)
-    )
+    same = all(map(torch.equal, operands(a), operands(b)))
     rows = a.x.groups.tokens_per_expert.tolist()
     magnitude = grouped_product(a.x.dequantize().abs(), a.w.dequantize().abs(), rows)
     difference = (a.product.double() - b.product.double()).abs()
@@ -133,7 +132,7 @@ def agreement(a: Run, b: Run) -> Agreement:
     return Agreement(a.backend, b.backend, same, diff, float(difference.max()), of_bound)
 
 
-def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> list[OutlierEffect]:
+def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> list[Effect]:
     """Make the largest element of x (T, K) fp32 ``factor`` times larger; look at other blocks."""
     groups = GroupLayout.from_counts(torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device), x.shape[0])
     row, column = divmod(int(x.abs().argmax()), x.shape[1])
@@ -144,7 +143,8 @@ def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> l
     for factor in factors:
         spoiled = x.clone()
         spoiled[row, column] *= factor
-        kept = (quantize_grouped(spoiled, groups, backend=backend).dequantize(), per_tensor_fp8(spoiled))
-        mxfp8_db, fp8_db = (signal_to_noise_db(x[others], left[others]) for left in kept)
-        effects.append(OutlierEffect(abs(float(spoiled[row, column])) / rms, mxfp8_db, fp8_db))
+        mxfp8 = quantize_grouped(spoiled, groups, backend=backend).dequantize()
+        kept = {"MXFP8": mxfp8, "per-tensor FP8": per_tensor_fp8(spoiled)}
+        db = {name: signal_to_noise_db(x[others], left[others]) for name, left in kept.items()}
+        effects.append(Effect(abs(float(spoiled[row, column])) / rms, db))
     return effects

@@ -89,7 +89,7 @@ def test_a_cache_that_others_can_write_is_not_loaded(
     change(toolkit.folder / "cache")
     before = snapshot(toolkit.folder)
     message = rf"the cache is not loaded: .*{message}.*chown, chmod go-w.*HYBRID_MXFP8_CACHE_DIR.*TRUST_CACHE=1"
-    for call in (jit.find, jit.build, jit.load, jit.built_elsewhere, lambda _: jit.built()):
+    for call in (jit.find, jit.build, jit.load, jit.built_elsewhere):
         with pytest.raises(BackendUnavailableError, match=message):
             call(toolkit.source)
     facts = doctor.examine()
@@ -158,7 +158,7 @@ def become(user: int, function: Callable[[], Any]) -> Any:
 def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None) -> None:
     """An image that root warmed up serves the user it runs as, who can add nothing; another user's
     does not."""
-    jit.build(toolkit.source)
+    folder = jit.build(toolkit.source).folder
 
     def use() -> tuple[int, str]:
         loaded = jit.load(toolkit.source).answer()
@@ -169,7 +169,7 @@ def test_roots_modules_are_everybodys(toolkit: FakeToolkit, as_root: None) -> No
     got = Child(become, STRANGER, use).result()
     assert isinstance(got, tuple), got
     assert got[0] == 42
-    for path in (toolkit.folder / "cache", toolkit.cache, *jit.built()[0].folder.iterdir(), jit.built()[0].folder):
+    for path in (toolkit.folder / "cache", toolkit.cache, *folder.iterdir(), folder):
         give(path)
     assert Child(become, STRANGER, lambda: jit.load(toolkit.source).answer()).result() == 42
     refused = Child(become, STRANGER + 1, lambda: jit.load(toolkit.source).answer()).result()

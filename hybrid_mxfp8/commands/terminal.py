@@ -1,9 +1,14 @@
-"""Wrapped text, aligned plain-text tables and sizes for the terminal."""
+"""What commands show on the terminal: wrapped text, aligned tables, sizes, and progress bars."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 WIDTH = 100
 
@@ -29,9 +34,13 @@ def format_table(
 
 def size(num_bytes: int) -> str:
     """Bytes for people."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+    power = min((max(num_bytes, 1).bit_length() - 1) // 10, 4)
+    return f"{num_bytes / 1024**power:.2f} {'KMGT'[power - 1]}iB" if power else f"{num_bytes} B"
+
+
+@contextmanager
+def progress(total: float, **options: Any) -> Iterator[tqdm[Any]]:
+    """A tqdm bar on stderr, drawn only where that is a terminal, gone when done, and with log lines
+    above it; ``options`` as tqdm's."""
+    with logging_redirect_tqdm(), tqdm(total=total, leave=False, disable=None, dynamic_ncols=True, **options) as bar:
+        yield bar
