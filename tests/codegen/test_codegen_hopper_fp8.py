@@ -44,8 +44,8 @@ def test_each_configuration(
     assert compiled.grid == (132,)
     widths = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k32\.f32\.e4m3\.e4m3 \{[^}]*\}, %rd", compiled.ptx)
     assert len(widths) == compiled.count(r"wgmma\.mma_async"), "operands come from shared memory"
-    # For each width 4 instructions a stage of 128 columns: two stages in the loop, one after it.
-    assert widths == [str(config.small_t)] * 12 + [str(config.block_t)] * 12
+    # For each width 4 instructions a stage of 128 columns, in each of two partitions.
+    assert widths == ([str(config.small_t)] * 4 + [str(config.block_t)] * 4) * 2
     assert compiled.count(r"mma\.sync") == 0
     assert compiled.count(r"\.ftz") == 0, "a scale may be subnormal"
     # The compiler adds room for the output on its way to memory.
@@ -56,22 +56,22 @@ def test_each_configuration(
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:], ids=["128", "128 squares"])
-def test_two_products_run_at_a_time_and_both_stages_are_freed(
-    compile_product: Compile, config: HopperFp8Config
-) -> None:
-    """Stages that the loop over K carries or computes: one from outside would starve the feeding
-    warp after one round."""
+def test_a_stage_is_freed_after_its_sums(compile_product: Compile, config: HopperFp8Config) -> None:
+    """The stage that the loop over K carries: one from outside would starve the feeding warps after
+    one round."""
     intermediate = str(compile_product(config, torch.bfloat16).kernel.asm["ttgir"])
     loops = [
         loop for loop in re.findall(r"scf\.for .*?scf\.yield", intermediate, re.DOTALL) if "warp_group_dot " in loop
     ]
-    assert len(loops) == 2
+    assert len(loops) == 4
     for loop in loops:
-        order = re.findall(r"ttng\.warp_group_dot (?=%)|pendings = \d", loop)
-        assert order == ["ttng.warp_group_dot "] * 2 + ["pendings = 1"] * 2 + ["pendings = 0"] * 2
-        freed = re.findall(r"memdesc_index %empty\[(%\w+)\]", loop)
-        assert len(set(freed)) == 2
-        assert all(f"{stage} = " in loop for stage in freed)
+        order = re.findall(r"ttng\.(?:warp_group_dot(?:_wait)?|async_copy_mbarrier_arrive) (?=%)|arith\.addf", loop)
+        dot, wait, *sums, after, freed = (operation.strip().removeprefix("ttng.") for operation in order)
+        assert (dot, wait, set(sums), after) == ("warp_group_dot", "warp_group_dot_wait", {"arith.addf"}, wait)
+        assert freed == "async_copy_mbarrier_arrive"
+        (barrier,) = re.findall(r"async_copy_mbarrier_arrive (%\w+)", loop)
+        (stage,) = re.findall(rf"{barrier} = ttg\.memdesc_index %\w+\[(%\w+)\]", loop)
+        assert f"{stage} = " in loop
 
 
 def test_the_warp_that_loads_tokens_waits_for_the_kernel_before(compile_product: Compile) -> None:

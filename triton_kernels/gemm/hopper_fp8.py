@@ -7,8 +7,8 @@ as they are, and each partial sum, times the scale of its row and of its column,
 - Two warps feed a ring of stages, one weights, one tokens, each with a 128x4 tile of scales. The
   second says in a tile's first stage which tile it is.
 - Another warp turns the scales of a stage into fp32, in the order of rows.
-- Two warpgroups multiply, 64 rows each, two stages at a time: while the first one's partial sum is
-  added, the second one's product runs.
+- Two warpgroups multiply, 64 rows each, one stage at a time: while one adds its partial sum, the
+  other's product runs.
 - Rows of the product are weights and its columns tokens, of which 16 or 64 cost less than 128.
   Where weights have one scale for a square of 128x128 (``config.squares``), whole tiles of tokens
   are the rows instead: then a thread needs two scales a stage, one for each of its rows, and adds a
@@ -44,7 +44,7 @@ from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
 
 @gluon.constexpr_function
 def _accumulator(columns):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, columns, 32])
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32])
 
 
 @gluon.jit
@@ -61,8 +61,9 @@ def _scale_to_fp32(word):
 
 
 @gluon.jit
-def _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
+def _experts(groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
     """(numbers, first rows, ends, token tiles) of all experts, (EXPERTS,) each."""
+    expert_offsets_ptr, _, num_experts, num_tokens = groups
     layout: gl.constexpr = gl.BlockedLayout([EXPERTS // 32], [32], [1], [0])
     e = gl.arange(0, EXPERTS, layout=layout)
     starts = gl.load(expert_offsets_ptr + e, mask=e < num_experts, other=0)
@@ -83,7 +84,7 @@ def _announce(info, start, rows, n_tile, piece):
 
 @gluon.jit
 def _announced(info, WARPS: gl.constexpr):
-    """(first row, rows, n tile, first piece of scales); no rows after the last tile."""
+    """(first row, rows, n tile, first 32 scales); no rows after the last tile."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     words = info.load(layout)
     i = gl.arange(0, 4, layout=layout)
@@ -95,22 +96,19 @@ def _announced(info, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _count_tiles(
-    expert_offsets_ptr, num_experts, num_tokens, num_n_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr
-):
+def _count_tiles(groups, num_n_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
     """How the tiles of all experts are dealt, as split_last_wave returns it."""
-    _, _, _, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
+    _, _, _, tiles = _experts(groups, EXPERTS, BLOCK_T)
     return split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
 
 
 @gluon.jit
-def _tile(
-    index, whole, parts, num_n_tiles, expert_offsets_ptr, num_experts, num_tokens, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr
-):  # fmt: skip
+def _tile(index, dealt, num_n_tiles, groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
     """(expert, n tile, the expert's first token, which of its tokens is the tile's first, how many
     the tile has)."""
+    whole, parts, _ = dealt
     t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
-    e, starts, ends, tiles = _experts(expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T)
+    e, starts, ends, tiles = _experts(groups, EXPERTS, BLOCK_T)
     upto = gl.associative_scan(tiles, 0, _add)
     expert = gl.sum((upto <= t_tile).to(gl.int32), 0)
     own = e == expert
@@ -123,31 +121,30 @@ def _tile(
 
 
 @gluon.jit
-def _load_weights(
-    w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N, num_k_tiles,
-    W_WORDS: gl.constexpr, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _load_weights(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr):
     """One warp: weights and their scales of tile after tile.
 
     It does not wait for the kernel before, which writes tokens: weights and expert offsets are
     older.
     """
     empty_l1()
+    w_desc, w_scales_desc = descs
+    w_ring, x_ring, raw_w_ring, _, _, _, _, full, _, empty = ring
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_T: gl.constexpr = x_ring.shape[1]
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    whole, parts, count = _count_tiles(expert_offsets_ptr, num_experts, num_tokens, num_n_tiles, EXPERTS, BLOCK_T)
-    for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        expert, n_tile, _first, _within, rows = _tile(
-            index, whole, parts, num_n_tiles, expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T
-        )
+    dealt = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), dealt[2], gl.num_programs(0)):
+        expert, n_tile, _first, _within, rows = _tile(index, dealt, num_n_tiles, groups, EXPERTS, BLOCK_T)
         if rows > 0:
             row = expert * N + n_tile * 128
             scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
             for k_tile in range(num_k_tiles):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(bar, 128 * 128 + 4 * W_WORDS)
+                mbarrier.expect(bar, 128 * 128 + 4 * raw_w_ring.shape[2])
                 tma_load(w_desc, [row, k_tile * 128], bar, w_ring.index(stage))
                 tma_load(w_scales_desc, [scale_tile + k_tile, 0], bar, raw_w_ring.index(stage))
                 stage, phase = advance(stage, phase, STAGES)
@@ -156,23 +153,23 @@ def _load_weights(
 
 
 @gluon.jit
-def _load_tokens(
-    x_desc, x_scales_desc, x_ring, raw_x_ring, info_ring, full, empty, expert_offsets_ptr, scale_offsets_ptr, num_experts,
-    num_tokens, N, num_k_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _load_tokens(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr, BOX: gl.constexpr):
     """One warp: tokens and their scales of tile after tile; in its first stage, which tile it is.
 
     It waits for the kernel before; y is stored only after tokens have come, so after that.
     """
     wait_for_predecessor()
+    x_desc, x_scales_desc = descs
+    w_ring, x_ring, _, raw_x_ring, _, _, info_ring, full, _, empty = ring
+    scale_offsets_ptr = groups[1]
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_T: gl.constexpr = x_ring.shape[1]
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    whole, parts, count = _count_tiles(expert_offsets_ptr, num_experts, num_tokens, num_n_tiles, EXPERTS, BLOCK_T)
-    for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        expert, n_tile, first, within, rows = _tile(
-            index, whole, parts, num_n_tiles, expert_offsets_ptr, num_experts, num_tokens, EXPERTS, BLOCK_T
-        )
+    dealt = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), dealt[2], gl.num_programs(0)):
+        expert, n_tile, first, within, rows = _tile(index, dealt, num_n_tiles, groups, EXPERTS, BLOCK_T)
         if rows > 0:
             scale_row = gl.load(scale_offsets_ptr + expert) + within
             scale_tile = scale_row // 128 * num_k_tiles
@@ -196,11 +193,10 @@ def _load_tokens(
 
 
 @gluon.jit
-def _scaler(
-    raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, num_k_tiles,
-    BLOCK_T: gl.constexpr, SQUARES: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _scaler(ring, num_k_tiles, SQUARES: gl.constexpr):
     """One warp: the scales of each stage to fp32; with SQUARES tokens' ones times the weights'."""
+    w_ring, x_ring, raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, _ = ring
+    STAGES: gl.constexpr = w_ring.shape[0]
     stage = 0
     phase = 0
     mbarrier.wait(full.index(stage), phase)
@@ -217,7 +213,7 @@ def _scaler(
                     _put(out, i, w[i])
             out = x_scale_ring.index(stage)
             x = _scale_pieces(raw_x_ring.index(stage))
-            for i in gl.static_range(BLOCK_T // 32):
+            for i in gl.static_range(x_ring.shape[1] // 32):
                 values = x[i]
                 # A tile that starts within a block of 128 rows ends in it.
                 for by in gl.static_range(1, 4 - i):
@@ -257,123 +253,103 @@ def _put(out, i: gl.constexpr, values):
 
 
 @gluon.jit
-def _multiply(
-    p, w_ring, x_ring, full, ready, stage, phase, COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, STAGES: gl.constexpr
-):
-    """(p, next stage, its phase): start the product of a stage in the registers of p, whose value
-    is dropped."""
-    if TOKEN_ROWS:
-        p = warpgroup_mma(x_ring.index(stage), w_ring.index(stage).permute((1, 0)), p, use_acc=False, is_async=True)
-    else:
-        x = x_ring.index(stage).slice(0, COLUMNS, dim=0).permute((1, 0))
-        p = warpgroup_mma(w_ring.index(stage), x, p, use_acc=False, is_async=True)
-    # Triton puts a barrier of all these warps before a wait. It costs nothing while each has a
-    # product running, so the next stage is waited for here, too.
-    mbarrier.wait(ready.index(stage), phase)
-    next_stage, next_phase = advance(stage, phase, STAGES)
-    mbarrier.wait(full.index(next_stage), next_phase)
-    return p, next_stage, next_phase
-
-
-@gluon.jit
-def _promote(
-    acc, p, w_scale_ring, x_scale_ring, empty, stage,
-    COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, SQUARES: gl.constexpr, LATER: gl.constexpr,
-):  # fmt: skip
-    """(acc plus the product p of a stage, scaled; p free for another one), while LATER products may
-    still run. Gives the stage back."""
-    p = warpgroup_mma_wait(LATER, deps=(p,))
-    if TOKEN_ROWS:
-        acc += p * x_scale_ring.index(stage).load(gl.SliceLayout(1, acc.type.layout))[:, None]
-    else:
-        if not SQUARES:
-            p *= w_scale_ring.index(stage).load(gl.SliceLayout(1, acc.type.layout))[:, None]
-        columns = x_scale_ring.index(stage).slice(0, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
-        acc += p * columns[None, :]
-    # So that the next product starts after these sums, not before: its registers are those of p.
-    acc, p = warpgroup_mma_wait(LATER, deps=(acc, p))
-    # Each thread by itself: nobody waits for the others.
-    async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
-    return acc, p
-
-
-@gluon.jit
 def _store(
-    y_ptr, acc, start, rows, n_first, N,
-    FIRST: gl.constexpr, COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, STORE_COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """Columns FIRST to FIRST + COLUMNS of a tile, STORE_COLUMNS at a time through shared memory."""
+    y_ptr, acc, tile, N, FIRST: gl.constexpr, TOKEN_ROWS: gl.constexpr, HALF: gl.constexpr, STORE_COLUMNS: gl.constexpr
+):
+    """64 rows of a tile, its columns from FIRST on, STORE_COLUMNS at a time through shared
+    memory."""
+    COLUMNS: gl.constexpr = acc.shape[1]
     if COLUMNS > STORE_COLUMNS:
-        left, right = acc.reshape([128, 2, COLUMNS // 2]).permute(0, 2, 1).split()
+        left, right = acc.reshape([64, 2, COLUMNS // 2]).permute(0, 2, 1).split()
         half: gl.constexpr = _accumulator(COLUMNS // 2)
         left = gl.convert_layout(left, half, assert_trivial=True)
         right = gl.convert_layout(right, half, assert_trivial=True)
-        _store(y_ptr, left, start, rows, n_first, N, FIRST, COLUMNS // 2, TOKEN_ROWS, STORE_COLUMNS)
-        _store(y_ptr, right, start, rows, n_first, N, FIRST + COLUMNS // 2, COLUMNS // 2, TOKEN_ROWS, STORE_COLUMNS)
+        _store(y_ptr, left, tile, N, FIRST, TOKEN_ROWS, HALF, STORE_COLUMNS)
+        _store(y_ptr, right, tile, N, FIRST + COLUMNS // 2, TOKEN_ROWS, HALF, STORE_COLUMNS)
     else:
+        start, rows, n_tile = tile
         y = acc.to(y_ptr.dtype.element_ty)
-        y_rows = y_ptr + start.to(gl.int64) * N + n_first
         if TOKEN_ROWS:
-            by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [8, 1], [1, 0])
-            t = gl.arange(0, 128, layout=gl.SliceLayout(1, by_rows))[:, None]
+            by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+            t = 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, by_rows))[:, None]
             n = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, by_rows))[None, :]
             y = gl.convert_layout(y, by_rows)
         else:
-            by_columns: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
-            n = gl.arange(0, 128, layout=gl.SliceLayout(1, by_columns))[:, None]
+            by_columns: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+            n = 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, by_columns))[:, None]
             t = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, by_columns))[None, :]
             y = gl.convert_layout(y, by_columns)
-        gl.store(y_rows + (t * N + n), y, mask=(n < N - n_first) & (t < rows))
+        y_rows = y_ptr + start.to(gl.int64) * N + n_tile * 128
+        gl.store(y_rows + (t * N + n), y, mask=(n < N - n_tile * 128) & (t < rows))
 
 
 @gluon.jit
 def _consume_tile(
-    y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile, N, num_k_tiles,
-    COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, SQUARES: gl.constexpr, STORE_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    y_ptr, ring, stage, phase, tile, N, num_k_tiles,
+    COLUMNS: gl.constexpr, TOKEN_ROWS: gl.constexpr, SQUARES: gl.constexpr, HALF: gl.constexpr,
+    STORE_COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of up to COLUMNS tokens, stored; returns the ring's next stage and phase.
-
-    No product runs at the loop's end: else ptxas would wait after each one (its message C7514).
-    """
-    acc = gl.zeros([128, COLUMNS], gl.float32, _accumulator(COLUMNS))
+    """64 rows of one tile, stored; returns the ring's next stage and phase. COLUMNS are tokens, or
+    with TOKEN_ROWS weights."""
+    w_ring, x_ring, _, _, w_scale_ring, x_scale_ring, _, full, ready, empty = ring
+    acc = gl.zeros([64, COLUMNS], gl.float32, _accumulator(COLUMNS))
     p = acc
-    q = acc
-    for _ in range(num_k_tiles // 2):
-        p, second, its_phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, TOKEN_ROWS, STAGES)
-        q, third, phase = _multiply(q, w_ring, x_ring, full, ready, second, its_phase, COLUMNS, TOKEN_ROWS, STAGES)
-        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, TOKEN_ROWS, SQUARES, 1)
-        acc, q = _promote(acc, q, w_scale_ring, x_scale_ring, empty, second, COLUMNS, TOKEN_ROWS, SQUARES, 0)
-        stage = third
-    if num_k_tiles % 2 == 1:
-        p, second, phase = _multiply(p, w_ring, x_ring, full, ready, stage, phase, COLUMNS, TOKEN_ROWS, STAGES)
-        acc, p = _promote(acc, p, w_scale_ring, x_scale_ring, empty, stage, COLUMNS, TOKEN_ROWS, SQUARES, 0)
-        stage = second
-    _store(y_ptr, acc, start, rows, n_tile * 128, N, 0, COLUMNS, TOKEN_ROWS, STORE_COLUMNS)
+    for _ in range(num_k_tiles):
+        if TOKEN_ROWS:
+            a = x_ring.index(stage).slice(64 * HALF, 64, dim=0)
+            b = w_ring.index(stage)
+        else:
+            a = w_ring.index(stage).slice(64 * HALF, 64, dim=0)
+            b = x_ring.index(stage).slice(0, COLUMNS, dim=0)
+        p = warpgroup_mma(a, b.permute((1, 0)), p, use_acc=False, is_async=True)
+        # Triton puts a barrier of these warps before a wait. It costs nothing while the product
+        # runs, so the next stage is waited for here, too.
+        mbarrier.wait(ready.index(stage), phase)
+        next_stage, phase = advance(stage, phase, w_ring.shape[0])
+        mbarrier.wait(full.index(next_stage), phase)
+        p = warpgroup_mma_wait(0, deps=(p,))
+        if TOKEN_ROWS:
+            rows = x_scale_ring.index(stage).slice(64 * HALF, 64).load(gl.SliceLayout(1, acc.type.layout))
+            acc += p * rows[:, None]
+        else:
+            if not SQUARES:
+                rows = w_scale_ring.index(stage).slice(64 * HALF, 64).load(gl.SliceLayout(1, acc.type.layout))
+                p *= rows[:, None]
+            columns = x_scale_ring.index(stage).slice(0, COLUMNS).load(gl.SliceLayout(0, acc.type.layout))
+            acc += p * columns[None, :]
+        # So that the next product starts after these sums: its registers are those of p.
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        # Each thread by itself: nobody waits for the others.
+        async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
+        stage = next_stage
+    _store(y_ptr, acc, tile, N, 0, TOKEN_ROWS, HALF, STORE_COLUMNS)
     return stage, phase
 
 
 @gluon.jit
 def _consumer(
-    y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-    BLOCK_T: gl.constexpr, SMALL_T: gl.constexpr, SQUARES: gl.constexpr, STORE_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    y_ptr, ring, N, num_k_tiles,
+    SMALL_T: gl.constexpr, SQUARES: gl.constexpr, HALF: gl.constexpr, STORE_COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """Empty the ring, tile after tile."""
+    """Four warps: 64 rows of tile after tile."""
+    _, x_ring, _, _, _, _, info_ring, full, _, _ = ring
+    BLOCK_T: gl.constexpr = x_ring.shape[1]
+    TOKEN_ROWS: gl.constexpr = SQUARES and BLOCK_T == 128
     stage = 0
     phase = 0
     mbarrier.wait(full.index(stage), phase)
-    start, rows, n_tile, _ = _announced(info_ring.index(stage), 8)
+    start, rows, n_tile, _ = _announced(info_ring.index(stage), 4)
     while rows > 0:
+        tile = (start, rows, n_tile)
         if rows <= SMALL_T:
             stage, phase = _consume_tile(
-                y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, SMALL_T, False, SQUARES, STORE_COLUMNS, STAGES,
-            )  # fmt: skip
+                y_ptr, ring, stage, phase, tile, N, num_k_tiles, SMALL_T, False, SQUARES, HALF, STORE_COLUMNS
+            )
         else:
             stage, phase = _consume_tile(
-                y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, full, ready, empty, stage, phase, start, rows, n_tile,
-                N, num_k_tiles, BLOCK_T, SQUARES and BLOCK_T == 128, SQUARES, STORE_COLUMNS, STAGES,
-            )  # fmt: skip
-        start, rows, n_tile, _ = _announced(info_ring.index(stage), 8)
+                y_ptr, ring, stage, phase, tile, N, num_k_tiles, BLOCK_T, TOKEN_ROWS, SQUARES, HALF, STORE_COLUMNS
+            )
+        start, rows, n_tile, _ = _announced(info_ring.index(stage), 4)
 
 
 @gluon.jit(
@@ -400,7 +376,7 @@ def hopper_fp8_gemm_kernel(
     STORE_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid (at most multiprocessors,); 8 warps multiply, two feed them, one converts scales."""
+    """Grid (at most multiprocessors,); twice 4 warps multiply, two feed, one converts scales."""
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
     words: gl.constexpr = w_scales_desc.layout
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -418,32 +394,19 @@ def hopper_fp8_gemm_kernel(
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=256)
+    ring = (w_ring, x_ring, raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty)
+    groups = (expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (y_ptr, w_ring, x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, empty, N, num_k_tiles,
-                 BLOCK_T, SMALL_T, SQUARES, STORE_COLUMNS, STAGES),
-            ),
-            (
-                _load_weights,
-                (w_desc, w_scales_desc, w_ring, raw_w_ring, full, empty, expert_offsets_ptr, num_experts, num_tokens, N,
-                 num_k_tiles, W_WORDS, EXPERTS, BLOCK_T, STAGES),
-            ),
-            (
-                _load_tokens,
-                (x_desc, x_scales_desc, x_ring, raw_x_ring, info_ring, full, empty, expert_offsets_ptr,
-                 scale_offsets_ptr, num_experts, num_tokens, N, num_k_tiles, EXPERTS, BLOCK_T, BOX, STAGES),
-            ),
-            (
-                _scaler,
-                (raw_w_ring, raw_x_ring, w_scale_ring, x_scale_ring, info_ring, full, ready, num_k_tiles,
-                 BLOCK_T, SQUARES, STAGES),
-            ),
+            (_consumer, (y_ptr, ring, N, num_k_tiles, SMALL_T, SQUARES, 0, STORE_COLUMNS)),
+            (_consumer, (y_ptr, ring, N, num_k_tiles, SMALL_T, SQUARES, 1, STORE_COLUMNS)),
+            (_load_weights, ((w_desc, w_scales_desc), ring, groups, N, num_k_tiles, EXPERTS)),
+            (_load_tokens, ((x_desc, x_scales_desc), ring, groups, N, num_k_tiles, EXPERTS, BOX)),
+            (_scaler, (ring, num_k_tiles, SQUARES)),
         ],
-        [1, 1, 1],
-        [48, 48, 48],
-    )  # fmt: skip
+        [4, 1, 1, 1],
+        [224, 48, 48, 48],
+    )
 
 
 def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tuple[KernelLaunch, ...]:
@@ -481,5 +444,5 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     )
     constants = (experts, *tile)
     # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
-    options = (("num_warps", 8), ("maxnreg", 168))
+    options = (("num_warps", 4), ("maxnreg", 168))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)
