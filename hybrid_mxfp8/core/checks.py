@@ -32,7 +32,8 @@ class Checked:
         self = object.__new__(cls)
         if fields:
             named.update(zip(cls.__match_args__, fields, strict=False))
-        self.__dict__.update(named)
+        for name, value in named.items():  # torch.compile of PyTorch 2.11 does not follow __dict__.update
+            object.__setattr__(self, name, value)
         return self
 
 

@@ -99,7 +99,7 @@ def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor
 
 
 def _weights(name: str, values: torch.Tensor, scales: torch.Tensor, scale_group: int, squares: bool) -> ExpertWeights:
-    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group, squares)
+    return ExpertWeights(_e4m3(name, values, 3, "(E, N, K)"), scales, scale_group, squares and scale_group == 128)
 
 
 def _grouped_gemm(
@@ -145,9 +145,8 @@ def _moe_forward(
     given: torch.Tensor | MXFP8Tokens = x
     if x_scales is not None:
         given = MXFP8Tokens(_e4m3("x", x, 2, "(M, H)"), x_scales, x_dtype or torch.bfloat16, x_scale_group)
-    squares = w13_squares and w13_scale_group == 128, w2_squares and w2_scale_group == 128
-    w13q = _weights("w13_values", w13_values, w13_scales, w13_scale_group, squares[0])
-    w2q = _weights("w2_values", w2_values, w2_scales, w2_scale_group, squares[1])
+    w13q = _weights("w13_values", w13_values, w13_scales, w13_scale_group, w13_squares)
+    w2q = _weights("w2_values", w2_values, w2_scales, w2_scale_group, w2_squares)
     options: dict[str, Any] = {"w13_bias": w13_bias, "w2_bias": w2_bias, "activation": activation, "backend": backend}
     return moe.moe_forward(given, w13q, w2q, topk_ids, topk_weights, **options)
 
