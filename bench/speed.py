@@ -62,5 +62,14 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def read(file: str) -> Mapping[str, Any]:
+    """A record; SystemExit for what is none."""
+    try:
+        record: Mapping[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{file}: must be the JSON of a run: {error}")
+    return record
+
+
 if __name__ == "__main__":
-    print("\n".join(table([json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[1:]])))
+    print("\n".join(table([read(file) for file in sys.argv[1:]])))

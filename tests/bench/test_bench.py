@@ -269,12 +269,16 @@ def test_generation_and_the_table_of_speed(tmp_path, monkeypatch, capsys):
         {"case": layer, "contender": name, "us": us, "failure": None, "ours": us == 200} for name, us in times.items()
     ]
     run_record = {"limits": {}, "rows": [*rows, {"case": layer, "contender": "SGLang fp8", "failure": "none"}]}
-    lines = speed.table([json.loads(file.read_text()), run_record])
+    lines = speed.table([speed.read(str(file)), run_record])
     assert [line.split(" | ")[0] for line in lines[2:4]] == [
         "| prefill of 2 x 16 tokens",
         "| a token, batch 2, eager",
     ]
     assert lines[4:] == ["| DeepSeek-V3 layer, batch 16 | 0.2 | SGLang FP8 | 0.1 | 0.50 |"]
+    file.write_text("")
+    for no_record in (file, tmp_path / "none"):
+        with pytest.raises(SystemExit, match=r"must be the JSON of a run"):
+            speed.read(str(no_record))
 
 
 @pytest.mark.parametrize(
