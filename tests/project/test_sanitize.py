@@ -19,10 +19,9 @@ INVALID = """========= Invalid __global__ write of size 2 bytes
 =========     at quantize_kernel+0x1a40 in quantize.py:210
 ========= ERROR SUMMARY: 1 errors
 """
-CONTROL = "warp_specialize_control_kernel"
 
 
-@pytest.mark.parametrize("kernel", ["hopper_gemm_kernel", CONTROL])
+@pytest.mark.parametrize("kernel", ["hopper_gemm_kernel", sanitize.CONTROL_KERNEL])
 def test_what_triton_does_to_hand_out_warps_is_counted_apart(kernel: str) -> None:
     """Another line of the kernel is a race."""
     lines = sorted(line for _, line in sanitize.dispatch_lines()[kernel])
@@ -31,7 +30,7 @@ def test_what_triton_does_to_hand_out_warps_is_counted_apart(kernel: str) -> Non
     assert sanitize.parse(report).dispatch == {kernel: 1}
     other = sanitize.parse(RACE.format(kind="Read", kernel=kernel, file=file, first=lines[0], last=1))
     assert not other.dispatch
-    assert list(other.races) == [f"Read in {kernel}, {file}:{lines[0]}; Write in {kernel}, {file}:1"]
+    assert list(other.places) == [f"Race: Read in {kernel}, {file}:{lines[0]}; Write in {kernel}, {file}:1"]
 
 
 @pytest.mark.parametrize(

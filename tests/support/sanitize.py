@@ -28,10 +28,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from launched import kernels_in_source
 
@@ -62,7 +62,8 @@ ONLY_ON: dict[str, tuple[tuple[int, int], ...]] = {
 
 
 CONTROL = ROOT / "tests" / "gpu" / "test_gpu_racecheck.py"
-"""Its kernel does nothing but hand out warps. See :func:`dispatch_lines`."""
+CONTROL_KERNEL = "warp_specialize_control_kernel"
+"""It does nothing but hand out warps. See :func:`dispatch_lines`."""
 
 # ---------------------------------------------------------------- what a tool said
 
@@ -106,15 +107,14 @@ def _specializes(node: ast.AST) -> bool:
 class Findings:
     """One process's output: how much its tool reported, and whether the tool came to its end.
 
-    ``places``: what was found in which kernel; ``dispatch``: of the races, those of
-    :func:`dispatch_lines` alone, by kernel; ``races``: the places of the others.
+    ``dispatch``: races of :func:`dispatch_lines` alone, by kernel; ``places``: all else that was
+    found, and where.
     """
 
     reported: int = 0
     finished: bool = False
-    places: Counter[str] = field(default_factory=Counter)
     dispatch: Counter[str] = field(default_factory=Counter)
-    races: Counter[str] = field(default_factory=Counter)
+    places: Counter[str] = field(default_factory=Counter)
 
 
 _LINE = re.compile(r"^[.sxXFE]*={9} (.*)$", re.MULTILINE)
@@ -123,52 +123,42 @@ _LINE = re.compile(r"^[.sxXFE]*={9} (.*)$", re.MULTILINE)
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 _KIND = re.compile(
     r"(?:Error: |Warning: )?(Invalid __\w+__ \w+|Uninitialized __\w+__ memory \w+|Misaligned \w+|Barrier error detected"
-    r"|Program hit \w+|Race reported|Internal Sanitizer Error)"
+    r"|Program hit \w+|Internal Sanitizer Error)"
 )
+_PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in ([^\s:]+)|(\S.*?)\+0x[0-9a-f]+)")
+_RACE = re.compile(r".*Race reported between .*(?:\n\s+and .*)*")
 _ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x[0-9a-f]+ in ([\w.]+):(\d+)")
-_PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in (?P<old>[^\s:]+)|(?P<new>\S.*?)\+0x[0-9a-f]+)")
 
 
 def parse(text: str) -> Findings:
     """What compute-sanitizer printed among a program's own lines."""
-    found, kind = Findings(), "Report"
-    for report in text.split("Race reported between ")[1:]:
-        kernel, places = _race(report)
-        if kernel is not None:
+    said, found, kind = "\n".join(_LINE.findall(text)), Findings(), "Report"
+    for race in _RACE.findall(said):
+        accesses = _ACCESS.findall(race)
+        kernel = accesses[0][1] if accesses else ""
+        known = {(kernel, *line) for line in dispatch_lines().get(kernel, ())}
+        inside = [(where, file, int(line)) in known for _, where, file, line in accesses]
+        if len(inside) == len(race.splitlines()) and all(inside):
             found.dispatch[kernel] += 1
         else:
-            found.races[places] += 1
-    for line in _LINE.findall(text):
+            places = [f"{access} in {where}, {file}:{line}" for access, where, file, line in accesses]
+            found.places[f"Race: {'; '.join(places) or race}"] += 1
+    for line in _RACE.sub("", said).splitlines():
         if summary := _SUMMARY.match(line):
             found.finished = True
             found.reported += int(summary[1])
-            continue
-        if named := _KIND.match(line):
+        elif named := _KIND.match(line):
             kind = named[1]
             found.reported += kind == "Internal Sanitizer Error"  # the tool's own failure is in no summary
-        for place in _PLACE.finditer(line):
-            found.places[f"{kind} in {(place['old'] or place['new']).split('(')[0]}"] += 1
+        for old, new in _PLACE.findall(line):
+            found.places[f"{kind} in {(old or new).split('(')[0]}"] += 1
     return found
-
-
-def _race(report: str) -> tuple[str | None, str]:
-    """The kernel, if all places are of :func:`dispatch_lines`; and the places."""
-    first, *others = report.splitlines()
-    following = itertools.takewhile(lambda line: re.match(r"=========\s+and ", line), others)
-    lines = [first, *following]
-    places = [match.groups() for line in lines if (match := _ACCESS.search(line))]
-    kernel = places[0][1] if places else ""
-    inside = dispatch_lines().get(kernel, set())
-    known = all(where == kernel and (file, int(line)) in inside for _, where, file, line in places)
-    said = "; ".join(f"{kind} in {where}, {file}:{line}" for kind, where, file, line in places) or first
-    return kernel if places and known and len(places) == len(lines) else None, said
 
 
 # ---------------------------------------------------------------- what is run
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """Tests of one file, under one tool, in one process."""
 
     tool: str
@@ -241,10 +231,10 @@ class Result(Findings):
     passed: int = 0
     skipped: int = 0
     failed: int = 0
-    seconds: float = 0.0
-    fault: str = ""
     kernels: list[str] = field(default_factory=list)
-    output_tail: str = ""
+    seconds: float
+    fault: str = ""
+    output_tail: str
 
     @property
     def errors(self) -> int:
@@ -257,14 +247,33 @@ class Result(Findings):
         return not (self.fault or self.failed or self.errors)
 
 
-def result_of(job: Job, output: str, status: int | None, record: Mapping[str, Any] | None, seconds: float) -> Result:
-    """A job's result; no status: it was stopped at its limit, no record: it left none."""
+def run_job(job: Job, sanitizer: str, pytest: str, threads: int, limit: float) -> Result:
+    """Run a job to its end or its time limit."""
+    started = time.monotonic()
+    status: int | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.json"
+        argv, env = command(sanitizer, job, pytest, record), environment(threads)
+        # A session of its own, so that the limit ends the sanitizer, the tests and their compilers
+        # alike.
+        process = subprocess.Popen(
+            argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        outcomes = json.loads(record.read_text()) if record.exists() else {}
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
-    about: dict[str, Any] = {"tool": job.tool, "file": job.file, "tests": len(job.tests), "seconds": seconds}
-    result = Result(**about, **vars(found), **(record or {}))
+    result = Result(
+        tool=job.tool, file=job.file, tests=len(job.tests), seconds=time.monotonic() - started,
+        output_tail=output[-3000:], **vars(found), **outcomes,
+    )  # fmt: skip
     if status is None:
         result.fault = "stopped at its time limit"
-    elif record is None:
+    elif not outcomes:
         result.fault = f"ended with status {status} before its tests did"
     elif not found.finished:
         result.fault = f"no summary from {job.tool}"
@@ -272,66 +281,17 @@ def result_of(job: Job, output: str, status: int | None, record: Mapping[str, An
         result.fault = "not every test ran"
     elif status != (ERROR_EXIT if found.reported else bool(result.failed)):
         result.fault = f"ended with status {status}"
-    if not result.clean:
-        result.output_tail = output[-3000:]
+    say = result.fault or f"{result.errors} errors, {result.failed} tests failed"
+    print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
     return result
-
-
-def run_job(job: Job, argv: Sequence[str], env: Mapping[str, str], record: Path, limit: float) -> Result:
-    """Run a job to its end or its time limit."""
-    started = time.monotonic()
-    # A session of its own, so that the limit ends the sanitizer, the tests and their compilers
-    # alike.
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    status: int | None = None
-    try:
-        output, _ = process.communicate(timeout=limit)
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-    outcomes = json.loads(record.read_text()) if record.exists() else None
-    return result_of(job, output, status, outcomes, time.monotonic() - started)
-
-
-def run_jobs(jobs: Sequence[Job], sanitizer: str, pytest: str, workers: int, limit: float) -> list[Result]:
-    """Run all, ``workers`` at a time."""
-    env = environment(max(1, (os.cpu_count() or 1) // workers))
-
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-
-        def one(number: int) -> Result:
-            job, record = jobs[number], Path(folder) / f"{number}.json"
-            result = run_job(job, command(sanitizer, job, pytest, record), env, record, limit)
-            say = result.fault or f"{result.errors} errors, {result.failed} tests failed"
-            print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
-            return result
-
-        return list(pool.map(one, range(len(jobs))))
-
-
-def without_control(results: Sequence[Result]) -> list[Result]:
-    """The results; what was counted apart are errors if the control's kernel was not reported."""
-    control = {kernel for kernel, lines in dispatch_lines().items() if CONTROL.name in {name for name, _ in lines}}
-    if any(control & set(result.dispatch) for result in results):
-        return list(results)
-    return [replace(result, dispatch=Counter()) for result in results]
 
 
 # ---------------------------------------------------------------- the report
 
 
-def expected_kernels(capability: tuple[int, int]) -> set[str]:
+def expected_kernels(capability: tuple[int, ...]) -> set[str]:
     """The kernels that a GPU can run."""
     return {name for name in kernels_in_source() if capability in ONLY_ON.get(name, (capability,))}
-
-
-def not_reached(results: Sequence[Result], tools: Iterable[str], expected: set[str]) -> dict[str, list[str]]:
-    """For each tool, the expected kernels that no process launched under it."""
-    reached = {tool: {kernel for r in results if r.tool == tool for kernel in r.kernels} for tool in tools}
-    return {tool: sorted(expected - kernels) for tool, kernels in reached.items() if expected - kernels}
 
 
 def describe_machine(sanitizer: str) -> dict[str, str]:
@@ -350,12 +310,18 @@ def describe_machine(sanitizer: str) -> dict[str, str]:
     }
 
 
-def markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
+DISPATCH = """That is the code with which Triton hands warps their work, where racecheck misses that a barrier of the
+whole block stands between write and read: a kernel that does nothing else is reported too, and
+`tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.
+"""
+
+
+def markdown(machine: Mapping[str, str], tools: Sequence[str], results: Sequence[Result], expected: set[str]) -> str:
     """The report as a page."""
-    machine = record["machine"]
-    lines = [f"# compute-sanitizer on {machine['GPU']}", "", f"Made by `make sanitize` on {record['date']}."]
+    date = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d")
+    lines = [f"# compute-sanitizer on {machine['GPU']}", "", f"Made by `make sanitize` on {date}."]
     lines += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
-    lines += [f"- {tool}: {TOOLS[tool]}" for tool in record["tools"]]
+    lines += [f"- {tool}: {TOOLS[tool]}" for tool in tools]
     lines += ["", "| tool | file | tests | skipped | failed | errors | processes | seconds | |"]
     lines += ["| --- | --- |" + " ---: |" * 6 + " --- |"]
     for (tool, file), group in itertools.groupby(results, key=lambda result: (result.tool, result.file)):
@@ -367,28 +333,29 @@ def markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         cells = [tool, Path(file).name, *map(str, sums), str(len(parts)), f"{seconds:.0f}", what]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Totals: "]
-    for tool in record["tools"]:
+    for tool in tools:
         parts = [result for result in results if result.tool == tool]
         passed, errors = sum(p.passed for p in parts), sum(p.errors for p in parts)
         bad = sum(bool(p.fault or p.failed) for p in parts)
         lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {len(parts)} processes failed or cut")
-    lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in record["kernels"]) + "."]
+    reached = launched_under(tools, results)
+    everywhere = sorted(set.intersection(*reached.values()))
+    lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in everywhere) + "."]
     if dispatch := sum((result.dispatch for result in results), Counter()):
         lines += ["", "Counted apart: " + ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items())) + "."]
-        lines += [
-            "That is the code with which Triton hands warps their work, where racecheck misses that a barrier of the"
-        ]
-        lines += ["whole block stands between write and read: a kernel that does nothing else is reported too, and"]
-        lines += ["`tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.", ""]
-    for tool, kernels in record["not_launched"].items():
-        lines.append(f"**Not launched under {tool}**: {', '.join(kernels)}.")
-    for name, title in {"places": "Found", "races": "Races"}.items():
-        found: Counter[str] = Counter()
-        for result in results:
-            found.update({f"{result.tool}: {what}": n for what, n in getattr(result, name).items()})
-        if found:
-            lines += ["", f"{title}:", ""] + [f"- {what} ({n} times)" for what, n in sorted(found.items())]
+        lines.append(DISPATCH)
+    for tool, kernels in reached.items():
+        if missing := sorted(expected - kernels):
+            lines.append(f"**Not launched under {tool}**: {', '.join(missing)}.")
+    found = Counter(f"{result.tool}: {what}" for result in results for what in result.places.elements())
+    if found:
+        lines += ["", "Found:", ""] + [f"- {what} ({n} times)" for what, n in sorted(found.items())]
     return "\n".join(lines) + "\n"
+
+
+def launched_under(tools: Sequence[str], results: Sequence[Result]) -> dict[str, set[str]]:
+    """The kernels that each tool has seen."""
+    return {tool: {kernel for r in results if r.tool == tool for kernel in r.kernels} for tool in tools}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -410,36 +377,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "compute-sanitizer: neither on PATH nor under CUDA_HOME or /usr/local/cuda; it is part of the CUDA toolkit"
         )
     machine = describe_machine(sanitizer)
-    wanted = [name for name in options.files.split(",") if name]
-    tests = [
-        t for t in collect(options.pytest, environment(1)) if not wanted or any(w in t.split("::")[0] for w in wanted)
-    ]
-    plain = run_jobs(split(PLAIN, tests), sanitizer, options.pytest, options.jobs, options.limit)
-    jobs = [job for tool in tools for job in split(tool, tests)]
-    results = plain + run_jobs(jobs, sanitizer, options.pytest, options.jobs, options.limit)
-    results = without_control(results)
+    capability = tuple(map(int, machine["compute capability"].split(".")))
+    tests, expected = collect(options.pytest, environment(1)), expected_kernels(capability)
+    if wanted := [name for name in options.files.split(",") if name]:
+        tests, expected = [t for t in tests if any(name in t.split("::")[0] for name in wanted)], set()
+
+    threads, results = max(1, (os.cpu_count() or 1) // options.jobs), []
+    for jobs in (split(PLAIN, tests), [job for tool in tools for job in split(tool, tests)]):
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results += pool.map(lambda job: run_job(job, sanitizer, options.pytest, threads, options.limit), jobs)
+    if not any(CONTROL_KERNEL in result.dispatch for result in results):
+        for result in results:
+            result.dispatch.clear()  # so that they are errors
 
     name = re.search(r"\b[A-Z]+\d+\w*", machine["GPU"])  # H100 of NVIDIA H100 80GB HBM3
     report = options.out / f"sanitizers_{(name[0] if name else 'gpu').lower()}.md"
-    major, _, minor = machine["compute capability"].partition(".")
-    expected = expected_kernels((int(major), int(minor))) if major.isdigit() and not wanted else set()
-    missing = not_reached(results, tools, expected)
-    everywhere = set.intersection(*({k for r in results if r.tool == tool for k in r.kernels} for tool in tools))
-    record = {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": machine,
-        "tools": tools,
-        "kernels": sorted(everywhere),
-        "not_launched": missing,
-    }
     options.out.mkdir(parents=True, exist_ok=True)
-    page = markdown(record, results)
+    page = markdown(machine, tools, results, expected)
     report.write_text(page)
     print(page)
     for result in results:
         if not result.clean:
             print(f"==== {result.tool}, {result.file}: {result.fault or 'see below'}\n{result.output_tail}")
-    return 0 if not missing and all(result.clean for result in results) else 1
+    complete = all(expected <= kernels for kernels in launched_under(tools, results).values())
+    return 0 if complete and all(result.clean for result in results) else 1
 
 
 if __name__ == "__main__":
