@@ -90,11 +90,12 @@ class MXFP8Experts(torch.nn.Module):
         check_workspace(workspace)
         requested(backend)
         # Of each buffer of scales: when it was looked at, and what was found.
-        self._scalings: dict[str, tuple[tuple[int, int], tuple[int, bool]]] = {}
+        self._scalings: dict[str, tuple[tuple[int, int] | None, tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
             self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
             self.register_buffer(f"{name}_scales", w.scales)
-            self._scalings[name] = (_state(w.scales), (w.scale_group, w.squares))
+            state = None if is_tracing(w.scales) else _state(w.scales)  # fake tensors have no address
+            self._scalings[name] = (state, (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         self.activation = swiglu_of(activation)
