@@ -52,9 +52,9 @@ def run_round(seed: int, shrink: bool = False) -> str:
     try:
         with contextlib.redirect_stdout(said):
             run_state_machine_as_test(machine, settings=settings)
-    except BaseException as error:  # whatever a call raises is a find; a process that is told to stop, stops
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+    except (KeyboardInterrupt, SystemExit):  # a process that is told to stop, stops
+        raise
+    except BaseException as error:  # whatever a call raises is a find
         notes = "\n".join(getattr(error, "__notes__", ())) if sys.version_info < (3, 11) else ""
         return f"{said.getvalue()}{''.join(traceback.format_exception(error))}{notes}"
     return ""
@@ -68,8 +68,7 @@ def report_round(seed: int, shrink: bool) -> None:
     torch.set_num_threads(1)
     # NumPy's word on exp(large), which the interpreter computes with it: Inf is what is meant.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
-    find = run_round(seed, shrink)
-    print(json.dumps({"find": find, "counts": dict(COUNTS)}))
+    print(json.dumps({"find": run_round(seed, shrink), "counts": dict(COUNTS)}))
 
 
 def round_in_a_process(seed: int, shrink: bool) -> tuple[Counter[str], str]:
@@ -122,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.one_round is not None:
         report_round(options.one_round, options.shrink)
         return 0
-    gpu = has_gpu()
+    import torch
+
+    gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "") in ("", "0")
     if not gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # inherited by the rounds, which import Triton
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -134,13 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     totals, finds = run(processes, seed, options.rounds, options.shrink, time.time() + 60 * options.minutes)
     print(f"SEED={seed}: {totals['examples']} examples, {totals['steps']} steps, {finds} finds", flush=True)
     return 1 if finds or not totals["steps"] else 0
-
-
-def has_gpu() -> bool:
-    """Whether kernels run compiled."""
-    import torch
-
-    return torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "") in ("", "0")
 
 
 if __name__ == "__main__":

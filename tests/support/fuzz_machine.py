@@ -20,9 +20,10 @@ from __future__ import annotations
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import cases
 import kernels
@@ -108,29 +109,25 @@ def asking(way: str, name: str) -> Iterator[dict[str, str]]:
 
     ``auto`` asks for none where that comes to the same, else by argument.
     """
-    before = os.environ.pop(VARIABLE, None)
-    try:
-        if way == "auto" and name == AUTOMATIC:
-            yield {}
-            return
+    with mock.patch.dict(os.environ), ExitStack() as outer:
+        os.environ.pop(VARIABLE, None)
         if way == "environment":
             os.environ[VARIABLE] = f" {name.capitalize()}"
             yield {}
-            return
-        os.environ[VARIABLE] = "reference"
-        if way == "context":
-            with mx.use_backend(name):
-                yield {}
+        elif way == "auto" and name == AUTOMATIC:
+            yield {}
         else:
-            with mx.use_backend("reference"):
-                yield {"backend": name}
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
+            os.environ[VARIABLE] = "reference"
+            outer.enter_context(mx.use_backend(name if way == "context" else "reference"))
+            yield {} if way == "context" else {"backend": name}
 
 
 # ---------------------------------------------------------------- state
+
+
+def tensors(groups: mx.GroupLayout) -> tuple[torch.Tensor, ...]:
+    """In the order in which ``truth`` has their numbers."""
+    return groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
 
 
 @dataclass(eq=False)
@@ -163,17 +160,6 @@ class Tokens:
 class Weights:
     operand: mx.ExpertWeights
     plain: Plain
-
-
-@dataclass(eq=False)
-class Layer:
-    """Two weights of an MoE layer."""
-
-    w13: mx.ExpertWeights
-    w2: mx.ExpertWeights
-
-
-MAX_BATCH = max(POOL.batches)
 
 
 def plain(x: torch.Tensor, rounding: str) -> Plain:
@@ -226,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         self.layouts: list[Layout] = []
         self.tokens: list[Tokens] = []
         self.weights: list[Weights] = []
-        self.layers: list[Layer] = []
+        self.layers: list[tuple[mx.ExpertWeights, mx.ExpertWeights]] = []  # w13, w2
         self.outs: dict[tuple[Any, ...], torch.Tensor] = {}
         self.workspaces: dict[tuple[Any, ...], mx.MoEWorkspace] = {}  # shared by layers of one shape
 
@@ -258,10 +244,18 @@ class Machine(RuleBasedStateMachine):
     def placed(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
         """A copy between guards."""
         there = self.empty(x.shape, x.dtype, offset)
-        raw_there = there.view(torch.uint8) if there.numel() else there
         if there.numel():
-            raw_there.copy_(x.view(torch.uint8))
+            there.view(torch.uint8).copy_(x.view(torch.uint8))
         return there
+
+    def shifted(self, operand: mx.GroupedMXFP8 | mx.ExpertWeights, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of its values and scales, of which one starts a byte off."""
+        return self.placed(operand.values, int("values" in what)), self.placed(operand.scales, int("scales" in what))
+
+    def fitting_n(self, n: int, k: int) -> int:
+        """One of the pool's with which weights are not too large."""
+        fitting = [m for m in POOL.ns if self.experts * m * k <= POOL.weight_elements] or [8]
+        return fitting[n % len(fitting)]
 
     def rows(
         self, rows: int, width: int, dtype: torch.dtype, style: str, seed: int, special: bool = False
@@ -281,16 +275,12 @@ class Machine(RuleBasedStateMachine):
             return self.placed(x[:1].contiguous()).expand(rows, width)
         if style in ("wide", "shifted"):
             extra, first = {"wide": (32, 0), "shifted": (33, 7)}[style]
-            base = self.empty((rows, width + extra), dtype)
-            view = base[:, first : first + width]
-            view.copy_(x)
-            return view
+            return self.empty((rows, width + extra), dtype)[:, first : first + width].copy_(x)
         return self.placed(x)
 
     def done(self, name: str) -> None:
         self.taken += 1
-        COUNTS[name] += 1
-        COUNTS["steps"] += 1
+        COUNTS.update([name, "steps"])
 
     # ------------------------------------------------------------ layouts
 
@@ -326,8 +316,7 @@ class Machine(RuleBasedStateMachine):
         if "triton" in BACKENDS and not GPU:  # an interpreter's kernel is not what a CPU's layouts are made by
             made.append(mx.GroupLayout(*kernels.group_offsets(tensor, num_tokens, ends), num_tokens))
         for groups in made:
-            got = groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
-            assert [t.tolist() for t in got] == list(expected)
+            assert [t.tolist() for t in tensors(groups)] == list(expected)
             assert groups.scale_rows == grouped_scale_rows(num_tokens, self.experts)
             assert groups.scale_rows >= expected[2][-1]
         self.layouts.append(Layout(made[-1], None if ends else tensor, expected[0]))
@@ -377,12 +366,7 @@ class Machine(RuleBasedStateMachine):
             options: dict[str, Any] = {"row_index": row_index, "activation": swiglu, "out": into}
             with asking(way, name) as asked, cases.unlooked():
                 got = mx.quantize_grouped(x, groups, scale_rounding=rounding, **options, **asked)
-            for tensor, plain_numbers in zip(
-                (got.groups.tokens_per_expert, got.groups.expert_offsets, got.groups.scale_offsets),
-                truth.layout(layout.tokens, t),
-                strict=True,
-            ):
-                assert tensor.tolist() == plain_numbers
+            assert [part.tolist() for part in tensors(got.groups)] == list(truth.layout(layout.tokens, t))
             found = content
             if found is None:
                 found = truth.as_bytes(got.values), products.linear_scales(got, layout.tokens)
@@ -393,10 +377,8 @@ class Machine(RuleBasedStateMachine):
             if before is None:  # new buffers: what no expert owns may be anything
                 before = truth.as_bytes(got.values), truth.as_bytes(got.scales)
             check_stored(got, layout.tokens, found, before)
-            assert into is None or (got.values.data_ptr(), got.scales.data_ptr()) == (
-                into.values.data_ptr(),
-                into.scales.data_ptr(),
-            )
+            for part in ("values", "scales") if into else ():
+                assert getattr(got, part).data_ptr() == getattr(into, part).data_ptr()
             assert torch.equal(bits(x), x_before)
             return got, found
 
@@ -429,15 +411,11 @@ class Machine(RuleBasedStateMachine):
         groups, t = held.operand.groups, held.operand.groups.num_tokens
         rng = np.random.default_rng(seed)
         owners = rng.choice(rng.permutation(self.experts)[: 1 + seed % self.experts], rng.integers(0, t + 1))
-        tokens, offsets, scale_offsets = truth.layout(np.bincount(owners, minlength=self.experts).tolist(), t)
-        for tensor, now in (
-            (groups.tokens_per_expert, tokens),
-            (groups.expert_offsets, offsets),
-            (groups.scale_offsets, scale_offsets),
-        ):
+        numbers = truth.layout(np.bincount(owners, minlength=self.experts).tolist(), t)
+        for tensor, now in zip(tensors(groups), numbers, strict=True):
             tensor.copy_(torch.tensor(now))
         where = next((one for one in self.layouts if one.groups is groups), held.layout)
-        where.tokens, where.counts = tokens, None
+        where.tokens, where.counts = numbers[0], None
         self.tokens = [h for h in self.tokens if h is held or h.operand.groups is not groups]
         self._quantize(
             where, held.operand.k, "packed", kind, seed, way, swiglu is None, "layout", False, swiglu, "poisoned", held
@@ -461,18 +439,13 @@ class Machine(RuleBasedStateMachine):
     )  # fmt: skip
     def make_weights(self, n: int, k: int, kind: tuple[torch.dtype, str], seed: int, way: str, style: str) -> None:
         k, (dtype, rounding), e = self.inner[k % len(self.inner)], kind, self.experts
-        fitting = [m for m in POOL.ns if e * m * k <= POOL.weight_elements] or [8]
-        n = fitting[n % len(fitting)]
+        n = self.fitting_n(n, k)
         rng = torch.Generator().manual_seed(seed)
         w = (cases.random_rows(e * n, k, torch.float32, rng, DEVICE).reshape(e, n, k) * 0.05).to(dtype)
         if style == "columns":
-            base = self.empty((e, n + 1, k + 33), dtype)
-            base[:, :n, 5 : 5 + k] = w
-            w = base[:, :n, 5 : 5 + k]
+            w = self.empty((e, n + 1, k + 33), dtype)[:, :n, 5 : 5 + k].copy_(w)
         elif style == "every other":
-            base = self.empty((2 * e, n, k), dtype)
-            base[::2] = w
-            w = base[::2]
+            w = self.empty((2 * e, n, k), dtype)[::2].copy_(w)
         elif style == "transposed":
             w = self.placed(w.transpose(0, 1).contiguous()).transpose(0, 1)
         elif style == "repeated":
@@ -493,8 +466,7 @@ class Machine(RuleBasedStateMachine):
         """Codes and scales that no quantizer need be able to make, scales at the ends of E8M0 among
         them."""
         k, e = self.inner[k % len(self.inner)], self.experts
-        fitting = [m for m in POOL.ns if e * m * k <= POOL.weight_elements] or [8]
-        n = fitting[n % len(fitting)]
+        n = self.fitting_n(n, k)
         where = self.layouts[layout % len(self.layouts)]
         rng = np.random.default_rng(seed)
         # No product may leave fp32, which would make the order of additions matter; a quantized
@@ -510,7 +482,7 @@ class Machine(RuleBasedStateMachine):
                 scales.reshape(-1)[rng.integers(0, scales.size)] = 255
             return codes, scales
 
-        x, w, t = draw(where.groups.num_tokens), draw(e, n), where.groups.num_tokens
+        x, w = draw(where.groups.num_tokens), draw(e, n)
         values, stored = truth.grouped_bytes(*x, where.tokens, where.groups.scale_rows, cases.POISON)
         xq = mx.GroupedMXFP8(
             self.placed(torch.from_numpy(values).to(DEVICE)).view(torch.float8_e4m3fn),
@@ -518,7 +490,6 @@ class Machine(RuleBasedStateMachine):
             where.groups,
         )
         wq = mx.ExpertWeights.from_linear_scales(torch.from_numpy(w[0]).to(DEVICE), torch.from_numpy(w[1]).to(DEVICE))
-        assert xq.values.shape == (t, k)
         self.tokens = [*self.tokens[-5:], Tokens(xq, where, x)]
         self.weights = [*self.weights[-5:], Weights(wq, w)]
         self.done("operands_of_any_bytes")
@@ -543,15 +514,9 @@ class Machine(RuleBasedStateMachine):
         t, n = x.operand.groups.num_tokens, w.operand.n
         xq, wq = x.operand, w.operand
         if shift.startswith("x"):
-            values, scales = (
-                self.placed(part, int(name in shift)) for part, name in ((xq.values, "values"), (xq.scales, "scales"))
-            )
-            xq = mx.GroupedMXFP8(values, scales, xq.groups)
+            xq = mx.GroupedMXFP8(*self.shifted(xq, shift), xq.groups)
         elif shift:
-            values, scales = (
-                self.placed(part, int(name in shift)) for part, name in ((wq.values, "values"), (wq.scales, "scales"))
-            )
-            wq = mx.ExpertWeights(values, scales)
+            wq = mx.ExpertWeights(*self.shifted(wq, shift))
         for name in BACKENDS:
             into = None if out == "new" else self.empty((t, n), dtype)
             if out == "reused":
@@ -591,9 +556,9 @@ class Machine(RuleBasedStateMachine):
         fitting = [(h, i) for h in POOL.ks for i in POOL.ks if 2 * e * h * i <= 2 * POOL.weight_elements] or [(32, 32)]
         h, i = fitting[(hidden * 31 + intermediate) % len(fitting)]
         rng = torch.Generator().manual_seed(seed)
-        w13 = torch.randn(e, 2 * i, h, generator=rng).to(DEVICE) * h**-0.5
-        w2 = torch.randn(e, h, i, generator=rng).to(DEVICE) * i**-0.5
-        self.layers.append(Layer(*(mx.quantize_weights(w, backend="reference") for w in (w13, w2))))
+        plain = (torch.randn(e, n, k, generator=rng).to(DEVICE) * k**-0.5 for n, k in ((2 * i, h), (h, i)))
+        w13, w2 = (mx.quantize_weights(w, backend="reference") for w in plain)
+        self.layers.append((w13, w2))
         del self.layers[:-2]
         self.done("make_layer")
 
@@ -609,8 +574,8 @@ class Machine(RuleBasedStateMachine):
         self, which: int, batch: int, top_k: int, seed: int, way: str, dtype: torch.dtype, weights_dtype: torch.dtype,
         ids: str, wide: bool, style: str, biases: str, workspace: bool, nan: bool, gate: mx.SwiGLU, out: str,
     ) -> None:  # fmt: skip
-        held, e = self.layers[which % len(self.layers)], self.experts
-        hidden, intermediate = held.w2.n, held.w2.k
+        (w13, w2), e = self.layers[which % len(self.layers)], self.experts
+        hidden, intermediate = w2.n, w2.k
         rng = torch.Generator().manual_seed(seed)
         x = self.rows(batch, hidden, dtype, style, seed, nan)
         chosen = torch.randint(0, e, (top_k, batch), generator=rng)
@@ -633,9 +598,8 @@ class Machine(RuleBasedStateMachine):
             if workspace:
                 key = (hidden, intermediate, top_k, dtype)
                 if key not in self.workspaces:
-                    self.workspaces[key] = mx.MoEWorkspace(
-                        held.w13, held.w2, max_tokens=MAX_BATCH, top_k=top_k, dtype=dtype, backend=name
-                    )
+                    sizes = {"max_tokens": max(POOL.batches), "top_k": top_k}
+                    self.workspaces[key] = mx.MoEWorkspace(w13, w2, **sizes, dtype=dtype, backend=name)
                 memory = self.workspaces[key]
             given = x
             into = None if out == "new" else self.empty((batch, hidden + 32 * (out == "strided")), dtype)[:, :hidden]
@@ -645,9 +609,9 @@ class Machine(RuleBasedStateMachine):
                 given = into = self.placed(x.contiguous())
             options: dict[str, Any] = {"activation": gate, "workspace": memory, "out": into, **bias}
             with asking(way, name) as asked:
-                y = mx.moe_forward(given, held.w13, held.w2, topk_ids, weights, **options, **asked)
+                y = mx.moe_forward(given, w13, w2, topk_ids, weights, **options, **asked)
             layer = moe_truth.Layer(x, x, x, topk_ids, weights, **bias)
-            expected = moe_truth.forward_in_steps(layer, held.w13, held.w2, name, gate)
+            expected = moe_truth.forward_in_steps(layer, w13, w2, name, gate)
             assert same_bits(y, expected), name
             if into is not None:
                 assert y.data_ptr() == into.data_ptr()

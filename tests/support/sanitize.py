@@ -382,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wanted := [name for name in options.files.split(",") if name]:
         tests, expected = [t for t in tests if any(name in t.split("::")[0] for name in wanted)], set()
 
-    threads, results = max(1, (os.cpu_count() or 1) // options.jobs), []
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    results: list[Result] = []
     for jobs in (split(PLAIN, tests), [job for tool in tools for job in split(tool, tests)]):
         with ThreadPoolExecutor(options.jobs) as pool:
             results += pool.map(lambda job: run_job(job, sanitizer, options.pytest, threads, options.limit), jobs)
