@@ -1,7 +1,8 @@
 /* Stands for libcuda.so.1 where there is no GPU: launches nothing, and records what it was asked to.
 
    Has what Triton's driver and dispatch/launcher.c call. Tests read and steer it by the functions
-   fake_*, see fake_driver.py. Function handles are small numbers, in the order of their loading. */
+   fake_*, see fake_driver.py. Function handles are small numbers, in the order of their loading.
+   Many parameters are not used. */
 
 #include <cuda.h>
 #include <pthread.h>
@@ -61,7 +62,6 @@ const Record *fake_record(int i) { return &records[i]; }
 void fake_forget(void) { num_records = 0; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
-  (void)extra;
   MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   sched_yield(); /* let another thread spoil what is shared */
@@ -148,26 +148,18 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
 
 /* ---------------------------------------------------------------- modules and functions */
 
-CUresult cuModuleLoadData(CUmodule *module, const void *data) { (void)data; *module = (CUmodule)1; return CUDA_SUCCESS; }
-CUresult cuModuleUnload(CUmodule module) { (void)module; return CUDA_SUCCESS; }
+CUresult cuModuleLoadData(CUmodule *module, const void *data) { *module = (CUmodule)1; return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  (void)module, (void)name;
   *function = (CUfunction)(uintptr_t)fake_new_function();
   return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
-  (void)function;
   *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   return CUDA_SUCCESS;
 }
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  (void)function, (void)attribute, (void)value;
-  return CUDA_SUCCESS;
-}
-CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
-  (void)function, (void)config;
-  return CUDA_SUCCESS;
-}
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 #ifndef BEFORE_CUDA_12_4
 CUresult cuFuncGetParamInfo(CUfunction function, size_t i, size_t *offset, size_t *size) {
   *offset = 0;
@@ -179,7 +171,7 @@ CUresult cuFuncGetParamInfo(CUfunction function, size_t i, size_t *offset, size_
 
 /* ---------------------------------------------------------------- the rest that Triton links to */
 
-CUresult cuInit(unsigned flags) { (void)flags; return CUDA_SUCCESS; }
+CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) {
   *text = error == CUDA_ERROR_INVALID_VALUE ? "invalid argument" : NULL;
@@ -193,24 +185,20 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
 }
 CUresult cuDeviceGetCount(int *count) { *count = DEVICES; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  (void)device;
   *value = attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 * 1024 : 9;
   return CUDA_SUCCESS;
 }
-CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { (void)limit; *value = 0; return CUDA_SUCCESS; }
-CUresult cuCtxSetLimit(CUlimit limit, size_t value) { (void)limit, (void)value; return CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  (void)attribute;
   *(CUdeviceptr *)data = pointer;
   return CUDA_SUCCESS;
 }
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
-  (void)stream;
   *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) {
-  (void)function, (void)config;
   *clusters = 1;
   return CUDA_SUCCESS;
 }
@@ -220,7 +208,5 @@ CUresult cuTensorMapEncodeIm2col(CUtensorMap *map, CUtensorMapDataType type, cuu
                                  const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
                                  CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                  CUtensorMapFloatOOBfill fill) {
-  (void)map, (void)type, (void)rank, (void)base, (void)dims, (void)strides, (void)lower, (void)upper;
-  (void)channels, (void)pixels, (void)element_strides, (void)interleave, (void)swizzle, (void)promotion, (void)fill;
   return CUDA_ERROR_INVALID_VALUE;
 }

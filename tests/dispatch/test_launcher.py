@@ -8,12 +8,12 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from fake_driver import build, child, fake, in_child, launches, new_function, program_of  # noqa: F401
+from jobs import together
 
 from hybrid_mxfp8.dispatch import launcher, module_cache
 from hybrid_mxfp8.dispatch.launcher import ADDRESS, MAX_PARAMS, MAX_TENSOR_MAPS, SCALAR, TENSOR_MAP
@@ -44,15 +44,8 @@ def run(program: launcher.Program, *addresses: int, stream: int = STREAM) -> int
 @in_child
 def test_launch_reaches_the_driver_as_the_words_say() -> None:
     first, second = new_function(8, 4, 8, 1), new_function(8)
-    program = program_of(
-        0,
-        [0, 0],
-        [],
-        [
-            launch(first, [ADDRESS, 1, 48], [SCALAR, -5], [ADDRESS, 0, 0], [SCALAR, 1], grid=7),
-            launch(second, [SCALAR, 2**40 + 1], pdl=True),
-        ],
-    )
+    words = launch(first, [ADDRESS, 1, 48], [SCALAR, -5], [ADDRESS, 0, 0], [SCALAR, 1], grid=7)
+    program = program_of(0, [0, 0], [], [words, launch(second, [SCALAR, 2**40 + 1], pdl=True)])
     assert run(program, 0x1000, 0x2000) == 0
     one, two = launches()
     assert (one.function, one.grid, one.block, one.shared_bytes) == (first, (7, 1, 1), (128, 1, 1), 4096)
@@ -269,15 +262,12 @@ def test_threads_run_one_program_with_addresses_of_their_own() -> None:
     function, num_threads, times = new_function(8, 128, 8), 8, 200
     words = launch(function, [ADDRESS, 0, 0], tensor_map(1, (16, 4)), [ADDRESS, 2, 0])
     program = program_of(0, [64] * 3, [(0, -1)], [words])
-    start = threading.Barrier(num_threads)
 
     def work(thread: int) -> list[int]:
-        start.wait()
         base = (thread + 1) << 32
         return [run(program, base, base + 0x1000, base + 0x2000, stream=thread) for _ in range(times)]
 
-    with ThreadPoolExecutor(num_threads) as pool:
-        assert [code for codes in pool.map(work, range(num_threads)) for code in codes] == [0] * num_threads * times
+    assert together(num_threads, work) == [[0] * times] * num_threads
     made = launches()
     assert len(made) == num_threads * times
     for each in made:
@@ -319,6 +309,10 @@ def test_driver_before_cuda_12_4_is_named(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- build and cache
 # The rules of the cache are module_cache's: cutlass/jit/test_hostile_cache.py has the rest.
+
+
+def refused(message: str) -> AbstractContextManager[object]:
+    return pytest.raises(launcher.LauncherUnavailableError, match=message)
 
 
 @pytest.fixture
@@ -372,7 +366,7 @@ def test_source_is_part_of_the_key(filled: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_cache_that_others_can_write_is_refused(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled.chmod(0o757)
-    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{filled} can be written by everyone \(mode 0757\)"):
+    with refused(rf"{filled} can be written by everyone \(mode 0757\)"):
         launcher._load()
     monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
     launcher._load()
@@ -392,7 +386,7 @@ def test_without_a_compiler(
     monkeypatch.delenv("CC", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(launcher.LauncherUnavailableError, match=message):
+    with refused(message):
         launcher._load()
     assert not cache.exists() or not modules(cache)
 
@@ -401,7 +395,7 @@ def test_without_a_compiler(
 def test_without_a_package(cache: Path, monkeypatch: pytest.MonkeyPatch, module: str, wheel: str) -> None:
     find_spec = launcher.importlib.util.find_spec
     monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
-    with pytest.raises(launcher.LauncherUnavailableError, match=f"{wheel} is not installed: pip install {wheel}"):
+    with refused(f"{wheel} is not installed: pip install {wheel}"):
         launcher._load()
 
 
@@ -411,7 +405,7 @@ def test_without_headers(
 ) -> None:
     folder = launcher._package
     monkeypatch.setattr(launcher, "_package", lambda name: tmp_path if name == package else folder(name))
-    with pytest.raises(launcher.LauncherUnavailableError, match=rf"{header} is missing: pip install --force-reinstall"):
+    with refused(rf"{header} is missing: pip install --force-reinstall"):
         launcher._load()
 
 
@@ -420,10 +414,10 @@ def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CC", "/no/such/compiler")
     said = "CC: must be a C compiler, but /no/such/compiler does not run"
     assert launcher.status() == f"not available, Triton makes the launches, slower: {said}"
-    with pytest.raises(launcher.LauncherUnavailableError, match=said):
+    with refused(said):
         launcher.load()
     monkeypatch.delenv("CC")
     assert launcher.status().startswith("not built yet; the first call on a GPU does, with ")
     assert not cache.exists()
-    with pytest.raises(launcher.LauncherUnavailableError, match="does not run"):
+    with refused("does not run"):
         launcher.load()

@@ -4,12 +4,14 @@ byte."""
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import triton
-from fake_driver import child, in_child, launches, program_of, set_sizes, sizes_in_ptx  # noqa: F401
+from fake_driver import Launch, child, in_child, launches, program_of, set_sizes, sizes_in_ptx  # noqa: F401
 from kernel_cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 
@@ -39,12 +41,17 @@ def use_gpu(arch: int) -> None:
     triton.runtime.driver.set_active(Driver())
 
 
-def compiled_of(case: Case) -> Any:
+def compiled_by(kernel: Any, case: Case) -> Any:
+    """A kernel compiled for a case's arguments, and loaded."""
     use_gpu(case.arch)
-    compiled = abi.compile_kernel(case.load(), case.arguments, case.constants, case.options)
+    compiled = abi.compile_kernel(kernel, case.arguments, case.constants, case.options)
     compiled.run  # noqa: B018 - loads it
     set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
     return compiled
+
+
+def compiled_of(case: Case) -> Any:
+    return compiled_by(case.load(), case)
 
 
 def buffers_of(case: Case) -> dict[int, Buffer]:
@@ -73,6 +80,20 @@ def as_triton_takes_it(argument: abi.Argument, addresses: list[int]) -> Any:
     return argument
 
 
+def launch_of_triton(compiled: Any, case: Case, addresses: list[int]) -> Launch:
+    compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
+    [made] = launches()
+    return made
+
+
+def launch_of_ours(compiled: Any, case: Case, addresses: list[int]) -> Launch:
+    words = abi.abi_of(compiled, case.arguments).words(case.grid, case.arguments)
+    program = program_of(0, [0] * len(addresses), [], [words])
+    assert launcher.load().run(program.address, STREAM, *addresses) == 0
+    [made] = launches()
+    return made
+
+
 def without_bit_21(params: bytes, sizes: list[int]) -> bytes:
     """Parameters as they are with that bit cleared in word 1 of each tensor map."""
     changed, at = bytearray(params), 0
@@ -89,14 +110,7 @@ def test_same_launch_as_tritons(name: str) -> None:
     case = CASES[name]()
     compiled = compiled_of(case)
     addresses = [0x7F00_0000_0000 + i * 2**32 for i in range(len(buffers_of(case)))]
-
-    compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
-    [tritons] = launches()
-
-    found = abi.abi_of(compiled, case.arguments)
-    program = program_of(0, [0] * len(addresses), [], [found.words(case.grid, case.arguments)])
-    assert launcher.load().run(program.address, STREAM, *addresses) == 0
-    [ours] = launches()
+    tritons, ours = (launch(compiled, case, addresses) for launch in (launch_of_triton, launch_of_ours))
     if NEVER_CLEARS_BIT_21:
         sizes = sizes_in_ptx(compiled.asm["ptx"])
         has_small_maps = "gemm" in name and "portable" not in name
@@ -149,32 +163,24 @@ def takes_everything(pointer, other, none, one, sixteen, count, flag, scale, BLO
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8, torch.int32, torch.int64)
 
 
-def everything(dtype: torch.dtype, count: int = 5) -> tuple[abi.Argument, ...]:
+def everything(dtype: torch.dtype = torch.bfloat16, count: int = 5) -> Case:
     memory, unaligned = Buffer(0, 0, dtype, (8,)), Buffer(1, 4, torch.float32, (8,), aligned=False)
-    return (memory, unaligned, None, 1, 32, count, True, 0.75)
+    arguments = (memory, unaligned, None, 1, 32, count, True, 0.75)
+    return Case(90, "", "", 2, arguments, (16,), {"num_warps": 1})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @in_child
 def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
     for count in (5, 2**31):  # int32, then int64, though it is not specialized
-        case = Case(90, "", "", 2, everything(dtype, count), (16,), {"num_warps": 1})
-        case_kernel = takes_everything
-        use_gpu(90)
-        compiled = abi.compile_kernel(case_kernel, case.arguments, case.constants, case.options)
+        case = everything(dtype, count)
+        compiled = compiled_by(takes_everything, case)
         memory: dict[int, torch.Tensor] = {}
         tensors = [as_tensor(argument, memory) for argument in case.arguments]
-        assert case_kernel[(2,)](*tensors, 16, num_warps=1) is compiled
+        assert takes_everything[(2,)](*tensors, 16, num_warps=1) is compiled
         launches()
-        set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
-
         addresses = [0x10000, 0x20000]
-        compiled[(2, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), 16)
-        words = abi.abi_of(compiled, case.arguments).words(2, case.arguments)
-        program = program_of(0, [0, 0], [], [words])
-        assert launcher.load().run(program.address, STREAM, *addresses) == 0
-        tritons, ours = launches()
-        assert ours == tritons
+        assert launch_of_ours(compiled, case, addresses) == launch_of_triton(compiled, case, addresses)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -182,11 +188,9 @@ def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
 
 @in_child
 def test_integers_of_unsigned_64_bits_are_left_to_triton() -> None:
-    use_gpu(90)
-    given = everything(torch.bfloat16, count=2**63)
-    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1})
+    case = everything(count=2**63)
     with pytest.raises(launcher.LauncherUnavailableError, match="takes_everything: count is of type u64"):
-        abi.abi_of(compiled, given)
+        abi.abi_of(compiled_by(takes_everything, case), case.arguments)
 
 
 def changed(arguments: tuple[abi.Argument, ...], i: int, argument: abi.Argument) -> tuple[abi.Argument, ...]:
@@ -195,12 +199,8 @@ def changed(arguments: tuple[abi.Argument, ...], i: int, argument: abi.Argument)
 
 @in_child
 def test_words_refuse_what_the_kernel_was_not_compiled_for() -> None:
-    use_gpu(90)
-    given = everything(torch.bfloat16)
-    compiled = abi.compile_kernel(takes_everything, given, (16,), {"num_warps": 1})
-    compiled.run  # noqa: B018
-    set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
-    found = abi.abi_of(compiled, given)
+    given = everything().arguments
+    found = abi.abi_of(compiled_by(takes_everything, everything()), given)
     for i, argument, message in [
         (0, Buffer(0, 2, torch.bfloat16, (8,), aligned=False), "pointer: compiled for memory that is aligned"),
         (2, Buffer(0, 0, torch.bfloat16, (8,)), "none: compiled for None, got Buffer"),
@@ -233,30 +233,13 @@ def test_tensor_maps_of_other_memory_are_refused() -> None:
 
 
 class Changed:
-    """A compiled kernel with some of its metadata, or of itself, replaced."""
+    """A compiled kernel, or its metadata, with some attributes replaced."""
 
-    def __init__(self, compiled: Any, changes: dict[str, Any]) -> None:
-        own = {name: changes[name] for name in changes.keys() & {"run", "asm"}}
-        self._compiled = compiled
-        self.run = own.get("run", compiled.run)
-        self.asm = own.get("asm", compiled.asm)
-        self.metadata = Metadata(compiled.metadata, {k: v for k, v in changes.items() if k not in own})
+    def __init__(self, original: Any, **changes: Any) -> None:
+        self.__dict__.update(changes, _original=original)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._compiled, name)
-
-
-class Metadata:
-    def __init__(self, metadata: Any, changes: dict[str, Any]) -> None:
-        self._metadata = metadata
-        self.__dict__.update(changes)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._metadata, name)
-
-
-class Watched:
-    gsan_enabled = True
+        return getattr(self._original, name)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +250,7 @@ class Watched:
         ({"launch_cooperative_grid": True}, "is launched as a cooperative grid"),
         ({"num_ctas": 2}, "is launched in clusters of 2"),
         ({"shared": 229 * 1024}, "needs 234496 bytes of shared memory, more than 233472"),
-        ({"run": Watched()}, "is watched by Triton's sanitizer"),
+        ({"run": SimpleNamespace(gsan_enabled=True)}, "is watched by Triton's sanitizer"),
         ({"tensordesc_meta": []}, "w_desc: a tensor descriptor that is no tensor map for TMA"),
         ({"tensordesc_meta": [{"fp4_padded": True}]}, "a tensor map of padded FP4"),
         ({"tensordesc_meta": [{"fp4_padded": False, "is_im2col": True}]}, "or of image columns"),
@@ -279,8 +262,9 @@ class Watched:
 def test_kernels_that_only_triton_can_launch(changes: dict[str, Any], message: str) -> None:
     case = CASES["hopper_gemm"]()
     compiled = compiled_of(case)
+    other = changes if "run" in changes else {"metadata": Changed(compiled.metadata, **changes)}
     with pytest.raises(launcher.LauncherUnavailableError, match=message):
-        abi.abi_of(Changed(compiled, changes), case.arguments)
+        abi.abi_of(Changed(compiled, **other), case.arguments)
 
 
 @in_child
@@ -298,13 +282,11 @@ def test_kernel_with_other_parameters_is_left_to_triton() -> None:
 def test_more_parameters_than_fit_are_left_to_triton() -> None:
     case = CASES["rank"]()
     compiled = compiled_of(case)
-    kept = abi.MAX_PARAMS
-    abi.MAX_PARAMS = 8
-    try:
-        with pytest.raises(launcher.LauncherUnavailableError, match="expected at most 8 parameters and 16 tensor maps"):
-            abi.abi_of(compiled, case.arguments)
-    finally:
-        abi.MAX_PARAMS = kept
+    with (
+        mock.patch.object(abi, "MAX_PARAMS", 8),
+        pytest.raises(launcher.LauncherUnavailableError, match="expected at most 8 parameters and 16 tensor maps"),
+    ):
+        abi.abi_of(compiled, case.arguments)
 
 
 @in_child
@@ -313,11 +295,10 @@ def test_a_kernel_that_waits_is_launched_behind_another_as_triton_launches_depen
     case = case._replace(options={**case.options, "launch_pdl": True})
     compiled = compiled_of(case)
     addresses = [0x10000, 0x20000]
-    compiled[(case.grid, 1, 1)](*(as_triton_takes_it(a, addresses) for a in case.arguments), *case.constants)
-    [tritons] = launches()
+    tritons = launch_of_triton(compiled, case, addresses)
     assert len(tritons.attributes) == 1
     first = abi.abi_of(compiled, case.arguments).words(case.grid, case.arguments)
-    without = Changed(compiled, {"asm": {"ptx": compiled.asm["ptx"].replace("griddepcontrol.wait", "")}})
+    without = Changed(compiled, asm={"ptx": compiled.asm["ptx"].replace("griddepcontrol.wait", "")})
     never_waits = abi.abi_of(without, case.arguments).words(case.grid, case.arguments)
     for pdl in ("1", "0"):
         os.environ["HYBRID_MXFP8_PDL"] = pdl

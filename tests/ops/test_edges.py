@@ -3,10 +3,11 @@ time, and an expert's rows the same bytes in any company."""
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cases
@@ -43,16 +44,14 @@ POISONS = ("NaN", "Inf", "-Inf", "code 0x7F", "code 0xFF", "scale 255")
 def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: str) -> mx.GroupedMXFP8:
     """xq, on the CPU, with one bad element or scale in each of these rows, never in the same column
     twice running."""
-    values, scales = bits(xq.values).clone(), xq.scales.clone()
+    x, values, scales = x.clone(), bits(xq.values).clone(), xq.scales.clone()
     offsets, scale_offsets = xq.groups.expert_offsets.tolist(), xq.groups.scale_offsets.tolist()
-    if poison in ("NaN", "Inf", "-Inf"):
-        x = x.clone()
     for i, row in enumerate(rows):
         column = (7 + 37 * i) % xq.k
         if poison.startswith("code"):
             values[row, column] = int(poison.split()[1], 16)
         elif poison.startswith("scale"):
-            expert = next(e for e in range(len(offsets) - 1) if offsets[e] <= row < offsets[e + 1])
+            expert = bisect.bisect_right(offsets, row) - 1
             scale_row = scale_offsets[expert] + row - offsets[expert]
             scales.view(-1)[scale_offset(scale_row, column // 32, scales.shape[1])] = 255
         else:
@@ -60,6 +59,12 @@ def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: 
     if poison in ("NaN", "Inf", "-Inf"):
         return mx.quantize_grouped(x, xq.groups, backend="reference")
     return mx.GroupedMXFP8(values.view(torch.float8_e4m3fn), scales, xq.groups)
+
+
+def check_spoilt(y: torch.Tensor, expected: torch.Tensor, spoilt: torch.Tensor, what: object = "") -> None:
+    """These rows are NaN all along, all others have the bytes they have without."""
+    assert bool(torch.isnan(y[spoilt]).all()), what
+    assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), what
 
 
 @pytest.mark.parametrize(
@@ -70,8 +75,7 @@ def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: 
 def test_a_bad_row_spoils_only_itself(
     multiplier: str, device: str, size: str, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
-    """NaN or Inf in some rows: those are NaN all along, all others have the bytes they have
-    without."""
+    """NaN or Inf in some rows."""
     counts, n, k = COUNTS[size], 40 if device == "cpu" else 136, 160
     total = sum(counts)
     x = cases.random_rows(total, k, torch.bfloat16, rng)
@@ -86,8 +90,7 @@ def test_a_bad_row_spoils_only_itself(
         y = product(to_device(poisoned(clean, x, rows, poison), device), wq)
         spoilt = torch.zeros(total, dtype=torch.bool, device=device)
         spoilt[rows] = True
-        assert bool(torch.isnan(y[spoilt]).all()), poison
-        assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), poison
+        check_spoilt(y, expected, spoilt, poison)
 
 
 @pytest.mark.parametrize("n", [40, 136])
@@ -107,8 +110,7 @@ def test_a_bad_expert_spoils_only_its_rows(
         y = mx.grouped_gemm(xq, bad, backend=multiplier)
         spoilt = torch.zeros(sum(counts), dtype=torch.bool, device=device)
         spoilt[ends[expert] : ends[expert + 1]] = True
-        assert bool(torch.isnan(y[spoilt]).all()), (expert, what)
-        assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt])), (expert, what)
+        check_spoilt(y, expected, spoilt, (expert, what))
 
 
 def layer_of(
@@ -134,20 +136,15 @@ def test_bad_tokens_and_experts_of_a_layer(multiplier: str, device: str, tokens:
     else."""
     layer, w13q, w2q, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=3)
     expected = forward()
-
-    def check(y: torch.Tensor, spoilt: torch.Tensor) -> None:
-        assert bool(torch.isnan(y[spoilt]).all())
-        assert torch.equal(bits(y[~spoilt]), bits(expected[~spoilt]))
-
     live = (layer.ids >= 0) & (layer.ids < 3)
     for bad in (float("nan"), float("inf")):
         x = layer.x.clone()
         x[::2, 5] = bad
-        check(forward(x=x), (torch.arange(tokens, device=device) % 2 == 0) & live.any(1))
+        check_spoilt(forward(x=x), expected, (torch.arange(tokens, device=device) % 2 == 0) & live.any(1))
     for expert, (name, whole) in itertools.product(range(3), (("w13", w13q), ("w2", w2q))):
         scales = whole.scales.clone()
         scales[expert] = 255
-        check(forward(**{name: mx.ExpertWeights(whole.values, scales)}), (layer.ids == expert).any(1))
+        check_spoilt(forward(**{name: mx.ExpertWeights(whole.values, scales)}), expected, (layer.ids == expert).any(1))
 
 
 # ---------------------------------------------------------------- scale bytes
@@ -360,21 +357,13 @@ def check_any_company(c: Company, rng: torch.Generator) -> None:
     first, second = (c.product([half[i] for half in halves], experts) for i in (0, 1))
     check([torch.cat(pair) for pair in zip(first, second, strict=True)], expected, "two batches")
     both = c.product([half for pair in halves for half in pair], [e for e in experts for _ in (0, 1)])
-    check(
-        [torch.cat(both[2 * e : 2 * e + 2]) for e in experts],
-        expected,
-        "one batch, each expert twice, half its rows each",
-    )
+    joined = [torch.cat(both[2 * e : 2 * e + 2]) for e in experts]
+    check(joined, expected, "one batch, each expert twice, half its rows each")
     for e in experts:
-        others = Company(
-            [part if i == e else torch.full_like(part, float("nan")) for i, part in enumerate(c.rows)],
-            torch.where(
-                (torch.arange(len(experts), device=c.weights.device) == e)[:, None, None], c.weights, torch.inf
-            ),
-            c.backend,
-            c.dtype,
-        )
-        got = others.product(others.rows, experts)
+        rows = [part if i == e else torch.full_like(part, float("nan")) for i, part in enumerate(c.rows)]
+        weights = torch.full_like(c.weights, torch.inf)
+        weights[e] = c.weights[e]
+        got = replace(c, weights=weights).product(rows, experts)
         check([got[e]], [expected[e]], f"expert {e} beside NaN and Inf")
 
 

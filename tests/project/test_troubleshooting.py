@@ -21,49 +21,29 @@ def x(columns: int = 64) -> torch.Tensor:
     return torch.ones(3, columns, dtype=torch.bfloat16)
 
 
-def operands(n: int = 16, k: int = 64) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
-    groups = cases.layout([1, 2])
-    return mx.quantize_grouped(x(k), groups, backend="reference"), mx.quantize_weights(
-        torch.ones(2, n, k), backend="reference"
-    )
-
-
-def quantize_training_activations() -> None:
-    mx.quantize_grouped(x().requires_grad_(), cases.layout([1, 2]))
-
-
-def swizzled_as_linear() -> None:
-    w = operands()[1]
-    mx.ExpertWeights.from_linear_scales(w.values, w.scales)
-
-
-def linear_as_swizzled() -> None:
-    w = operands()[1]
-    mx.ExpertWeights(w.values, w.linear_scales())
-
-
-def strided_out() -> None:
-    mx.grouped_gemm(*operands(), out=torch.empty(3, 32, dtype=torch.bfloat16)[:, :16], backend="reference")
+def operands(n: int = 16) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
+    with mx.use_backend("reference"):
+        return mx.quantize_grouped(x(), cases.layout([1, 2])), mx.quantize_weights(torch.ones(2, n, 64))
 
 
 def indptr_as_ends() -> mx.GroupedMXFP8:
-    groups = mx.GroupLayout.from_ends(torch.tensor([0, 1, 3]), 3)
-    return mx.quantize_grouped(x(), groups, backend="reference")
+    return mx.quantize_grouped(x(), mx.GroupLayout.from_ends(torch.tensor([0, 1, 3]), 3), backend="reference")
 
 
+X, W = operands()
 CASES: dict[str, tuple[type[Exception], Callable[[], object]]] = {
     "K": (ValueError, lambda: mx.quantize_weights(torch.ones(2, 16, 40))),
     "N": (ValueError, lambda: mx.grouped_gemm(*operands(n=20))),
-    "name": (ValueError, lambda: mx.grouped_gemm(*operands(), backend="cuda")),
-    "cutlass": (BackendUnavailableError, lambda: mx.grouped_gemm(*operands(), backend="cutlass")),
-    "grad": (ValueError, quantize_training_activations),
-    "swizzled as linear": (ValueError, swizzled_as_linear),
-    "linear as swizzled": (ValueError, linear_as_swizzled),
+    "name": (ValueError, lambda: mx.grouped_gemm(X, W, backend="cuda")),
+    "cutlass": (BackendUnavailableError, lambda: mx.grouped_gemm(X, W, backend="cutlass")),
+    "grad": (ValueError, lambda: mx.quantize_grouped(x().requires_grad_(), X.groups)),
+    "swizzled as linear": (ValueError, lambda: mx.ExpertWeights.from_linear_scales(W.values, W.scales)),
+    "linear as swizzled": (ValueError, lambda: mx.ExpertWeights(W.values, W.linear_scales())),
     "counts": (TypeError, lambda: mx.GroupLayout.from_counts(torch.ones(2), 3)),
     "ends as counts": (ValueError, lambda: mx.GroupLayout.from_counts(torch.tensor([3, 3, 8, 9]), 9)),
-    "indptr as ends": (ValueError, lambda: mx.grouped_gemm(indptr_as_ends(), operands()[1])),
-    "transposed": (ValueError, lambda: mx.grouped_gemm(operands()[0], mx.quantize_weights(torch.ones(2, 64, 32)))),
-    "out": (ValueError, strided_out),
+    "indptr as ends": (ValueError, lambda: mx.grouped_gemm(indptr_as_ends(), W)),
+    "transposed": (ValueError, lambda: mx.grouped_gemm(X, mx.quantize_weights(torch.ones(2, 64, 32)))),
+    "out": (ValueError, lambda: mx.grouped_gemm(X, W, out=x(32)[:, :16], backend="reference")),
 }
 
 

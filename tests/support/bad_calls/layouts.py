@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -13,7 +12,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import META, Bad, Odd, ints, of_tensor, refused, shapes
+from .row import META, Bad, Odd, Prepared, ints, of_tensor, refused, shapes
 
 FORMS: dict[str, tuple[str, str]] = {"from_counts": ("tokens_per_expert", "(E,)"), "from_ends": ("offs", "(E,)"), "from_indptr": ("m_indptr", "(E+1,)")}  # fmt: skip
 """Each way to build a layout: its argument, and that one's shape."""
@@ -92,7 +91,7 @@ BAD = [
 def _valid(what: str, given: torch.Tensor, num_tokens: int, *, ends: bool = False) -> Odd:
     """The layout that truth computes in plain Python, whatever the data."""
 
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+    def prepare(g: Guards) -> Prepared:
         tensor = g(given)
         build = mx.GroupLayout.from_ends if ends else mx.GroupLayout.from_counts
         expected = (truth.layout_from_ends if ends else truth.layout)(given.tolist(), num_tokens)

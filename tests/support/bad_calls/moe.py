@@ -11,7 +11,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, grad, normal, of_tensor, overlapping, refused, shapes
+from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, Prepared, grad, normal, of_tensor, overlapping, refused, shapes
 
 M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
 
@@ -150,7 +150,7 @@ def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any)
     """Against the float64 layer of dequantized weights: MXFP8 activations leave 23 dB, garbage
     leaves none."""
 
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+    def prepare(g: Guards) -> Prepared:
         plain = {**_good(), **changes}
         arguments = {key: g.place(value) for key, value in plain.items()}
         arguments["x"] = (g.out if in_place else g)(plain["x"], shift)

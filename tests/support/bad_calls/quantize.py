@@ -22,6 +22,7 @@ from .row import (
     K,
     N,
     Odd,
+    Prepared,
     T,
     ints,
     layout,
@@ -126,7 +127,7 @@ def _right(
     """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as
     padding, poison elsewhere."""
 
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+    def prepare(g: Guards) -> Prepared:
         source, rows = g(x, shift), None if index is None else g(torch.tensor(index, dtype=torch.int32))
         num_tokens = x.shape[0] if index is None else len(index)
         given = g(torch.tensor(counts, dtype=dtype))
@@ -152,7 +153,7 @@ def _right(
 
 
 def _weights(what: str, w: torch.Tensor, shift: int = 0) -> Odd:
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+    def prepare(g: Guards) -> Prepared:
         given = g(w, shift)
 
         def check(wq: mx.ExpertWeights) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from guards import Guards
@@ -25,37 +24,24 @@ Call = Callable[[], object]
 Prepared = tuple[Call, Callable[[Any], None]]
 
 
-@dataclass(frozen=True)
-class Bad:
-    """A call that must be refused.
-
-    Attributes:
-        what: a few words.
-        prepare: puts its tensors into guarded memory, and returns the call.
-        error: exactly this type.
-        message: a regular expression that the error's message has.
-        good: prepares one like it that passes.
-    """
+class Bad(NamedTuple):
+    """A call that must be refused."""
 
     what: str
     prepare: Callable[[Guards], Call]
-    error: type[Exception]
-    message: str
+    """Puts its tensors into guarded memory, and returns the call."""
+    error: type[Exception]  # exactly this type
+    message: str  # a regular expression that the error's message has
     good: Callable[[Guards], Call] = lambda g: lambda: None
+    """Prepares one like it that passes."""
 
 
-@dataclass(frozen=True)
-class Odd:
-    """An unusual call that must give the right result, on each backend.
-
-    Attributes:
-        what: a few words.
-        prepare: puts its tensors into guarded memory, and returns the call and a check of its
-        result.
-    """
+class Odd(NamedTuple):
+    """An unusual call that must give the right result, on each backend."""
 
     what: str
     prepare: Callable[[Guards], Prepared]
+    """Puts its tensors into guarded memory, and returns the call and a check of its result."""
 
 
 def placed(call: Callable[..., object], make: Callable[[], dict[str, Any]]) -> Callable[[Guards], Call]:
@@ -137,19 +123,21 @@ def of_tensor(
 
 def spread(x: torch.Tensor) -> torch.Tensor:
     """The same elements, each followed by another."""
-    return torch.stack([x, x], dim=-1)[..., 0] if x.dtype.itemsize > 1 else _spread_bytes(x)
+    return x.new_zeros(*x.shape, 2)[..., 0].copy_(x)
 
 
-def _spread_bytes(x: torch.Tensor) -> torch.Tensor:
-    raw = x.view(torch.uint8)
-    return torch.stack([raw, raw], dim=-1).view(x.dtype)[..., 0]
+def _part(owner: Any, path: str) -> Any:
+    """Of arguments: ``out``, ``out.values`` or ``x.groups.expert_offsets``."""
+    name, _, rest = path.partition(".")
+    part = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+    return _part(part, rest) if rest else part
 
 
-def _part(arguments: dict[str, Any], path: str) -> torch.Tensor:
-    """``out``, or ``out.values``."""
-    name, _, part = path.partition(".")
-    found: torch.Tensor = getattr(arguments[name], part) if part else arguments[name]
-    return found
+def _with(owner: Any, path: str, there: torch.Tensor) -> Any:
+    """Arguments, an operand or a layout with another part, unchecked."""
+    name, _, rest = path.partition(".")
+    part = _with(_part(owner, name), rest, there) if rest else there
+    return {**owner, name: part} if isinstance(owner, dict) else type(owner).unchecked(**{**vars(owner), name: part})
 
 
 def overlapping(
@@ -168,16 +156,10 @@ def overlapping(
             there = memory[starts[path] :][: x.numel() * x.itemsize].view(x.dtype).view(x.shape)
             if path == first:
                 there.view(torch.uint8).copy_(x.view(torch.uint8))
-            name, _, part = path.partition(".")
-            arguments[name] = _with(arguments[name], part, there) if part else there
+            arguments = _with(arguments, path, there)
         return lambda: call(**arguments)
 
     return Bad(what, prepare, ValueError, message, placed(call, good))
-
-
-def _with(operand: Any, part: str, there: torch.Tensor) -> Any:
-    """An operand or a layout with another part, unchecked."""
-    return type(operand).unchecked(**{**vars(operand), part: there})
 
 
 def shifted(
@@ -187,9 +169,7 @@ def shifted(
 
     def prepare(g: Guards) -> Call:
         arguments = {name: g.place(value) for name, value in good().items()}
-        there = g.out(_part(arguments, path), by)
-        name, _, part = path.partition(".")
-        arguments[name] = _with(arguments[name], part, there) if part else there
+        arguments = _with(arguments, path, g.out(_part(arguments, path), by))
         return lambda: call(**arguments)
 
     return Bad(what, prepare, ValueError, message, placed(call, good))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import unittest.mock
-from collections.abc import Callable
 from typing import Any
 
 import sglang_case
@@ -14,7 +13,7 @@ from guards import Guards
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import registry
 
-from .row import E4M3, FLOATS, META, Bad, Odd, ints, normal, of_tensor, overlapping, refused, shapes, shifted
+from .row import E4M3, FLOATS, META, Bad, Odd, Prepared, ints, normal, of_tensor, overlapping, refused, shapes, shifted
 
 COUNTS = [3, 0, 130]
 T, E, N, K = 133, 3, 128, 128
@@ -132,7 +131,7 @@ def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_ST
     """Both functions, against the public ones; the workspace is as small as its leading dimensions
     allow."""
 
-    def prepare(g: Guards) -> tuple[Callable[[], object], Callable[[Any], None]]:
+    def prepare(g: Guards) -> Prepared:
         x, w = normal(T, K), mx.quantize_weights(normal(E, N, K, seed=4), backend="reference")
         given = g(x, shift)
         metadata = [g(ints(*values)) for values in (COUNTS, STARTS, scale_starts)]
