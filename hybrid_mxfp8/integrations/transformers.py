@@ -300,7 +300,8 @@ def quantize_model_(
 ) -> MemorySaved:
     """Quantize the experts of every MoE layer in place and switch the model to this implementation.
 
-    One layer at a time: the peak is one layer's MXFP8 experts above what the model took.
+    One layer at a time: the peak is one layer's MXFP8 experts above what the model took, and on
+    Hopper one expert in fp32.
     Afterwards the state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on)
     in place of the parameters, and ``save_pretrained`` and another implementation are refused;
     the way back is to load the model again. FP8 experts are quantized from what they stand for,

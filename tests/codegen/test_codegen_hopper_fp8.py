@@ -1,5 +1,5 @@
-"""What the Hopper FP8 grouped GEMM compiles to: asynchronous e4m3 wgmma from shared memory, two
-products at a time, no spills."""
+"""What the Hopper FP8 grouped GEMM compiles to: asynchronous e4m3 wgmma from shared memory, in
+two partitions, no spills."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class HopperFp8Config:
 
     block_t: int  # tokens of a tile: 32 or 128
     small_t: int  # what a tile of so few tokens multiplies: 16 or 64, below ``block_t``
-    num_stages: int  # of the ring; 2 are multiplied, and 1 is waited for meanwhile
+    num_stages: int  # of the ring; each warpgroup multiplies one, and waits for the next meanwhile
     squares: bool = False  # weights have one scale for 128x128: a whole tile's tokens are rows
 
     @property
