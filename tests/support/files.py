@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.commands import cli
@@ -14,6 +17,13 @@ Tensors = dict[str, torch.Tensor]
 def quantize(*words: object, device: str = "cpu") -> int:
     """The command's exit code."""
     return cli.main(["quantize", *map(str, words), "--device", device])
+
+
+def convert_tensors(tensors: Tensors, folder: Path, *words: object) -> int:
+    """The exit code of ``quantize`` from ``in.safetensors``, of these tensors, to
+    ``out.safetensors``."""
+    save_file(tensors, folder / "in.safetensors")
+    return quantize(folder / "in.safetensors", folder / "out.safetensors", *words)
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
