@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,8 +282,18 @@ def test_an_incomplete_file_never_appears(pieces: list[int], tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writer_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="'w' is there twice"):
-        SafetensorsWriter(Path("m"), [Entry("w", "U8", (4,)), Entry("w", "U8", (4,))], {})
-    with pytest.raises(ValueError, match="w: dtype F4 is not known here"):
-        SafetensorsWriter(Path("m"), [Entry("w", "F4", (4,))], {})
+@pytest.mark.parametrize(
+    ("names", "dtype", "message"),
+    [
+        ("ww", "U8", "'w' is there twice"),
+        ("w", "F4", "w: dtype F4 is not known here"),
+        (["__metadata__"], "U8", "can't hold a tensor of the name '__metadata__'"),
+        (["lone \ud800 surrogate"], "U8", "can't hold a tensor of the name"),
+        (["w" * 55], "U8", r"m.safetensors: its header would have 112 bytes, of which the format allows 100"),
+    ],
+)
+def test_writer_refuses(names: Sequence[str], dtype: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not know, and what the format or the library does not."""
+    monkeypatch.setattr("hybrid_mxfp8.checkpoint.writer.MAX_HEADER_BYTES", 100)
+    with pytest.raises(ValueError, match=message):
+        SafetensorsWriter(Path("m.safetensors"), [Entry(name, dtype, (4,)) for name in names], {})

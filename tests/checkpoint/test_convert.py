@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import FP8, Tensors, convert_tensors, quantize, same_bytes
+from files import FP8, Tensors, convert_tensors, quantize, same_bytes, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -331,16 +331,12 @@ def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: 
 @pytest.fixture
 def folder(tensors: Tensors, tmp_path: Path) -> Path:
     """A checkpoint of two files, one of which has no expert."""
-    path = tmp_path / "model"
-    (path / "onnx").mkdir(parents=True)
     first = {name: t for name, t in tensors.items() if "experts" in name}
     second = {name: t for name, t in tensors.items() if name not in first}
-    save_file(first, path / "1.safetensors")
-    save_file(second, path / "2.safetensors")
-    where = {**dict.fromkeys(first, "1.safetensors"), **dict.fromkeys(second, "2.safetensors")}
-    (path / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
-    (path / "config.json").write_text(json.dumps({"model_type": "some_moe", "hidden_size": 96}))
+    config = {"model_type": "some_moe", "hidden_size": 96}
+    path = write_folder(tmp_path / "model", {"1.safetensors": first, "2.safetensors": second}, config)
     (path / "tokenizer.json").write_text("{}")
+    (path / "onnx").mkdir()
     (path / "onnx" / "vocabulary.txt").write_text("a b")
     return path
 
@@ -387,6 +383,9 @@ def test_a_folder_is_replaced_only_with_force(folder: Path, tmp_path: Path, caps
     assert not (target / "precious").exists()
     (tmp_path / "file").touch()
     assert "is a file, unlike" in refused((folder, tmp_path / "file", *ALL, "--force"), capsys)
+    (tmp_path / "link").symlink_to(target)
+    said = refused((folder, tmp_path / "link", *ALL, "--force"), capsys)
+    assert "is a link to a folder, which --force does not replace" in said
 
 
 @pytest.mark.parametrize("target", ["model", "model/inside", "."])

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from files import FP8, Tensors, convert_tensors, quantize, same_bytes, same_experts
-from safetensors.torch import load_file, save_file
+from files import FP8, Tensors, convert_tensors, quantize, same_bytes, same_experts, write_folder
+from safetensors.torch import load_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
@@ -183,22 +183,16 @@ def tensors(rng: torch.Generator) -> Tensors:
     return found
 
 
-def write_folder(path: Path, tensors: Tensors, config: object) -> Path:
-    """Two files, of which the first has weights and the second their scales."""
-    path.mkdir()
-    parts = {"a.safetensors": [EXPERT, OTHER + "_scale_inv"]}
-    parts["b.safetensors"] = [name for name in tensors if name not in parts["a.safetensors"]]
-    for file, names in parts.items():
-        save_file({name: tensors[name] for name in names if name in tensors}, path / file)
-    where = {name: file for file, names in parts.items() for name in names if name in tensors}
-    (path / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+def in_two_files(path: Path, tensors: Tensors, config: object) -> Path:
+    """The first has weights and the second their scales."""
+    first = {name: t for name, t in tensors.items() if name in (EXPERT, OTHER + "_scale_inv")}
+    second = {name: t for name, t in tensors.items() if name not in first}
+    return write_folder(path, {"a.safetensors": first, "b.safetensors": second}, config)
 
 
 @pytest.fixture
 def folder(tensors: Tensors, tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "model", tensors, {"hidden_size": 256, "quantization_config": FP8_CONFIG})
+    return in_two_files(tmp_path / "model", tensors, {"hidden_size": 256, "quantization_config": FP8_CONFIG})
 
 
 def read(path: Path) -> tuple[dict[str, Tensors], Any]:
@@ -236,7 +230,7 @@ def test_one_format_is_said_in_one_place(
 ) -> None:
     """FP8 beside MXFP8 is refused; with the others as bf16 nothing says FP8 any more."""
     renamed = {name.replace("weight_scale_inv", scale): t for name, t in tensors.items()}
-    folder = write_folder(tmp_path / "model", renamed, CONFIGS[how])
+    folder = in_two_files(tmp_path / "model", renamed, CONFIGS[how])
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*") == 2
     said = capsys.readouterr().err
@@ -261,7 +255,7 @@ def test_packed_weights_beside_fp8_are_refused(
 ) -> None:
     """As compressed-tensors mixes formats: the entry replaced said how to read them."""
     packed = {"lm_head.weight_packed": torch.ones(8, 16, dtype=torch.int32)}
-    folder = write_folder(tmp_path / "model", tensors | packed, {})
+    folder = in_two_files(tmp_path / "model", tensors | packed, {})
     (folder / file).write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
     assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--others-to-bf16") == 2
     method = "compressed-tensors" if file == "config.json" else "hf_quant_config"

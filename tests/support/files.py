@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.checkpoint.reader import INDEX_FILE
 from hybrid_mxfp8.commands import cli
 
 FP8 = torch.float8_e4m3fn
@@ -24,6 +26,17 @@ def convert_tensors(tensors: Tensors, folder: Path, *words: object) -> int:
     ``out.safetensors``."""
     save_file(tensors, folder / "in.safetensors")
     return quantize(folder / "in.safetensors", folder / "out.safetensors", *words)
+
+
+def write_folder(path: Path, files: dict[str, Tensors], config: object) -> Path:
+    """A checkpoint of several files, with an index and a ``config.json``."""
+    path.mkdir()
+    for file, tensors in files.items():
+        save_file(tensors, path / file)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (path / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
