@@ -91,14 +91,14 @@ def test_a_gpu_that_is_not_there(
 
 
 @pytest.mark.parametrize("value", ["bogus", "cuda", "auto,triton", "0", "none"])
-def test_wrong_backend_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_backend_in_the_environment(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every function that chooses says so; a name given to the call is not affected."""
     x, counts = torch.ones(3, 32), torch.tensor([3], dtype=torch.int32)
-    w = mx.quantize_weights(torch.ones(1, 8, 32), backend="reference")
     xq = mx.quantize_grouped(x, counts, backend="reference")
     ids, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
-    w13 = mx.quantize_weights(torch.ones(1, 64, 32), backend="reference")
-    w2 = mx.quantize_weights(torch.ones(1, 32, 32), backend="reference")
+    w, w13, w2 = (mx.quantize_weights(torch.ones(1, n, 32), backend="reference") for n in (8, 64, 32))
     calls: list[Callable[[], Any]] = [
         lambda: mx.quantize_grouped(x, counts),
         lambda: mx.quantize_weights(torch.ones(1, 8, 32)),
@@ -114,6 +114,9 @@ def test_wrong_backend_in_the_environment(value: str, monkeypatch: pytest.Monkey
     for call in calls:
         with pytest.raises(ValueError, match=f"^HYBRID_MXFP8_BACKEND: must be one of .* got '{value}'$"):
             call()
+    assert run(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"HYBRID_MXFP8_BACKEND: must be one of auto, cutlass, triton, reference, got '{value}'\n"
     assert mx.grouped_gemm(xq, w, backend="reference").shape == (3, 8)
     with mx.use_backend("reference"):
         assert mx.grouped_gemm(xq, w).shape == (3, 8)

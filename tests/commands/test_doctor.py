@@ -14,16 +14,7 @@ import torch
 
 from hybrid_mxfp8.commands import cli, doctor
 
-NO_TRITON = """
-import importlib.util, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "triton":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-real = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
-"""
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"  # as if it was not installed
 USE = """
 import sys
 import torch
