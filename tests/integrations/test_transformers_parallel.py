@@ -13,31 +13,25 @@ from typing import Any
 import pytest
 import torch
 import transformers_models as models
-from forked import Child
+from ranks import on_ranks
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.integrations import transformers as integration
 
-if not torch.distributed.is_available():
-    pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
-
 NOT_PROVEN = r"ValueError: experts: must be quantized by quantize_model_(model) where torch.distributed is in use"
 
 
-def in_ranks(world: int, store: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``function`` returns in each of ``world`` processes of one group."""
     models.require()
-    ranks = [Child(_rank, rank, world, str(store), function, arguments) for rank in range(world)]
-    results = [rank.result(100) for rank in ranks]
+    results = on_ranks(_with_transformers, folder, "cpu", function, *arguments, ranks=world)
     assert not [result for result in results if isinstance(result, str)], results
     return results
 
 
-def _rank(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
-    torch._C._get_accelerator = lambda check=False: torch.device("cpu")  # by which transformers makes its meshes
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def _with_transformers(rank: int, ranks: int, device: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    torch._C._get_accelerator = lambda check=False: torch.device(device)  # by which transformers makes its meshes
+    os.environ["LOCAL_RANK"] = str(rank)
     integration.register()
     with torch.no_grad(), mx.use_backend("reference"):
         return function(*arguments)
@@ -79,11 +73,9 @@ def _fsdp() -> dict[str, Any]:
 
 def test_fsdp_gathers_unseen_so_experts_are_quantized_before_it(tmp_path: Path) -> None:
     """Into the same parameter, with the version it had: a copy can't be proven to be current."""
-    (found,) = in_ranks(1, tmp_path / "store", _fsdp)
+    (found,) = in_ranks(1, tmp_path, _fsdp)
     assert found["without"].startswith(f"{NOT_PROVEN} (FSDP: before fully_shard)")
-    assert found["afterwards"].startswith(
-        "ValueError: model: must be quantized before FSDP shards it: quantize_model_,"
-    )
+    assert found["afterwards"].startswith("ValueError: model: must be quantized before FSDP shards it: ")
     assert found["before"]
 
 
@@ -136,7 +128,7 @@ def test_each_rank_quantizes_its_shard_once(
 ) -> None:
     models.require()
     pytest.importorskip("transformers.distributed.mixin", reason="a newer transformers has DistributedConfig")
-    ranks = in_ranks(2, tmp_path / "store", _parallel, name, sizes)
+    ranks = in_ranks(2, tmp_path, _parallel, name, sizes)
     assert ranks[0]["logits"] == ranks[1]["logits"]
     for found in ranks:
         assert found["without"].startswith(NOT_PROVEN)
