@@ -1,4 +1,4 @@
-"""Wrong words on the command line, wrong settings, and wrong arguments for checkpoints."""
+"""Wrong words on the command line, and wrong settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
 
 COMMANDS: list[tuple[str, str]] = [
@@ -120,61 +119,3 @@ def test_wrong_backend_in_the_environment(
     assert mx.grouped_gemm(xq, w, backend="reference").shape == (3, 8)
     with mx.use_backend("reference"):
         assert mx.grouped_gemm(xq, w).shape == (3, 8)
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def weights() -> mx.ExpertWeights:
-    return mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
-
-
-def on_meta() -> mx.ExpertWeights:
-    w = weights()
-    return mx.ExpertWeights(w.values.to("meta"), w.scales.to("meta"))
-
-
-LOADED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("names a number", {"names": 3}, TypeError, "^names: must be a string or a sequence of strings, got 3$"),
-    ("a name a number", {"names": ["w", 3]}, TypeError, "^names: must be a string or a sequence of strings"),
-    ("no names", {"names": []}, ValueError, "^names: must name at least one tensor, got none$"),
-    ("unknown name", {"names": "v"}, ValueError, "has no tensor 'v'$"),
-    ("two stars", {"names": "a*b*"}, ValueError, r"^names: 'a\*b\*' must have one \* at most$"),
-    ("no such device", {"device": "tpu0"}, ValueError, "^device: must be a torch.device or the name of one, got 'tpu0'$"),
-    ("a device a number", {"device": 1.5}, ValueError, "^device: must be a torch.device"),
-    ("no such GPU, nor a file", {"device": "cuda:63", "path": "/nowhere"}, ValueError, "^device: there are .* got 'cuda:63'$"),
-    ("experts beyond", {"experts": range(1, 4)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(1, 4\)$"),
-    ("experts before", {"experts": range(-1, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, .* got range\(-1, 2\)$"),
-    ("no experts", {"experts": range(2, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(2, 2\)$"),
-    ("experts as a list", {"experts": [0, 1]}, TypeError, "^experts: must be a range of experts' numbers, got list$"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("what", "changes", "error", "message"), LOADED, ids=[row[0] for row in LOADED])
-def test_load_experts(what: str, changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "experts.safetensors"
-    checkpoint.save_experts(path, {"w": weights()})
-    with pytest.raises(error, match=message):
-        checkpoint.load_experts(**{"path": path, "names": "w", **changes})
-
-
-SAVED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
-    ("a list", lambda: [weights()], TypeError, "^experts: must map names to ExpertWeights, got list$"),
-    ("one operand", weights, TypeError, "^experts: must map names to ExpertWeights, got ExpertWeights$"),
-    ("tensors", lambda: {"w": torch.ones(3)}, TypeError, "^experts: must map names to ExpertWeights, got 'w': Tensor$"),
-    ("a number for a name", lambda: {3: weights()}, TypeError, "^experts: must map names to ExpertWeights, got 3"),
-    ("an empty name", lambda: {"": weights()}, ValueError, "^experts: a tensor can't be called ''"),
-    ("the header's name", lambda: {"__metadata__": weights()}, ValueError, "^experts: a tensor can't be called '__metadata__'"),
-    ("one name twice", lambda: {"w": weights(), "w_scale_inv": weights()}, ValueError, "'w_scale_inv' is there twice"),
-    ("no data", lambda: {"w": on_meta()}, ValueError, "^experts: 'w' must have data, got tensors on meta$"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("what", "experts", "error", "message"), SAVED, ids=[row[0] for row in SAVED])
-def test_save_experts(
-    what: str, experts: Callable[[], Any], error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    """Refused before anything is written."""
-    with pytest.raises(error, match=message):
-        checkpoint.save_experts(tmp_path / "experts.safetensors", experts())
-    assert not list(tmp_path.iterdir())
