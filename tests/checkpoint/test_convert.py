@@ -151,15 +151,6 @@ def refused(words: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> st
     return capsys.readouterr().err
 
 
-def test_output_that_exists(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "out.safetensors"
-    target.write_text("precious")
-    assert "exists; --force replaces it" in refused((source, target, *ALL), capsys)
-    assert target.read_text() == "precious"
-    assert quantize(source, target, *ALL, "--force") == 0
-    assert STACKED + "_scale_inv" in load_file(target)
-
-
 def gpt_oss(hidden: int, intermediate: int) -> dict[str, torch.Tensor]:
     """A layer's experts as gpt-oss keeps them: (E, K, N), gate and up in turns."""
     rng = torch.Generator().manual_seed(0)
@@ -369,33 +360,47 @@ def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_
     assert load_file(target / "2.safetensors").keys() == load_file(folder / "2.safetensors").keys()
 
 
-@pytest.mark.usefixtures("_reference")
-def test_a_folder_is_replaced_only_with_force(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "precious").touch()
-    assert "exists; --force" in refused((folder, target, *ALL), capsys)
-    said = refused((folder, target, *ALL, "--force"), capsys)
-    assert "is a folder with no safetensors file, which --force does not replace" in said
-    assert (target / "precious").exists()
-    (target / "old.safetensors").touch()
-    assert quantize(folder, target, *ALL, "--force") == 0
-    assert not (target / "precious").exists()
-    (tmp_path / "file").touch()
-    assert "is a file, unlike" in refused((folder, tmp_path / "file", *ALL, "--force"), capsys)
-    (tmp_path / "link").symlink_to(target)
-    said = refused((folder, tmp_path / "link", *ALL, "--force"), capsys)
-    assert "is a link to a folder, which --force does not replace" in said
-
-
-@pytest.mark.parametrize("target", ["model", "model/inside", "."])
-def test_a_folder_and_its_output_lie_apart(
-    folder: Path, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            (f"model/1.safetensors {same} --force", "IN and OUT must not be the same")
+            for same in ("model/1.safetensors", "model/../model/1.safetensors", "link", "hard", "linked/1.safetensors")
+        ),
+        ("model linked --force", "IN and OUT must not be the same"),
+        ("model model/inside --force", "IN and OUT must not lie in one another"),
+        ("model . --force", "IN and OUT must not lie in one another"),  # it would take IN with it
+        ("model/1.safetensors file", "exists; --force replaces it"),
+        ("model mine", "exists; --force replaces it"),
+        ("model mine --force", "is a folder with no safetensors file, which --force does not replace"),
+        ("model linked_mine --force", "is a link to a folder, which --force does not replace"),
+        ("model file --force", "is a file, unlike"),
+    ],
+)
+def test_an_out_that_is_refused_stays(
+    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With --force, an OUT around IN would take IN with it."""
-    before = sorted(tmp_path.rglob("*"))
-    assert "IN and OUT must not" in refused((folder, tmp_path / target, *ALL, "--force"), capsys)
-    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "mine").mkdir()
+    for file in ("file", "mine/file"):
+        (tmp_path / file).write_text("precious")
+    for link, name in (("link", "model/1.safetensors"), ("linked", "model"), ("linked_mine", "mine")):
+        (tmp_path / link).symlink_to(tmp_path / name)
+    (tmp_path / "hard").hardlink_to(folder / "1.safetensors")
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    source, target, *force = words.split()
+    assert message in refused((tmp_path / source, tmp_path / target, *ALL, *force), capsys)
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("_reference")
+def test_force_replaces_an_earlier_result(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for old in ("out.safetensors", "out/old.safetensors", "out/old"):
+        (tmp_path / old).touch()
+    for source, target in ((folder / "1.safetensors", tmp_path / "out.safetensors"), (folder, tmp_path / "out")):
+        assert quantize(source, target, *ALL, "--force") == 0
+    assert STACKED + "_scale_inv" in load_file(tmp_path / "out.safetensors")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.usefixtures("_reference")

@@ -250,21 +250,6 @@ def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
     assert "größe" in json.loads((tmp_path / "b" / "config.json").read_text(encoding="utf-8"))["model_type"]
 
 
-@pytest.mark.parametrize("way", ["m.safetensors", "../a/m.safetensors", "link", "hard link", "folder/m.safetensors"])
-def test_input_that_is_the_output(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Itself, by dots, by a link, by a hard link, by a link to its folder."""
-    source = tmp_path / "a" / "m.safetensors"
-    source.parent.mkdir()
-    save_file({"w": torch.randn(2, 32)}, source)
-    before = source.read_bytes()
-    (source.parent / "link").symlink_to(source)
-    (source.parent / "hard link").hardlink_to(source)
-    (source.parent / "folder").symlink_to(source.parent)
-    assert quantize(source, source.parent / way, "--experts", "*", "--force") == 2
-    assert "IN and OUT must not be the same" in capsys.readouterr().err
-    assert source.read_bytes() == before
-
-
 # ---------------------------------------------------------------- what can't be written
 
 
