@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import os
 import resource
@@ -317,27 +318,21 @@ def test_a_folder_that_is_read_only() -> None:
 # ---------------------------------------------------------------- runs that end early
 
 
-def end_by(number: signal.Signals, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """At a call of ``append``, after it."""
-    append, left = SafetensorsWriter.append, [call]
+def converting(source: Path, target: Path, *words: str, number: signal.Signals, call: int) -> int | None:
+    """The exit code of a conversion in a process that gets a signal after a call of ``append``, or
+    None if that killed it."""
+    append, calls = SafetensorsWriter.append, itertools.count(1)
 
     def last(self: SafetensorsWriter, name: str, data: torch.Tensor) -> None:
         append(self, name, data)
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == call:
             os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(SafetensorsWriter, "append", last)
-
-
-def converting(source: Path, target: Path, *, number: signal.Signals, call: int, force: bool = False) -> int | None:
-    """The exit code of a conversion in a process that gets a signal; None if it was killed."""
 
     def run() -> int:
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-        end_by(number, pytest.MonkeyPatch(), call)
-        return quantize(source, target, *ALL, *(["--force"] if force else []))
+        SafetensorsWriter.append = last  # type: ignore[method-assign]
+        return quantize(source, target, *ALL, *words)
 
     result = Child(run).result()
     assert result is None or isinstance(result, int), result
@@ -364,7 +359,7 @@ def test_what_is_to_be_replaced_stays_until_then(folder: Path, number: signal.Si
     for source, target in ((folder, tmp_path / "out"), (folder / "1.safetensors", tmp_path / "out.safetensors")):
         assert quantize(source, target, *ALL) == 0
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        converting(source, target, number=number, call=2, force=True)
+        converting(source, target, "--force", number=number, call=2)
         assert {path: path.read_bytes() for path in before} == before
 
 
