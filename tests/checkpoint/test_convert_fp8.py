@@ -139,23 +139,10 @@ def test_powers_of_two_lose_nothing(rng: torch.Generator, tmp_path: Path, capsys
     values = random_fp8(rng, 512, 256)
     scales = torch.tensor([[2.0**-100, 2.0**-13], [1.0, 2.0**90], [2.0**-5, 2.0**-6], [2.0**-7, 2.0**-8]])
     found = converted({"w": values, "w_scale_inv": scales}, tmp_path)
-    assert "no matrix lost anything" in capsys.readouterr().out
-    assert torch.equal(dequantize(found["w"], found["w_scale_inv"]), truth(values, scales))
-
-
-def test_other_scales_are_told_by_what_they_lose(
-    rng: torch.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    weight = torch.randn(256, 256, generator=rng)
-    scales = torch.full((2, 2), float(weight.abs().max()) / 448)
-    values = (weight / scales[0, 0]).to(FP8)
-    found = converted({"w": values, "w_scale_inv": scales}, tmp_path)
-    db = mx.signal_to_noise_db(truth(values, scales), dequantize(found["w"], found["w_scale_inv"]))
-    assert 28 < db < 40
-    said = capsys.readouterr().out
-    assert f"worst signal-to-noise {db:.1f} dB, in w" in said
-    before, after = 256 * 256 + 4 * 4, 256 * 256 * 33 // 32
+    said, before, after = capsys.readouterr().out, 512 * 256 + 4 * 8, 512 * 256 * 33 // 32
     assert f"1 expert tensor to MXFP8, {before / 1024:.2f} KiB -> {after / 1024:.2f} KiB (1.03x)" in said
+    assert "no matrix lost anything" in said
+    assert torch.equal(dequantize(found["w"], found["w_scale_inv"]), truth(values, scales))
 
 
 def test_what_is_no_matrix_stays_with_its_scales(tmp_path: Path) -> None:

@@ -175,25 +175,21 @@ def test_faults_are_told() -> None:
 SMALL = ["demo", "--synthetic", "--experts", "2", "--max-rows", "4", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.5])
-def test_exit_code_and_report(
-    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With one backend; a bad product ends with exit code 1."""
+def test_a_bad_product_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And one backend has nothing to be compared with."""
 
     def noisy(*args: object) -> measure.Run:
         run = run_backend(*args)
-        return dataclasses.replace(run, product=run.product * factor)
+        return dataclasses.replace(run, product=run.product * 1.5)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the command sets it, which must not outlast the test
     monkeypatch.setattr(command, "runnable_backends", lambda gemm: ["reference"])
     run_backend = measure.run_backend
     monkeypatch.setattr(measure, "run_backend", noisy)
-    assert cli.main(SMALL) == int(factor != 1)
+    assert cli.main(SMALL) == 1
     said = capsys.readouterr().out
     assert "Only reference can run here, so there is nothing to compare it with." in said
-    last = said.split("\n\n")[-1]
-    assert last.startswith("FAILED:\n" if factor != 1 else "On synthetic numbers, MXFP8 products keep")
+    assert said.split("\n\n")[-1].startswith("FAILED:\n")
 
 
 def test_end_to_end(tmp_path: Path) -> None:
