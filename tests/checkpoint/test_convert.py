@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import FP8, Tensors, convert_tensors, quantize, same_bytes, write_folder
+from files import FP8, Tensors, convert_tensors, quantize, same_bytes, same_experts, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -228,44 +228,34 @@ SAID = {
 
 @pytest.mark.parametrize("rows", [1, 7, 2**20], ids=lambda n: f"{n} rows a block")
 @pytest.mark.parametrize("how", SAID)
-@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
 def test_experts_as_gpt_oss_keeps_them(
-    folder: bool,
-    how: str,
-    rows: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    how: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They leave as (E, N, K) with all gate rows first, biases too, as the transformers integration
-    quantizes them; whatever the blocks."""
+    quantizes them; from a folder and a file, whatever the blocks."""
     monkeypatch.setattr(convert, "BLOCK_ELEMENTS", rows * 64)
     tensors, (config, words) = gpt_oss(64, 96), SAID[how]
     (tmp_path / "in").mkdir()
     save_file(tensors, tmp_path / "in" / "a.safetensors")
     if config is not None:
         (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    source, target = tmp_path / "in", tmp_path / "out"
-    if not folder:
-        source, target = source / "a.safetensors", tmp_path / "out.safetensors"
-    with mx.use_backend("reference"):
-        assert quantize(source, target, *ALL, *words) == 0
     up, down, up_bias, down_bias = tensors.values()
+    order = {"transposed": True, "interleaved": True, "backend": "reference"}
+    expected = mx.MXFP8Experts.from_weights(up, down, w13_bias=up_bias, **order)
     names = list(tensors)
-    expected = mx.MXFP8Experts.from_weights(
-        up, down, w13_bias=up_bias, transposed=True, interleaved=True, backend="reference"
-    )
-    for name, w in ((names[0], expected.w13q), (names[1], expected.w2q)):
-        found = checkpoint.load_experts(target, name)
-        assert same_bytes(found.values, w.values)
-        assert same_bytes(found.scales, w.scales)
-    with safe_open(target / "a.safetensors" if folder else target, framework="pt") as file:
-        assert torch.equal(file.get_tensor(names[2]), expected.w13_bias)
-        assert torch.equal(file.get_tensor(names[3]), down_bias)
-    said = capsys.readouterr().out
-    assert f"transposed from (E, K, N): 2, {names[1]} among them" in said
-    assert f"gate and up rows put one after another: 2, {names[0]} among them" in said
-    assert f"1 matching vectors and biases stay as they were, {names[3]} among them" in said
+    for file in ("", "a.safetensors"):
+        target = tmp_path / "out" / file
+        with mx.use_backend("reference"):
+            assert quantize(tmp_path / "in" / file, target, *ALL, *words, "--force") == 0
+        assert same_experts(checkpoint.load_experts(target, names[0]), expected.w13q)
+        assert same_experts(checkpoint.load_experts(target, names[1]), expected.w2q)
+        with safe_open(tmp_path / "out" / "a.safetensors", framework="pt") as written:
+            assert torch.equal(written.get_tensor(names[2]), expected.w13_bias)
+            assert torch.equal(written.get_tensor(names[3]), down_bias)
+        said = capsys.readouterr().out
+        assert f"transposed from (E, K, N): 2, {names[1]} among them" in said
+        assert f"gate and up rows put one after another: 2, {names[0]} among them" in said
+        assert f"1 matching vectors and biases stay as they were, {names[3]} among them" in said
 
 
 def test_known_layout_under_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

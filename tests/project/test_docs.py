@@ -1,4 +1,5 @@
-"""Pages and examples run as printed, links lead somewhere, and the site has every public name."""
+"""The README, pages and examples run as printed, links lead somewhere, tables and the site have
+what the code has."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ from files import FP8, same_bytes, same_experts, write_folder
 from pages import DOCS, ROOT, blocks, run_program, run_python
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
 from hybrid_mxfp8.core.formats import scale_offset
 
+README = (ROOT / "README.md").read_text()
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 PUBLIC = (
     "hybrid_mxfp8",
@@ -222,3 +225,39 @@ def test_api_page_has_every_public_name_and_no_other() -> None:
     assert sorted(documented) == sorted(f"{module}.{name}" for module, name in public if name != "__version__")
     for module, name in public:
         assert inspect.getdoc(getattr(importlib.import_module(module), name)), name
+
+
+# ---------------------------------------------------------------- README and environment
+
+
+def test_readme() -> None:
+    names = run_python("../README.md")
+    x, w, y = names["x"].float(), names["w"].float(), names["y"]
+    assert y.shape == (9, 512)
+    truth = torch.cat([x[0:3] @ w[0].T, x[3:8] @ w[2].T, x[8:9] @ w[3].T])
+    assert y.dtype == torch.bfloat16
+    assert mx.calc_diff(y, truth) < 1e-3
+
+
+def test_environment_table_is_that_of_env_and_has_every_variable() -> None:
+    assert env.__doc__ is not None
+    rows = [line.replace("``", "`") for line in env.__doc__.splitlines() if line.startswith("|")]
+    page = (DOCS / "environment.md").read_text()
+    assert rows == [line for line in page.splitlines() if line.startswith("|")]
+    assert tuple(name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])) == env.VARIABLES
+
+
+def test_every_backend_has_its_row_in_the_readme() -> None:
+    section = README.split("## Backends")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(mx.backends())
+
+
+def test_what_the_readme_says_of_fp8_is_what_was_measured() -> None:
+    """For all products of the run whose picture it shows: not only for few and many rows."""
+    (run,) = re.findall(r"\(bench/results/(\S+-full)-moe-time\.png\)", README)
+    times: dict[str, dict[str, float]] = {}
+    for row in json.loads((ROOT / "bench" / "results" / f"{run}.json").read_text())["rows"]:
+        if row["kind"] == "gemm":
+            times.setdefault(row["case"], {})[row["contender"].partition(" (")[0]] = row["us"]
+    faster = [case["torch fp8 row-wise _scaled_grouped_mm"] < case["grouped_gemm"] for case in times.values()]
+    assert f"faster than that in {sum(faster)} of {len(faster)} cases" in README.replace("\n", " ")
