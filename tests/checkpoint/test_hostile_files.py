@@ -184,21 +184,15 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "no UTF-8": (index(b'{"weight_map": {"\xff": "1.safetensors"}}'), "index.json: is no JSON"),
     "of another tensor": (index({"c.weight": "1.safetensors"}), "1.safetensors: has no tensor 'c.weight', which the index"),
     "no file": (lambda at: (at / "2.safetensors").unlink(), "names the file '2.safetensors', which is not there"),
-    "link to nothing": (instead("2.safetensors", lambda at: at.symlink_to("absent")), "'2.safetensors', which is not there"),
     "link to itself": (instead("2.safetensors", lambda at: at.symlink_to(at)), "'2.safetensors', which is not there"),
     "a folder for a file": (instead("2.safetensors", lambda at: at.mkdir()), "'2.safetensors', which is not there"),
     "a pipe for a file": (instead("2.safetensors", os.mkfifo), "'2.safetensors', which is not there"),
-    "a device for a file": (instead("2.safetensors", lambda at: at.symlink_to("/dev/zero")), "which is not there"),
-    "a link to another kind of file": (
-        instead("2.safetensors", lambda at: at.symlink_to("/etc/passwd")), "2.safetensors: is no complete safetensors file"
-    ),
+    "a link to another kind of file": (instead("2.safetensors", lambda at: at.symlink_to("/etc/passwd")), "2.safetensors: is no complete"),
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Change, str]] = {
-    "config that is none": (config(b"{"), "config.json: is no JSON"),
     "config of another kind": (config(b"[]"), "config.json: must hold an object, got a list"),
     "config in another code": (config(b'{"a": "gr\xf6\xdfe"}'), "config.json: is no JSON"),
-    "config nested without end": (config(b"[" * 100_000), "config.json: is no JSON"),
     "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
     "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
     "tokenizer that is away": (instead("tokenizer.json", lambda at: at.symlink_to("absent")), "tokenizer.json: is a link to nothing"),
