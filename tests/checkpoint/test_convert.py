@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import FP8, Tensors, convert_tensors, quantize, same_bytes, same_experts, write_folder
+from files import FP8, Tensors, convert_tensors, quantize, read_folder, same_bytes, same_experts, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -337,17 +337,13 @@ def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_
     assert checkpoint.find_experts(target) == {STACKED: (3, 40, 96), pattern: (3, 24, 64)}
     stacked = checkpoint.load_experts(target, STACKED)
     assert torch.equal(stacked.linear_scales(), reference.quantize(tensors[STACKED])[1])
-    index = json.loads((target / checkpoint.INDEX_FILE).read_text())
-    files = {name: load_file(target / name) for name in set(index["weight_map"].values())}
-    assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for found in files.values() for t in found.values())
-    config = json.loads((target / "config.json").read_text())
+    files, config = read_folder(target)
     untouched = ["model.embed_tokens", "model.layers.0.mlp.gate"]
     expected = {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
     assert config == {"model_type": "some_moe", "hidden_size": 96, "quantization_config": expected}
     assert (target / "tokenizer.json").read_text() == "{}"
     assert (target / "onnx" / "vocabulary.txt").read_text() == "a b"
-    assert load_file(target / "2.safetensors").keys() == load_file(folder / "2.safetensors").keys()
+    assert files["2.safetensors"].keys() == load_file(folder / "2.safetensors").keys()
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ Models with such experts are in test_transformers.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from files import FP8, Tensors, convert_tensors, quantize, same_bytes, same_experts, write_folder
+from files import FP8, Tensors, convert_tensors, quantize, read_folder, same_bytes, same_experts, write_folder
 from safetensors.torch import load_file
 
 import hybrid_mxfp8 as mx
@@ -182,24 +181,16 @@ def folder(tensors: Tensors, tmp_path: Path) -> Path:
     return in_two_files(tmp_path / "model", tensors, {"hidden_size": 256, "quantization_config": FP8_CONFIG})
 
 
-def read(path: Path) -> tuple[dict[str, Tensors], Any]:
-    """Each file's tensors, and the configuration; the index must agree with the files."""
-    files = {file.name: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    index = json.loads((path / checkpoint.INDEX_FILE).read_text())
-    assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for found in files.values() for t in found.values())
-    return files, json.loads((path / "config.json").read_text())["quantization_config"]
-
-
 def test_scales_in_another_file_are_found_and_left_out(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
     assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--experts", "*_proj.weight") == 0
-    files, config = read(tmp_path / "out")
+    files, config = read_folder(tmp_path / "out")
     assert files["a.safetensors"].keys() == {EXPERT, EXPERT + "_scale_inv"}
     assert files["b.safetensors"].keys() == {OTHER, OTHER + "_scale_inv", "model.norm.weight", "lm_head.weight"}
     found = {**files["a.safetensors"], **files["b.safetensors"]}
     for name in (EXPERT, OTHER):
         assert_mxfp8(found, name, truth(tensors[name], tensors[name + "_scale_inv"]))
-    assert config == {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": ["lm_head"]}
+    expected = {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": ["lm_head"]}
+    assert config == {"hidden_size": 256, "quantization_config": expected}
 
 
 CONFIGS: dict[str, object] = {
@@ -226,12 +217,12 @@ def test_one_format_is_said_in_one_place(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert quantize(folder, tmp_path / "out", "--experts", "*.experts.*", "--others-to-bf16") == 0
     assert f"other FP8 tensors written as bf16: 1, {OTHER} among them" in capsys.readouterr().out
-    files, config = read(tmp_path / "out")
+    files, config = read_folder(tmp_path / "out")
     found = {name: t for file in files.values() for name, t in file.items()}
     assert found.keys() == tensors.keys() - {OTHER + "_scale_inv"}
     assert_mxfp8(found, EXPERT, truth(tensors[EXPERT], tensors[EXPERT + "_scale_inv"]))
     assert torch.equal(found[OTHER], truth(tensors[OTHER], tensors[OTHER + "_scale_inv"]).bfloat16())
-    assert config["modules_to_not_convert"] == ["lm_head", OTHER.removesuffix(".weight")]
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head", OTHER.removesuffix(".weight")]
     assert "fp8" not in (tmp_path / "out" / "config.json").read_text().replace("mxfp8", "")
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 

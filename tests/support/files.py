@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE
@@ -37,6 +38,15 @@ def write_folder(path: Path, files: dict[str, Tensors], config: object) -> Path:
     (path / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def read_folder(path: Path) -> tuple[dict[str, Tensors], Any]:
+    """Each file's tensors, and ``config.json``; the index must agree with the files."""
+    files = {file.name: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    index = json.loads((path / INDEX_FILE).read_text())
+    assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for found in files.values() for t in found.values())
+    return files, json.loads((path / "config.json").read_text())
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
