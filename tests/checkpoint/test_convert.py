@@ -355,6 +355,7 @@ def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_
         ),
         ("model linked --force", "IN and OUT must not be the same"),
         ("model model/inside --force", "IN and OUT must not lie in one another"),
+        ("model linked/inside --force", "IN and OUT must not lie in one another"),
         ("model . --force", "IN and OUT must not lie in one another"),  # it would take IN with it
         ("model/1.safetensors file", "exists; --force replaces it"),
         ("model mine", "exists; --force replaces it"),
