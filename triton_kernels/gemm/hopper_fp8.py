@@ -375,6 +375,7 @@ def hopper_fp8_gemm_kernel(
     W_WORDS: gl.constexpr,  # 128, or of squares as few as TMA aligns
     STORE_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,  # of a thread that multiplies
 ):
     """Grid (at most multiprocessors,); twice 4 warps multiply, two feed, one converts scales."""
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
@@ -405,7 +406,7 @@ def hopper_fp8_gemm_kernel(
             (_scaler, (ring, num_k_tiles, SQUARES)),
         ],
         [4, 1, 1, 1],
-        [224, 48, 48, 48],
+        [CONSUMER_REGISTERS, 48, 48, 48],
     )
 
 
@@ -433,16 +434,9 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     )
     experts = max(next_power_of_2(p.num_experts), 32)
     store_columns = 64 * 2 // p.out_dtype.itemsize
-    tile = (
-        config.block_t,
-        config.small_t,
-        config.box,
-        config.squares,
-        config.w_words,
-        store_columns,
-        config.num_stages,
-    )
-    constants = (experts, *tile)
-    # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
-    options = (("num_warps", 4), ("maxnreg", 168))
+    registers, consumer_registers = config.registers
+    tile = (config.block_t, config.small_t, config.box, config.squares, config.w_words, store_columns)
+    constants = (experts, *tile, config.num_stages, consumer_registers)
+    # 12 warps, of which those that multiply get more registers and the others fewer.
+    options = (("num_warps", 4), ("maxnreg", registers))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)
