@@ -9,6 +9,6 @@ _SIZES = ("num_tokens", "num_rows", "num_scale_rows", "num_source_rows", "num_sl
 _OTHERS = ("num_experts", "top_k", "row_programs", "max_tiles", "tokens_at")
 _LAYOUT = ("layout_ptr", "expert_offsets_ptr", "scale_offsets_ptr", "counts_ptr", "given_ptr", "row_index_ptr")
 _CALLER = ("tokens_ptr", "scale_starts_ptr", "out_tokens_ptr", "out_offsets_ptr", "out_scale_offsets_ptr")
-_ROUTING = ("ids_ptr", "weights_ptr", "rows_ptr", "sorted_token_ids_ptr", "inverse_permutation_ptr")
+_ROUTING = ("ids_ptr", "weights_ptr", "rows_ptr", "inverse_permutation_ptr")
 
 VARYING = [*_SIZES, *_OTHERS, *_LAYOUT, *_CALLER, *_ROUTING]

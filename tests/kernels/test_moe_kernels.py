@@ -32,7 +32,7 @@ if cases.device() == "cuda":
 
 def route(ids: torch.Tensor, experts: int, by_kernel: bool) -> dict[str, torch.Tensor]:
     """Into poison."""
-    sizes = {"sorted_token_ids": (ids.numel(),), "inverse_permutation": ids.shape, "layout": (3 * experts + 2,)}
+    sizes = {"inverse_permutation": ids.shape, "layout": (3 * experts + 2,)}
     out = {name: torch.full(size, -77, dtype=torch.int32, device=ids.device) for name, size in sizes.items()}
     if by_kernel:
         elements = kernels.scratch_elements(ids.numel(), experts)
@@ -57,8 +57,6 @@ def random_ids(tokens: int, top_k: int, experts: int, rng: torch.Generator, devi
 def test_route_of_a_batch_by_hand() -> None:
     """Rows of expert 0, then 1, then 2, each in the order of the batch; -1 and 3 are nobody's."""
     got = route(torch.tensor([[1, 0], [-1, 1], [2, 3]]), 3, False)
-    assert got["sorted_token_ids"].tolist()[:4] == [0, 0, 1, 2]
-    assert sorted(got["sorted_token_ids"].tolist()[4:]) == [1, 2]
     assert got["inverse_permutation"].tolist() == [[1, 0], [-1, 2], [3, -1]]
     assert got["layout"].tolist() == [1, 2, 1, 0, 1, 3, 4, 0, 128, 256, 384]
 
@@ -72,7 +70,8 @@ def test_reference_route_is_a_stable_sort(ids: list[int], top_k: int, experts: i
     ids = ids + [0] * (-len(ids) % top_k)
     got = route(torch.tensor(ids).reshape(-1, top_k), experts, False)
     kept = [s for e in range(experts) for s, i in enumerate(ids) if i == e]
-    assert got["sorted_token_ids"].tolist()[: len(kept)] == [s // top_k for s in kept]
+    sources = routing.source_rows(got["inverse_permutation"], len(ids))
+    assert sources.tolist()[: len(kept)] == [s // top_k for s in kept]
     rows = {s: row for row, s in enumerate(kept)}
     assert got["inverse_permutation"].reshape(-1).tolist() == [rows.get(s, -1) for s in range(len(ids))]
     counts = [ids.count(e) for e in range(experts)]
@@ -136,7 +135,7 @@ def test_routing_writes_nothing_beside_its_buffers(
     """Scratch memory of exactly the size that is asked for, among guard bytes."""
     guards = Guards(device)
     ids = guards(random_ids(tokens, 4, experts, rng))
-    sizes = (tokens * 4,), (tokens, 4), (3 * experts + 2,), (kernels.scratch_elements(tokens * 4, experts),)
+    sizes = (tokens, 4), (3 * experts + 2,), (kernels.scratch_elements(tokens * 4, experts),)
     outputs = [guards.out(torch.zeros(size, dtype=torch.int32)) for size in sizes]
     guards.ready()
     kernels.route(ids, experts, *outputs)

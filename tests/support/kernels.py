@@ -43,9 +43,10 @@ def quantize_steps(
     x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
     rounding: str = "rceil", row_index: torch.Tensor | None = None, swiglu: SwiGLU | None = None,
     scale_group: int = 32, x_scales: torch.Tensor | None = None,
+    choices: tuple[torch.Tensor, torch.Tensor] = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
     """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans
-    itself."""
+    itself. ``choices`` are the rows of tokens' choices, and their experts."""
     from hybrid_mxfp8.triton_kernels import quantize as module
 
     rows, k = values.shape
@@ -59,7 +60,7 @@ def quantize_steps(
         rows, experts, k, x.shape[0], x.stride(0), rounding, swiglu, "offsets" if counts is None else "counts",
         scale_group=scale_group, scale_stride=0 if x_scales is None else x_scales.stride(0),
     )  # fmt: skip
-    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout, x_scales)
+    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout, *choices, x_scales)
     return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), *tensors
 
 
@@ -206,13 +207,11 @@ def scratch_elements(slots: int, experts: int) -> int:
 
 
 def route(
-    ids: torch.Tensor, experts: int, sorted_token_ids: torch.Tensor, inverse_permutation: torch.Tensor,
-    layout: torch.Tensor, scratch: torch.Tensor,
-) -> None:  # fmt: skip
+    ids: torch.Tensor, experts: int, inverse_permutation: torch.Tensor, layout: torch.Tensor, scratch: torch.Tensor
+) -> None:
     from hybrid_mxfp8.triton_kernels.moe import route as module
 
-    outputs = (sorted_token_ids, inverse_permutation, layout, scratch)
-    launch(lambda *buffers: module.route(*buffers, experts), ids, *outputs)
+    launch(lambda *buffers: module.route(*buffers, experts), ids, inverse_permutation, layout, scratch)
 
 
 def add_expert_bias(y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor) -> None:
