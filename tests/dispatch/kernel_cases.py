@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.triton_kernels import group_layout
 from hybrid_mxfp8.triton_kernels import quantize as quantizer
-from hybrid_mxfp8.triton_kernels.gemm import blackwell, hopper, hopper_fp8, portable
+from hybrid_mxfp8.triton_kernels.gemm.blackwell import BlackwellConfig
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import HopperGemmConfig
 from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8_config import select_hopper_fp8_config
 from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
@@ -59,8 +60,9 @@ def quantize_counts() -> KernelLaunch:
     return launch
 
 
-def product(plan: Callable[..., Any], *config: Any, scale_group: int = 32) -> tuple[KernelLaunch, ...]:
-    """All launches of a product."""
+def product(module: str, *config: Any, scale_group: int = 32) -> tuple[KernelLaunch, ...]:
+    """All launches of a product; a module of Gluon is imported where it is asked for alone."""
+    plan = importlib.import_module(f"hybrid_mxfp8.triton_kernels.gemm.{module}").plan
     b = _numbering()
     x, w = (b(FP8, T, K), b(U8, S, 16, offset=256)), (b(FP8, E, N, K), b(U8, E, N, 16))
     offsets, scale_offsets = b(I32, E + 1), b(I32, E + 1, offset=36)
@@ -95,11 +97,11 @@ CASES: dict[str, Callable[[], KernelLaunch]] = {
     "combine": lambda: of_layer(combine.combine, *SUMMED, (), (BF16, T, N), options=(N,)),
     "combine_bias": lambda: of_layer(combine.combine, *SUMMED, (BF16, E, N), (BF16, T, N), options=(N,)),
     "expert_bias": lambda: of_layer(expert_bias.add_expert_bias, ROWS, CHOICES, (torch.int64, T, 4), (BF16, E, N)),
-    "dequantize_tokens": lambda: product(hopper.plan, HopperGemmConfig(16, 16, 64, 4))[0],
-    "hopper_gemm": lambda: product(hopper.plan, HopperGemmConfig(16, 16, 64, 4))[1],
-    "hopper_gemm_fused": lambda: product(hopper.plan, HopperGemmConfig(256, 64, 64, 4, True))[1],
-    "hopper_fp8_gemm": lambda: product(hopper_fp8.plan, select_hopper_fp8_config(T, E, False), scale_group=128)[0],
-    "portable_gemm": lambda: product(portable.plan)[0],
-    "blackwell_gemm": lambda: product(blackwell.plan, blackwell.BlackwellConfig(128, True, 8, 4))[0],
-    "blackwell_gemm_small": lambda: product(blackwell.plan, blackwell.BlackwellConfig(16, False, 4, 4))[0],
+    "dequantize_tokens": lambda: product("hopper", HopperGemmConfig(16, 16, 64, 4))[0],
+    "hopper_gemm": lambda: product("hopper", HopperGemmConfig(16, 16, 64, 4))[1],
+    "hopper_gemm_fused": lambda: product("hopper", HopperGemmConfig(256, 64, 64, 4, True))[1],
+    "hopper_fp8_gemm": lambda: product("hopper_fp8", select_hopper_fp8_config(T, E, False), scale_group=128)[0],
+    "portable_gemm": lambda: product("portable")[0],
+    "blackwell_gemm": lambda: product("blackwell", BlackwellConfig(128, True, 8, 4))[0],
+    "blackwell_gemm_small": lambda: product("blackwell", BlackwellConfig(16, False, 4, 4))[0],
 }
