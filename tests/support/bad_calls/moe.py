@@ -146,7 +146,9 @@ BAD += [
 # ---------------------------------------------------------------- odd ones
 
 
-def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any) -> Odd:
+def _right(
+    what: str, *, in_place: bool = False, shift: int = 0, out: torch.Tensor | None = None, **changes: Any
+) -> Odd:
     """Against the float64 layer of dequantized weights: MXFP8 activations leave 23 dB, garbage
     leaves none."""
 
@@ -167,7 +169,8 @@ def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any)
         if in_place:
             arguments["out"] = arguments["x"]
         else:
-            arguments["out"] = g.out(torch.full_like(plain["x"], float("nan")).contiguous(), shift)
+            target = torch.empty(plain["x"].shape, dtype=plain["x"].dtype) if out is None else out
+            arguments["out"] = g.out(target.fill_(float("nan")), shift)
 
         def check(result: torch.Tensor) -> None:
             assert result.data_ptr() == arguments["out"].data_ptr()
@@ -212,6 +215,8 @@ ODD: list[Odd] = [
     _right("columns of wider rows", x=normal(M, 3 * H)[:, 5 : 5 + H]),
     _right("no tokens", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K)),
     _right("no choices", topk_ids=ids(M, 0), topk_weights=torch.ones(M, 0)),
+    _right("out in wider rows", out=normal(M, H + 32)[:, :H]),
+    _right("one row of any stride", x=normal(1, H), topk_ids=ids(1), topk_weights=torch.ones(1, TOP_K), out=normal(H).as_strided((1, H), (1, 1))),
     _right("one token, one expert", x=normal(1, H), w13q=w13(1), w2q=w2(1), topk_ids=ids(1, 1), topk_weights=torch.ones(1, 1)),
     *shapes("tensors", _layer, _is_layer),
 ]  # fmt: skip
