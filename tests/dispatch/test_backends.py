@@ -209,6 +209,7 @@ def test_backends_says_for_each_whether_and_why() -> None:
     assert answers["reference"] == (True, "always")
     assert answers["triton"][0] == env.triton_interpret()
     assert all(reason and "\n" not in reason for _, reason in answers.values())
+    assert [ok for ok, _ in mx.backends("meta").values()] == [False, False, True]
 
 
 @pytest.mark.parametrize("value", [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
