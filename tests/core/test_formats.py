@@ -76,15 +76,3 @@ def test_grouped_scale_rows_is_tight(num_tokens: int, num_experts: int) -> None:
     for _ in range(rest % 128):  # what is left fits into the padding of the first expert
         counts[0] += 1
     assert needed_scale_rows(counts) == formats.grouped_scale_rows(num_tokens, num_experts)
-
-
-@pytest.mark.parametrize(("k", "cols"), [(32, 4), (128, 4), (160, 8), (2880, 92), (7168, 224)])
-def test_scale_cols(k: int, cols: int) -> None:
-    assert formats.scale_cols(k) == cols
-
-
-@pytest.mark.parametrize(
-    ("value", "multiple", "expected"), [(0, 128, 0), (1, 128, 128), (128, 128, 128), (129, 4, 132)]
-)
-def test_round_up(value: int, multiple: int, expected: int) -> None:
-    assert formats.round_up(value, multiple) == expected
