@@ -74,14 +74,14 @@ def result(value: Any) -> list[torch.Tensor]:
     return [cases.bits(value)]
 
 
-def moved(value: Any) -> Any:
+def moved(value: Any, how: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
     """The same at other addresses."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return how(value)
     if isinstance(value, mx.ExpertWeights):
-        return mx.ExpertWeights(value.values.clone(), value.scales.clone())
+        return mx.ExpertWeights.unchecked(how(value.values), how(value.scales))
     if isinstance(value, mx.GroupedMXFP8):
-        return mx.GroupedMXFP8(value.values.clone(), value.scales.clone(), value.groups)
+        return mx.GroupedMXFP8.unchecked(how(value.values), how(value.scales), value.groups)
     return value
 
 
@@ -205,18 +205,17 @@ def test_settings_are_asked_at_each_call(
     assert len(plans) == 3
 
 
-def test_fake_tensors_meet_no_plan_of_real_ones() -> None:
-    """They have the same metadata, and no memory."""
-    arguments = gemm_arguments()
-    mx.grouped_gemm(**arguments, backend="reference")
+def test_fake_tensors_meet_no_plan_of_real_ones(call: tuple[Callable[..., Any], Arguments], cpu_backend: str) -> None:
+    """They have the same metadata, and no memory; nor has ``out`` that is real."""
+    function, arguments = call
+    real = function(**arguments, backend=cpu_backend)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = mx.GroupedMXFP8.unchecked(
-            mode.from_tensor(arguments["x"].values), mode.from_tensor(arguments["x"].scales), arguments["x"].groups
-        )
-        w = mx.ExpertWeights.unchecked(*map(mode.from_tensor, (arguments["w"].values, arguments["w"].scales)))
-        assert mx.grouped_gemm(x, w, backend="reference").shape == (T, N)
-        with pytest.raises(ValueError, match=r"^out: must be None under"):
-            mx.grouped_gemm(x, w, backend="reference", out=torch.empty(T, N, dtype=torch.bfloat16))
+        given = {name: moved(value, mode.from_tensor) for name, value in arguments.items()}
+        fake = function(**given, backend=cpu_backend)
+        if function is not mx.moe_forward:
+            with pytest.raises(ValueError, match=r"^out: must be None under torch\.compile, and for fake and meta"):
+                function(**given, backend=cpu_backend, out=real)
+    assert [t.shape for t in result(fake)] == [t.shape for t in result(real)]
 
 
 def test_vmap_loops_over_the_operator() -> None:
