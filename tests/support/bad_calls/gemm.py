@@ -32,7 +32,6 @@ from .row import (
     of_tensor,
     overlapping,
     refused,
-    shapes,
     shifted,
     weights,
 )
@@ -190,16 +189,6 @@ GARBAGE_ROWS: list[Odd] = [
 ]
 
 
-def _multiply(device: Any) -> torch.Tensor:
-    counts = torch.ones(E, dtype=torch.int32, device=device)
-    xq = mx.quantize_grouped(torch.ones(T, K, device=device), counts)
-    return mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(E, N, K, device=device)), out_dtype=torch.float16)
-
-
-def _is_product(y: torch.Tensor) -> None:
-    assert (y.shape, y.dtype) == ((T, N), torch.float16)
-
-
 ODD: list[Odd] = [
     *(_right(f"counts: {name}", counts, t, n=8, k=32) for name, (counts, t) in cases.HOSTILE.items()),
     *(_right(f"operands start {by} bytes off", COUNTS, shift=by) for by in (1, 4, 8)),
@@ -213,5 +202,4 @@ ODD: list[Odd] = [
     _right("the narrowest", [1], 1, n=8, k=32),
     _right("a larger workspace than needed", COUNTS, workspace=4096),
     _right("a workspace of just what is needed", COUNTS, workspace=0),
-    *shapes("tensors", _multiply, _is_product),
 ]  # fmt: skip

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 
 import hybrid_mxfp8 as mx
 
-from .row import META, Bad, ints, of_tensor, refused, shapes
+from .row import Bad, ints, of_tensor, refused
 
 FORMS: dict[str, tuple[str, str]] = {"from_counts": ("tokens_per_expert", "(E,)"), "from_ends": ("offs", "(E,)"), "from_indptr": ("m_indptr", "(E+1,)")}  # fmt: skip
 """Each way to build a layout: its argument, and that one's shape."""
@@ -82,25 +81,3 @@ BAD = [
     by_hand("by hand: T negative", ValueError, "^num_tokens: must be at least 0", num_tokens=-1),
     by_hand("by hand: T beyond int32", ValueError, "^num_tokens: .*int32", num_tokens=2**31 - 1),
 ]  # fmt: skip
-
-
-def _six(device: Any) -> mx.GroupLayout:
-    build = mx.GroupLayout.from_counts if device is META else mx.GroupLayout.from_ends
-    return build(torch.ones(6, dtype=torch.int64, device=device), 9)
-
-
-def _is_layout(groups: mx.GroupLayout) -> None:
-    assert groups.expert_offsets.shape == groups.scale_offsets.shape == (7,)
-    assert groups.scale_rows == 768
-
-
-def _many(device: Any) -> mx.GroupLayout:
-    """At most as many experts are padded as there are tokens: of 2**25 nine can have any."""
-    return mx.GroupLayout.from_counts(torch.empty(2**25, dtype=torch.int32, device=META), 9)
-
-
-def _has_nine(groups: mx.GroupLayout) -> None:
-    assert groups.num_tokens == 9
-
-
-ODD = [*shapes("counts and ends", _six, _is_layout), shapes("2**25 experts", _many, _has_nine)[0]]

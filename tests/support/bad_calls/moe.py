@@ -11,7 +11,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, Prepared, grad, normal, of_tensor, overlapping, refused, shapes
+from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, Prepared, grad, normal, of_tensor, overlapping, refused
 
 M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
 
@@ -175,18 +175,6 @@ def _right(
     return Odd(what, prepare)
 
 
-def _layer(device: Any) -> torch.Tensor:
-    w13, w2 = torch.ones(E, 2 * I, H, device=device), torch.ones(E, H, I, device=device)
-    chosen = torch.zeros(M, TOP_K, dtype=torch.int64, device=device)
-    given = torch.ones(M, H, device=device), chosen, torch.ones(M, TOP_K, device=device)
-    result: torch.Tensor = mx.MXFP8Experts.from_weights(w13, w2)(*given)
-    return result
-
-
-def _is_layer(y: torch.Tensor) -> None:
-    assert y.shape == (M, H)
-
-
 DROPPED = torch.tensor([[0, -1], [E, 1], [2**31, 3], [-(2**63), 2], [2**63 - 1, 0], [2**32, 1], [-1, -1]])
 
 ODD: list[Odd] = [
@@ -209,5 +197,4 @@ ODD: list[Odd] = [
     _right("out in wider rows", out=normal(M, H + 32)[:, :H]),
     _right("one row of any stride", x=normal(1, H), topk_ids=ids(1), topk_weights=torch.ones(1, TOP_K), out=normal(H).as_strided((1, H), (1, 1))),
     _right("one token, one expert", x=normal(1, H), w13q=w13(1), w2q=w2(1), topk_ids=ids(1, 1), topk_weights=torch.ones(1, 1)),
-    *shapes("tensors", _layer, _is_layer),
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -31,7 +30,6 @@ from .row import (
     overlapping,
     poison,
     refused,
-    shapes,
     shifted,
 )
 
@@ -160,22 +158,6 @@ def _weights(what: str, w: torch.Tensor, shift: int = 0) -> Odd:
     return Odd(what, prepare)
 
 
-def _quantized(as_counts: bool) -> Callable[[Any], Any]:
-    def run(device: Any) -> Any:
-        counts = torch.ones(E, dtype=torch.int32, device=device)
-        groups = counts if as_counts else mx.GroupLayout.from_counts(counts, T)
-        x = torch.ones(T, 2 * K, dtype=torch.float16, device=device)
-        w = mx.quantize_weights(torch.ones(E, N, K, device=device))
-        return mx.quantize_grouped(x, groups, activation="swiglu"), w
-
-    return run
-
-
-def _are_operands(result: Any) -> None:
-    shapes = [(q.values.shape, q.scales.shape) for q in result]
-    assert shapes == [((T, K), (384, 4)), ((E, N, K), (E, 128, 4))]
-
-
 HOSTILE = {name: counts for name, counts in cases.HOSTILE.items() if counts[1]}
 
 ODD: list[Odd] = [
@@ -207,6 +189,4 @@ ODD: list[Odd] = [
     _weights("N = 0", normal(2, 0, K)),
     _weights("no experts", normal(0, 9, K)),
     _weights("70 experts of one row", normal(70, 1, 32)),
-    *shapes("tensors, layout", _quantized(False), _are_operands),
-    *shapes("tensors, counts", _quantized(True), _are_operands),
 ]  # fmt: skip

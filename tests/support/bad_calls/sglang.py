@@ -13,7 +13,7 @@ from guards import Guards
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import registry
 
-from .row import E4M3, FLOATS, META, Bad, Odd, Prepared, ints, normal, of_tensor, overlapping, refused, shapes, shifted
+from .row import E4M3, FLOATS, META, Bad, Odd, Prepared, ints, normal, of_tensor, overlapping, refused, shifted
 
 COUNTS = [3, 0, 130]
 T, E, N, K = 133, 3, 128, 128
@@ -158,27 +158,10 @@ def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_ST
     return Odd(what, prepare)
 
 
-def _on_meta(device: Any) -> torch.Tensor:
-    given = {name: value.to(META) for name, value in _tokens().items()}
-    sglang_case.grouped_quant(**given)
-    product = {"a": e4m3(E, N, K), "sfa": u8(E, N, 4), "workspace": u8(9)}
-    product |= {"b": given["quant_output"], "sfb": given["scale_factor"]}
-    metadata = {name: given[name] for name in ("tokens_per_expert", "expert_offsets", "blockscale_offsets")}
-    result: torch.Tensor = sglang_case.moe_grouped_gemm(
-        **{name: value.to(META) for name, value in {**product, **metadata}.items()}, dtype=torch.float16
-    )
-    return result
-
-
-def _is_product(d: torch.Tensor) -> None:
-    assert (d.shape, d.dtype) == ((T, N), torch.float16)
-
-
 ODD: list[Odd] = [
     _right("as SGLang calls it"),
     _right("scales in another order, with gaps", rows=1024, scale_starts=(896, 384, 128)),
     _right("scale rows that are no whole tile", rows=S + 77),
     _right("input 2 bytes off", shift=2),
     _right("a workspace of three dimensions", workspace=(3, 5)),
-    shapes("tensors", _on_meta, _is_product)[0],
 ]
