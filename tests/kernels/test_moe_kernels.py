@@ -54,13 +54,6 @@ def random_ids(tokens: int, top_k: int, experts: int, rng: torch.Generator, devi
     return torch.randint(-2, experts + 2, (tokens, top_k), generator=rng).to(device)
 
 
-def test_route_of_a_batch_by_hand() -> None:
-    """Rows of expert 0, then 1, then 2, each in the order of the batch; -1 and 3 are nobody's."""
-    got = route(torch.tensor([[1, 0], [-1, 1], [2, 3]]), 3, False)
-    assert got["inverse_permutation"].tolist() == [[1, 0], [-1, 2], [3, -1]]
-    assert got["layout"].tolist() == [1, 2, 1, 0, 1, 3, 4, 0, 128, 256, 384]
-
-
 @given(
     ids=st.lists(st.integers(-2, 7), min_size=1, max_size=60),
     top_k=st.sampled_from([1, 2, 3]),
@@ -121,13 +114,6 @@ def test_select_route_config(num_slots: int, interpreted: bool, expected: tuple[
     assert not config.one_launch or config.chunk >= 32 * config.num_warps, "a thread has two slots of a histogram"
 
 
-@pytest.mark.parametrize("experts", [31, 32, 64, 127, 128, 1024])
-def test_bins_have_one_for_dropped_slots(experts: int) -> None:
-    from hybrid_mxfp8.triton_kernels.moe.route import _bins
-
-    assert _bins(experts) > experts
-
-
 @pytest.mark.parametrize(("tokens", "experts"), [(1030, 40), (1280, 31), (1030, 300)])
 def test_routing_writes_nothing_beside_its_buffers(
     kernels_run: None, device: str, rng: torch.Generator, tokens: int, experts: int
@@ -177,25 +163,6 @@ def test_combine_and_bias(
         routing.add_expert_bias(twin, inverse_permutation, ids, expert_bias)
         assert torch.equal(cases.bits(added), cases.bits(twin))
         assert torch.equal(added[rows], (y[rows].float() + expert_bias[experts].float()).to(dtype))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_combine_is_the_weighted_sum(rng: torch.Generator, bias: bool) -> None:
-    tokens, top_k, experts, hidden = 11, 4, 6, 64
-    ids = random_ids(tokens, top_k, experts, rng)
-    inverse_permutation = route(ids, experts, False)["inverse_permutation"]
-    y = torch.randn(tokens * top_k, hidden, generator=rng)
-    weights = torch.rand(tokens, top_k, generator=rng)
-    expert_bias = torch.randn(experts, hidden, generator=rng) if bias else None
-    out = torch.empty(tokens, hidden)
-    routing.combine(y, inverse_permutation, ids, weights, expert_bias, out)
-    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
-    for m, k in itertools.product(range(tokens), range(top_k)):
-        if inverse_permutation[m, k] >= 0:
-            term = y[inverse_permutation[m, k]].double()
-            term = term + (expert_bias[ids[m, k]].double() if expert_bias is not None else 0)
-            expected[m] += weights[m, k].double() * term
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_dropped_choice_contributes_nothing_not_even_nan(backend: str, device: str) -> None:

@@ -169,14 +169,9 @@ def test_hopper_gets_groups_of_128(rng: torch.Generator, monkeypatch: pytest.Mon
     for capability, group in (((9, 0), 128), ((8, 9), 32), ((10, 0), 32), (None, 32)):
         monkeypatch.setattr(devices, "capability", lambda device, capability=capability: capability)
         made = [mx.MXFP8Experts.from_weights(layer.w13, layer.w2, scale_group=given) for given in (None, 32, 128)]
-        assert [w.scale_group for experts in made for w in (experts.w13q, experts.w2q)] == [group] * 2 + [
-            32,
-            32,
-            128,
-            128,
-        ]
-        squares = [w.squares for experts in made for w in (experts.w13q, experts.w2q)]
-        assert squares == [group == 128] * 2 + [False] * 4, "not where a group is asked for"
+        found = [(w.scale_group, w.squares) for experts in made for w in (experts.w13q, experts.w2q)]
+        preferred = (group, group == 128)  # squares, but not where a group is asked for
+        assert found == [preferred] * 2 + [(32, False)] * 2 + [(128, False)] * 2
         assert mx.quantize_weights(layer.w2).scale_group == 32
 
 
@@ -208,15 +203,11 @@ def test_products_know_their_group(rng: torch.Generator, monkeypatch: pytest.Mon
             assert mx.grouped_gemm_workspace_size(wq, 6) == 0
         layer = moe_truth.make_layer(rng)
         for w13_group, w2_group, asked in ((32, 128, None), (128, 32, 128), (128, 128, 32)):
-            weights = (
-                mx.quantize_weights(layer.w13, scale_group=w13_group),
-                mx.quantize_weights(layer.w2, scale_group=w2_group),
-            )
-            forward = lambda weights=weights, asked=asked: mx.moe_forward(  # noqa: E731
-                layer.x, *weights, layer.ids, layer.weights, scale_group=asked
-            )
+            w13q = mx.quantize_weights(layer.w13, scale_group=w13_group)
+            batch = w13q, mx.quantize_weights(layer.w2, scale_group=w2_group), layer.ids, layer.weights
             up, down = min(w13_group, asked or 128), min(w2_group, asked or 128)
-            assert groups_of(forward) == [up, up, down, down]
+            seen_of_layer = groups_of(lambda b=batch, asked=asked: mx.moe_forward(layer.x, *b, scale_group=asked))
+            assert seen_of_layer == [up, up, down, down]
 
 
 def test_a_workspace_serves_both(rng: torch.Generator) -> None:
