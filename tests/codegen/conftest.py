@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,44 +9,47 @@ from typing import Any
 import pytest
 import torch
 import triton
-from compiling import ARCHS, Compiled, CompileFor, StubDriver, before_the_wait
+from compiling import ARCHS, MULTIPROCESSORS, Compiled, CompileFor, StubDriver, before_the_wait
 
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.triton_kernels import abi, launch
+from hybrid_mxfp8.triton_kernels.gemm.hopper_fp8 import hopper_fp8_gemm_kernel
 
 
 @pytest.fixture
 def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
-    """compile_for(arch, module, kernel name, call): what ``call`` launches of that kernel,
-    compiled; one launch."""
+    """compile_for(arch, kernel, call): what ``call`` launches of that kernel, compiled; one launch,
+    and nothing spills. ``stack``: bytes of local memory that are known."""
     if env.triton_interpret():
         pytest.skip("an interpreted function can't be compiled: unset TRITON_INTERPRET")
 
-    def compile_one(arch: int, module: Any, name: str, call: Callable[[], object]) -> Compiled:
-        compiled: list[Compiled] = []
+    def compile_one(arch: int, kernel: Any, call: Callable[[], object], stack: int = 0) -> Compiled:
+        found: list[Compiled] = []
 
         def record(step: launch.KernelLaunch, tensors: object, device: torch.device) -> None:
-            if step.kernel is getattr(module, name):
-                arguments = (step.kernel, step.arguments, step.constants, dict(step.options))
-                kernel = abi.compile_kernel(*arguments)
-                compiled.append(Compiled(arch, kernel, (step.programs,)))
+            if step.kernel is kernel:
+                made = abi.compile_kernel(step.kernel, step.arguments, step.constants, dict(step.options))
+                found.append(Compiled(arch, made, (step.programs,)))
 
         with monkeypatch.context() as patch:
             patch.setattr(triton.runtime.driver, "_active", StubDriver(arch))
             patch.setattr(launch.KernelLaunch, "run", record)
-            for module_of_device in ("dispatch.problem", "triton_kernels.backend"):
-                found = importlib.import_module(f"hybrid_mxfp8.{module_of_device}")
-                patch.setattr(found, "capability", lambda device: divmod(arch, 10))
+            for module in ("dispatch.problem", "triton_kernels.backend"):
+                patch.setattr(f"hybrid_mxfp8.{module}.capability", lambda device: divmod(arch, 10))
+            for module in ("hopper", "hopper_fp8"):
+                name = f"hybrid_mxfp8.triton_kernels.gemm.{module}.multiprocessors"
+                patch.setattr(name, lambda device: MULTIPROCESSORS)
             call()
-        assert len(compiled) == 1, f"{len(compiled)} launches"
-        metadata = compiled[0].kernel.metadata
+        (compiled,) = found
+        metadata = compiled.kernel.metadata
         scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
         assert scratch == (0, 0), "a launch with scratch memory goes through Triton"
-        early = before_the_wait(compiled[0].ptx) if arch >= 90 else re.findall("griddepcontrol.*", compiled[0].ptx)
-        if name == "hopper_fp8_gemm_kernel":  # one of its warps waits, as its own tests have it
+        early = before_the_wait(compiled.ptx) if arch >= 90 else re.findall("griddepcontrol.*", compiled.ptx)
+        if kernel is hopper_fp8_gemm_kernel:  # one of its warps waits, as its own tests have it
             assert early.pop().startswith("no wait: 0 reached")
         assert early == [], "the kernel before may still run"
-        return compiled[0]
+        assert compiled.usage["STACK"] <= stack, "spills"
+        return compiled
 
     return compile_one
 
