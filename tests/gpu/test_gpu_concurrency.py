@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
 import pytest
 import torch
+from forked import Child
 from jobs import Quantized, forget_everything, together
 from on_gpu import Layer, LayerAndProduct, captured
 
@@ -178,47 +177,22 @@ def test_workers_quantize_for_the_gpu() -> None:
     assert count == len(dataset)
 
 
-FORKED = """
-import os, torch
-import hybrid_mxfp8 as mx
-
-x = torch.ones(40, 64, device="cuda")
-counts = torch.tensor([30, 10], dtype=torch.int32, device="cuda")
-groups = mx.GroupLayout.from_counts(counts, 40)
-wq = mx.quantize_weights(torch.ones(2, 16, 64, device="cuda"), backend="triton")
-xq = mx.quantize_grouped(x, groups, backend="triton")
-out = mx.grouped_gemm(xq, wq, backend="triton")
-workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-calls = {
-    "quantize_grouped": lambda: mx.quantize_grouped(x, groups, out=xq, backend="triton"),
-    "grouped_gemm": lambda: mx.grouped_gemm(xq, wq, out=out, workspace=workspace, backend="triton"),
-    "from_counts": lambda: mx.GroupLayout.from_counts(counts, 40),
-}
-for _ in range(3):
-    for call in calls.values():
-        call()
-torch.cuda.synchronize()
-child = os.fork()
-if child == 0:
-    for name, call in calls.items():
-        try:
-            call()
-        except RuntimeError as error:
-            print(name, "Cannot re-initialize CUDA in forked subprocess" in str(error), flush=True)
-        else:
-            print(name, "ran", flush=True)
-    os._exit(0)
-os.waitpid(child, 0)
-for call in calls.values():
-    call()
-torch.cuda.synchronize()
-print("parent", bool((out == 64).all()), flush=True)
-"""
-
-
 def test_a_child_forked_after_cuda_was_initialized_is_told_so() -> None:
     """PyTorch's own error, also where every buffer is given and every kernel known; the parent goes
     on."""
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=180)
-    lines = done.stdout.split("\n")
-    assert lines[:-1] == ["quantize_grouped True", "grouped_gemm True", "from_counts True", "parent True"], done.stderr
+    job = Job(8)
+    calls = (job.quantize, job.multiply, lambda: mx.GroupLayout.from_counts(job.groups.tokens_per_expert, 64))
+    for call in calls * 3:
+        call()
+    torch.cuda.synchronize()
+
+    def refused() -> bool:
+        for call in calls:
+            with pytest.raises(RuntimeError, match="Cannot re-initialize CUDA in forked subprocess"):
+                call()
+        return True
+
+    assert Child(refused).result() is True
+    job.spoil()
+    job.run()
+    job.check()
