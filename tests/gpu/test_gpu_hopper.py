@@ -24,22 +24,16 @@ pytestmark = pytest.mark.gpu
 Config = HopperGemmConfig | HopperFp8Config
 Operands = tuple[mx.GroupedMXFP8, mx.ExpertWeights]
 
-BF16: dict[str, Config] = {
-    f"bf16, {config.small_block_t} to {config.block_t} tokens": config
-    for config in (
-        *(select_hopper_config(8 * average, 8) for average in (1, 128, 1000)),
-        HopperGemmConfig(16, 16, 128, 8),
-        HopperGemmConfig(128, 16, 128, 4),
-    )
-}
+BF16: list[Config] = [
+    *(select_hopper_config(8 * average, 8) for average in (1, 128, 1000)),
+    HopperGemmConfig(16, 16, 128, 8),
+    HopperGemmConfig(128, 16, 128, 4),
+]
 """Each chosen one, one whose tiles are all narrow, and one with a width between few and all."""
 
-FP8: dict[str, Config] = {
-    f"FP8, {config.block_t} tokens{', squares' * config.squares}": config
-    for config in (
-        select_hopper_fp8_config(average, 1, squares) for average, squares in ((1, False), (1000, False), (1000, True))
-    )
-}
+FP8: list[Config] = [
+    select_hopper_fp8_config(average, 1, squares) for average, squares in ((1, False), (1000, False), (1000, True))
+]
 UNITS = 33 * 2.0**-13
 """What FP8 units may lose, of the sum of magnitudes: they align 32 products and the sum so far to
 the largest, and cut what lies below 13 bits. Cut, not rounded: of one sign it adds up."""
@@ -58,25 +52,30 @@ def force(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     cases.forget_calls()
 
 
-@pytest.fixture(params=BF16 | FP8)
+def name_of(config: Config) -> str:
+    if isinstance(config, HopperFp8Config):
+        return f"FP8 {config.block_t}{' squares' * config.squares}"
+    return f"bf16 {config.small_block_t} to {config.block_t}"
+
+
+@pytest.fixture(params=[*BF16, *FP8], ids=name_of)
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Each, forced."""
-    found = (BF16 | FP8)[request.param]
-    force(found, monkeypatch)
+    force(request.param, monkeypatch)
+    found: Config = request.param
     return found
 
 
-in_bf16 = pytest.mark.parametrize("config", BF16, indirect=True)
-in_fp8 = pytest.mark.parametrize("config", FP8, indirect=True)
+in_bf16 = pytest.mark.parametrize("config", BF16, indirect=True, ids=name_of)
+in_fp8 = pytest.mark.parametrize("config", FP8, indirect=True, ids=name_of)
 
 
-@pytest.fixture(params=[0, 1, 3], ids=lambda tiles: f"all but {tiles} tiles")
-def beside(request: pytest.FixtureRequest, config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tokens dequantized beside the product, which at these sizes it would do before: all but the
-    first tiles."""
-    monkeypatch.setattr(hopper, "tiles_at_once", lambda *args: request.param)
-    force(replace(config, fused_dequantize=True), monkeypatch)
-    return int(request.param)
+@pytest.fixture(params=[None, 0, 1, 3], ids=lambda tiles: "before" if tiles is None else f"all but {tiles} tiles")
+def dequantized(request: pytest.FixtureRequest, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When tokens are: at these sizes before the product; or beside it, all but the first tiles."""
+    if request.param is not None:
+        monkeypatch.setattr(hopper, "tiles_at_once", lambda *args: request.param)
+        force(replace(config, fused_dequantize=True), monkeypatch)
 
 
 def rows(kind: str, count: int, k: int, rng: torch.Generator) -> torch.Tensor:
@@ -181,7 +180,7 @@ def test_the_same_bytes_again_and_on_any_grid(
 
 @pytest.mark.sanitizer
 @in_bf16
-def test_tokens_dequantized_beside_the_product(config: Config, beside: int, rng: torch.Generator) -> None:
+def test_tokens_dequantized_beside_the_product(config: Config, dequantized: None, rng: torch.Generator) -> None:
     """Full and short tiles, an empty expert, a last slice of one row, columns beyond 1024 and K."""
     counts = [3, 0, 65, 1, 256, 19]
     check(*made(config, counts, 350, 264, 1056, rng), counts, torch.bfloat16)
@@ -202,7 +201,7 @@ LAYOUTS = [
 @in_bf16
 @pytest.mark.parametrize(("offsets", "scale_offsets"), LAYOUTS)
 def test_a_layout_by_hand(
-    offsets: tuple[int, ...], scale_offsets: tuple[int, ...], config: Config, rng: torch.Generator
+    offsets: tuple[int, ...], scale_offsets: tuple[int, ...], config: Config, dequantized: None, rng: torch.Generator
 ) -> None:
     """Tiles that overlap or lie far out: nothing outside is written, and none is waited for."""
     x, w = made(config, [16, 16, 16, 16], 64, 264, 256, rng)
@@ -214,14 +213,6 @@ def test_a_layout_by_hand(
     mx.grouped_gemm(bad, w, out=around[1], workspace=memory[2048 : 2048 + size], backend="triton")
     assert bool((around[0] == 7).all() and (around[2] == 7).all())
     assert bool((memory[:2048] == 9).all() and (memory[2048 + size :] == 9).all())
-
-
-@in_bf16
-@pytest.mark.parametrize(("offsets", "scale_offsets"), LAYOUTS)
-def test_a_layout_by_hand_ends_when_it_dequantizes(
-    offsets: tuple[int, ...], scale_offsets: tuple[int, ...], config: Config, beside: int, rng: torch.Generator
-) -> None:
-    test_a_layout_by_hand(offsets, scale_offsets, config, rng)
 
 
 @pytest.mark.parametrize("average", [64, 128, 1000])
@@ -238,12 +229,6 @@ def test_dequantizing_beside_or_before_gives_the_same_bytes(
             force(replace(config, fused_dequantize=fused_dequantize), monkeypatch)
             y[fused_dequantize] = product(x, w)[: sum(counts)]
         assert torch.equal(y[True], y[False])
-
-
-def test_more_tiles_than_multiprocessors(rng: torch.Generator) -> None:
-    """Every program takes several tiles, and the ring goes on from one to the next."""
-    counts = [300, 0, 513, 40]
-    check(*operands(counts, 853, 8200, 224, rng, "cuda"), counts, torch.bfloat16)
 
 
 # ---------------------------------------------------------------- FP8
