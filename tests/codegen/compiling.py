@@ -6,11 +6,12 @@ configurations and argument specialisation reach Triton's compiler. Nothing runs
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ SHARED_LIMIT = {90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory a block may have."""
 
 TENSOR_MEMORY_COLUMNS = 512
+MULTIPROCESSORS = 132
 
 
 class StubDriver(DriverBase):
@@ -56,14 +58,6 @@ class StubDriver(DriverBase):
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What ptxas gave a kernel; bytes of stack are local memory, spills among it."""
-
-    registers: int
-    stack: int
-
-
-@dataclass(frozen=True)
 class Compiled:
     """One compiled kernel and its launch."""
 
@@ -88,22 +82,32 @@ class Compiled:
         """Matches of a regular expression in the PTX."""
         return len(re.findall(pattern, self.ptx))
 
-    def resources(self, folder: Path) -> Resources:
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(self.kernel.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        assert found, text
-        return Resources(int(found[1]), int(found[2]))
+    @functools.cached_property
+    def machine_code(self) -> str:
+        """As nvdisasm prints it, with the places in the source that it is from."""
+        return _printed([triton.knobs.nvidia.nvdisasm.path, "-g", "-c"], self.kernel.asm["cubin"])
 
-    def ptxas_output(self, folder: Path) -> str:
+    @functools.cached_property
+    def usage(self) -> dict[str, int]:
+        """Registers as REG; bytes of local memory, spills among it, as STACK; and so on."""
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
+        return {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", _printed(command, self.kernel.asm["cubin"]))}
+
+    @functools.cached_property
+    def ptxas_output(self) -> str:
         """What ptxas says, verbosely: C7510 .. C7514 where it waits after each wgmma, C7508 where
         it ignores setmaxnreg."""
-        source = folder / "kernel.ptx"
-        source.write_text(self.ptx)
-        command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", source, "-o", folder / "kernel.cubin"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", "-o", "/dev/null"]
+        return _printed(command, self.ptx.encode())
+
+
+def _printed(command: list[str], content: bytes) -> str:
+    """What a tool prints of a file of this content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([*command, file.name], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def before_the_wait(ptx: str) -> list[str]:
@@ -141,4 +145,5 @@ def before_the_wait(ptx: str) -> list[str]:
     return found
 
 
-CompileFor = Callable[[int, Any, str, Callable[[], object]], Compiled]
+CompileFor = Callable[..., Compiled]
+"""As the fixture of that name has it."""

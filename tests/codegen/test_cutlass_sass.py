@@ -123,11 +123,6 @@ def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def usage(built: Path) -> dict[str, int]:
-    return read_usage(built)
-
-
-@pytest.fixture(scope="module")
 def module(built: Path) -> Any:
     import tvm_ffi
 
@@ -146,30 +141,22 @@ def instructions(sass: str, pattern: str) -> set[str]:
     return set(re.findall(rf"\b({pattern}[A-Z0-9_.]*)", sass))
 
 
-def test_block_scaled_tensor_core(kernel: Kernel, sass: str) -> None:
-    """The MMA that scales by block, over two SMs exactly where the configuration says so."""
-    found = instructions(sass, "UTCQMMA")
-    assert found
-    assert all((".2CTA" in name) == kernel.module.startswith("2sm") for name in found)
-
-
-def test_scales_go_to_tensor_memory_by_copy(kernel: Kernel, sass: str) -> None:
-    """tcgen05.cp: no thread touches a scale."""
+def test_instructions(kernel: Kernel, sass: str) -> None:
+    """The MMA that scales by block, over two SMs exactly where the configuration says so; scales
+    copied to tensor memory, by no thread; all loads by TMA and multicast; D stored by TMA."""
+    products, loads = instructions(sass, "UTCQMMA"), instructions(sass, "UTMALDG")
+    assert products
+    assert all((".2CTA" in name) == kernel.module.startswith("2sm") for name in products)
     assert instructions(sass, "UTCCP")
-
-
-def test_loads_are_multicast(sass: str) -> None:
-    """All TMA loads, of operands and scales, and the store of D by TMA."""
-    loads = instructions(sass, "UTMALDG")
     assert loads
     assert all("MULTICAST" in name for name in loads)
     assert instructions(sass, "UTMASTG")
 
 
-def test_nothing_spills(kernel: Kernel, sass: str, usage: dict[str, int]) -> None:
+def test_nothing_spills(kernel: Kernel, built: Path, sass: str) -> None:
     assert not instructions(sass, "(?:STL|LDL)")
-    assert usage["STACK"] == 0
-    assert usage["LOCAL"] == 0
+    usage = read_usage(built)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0)
     assert usage["REG"] <= REGISTERS[kernel.cutlass.ragged]
 
 
@@ -218,9 +205,11 @@ def test_no_symbol_of_the_driver_is_undefined(built: Path) -> None:
     assert not re.findall(r"\b(?:__)?cu(?:da)?[A-Z]\w*", listed)
 
 
-def test_shared_memory_fits(kernel: Kernel, module: Any) -> None:
+def test_an_sm_holds_it(kernel: Kernel, module: Any, sass: str) -> None:
+    """What of tensor memory is used is asserted in csrc, when the kernel is compiled."""
     assert 0 < module.shared_memory_bytes() <= SHARED_MEMORY
     assert module.mainloop_stages() >= (3 if kernel.module.endswith("x256x128") else 4)
+    assert tensor_memory_columns(sass) <= 512
 
 
 def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) -> None:
@@ -235,11 +224,6 @@ def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) 
         assert size == module.workspace_size(experts, 4096, 7168, 100_000, 148)
         assert size <= workspace_bound(Problem(experts, 4096, 7168, 64, torch.bfloat16, cpu))
     assert GemmConfig.parse(kernel.module).module == kernel.module
-
-
-def test_tensor_memory_fits(sass: str) -> None:
-    """What of it is used is asserted in csrc, when the kernel is compiled."""
-    assert tensor_memory_columns(sass) <= 512
 
 
 def table() -> str:

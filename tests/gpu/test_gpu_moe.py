@@ -4,50 +4,22 @@ streams."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import cases
-import moe_truth
 import pytest
 import torch
+from on_gpu import Layer, allocations, captured
 
 import hybrid_mxfp8 as mx
 
 pytestmark = pytest.mark.gpu
-TOP_K = 4
 
 
-class Buffers:
-    """A layer with a workspace, and all that calls of it read and write."""
+class Buffers(Layer):
+    """A layer whose tokens and routing change."""
 
     def __init__(self, rng: torch.Generator, tokens: int, scale_group: int = 32) -> None:
-        shape = {"experts": 16, "hidden": 512, "intermediate": 256, "top_k": TOP_K}
-        self.truth = moe_truth.make_layer(rng, tokens=tokens, **shape, bias=True, dropped=True)
-        self.given = moe_truth.to(self.truth, "cuda")
-        self.w13q, self.w2q = (
-            mx.quantize_weights(w, scale_group=scale_group, backend="triton") for w in (self.given.w13, self.given.w2)
-        )
-        self.out = torch.empty_like(self.given.x)
-        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=tokens, top_k=TOP_K, backend="triton")
-
-    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, **options: Any) -> torch.Tensor:
-        bias = {"w13_bias": self.given.w13_bias, "w2_bias": self.given.w2_bias}
-        return mx.moe_forward(x, self.w13q, self.w2q, ids, weights, backend="triton", **bias, **options)
-
-    def run(self) -> None:
-        given = self.given
-        self.forward(given.x, given.ids, given.weights, workspace=self.workspace, out=self.out)
-
-    def eager(self) -> torch.Tensor:
-        return self.forward(self.given.x, self.given.ids, self.given.weights)
-
-    def refill(self, rng: torch.Generator, spread: int) -> None:
-        """Other tokens in the same memory, routed to the first ``spread`` experts, or nowhere."""
-        given = self.given
-        given.x.copy_(torch.randn(given.x.shape, generator=rng))
-        given.weights.copy_(torch.rand(given.weights.shape, generator=rng))
-        ids = torch.randint(0, spread, given.ids.shape, generator=rng) if spread else torch.full(given.ids.shape, -1)
-        given.ids.copy_(ids)
+        super().__init__(rng, tokens, hidden=512, intermediate=256, scale_group=scale_group)
 
     def computed(self, run: Callable[[], object]) -> torch.Tensor:
         self.out.fill_(float("nan"))
@@ -56,26 +28,11 @@ class Buffers:
         return self.out.clone()
 
 
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def allocations(run: Callable[[], object]) -> int:
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    run()
-    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
-
-
 def test_a_warm_call_neither_syncs_nor_allocates(kernel: str, rng: torch.Generator, no_sync: None) -> None:
     torch.cuda.set_sync_debug_mode("default")
     buffers = Buffers(rng, 33)
     module = mx.MXFP8Experts(buffers.w13q, buffers.w2q, workspace=buffers.workspace, backend="triton")
-    arguments = (buffers.given.x, buffers.given.ids, buffers.given.weights)
+    arguments = (buffers.x, buffers.ids, buffers.weights)
     for _ in range(4):
         buffers.run()
         module(*arguments)
@@ -88,9 +45,12 @@ def test_a_warm_call_neither_syncs_nor_allocates(kernel: str, rng: torch.Generat
 
 @pytest.mark.parametrize("tokens", [1, 40, 1200])
 def test_a_graph_replays_with_other_counts(kernel: str, rng: torch.Generator, tokens: int) -> None:
-    """Other tokens, routed elsewhere, to one expert, or nowhere at all: eager's bits each time."""
+    """Other tokens, routed elsewhere, to one expert, or nowhere at all: eager's bits each time.
+    The capture is the workspace's first call, and eager ones with it come in between."""
     buffers = Buffers(rng, tokens)
-    graph = captured(buffers.run)
+    buffers.run()
+    buffers.workspace = buffers.new_workspace()
+    graph, _ = captured(buffers.run)
     for spread in (16, 1, 3, 0, 16):
         buffers.refill(rng, spread)
         y = buffers.computed(graph.replay)
@@ -107,7 +67,8 @@ def test_kernels_that_start_early_read_and_write_nothing_early(
     """Of other routing each time and over poison, eagerly and from a graph: the bits of launches
     that wait for each other as a whole."""
     buffers = Buffers(rng, tokens, scale_group)
-    graph = captured(buffers.run)
+    buffers.run()
+    graph, _ = captured(buffers.run)
 
     def computed(run: Callable[[], object], poison: int) -> torch.Tensor:
         buffers.workspace._arena.fill_(poison)
@@ -132,7 +93,8 @@ def test_a_graph_keeps_its_memory_when_the_workspace_grows(
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")
     buffers = Buffers(rng, 40)
-    graph = captured(buffers.run)
+    buffers.run()
+    graph, _ = captured(buffers.run)
     portable = buffers.computed(graph.replay)
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1")
     hopper = buffers.computed(buffers.run)
@@ -155,9 +117,8 @@ def test_compiled_by_inductor(rng: torch.Generator) -> None:
     """fullgraph, one compilation for routings and batch sizes, eager's bits."""
     buffers = Buffers(rng, 80)
     compiled = torch.compile(buffers.forward, fullgraph=True)
-    given = buffers.given
     for step, tokens in enumerate((80, 7, 33)):
-        batch = (given.x[:tokens].clone(), (given.ids[:tokens] + step) % 16, given.weights[:tokens].clone())
+        batch = (buffers.x[:tokens].clone(), (buffers.ids[:tokens] + step) % 16, buffers.weights[:tokens].clone())
         for tensor in batch:
             torch._dynamo.mark_dynamic(tensor, 0)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
@@ -167,15 +128,14 @@ def test_compiled_by_inductor(rng: torch.Generator) -> None:
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_compiled_with_cuda_graphs(rng: torch.Generator) -> None:
     buffers = Buffers(rng, 24)
-    given = buffers.given
 
     def block(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return buffers.forward(x + 1, ids, weights) * 2
 
     compiled = torch.compile(block, mode="reduce-overhead", fullgraph=True)
     for shift in range(5):
-        ids = (given.ids + shift) % 16
-        assert torch.equal(compiled(given.x, ids, given.weights).clone(), block(given.x, ids, given.weights))
+        batch = (buffers.x, (buffers.ids + shift) % 16, buffers.weights)
+        assert torch.equal(compiled(*batch).clone(), block(*batch))
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")

@@ -152,30 +152,9 @@ def meta_operands(
     return x, mx.ExpertWeights(w_values, w_scales), torch.empty(t, n, dtype=dtype, device=meta)
 
 
-def portable(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor) -> None:
-    from hybrid_mxfp8.triton_kernels.gemm import portable as module
-
-    launch(*product_steps(module.plan, x, w, out))
-
-
-def blackwell(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, config: Any) -> None:
-    from hybrid_mxfp8.triton_kernels.gemm import blackwell as module
-
-    launch(*product_steps(module.plan, x, w, out, config))
-
-
-def hopper(
-    x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, workspace: torch.Tensor, config: Any, programs: int
-) -> None:
-    """On a grid of at most ``programs``."""
-    from hybrid_mxfp8.triton_kernels.gemm import hopper as module
-
-    original = module.multiprocessors
-    module.multiprocessors = lambda device: programs
-    try:
-        launch(*product_steps(module.plan, x, w, out, config, workspace=workspace))
-    finally:
-        module.multiprocessors = original
+def product(*arguments: Any, **options: Any) -> None:
+    """As :func:`product_steps`, run."""
+    launch(*product_steps(*arguments, **options))
 
 
 def dequantize_tokens(x: mx.GroupedMXFP8, workspace: torch.Tensor, layout: Any, block_t: int, rows: int) -> None:
