@@ -36,7 +36,7 @@ def compile_route(compile_for: CompileFor) -> CompileFor:
     ) -> Compiled:
         ids = empty(tokens or LAUNCHES[name], 8, dtype=dtype)
         slots = ids.numel()
-        given = (empty(slots), empty(*ids.shape), empty(3 * experts + 2), empty(route.scratch_elements(slots, experts)))
+        given = (empty(*ids.shape), empty(3 * experts + 2), empty(route.scratch_elements(slots, experts)))
         return compile_for(arch, getattr(route, name), lambda: kernels.route(ids, experts, *given), stack)
 
     return compile_one

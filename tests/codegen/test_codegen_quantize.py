@@ -30,7 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swigluoai": {"swiglu": NAMED["swigluoai"]},
     "gather 128": {"gather": True, "group": 128},
     "swiglu 128": {"swiglu": NAMED["swiglu"], "group": 128},
-    "gathered from records": {"gather": True, "dtype": E4M3},
 }
 
 PACKED_CONVERSION = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
@@ -65,14 +64,9 @@ def grouped(
     t: int, dtype: torch.dtype = torch.bfloat16, gather: bool = False, swiglu: SwiGLU | None = None, group: int = 32,
     *, k: int = K, e: int = E, stride: int = 0, counts: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Of e4m3, tokens in records of their values and scales."""
     width = k if swiglu is None else 2 * k
     offsets = empty(e + 1, dtype=torch.int32)
-    if dtype == E4M3:
-        record = TokenRecord(k, 8)
-        x, x_scales, _, _ = record.split(empty(t, record.size, dtype=torch.uint8))
-    else:
-        x, x_scales = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device="meta"), None
+    x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device="meta")
     return kernels.quantize_steps(
         x,
         empty(e, dtype=torch.int32) if counts else GroupLayout(offsets[1:], offsets, offsets, t),
@@ -82,7 +76,23 @@ def grouped(
         empty(t, dtype=torch.int32) if gather else None,
         swiglu,
         group,
-        x_scales,
+    )
+
+
+def of_layer(tokens: int, top_k: int, copied: bool) -> tuple[Any, ...]:
+    """Tokens to the rows of their choices; of MXFP8, in records of their values and scales."""
+    x, x_scales, rows = empty(tokens, K, dtype=torch.bfloat16), None, tokens * top_k
+    if copied:
+        record = TokenRecord(K, top_k)
+        x, x_scales, _, _ = record.split(empty(tokens, record.size, dtype=torch.uint8))
+    offsets, scales = empty(E + 1, dtype=torch.int32), (grouped_scale_rows(rows, E), scale_cols(K))
+    return kernels.quantize_steps(
+        x,
+        GroupLayout(offsets[1:], offsets, offsets, rows),
+        empty(rows, K, dtype=E4M3),
+        empty(*scales, dtype=torch.uint8),
+        x_scales=x_scales,
+        choices=(empty(tokens, top_k, dtype=torch.int32), empty(tokens, top_k, dtype=torch.int64)),
     )
 
 
@@ -96,25 +106,40 @@ def weights(e: int, n: int, k: int, rounding: str = "rceil") -> tuple[Any, ...]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_grouped(compile_quantizer: CompileFor, arch: int, size: str, variant: str) -> None:
-    """Tokens in MXFP8 are copied, with no arithmetic."""
     given = {"dtype": torch.bfloat16, "swiglu": None, **VARIANTS[variant]}
-    copied = given["dtype"] == E4M3
     compiled = compile_quantizer(arch, grouped(SIZES[size], **given))
     config = quantize.select_quantize_config(SIZES[size], K, E)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
-    assert compiled.count(PACKED_CONVERSION) == (0 if copied else elements // 2)
+    assert compiled.count(PACKED_CONVERSION) == elements // 2
     assert compiled.count(LOAD_16) == elements * given["dtype"].itemsize // 16 * (2 if given["swiglu"] else 1)
     # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and
-    # indices, and a scale that is copied.
-    assert compiled.count(LOAD_1_OR_2) == copied
+    # indices.
+    assert compiled.count(LOAD_1_OR_2) == 0
     # A decode program's threads hold 8 codes each, a prefill program's 16 a row; zeros of padding
     # go by 16 bytes.
     zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)
     assert compiled.count(STORE_8) == (size == "decode")
-    if copied:
-        assert compiled.count(LOAD_8) == (size == "decode")
     assert compiled.count(STORE_16) == zeros + elements // 16
     assert compiled.count(r"st\.global(\.\w+)*\.b16") == 0
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["bf16", "MXFP8"])
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_of_a_layer(compile_quantizer: CompileFor, arch: int, size: str, copied: bool) -> None:
+    """Each is read once and written to 8 rows; those in MXFP8 with no arithmetic."""
+    tokens, top_k = SIZES[size], 8
+    compiled = compile_quantizer(arch, of_layer(tokens, top_k, copied))
+    config = quantize.select_quantize_config(tokens, K, 1)
+    elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
+    wide, narrow = elements // 16, elements // 8 % 2
+    zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)
+    assert compiled.count(PACKED_CONVERSION) == (0 if copied else elements // 2)
+    assert compiled.count(LOAD_1_OR_2) == copied, "a scale"
+    if copied:
+        assert (compiled.count(LOAD_16), compiled.count(LOAD_8)) == (wide, narrow)
+    else:
+        assert compiled.count(LOAD_16) == 2 * wide + narrow
+    assert (compiled.count(STORE_16), compiled.count(STORE_8)) == (zeros + top_k * wide, top_k * narrow)
 
 
 # Counts are scanned by the kernel itself, for decode batches.

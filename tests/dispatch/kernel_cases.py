@@ -39,14 +39,15 @@ def quantize(
     dtype: torch.dtype = BF16, *, aligned: bool = True, row_stride: int = K, swiglu: SwiGLU | None = None,
     copied: bool = False,
 ) -> KernelLaunch:  # fmt: skip
-    """With the offsets of a layout; gathered if there is an activation or x is copied."""
+    """With the offsets of a layout; gathered with an activation, to the rows of 4 choices if
+    copied."""
     b = _numbering()
     x, values, scales = b(dtype, T, K, aligned=aligned, offset=0 if aligned else 2), b(FP8, T, K), b(U8, S, 16)
-    index = b(I32, T) if swiglu or copied else None
+    index = b(I32, T) if swiglu else None
     layout = b(I32, E + 1), b(I32, E + 1, offset=36)
-    x_scales = b(U8, T, K // 32, offset=K) if copied else None
+    choices = (b(I32, T, 4), b(torch.int64, T, 4), b(U8, T, K // 32, offset=K)) if copied else ()
     problem = QuantizeProblem(T, E, K, T, row_stride, "rceil", swiglu, scale_stride=row_stride if copied else 0)
-    (launch,) = quantizer.quantize(problem, QuantizeBuffers(x, values, scales, index, *layout, x_scales=x_scales))
+    (launch,) = quantizer.quantize(problem, QuantizeBuffers(x, values, scales, index, *layout, None, None, *choices))
     return launch
 
 
@@ -93,7 +94,7 @@ CASES: dict[str, Callable[[], KernelLaunch]] = {
         *((BF16, T - 9, K), (torch.int64, T, 4), (BF16, T, 4), (U8, T, TokenRecord(K, 4).size)),
     ),
     "group_offsets": lambda: of_layer(group_layout.group_offsets, (torch.int64, E), ROUTE, options=(T, False)),
-    "rank": lambda: of_layer(route.route, CHOICES, (I32, 4 * T), CHOICES, ROUTE, (), options=(E,)),
+    "rank": lambda: of_layer(route.route, CHOICES, CHOICES, ROUTE, (), options=(E,)),
     "combine": lambda: of_layer(combine.combine, *SUMMED, (), (BF16, T, N), options=(N,)),
     "combine_bias": lambda: of_layer(combine.combine, *SUMMED, (BF16, E, N), (BF16, T, N), options=(N,)),
     "expert_bias": lambda: of_layer(expert_bias.add_expert_bias, ROWS, CHOICES, (torch.int64, T, 4), (BF16, E, N)),

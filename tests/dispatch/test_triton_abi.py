@@ -279,7 +279,7 @@ def test_kernel_with_other_parameters_is_left_to_triton() -> None:
 
 @in_child
 def test_more_parameters_than_fit_are_left_to_triton() -> None:
-    case = CASES["rank"]()
+    case = CASES["quantize"]()
     compiled = compiled_of(case)
     with (
         mock.patch.object(abi, "MAX_PARAMS", 8),
