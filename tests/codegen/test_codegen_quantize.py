@@ -129,6 +129,7 @@ def test_tokens_of_a_layer(compile_quantizer: CompileFor, arch: int, size: str, 
     """Each is read once and written to 8 rows; those in MXFP8 with no arithmetic."""
     tokens, top_k = SIZES[size], 8
     compiled = compile_quantizer(arch, of_layer(tokens, top_k, copied))
+    assert quantize.choices_of_a_program(tokens * top_k, K, top_k) == top_k
     config = quantize.select_quantize_config(tokens, K, 1)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
     wide, narrow = elements // 16, elements // 8 % 2
