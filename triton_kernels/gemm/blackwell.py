@@ -35,10 +35,9 @@ from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.portable import find_tile
-from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit

@@ -23,10 +23,9 @@ from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import GemmBuffers
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import COLUMN_GROUP, WorkspaceLayout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, e4m3_codes_to_fp32, e8m0_to_fp32, from_fp32, loop_bound
 from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit

@@ -13,10 +13,10 @@ must hide behind it. Hence:
   load, 5 instructions for 2 elements, the scale included; while one half of a stage is converted,
   the other is multiplied.
 - The grid is persistent, so the feeding warp runs ahead into the next tile while this one is
-  stored. Tiles of few tokens load and multiply less; those of the last turn are cut, so that no
+  stored. Tiles of few tokens load and multiply less; those of the last wave are cut, so that no
   program waits for another's whole tile.
 
-Rows of the weights and columns of K are dealt to threads so that no element ever changes threads: a
+Rows of the weights and columns of K go to threads so that no element ever changes threads: a
 thread loads 16 neighbouring bytes of rows 2g and 2g+1, and holds neighbouring outputs in the end.
 ``dequantize_tokens`` says how the tokens follow that order of K.
 

@@ -97,7 +97,7 @@ def _announced(info, WARPS: gl.constexpr):
 
 @gluon.jit
 def _count_tiles(groups, num_n_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
-    """How the tiles of all experts are dealt, as split_last_wave returns it."""
+    """What split_last_wave returns for the tiles of all experts."""
     _, _, _, tiles = _experts(groups, EXPERTS, BLOCK_T)
     return split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
 
