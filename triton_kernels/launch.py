@@ -39,21 +39,13 @@ so that a new number of tokens compiles none anew."""
 
 
 class KernelLaunch(NamedTuple):
-    """One kernel on a grid of ``programs``.
+    """One kernel on a grid of ``programs``."""
 
-    Attributes:
-        kernel: a jitted function whose constexpr parameters come last.
-        programs: size of the grid, at least 1.
-        arguments: the other parameters, in order.
-        constants: the constexpr parameters, in order.
-        options: compile options, such as ``(("num_warps", 4),)``.
-    """
-
-    kernel: Any
-    programs: int
-    arguments: tuple[abi.Argument, ...]
-    constants: tuple[Hashable, ...]
-    options: tuple[tuple[str, int], ...]
+    kernel: Any  # a jitted function whose constexpr parameters come last
+    programs: int  # at least 1
+    arguments: tuple[abi.Argument, ...]  # the other parameters, in order
+    constants: tuple[Hashable, ...]  # the constexpr parameters, in order
+    options: tuple[tuple[str, int], ...]  # for the compiler, such as ``(("num_warps", 4),)``
 
     def encode(self, device: torch.device) -> Sequence[int] | None:
         """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be
