@@ -243,6 +243,5 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
             checks.fail("w", f"must be (E, N, K) with x's K = {x.k} (transposed?)", tuple(w.values.shape))
         checks.fail("x", f"must have w's K = {k}", x.k)
     checks.check_n("w", n)
-    scale_group = min(x.scale_group, w.scale_group)
-    scaling = scale_group, scale_group == 128 and w.squares
+    scaling = min(x.scale_group, w.scale_group), w.squares
     return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, *scaling)
