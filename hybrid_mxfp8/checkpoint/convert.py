@@ -29,6 +29,7 @@ from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Check
 from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
+from hybrid_mxfp8.core.metrics import decibels
 from hybrid_mxfp8.ops.experts import gate_then_up
 from hybrid_mxfp8.ops.quantize import quantize_weights
 
@@ -290,19 +291,19 @@ class _Conversion:
         name, summary = entry.name, self.summary
         energies: dict[str, tuple[float, float]] = {}  # of each matrix, and of what it lost
         with contextlib.closing(in_order(self.quantized, self.blocks(entry), self.threads)) as done:
-            for number, num_bytes, values, scales, signal, noise in done:
+            for matrix, num_bytes, values, scales, signal, noise in done:
                 if not math.isfinite(signal) or not math.isfinite(noise):
-                    place = self.checkpoint.place(name) + number
+                    place = self.checkpoint.place(name) + matrix
                     raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
                 writer.append(name, values)
                 writer.append(f"{name}_scale_inv", scales)
                 self.progress(name, num_bytes)
-                before = energies.get(number, (0.0, 0.0))
-                energies[number] = before[0] + signal, before[1] + noise
-        for number, (signal, noise) in energies.items():
-            db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+                before = energies.get(matrix, (0.0, 0.0))
+                energies[matrix] = before[0] + signal, before[1] + noise
+        for matrix, (signal, noise) in energies.items():
+            db = decibels(signal, noise)
             if db < summary.worst_db or not summary.worst_name:
-                summary.worst_db, summary.worst_name = db, name + number
+                summary.worst_db, summary.worst_name = db, name + matrix
 
     @property
     def threads(self) -> int:
@@ -312,11 +313,11 @@ class _Conversion:
 
     def quantized(self, block: Block) -> tuple[str, int, torch.Tensor, torch.Tensor, float, float]:
         """Elements and scales of a block, and the sums of squares of it and of what it lost."""
-        number, w, num_bytes = block
+        matrix, w, num_bytes = block
         w = w.float()  # once for all that follows
         wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
         signal, noise = _energy(w), _energy(wq.dequantize()[0].sub_(w))
-        return number, num_bytes, wq.values, wq.linear_scales(), signal, noise
+        return matrix, num_bytes, wq.values, wq.linear_scales(), signal, noise
 
     def blocks(self, entry: Entry) -> Iterator[Block]:
         """A tensor's matrices, each in blocks of rows."""

@@ -194,7 +194,8 @@ def grouped_gemm_workspace_size(
         raise TypeError(f"w: must be an ExpertWeights, got {type(w).__name__}")
     checks.check_num_tokens(num_tokens, w.num_experts)
     checks.check_n("w", w.n)
-    problem = Problem(w.num_experts, w.n, w.k, num_tokens, checks.check_float_dtype("out_dtype", out_dtype), w.device)
+    checks.check_float_dtype("out_dtype", out_dtype)
+    problem = Problem(w.num_experts, w.n, w.k, num_tokens, out_dtype, w.device)
     asked = requested(backend)
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
