@@ -2,9 +2,9 @@
 
 Enters: a safetensors file, or a folder of them. Leaves: the same with each expert matrix replaced
 by its e4m3 elements and ``NAME_scale_inv``, on request with other FP8 matrices as bf16, all else
-byte for byte. Experts kept as (E, K, N), or with gate and up rows in turns, leave as (E, N, K) with
-all gate rows first. Memory stays bounded whatever the size of a tensor: matrices are converted in
-blocks of rows, and tensors that stay are copied one at a time.
+byte for byte. Experts kept as (E, K, N), or with gate and up rows interleaved, leave as (E, N, K)
+with all gate rows first. Memory stays bounded whatever the size of a tensor: matrices are converted
+in blocks of rows, and tensors that stay are copied one at a time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Options:
     device: torch.device | None = None  # where to quantize; None means the CPU
     others_to_bf16: bool = False  # FP8 matrices in blocks of 128x128 that no pattern matches
     transposed: Patterns | None = None  # stacks kept as (E, K, N); None: as config.json says
-    interleaved: Patterns | None = None  # weights with gate and up rows in turns; None: likewise
+    interleaved: Patterns | None = None  # weights of interleaved gate and up rows; None: likewise
 
 
 @dataclass
@@ -323,15 +323,15 @@ class _Conversion:
         """A tensor's matrices, each in blocks of rows."""
         shape, scales = self.planned.shape(entry), self.planned.scales.get(entry.name)
         n, k = shape[-2:]
-        turns = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
-        rows = max(1, BLOCK_ELEMENTS // k // turns)
+        parts = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
+        rows = max(1, BLOCK_ELEMENTS // k // parts)
         if scales:
             rows = max(1, rows // BLOCK) * BLOCK  # a block begins where one of the source's does
         item = entry.num_bytes // math.prod(shape)
         for e in range(shape[0]) if len(shape) == 3 else (None,):
-            for turn, start in itertools.product(range(turns), range(0, n // turns, rows)):
-                end = min(start + rows, n // turns)
-                w = self.rows(entry.name, e, start * turns, end * turns)[turn::turns]
+            for part, start in itertools.product(range(parts), range(0, n // parts, rows)):
+                end = min(start + rows, n // parts)
+                w = self.rows(entry.name, e, start * parts, end * parts)[part::parts]
                 if scales:
                     w = dequantize(w, self.rows(scales.name, e, start // BLOCK, ceil_div(end, BLOCK)))
                 yield "" if e is None else f"[{e}]", w, (end - start) * k * item
