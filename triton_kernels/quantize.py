@@ -33,10 +33,9 @@ from hybrid_mxfp8.core.formats import (
 from hybrid_mxfp8.dispatch.problem import QuantizeBuffers, QuantizeProblem, split_layout
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.group_layout import group_offsets, scan_counts, store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import INTERPRET, to_e4m3_codes, to_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import column_offset, row_offset
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit

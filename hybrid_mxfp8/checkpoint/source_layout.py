@@ -1,7 +1,7 @@
 """How a checkpoint keeps its experts: MXFP8 is (E, N, K), with all gate rows before all up rows.
 
-Some models keep (E, K, N), and some have gate and up rows in turns, which no shape shows. Which of
-them do so is known from ``model_type`` in their ``config.json``.
+Some models keep (E, K, N), and some interleave gate and up rows, which no shape shows. Which do so
+is known from ``model_type`` in their ``config.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SourceLayout(NamedTuple):
     """Weights that are not kept as MXFP8 is."""
 
     transposed: Patterns = ()  # stacks (E, K, N)
-    interleaved: Patterns = ()  # of their N rows, gate's and up's take turns, as in their biases
+    interleaved: Patterns = ()  # gate and up rows alternate along N, as in their biases
 
 
 _FUSED: Final = ("*.experts.gate_up_proj", "*.experts.down_proj")

@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     out_dtype: torch.dtype
     device: torch.device
     scale_group: int = BLOCK_SIZE  # 128 if both operands have such groups; may be ignored
-    squares: bool = False  # and if weights have one scale for 128x128; may be ignored
+    squares: bool = False  # if weights have one scale for 128x128, of use with groups of 128; may be ignored
 
     @property
     def capability(self) -> tuple[int, int] | None:

@@ -28,13 +28,13 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
 
 
 def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """2I entries along ``dim`` < 0, gate and up in turns, to all of gate, then those of up."""
+    """2I entries along ``dim`` < 0, gate and up interleaved, to all of gate, then those of up."""
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
 def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
-    """Groups of 128 in squares, in place, which Hopper's kernel multiplies faster; others as they
-    are."""
+    """Groups of 128 to squares, in place, which Hopper's FP8 kernel multiplies faster; others as
+    they are."""
     return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
 
 
@@ -121,7 +121,7 @@ class MXFP8Experts(torch.nn.Module):
             w2: the second product's weights.
             w13_bias: (E, 2I), in w13's order of rows, or None.
             transposed: w13 is (E, H, 2I) and w2 (E, I, H).
-            interleaved: gate and up rows of w13 and its bias take turns, gate first. gpt-oss is
+            interleaved: gate and up rows of w13 and its bias alternate, gate first. gpt-oss is
                 both.
             scale_group: 32 or 128, as in ``quantize_weights``; None: where the weights are on
                 Hopper, whose FP8 tensor cores know no block scales, squares of 128x128, and 32

@@ -45,9 +45,11 @@ class MoEShape(NamedTuple):
     def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
         """The two products for M = ``num_tokens``."""
         rest = (num_tokens * self.top_k, self.dtype, self.device)
-        groups = [(g, g == 128 and squares) for g, squares in zip(self.scale_groups, self.squares, strict=True)]
-        up = Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, *groups[0])
-        return up, Problem(self.experts, self.hidden, self.intermediate, *rest, *groups[1])
+        up, down = zip(self.scale_groups, self.squares, strict=True)
+        return (
+            Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, *up),
+            Problem(self.experts, self.hidden, self.intermediate, *rest, *down),
+        )
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
@@ -72,9 +74,8 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     check_n("w2q", hidden)
     if w2q.values.device != w13q.values.device:
         fail("w2q", f"must be on {w13q.values.device}, as w13q", w2q.values.device)
-    scale_groups = (w13q.scale_group, w2q.scale_group)
-    squares = (w13q.squares, w2q.squares)
-    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, scale_groups, squares)
+    scaling = (w13q.scale_group, w2q.scale_group), (w13q.squares, w2q.squares)
+    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, *scaling)
 
 
 def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:

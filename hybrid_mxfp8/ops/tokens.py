@@ -1,5 +1,6 @@
-"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel as such; and the
-two launches at both ends of the way.
+"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel as such.
+
+Expert parallelism launches ``pack_tokens`` before they leave and ``sum_rows`` after they return.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from products import check, check_product
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, MODULES
-from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
+from hybrid_mxfp8.dispatch.device import SM100_CAPABILITIES
 from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.dispatch.registry import backend_of
 
@@ -30,7 +30,7 @@ GPU = "cuda"
 @pytest.fixture(autouse=True)
 def sm100() -> None:
     capability = torch.cuda.get_device_capability()
-    if capability not in CUTLASS_CAPABILITIES:
+    if capability not in SM100_CAPABILITIES:
         pytest.skip(f"needs compute capability 10.0 or 10.3, got {capability[0]}.{capability[1]}")
 
 

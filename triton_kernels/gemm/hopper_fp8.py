@@ -97,16 +97,16 @@ def _announced(info, WARPS: gl.constexpr):
 
 @gluon.jit
 def _count_tiles(groups, num_n_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
-    """How the tiles of all experts are dealt, as split_last_wave returns it."""
+    """What split_last_wave returns for the tiles of all experts."""
     _, _, _, tiles = _experts(groups, EXPERTS, BLOCK_T)
     return split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
 
 
 @gluon.jit
-def _tile(index, dealt, num_n_tiles, groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
+def _tile(index, waves, num_n_tiles, groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
     """(expert, n tile, the expert's first token, which of its tokens is the tile's first, how many
     the tile has)."""
-    whole, parts, _ = dealt
+    whole, parts, _ = waves
     t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
     e, starts, ends, tiles = _experts(groups, EXPERTS, BLOCK_T)
     upto = gl.associative_scan(tiles, 0, _add)
@@ -135,9 +135,9 @@ def _load_weights(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr):
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    dealt = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
-    for index in range(gl.program_id(0), dealt[2], gl.num_programs(0)):
-        expert, n_tile, _first, _within, rows = _tile(index, dealt, num_n_tiles, groups, EXPERTS, BLOCK_T)
+    waves = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), waves[2], gl.num_programs(0)):
+        expert, n_tile, _first, _within, rows = _tile(index, waves, num_n_tiles, groups, EXPERTS, BLOCK_T)
         if rows > 0:
             row = expert * N + n_tile * 128
             scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
@@ -167,9 +167,9 @@ def _load_tokens(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr, BOX
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    dealt = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
-    for index in range(gl.program_id(0), dealt[2], gl.num_programs(0)):
-        expert, n_tile, first, within, rows = _tile(index, dealt, num_n_tiles, groups, EXPERTS, BLOCK_T)
+    waves = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), waves[2], gl.num_programs(0)):
+        expert, n_tile, first, within, rows = _tile(index, waves, num_n_tiles, groups, EXPERTS, BLOCK_T)
         if rows > 0:
             scale_row = gl.load(scale_offsets_ptr + expert) + within
             scale_tile = scale_row // 128 * num_k_tiles

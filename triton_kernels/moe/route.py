@@ -24,9 +24,8 @@ from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -200,7 +199,7 @@ def route(
     scratch: Buffer,
     num_experts: int,
 ) -> tuple[KernelLaunch, ...]:
-    """The launches of ``reference.routing.route``, with :func:`scratch_elements` of ``scratch``."""
+    """The launches of ``reference.route``, with :func:`scratch_elements` of ``scratch``."""
     num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     config = select_route_config(num_slots, INTERPRETED)
     bins = _bins(num_experts)
