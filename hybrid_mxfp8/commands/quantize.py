@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import threading
@@ -87,7 +88,7 @@ def _convert(args: argparse.Namespace) -> Summary:
 def check_target(source: Path, target: Path, force: bool) -> None:
     """Whether OUT may be written: neither IN nor inside it or around it (ValueError), and no more
     than an earlier OUT of IN's kind, with ``force`` (FileExistsError)."""
-    a, b = source.resolve(), target.resolve()
+    a, b = (Path(os.path.realpath(path)) for path in (source, target))  # resolve() fails for links in a ring
     if a == b or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target}: IN and OUT must not be the same")
     if (a in b.parents and source.is_dir()) or b in a.parents:
