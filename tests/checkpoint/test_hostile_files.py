@@ -220,6 +220,8 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
     "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
     "tokenizer that is away": (instead("tokenizer.json", lambda at: at.symlink_to("absent")), "tokenizer.json: is a link to nothing"),
+    "a folder in itself": (lambda at: (at / "self").symlink_to("."), "self: is a link to a folder that it is in"),
+    "a folder in a subfolder": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "up").symlink_to("..")), "sub/up: is a link to a folder that it is in"),
     "a subfolder's file that is away": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "file").symlink_to("absent")), "sub/file: is a link to nothing"),
 }  # fmt: skip
 
