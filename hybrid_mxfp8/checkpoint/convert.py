@@ -26,7 +26,7 @@ from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
-from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches, parts_of
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.core.metrics import decibels
@@ -240,7 +240,7 @@ class _Conversion:
 
     def folder(self, target: Path) -> None:
         source = self.checkpoint.path
-        others = _other_files(source)  # before anything is converted, which may take hours
+        others = _other_files(self.checkpoint)  # before anything is converted, which may take hours
         config = _new_config(self.checkpoint, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
@@ -363,8 +363,7 @@ def _new_config(checkpoint: Checkpoint, planned: Plan) -> dict[str, Any] | None:
     config = read_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: must hold an object, got a {type(config).__name__}")
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    found = [part.pop("quantization_config", None) for part in parts]
+    found = [part.pop("quantization_config", None) for part in parts_of(config)]
     _check_one_format(checkpoint, [each for each in found if each is not None], planned)
     floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
     weights = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
@@ -395,13 +394,16 @@ def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Pl
         )
 
 
-def _other_files(folder: Path) -> list[Path]:
+def _other_files(checkpoint: Checkpoint) -> list[Path]:
     """What is neither a tensor's nor made anew: tokenizer, licence, folders and the like."""
-    made = (INDEX_FILE, CONFIG_FILE, *QUANTIZATION_FILES)
-    others = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors" and path.name not in made]
+    made = {INDEX_FILE, CONFIG_FILE, *QUANTIZATION_FILES, *(file.name for file in checkpoint.files)}
+    here = sorted(checkpoint.path.iterdir())
+    others = [path for path in here if path.suffix != ".safetensors" and path.name not in made]
     for path in itertools.chain(others, *(other.rglob("*") for other in others if other.is_dir())):
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{path}: is a link to nothing")
+        if path.is_symlink() and path.resolve() in (path.parent / "_").resolve().parents:  # a copy would have no end
+            raise ValueError(f"{path}: is a link to a folder that it is in")
     return [path for path in others if path.is_file() or path.is_dir()]
 
 

@@ -41,12 +41,19 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A configuration and all within it, such as ``thinker_config`` and its ``text_config``."""
+    parts = [config]
+    for part in parts:  # which grows meanwhile
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return parts
+
+
 def layout_of(checkpoint: Path) -> SourceLayout:
     """What a checkpoint's ``config.json`` says by its ``model_type``, or that of a part."""
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
     config: Any = read_json(file) if file.exists() else None
     if not isinstance(config, dict):
         return SourceLayout()
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    types = [kind for part in parts if isinstance(kind := part.get("model_type"), str)]
+    types = [kind for part in parts_of(config) if isinstance(kind := part.get("model_type"), str)]
     return next((OF_MODELS[kind] for kind in types if kind in OF_MODELS), SourceLayout())

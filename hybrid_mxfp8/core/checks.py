@@ -204,6 +204,19 @@ def is_tracing(x: torch.Tensor) -> bool:
     )
 
 
+def is_tracing_any(*values: Any) -> bool:
+    """Whether any tensor is so, of these and of the operands and layouts among them: vmap may be
+    over any argument."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(
+        is_tracing_any(*vars(value).values())
+        if isinstance(value, Checked)
+        else isinstance(value, torch.Tensor) and is_tracing(value)
+        for value in values
+    )
+
+
 @functools.cache
 def has_memory(kind: type) -> bool:
     """Whether tensors of a type have memory: those that intercept operators may wrap others."""

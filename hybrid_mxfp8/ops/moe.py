@@ -97,7 +97,7 @@ def moe_forward(
         shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
             _check_out(out, x)
-        if checks.is_tracing(parts_of(x)[0]):
+        if checks.is_tracing_any(*inputs):
             return _forward_traced(inputs, shape, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)

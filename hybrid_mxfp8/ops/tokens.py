@@ -77,7 +77,7 @@ def pack_tokens(
         checks.check_scale_group(scale_group)
         if x.shape[0] > num_records:
             checks.fail("x", f"must have at most max_tokens = {num_records} rows", x.shape[0])
-        if checks.is_tracing(x):
+        if checks.is_tracing_any(*tokens):
             options = (num_records, num_experts, backend, scale_group)
             packed: torch.Tensor = torch.ops.hybrid_mxfp8.pack_tokens(x, *(tokens[1:] or (None, None)), *options)
             return packed

@@ -220,6 +220,8 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
     "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
     "tokenizer that is away": (instead("tokenizer.json", lambda at: at.symlink_to("absent")), "tokenizer.json: is a link to nothing"),
+    "a folder in itself": (lambda at: (at / "self").symlink_to("."), "self: is a link to a folder that it is in"),
+    "a folder in a subfolder": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "up").symlink_to("..")), "sub/up: is a link to a folder that it is in"),
     "a subfolder's file that is away": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "file").symlink_to("absent")), "sub/file: is a link to nothing"),
 }  # fmt: skip
 
@@ -395,6 +397,7 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
     def run() -> int:
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         end_by(number, pytest.MonkeyPatch(), call)
         return quantize(source, target, *ALL, *(["--force"] if force else []))
 
@@ -405,8 +408,9 @@ def converting(source: Path, target: Path, *, number: signal.Signals, call: int,
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> None:
-    """By Ctrl-C or a scheduler: all is removed; killed: the next run does it. No OUT appears."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """By Ctrl-C, a scheduler or a terminal: all is removed; killed: the next run does it. No OUT
+    appears."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert converting(folder, tmp_path / "out", number=signal.SIGKILL, call=call) is None
@@ -416,6 +420,15 @@ def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> 
     assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_conversion_under_nohup_outlives_its_terminal(folder: Path, tmp_path: Path) -> None:
+    def run() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        end_by(signal.SIGHUP, pytest.MonkeyPatch(), 2)
+        return quantize(folder, tmp_path / "out", *ALL)
+
+    assert Child(run).result() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ COMMANDS: list[tuple[str, str]] = [
     ("quantize {file} {file} --experts *", r"IN and OUT must not be the same"),
     ("quantize {tmp} {tmp}/out --experts *", r"IN and OUT must not lie in one another"),
     ("quantize {file} {text} --experts *", r"exists; --force replaces it"),
+    ("quantize {file} {pipe} --experts * --force", r"pipe: must be a file or a folder to be replaced, got a device"),
+    ("quantize {file} {ring} --experts nothing*", r"--experts: no matrix matches nothing\*"),
     ("quantize {file} {tmp}/out --experts nothing*", r"--experts: no matrix matches nothing\*"),
     ("quantize {file} {tmp}/out --experts * --scale-rounding up", r"argument --scale-rounding: invalid choice: 'up'"),
     ("quantize {file} {tmp}/out --experts * --device tpu", r"argument --device: invalid choice: 'tpu'"),
@@ -62,13 +65,16 @@ COMMANDS: list[tuple[str, str]] = [
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A checkpoint, a file of text and one of other JSON."""
+    """A checkpoint, a file of text and one of other JSON, a pipe, and a link to itself."""
     from safetensors.torch import save_file
 
     found = {name: tmp_path / name for name in ("file", "text", "json")}
     save_file({"experts.w": torch.ones(2, 8, 64)}, found["file"])
     found["text"].write_text("no tensors")
     found["json"].write_text(json.dumps({"a": 1}))
+    found["pipe"], found["ring"] = tmp_path / "pipe", tmp_path / "ring"
+    os.mkfifo(found["pipe"])
+    found["ring"].symlink_to(found["ring"])
     return {**found, "tmp": tmp_path}
 
 

@@ -218,16 +218,32 @@ def test_fake_tensors_meet_no_plan_of_real_ones(call: tuple[Callable[..., Any], 
     assert [t.shape for t in result(fake)] == [t.shape for t in result(real)]
 
 
-def test_vmap_loops_over_the_operator() -> None:
-    """Tensors inside vmap have no memory either."""
-    arguments = layer_arguments()
-    xs = torch.randn(2, 5, H, dtype=torch.bfloat16)
-    rest = {name: value for name, value in arguments.items() if name != "x"}
+@pytest.mark.parametrize("over", ["x", "topk_ids", "topk_weights", "w2_bias"])
+def test_vmap_loops_over_the_operator(over: str) -> None:
+    """Tensors inside vmap have no memory either, whichever argument they are."""
+    rest = {**layer_arguments(), "w2_bias": torch.randn(E, H)}
+    given = rest.pop(over)
+    both = torch.stack([given, given.flip(0)])
 
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return mx.moe_forward(x, **rest, backend="reference")
+    def layer(one: torch.Tensor) -> torch.Tensor:
+        return mx.moe_forward(**{over: one}, **rest, backend="reference")
 
-    assert torch.equal(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+    assert torch.equal(torch.vmap(layer)(both), torch.stack([layer(one) for one in both]))
+
+
+def test_vmap_over_parts_of_operands() -> None:
+    x, counts = torch.randn(T, K), torch.tensor([[3, 0, 3], [1, 4, 1]])
+    xq, w = gemm_arguments().values()
+
+    def codes(counts: torch.Tensor) -> torch.Tensor:
+        return mx.quantize_grouped(x, counts, backend="reference").values.view(torch.uint8)
+
+    def product(scales: torch.Tensor) -> torch.Tensor:
+        return mx.grouped_gemm(xq, mx.ExpertWeights.unchecked(w.values, scales), backend="reference")
+
+    scales = torch.stack([w.scales, w.scales.flip(0)])
+    for function, both in ((codes, counts), (product, scales)):
+        assert torch.equal(torch.vmap(function)(both), torch.stack([function(one) for one in both]))
 
 
 # ---------------------------------------------------------------- what is kept
