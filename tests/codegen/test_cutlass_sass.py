@@ -19,6 +19,7 @@ import cutlass_modules
 import pages
 import pytest
 import torch
+from compiling import reached
 
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source, workspace_bound
@@ -173,22 +174,10 @@ def before_wait(sass: str) -> set[str]:
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
-    found: set[str] = set()
-    seen: set[int] = set()
-    ahead = [0]
-    while ahead:
-        at = ahead.pop()
-        name = re.sub(r"^@!?U?P\w+\s+", "", code[at])
-        if at in seen or name.startswith("ACQBULK"):
-            continue
-        seen.add(at)
-        if re.match(GLOBAL, name):
-            found.add(name.split()[0])
-        targets = [labels[label] for label in re.findall(r"\.L_x_\d+", code[at])]
-        assert targets or not re.match("U?BRX", name), "an indirect branch without its targets"
-        unconditional = name == code[at] and re.match(r"(BRA|BRXU?|EXIT|RET)\b", name)
-        ahead += targets if unconditional else [*targets, at + 1]
-    return found
+    lines = reached(code, labels, "ACQBULK", r"\.L_x_\d+", r"(BRA|BRXU?|EXIT|RET)\b")
+    found = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in lines]
+    assert all(".L_x_" in line for line in found if re.match("U?BRX", line)), "an indirect branch without its targets"
+    return {line.split()[0] for line in found if re.match(GLOBAL, line)}
 
 
 def test_dependent_launch_waits(kernel: Kernel, sass: str, module: Any) -> None:
