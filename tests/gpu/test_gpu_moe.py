@@ -3,7 +3,7 @@ streams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import cases
 import pytest
@@ -105,15 +105,7 @@ def test_a_graph_keeps_its_memory_when_the_workspace_grows(
     assert all(bool((t == 0xFF).all()) for t in filler)
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_compiled_by_inductor(rng: torch.Generator) -> None:
+def test_compiled_by_inductor(fresh_dynamo: None, rng: torch.Generator) -> None:
     """fullgraph, one compilation for routings and batch sizes, eager's bits."""
     buffers = Buffers(rng, 80)
     compiled = torch.compile(buffers.forward, fullgraph=True)
@@ -125,8 +117,7 @@ def test_compiled_by_inductor(rng: torch.Generator) -> None:
             assert torch.equal(compiled(*batch), buffers.forward(*batch))
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_compiled_with_cuda_graphs(rng: torch.Generator) -> None:
+def test_compiled_with_cuda_graphs(fresh_dynamo: None, rng: torch.Generator) -> None:
     buffers = Buffers(rng, 24)
 
     def block(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -138,8 +129,7 @@ def test_compiled_with_cuda_graphs(rng: torch.Generator) -> None:
         assert torch.equal(compiled(*batch).clone(), block(*batch))
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_functions_compiled_by_inductor(rng: torch.Generator) -> None:
+def test_functions_compiled_by_inductor(fresh_dynamo: None, rng: torch.Generator) -> None:
     """quantize and GEMM as operators of their own, the layout built in the graph."""
     wq = mx.quantize_weights(torch.randn(4, 64, 128, generator=rng).to("cuda"))
 
