@@ -81,9 +81,7 @@ class Layer(on_gpu.Layer):
 
     def again(self) -> torch.Tensor:
         """With the workspace, from whose third call on the launches are repeated."""
-        self.out.fill_(torch.nan)
-        self.run()
-        return self.out.cpu()
+        return self.computed(self.run).cpu()
 
     def results(self) -> Results:
         """Without and with the workspace."""
