@@ -151,6 +151,14 @@ def no_sync(device: str) -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile knows nothing of other tests, and they nothing of this."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def gigabytes(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
     """Skip where the GPU has less free memory than the parameter, in GB; give it back afterwards.
 

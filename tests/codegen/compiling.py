@@ -10,7 +10,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,29 @@ def _printed(command: list[str], content: bytes) -> str:
     return done.stdout + done.stderr
 
 
+def reached(code: Sequence[str], labels: Mapping[str, int], stop: str, target: str, leave: str) -> list[str]:
+    """The instructions on any path from the first up to those that match ``stop``, these included.
+
+    ``target`` finds the labels that an instruction may go to; one that matches ``leave`` goes on
+    nowhere else.
+    """
+    seen: set[int] = set()
+    ahead = [0]
+    while ahead:
+        at = ahead.pop()
+        if at in seen or at == len(code):
+            continue
+        seen.add(at)
+        if not re.search(stop, code[at]):
+            ahead += [labels[label] for label in re.findall(target, code[at])]
+            if not re.match(leave, code[at]):
+                ahead.append(at + 1)
+    return [code[at] for at in sorted(seen)]
+
+
+WAIT, START = r"griddepcontrol\.wait;", r"barrier\.sync\s+1;"
+
+
 def before_the_wait(ptx: str) -> list[str]:
     """What a kernel may do to global memory before ``griddepcontrol.wait``, along any path from its
     entry; and "no wait" unless there is one, which some path reaches.
@@ -119,30 +142,25 @@ def before_the_wait(ptx: str) -> list[str]:
     """
     lines = [line.split("//")[0].strip() for line in ptx[ptx.index(".entry") :].splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
-    seen: set[int] = set()
-    left, waits, starts, found = [0], 0, 0, []
-    while left:
-        at = left.pop()
-        if at in seen or at == len(lines):
-            continue
-        seen.add(at)
-        line = lines[at]
-        if "griddepcontrol.wait;" in line:
-            waits += 1
-        elif re.search(r"barrier\.sync\s+1;", line):
-            starts += 1
-        else:
-            operation = re.sub(r"^\{?\s*(@!?\S+\s+)?", "", line).split(" ")[0].split("\t")[0]
-            inside = re.search(r"\.(shared|param|local)", operation) and ".global" not in operation
-            if re.match(r"(ld|st|red|atom|cp|prefetch)\.", operation) and not inside:
-                found.append(line)
-            if target := re.search(r"\bbra\S*\s+(\S+);", line):
-                left.append(labels[target[1]])
-            if not re.match(r"(bra|ret|exit|trap)\b", line):
-                left.append(at + 1)
-    if (waits, len(re.findall(r"griddepcontrol\.wait;", ptx))) != (1, 1) or starts > 1:
+    on_the_way = reached(lines, labels, f"{WAIT}|{START}", r"\bbra\S*\s+(\S+);", r"(bra|ret|exit|trap)\b")
+    found = []
+    for line in on_the_way:
+        operation = re.sub(r"^\{?\s*(@!?\S+\s+)?", "", line).split(" ")[0].split("\t")[0]
+        inside = re.search(r"\.(shared|param|local)", operation) and ".global" not in operation
+        if re.match(r"(ld|st|red|atom|cp|prefetch)\.", operation) and not inside:
+            found.append(line)
+    waits, starts = (sum(bool(re.search(pattern, line)) for line in on_the_way) for pattern in (WAIT, START))
+    if (waits, len(re.findall(WAIT, ptx))) != (1, 1) or starts > 1:
         found.append(f"no wait: {waits} reached, {starts} starts of other warps")
     return found
+
+
+LOAD_16, STORE_16 = (rf"{name}\.global(\.\w+)*\.v4\.b32" for name in ("ld", "st"))
+
+
+def empty(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """An argument without memory."""
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 CompileFor = Callable[..., Compiled]

@@ -8,19 +8,11 @@ from typing import Any
 import kernels
 import pytest
 import torch
-from compiling import Compiled, CompileFor
+from compiling import LOAD_16, STORE_16, Compiled, CompileFor, empty
 
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.triton_kernels import group_layout
 from hybrid_mxfp8.triton_kernels.moe import combine, expert_bias, pack_tokens, route
-
-LOAD_16 = r"ld\.global(\.\w+)*\.v4\.b32"
-STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
-
-
-def empty(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
 
 LAUNCHES = {"rank_kernel": 16, "count_kernel": 8192, "sum_kernel": 8192, "scatter_kernel": 8192}
 """Each routing kernel, and a number of tokens with which it runs."""

@@ -8,7 +8,7 @@ from typing import Any
 import kernels
 import pytest
 import torch
-from compiling import Compiled, CompileFor
+from compiling import LOAD_16, STORE_16, Compiled, CompileFor, empty
 
 from hybrid_mxfp8.core.activation import NAMED, SwiGLU
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
@@ -33,15 +33,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 PACKED_CONVERSION = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
-LOAD_16 = r"ld\.global(\.\w+)*\.v4\.b32"
 LOAD_1_OR_2 = r"ld\.global(\.\w+)*\.b(8|16)"
 LOAD_8 = r"ld\.global(\.\w+)*\.v2\.b32"
-STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
 STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
-
-
-def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
 
 
 @pytest.fixture

@@ -245,12 +245,9 @@ def expected_tiles(counts: Sequence[int], n: int, token_tile: int, tiles: torch.
 
 
 SCHEDULED = [
-    ((1, 64), (1, 1)),
-    ((1, 64), (4, 1)),
+    *(((1, 64), cluster) for cluster in ((1, 1), (4, 1))),
     ((1, 192), (2, 2)),
-    ((2, 128), (2, 1)),
-    ((2, 128), (4, 1)),
-    ((2, 128), (4, 2)),
+    *(((2, 128), cluster) for cluster in ((2, 1), (4, 1), (4, 2))),
 ]
 
 

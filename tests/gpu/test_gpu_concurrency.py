@@ -169,12 +169,10 @@ def test_workers_quantize_for_the_gpu() -> None:
         dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
     wq = mx.quantize_weights(torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(9)).to("cuda"))
-    count = 0
-    for i, xq in enumerate(loader):
-        expected = mx.grouped_gemm(cases.to_device(dataset[i], "cuda"), wq, backend="triton")
-        assert torch.equal(mx.grouped_gemm(cases.to_device(xq, "cuda"), wq, backend="triton"), expected)
-        count += 1
-    assert count == len(dataset)
+    batches = (dataset[i] for i in range(len(dataset)))
+    for pair in zip(loader, batches, strict=True):
+        got, wanted = (mx.grouped_gemm(cases.to_device(xq, "cuda"), wq, backend="triton") for xq in pair)
+        assert torch.equal(got, wanted)
 
 
 def test_a_child_forked_after_cuda_was_initialized_is_told_so() -> None:

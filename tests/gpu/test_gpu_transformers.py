@@ -59,15 +59,13 @@ def test_experts_move_as_they_are_quantized() -> None:
 
 
 @torch.no_grad()
-def test_compiled(model: Any) -> None:
+def test_compiled(fresh_dynamo: None, model: Any) -> None:
     """The whole model without a break."""
-    torch._dynamo.reset()
     integration.quantize_model_(model, progress=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     prompt = models.prompt(GPU)
     got = compiled(prompt, use_cache=False).logits
     assert mx.signal_to_noise_db(model(prompt, use_cache=False).logits, got) > 35.0
-    torch._dynamo.reset()
 
 
 @torch.no_grad()

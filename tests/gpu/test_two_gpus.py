@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,7 @@ class Layer(on_gpu.Layer):
 
     def again(self) -> torch.Tensor:
         """With the workspace, from whose third call on the launches are repeated."""
-        self.out.fill_(torch.nan)
-        self.run()
-        return self.out.cpu()
+        return self.computed(self.run).cpu()
 
     def results(self) -> Results:
         """Without and with the workspace."""
@@ -97,31 +95,29 @@ def assert_same(a: Results, b: Results) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def take_turns(jobs: Sequence[Operators | Layer], current: int) -> None:
+JOBS: dict[str, Callable[[str], Operators | Layer]] = {
+    "operators": lambda device: Operators(device, "triton"),
+    "reference": lambda device: Operators(device, "reference"),
+    "layer": Layer,
+}
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("name", JOBS)
+def test_in_turns_wherever_operands_are(kernel: str, name: str, current: int) -> None:
     """What was compiled and cached for one GPU must not be taken for the other."""
+    jobs = [JOBS[name](device) for device in GPUS]
     with torch.cuda.device(current):
         for _ in range(3):
-            first, second = (job.results() for job in jobs)
-            assert_same(first, second)
+            assert_same(*(job.results() for job in jobs))
             assert torch.cuda.current_device() == current
-
-
-@pytest.mark.parametrize("current", [0, 1])
-def test_every_operator_wherever_its_operands_are(kernel: str, current: int) -> None:
-    for backend in ("triton", "reference"):
-        take_turns([Operators(device, backend) for device in GPUS], current)
-
-
-@pytest.mark.parametrize("current", [0, 1])
-def test_a_layer_wherever_it_is(kernel: str, current: int) -> None:
-    take_turns([Layer(device) for device in GPUS], current)
 
 
 @pytest.mark.parametrize("name", ["operators", "layer"])
 def test_the_stream_is_the_operands_gpus(kernel: str, name: str) -> None:
     """Work goes to the current stream of the operands' GPU: it is after what was put there,
     whatever is current elsewhere."""
-    job: Any = Operators("cuda:1", "triton") if name == "operators" else Layer("cuda:1")
+    job: Any = JOBS[name]("cuda:1")
     for _ in range(3):
         expected = job.results()
     kept = job.x.clone()

@@ -64,11 +64,6 @@ def quantize_steps(
     return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), *tensors
 
 
-def quantize(*arguments: Any, **options: Any) -> None:
-    """As :func:`quantize_steps`, run."""
-    launch(*quantize_steps(*arguments, **options))
-
-
 def pack_tokens(
     x: torch.Tensor,
     ids: torch.Tensor | None,

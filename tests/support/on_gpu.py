@@ -44,6 +44,13 @@ class Layer:
     def run(self) -> None:
         self.eager(workspace=self.workspace, out=self.out)
 
+    def computed(self, run: Callable[[], object]) -> torch.Tensor:
+        """What a call leaves in ``out``."""
+        self.out.fill_(float("nan"))
+        run()
+        torch.cuda.synchronize()
+        return self.out.clone()
+
     def refill(self, rng: torch.Generator, spread: int) -> None:
         """Other tokens in the same memory, routed to the first ``spread`` experts, or nowhere."""
         shape = self.ids.shape
