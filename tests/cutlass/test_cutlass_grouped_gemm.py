@@ -134,17 +134,15 @@ def copy_from_elsewhere(source: jit.Source) -> None:
     cutlass._find_tools.cache_clear()
 
 
-def test_old_headers_are_told(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the backend runs, in a line with what newer ones bring."""
-    old = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
-    monkeypatch.setattr(toolchain, "find_cutlass", lambda: old)
-    for said in (cutlass.availability(B200)[1], cutlass.explain(problem())):
-        assert said.endswith(f"; {old.hint}")
-
-
-def test_available_names_its_tools(tools: None) -> None:
+def test_tools_are_named(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backend runs, in a line; of old headers with what newer ones bring."""
     said = f"CUTLASS 4.8.1 (ragged mainloop), nvcc 12.8.93, {cutlass.NOT_RUN}"
     assert cutlass.availability(B200) == (True, said)
+    old = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
+    monkeypatch.setattr(toolchain, "find_cutlass", lambda: old)
+    cutlass._find_tools.cache_clear()
+    for said in (cutlass.availability(B200)[1], cutlass.explain(problem())):
+        assert said.endswith(f"; {old.hint}")
 
 
 def test_without_compiler_built_modules_suffice(no_compiler: None) -> None:
@@ -304,19 +302,13 @@ def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatc
 
 
 def test_first_use_verifies(verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
-    assert verified["times"] == 1
-
-
-def test_nothing_is_verified_while_a_stream_is_captured(
-    verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And that is not remembered."""
+    """Not while a stream is captured, and that is not remembered."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(BackendUnavailableError, match="was not verified on this GPU yet, and while a stream"):
             ask(monkeypatch, WORKS)
-    assert ask(monkeypatch, WORKS) == 3148
+    assert verified["times"] == 0
+    assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
     assert verified["times"] == 1
 
 
@@ -355,20 +347,17 @@ def test_workspace_bound_asks_no_module(monkeypatch: pytest.MonkeyPatch) -> None
         assert "nothing" in cutlass.explain(nothing)
 
 
-def test_explain_says_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_says_which_and_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a module that was built elsewhere, too, where there are no headers."""
     said = cutlass.explain(problem())
     assert any(module in said for module in MODULES)
     assert "waves" in said
     assert "modelled" in said
+    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "absent"))
+    assert cutlass.explain(problem()).endswith(f"({cutlass.NOT_RUN})")
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "1sm_128x256x128")
     assert cutlass.explain(problem()).startswith("1sm_128x256x128_1x1")
     assert "forced by HYBRID_MXFP8_CONFIG" in cutlass.explain(problem())
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "fastest")
     with pytest.raises(ValueError, match=r"HYBRID_MXFP8_CONFIG: .*expected one of 1sm_128x64x128"):
         cutlass.explain(problem())
-
-
-def test_explain_needs_no_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a module that was built elsewhere."""
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "absent"))
-    assert cutlass.explain(problem()).endswith(f"({cutlass.NOT_RUN})")

@@ -24,14 +24,6 @@ from hybrid_mxfp8.dispatch import module_cache
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 
-@pytest.fixture
-def no_compiler(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module in the cache, and a machine that could not build it."""
-    folder = jit.build(toolkit.source).folder
-    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter(()))
-    return folder
-
-
 def test_second_process_finds_the_module(toolkit: FakeToolkit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "hybrid_mxfp8"):
         assert jit.load(toolkit.source).answer() == 42
@@ -116,32 +108,25 @@ def test_first_error(output: str, error: str) -> None:
     assert jit._first_error(output) == error
 
 
-def test_cache_is_copied_to_a_machine_without_compiler(
-    toolkit: FakeToolkit, no_compiler: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved = toolkit.folder / "elsewhere"
-    shutil.copytree(no_compiler.parent, moved / "cutlass")
-    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(moved))
-    assert jit.load(toolkit.source).answer() == 42
-    shutil.rmtree(moved)
-    with pytest.raises(BackendUnavailableError, match=r"no CUDA compiler.*pip install 'hybrid-mxfp8\[nvcc\]'"):
-        jit.build(toolkit.source)
-
-
-def test_newest_copied_module_is_taken(toolkit: FakeToolkit, no_compiler: Path) -> None:
-    """By the versions of CUTLASS, then nvcc, as numbers; what is damaged or no module is not."""
-    stem = no_compiler.name.partition("-cutlass")[0]
+def test_newest_copied_module_is_taken(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a compiler: by the versions of CUTLASS, then nvcc, as numbers; what is
+    damaged or no module is not, and where nothing was copied the error says what to install."""
+    built = jit.build(toolkit.source).folder
+    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter(()))
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(toolkit.folder / "copied"))
+    stem = str(toolkit.folder / "copied" / "cutlass" / built.name.partition("-cutlass")[0])
     newest_last = ["4.8.1-nvcc13.0.88", "4.10.0-nvcc12.9.86", "4.10.0-nvcc13.0.9", "4.10.0-nvcc13.0.88"]
     for versions in (*newest_last, "4.11.0-nvcc13.0.88", "4.12.0-nvccX"):
-        shutil.copytree(no_compiler, no_compiler.parent / f"{stem}-cutlass{versions}")
-    (no_compiler.parent / f"{stem}-cutlass4.11.0-nvcc13.0.88" / jit.LIBRARY).write_bytes(b"")
-    (no_compiler.parent / f"{stem}-cutlass4.13.0-nvcc13.0.88.lock").touch()
+        shutil.copytree(built, f"{stem}-cutlass{versions}")
+    Path(f"{stem}-cutlass4.11.0-nvcc13.0.88", jit.LIBRARY).write_bytes(b"")
+    Path(f"{stem}-cutlass4.13.0-nvcc13.0.88.lock").touch()
+    assert jit.load(toolkit.source).answer() == 42
     for versions in reversed(newest_last):
         found = jit.find(toolkit.source)
-        assert found is not None
-        assert found.folder.name == f"{stem}-cutlass{versions}"
+        assert found == jit.Built(Path(f"{stem}-cutlass{versions}"))
         shutil.rmtree(found.folder)
-    assert jit.find(toolkit.source) == jit.Built(no_compiler)
+    with pytest.raises(BackendUnavailableError, match=r"no CUDA compiler.*pip install 'hybrid-mxfp8\[nvcc\]'"):
+        jit.build(toolkit.source)
 
 
 def test_each_change_gives_another_module(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
