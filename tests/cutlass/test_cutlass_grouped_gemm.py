@@ -161,26 +161,17 @@ def test_without_compiler_built_modules_suffice(no_compiler: None) -> None:
         assert "built elsewhere" in said
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("HYBRID_MXFP8_CUTLASS_DIR", "HYBRID_MXFP8_CACHE_DIR", "HYBRID_MXFP8_TRUST_CACHE"),
-        *("CUDA_HOME", "CUDA_PATH", "PATH"),
-    ],
-)
-def test_tools_are_looked_for_once_in_an_environment(
-    no_compiler: None, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """A variable that says where to look, or what may be loaded, asks again."""
-    for variable in ("CUDA_HOME", "CUDA_PATH", "HYBRID_MXFP8_TRUST_CACHE", "HYBRID_MXFP8_CUTLASS_DIR"):
+def test_tools_are_looked_for_once_in_an_environment(no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each variable that says where to look, or what may be loaded, asks again."""
+    where_to_look = ("CUDA_PATH", "CUDA_HOME", "HYBRID_MXFP8_TRUST_CACHE", "HYBRID_MXFP8_CUTLASS_DIR")
+    for variable in where_to_look:
         monkeypatch.delenv(variable, raising=False)
-    first = cutlass.availability(B200)
-    assert not first[0]
-    assert cutlass.availability(B200) == first
-    before = cutlass._find_tools.cache_info().misses
-    monkeypatch.setenv(name, "1")
-    cutlass.availability(B200)
-    assert cutlass._find_tools.cache_info().misses == before + 1
+    for variable in ("", *where_to_look, "HYBRID_MXFP8_CACHE_DIR", "PATH"):
+        if variable:
+            monkeypatch.setenv(variable, "1")
+        before = cutlass._find_tools.cache_info().misses
+        assert cutlass.availability(B200) == cutlass.availability(B200)
+        assert cutlass._find_tools.cache_info().misses == before + 1, variable
 
 
 def test_compiler_too_old_for_the_capability(tools: None) -> None:

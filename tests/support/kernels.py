@@ -84,18 +84,14 @@ def pack_tokens(
     launch(steps, x, ids, weights, records)
 
 
-def quantize_weights_steps(
+def quantize_weights(
     w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rounding: str = "rceil", scale_group: int = 32
-) -> tuple[Any, ...]:
+) -> None:
     experts, n, k = w.shape
     rows = experts * n
     sizes = (rows, experts, k, rows, w.stride(1))
     problem = QuantizeProblem(*sizes, rounding, None, "uniform", w.stride(0), scale_group)
-    return lambda *buffers: quantizer.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales
-
-
-def quantize_weights(*arguments: Any) -> None:
-    launch(*quantize_weights_steps(*arguments))
+    launch(lambda *buffers: quantizer.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales)
 
 
 Layout = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

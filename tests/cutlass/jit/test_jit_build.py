@@ -12,7 +12,6 @@ import signal
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_toolkit import MODULE, FakeToolkit, answer, wait_until
@@ -138,8 +137,7 @@ def test_each_change_gives_another_module(toolkit: FakeToolkit, monkeypatch: pyt
     source = toolkit.module("toy", definitions=(("A", "1"),), flags=("-G",), include=(own,))
     keys = [source.key()]
     for change in ({"name": "t"}, {"arch": "8.0"}, {"definitions": (("A", "2"),)}, {"flags": ()}, {"include": ()}):
-        changed: dict[str, Any] = change
-        keys.append(dataclasses.replace(source, **changed).key())
+        keys.append(dataclasses.replace(source, **change).key())
     for owner, name, value in (
         (jit, "FLAGS", ()),
         (jit, "_tvm_ffi_version", lambda: "0"),
