@@ -70,8 +70,6 @@ def problem(**changes: Any) -> Any:
     [
         ((9, 0), "needs compute capability 10.0 or 10.3, got 9.0: use the triton backend"),
         ((12, 0), "got 12.0, whose tensor cores take other instructions: use the triton backend"),
-        ((11, 0), "got 11.0"),
-        ((8, 0), "got 8.0"),
         (None, "needs a GPU of compute capability 10.0 or 10.3"),
     ],
 )
@@ -95,8 +93,6 @@ def test_other_devices_are_refused_in_a_line(capability: tuple[int, int] | None,
         # CUTLASS computes the stride between experts as an int: N * K = 2^31 would be negative.
         (2**26 - 8, 32, torch.float32, ""),
         (2**26, 32, torch.float32, "w: the weights of one expert must be below 2 GiB, got N = 67108864, K = 32"),
-        (32768, 65504, torch.float32, ""),
-        (32768, 65536, torch.float32, "w: the weights of one expert must be below 2 GiB, got N = 32768, K = 65536"),
         (4, 2**29 - 32, torch.float32, "w: the scales of one expert must be below 2 GiB, got N = 4, K = 536870880"),
     ],
 )

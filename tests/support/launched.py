@@ -8,16 +8,12 @@ caller tells.
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-KERNELS = Path(__file__).resolve().parents[2] / "triton_kernels"
-
 
 outcomes = Counter(passed=0, skipped=0, failed=0)
 
@@ -40,14 +36,3 @@ def compiled_kernels() -> set[str]:
     """Names of the kernels that this process has compiled, which it does to launch them."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
     return {kernel.metadata.name for kernel, _ in launch._compiled.values()} if launch else set()
-
-
-def kernels_in_source() -> set[str]:
-    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
-    calls = [
-        node
-        for path in sorted(KERNELS.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KernelLaunch"
-    ]
-    return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}
