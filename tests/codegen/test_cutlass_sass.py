@@ -72,14 +72,13 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 @pytest.fixture(scope="module")
-def built(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(kernel: Kernel) -> Path:
     try:
         toolchain.find_cuda()
     except BackendUnavailableError as reason:
         pytest.skip(str(reason))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(kernel.cutlass.include))
-        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(cutlass_modules.session_cache(tmp_path_factory)))
         return jit.build(source(kernel.module, kernel.out, kernel.arch)).library
 
 
