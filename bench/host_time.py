@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,34 +29,48 @@ NEW = range(17, 117)
 WARM = range(150, 153)
 
 
-def seen(call: Callable[[], object]) -> float:
-    """µs of a call that comes again and again."""
-    for _ in range(10):
-        call()
+class HostTime(NamedTuple):
+    """Of one call, medians."""
+
+    us: float
+    multiple: float  # of ``x.add_(0)`` in the rounds between, since a host's clock drifts
+
+
+def a_call(call: Callable[[], object]) -> float:
+    """Seconds of one of CALLS, which find the queue of launches empty."""
     torch.cuda.synchronize()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - start) / CALLS)
-        torch.cuda.synchronize()
-    return statistics.median(times) * 1e6
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS
 
 
-def never_seen(call: Callable[..., object], cases: Sequence[tuple[object, ...]]) -> float:
-    """µs of a call whose sizes are new each time; the first of WARM are not timed."""
-    times = []
+def host_time(times: Sequence[float], adds: Sequence[float]) -> HostTime:
+    median = statistics.median(times)
+    return HostTime(median * 1e6, median / statistics.median(adds))
+
+
+def seen(add: Callable[[], object], call: Callable[[], object]) -> HostTime:
+    """Of a call that comes again and again."""
+    rounds = [(a_call(call), a_call(add)) for _ in range(1 + ROUNDS)]
+    times, adds = zip(*rounds[1:], strict=True)
+    return host_time(times, adds)
+
+
+def never_seen(add: Callable[[], object], call: Callable[..., object], cases: Sequence[tuple[object, ...]]) -> HostTime:
+    """Of a call whose sizes are new each time; the first of WARM are not timed."""
+    times, adds = [], []
     for i, arguments in enumerate(cases):
-        if i % 20 == 0:
+        if i % 10 == 0:
+            adds.append(a_call(add))
             torch.cuda.synchronize()
         start = time.perf_counter()
         call(*arguments)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[len(WARM) :]) * 1e6
+    return host_time(times[len(WARM) :], adds)
 
 
-def small_calls() -> dict[str, float]:
+def small_calls(add: Callable[[], object]) -> dict[str, HostTime]:
     e, n, k, t = 16, 256, 256, 16
     counts = torch.ones(e, dtype=torch.int32, device="cuda")
     groups = mx.GroupLayout.from_counts(counts, t)
@@ -66,20 +81,23 @@ def small_calls() -> dict[str, float]:
     workspace = torch.empty(mx.grouped_gemm_workspace_size(wq, t), dtype=torch.uint8, device="cuda")
     few, ends = x[:t].clone(), counts.cumsum(0, dtype=torch.int32)
     return {
-        "quantize_grouped, out given": seen(lambda: mx.quantize_grouped(few, groups, out=xq)),
-        "quantize_grouped, nothing given": seen(lambda: mx.quantize_grouped(few, groups)),
-        "quantize_grouped of counts": seen(lambda: mx.quantize_grouped(few, counts)),
-        "grouped_gemm, out and workspace given": seen(lambda: mx.grouped_gemm(xq, wq, out=out, workspace=workspace)),
-        "grouped_gemm, nothing given": seen(lambda: mx.grouped_gemm(xq, wq)),
-        "torch's _grouped_mm": seen(lambda: torch._grouped_mm(few, w.mT, offs=ends)),
+        "quantize_grouped, out given": seen(add, lambda: mx.quantize_grouped(few, groups, out=xq)),
+        "quantize_grouped, nothing given": seen(add, lambda: mx.quantize_grouped(few, groups)),
+        "quantize_grouped of counts": seen(add, lambda: mx.quantize_grouped(few, counts)),
+        "grouped_gemm, out and workspace given": seen(
+            add, lambda: mx.grouped_gemm(xq, wq, out=out, workspace=workspace)
+        ),
+        "grouped_gemm, nothing given": seen(add, lambda: mx.grouped_gemm(xq, wq)),
+        "torch's _grouped_mm": seen(add, lambda: torch._grouped_mm(few, w.mT, offs=ends)),
         "layout and quantize_grouped, T never seen": never_seen(
+            add,
             lambda rows: mx.quantize_grouped(rows, mx.GroupLayout.from_counts(counts, rows.shape[0])),
             [(x[:rows],) for rows in (*WARM, *NEW)],
         ),
     }
 
 
-def layer_calls() -> dict[str, float]:
+def layer_calls(add: Callable[[], object]) -> dict[str, HostTime]:
     e, hidden, intermediate, top_k, m = 128, 2048, 768, 8, 16
     w13 = torch.randn(e, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda") * hidden**-0.5
     w2 = torch.randn(e, hidden, intermediate, dtype=torch.bfloat16, device="cuda") * intermediate**-0.5
@@ -91,10 +109,10 @@ def layer_calls() -> dict[str, float]:
     few = x[:m].clone(), *weights, ids[:m].clone(), scores[:m].clone()
     out, workspace = torch.empty_like(few[0]), mx.MoEWorkspace(*weights, max_tokens=m, top_k=top_k)
     return {
-        "moe_forward, out and workspace given": seen(lambda: mx.moe_forward(*few, workspace=workspace, out=out)),
-        "moe_forward, nothing given": seen(lambda: mx.moe_forward(*few)),
+        "moe_forward, out and workspace given": seen(add, lambda: mx.moe_forward(*few, workspace=workspace, out=out)),
+        "moe_forward, nothing given": seen(add, lambda: mx.moe_forward(*few)),
         "moe_forward, M never seen": never_seen(
-            mx.moe_forward, [(x[:rows], *weights, ids[:rows], scores[:rows]) for rows in (*WARM, *NEW)]
+            add, mx.moe_forward, [(x[:rows], *weights, ids[:rows], scores[:rows]) for rows in (*WARM, *NEW)]
         ),
     }
 
@@ -104,14 +122,17 @@ def main() -> None:
     if (reason := why_not()) is not None:
         sys.exit(f"Nothing was measured: {reason}.")
     small = torch.zeros(4096, device="cuda")
-    add = seen(lambda: small.add_(0))
-    microseconds = {"x.add_(0)": add, **small_calls(), **layer_calls()}
+
+    def add() -> object:
+        return small.add_(0)
+
+    times = {"x.add_(0)": seen(add, add), **small_calls(add), **layer_calls(add)}
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "us": {name: round(us, 1) for name, us in microseconds.items()},
-        "multiples": {name: round(us / add, 2) for name, us in microseconds.items()},
+        "us": {name: round(time.us, 1) for name, time in times.items()},
+        "multiples": {name: round(time.multiple, 2) for name, time in times.items()},
     }
     print(json.dumps(result, indent=1))
 

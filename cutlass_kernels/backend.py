@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm
 from hybrid_mxfp8.dispatch.backend import Backend, Call
-from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES, capability
+from hybrid_mxfp8.dispatch.device import SM100_CAPABILITIES, capability
 
 BACKEND = Backend(
     name="cutlass",
     about="CUTLASS SM100 block-scaled kernel, compiled just in time; run in an emulator of its PTX, not yet on hardware",
-    made_for=lambda device: capability(device) in CUTLASS_CAPABILITIES,
+    made_for=lambda device: capability(device) in SM100_CAPABILITIES,
     available=lambda device: grouped_gemm.availability(capability(device)),
     can_run=grouped_gemm.can_run,
     workspace_size=grouped_gemm.workspace_size,

@@ -41,7 +41,7 @@ from hybrid_mxfp8.reference import grouped_matmul, quantize
 logger = logging.getLogger("hybrid_mxfp8")
 
 RECORD = "record.json"
-PASSING = re.compile(r"out of memory|No module named|cannot import")
+TRANSIENT = re.compile(r"out of memory|No module named|cannot import")
 """Of failures that say nothing of the module: a full GPU, an environment in disorder."""
 
 SECONDS = 120.0  # how long a child may take; loading torch and CUDA is most of it
@@ -68,11 +68,11 @@ def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> 
 
     def verify(private: Path) -> None:
         record = _run(module, device, tuple(child))
-        if PASSING.search(record["reason"]):
+        if TRANSIENT.search(record["reason"]):
             raise BackendUnavailableError(record["reason"])
         (private / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
-    # Not kept for others where the cache cannot be written, or what failed passes.
+    # Not kept for others where the cache cannot be written, or the failure is transient.
     with contextlib.suppress(BackendUnavailableError):
         if read_record(folder) is None:
             build_once(folder, verify, lambda: read_record(folder) is not None)

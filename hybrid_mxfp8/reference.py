@@ -95,19 +95,27 @@ def quantize_rows(
     write_grouped(values, scales, expert_offsets, scale_offsets, out_values, out_scales)
 
 
+def source_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The token of each of T = ``num_rows`` rows, of the rows (M, top_k) of each token's choices,
+    -1 for none: (T,) int64, 0 for rows that are nobody's."""
+    flat = rows.reshape(-1).to(torch.int64)
+    tokens = flat.new_zeros(num_rows + 1)  # one more for choices that are dropped
+    tokens[torch.where(flat >= 0, flat, num_rows)] = torch.arange(flat.numel(), device=rows.device) // rows.shape[1]
+    return tokens[:-1]
+
+
 def gather_rows(
     x_values: torch.Tensor,  # (R, K) e4m3
     x_scales: torch.Tensor,  # (R, K/32) uint8, row-major
-    row_index: torch.Tensor,  # (T,) int32
+    row_index: torch.Tensor,  # (T,) int64
     expert_offsets: torch.Tensor,
     scale_offsets: torch.Tensor,
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
     """As :func:`quantize_rows`, of rows that are quantized."""
-    index = row_index.to(torch.int64)
-    values = x_values.view(torch.uint8)[index].view(torch.float8_e4m3fn)
-    write_grouped(values, x_scales[index], expert_offsets, scale_offsets, out_values, out_scales)
+    values = x_values.view(torch.uint8)[row_index].view(torch.float8_e4m3fn)
+    write_grouped(values, x_scales[row_index], expert_offsets, scale_offsets, out_values, out_scales)
 
 
 def pack_tokens(
@@ -165,7 +173,6 @@ def grouped_matmul(
 def route(
     topk_ids: torch.Tensor,  # (M, top_k) int32 or int64
     num_experts: int,  # E
-    sorted_token_ids: torch.Tensor,  # (S,) int32, written: the token of each row
     inverse_permutation: torch.Tensor,  # (M, top_k) int32, written: the row of each slot, or -1
     layout: torch.Tensor,  # (3E+2,) int32, written: see GroupLayout.from_buffer
 ) -> None:
@@ -176,7 +183,6 @@ def route(
     order = torch.sort(experts, stable=True).indices
     rows = torch.empty_like(order)
     rows[order] = torch.arange(order.numel(), device=order.device)
-    sorted_token_ids.copy_(order // topk_ids.shape[1])
     inverse_permutation.view(-1).copy_(torch.where(experts < num_experts, rows, -1))
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     counts.scatter_add_(0, experts, torch.ones_like(experts))

@@ -122,11 +122,8 @@ def compile_kernel(
     kernel: Any, arguments: Sequence[Argument], constants: Sequence[object], options: Mapping[str, Any]
 ) -> Any:
     """Compile for the current device, or find in Triton's cache, what a launch with such tensors
-    would: ``kernel``, a jitted function whose constexpr parameters, ``constants``, come last.
-
-    Returns:
-        What Triton compiled, not loaded yet. Triton unloads a kernel whose object dies.
-    """
+    would: ``kernel``, a jitted function whose constexpr parameters, ``constants``, come last. It is
+    not loaded yet."""
     return kernel.warmup(*map(_stand_in, arguments), *constants, grid=(1,), **options)
 
 
@@ -134,41 +131,23 @@ def compile_kernel(
 
 
 class _Argument(NamedTuple):
-    """How one argument reaches the kernel.
+    """How one argument reaches the kernel."""
 
-    Attributes:
-        sizes: bytes of each of the kernel's parameters that it becomes.
-        encode: the words of each of them, its kind first.
-    """
-
-    sizes: tuple[int, ...]
-    encode: Callable[[Any], list[list[int]]]
+    sizes: tuple[int, ...]  # bytes of each of the kernel's parameters that it becomes
+    encode: Callable[[Any], list[list[int]]]  # the words of each of them, its kind first
 
 
 class Abi(NamedTuple):
-    """How a kernel is launched.
+    """How a kernel is launched."""
 
-    Attributes:
-        compiled: by Triton; held, because Triton unloads a kernel whose object dies.
-        arguments: how each of them is passed.
-        waits: whether the kernel may start early, since it waits for its predecessor itself.
-    """
-
-    compiled: Any
+    compiled: Any  # by Triton; held, because Triton unloads a kernel whose object dies
     arguments: tuple[_Argument, ...]
-    waits: bool
+    waits: bool  # for its predecessor, by itself, so that it may start early
 
     def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
-        """The words of a launch, for ``launcher.program``.
-
-        Args:
-            grid: programs.
-            arguments: of the parameters that are no constexprs, in order.
-
-        Raises:
-            ValueError: the kernel was compiled for other arguments: a pointer is less aligned, an
-                integer is wider, no multiple of 16, or not the constant that it was.
-        """
+        """The words of a launch of ``grid`` programs, for ``launcher.program_words``; ValueError
+        where the kernel was compiled for other arguments: a pointer is less aligned, an integer is
+        wider, no multiple of 16, or not the constant that it was."""
         params = [words for own, given in zip(self.arguments, arguments, strict=True) for words in own.encode(given)]
         params += [[SCALAR, 0]] * SCRATCH_POINTERS
         function, metadata = self.compiled.function, self.compiled.metadata
@@ -241,15 +220,8 @@ def _tensor_map(name: str, described: Mapping[str, Any], argument: Argument) -> 
 
 
 def abi_of(compiled: Any, arguments: Sequence[Argument]) -> Abi:
-    """How to launch what :func:`compile_kernel` returned; loads it on the current device.
-
-    Args:
-        compiled: by Triton.
-        arguments: as the kernel was compiled for.
-
-    Raises:
-        LauncherUnavailableError: only Triton can launch this kernel; says why.
-    """
+    """How to launch what :func:`compile_kernel` returned for ``arguments``; loads it on the current
+    device. LauncherUnavailableError says why only Triton can launch it."""
     launcher = load()
     _check_version()
     metadata = compiled.metadata

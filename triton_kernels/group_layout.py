@@ -15,8 +15,7 @@ from hybrid_mxfp8.core.formats import next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.problem import split_layout
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
-from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
-from hybrid_mxfp8.triton_kernels.varying import VARYING
+from hybrid_mxfp8.triton_kernels.launch import VARYING, KernelLaunch
 
 
 @triton.jit

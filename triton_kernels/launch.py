@@ -27,23 +27,25 @@ from hybrid_mxfp8.triton_kernels.numerics import INTERPRET
 INTERPRETED: bool = INTERPRET.value
 """Whether this process's kernels run in Triton's interpreter, on the CPU."""
 
+VARYING = [
+    *("num_tokens", "num_rows", "num_scale_rows", "num_source_rows", "num_slots", "num_blocks", "num_records"),
+    *("num_experts", "top_k", "row_programs", "max_tiles", "tokens_at"),
+    *("layout_ptr", "expert_offsets_ptr", "scale_offsets_ptr", "counts_ptr", "given_ptr", "row_index_ptr"),
+    *("tokens_ptr", "scale_starts_ptr", "out_tokens_ptr", "out_offsets_ptr", "out_scale_offsets_ptr"),
+    *("ids_ptr", "weights_ptr", "rows_ptr", "inverse_permutation_ptr"),
+]
+"""Parameters of kernels that change from batch to batch, by name: no kernel is specialized on them,
+so that a new number of tokens compiles none anew."""
+
 
 class KernelLaunch(NamedTuple):
-    """One kernel on a grid of ``programs``.
+    """One kernel on a grid of ``programs``."""
 
-    Attributes:
-        kernel: a jitted function whose constexpr parameters come last.
-        programs: size of the grid, at least 1.
-        arguments: the other parameters, in order.
-        constants: the constexpr parameters, in order.
-        options: compile options, such as ``(("num_warps", 4),)``.
-    """
-
-    kernel: Any
-    programs: int
-    arguments: tuple[abi.Argument, ...]
-    constants: tuple[Hashable, ...]
-    options: tuple[tuple[str, int], ...]
+    kernel: Any  # a jitted function whose constexpr parameters come last
+    programs: int  # at least 1
+    arguments: tuple[abi.Argument, ...]  # the other parameters, in order
+    constants: tuple[Hashable, ...]  # the constexpr parameters, in order
+    options: tuple[tuple[str, int], ...]  # for the compiler, such as ``(("num_warps", 4),)``
 
     def encode(self, device: torch.device) -> Sequence[int] | None:
         """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be

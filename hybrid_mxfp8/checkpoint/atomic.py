@@ -22,7 +22,10 @@ _writing: set[Path] = set()  # by this process; others of its number are leftove
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """The hidden path to write ``target`` to; ValueError where this process does so already."""
+    """The hidden path to write ``target`` to; ValueError where this process does so already, and
+    for a device or a pipe, in whose place a file would be."""
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ValueError(f"{target}: must be a file or a folder to be replaced, got a device or the like")
     path = target.with_name(f"{_prefix(target)}{os.getpid()}{SUFFIX}")
     if path in _writing:
         raise ValueError(f"{target}: is being written by this process already")

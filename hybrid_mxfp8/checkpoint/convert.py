@@ -2,9 +2,9 @@
 
 Enters: a safetensors file, or a folder of them. Leaves: the same with each expert matrix replaced
 by its e4m3 elements and ``NAME_scale_inv``, on request with other FP8 matrices as bf16, all else
-byte for byte. Experts kept as (E, K, N), or with gate and up rows in turns, leave as (E, N, K) with
-all gate rows first. Memory stays bounded whatever the size of a tensor: matrices are converted in
-blocks of rows, and tensors that stay are copied one at a time.
+byte for byte. Experts kept as (E, K, N), or with gate and up rows interleaved, leave as (E, N, K)
+with all gate rows first. Memory stays bounded whatever the size of a tensor: matrices are converted
+in blocks of rows, and tensors that stay are copied one at a time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
-from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches
+from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches, parts_of
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
+from hybrid_mxfp8.core.metrics import decibels
 from hybrid_mxfp8.ops.experts import gate_then_up
 from hybrid_mxfp8.ops.quantize import quantize_weights
 
@@ -64,7 +65,7 @@ class Options:
     device: torch.device | None = None  # where to quantize; None means the CPU
     others_to_bf16: bool = False  # FP8 matrices in blocks of 128x128 that no pattern matches
     transposed: Patterns | None = None  # stacks kept as (E, K, N); None: as config.json says
-    interleaved: Patterns | None = None  # weights with gate and up rows in turns; None: likewise
+    interleaved: Patterns | None = None  # weights of interleaved gate and up rows; None: likewise
 
 
 @dataclass
@@ -239,7 +240,7 @@ class _Conversion:
 
     def folder(self, target: Path) -> None:
         source = self.checkpoint.path
-        others = _other_files(source)  # before anything is converted, which may take hours
+        others = _other_files(self.checkpoint)  # before anything is converted, which may take hours
         config = _new_config(self.checkpoint, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
@@ -290,19 +291,19 @@ class _Conversion:
         name, summary = entry.name, self.summary
         energies: dict[str, tuple[float, float]] = {}  # of each matrix, and of what it lost
         with contextlib.closing(in_order(self.quantized, self.blocks(entry), self.threads)) as done:
-            for number, num_bytes, values, scales, signal, noise in done:
+            for matrix, num_bytes, values, scales, signal, noise in done:
                 if not math.isfinite(signal) or not math.isfinite(noise):
-                    place = self.checkpoint.place(name) + number
+                    place = self.checkpoint.place(name) + matrix
                     raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
                 writer.append(name, values)
                 writer.append(f"{name}_scale_inv", scales)
                 self.progress(name, num_bytes)
-                before = energies.get(number, (0.0, 0.0))
-                energies[number] = before[0] + signal, before[1] + noise
-        for number, (signal, noise) in energies.items():
-            db = 10 * math.log10(signal / noise) if noise and signal else math.inf
+                before = energies.get(matrix, (0.0, 0.0))
+                energies[matrix] = before[0] + signal, before[1] + noise
+        for matrix, (signal, noise) in energies.items():
+            db = decibels(signal, noise)
             if db < summary.worst_db or not summary.worst_name:
-                summary.worst_db, summary.worst_name = db, name + number
+                summary.worst_db, summary.worst_name = db, name + matrix
 
     @property
     def threads(self) -> int:
@@ -312,25 +313,25 @@ class _Conversion:
 
     def quantized(self, block: Block) -> tuple[str, int, torch.Tensor, torch.Tensor, float, float]:
         """Elements and scales of a block, and the sums of squares of it and of what it lost."""
-        number, w, num_bytes = block
+        matrix, w, num_bytes = block
         w = w.float()  # once for all that follows
         wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
         signal, noise = _energy(w), _energy(wq.dequantize()[0].sub_(w))
-        return number, num_bytes, wq.values, wq.linear_scales(), signal, noise
+        return matrix, num_bytes, wq.values, wq.linear_scales(), signal, noise
 
     def blocks(self, entry: Entry) -> Iterator[Block]:
         """A tensor's matrices, each in blocks of rows."""
         shape, scales = self.planned.shape(entry), self.planned.scales.get(entry.name)
         n, k = shape[-2:]
-        turns = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
-        rows = max(1, BLOCK_ELEMENTS // k // turns)
+        parts = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
+        rows = max(1, BLOCK_ELEMENTS // k // parts)
         if scales:
             rows = max(1, rows // BLOCK) * BLOCK  # a block begins where one of the source's does
         item = entry.num_bytes // math.prod(shape)
         for e in range(shape[0]) if len(shape) == 3 else (None,):
-            for turn, start in itertools.product(range(turns), range(0, n // turns, rows)):
-                end = min(start + rows, n // turns)
-                w = self.rows(entry.name, e, start * turns, end * turns)[turn::turns]
+            for part, start in itertools.product(range(parts), range(0, n // parts, rows)):
+                end = min(start + rows, n // parts)
+                w = self.rows(entry.name, e, start * parts, end * parts)[part::parts]
                 if scales:
                     w = dequantize(w, self.rows(scales.name, e, start // BLOCK, ceil_div(end, BLOCK)))
                 yield "" if e is None else f"[{e}]", w, (end - start) * k * item
@@ -362,8 +363,7 @@ def _new_config(checkpoint: Checkpoint, planned: Plan) -> dict[str, Any] | None:
     config = read_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: must hold an object, got a {type(config).__name__}")
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    found = [part.pop("quantization_config", None) for part in parts]
+    found = [part.pop("quantization_config", None) for part in parts_of(config)]
     _check_one_format(checkpoint, [each for each in found if each is not None], planned)
     floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
     weights = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
@@ -394,13 +394,16 @@ def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Pl
         )
 
 
-def _other_files(folder: Path) -> list[Path]:
+def _other_files(checkpoint: Checkpoint) -> list[Path]:
     """What is neither a tensor's nor made anew: tokenizer, licence, folders and the like."""
-    made = (INDEX_FILE, CONFIG_FILE, *QUANTIZATION_FILES)
-    others = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors" and path.name not in made]
+    made = {INDEX_FILE, CONFIG_FILE, *QUANTIZATION_FILES, *(file.name for file in checkpoint.files)}
+    here = sorted(checkpoint.path.iterdir())
+    others = [path for path in here if path.suffix != ".safetensors" and path.name not in made]
     for path in itertools.chain(others, *(other.rglob("*") for other in others if other.is_dir())):
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{path}: is a link to nothing")
+        if path.is_symlink() and path.resolve() in (path.parent / "_").resolve().parents:  # a copy would have no end
+            raise ValueError(f"{path}: is a link to a folder that it is in")
     return [path for path in others if path.is_file() or path.is_dir()]
 
 

@@ -1,7 +1,7 @@
 """How a checkpoint keeps its experts: MXFP8 is (E, N, K), with all gate rows before all up rows.
 
-Some models keep (E, K, N), and some have gate and up rows in turns, which no shape shows. Which of
-them do so is known from ``model_type`` in their ``config.json``.
+Some models keep (E, K, N), and some interleave gate and up rows, which no shape shows. Which do so
+is known from ``model_type`` in their ``config.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SourceLayout(NamedTuple):
     """Weights that are not kept as MXFP8 is."""
 
     transposed: Patterns = ()  # stacks (E, K, N)
-    interleaved: Patterns = ()  # of their N rows, gate's and up's take turns, as in their biases
+    interleaved: Patterns = ()  # gate and up rows alternate along N, as in their biases
 
 
 _FUSED: Final = ("*.experts.gate_up_proj", "*.experts.down_proj")
@@ -41,12 +41,19 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A configuration and all within it, such as ``thinker_config`` and its ``text_config``."""
+    parts = [config]
+    for part in parts:  # which grows meanwhile
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return parts
+
+
 def layout_of(checkpoint: Path) -> SourceLayout:
     """What a checkpoint's ``config.json`` says by its ``model_type``, or that of a part."""
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
     config: Any = read_json(file) if file.exists() else None
     if not isinstance(config, dict):
         return SourceLayout()
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    types = [kind for part in parts if isinstance(kind := part.get("model_type"), str)]
+    types = [kind for part in parts_of(config) if isinstance(kind := part.get("model_type"), str)]
     return next((OF_MODELS[kind] for kind in types if kind in OF_MODELS), SourceLayout())

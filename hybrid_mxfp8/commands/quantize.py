@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,8 @@ from hybrid_mxfp8.commands.terminal import progress, size
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.core.formats import SCALE_ROUNDINGS
 from hybrid_mxfp8.dispatch.device import default_device
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,15 +57,19 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, removes what was half written, as Ctrl-C does."""
+    """SIGTERM, by which schedulers end a job, and SIGHUP, of a terminal that is gone, remove what
+    was half written, as Ctrl-C does. What is ignored, as SIGHUP under nohup, stays so."""
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    before = {number: handler for number in _ENDING if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _convert(args: argparse.Namespace) -> Summary:
@@ -87,7 +94,7 @@ def _convert(args: argparse.Namespace) -> Summary:
 def check_target(source: Path, target: Path, force: bool) -> None:
     """Whether OUT may be written: neither IN nor inside it or around it (ValueError), and no more
     than an earlier OUT of IN's kind, with ``force`` (FileExistsError)."""
-    a, b = source.resolve(), target.resolve()
+    a, b = (Path(os.path.realpath(path)) for path in (source, target))  # resolve() fails for links in a ring
     if a == b or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target}: IN and OUT must not be the same")
     if (a in b.parents and source.is_dir()) or b in a.parents:

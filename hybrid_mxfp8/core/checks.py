@@ -146,26 +146,24 @@ def check_n(name: str, n: int) -> None:
         fail(name, "N must be a positive multiple of 8", n)
 
 
-def check_scale_rounding(value: Any) -> str:
+def check_scale_rounding(value: Any) -> None:
     """One of the three roundings."""
     if not isinstance(value, str) or value not in SCALE_ROUNDINGS:
         fail("scale_rounding", f"must be one of {', '.join(SCALE_ROUNDINGS)}", repr(value))
-    return value
 
 
-def check_scale_group(value: Any) -> int:
-    """32, or 128: four blocks with one scale."""
+def check_scale_group(value: Any, squares: bool = False) -> None:
+    """32, or 128: four blocks with one scale, in ``squares`` those of 128 rows."""
     if type(value) is not int or value not in SCALE_GROUPS:
         fail("scale_group", f"must be {' or '.join(map(str, SCALE_GROUPS))}", repr(value))
-    return value
+    if squares and value != 128:
+        fail("squares", "must be False for groups of 32", squares)
 
 
-def check_float_dtype(name: str, value: Any) -> torch.dtype:
+def check_float_dtype(name: str, value: Any) -> None:
     """A dtype that tokens can have, and that a product can be written in."""
     if value not in FLOAT_DTYPES:
         raise TypeError(f"{name}: must be {' or '.join(map(short, FLOAT_DTYPES))}, got {short(value)}")
-    assert isinstance(value, torch.dtype)
-    return value
 
 
 def check_no_grad(name: str, value: torch.Tensor) -> None:
@@ -203,6 +201,19 @@ def is_tracing(x: torch.Tensor) -> bool:
         or x.is_meta
         or isinstance(x, FakeTensor)
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def is_tracing_any(*values: Any) -> bool:
+    """Whether any tensor is so, of these and of the operands and layouts among them: vmap may be
+    over any argument."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(
+        is_tracing_any(*vars(value).values())
+        if isinstance(value, Checked)
+        else isinstance(value, torch.Tensor) and is_tracing(value)
+        for value in values
     )
 
 

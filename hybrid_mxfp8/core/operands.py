@@ -242,8 +242,7 @@ class ExpertWeights(_Operand):
 
     def __post_init__(self) -> None:
         check_weights(self.values, self.scales)
-        if checks.check_scale_group(self.scale_group) != 128 and self.squares:
-            checks.fail("squares", "must be False for groups of 32", self.squares)
+        checks.check_scale_group(self.scale_group, self.squares)
 
     @property
     def num_experts(self) -> int:
@@ -284,13 +283,14 @@ class ExpertWeights(_Operand):
         groups of 32.
 
         Raises:
-            ValueError: ``scale_group`` is neither 32 nor 128, or squares of 32 are asked for.
+            ValueError: ``scale_group`` is neither 32 nor 128, squares of 32 are asked for, or
+                weights on meta.
         """
-        checks.check_scale_group(scale_group)
-        if squares and scale_group != 128:
-            checks.fail("squares", "must be False for groups of 32", squares)
+        checks.check_scale_group(scale_group, squares)
         if scale_group <= self.scale_group and squares <= self.squares:
             return ExpertWeights.unchecked(self.values, self.scales, scale_group, squares), math.inf
+        if self.values.is_meta:
+            checks.fail("values", "must have data", "tensors on meta")
         new = self.regroup_into(torch.empty_like(self.values), torch.empty_like(self.scales), scale_group, squares)
         power = noise = 0.0
         for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):

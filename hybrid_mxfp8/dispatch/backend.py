@@ -77,7 +77,7 @@ class Quantizer(NamedTuple):
     group_offsets: Callable[[Buffer, Buffer, int, bool], Steps]
     caller_layout: Callable[[Buffer, Buffer, Buffer, int, int], Steps]
     pack_tokens: Callable[[Buffer, int, Buffer | None, Buffer | None, Buffer, int, int], Steps]
-    route: Callable[[Buffer, Buffer, Buffer, Buffer, Buffer, int], Steps]
+    route: Callable[[Buffer, Buffer, Buffer, Buffer, int], Steps]
     route_scratch: Callable[[int, int], int]
     add_expert_bias: Callable[[Buffer, Buffer, Buffer, Buffer], Steps]
     combine: Callable[[Buffer, Buffer, Buffer, Buffer, Buffer | None, Buffer, int], Steps]

@@ -1,8 +1,8 @@
 """What a plan knows of a tensor: everything but its address.
 
-A plan is made once for a signature and then run with other tensors of the same metadata. So what
-its launches read and write is said by places: the tensor of the call (by its index among those
-handed to ``run``), and the first byte in it.
+A plan is made once for a signature and then run with other tensors of the same metadata. So it
+says where its launches read and write by the tensor of the call (its index among those handed to
+``run``) and the first byte in it.
 """
 
 from __future__ import annotations

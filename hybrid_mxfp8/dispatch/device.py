@@ -13,7 +13,7 @@ import torch
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
 TRITON_MIN_CAPABILITY = (8, 9)  # the first with instructions for e4m3
-CUTLASS_CAPABILITIES = ((10, 0), (10, 3))  # with the SM100 block-scaled MMA
+SM100_CAPABILITIES = ((10, 0), (10, 3))  # with the block-scaled MMA of the SM100 family
 
 
 @functools.cache

@@ -49,12 +49,8 @@ class Launcher(NamedTuple):
 
 class Program:
     """All launches of a plan, as ``run`` reads them, from :func:`program_words`; it must outlive
-    every ``run``.
-
-    Raises:
-        ValueError: a word is out of range, or a launch has more parameters than launcher.c holds.
-        LauncherUnavailableError: as :func:`load`.
-    """
+    every ``run``. ValueError for a word out of range, and for a launch of more parameters than
+    launcher.c holds; LauncherUnavailableError as :func:`load`."""
 
     __slots__ = ("address", "run", "words")
 
@@ -67,21 +63,13 @@ class Program:
 
 
 def program_words(
-    device_index: int,
-    extents: Sequence[int],
-    written: Sequence[tuple[int, int]],
-    launches: Sequence[Sequence[int]],
+    device_index: int,  # of the GPU that the kernels are loaded on
+    extents: Sequence[int],  # bytes of each buffer that ``run`` takes the address of; 0 overlaps nothing
+    written: Sequence[tuple[int, int]],  # a buffer that is written, and the one whose address it may have, or -1
+    launches: Sequence[Sequence[int]],  # in order, each of :func:`launch_words`
 ) -> list[int]:
-    """The words of a program, which launcher.c describes.
-
-    Args:
-        device_index: of the GPU that the kernels are loaded on.
-        extents: bytes of each buffer that ``run`` takes the address of; 0 overlaps nothing.
-        written: (index of a buffer that is written, index of the one that it may be, address for
-            address, else -1).
-        launches: their words in order, as ``Abi.words`` or :func:`launch_words` gives them; with
-            HYBRID_MXFP8_PDL=0 none starts before the one before has ended.
-    """
+    """The words of a program, which launcher.c describes. With HYBRID_MXFP8_PDL=0 no launch starts
+    before the one before has ended."""
     words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
         words += pair
@@ -108,10 +96,7 @@ def launch_words(
 
 def load() -> Launcher:
     """The launcher, built if this machine has none yet; found out once in a process.
-
-    Raises:
-        LauncherUnavailableError: there is none; says why and what to do.
-    """
+    LauncherUnavailableError says why there is none, and what to do."""
     found = _load_once()
     if isinstance(found, str):
         raise LauncherUnavailableError(found)

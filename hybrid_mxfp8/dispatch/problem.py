@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     out_dtype: torch.dtype
     device: torch.device
     scale_group: int = BLOCK_SIZE  # 128 if both operands have such groups; may be ignored
-    squares: bool = False  # and if weights have one scale for 128x128; may be ignored
+    squares: bool = False  # if weights have one scale for 128x128, of use with groups of 128; may be ignored
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -57,7 +57,7 @@ class QuantizeProblem(NamedTuple):
     num_rows: int  # T, or E*N of weights
     num_experts: int
     k: int
-    num_source_rows: int  # rows of x: T, but for a gather
+    num_source_rows: int  # R, rows of x: T, but for a gather and for tokens of a layer
     row_stride: int  # from one row of x to the next
     scale_rounding: str  # ``rceil``, ``floor`` or ``even``
     activation: SwiGLU | None = None  # x has 2K columns, [gate | up], and this of them is quantized
@@ -78,7 +78,9 @@ class QuantizeBuffers(NamedTuple):
     scale_offsets: Buffer | None = None  # (E+1,) int32, read with grouping "offsets"
     counts: Buffer | None = None  # (E,) int32 or int64, read with grouping "counts"
     layout: Buffer | None = None  # (3E+2,) int32, written with grouping "counts"
-    x_scales: Buffer | None = None  # (R, K/32) uint8, row-major: x is e4m3 and copied, with a row_index alone
+    rows: Buffer | None = None  # (R, top_k) int32: where the choices of each row of x go, -1 for nowhere
+    ids: Buffer | None = None  # (R, top_k) int32 or int64, their experts; with ``rows``
+    x_scales: Buffer | None = None  # (R, K/32) uint8, row-major: x is e4m3 and copied, with ``rows`` alone
 
 
 def split_layout(layout: Buffer, num_experts: int) -> tuple[Buffer, Buffer, Buffer]:

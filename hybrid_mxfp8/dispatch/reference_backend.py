@@ -36,10 +36,22 @@ def _quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> Steps:
         _, expert_offsets, scale_offsets = split_layout(b.layout, p.num_experts)
         steps = _write_layout(group_offsets, b.layout, b.counts, p.num_rows, False)
     target = (expert_offsets, scale_offsets, b.values, b.scales)
-    if b.x_scales is not None:
-        return steps + _step(reference.gather_rows, b.x, b.x_scales, b.row_index, *target)
+    if b.rows is not None:
+        return _step(_quantize_choices, b.x, b.x_scales, b.rows, p.scale_rounding, p.scale_group, *target)
     source = (b.x, b.row_index, p.scale_rounding, p.scale_group, p.activation)
     return steps + _step(reference.quantize_rows, *source, *target)
+
+
+def _quantize_choices(
+    x: torch.Tensor, x_scales: torch.Tensor | None, rows: torch.Tensor, rounding: str, group: int, *target: torch.Tensor
+) -> None:
+    """Each row of x to the rows of its choices; with scales it is e4m3 and copied."""
+    *_, out_values, _ = target
+    index = reference.source_rows(rows, out_values.shape[0])
+    if x_scales is None:
+        reference.quantize_rows(x, index, rounding, group, None, *target)
+    else:
+        reference.gather_rows(x, x_scales, index, *target)
 
 
 def _write_layout(offsets: Callable[..., Iterable[torch.Tensor]], layout: Buffer, *given: Any) -> Steps:
@@ -67,9 +79,7 @@ QUANTIZER = Quantizer(
     group_offsets=lambda given, layout, *rest: _write_layout(group_offsets, layout, given, *rest),
     caller_layout=lambda counts, starts, layout, *rest: _write_layout(caller_offsets, layout, counts, starts, *rest),
     pack_tokens=lambda x, stride, *given: _step(reference.pack_tokens, x, *given),
-    route=lambda ids, tokens, inverse, layout, scratch, experts: _step(
-        reference.route, ids, experts, tokens, inverse, layout
-    ),
+    route=lambda ids, inverse, layout, scratch, experts: _step(reference.route, ids, experts, inverse, layout),
     route_scratch=lambda choices, experts: 0,
     add_expert_bias=lambda *given: _step(reference.add_expert_bias, *given),
     combine=lambda *given: _step(reference.combine, *given[:-1]),  # all but the stride of ``out``

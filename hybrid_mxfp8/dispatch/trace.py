@@ -85,7 +85,7 @@ def _comparison(symbol: str, apply: Callable[[Any, Any], bool]) -> Any:
 
 
 class Size:
-    """A number that is followed."""
+    """A traced number: arithmetic and comparisons with it are written down."""
 
     __slots__ = ("_name", "_trace", "_value")
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_contiguous, check_tensor, is_tracing, short
+from hybrid_mxfp8.core.checks import (
+    FLOAT_DTYPES,
+    check_contiguous,
+    check_shape,
+    check_tensor,
+    fail,
+    is_tracing,
+    short,
+)
+from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.core.scales import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
@@ -28,18 +38,33 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
 
 
 def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """2I entries along ``dim`` < 0, gate and up in turns, to all of gate, then those of up."""
+    """2I entries along ``dim`` < 0, gate and up interleaved, to all of gate, then those of up."""
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
 def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
-    """Groups of 128 in squares, in place, which Hopper's kernel multiplies faster; others as they
-    are."""
+    """Groups of 128 to squares, in place, which Hopper's FP8 kernel multiplies faster; others as
+    they are."""
     return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
 
 
+class _Seen:
+    """Which tensor was looked at, and in which state: another one may lie at its address later. A
+    copy has seen none."""
+
+    def __init__(self, scales: torch.Tensor | None = None) -> None:
+        self._scales = None if scales is None else weakref.ref(scales)
+        self._state = None if scales is None else _state(scales)
+
+    def is_as(self, scales: torch.Tensor) -> bool:
+        """Whether it was this one, neither written in place nor of other memory since."""
+        return self._scales is not None and self._scales() is scales and self._state == _state(scales)
+
+    def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
+        return _Seen, ()
+
+
 def _state(scales: torch.Tensor) -> tuple[int, int]:
-    """What changes when a buffer is replaced, or written in place."""
     return scales.data_ptr(), 0 if scales.is_inference() else scales._version
 
 
@@ -90,12 +115,12 @@ class MXFP8Experts(torch.nn.Module):
         check_workspace(workspace)
         requested(backend)
         # Of each buffer of scales: when it was looked at, and what was found.
-        self._scalings: dict[str, tuple[tuple[int, int] | None, tuple[int, bool]]] = {}
+        self._scalings: dict[str, tuple[_Seen, tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
             self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
             self.register_buffer(f"{name}_scales", w.scales)
-            state = None if is_tracing(w.scales) else _state(w.scales)  # fake tensors have no address
-            self._scalings[name] = (state, (w.scale_group, w.squares))
+            seen = _Seen(None if is_tracing(w.scales) else w.scales)  # fake tensors have no address
+            self._scalings[name] = (seen, (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         self.activation = swiglu_of(activation)
@@ -121,7 +146,7 @@ class MXFP8Experts(torch.nn.Module):
             w2: the second product's weights.
             w13_bias: (E, 2I), in w13's order of rows, or None.
             transposed: w13 is (E, H, 2I) and w2 (E, I, H).
-            interleaved: gate and up rows of w13 and its bias take turns, gate first. gpt-oss is
+            interleaved: gate and up rows of w13 and its bias alternate, gate first. gpt-oss is
                 both.
             scale_group: 32 or 128, as in ``quantize_weights``; None: where the weights are on
                 Hopper, whose FP8 tensor cores know no block scales, squares of 128x128, and 32
@@ -138,8 +163,13 @@ class MXFP8Experts(torch.nn.Module):
         if transposed:
             w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
         if interleaved:
+            if w13.shape[1] % 2:
+                fail("w13", "must have an even number of rows, gate and up in turns", w13.shape[1])
+            if w13_bias is not None:
+                check_tensor("w13_bias", w13_bias, dtypes=FLOAT_DTYPES, ndim=2, dims="(E, N)")
+                check_shape("w13_bias", w13_bias, (w13.shape[0], w13.shape[1]), "(E, N)")
+                w13_bias = gate_then_up(w13_bias, -1)
             w13 = gate_then_up(w13, -2)
-            w13_bias = None if w13_bias is None else gate_then_up(w13_bias, -1)
         backend = options.get("backend")
         group = preferred_scale_group(w13.device) if scale_group is None else scale_group
         whole = (w.detach().contiguous() if transposed else w.detach() for w in (w13, w2))
@@ -165,10 +195,10 @@ class MXFP8Experts(torch.nn.Module):
         check_contiguous(f"{name}_values", values)
         check_contiguous(f"{name}_scales", scales)
         values = values.view(torch.float8_e4m3fn)
-        state, found = self._scalings[name]
-        if not (is_tracing(scales) or _state(scales) == state):
+        seen, found = self._scalings[name]
+        if not (is_tracing(scales) or seen.is_as(scales)):
             found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
-            self._scalings[name] = (_state(scales), found)
+            self._scalings[name] = (_Seen(scales), found)
         scale_group, squares = found
         return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)
 
@@ -192,6 +222,11 @@ class MXFP8Experts(torch.nn.Module):
                 error_msgs.append(f"{key}: dtype must be uint8 or {short(dtype)}, got {short(given.dtype)}")
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # Neither a tensor of inference mode nor a compiled call shows that its bytes have changed.
+        for name in ("w13", "w2"):
+            self._scalings[name] = (_Seen(), (BLOCK_SIZE, False))
+            if not is_tracing(getattr(self, f"{name}_scales")):
+                self._weights(name)
 
     def forward(
         self, x: torch.Tensor | MXFP8Tokens, topk_ids: torch.Tensor, topk_weights: torch.Tensor

@@ -59,7 +59,7 @@ def grouped_gemm(
         plan = PLANS.get(signature, sizes)
     if plan is None:
         problem = _problem(x, w, out_dtype)
-        if checks.is_tracing(x.values):
+        if checks.is_tracing_any(x, w):
             checks.check_no_buffer("out", out)
             checks.check_no_buffer("workspace", workspace)
             return _gemm_traced(x, w, problem, backend)
@@ -194,7 +194,8 @@ def grouped_gemm_workspace_size(
         raise TypeError(f"w: must be an ExpertWeights, got {type(w).__name__}")
     checks.check_num_tokens(num_tokens, w.num_experts)
     checks.check_n("w", w.n)
-    problem = Problem(w.num_experts, w.n, w.k, num_tokens, checks.check_float_dtype("out_dtype", out_dtype), w.device)
+    checks.check_float_dtype("out_dtype", out_dtype)
+    problem = Problem(w.num_experts, w.n, w.k, num_tokens, out_dtype, w.device)
     asked = requested(backend)
     sizes = []
     for p in {problem, problem._replace(scale_group=w.scale_group)}:
@@ -243,6 +244,5 @@ def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Probl
             checks.fail("w", f"must be (E, N, K) with x's K = {x.k} (transposed?)", tuple(w.values.shape))
         checks.fail("x", f"must have w's K = {k}", x.k)
     checks.check_n("w", n)
-    scale_group = min(x.scale_group, w.scale_group)
-    scaling = scale_group, scale_group == 128 and w.squares
+    scaling = min(x.scale_group, w.scale_group), w.squares
     return Problem(num_experts, n, k, x.groups.num_tokens, out_dtype, x.device, *scaling)

@@ -1,11 +1,11 @@
 """The plan of an MoE layer: its steps one after another, with all intermediates in one arena.
 
-    topk_ids ──route──► sorted_token_ids, inverse_permutation, the rows' layout
-    x ──quantize (gather)──► xq ──grouped GEMM, w13──► h = [gate | up]   (+ w13_bias)
+    topk_ids ──route──► inverse_permutation, the rows' layout
+    x ──quantize (each token once)──► xq ──grouped GEMM, w13──► h = [gate | up]   (+ w13_bias)
     h ──quantize (swiglu)──► hq ──grouped GEMM, w2───► y
     y, topk_weights, w2_bias ──combine──► out
 
-Tokens that come in MXFP8 are gathered, not quantized. Intermediates are offsets in the arena, never
+Tokens that come in MXFP8 are copied, not quantized. Intermediates are offsets in the arena, never
 tensors: making a view costs the host more than an allocation.
 """
 
@@ -45,9 +45,11 @@ class MoEShape(NamedTuple):
     def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
         """The two products for M = ``num_tokens``."""
         rest = (num_tokens * self.top_k, self.dtype, self.device)
-        groups = [(g, g == 128 and squares) for g, squares in zip(self.scale_groups, self.squares, strict=True)]
-        up = Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, *groups[0])
-        return up, Problem(self.experts, self.hidden, self.intermediate, *rest, *groups[1])
+        up, down = zip(self.scale_groups, self.squares, strict=True)
+        return (
+            Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, *up),
+            Problem(self.experts, self.hidden, self.intermediate, *rest, *down),
+        )
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
@@ -72,9 +74,8 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
     check_n("w2q", hidden)
     if w2q.values.device != w13q.values.device:
         fail("w2q", f"must be on {w13q.values.device}, as w13q", w2q.values.device)
-    scale_groups = (w13q.scale_group, w2q.scale_group)
-    squares = (w13q.squares, w2q.squares)
-    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, scale_groups, squares)
+    scaling = (w13q.scale_group, w2q.scale_group), (w13q.squares, w2q.squares)
+    return MoEShape(experts, hidden, intermediate, top_k, dtype, w2q.values.device, *scaling)
 
 
 def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
@@ -94,7 +95,6 @@ def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> tu
 class Arena(NamedTuple):
     """Where the intermediates of M tokens lie; T = M * top_k rows, sorted by expert."""
 
-    sorted_token_ids: Buffer  # (T,) int32, the token of each row
     inverse_permutation: Buffer  # (M, top_k) int32, the row of each choice of each token
     layout: Buffer  # (3E+2,) int32, the rows' layout
     scratch: Buffer  # int32, of the routing kernels
@@ -124,7 +124,6 @@ def arena(shape: MoEShape, num_tokens: int, quantizer: Quantizer, up: Ready, dow
     int32 = torch.int32
     gemm_bytes = max(up.workspace_bytes, down.workspace_bytes)
     return Arena(
-        sorted_token_ids=place(int32, rows),
         inverse_permutation=place(int32, num_tokens, shape.top_k),
         layout=place(int32, 3 * shape.experts + 2),
         scratch=place(int32, quantizer.route_scratch(rows, shape.experts)),
@@ -180,14 +179,15 @@ def plan_layer(
     layout = split_layout(a.layout, shape.experts)
     offsets = layout[1:]
     sizes = (up.num_tokens, shape.experts)
-    gather = QuantizeProblem(*sizes, up.k, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
+    spread = QuantizeProblem(*sizes, up.k, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
     if linear_scales is not None:
-        gather = gather._replace(scale_stride=linear_scales.stride(0))
+        spread = spread._replace(scale_stride=linear_scales.stride(0))
     source = (up.num_tokens, up.n)
     activate = QuantizeProblem(*sizes, down.k, *source, "rceil", activation, scale_group=down.scale_group)
+    choices = {"rows": a.inverse_permutation, "ids": ids, "x_scales": x_scales}
     steps = (
-        *quantizer.route(ids, a.sorted_token_ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantizer.quantize(gather, QuantizeBuffers(x, *a.xq, a.sorted_token_ids, *offsets, x_scales=x_scales)),
+        *quantizer.route(ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
+        *quantizer.quantize(spread, QuantizeBuffers(x, *a.xq, None, *offsets, **choices)),
         *up_ready.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),

@@ -97,7 +97,7 @@ def moe_forward(
         shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
             _check_out(out, x)
-        if checks.is_tracing(parts_of(x)[0]):
+        if checks.is_tracing_any(*inputs):
             return _forward_traced(inputs, shape, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
             requested(backend)
@@ -151,7 +151,8 @@ def _signature(
             settings(backend),
             torch.is_grad_enabled(),
             options,
-            _describe_tokens(x),
+            (x.dtype, x.scale_group) if isinstance(x, MXFP8Tokens) else None,
+            *map(describe_rows, parts_of(x)),
             None if workspace is None else (workspace.shape, num_tokens <= workspace.max_tokens),
             describe_operand(w13q),
             describe_operand(w2q),
@@ -163,12 +164,6 @@ def _signature(
         )
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
-
-
-def _describe_tokens(x: torch.Tensor | MXFP8Tokens) -> tuple[Hashable, ...] | None:
-    if isinstance(x, MXFP8Tokens):
-        return x.dtype, x.scale_group, describe_rows(x.values), describe_rows(x.scales)
-    return describe_rows(x)
 
 
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:

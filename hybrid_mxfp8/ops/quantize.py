@@ -73,7 +73,7 @@ def quantize_grouped(
         plan = PLANS.get(signature, sizes)
     if plan is None:
         problem = _check(rows, scale_rounding, scale_group, activation)
-        if checks.is_tracing(x):
+        if checks.is_tracing_any(*rows):
             checks.check_no_buffer("out", out)
             return _quantize_traced(rows, problem, backend)
         if out is not None:

@@ -1,5 +1,6 @@
-"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel as such; and the
-two launches at both ends of the way.
+"""``quantize_tokens``: tokens to MXFP8 before they are routed, so that they travel as such.
+
+Expert parallelism launches ``pack_tokens`` before they leave and ``sum_rows`` after they return.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def pack_tokens(
         checks.check_scale_group(scale_group)
         if x.shape[0] > num_records:
             checks.fail("x", f"must have at most max_tokens = {num_records} rows", x.shape[0])
-        if checks.is_tracing(x):
+        if checks.is_tracing_any(*tokens):
             options = (num_records, num_experts, backend, scale_group)
             packed: torch.Tensor = torch.ops.hybrid_mxfp8.pack_tokens(x, *(tokens[1:] or (None, None)), *options)
             return packed

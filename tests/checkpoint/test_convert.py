@@ -396,3 +396,13 @@ def test_what_the_index_does_not_name_is_left_out(folder: Path, tmp_path: Path) 
     (folder / "consolidated.safetensors").write_text("another form")
     assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+
+
+@pytest.mark.usefixtures("_reference")
+def test_a_file_of_tensors_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    """It is the index that makes it one: it must not be copied over what it was converted to."""
+    (folder / "1.safetensors").rename(folder / "1.st")
+    index = folder / checkpoint.INDEX_FILE
+    index.write_text(index.read_text().replace("1.safetensors", "1.st"))
+    assert quantize(folder, tmp_path / "out", *ALL) == 0
+    assert STACKED in checkpoint.find_experts(tmp_path / "out")

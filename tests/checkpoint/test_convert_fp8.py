@@ -196,6 +196,7 @@ def test_scales_in_another_file_are_found_and_left_out(folder: Path, tensors: Te
 CONFIGS: dict[str, object] = {
     "of the model": {"quantization_config": FP8_CONFIG},
     "of a part": {"text_config": {"quantization_config": FP8_CONFIG}},
+    "of a part's part": {"thinker_config": {"text_config": {"quantization_config": FP8_CONFIG}}},
     "of compressed-tensors": {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}},
     "in another file": {},
 }  # fmt: skip

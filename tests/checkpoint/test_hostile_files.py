@@ -193,6 +193,8 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "config quantized already": (config(QUANTIZED), r"config.json: says that the model is quantized already \('fp8'\)"),
     "config quantized somehow": (config(b'{"quantization_config": 8}'), r"is quantized already \(8\)"),
     "tokenizer that is away": (instead("tokenizer.json", lambda at: at.symlink_to("absent")), "tokenizer.json: is a link to nothing"),
+    "a folder in itself": (lambda at: (at / "self").symlink_to("."), "self: is a link to a folder that it is in"),
+    "a folder in a subfolder": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "up").symlink_to("..")), "sub/up: is a link to a folder that it is in"),
     "a subfolder's file that is away": (lambda at: ((at / "sub").mkdir(), (at / "sub" / "file").symlink_to("absent")), "sub/file: is a link to nothing"),
 }  # fmt: skip
 
@@ -309,7 +311,9 @@ def test_a_folder_that_is_read_only() -> None:
 # ---------------------------------------------------------------- runs that end early
 
 
-def converting(source: Path, target: Path, *words: str, number: signal.Signals, call: int) -> int | None:
+def converting(
+    source: Path, target: Path, *words: str, number: signal.Signals, call: int, hangup: Any = signal.SIG_DFL
+) -> int | None:
     """The exit code of a conversion in a process that gets a signal after a call of ``append``, or
     None if that killed it."""
     append, calls = SafetensorsWriter.append, itertools.count(1)
@@ -322,6 +326,7 @@ def converting(source: Path, target: Path, *words: str, number: signal.Signals, 
     def run() -> int:
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+        signal.signal(signal.SIGHUP, hangup)
         SafetensorsWriter.append = last  # type: ignore[method-assign]
         return quantize(source, target, *ALL, *words)
 
@@ -332,8 +337,9 @@ def converting(source: Path, target: Path, *words: str, number: signal.Signals, 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> None:
-    """By Ctrl-C or a scheduler: all is removed; killed: the next run does it. No OUT appears."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """By Ctrl-C, a scheduler or a terminal: all is removed; killed: the next run does it. No OUT
+    appears."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert converting(folder, tmp_path / "out", number=signal.SIGKILL, call=call) is None
@@ -343,6 +349,10 @@ def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> 
     assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_conversion_under_nohup_outlives_its_terminal(folder: Path, tmp_path: Path) -> None:
+    assert converting(folder, tmp_path / "out", number=signal.SIGHUP, call=2, hangup=signal.SIG_IGN) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -6,11 +6,12 @@ configurations and argument specialisation reach Triton's compiler. Nothing runs
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ SHARED_LIMIT = {90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory a block may have."""
 
 TENSOR_MEMORY_COLUMNS = 512
+MULTIPROCESSORS = 132
 
 
 class StubDriver(DriverBase):
@@ -56,14 +58,6 @@ class StubDriver(DriverBase):
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What ptxas gave a kernel; bytes of stack are local memory, spills among it."""
-
-    registers: int
-    stack: int
-
-
-@dataclass(frozen=True)
 class Compiled:
     """One compiled kernel and its launch."""
 
@@ -88,22 +82,55 @@ class Compiled:
         """Matches of a regular expression in the PTX."""
         return len(re.findall(pattern, self.ptx))
 
-    def resources(self, folder: Path) -> Resources:
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(self.kernel.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        assert found, text
-        return Resources(int(found[1]), int(found[2]))
+    @functools.cached_property
+    def machine_code(self) -> str:
+        """As nvdisasm prints it, with the places in the source that it is from."""
+        return _printed([triton.knobs.nvidia.nvdisasm.path, "-g", "-c"], self.kernel.asm["cubin"])
 
-    def ptxas_output(self, folder: Path) -> str:
+    @functools.cached_property
+    def usage(self) -> dict[str, int]:
+        """Registers as REG; bytes of local memory, spills among it, as STACK; and so on."""
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
+        return {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", _printed(command, self.kernel.asm["cubin"]))}
+
+    @functools.cached_property
+    def ptxas_output(self) -> str:
         """What ptxas says, verbosely: C7510 .. C7514 where it waits after each wgmma, C7508 where
         it ignores setmaxnreg."""
-        source = folder / "kernel.ptx"
-        source.write_text(self.ptx)
-        command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", source, "-o", folder / "kernel.cubin"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", "-o", "/dev/null"]
+        return _printed(command, self.ptx.encode())
+
+
+def _printed(command: list[str], content: bytes) -> str:
+    """What a tool prints of a file of this content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([*command, file.name], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def reached(code: Sequence[str], labels: Mapping[str, int], stop: str, target: str, leave: str) -> list[str]:
+    """The instructions on any path from the first up to those that match ``stop``, these included.
+
+    ``target`` finds the labels that an instruction may go to; one that matches ``leave`` goes on
+    nowhere else.
+    """
+    seen: set[int] = set()
+    ahead = [0]
+    while ahead:
+        at = ahead.pop()
+        if at in seen or at == len(code):
+            continue
+        seen.add(at)
+        if not re.search(stop, code[at]):
+            ahead += [labels[label] for label in re.findall(target, code[at])]
+            if not re.match(leave, code[at]):
+                ahead.append(at + 1)
+    return [code[at] for at in sorted(seen)]
+
+
+WAIT, START = r"griddepcontrol\.wait;", r"barrier\.sync\s+1;"
 
 
 def before_the_wait(ptx: str) -> list[str]:
@@ -115,30 +142,26 @@ def before_the_wait(ptx: str) -> list[str]:
     """
     lines = [line.split("//")[0].strip() for line in ptx[ptx.index(".entry") :].splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
-    seen: set[int] = set()
-    left, waits, starts, found = [0], 0, 0, []
-    while left:
-        at = left.pop()
-        if at in seen or at == len(lines):
-            continue
-        seen.add(at)
-        line = lines[at]
-        if "griddepcontrol.wait;" in line:
-            waits += 1
-        elif re.search(r"barrier\.sync\s+1;", line):
-            starts += 1
-        else:
-            operation = re.sub(r"^\{?\s*(@!?\S+\s+)?", "", line).split(" ")[0].split("\t")[0]
-            inside = re.search(r"\.(shared|param|local)", operation) and ".global" not in operation
-            if re.match(r"(ld|st|red|atom|cp|prefetch)\.", operation) and not inside:
-                found.append(line)
-            if target := re.search(r"\bbra\S*\s+(\S+);", line):
-                left.append(labels[target[1]])
-            if not re.match(r"(bra|ret|exit|trap)\b", line):
-                left.append(at + 1)
-    if (waits, len(re.findall(r"griddepcontrol\.wait;", ptx))) != (1, 1) or starts > 1:
+    on_the_way = reached(lines, labels, f"{WAIT}|{START}", r"\bbra\S*\s+(\S+);", r"(bra|ret|exit|trap)\b")
+    found = []
+    for line in on_the_way:
+        operation = re.sub(r"^\{?\s*(@!?\S+\s+)?", "", line).split(" ")[0].split("\t")[0]
+        inside = re.search(r"\.(shared|param|local)", operation) and ".global" not in operation
+        if re.match(r"(ld|st|red|atom|cp|prefetch)\.", operation) and not inside:
+            found.append(line)
+    waits, starts = (sum(bool(re.search(pattern, line)) for line in on_the_way) for pattern in (WAIT, START))
+    if (waits, len(re.findall(WAIT, ptx))) != (1, 1) or starts > 1:
         found.append(f"no wait: {waits} reached, {starts} starts of other warps")
     return found
 
 
-CompileFor = Callable[[int, Any, str, Callable[[], object]], Compiled]
+LOAD_16, STORE_16 = (rf"{name}\.global(\.\w+)*\.v4\.b32" for name in ("ld", "st"))
+
+
+def empty(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """An argument without memory."""
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+CompileFor = Callable[..., Compiled]
+"""As the fixture of that name has it."""

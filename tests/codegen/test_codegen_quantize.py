@@ -3,12 +3,12 @@ spills."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import kernels
 import pytest
 import torch
-from compiling import Compiled, CompileFor
+from compiling import LOAD_16, STORE_16, Compiled, CompileFor, empty
 
 from hybrid_mxfp8.core.activation import NAMED, SwiGLU
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
@@ -16,83 +16,96 @@ from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.triton_kernels import quantize
 
-E = 32
+E, K = 32, 7168
 SIZES = {"decode": 64, "prefill": 16384}
-K = 7168
+E4M3 = torch.float8_e4m3fn
 
-VARIANTS: dict[str, tuple[torch.dtype, bool, SwiGLU | None, int]] = {
-    "bf16": (torch.bfloat16, False, None, 32),
-    "fp16": (torch.float16, False, None, 32),
-    "fp32": (torch.float32, False, None, 32),
-    "gather": (torch.bfloat16, True, None, 32),
-    "swiglu": (torch.bfloat16, False, NAMED["swiglu"], 32),
-    "gather swiglu": (torch.bfloat16, True, NAMED["swiglu"], 32),
-    "swigluoai": (torch.bfloat16, False, NAMED["swigluoai"], 32),
-    "gather 128": (torch.bfloat16, True, None, 128),
-    "swiglu 128": (torch.bfloat16, False, NAMED["swiglu"], 128),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp16": {"dtype": torch.float16},
+    "fp32": {"dtype": torch.float32},
+    "gather": {"gather": True},
+    "swiglu": {"swiglu": NAMED["swiglu"]},
+    "gather swiglu": {"gather": True, "swiglu": NAMED["swiglu"]},
+    "swigluoai": {"swiglu": NAMED["swigluoai"]},
+    "gather 128": {"gather": True, "group": 128},
+    "swiglu 128": {"swiglu": NAMED["swiglu"], "group": 128},
 }
-"""dtype, gather, swiglu, elements with one scale."""
-
 
 PACKED_CONVERSION = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
-LOAD_16 = r"ld\.global(\.\w+)*\.v4\.b32"
 LOAD_1_OR_2 = r"ld\.global(\.\w+)*\.b(8|16)"
 LOAD_8 = r"ld\.global(\.\w+)*\.v2\.b32"
-STORE_16 = r"st\.global(\.\w+)*\.v4\.b32"
 STORE_8 = r"st\.global(\.\w+)*\.v2\.b32"
 
 
+@pytest.fixture
+def compile_quantizer(compile_for: CompileFor) -> CompileFor:
+    """compile_quantizer(arch, steps): their launch, with what holds for every variant."""
+
+    def compile_one(arch: int, steps: tuple[Any, ...]) -> Compiled:
+        compiled = compile_for(arch, quantize.quantize_kernel, lambda: kernels.launch(*steps))
+        assert compiled.count(r"cvt\.\S*e4m3\S*") == compiled.count(PACKED_CONVERSION)
+        # A flushed subnormal would be a wrong code: tiny blocks are scaled by 2**127.
+        assert compiled.count(r"mul\.ftz") == 0
+        assert compiled.usage["REG"] <= 128
+        assert compiled.shared <= 8192
+        return compiled
+
+    return compile_one
+
+
 def grouped(
-    t: int, dtype: torch.dtype, gather: bool, swiglu: SwiGLU | None, group: int = 32, *,
-    k: int = K, e: int = E, stride: int = 0,
-) -> None:  # fmt: skip
-    meta = torch.device("meta")
+    t: int, dtype: torch.dtype = torch.bfloat16, gather: bool = False, swiglu: SwiGLU | None = None, group: int = 32,
+    *, k: int = K, e: int = E, stride: int = 0, counts: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
     width = k if swiglu is None else 2 * k
-    x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device=meta)
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-    kernels.quantize(
+    offsets = empty(e + 1, dtype=torch.int32)
+    x = torch.empty_strided((t, width), (stride or width, 1), dtype=dtype, device="meta")
+    return kernels.quantize_steps(
         x,
-        GroupLayout(offsets[1:], offsets, offsets, t),
-        torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta),
+        empty(e, dtype=torch.int32) if counts else GroupLayout(offsets[1:], offsets, offsets, t),
+        empty(t, k, dtype=E4M3),
+        empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8),
         "rceil",
-        torch.empty(t, dtype=torch.int32, device=meta) if gather else None,
+        empty(t, dtype=torch.int32) if gather else None,
         swiglu,
         group,
     )
 
 
-def weights(e: int, n: int, k: int) -> None:
-    meta = torch.device("meta")
-    kernels.quantize_weights(
-        torch.empty(e, n, k, dtype=torch.bfloat16, device=meta),
-        torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta),
-        torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta),
+def of_layer(tokens: int, top_k: int, copied: bool) -> tuple[Any, ...]:
+    """Tokens to the rows of their choices; of MXFP8, in records of their values and scales."""
+    x, x_scales, rows = empty(tokens, K, dtype=torch.bfloat16), None, tokens * top_k
+    if copied:
+        record = TokenRecord(K, top_k)
+        x, x_scales, _, _ = record.split(empty(tokens, record.size, dtype=torch.uint8))
+    offsets, scales = empty(E + 1, dtype=torch.int32), (grouped_scale_rows(rows, E), scale_cols(K))
+    return kernels.quantize_steps(
+        x,
+        GroupLayout(offsets[1:], offsets, offsets, rows),
+        empty(rows, K, dtype=E4M3),
+        empty(*scales, dtype=torch.uint8),
+        x_scales=x_scales,
+        choices=(empty(tokens, top_k, dtype=torch.int32), empty(tokens, top_k, dtype=torch.int64)),
     )
 
 
-def check(compiled: Compiled, folder: Path) -> None:
-    """What holds for every variant."""
-    assert compiled.count(PACKED_CONVERSION) > 0
-    assert compiled.count(r"cvt\.\S*e4m3\S*") == compiled.count(PACKED_CONVERSION)
-    # A flushed subnormal would be a wrong code: tiny blocks are scaled by 2**127.
-    assert compiled.count(r"mul\.ftz") == 0
-    resources = compiled.resources(folder)
-    assert resources.stack == 0, "spills"
-    assert resources.registers <= 128
-    assert compiled.shared <= 8192
+def weights(e: int, n: int, k: int, rounding: str = "rceil") -> tuple[Any, ...]:
+    scales = empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8)
+    return kernels.quantize_weights_steps(
+        empty(e, n, k, dtype=torch.bfloat16), empty(e, n, k, dtype=E4M3), scales, rounding
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
-def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tmp_path: Path) -> None:
-    dtype, _, swiglu, _ = VARIANTS[variant]
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(SIZES[size], *VARIANTS[variant]))
-    check(compiled, tmp_path)
+def test_grouped(compile_quantizer: CompileFor, arch: int, size: str, variant: str) -> None:
+    given = {"dtype": torch.bfloat16, "swiglu": None, **VARIANTS[variant]}
+    compiled = compile_quantizer(arch, grouped(SIZES[size], **given))
     config = quantize.select_quantize_config(SIZES[size], K, E)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
     assert compiled.count(PACKED_CONVERSION) == elements // 2
-    assert compiled.count(LOAD_16) == elements * dtype.itemsize // 16 * (1 if swiglu is None else 2)
+    assert compiled.count(LOAD_16) == elements * given["dtype"].itemsize // 16 * (2 if given["swiglu"] else 1)
     # No thread reads or writes elements in narrower pieces: what else is loaded are offsets and
     # indices.
     assert compiled.count(LOAD_1_OR_2) == 0
@@ -104,114 +117,66 @@ def test_grouped(compile_for: CompileFor, arch: int, size: str, variant: str, tm
     assert compiled.count(r"st\.global(\.\w+)*\.b16") == 0
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["bf16", "MXFP8"])
 @pytest.mark.parametrize("size", SIZES)
-def test_tokens_in_mxfp8_are_copied(compile_for: CompileFor, arch: int, size: str, tmp_path: Path) -> None:
-    """Gathered from records: 16 bytes at a time, and no arithmetic."""
-    t, record = SIZES[size], TokenRecord(K, 8)
-
-    def call() -> None:
-        meta = torch.device("meta")
-        values, x_scales, _, _ = record.split(torch.empty(t, record.size, dtype=torch.uint8, device=meta))
-        offsets = torch.empty(E + 1, dtype=torch.int32, device=meta)
-        kernels.quantize(
-            values,
-            GroupLayout(offsets[1:], offsets, offsets, t),
-            torch.empty(t, K, dtype=torch.float8_e4m3fn, device=meta),
-            torch.empty(grouped_scale_rows(t, E), scale_cols(K), dtype=torch.uint8, device=meta),
-            "rceil",
-            torch.empty(t, dtype=torch.int32, device=meta),
-            x_scales=x_scales,
-        )
-
-    compiled = compile_for(arch, quantize, "quantize_kernel", call)
-    assert compiled.count(r"cvt\.\S*e4m3\S*") == 0
-    resources = compiled.resources(tmp_path)
-    assert resources.stack == 0, "spills"
-    assert resources.registers <= 128
-    config = quantize.select_quantize_config(t, K, E)
+def test_tokens_of_a_layer(compile_quantizer: CompileFor, arch: int, size: str, copied: bool) -> None:
+    """Each is read once and written to 8 rows; those in MXFP8 with no arithmetic."""
+    tokens, top_k = SIZES[size], 8
+    compiled = compile_quantizer(arch, of_layer(tokens, top_k, copied))
+    assert quantize.choices_of_a_program(tokens * top_k, K, top_k) == top_k
+    config = quantize.select_quantize_config(tokens, K, 1)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
+    wide, narrow = elements // 16, elements // 8 % 2
     zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)
-    wide = elements // 16
-    assert (compiled.count(LOAD_16), compiled.count(STORE_16)) == (wide, zeros + wide)
-    assert (compiled.count(LOAD_8), compiled.count(STORE_8)) == ((1, 1) if size == "decode" else (0, 0))
-    assert compiled.count(LOAD_1_OR_2) == 1, "a scale"
+    assert compiled.count(PACKED_CONVERSION) == (0 if copied else elements // 2)
+    assert compiled.count(LOAD_1_OR_2) == copied, "a scale"
+    if copied:
+        assert (compiled.count(LOAD_16), compiled.count(LOAD_8)) == (wide, narrow)
+    else:
+        assert compiled.count(LOAD_16) == 2 * wide + narrow
+    assert (compiled.count(STORE_16), compiled.count(STORE_8)) == (zeros + top_k * wide, top_k * narrow)
 
 
-@pytest.mark.parametrize("e", [1, 8, 128, 1024])
-def test_counts(compile_for: CompileFor, arch: int, e: int, tmp_path: Path) -> None:
-    """The form that scans the counts itself, for decode batches."""
-
-    def call() -> None:
-        meta = torch.device("meta")
-        kernels.quantize(
-            torch.empty(64, K, dtype=torch.bfloat16, device=meta),
-            torch.empty(e, dtype=torch.int32, device=meta),
-            torch.empty(64, K, dtype=torch.float8_e4m3fn, device=meta),
-            torch.empty(grouped_scale_rows(64, e), scale_cols(K), dtype=torch.uint8, device=meta),
-        )
-
-    compiled = compile_for(arch, quantize, "quantize_kernel", call)
-    check(compiled, tmp_path)
-    assert compiled.count(LOAD_16) >= 1
-    assert compiled.count(LOAD_1_OR_2) == 0
+# Counts are scanned by the kernel itself, for decode batches.
+WIDE = {f"counts of {e} experts": grouped(64, e=e, counts=True) for e in (1, 8, 128, 1024)}
+# K % 32 is enough: each row starts at a 16-byte boundary, and no 16 bytes straddle K.
+WIDE |= {f"K = {k}": grouped(64, k=k) for k in (544, 992, 2880)}
+WIDE |= {f"weights {shape}": weights(*shape) for shape in ((8, 4096, 7168), (128, 2880, 2880))}
 
 
-@pytest.mark.parametrize("shape", [(8, 4096, 7168), (128, 2880, 2880), (2, 136, 160)], ids=str)
-def test_weights(compile_for: CompileFor, arch: int, shape: tuple[int, int, int], tmp_path: Path) -> None:
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: weights(*shape))
-    check(compiled, tmp_path)
-    # Where a row has fewer elements than eight for each thread, a thread has less than 16 bytes.
-    assert compiled.count(LOAD_16) > 0 or shape[2] <= 256
-    assert compiled.count(LOAD_1_OR_2) == 0
-
-
-@pytest.mark.parametrize("k", [544, 992, 2880])
-def test_wide_accesses_where_k_is_no_multiple_of_128(compile_for: CompileFor, arch: int, k: int) -> None:
-    """K % 32 is enough: each row starts at a 16-byte boundary, and no 16 bytes straddle K."""
-    compiled = compile_for(arch, quantize, "quantize_kernel", lambda: grouped(64, torch.bfloat16, False, None, k=k))
+@pytest.mark.parametrize("what", WIDE)
+def test_wide_accesses(compile_quantizer: CompileFor, arch: int, what: str) -> None:
+    compiled = compile_quantizer(arch, WIDE[what])
+    assert compiled.count(PACKED_CONVERSION) > 0
     assert compiled.count(LOAD_16) > 0
     assert compiled.count(LOAD_1_OR_2) == 0
 
 
-@pytest.mark.parametrize("rounding", ["floor", "even"])
-def test_roundings_differ_in_one_constant(compile_for: CompileFor, rounding: str) -> None:
-    """The rounding is one added integer: no variant costs an instruction more than rceil."""
+def test_rows_that_give_a_thread_less_than_16_bytes(compile_quantizer: CompileFor, arch: int) -> None:
+    """Fewer elements than eight for each thread."""
+    compiled = compile_quantizer(arch, weights(2, 136, 160))
+    assert compiled.count(PACKED_CONVERSION) > 0
+    assert compiled.count(LOAD_1_OR_2) == 0
 
-    def lines(name: str) -> int:
-        meta = torch.device("meta")
-        w = torch.empty(1, 128, 512, dtype=torch.bfloat16, device=meta)
-        values = torch.empty(1, 128, 512, dtype=torch.float8_e4m3fn, device=meta)
-        scales = torch.empty(1, 128, 16, dtype=torch.uint8, device=meta)
 
-        def call() -> None:
-            kernels.quantize_weights(w, values, scales, name)
-
-        compiled = compile_for(90, quantize, "quantize_kernel", call)
-        return len([line for line in compiled.ptx.splitlines() if line.strip().endswith(";")])
-
-    assert lines(rounding) <= lines("rceil")
+def test_unaligned_rows_still_compile(compile_quantizer: CompileFor, arch: int) -> None:
+    """A row stride that is no multiple of 8 elements rules out wide loads, and nothing else."""
+    assert compile_quantizer(arch, grouped(64, stride=7169)).count(PACKED_CONVERSION) > 0
 
 
 @pytest.mark.parametrize("e", [1, 256, 1024, 2000])
-def test_many_experts(compile_for: CompileFor, e: int, tmp_path: Path) -> None:
-    compiled = compile_for(90, quantize, "quantize_kernel", lambda: grouped(4096, torch.bfloat16, False, None, e=e))
-    check(compiled, tmp_path)
+def test_many_experts(compile_quantizer: CompileFor, e: int) -> None:
+    assert compile_quantizer(90, grouped(4096, e=e)).count(PACKED_CONVERSION) > 0
 
 
-def test_a_batch_of_another_size_compiles_nothing_new(compile_for: CompileFor) -> None:
+@pytest.mark.parametrize("rounding", ["floor", "even"])
+def test_roundings_differ_in_one_constant(compile_quantizer: CompileFor, rounding: str) -> None:
+    """The rounding is one added integer: no variant costs an instruction more than rceil."""
+    ours, rceil = (compile_quantizer(90, weights(1, 128, 512, name)).count(r";\s*\n") for name in (rounding, "rceil"))
+    assert ours <= rceil
+
+
+def test_a_batch_of_another_size_compiles_nothing_new(compile_quantizer: CompileFor) -> None:
     """Token counts within one configuration share a kernel, whatever they are divisible by."""
-    compiled = set()
-    for t in (1, 2, 3, 16, 17, 48, 100, 128, 146):
-        x = compile_for(90, quantize, "quantize_kernel", lambda t=t: grouped(t, torch.bfloat16, True, None))
-        compiled.add(id(x.kernel))
-    assert len(compiled) == 1
-
-
-def test_unaligned_rows_still_compile(compile_for: CompileFor, arch: int, tmp_path: Path) -> None:
-    """A row stride that is no multiple of 8 elements rules out wide loads, and nothing else."""
-
-    def call() -> None:
-        grouped(64, torch.bfloat16, False, None, stride=7169)
-
-    compiled = compile_for(arch, quantize, "quantize_kernel", call)
-    check(compiled, tmp_path)
+    sizes = (1, 2, 3, 16, 17, 48, 100, 128, 146)
+    assert len({id(compile_quantizer(90, grouped(t, gather=True)).kernel) for t in sizes}) == 1

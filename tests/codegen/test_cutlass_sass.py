@@ -19,6 +19,7 @@ import cutlass_modules
 import pages
 import pytest
 import torch
+from compiling import reached
 
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, source, workspace_bound
@@ -30,10 +31,8 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = 227 * 1024  # of an SM, what a block may have
-REGISTERS = {
-    True: 168,
-    False: 255,
-}  # by whether the mainloop is the ragged one, whose blocks have 384 threads; the others' 256
+REGISTERS = {True: 168, False: 255}
+"""By whether the mainloop is the ragged one, whose blocks have 384 threads; the others' 256."""
 
 
 class Kernel(NamedTuple):
@@ -73,58 +72,50 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 @pytest.fixture(scope="module")
-def built(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(kernel: Kernel) -> Path:
     try:
         toolchain.find_cuda()
     except BackendUnavailableError as reason:
         pytest.skip(str(reason))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(kernel.cutlass.include))
-        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(cutlass_modules.session_cache(tmp_path_factory)))
         return jit.build(source(kernel.module, kernel.out, kernel.arch)).library
 
 
-def nvidia_tool(name: str) -> str:
-    """NVIDIA's disassemblers: the compiler's own toolkit has them, if it is a whole one; so has
-    Triton's wheel."""
-    beside_nvcc = toolchain.find_cuda().home / "bin" / name
-    if beside_nvcc.exists():
-        return str(beside_nvcc)
-    triton = pytest.importorskip("triton")
-    return str(getattr(triton.knobs.nvidia, name).path)
+def printed(tool: str, *arguments: object, folder: str | None = None) -> str:
+    """What one of NVIDIA's disassemblers says, in this folder: the compiler's own toolkit has them,
+    if it is a whole one; so has Triton's wheel."""
+    path = toolchain.find_cuda().home / "bin" / tool
+    if not path.exists():
+        path = Path(getattr(pytest.importorskip("triton").knobs.nvidia, tool).path)
+    command = [str(path), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-def read_sass(library: Path, folder: Path) -> str:
-    """The GEMM kernel's instructions; ``folder`` is an empty one for its cubin."""
-    subprocess.run([nvidia_tool("cuobjdump"), "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
-    cubin = max(folder.glob("*.cubin"), key=lambda file: file.stat().st_size)  # linking adds an empty one
-    arch = re.search(r"sm_(\d+)", cubin.name)
-    assert arch
-    known = subprocess.run([nvidia_tool("nvdisasm"), "--help"], check=True, capture_output=True, text=True).stdout
-    if f"SM{arch[1]}" not in known:  # that of Triton 3.6, from CUDA 12.8
-        pytest.skip(f"{nvidia_tool('nvdisasm')} does not know sm_{arch[1]}")
-    done = subprocess.run([nvidia_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True)
-    functions = re.split(r"^\s*\.section\s+\.text\.", done.stdout, flags=re.MULTILINE)
+def read_sass(library: Path) -> str:
+    """The GEMM kernel's instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed("cuobjdump", "-xelf", "all", library, folder=folder)
+        cubin = max(Path(folder).glob("*.cubin"), key=lambda file: file.stat().st_size)  # linking adds an empty one
+        arch = re.search(r"sm_(\d+)", cubin.name)
+        assert arch
+        if f"SM{arch[1]}" not in printed("nvdisasm", "--help"):  # that of Triton 3.6, from CUDA 12.8
+            pytest.skip(f"nvdisasm does not know sm_{arch[1]}")
+        functions = re.split(r"^\s*\.section\s+\.text\.", printed("nvdisasm", "-c", cubin), flags=re.MULTILINE)
     (gemm,) = (text for text in functions if "GemmUniversal" in text.split("\n", 1)[0])
     return gemm
 
 
 def read_usage(library: Path) -> dict[str, int]:
     """The GEMM kernel's registers, stack and so on."""
-    command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", library]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = printed("cuobjdump", "--dump-resource-usage", library).splitlines()
     (gemm,) = (after for name, after in itertools.pairwise(lines) if "GemmUniversal" in name)
     return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", gemm)}
 
 
 @pytest.fixture(scope="module")
-def sass(built: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return read_sass(built, tmp_path_factory.mktemp("cubin"))
-
-
-@pytest.fixture(scope="module")
-def usage(built: Path) -> dict[str, int]:
-    return read_usage(built)
+def sass(built: Path) -> str:
+    return read_sass(built)
 
 
 @pytest.fixture(scope="module")
@@ -146,30 +137,22 @@ def instructions(sass: str, pattern: str) -> set[str]:
     return set(re.findall(rf"\b({pattern}[A-Z0-9_.]*)", sass))
 
 
-def test_block_scaled_tensor_core(kernel: Kernel, sass: str) -> None:
-    """The MMA that scales by block, over two SMs exactly where the configuration says so."""
-    found = instructions(sass, "UTCQMMA")
-    assert found
-    assert all((".2CTA" in name) == kernel.module.startswith("2sm") for name in found)
-
-
-def test_scales_go_to_tensor_memory_by_copy(kernel: Kernel, sass: str) -> None:
-    """tcgen05.cp: no thread touches a scale."""
+def test_instructions(kernel: Kernel, sass: str) -> None:
+    """The MMA that scales by block, over two SMs exactly where the configuration says so; scales
+    copied to tensor memory, by no thread; all loads by TMA and multicast; D stored by TMA."""
+    products, loads = instructions(sass, "UTCQMMA"), instructions(sass, "UTMALDG")
+    assert products
+    assert all((".2CTA" in name) == kernel.module.startswith("2sm") for name in products)
     assert instructions(sass, "UTCCP")
-
-
-def test_loads_are_multicast(sass: str) -> None:
-    """All TMA loads, of operands and scales, and the store of D by TMA."""
-    loads = instructions(sass, "UTMALDG")
     assert loads
     assert all("MULTICAST" in name for name in loads)
     assert instructions(sass, "UTMASTG")
 
 
-def test_nothing_spills(kernel: Kernel, sass: str, usage: dict[str, int]) -> None:
+def test_nothing_spills(kernel: Kernel, built: Path, sass: str) -> None:
     assert not instructions(sass, "(?:STL|LDL)")
-    assert usage["STACK"] == 0
-    assert usage["LOCAL"] == 0
+    usage = read_usage(built)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0)
     assert usage["REG"] <= REGISTERS[kernel.cutlass.ragged]
 
 
@@ -186,22 +169,10 @@ def before_wait(sass: str) -> set[str]:
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
-    found: set[str] = set()
-    seen: set[int] = set()
-    ahead = [0]
-    while ahead:
-        at = ahead.pop()
-        name = re.sub(r"^@!?U?P\w+\s+", "", code[at])
-        if at in seen or name.startswith("ACQBULK"):
-            continue
-        seen.add(at)
-        if re.match(GLOBAL, name):
-            found.add(name.split()[0])
-        targets = [labels[label] for label in re.findall(r"\.L_x_\d+", code[at])]
-        assert targets or not re.match("U?BRX", name), "an indirect branch without its targets"
-        unconditional = name == code[at] and re.match(r"(BRA|BRXU?|EXIT|RET)\b", name)
-        ahead += targets if unconditional else [*targets, at + 1]
-    return found
+    lines = reached(code, labels, "ACQBULK", r"\.L_x_\d+", r"(BRA|BRXU?|EXIT|RET)\b")
+    found = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in lines]
+    assert all(".L_x_" in line for line in found if re.match("U?BRX", line)), "an indirect branch without its targets"
+    return {line.split()[0] for line in found if re.match(GLOBAL, line)}
 
 
 def test_dependent_launch_waits(kernel: Kernel, sass: str, module: Any) -> None:
@@ -218,9 +189,11 @@ def test_no_symbol_of_the_driver_is_undefined(built: Path) -> None:
     assert not re.findall(r"\b(?:__)?cu(?:da)?[A-Z]\w*", listed)
 
 
-def test_shared_memory_fits(kernel: Kernel, module: Any) -> None:
+def test_an_sm_holds_it(kernel: Kernel, module: Any, sass: str) -> None:
+    """What of tensor memory is used is asserted in csrc, when the kernel is compiled."""
     assert 0 < module.shared_memory_bytes() <= SHARED_MEMORY
     assert module.mainloop_stages() >= (3 if kernel.module.endswith("x256x128") else 4)
+    assert tensor_memory_columns(sass) <= 512
 
 
 def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) -> None:
@@ -237,11 +210,6 @@ def test_workspace_is_small_and_grows_with_experts(kernel: Kernel, module: Any) 
     assert GemmConfig.parse(kernel.module).module == kernel.module
 
 
-def test_tensor_memory_fits(sass: str) -> None:
-    """What of it is used is asserted in csrc, when the kernel is compiled."""
-    assert tensor_memory_columns(sass) <= 512
-
-
 def table() -> str:
     """The figures of every kernel in the cache, as markdown."""
     import tvm_ffi
@@ -251,8 +219,7 @@ def table() -> str:
         os.environ["HYBRID_MXFP8_CUTLASS_DIR"] = str(kernel.cutlass.include)
         library = jit.build(source(kernel.module, kernel.out, kernel.arch)).library
         module = tvm_ffi.load_module(str(library))
-        with tempfile.TemporaryDirectory() as folder:
-            columns = tensor_memory_columns(read_sass(library, Path(folder)))
+        columns = tensor_memory_columns(read_sass(library))
         figures = read_usage(library)["REG"], module.mainloop_stages(), module.shared_memory_bytes(), columns
         lines.append(f"| {kernel} | {' | '.join(map(str, figures))} |")
     return "\n".join(lines)

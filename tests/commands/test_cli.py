@@ -88,6 +88,8 @@ WRONG: list[tuple[str, str]] = [
     ("demo --device tpu", r"argument --device: invalid choice: 'tpu'"),
     ("quantize", r"the following arguments are required: IN, OUT, --experts"),
     ("quantize {tmp}/none {tmp}/out --experts *", r"none: no such file or folder"),
+    ("quantize {file} {pipe} --experts * --force", r"pipe: must be a file or a folder to be replaced, got a device"),
+    ("quantize {file} {ring} --experts nothing*", r"--experts: no matrix matches nothing\*"),
     ("accuracy --plot {tmp}/x.docx --synthetic --no-transformers", r"--plot: must end in \.png, \.svg, \.pdf"),
     ("accuracy --json {tmp}/no/x.json --synthetic --no-transformers", r"there is no folder"),
     ("warmup --jobs 0", r"argument --jobs: expected a positive number, got 0"),
@@ -109,11 +111,14 @@ WRONG: list[tuple[str, str]] = [
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A checkpoint, a file of text and one of other JSON."""
+    """A checkpoint, a file of text and one of other JSON, a pipe, and a link to itself."""
     found = {name: tmp_path / name for name in ("file", "text", "json")}
     save_file({"experts.w": torch.ones(2, 8, 64)}, found["file"])
     found["text"].write_text("no tensors")
     found["json"].write_text(json.dumps({"a": 1}))
+    found["pipe"], found["ring"] = tmp_path / "pipe", tmp_path / "ring"
+    os.mkfifo(found["pipe"])
+    found["ring"].symlink_to(found["ring"])
     return {**found, "tmp": tmp_path}
 
 

@@ -36,14 +36,16 @@ def test_the_first_bytes_of_a_tile_are_rows_0_32_64_96() -> None:
     assert stored[:20].tolist() == [0] * 4 + [32] * 4 + [64] * 4 + [96] * 4 + [1] * 4
 
 
-@given(rows=st.integers(1, 300), cols=st.integers(1, 40), batch=st.sampled_from([(), (1,), (3,), (2, 2)]))
+@given(rows=st.integers(0, 300), cols=st.integers(0, 40), batch=st.sampled_from([(), (1,), (3,), (2, 2)]))
 def test_unswizzle_inverts_swizzle(rows: int, cols: int, batch: tuple[int, ...]) -> None:
     linear = torch.randint(
         0, 256, (*batch, rows, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows)
     )
     swizzled = mx.swizzle_scales(linear)
     assert swizzled.shape == (*batch, formats.padded_scale_rows(rows), formats.round_up(cols, 4))
-    assert torch.equal(mx.unswizzle_scales(swizzled, rows, cols), linear)
+    assert torch.equal(mx.swizzle_scales(linear.mT.contiguous().mT), swizzled)
+    for stored in (swizzled, torch.stack([swizzled, swizzled], -1)[..., 0]):
+        assert torch.equal(mx.unswizzle_scales(stored, rows, cols), linear)
 
 
 def test_swizzle_takes_and_keeps_the_bytes_of_e8m0() -> None:
@@ -74,15 +76,3 @@ def test_grouped_scale_rows_is_tight(num_tokens: int, num_experts: int) -> None:
     for _ in range(rest % 128):  # what is left fits into the padding of the first expert
         counts[0] += 1
     assert needed_scale_rows(counts) == formats.grouped_scale_rows(num_tokens, num_experts)
-
-
-@pytest.mark.parametrize(("k", "cols"), [(32, 4), (128, 4), (160, 8), (2880, 92), (7168, 224)])
-def test_scale_cols(k: int, cols: int) -> None:
-    assert formats.scale_cols(k) == cols
-
-
-@pytest.mark.parametrize(
-    ("value", "multiple", "expected"), [(0, 128, 0), (1, 128, 128), (128, 128, 128), (129, 4, 132)]
-)
-def test_round_up(value: int, multiple: int, expected: int) -> None:
-    assert formats.round_up(value, multiple) == expected

@@ -12,7 +12,8 @@ def test_calc_diff() -> None:
     a = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert mx.calc_diff(a, a) == pytest.approx(0, abs=1e-15)
     assert mx.calc_diff(a, -a) == pytest.approx(2)
-    assert mx.calc_diff(torch.zeros(3), torch.zeros(3)) == 0
+    assert mx.calc_diff(torch.zeros(3), torch.zeros(3)) == mx.calc_diff(torch.zeros(0), torch.zeros(0)) == 0
+    assert mx.calc_diff(a.clone().requires_grad_(), a) == pytest.approx(0, abs=1e-15)
     assert mx.calc_diff(a, 1.01 * a) == pytest.approx(0.01**2 / (1 + 1.01**2), rel=1e-6)
 
 

@@ -36,9 +36,13 @@ def test_weights_from_linear_scales_and_back(device: str, rng: torch.Generator) 
     assert wq.dequantize().dtype == torch.float32
     assert np.array_equal(truth.doubles(wq.dequantize()).reshape(120, 96), truth.dequantize(codes, scales))
     typed = (wq.values.view(torch.uint8), linear.view(torch.float8_e8m0fnu))
-    for again in (mx.ExpertWeights.from_linear_scales(*pair) for pair in ((wq.values, linear), typed)):
+    spread = [torch.stack([part, part], -1)[..., 0] for part in (typed[0], linear)]
+    for again in (mx.ExpertWeights.from_linear_scales(*pair) for pair in ((wq.values, linear), typed, spread)):
         cases.same_bytes(again, wq)
         assert again.values.dtype == torch.float8_e4m3fn
+    for e, n in ((0, 24), (3, 0)):
+        nothing = (torch.zeros(e, n, k, dtype=torch.uint8) for k in (96, 3))
+        assert mx.ExpertWeights.from_linear_scales(*nothing).scales.shape == (e, -(-n // 128) * 128, 4)
 
 
 @pytest.mark.parametrize("k", [32, 96, 128, 160])
@@ -54,9 +58,9 @@ def test_tokens_from_linear_scales_and_back(case: str, k: int, device: str, rng:
         torch.cuda.set_sync_debug_mode("error")
     xq = mx.GroupedMXFP8.from_linear_scales(codes, scales, groups)
     back = xq.linear_scales()
-    typed = mx.GroupedMXFP8.from_linear_scales(
-        codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), groups
-    )
+    typed = codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
+    spread = [torch.stack([part, part], -1)[..., 0] for part in (codes, scales)]
+    others = [mx.GroupedMXFP8.from_linear_scales(*pair, groups) for pair in (typed, spread)]
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
     used, owned = int(groups.scale_offsets[-1]), sum(counts)
@@ -67,7 +71,8 @@ def test_tokens_from_linear_scales_and_back(case: str, k: int, device: str, rng:
     assert torch.equal(back[:owned], scales[:owned])
     assert not back[owned:].any()
     assert torch.equal(xq.dequantize(), expected.dequantize())
-    assert torch.equal(typed.scales, xq.scales)
+    for other in others:
+        cases.same_bytes(other, xq)
 
 
 def test_operands_say_what_they_are_and_weights_move(device: str, rng: torch.Generator) -> None:

@@ -40,16 +40,10 @@ def compiler() -> None:
 
 
 @pytest.fixture(scope="module", params=cutlass_modules.header_choices(), ids=cutlass_modules.mainloop)
-def cutlass(request: pytest.FixtureRequest) -> toolchain.CutlassHeaders:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def module(cutlass: toolchain.CutlassHeaders, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The reference and its mutants."""
+def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The reference and its mutants, by each CUTLASS."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(cutlass.include))
-        patch.setenv("HYBRID_MXFP8_CACHE_DIR", str(cutlass_modules.session_cache(tmp_path_factory)))
+        patch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(request.param.include))
         source = cutlass_modules.host_reference()
         return jit.load(cutlass_modules.mutants(source, tmp_path_factory.mktemp("mutants")))
 
@@ -61,14 +55,14 @@ def reference(module: Any) -> Any:
 
 def operands(counts: list[int], n: int, k: int, num_tokens: int) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
     generator = torch.Generator().manual_seed(n * k + num_tokens)
+
+    def spread(*rows: int) -> torch.Tensor:
+        """Blocks of differing magnitudes, so that a scale taken from elsewhere shows."""
+        blocks = torch.randn(*rows, k // 32, 32, generator=generator)
+        return (blocks * torch.exp2(torch.randint(-6, 7, (*rows, k // 32, 1), generator=generator))).flatten(-2)
+
     groups = mx.GroupLayout.from_counts(torch.tensor(counts, dtype=torch.int32), num_tokens)
-    # A spread of magnitudes, so that a scale taken from elsewhere shows.
-    x = torch.randn(num_tokens, k, generator=generator) * torch.exp2(
-        torch.randint(-6, 7, (num_tokens, k // 32, 1), generator=generator)
-    ).expand(-1, -1, 32).reshape(num_tokens, k)
-    w = torch.randn(len(counts), n, k, generator=generator) * torch.exp2(
-        torch.randint(-6, 7, (len(counts), n, k // 32, 1), generator=generator)
-    ).expand(-1, -1, -1, 32).reshape(len(counts), n, k)
+    x, w = spread(num_tokens), spread(len(counts), n)
     return mx.quantize_grouped(x, groups, backend="reference"), mx.quantize_weights(w, backend="reference")
 
 

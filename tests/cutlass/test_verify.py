@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from fake_toolkit import FakeToolkit
+from fake_toolkit import STRANGER, FakeToolkit, as_user
 from forked import Child
 
 from hybrid_mxfp8 import env
@@ -22,80 +21,73 @@ from hybrid_mxfp8.dispatch.module_cache import MANIFEST
 from hybrid_mxfp8.reference import grouped_matmul
 
 CPU = torch.device("cpu")
-STAND_IN = """
-import os, sys, time
-with open("log", "a") as log:
-    log.write("verified\\n")
-kind = sys.argv[1]
-if kind == "hang":
-    time.sleep(600)
-if kind == "crash":
-    os.abort()
-if kind == "raise":
-    raise RuntimeError("CUDA error: an illegal memory access was encountered\\nCompile with `TORCH_USE_CUDA_DSA`")
-time.sleep(0.5)
-print({"right": 0.25, "wrong numbers": 17.5, "nan": "nan", "a row without an expert": "inf"}[kind])
-"""
 
 
 @pytest.fixture(autouse=True)
-def _fresh(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _fresh(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(toolkit.folder)
-    monkeypatch.setattr(verify, "SECONDS", 3.0 if "hang" in request.node.name else 60.0)
     verify._run.cache_clear()
 
 
-def run(toolkit: FakeToolkit, kind: str) -> verify.Record:
-    return verify.verified(jit.build(toolkit.source), CPU, (sys.executable, "-IS", "-c", STAND_IN, kind))
-
-
-BY_ANYBODY = ("/bin/sh", "-c", "echo verified >> log; echo 0.25")
-"""A stand-in that an unprivileged user can run, wherever Python is."""
+def run(toolkit: FakeToolkit, script: str) -> verify.Record:
+    """The record that a child of this shell script makes."""
+    child = ("/bin/sh", "-c", f"echo verified >> log; {script}")
+    return verify.verified(jit.build(toolkit.source), CPU, child)
 
 
 def children(toolkit: FakeToolkit) -> int:
     return len((toolkit.folder / "log").read_text().splitlines())
 
 
+RIGHT = "echo 0.25"
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("script", "reason"),
     [
-        ("right", "largest error 0.25 of the bound"),
-        ("wrong numbers", "its largest error is 17.5 times the bound"),
-        ("nan", "its largest error is nan times the bound"),
-        ("a row without an expert", "its largest error is inf times the bound"),
-        ("crash", "ended with code -6"),
-        ("raise", "ended with code 1: RuntimeError: CUDA error: an illegal memory access was encountered"),
-        ("hang", "did not end in 3 s"),
+        (RIGHT, "largest error 0.25 of the bound"),
+        ("echo 17.5", "its largest error is 17.5 times the bound"),
+        ("echo nan", "its largest error is nan times the bound"),
+        ("echo inf", "its largest error is inf times the bound"),
+        ("kill -ABRT $$", "ended with code -6"),
+        ("exec sleep 600", "did not end in 3 s"),
+        (
+            "printf 'RuntimeError: CUDA error: an illegal address\\nCompile with TORCH_USE_CUDA_DSA' >&2; exit 1",
+            "ended with code 1: RuntimeError: CUDA error: an illegal address",
+        ),
     ],
+    ids=["right", "wrong numbers", "nan", "a row without an expert", "a crash", "a hang", "an exception"],
 )
-def test_the_outcome_is_kept(toolkit: FakeToolkit, kind: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_outcome_is_kept(
+    toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, reason: str
+) -> None:
     """For this process and others, which start no child for it."""
+    if "sleep" in script:
+        monkeypatch.setattr(verify, "SECONDS", 3.0)
     with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        first = run(toolkit, kind)
+        first = run(toolkit, script)
     assert "verifying toy" in caplog.text
-    assert (first["ok"], first["reason"]) == (kind == "right", reason)
+    assert (first["ok"], first["reason"]) == (script == RIGHT, reason)
     assert first["gpu"] == "cpu"
     verify._run.cache_clear()
-    assert run(toolkit, kind) == Child(run, toolkit, kind).result() == first
+    assert run(toolkit, script) == Child(run, toolkit, script).result() == first
     assert children(toolkit) == 1
     assert jit.build(toolkit.source).intact()
     module, record = doctor.cached(env.cache_dir())["cached"]
     assert (module["kind"], record["kind"]) == ("module", "verification")
-    assert f"{'right' if kind == 'right' else 'wrong'} on cpu, driver " in record["about"]
+    assert f"{'right' if script == RIGHT else 'wrong'} on cpu, driver " in record["about"]
     assert record["about"].endswith(reason)
 
 
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError: CUDA out of memory", "No module named 'hybrid_mxfp8'"])
 def test_what_passes_is_not_kept(toolkit: FakeToolkit, error: str) -> None:
     """This process goes on without the module; the next verifies it."""
-    child = ("/bin/sh", "-c", f'echo verified >> log; echo "{error}" >&2; exit 1')
-    module = jit.build(toolkit.source)
     for _ in range(2):
-        assert verify.verified(module, CPU, child)["reason"] == f"ended with code 1: {error}"
+        assert run(toolkit, f"echo {shlex.quote(error)} >&2; exit 1")["reason"] == f"ended with code 1: {error}"
+    module = jit.build(toolkit.source)
     assert children(toolkit) == 1
     assert verify.find(module, CPU) is None
-    assert run(toolkit, "right") == verify.find(module, CPU)
+    assert run(toolkit, RIGHT) == verify.find(module, CPU)
 
 
 def test_the_child_finds_this_package(toolkit: FakeToolkit) -> None:
@@ -104,10 +96,10 @@ def test_the_child_finds_this_package(toolkit: FakeToolkit) -> None:
 
 
 def test_another_driver_asks_again(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(toolkit, "right")
+    run(toolkit, RIGHT)
     verify._run.cache_clear()
     monkeypatch.setattr(verify, "driver_version", lambda: "999.1")
-    assert run(toolkit, "right")["driver"] == "999.1"
+    assert run(toolkit, RIGHT)["driver"] == "999.1"
     assert children(toolkit) == 2
 
 
@@ -115,30 +107,23 @@ def test_a_cache_that_cannot_be_written(toolkit: FakeToolkit) -> None:
     """Each process verifies for itself, once."""
     jit.build(toolkit.source)
     toolkit.cache.chmod(0o555)
-
-    def twice() -> tuple[bool, bool]:
-        if os.geteuid() == 0:
-            os.seteuid(65534)
-        module = jit.build(toolkit.source)
-        return verify.verified(module, CPU, BY_ANYBODY)["ok"], verify.verified(module, CPU, BY_ANYBODY)["ok"]
-
     toolkit.folder.chmod(0o777)
-    assert Child(twice).result() == (True, True)
+    assert as_user(STRANGER, lambda: [run(toolkit, RIGHT)["ok"] for _ in range(2)]) == [True, True]
     assert children(toolkit) == 1
     toolkit.cache.chmod(0o755)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"ok": 1}', b'{"ok": true}', b"[" * 100_000])
 def test_a_damaged_record_is_made_again(toolkit: FakeToolkit, content: bytes) -> None:
-    run(toolkit, "right")
+    run(toolkit, RIGHT)
     (record,) = toolkit.cache.glob(f"*/{verify.RECORD}")
     record.write_bytes(content)
     verify._run.cache_clear()
-    assert run(toolkit, "right")["ok"]
+    assert run(toolkit, RIGHT)["ok"]
     assert children(toolkit) == 2
     verify._run.cache_clear()
     record.parent.chmod(0o777)  # now anybody may have written it
-    assert run(toolkit, "right")["ok"]
+    assert run(toolkit, RIGHT)["ok"]
     assert children(toolkit) == 3
 
 

@@ -19,7 +19,7 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch import registry
 from hybrid_mxfp8.dispatch.problem import Problem
-from hybrid_mxfp8.dispatch.registry import NAMES, _log_choice, backend_of, choose, choose_quantizer, requested
+from hybrid_mxfp8.dispatch.registry import _log_choice, backend_of, choose, choose_quantizer
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(4, 64, 96, 100, torch.bfloat16, CPU)
@@ -50,11 +50,6 @@ def all_available(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, cutlass=(True, "yes"), triton=(True, "yes"))
 
 
-def test_order_and_names() -> None:
-    assert NAMES == ("cutlass", "triton", "reference")
-    assert all(name == backend_of(name).name for name in NAMES)
-
-
 @pytest.mark.parametrize(
     ("argument", "override", "variable", "expected"),
     [
@@ -63,6 +58,8 @@ def test_order_and_names() -> None:
         (None, None, "auto", "cutlass"),
         (None, None, "", "cutlass"),
         (None, None, " Reference ", "reference"),
+        (None, " REFERENCE ", None, "reference"),
+        ("Reference", None, None, "reference"),
         (None, "reference", "triton", "reference"),
         (None, "auto", "triton", "cutlass"),
         ("triton", "reference", None, "triton"),
@@ -71,14 +68,11 @@ def test_order_and_names() -> None:
     ],
 )
 def test_precedence(
-    all_available: None,
-    monkeypatch: pytest.MonkeyPatch,
-    argument: str | None,
-    override: str | None,
-    variable: str | None,
-    expected: str,
-) -> None:
-    """backend= beats use_backend() beats HYBRID_MXFP8_BACKEND beats auto."""
+    all_available: None, monkeypatch: pytest.MonkeyPatch, argument: str | None, override: str | None,
+    variable: str | None, expected: str,
+) -> None:  # fmt: skip
+    """backend= beats use_backend() beats HYBRID_MXFP8_BACKEND beats auto; names in any case, among
+    blanks."""
     if variable is not None:
         monkeypatch.setenv("HYBRID_MXFP8_BACKEND", variable)
     if override is None:
@@ -88,20 +82,14 @@ def test_precedence(
             assert choose(PROBLEM, argument).name == expected
 
 
-def test_use_backend_none_means_auto(all_available: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "reference")
-    with mx.use_backend(None):
-        assert choose(PROBLEM).name == "cutlass"
-    assert choose(PROBLEM).name == "reference"
-
-
-def test_use_backend_nests_and_ends_with_an_error(all_available: None) -> None:
-    with mx.use_backend("triton"):
+def test_use_backend_nests_and_ends_with_an_error(all_available: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "triton")
+    with mx.use_backend(None):  # auto, whatever the variable says
         with contextlib.suppress(KeyError), mx.use_backend("reference"):
             assert choose(PROBLEM).name == "reference"
             raise KeyError
-        assert choose(PROBLEM).name == "triton"
-    assert choose(PROBLEM).name == "cutlass"
+        assert choose(PROBLEM).name == "cutlass"
+    assert choose(PROBLEM).name == "triton"
 
 
 def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
@@ -151,16 +139,6 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: 
     assert bool(torch.isnan(out).all())
 
 
-@pytest.mark.parametrize("written", ["reference", "Reference", " REFERENCE "])
-def test_a_name_may_be_written_as_in_the_variable(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one way or another, but by each of the three ways to name it."""
-    assert requested(written) == "reference"
-    with mx.use_backend(written):
-        assert requested(None) == "reference"
-    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", written)
-    assert requested(None) == "reference"
-
-
 @pytest.mark.parametrize(
     ("cutlass", "message"),
     [
@@ -182,75 +160,46 @@ def test_cutlass_that_cannot_quantize_says_so(
             call()
 
 
-def test_cutlass_on_a_cpu_says_what_it_needs() -> None:
-    with pytest.raises(
-        mx.BackendUnavailableError, match=r"^backend cutlass: needs a GPU of compute capability 10\.0 or 10\.3"
-    ):
-        choose(PROBLEM, "cutlass")
-
-
-def test_triton_on_a_cpu_without_the_interpreter_says_what_to_set() -> None:
-    if env.triton_interpret():
-        assert choose(PROBLEM, "triton").name == "triton"
-    else:
-        with pytest.raises(mx.BackendUnavailableError, match="set TRITON_INTERPRET=1"):
-            choose(PROBLEM, "triton")
-
-
 def test_cutlass_quantizes_with_triton(all_available: None) -> None:
     assert choose_quantizer(CPU, "cutlass").name == "triton"
     assert choose_quantizer(CPU).name == "triton"
     assert choose_quantizer(CPU, "reference").name == "reference"
 
 
-def records(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "hybrid_mxfp8"]
+CHOSEN: dict[str, tuple[dict[str, tuple[bool, str]], Callable[[], object], str]] = {
+    "automatic": (
+        {"cutlass": (True, "yes")},
+        lambda: choose(PROBLEM),
+        "INFO: grouped_gemm on cpu uses backend cutlass (yes)",
+    ),
+    "fallback": (
+        {"cutlass": (False, "no nvcc: install one"), "triton": (True, "yes")},
+        lambda: choose(PROBLEM),
+        "WARNING: grouped_gemm on cpu falls back to backend triton (cutlass: no nvcc: install one)",
+    ),
+    "no quantizer": (
+        {"triton": (False, "gone")},
+        lambda: choose_quantizer(CPU),
+        "WARNING: quantize on cpu falls back to backend reference (triton: gone)",
+    ),
+    "named": ({"triton": (True, "yes")}, lambda: choose(PROBLEM, "triton"), ""),
+    # A CPU that uses Triton's interpreter or the reference misses nothing.
+    "hardware that is not there": ({}, lambda: choose(PROBLEM), "INFO: grouped_gemm on cpu uses backend "),
+}
 
 
-@pytest.mark.usefixtures("fresh_log", "all_available")
-def test_auto_logs_its_choice_once_at_info(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        for _ in range(3):
-            choose(PROBLEM)
-    assert records(caplog) == [(logging.INFO, "grouped_gemm on cpu uses backend cutlass (yes)")]
-
-
-@pytest.mark.usefixtures("fresh_log")
-def test_a_fallback_is_logged_once_as_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", CHOSEN)
+def test_a_choice_is_logged_once(
+    what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fresh_log: None
 ) -> None:
-    answering(monkeypatch, cutlass=(False, "no nvcc: install one"), triton=(True, "yes"))
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        for _ in range(3):
-            assert choose(PROBLEM).name == "triton"
-    expected = "grouped_gemm on cpu falls back to backend triton (cutlass: no nvcc: install one)"
-    assert records(caplog) == [(logging.WARNING, expected)]
-
-
-@pytest.mark.usefixtures("fresh_log")
-def test_a_missing_quantizer_is_logged_as_such(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answering(monkeypatch, triton=(False, "gone"))
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        assert choose_quantizer(CPU).name == "reference"
-    assert records(caplog) == [(logging.WARNING, "quantize on cpu falls back to backend reference (triton: gone)")]
-
-
-@pytest.mark.usefixtures("fresh_log", "all_available")
-def test_a_named_backend_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    answers, call, expected = CHOSEN[what]
+    answering(monkeypatch, **answers)
     with caplog.at_level(logging.DEBUG, "hybrid_mxfp8"):
-        choose(PROBLEM, "triton")
-    assert records(caplog) == []
-
-
-@pytest.mark.usefixtures("fresh_log")
-def test_hardware_that_is_not_there_is_no_fallback(caplog: pytest.LogCaptureFixture) -> None:
-    """A CPU that uses Triton's interpreter or the reference misses nothing: INFO, not WARNING."""
-    with caplog.at_level(logging.INFO, "hybrid_mxfp8"):
-        chosen = choose(PROBLEM)
-    assert chosen.name == ("triton" if env.triton_interpret() else "reference")
-    assert [level for level, _ in records(caplog)] == [logging.INFO]
+        for _ in range(3):
+            call()
+    logged = [f"{r.levelname}: {r.getMessage()}" for r in caplog.records if r.name == "hybrid_mxfp8"]
+    assert len(logged) == bool(expected)
+    assert all(line.startswith(expected) for line in logged)
 
 
 def test_backends_says_for_each_whether_and_why() -> None:
@@ -260,21 +209,17 @@ def test_backends_says_for_each_whether_and_why() -> None:
     assert answers["reference"] == (True, "always")
     assert answers["triton"][0] == env.triton_interpret()
     assert all(reason and "\n" not in reason for _, reason in answers.values())
+    assert [ok for ok, _ in mx.backends("meta").values()] == [False, False, True]
 
 
-@pytest.mark.parametrize("value", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
-def test_answers_of_triton_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int]) -> None:
-    ok, reason = backend_of("triton").available(pretend_capability(monkeypatch, value))
-    assert ok == (value >= (8, 9))
-    assert f"{value[0]}.{value[1]}" in reason
-
-
-@pytest.mark.parametrize(("value", "expected"), [((8, 0), False), ((8, 9), True), (None, False)])
-def test_hardware_of_triton(value: tuple[int, int] | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_answers_of_triton_by_capability(monkeypatch: pytest.MonkeyPatch, value: tuple[int, int] | None) -> None:
     """A GPU that is too old misses nothing: no warning that it falls back."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    device = pretend_capability(monkeypatch, value)
-    assert backend_of("triton").made_for(device) is expected
+    triton, device = backend_of("triton"), pretend_capability(monkeypatch, value)
+    ok, reason = triton.available(device)
+    assert ok is triton.made_for(device) is (value is not None and value >= (8, 9))
+    assert ("set TRITON_INTERPRET=1" if value is None else f"{value[0]}.{value[1]}") in reason
 
 
 def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +227,6 @@ def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     ok, reason = backend_of("triton").available(pretend_capability(monkeypatch, (9, 4)))
     assert not ok
     assert "ROCm" in reason
-
-
-def test_triton_refuses_other_devices() -> None:
-    assert backend_of("triton").available(torch.device("meta"))[0] is False
 
 
 def test_devices_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,11 +251,6 @@ def test_explain(rng: torch.Generator) -> None:
         assert "3.5 tokens an expert" in text
 
 
-def test_workspace_size(cpu_backend: str) -> None:
-    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
-    assert mx.grouped_gemm_workspace_size(wq, 7, backend=cpu_backend) == 0
-
-
 def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which may go to any backend where the choice is free. A call takes what it needs itself."""
 
@@ -322,10 +258,11 @@ def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyP
         sizes = {"workspace_size": lambda problem: size, "workspace_bound": lambda problem: bound}
         replace_backend(monkeypatch, name, **sizes)
 
+    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
+    assert mx.grouped_gemm_workspace_size(wq, 7) == 0
     needing("reference", 1000, 2000)
     needing("cutlass", 0, 5000)  # not available here
     xq = mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="reference")
-    wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
     assert mx.grouped_gemm_workspace_size(wq, 7, backend="reference") == 2000
     assert mx.grouped_gemm_workspace_size(wq, 7) == 2000
     memory = torch.empty(2256, dtype=torch.uint8)

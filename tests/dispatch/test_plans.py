@@ -74,14 +74,14 @@ def result(value: Any) -> list[torch.Tensor]:
     return [cases.bits(value)]
 
 
-def moved(value: Any) -> Any:
+def moved(value: Any, how: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
     """The same at other addresses."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return how(value)
     if isinstance(value, mx.ExpertWeights):
-        return mx.ExpertWeights(value.values.clone(), value.scales.clone())
+        return mx.ExpertWeights.unchecked(how(value.values), how(value.scales))
     if isinstance(value, mx.GroupedMXFP8):
-        return mx.GroupedMXFP8(value.values.clone(), value.scales.clone(), value.groups)
+        return mx.GroupedMXFP8.unchecked(how(value.values), how(value.scales), value.groups)
     return value
 
 
@@ -104,11 +104,8 @@ def test_other_contents_of_the_same_buffers_give_other_results(
     function, arguments = call
     x = arguments["x"]
     before = result(function(**arguments, backend=cpu_backend))
-    (x.values.view(torch.uint8) if isinstance(x, mx.GroupedMXFP8) else x).copy_(
-        torch.randint(0, 100, x.values.shape, dtype=torch.uint8)
-        if isinstance(x, mx.GroupedMXFP8)
-        else torch.randn(x.shape)
-    )
+    memory = cases.bits(x.values if isinstance(x, mx.GroupedMXFP8) else x)
+    memory.copy_(torch.randint(0, 64, memory.shape, dtype=torch.uint8))
     after = result(function(**arguments, backend=cpu_backend))
     assert not all(map(torch.equal, before, after))
     PLANS.clear()
@@ -208,44 +205,45 @@ def test_settings_are_asked_at_each_call(
     assert len(plans) == 3
 
 
-def test_overlap_is_checked_at_every_call(cpu_backend: str) -> None:
-    arguments = layer_arguments()
-    memory = torch.empty(2 * 5 * H + 64, dtype=torch.bfloat16)
-    x = memory[: 5 * H].view(5, H).copy_(arguments["x"])
-    arguments["x"] = x
-    apart = memory[5 * H : 2 * 5 * H].view(5, H)
-    for _ in range(2):
-        expected = mx.moe_forward(**arguments, backend=cpu_backend, out=apart).clone()
-        partly = memory[64 : 64 + 5 * H].view(5, H)
-        with pytest.raises(ValueError, match=r"^out: must not overlap x, got addresses"):
-            mx.moe_forward(**arguments, backend=cpu_backend, out=partly)
-    assert torch.equal(mx.moe_forward(**arguments, backend=cpu_backend, out=x), expected)
-
-
-def test_fake_tensors_meet_no_plan_of_real_ones() -> None:
-    """They have the same metadata, and no memory."""
-    arguments = gemm_arguments()
-    mx.grouped_gemm(**arguments, backend="reference")
+def test_fake_tensors_meet_no_plan_of_real_ones(call: tuple[Callable[..., Any], Arguments], cpu_backend: str) -> None:
+    """They have the same metadata, and no memory; nor has ``out`` that is real."""
+    function, arguments = call
+    real = function(**arguments, backend=cpu_backend)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = mx.GroupedMXFP8.unchecked(
-            mode.from_tensor(arguments["x"].values), mode.from_tensor(arguments["x"].scales), arguments["x"].groups
-        )
-        w = mx.ExpertWeights.unchecked(*map(mode.from_tensor, (arguments["w"].values, arguments["w"].scales)))
-        assert mx.grouped_gemm(x, w, backend="reference").shape == (T, N)
-        with pytest.raises(ValueError, match=r"^out: must be None under"):
-            mx.grouped_gemm(x, w, backend="reference", out=torch.empty(T, N, dtype=torch.bfloat16))
+        given = {name: moved(value, mode.from_tensor) for name, value in arguments.items()}
+        fake = function(**given, backend=cpu_backend)
+        if function is not mx.moe_forward:
+            with pytest.raises(ValueError, match=r"^out: must be None under torch\.compile, and for fake and meta"):
+                function(**given, backend=cpu_backend, out=real)
+    assert [t.shape for t in result(fake)] == [t.shape for t in result(real)]
 
 
-def test_vmap_loops_over_the_operator() -> None:
-    """Tensors inside vmap have no memory either."""
-    arguments = layer_arguments()
-    xs = torch.randn(2, 5, H, dtype=torch.bfloat16)
-    rest = {name: value for name, value in arguments.items() if name != "x"}
+@pytest.mark.parametrize("over", ["x", "topk_ids", "topk_weights", "w2_bias"])
+def test_vmap_loops_over_the_operator(over: str) -> None:
+    """Tensors inside vmap have no memory either, whichever argument they are."""
+    rest = {**layer_arguments(), "w2_bias": torch.randn(E, H)}
+    given = rest.pop(over)
+    both = torch.stack([given, given.flip(0)])
 
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return mx.moe_forward(x, **rest, backend="reference")
+    def layer(one: torch.Tensor) -> torch.Tensor:
+        return mx.moe_forward(**{over: one}, **rest, backend="reference")
 
-    assert torch.equal(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+    assert torch.equal(torch.vmap(layer)(both), torch.stack([layer(one) for one in both]))
+
+
+def test_vmap_over_parts_of_operands() -> None:
+    x, counts = torch.randn(T, K), torch.tensor([[3, 0, 3], [1, 4, 1]])
+    xq, w = gemm_arguments().values()
+
+    def codes(counts: torch.Tensor) -> torch.Tensor:
+        return mx.quantize_grouped(x, counts, backend="reference").values.view(torch.uint8)
+
+    def product(scales: torch.Tensor) -> torch.Tensor:
+        return mx.grouped_gemm(xq, mx.ExpertWeights.unchecked(w.values, scales), backend="reference")
+
+    scales = torch.stack([w.scales, w.scales.flip(0)])
+    for function, both in ((codes, counts), (product, scales)):
+        assert torch.equal(torch.vmap(function)(both), torch.stack([function(one) for one in both]))
 
 
 # ---------------------------------------------------------------- what is kept
@@ -255,19 +253,10 @@ def test_vmap_loops_over_the_operator() -> None:
 def test_a_plan_keeps_no_tensor(kind: str, cpu_backend: str) -> None:
     function, make = CALLS[kind]
     arguments = make()
-    alive = []
-    for value in arguments.values():
-        parts = (
-            (value,)
-            if isinstance(value, torch.Tensor)
-            else (value.values, value.scales)
-            if hasattr(value, "scales")
-            else ()
-        )
-        alive += [weakref.ref(tensor) for tensor in parts]
-    assert len(alive) > 0
+    operands = [value for value in arguments.values() if not isinstance(value, mx.GroupLayout)]
+    alive = [weakref.ref(t) for o in operands for t in ([o] if isinstance(o, torch.Tensor) else [o.values, o.scales])]
     function(**arguments, backend=cpu_backend)
-    del arguments, value, parts
+    del arguments, operands
     gc.collect()
     assert [reference() for reference in alive] == [None] * len(alive)
 

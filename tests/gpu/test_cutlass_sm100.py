@@ -7,13 +7,15 @@ Not yet run: no GPU of compute capability 10.0 or 10.3 was at hand. ``python -m 
 from __future__ import annotations
 
 import cases
+import products
 import pytest
 import torch
-from products import check_product
+from on_gpu import captured
+from products import check, check_product
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels.config import CONFIGS, MODULES
-from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
+from hybrid_mxfp8.dispatch.device import SM100_CAPABILITIES
 from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.dispatch.registry import backend_of
 
@@ -28,17 +30,14 @@ GPU = "cuda"
 @pytest.fixture(autouse=True)
 def sm100() -> None:
     capability = torch.cuda.get_device_capability()
-    if capability not in CUTLASS_CAPABILITIES:
+    if capability not in SM100_CAPABILITIES:
         pytest.skip(f"needs compute capability 10.0 or 10.3, got {capability[0]}.{capability[1]}")
 
 
 def operands(
     counts: list[int], num_tokens: int, n: int, k: int, rng: torch.Generator
 ) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
-    groups = cases.layout(counts, num_tokens, GPU)
-    x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, GPU)
-    w = cases.random_rows(len(counts) * n, k, torch.bfloat16, rng, GPU).reshape(len(counts), n, k) * 0.05
-    return mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k)), mx.quantize_weights(w)
+    return products.operands(counts, num_tokens, n, k, rng, GPU, "triton")
 
 
 def product(
@@ -57,8 +56,7 @@ def test_every_kernel(module: str, dtype: torch.dtype, monkeypatch, rng: torch.G
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", module)
     for counts, num_tokens in cases.RAGGED.values():
         for n, k in SHAPES:
-            xq, wq = operands(counts, num_tokens, n, k, rng)
-            check_product(product(xq, wq, dtype), xq, wq, counts)
+            check(*operands(counts, num_tokens, n, k, rng), counts, dtype, "cutlass")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -66,8 +64,7 @@ def test_every_cluster(config, monkeypatch, rng: torch.Generator) -> None:
     """Clusters larger than an expert has tiles, and uneven ends of the grid."""
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", config.name)
     for counts in ([1, 0, 300, 64], [513], [1] * 70):
-        xq, wq = operands(counts, sum(counts) + 9, 1160, 512, rng)
-        check_product(product(xq, wq, torch.bfloat16), xq, wq, counts)
+        check(*operands(counts, sum(counts) + 9, 1160, 512, rng), counts, torch.bfloat16, "cutlass")
 
 
 @pytest.mark.parametrize(
@@ -85,8 +82,7 @@ def test_model_shapes_agree_with_triton(num_experts: int, n: int, k: int, num_to
 
 def test_thousands_of_experts(rng: torch.Generator) -> None:
     counts = torch.randint(0, 3, (4096,), generator=rng).tolist()
-    xq, wq = operands(counts, sum(counts), 136, 96, rng)
-    check_product(product(xq, wq, torch.float32), xq, wq, counts)
+    check(*operands(counts, sum(counts), 136, 96, rng), counts, torch.float32, "cutlass")
 
 
 def test_dependent_launch_changes_nothing(monkeypatch, rng: torch.Generator) -> None:
@@ -127,15 +123,13 @@ def test_one_graph_serves_changing_counts(no_sync, rng: torch.Generator) -> None
         return xq
 
     step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, xq = captured(step)
     torch.cuda.set_sync_debug_mode("default")
     for now in ([7, 0, 130, 3], [0, 0, 0, 160], [40, 40, 40, 40], [0, 0, 0, 0], [1, 128, 0, 31]):
         counts.copy_(torch.tensor(now))
         out.fill_(torch.nan)
         graph.replay()
-        check_product(out, captured, wq, now)
+        check_product(out, xq, wq, now)
 
 
 def test_current_stream_is_used(rng: torch.Generator) -> None:

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
-import moe_truth
 import pytest
 import torch
+from forked import Child
 from jobs import Quantized, forget_everything, together
+from on_gpu import Layer, LayerAndProduct, captured
 
 import hybrid_mxfp8 as mx
 
 pytestmark = pytest.mark.gpu
 
-GPU = "cuda"
-TOKENS = 64
 
-
-class Job:
-    """A layer and a product of its own, with buffers of their own; its results are always the
-    same."""
+class Job(LayerAndProduct):
+    """Its results are always the same."""
 
     def __init__(self, seed: int) -> None:
-        rng = torch.Generator().manual_seed(seed)
-        layer = moe_truth.make_layer(rng, tokens=TOKENS, experts=8, hidden=256, intermediate=128, dropped=True)
-        self.layer = moe_truth.to(layer, GPU)
-        self.w13q, self.w2q = (mx.quantize_weights(w, backend="triton") for w in (self.layer.w13, self.layer.w2))
-        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=TOKENS, top_k=2, backend="triton")
-        self.out = torch.empty_like(self.layer.x)
-        size = mx.grouped_gemm_workspace_size(self.w13q, TOKENS, backend="triton")
-        self.gemm_workspace = torch.empty(size, dtype=torch.uint8, device=GPU)
-        self.counts = torch.tensor([10, 0, 20, 4, 0, 1, 9, 20], dtype=torch.int32, device=GPU)
-        self.groups = mx.GroupLayout.from_counts(self.counts, TOKENS)
-        self.xq = cases.poisoned_output(self.groups, 256)
-        self.y = torch.empty(TOKENS, 256, dtype=torch.bfloat16, device=GPU)
+        super().__init__(torch.Generator().manual_seed(seed), [10, 0, 20, 4, 0, 1, 9, 20])
         self.run()
         torch.cuda.synchronize()
         self.expected = self.state()
-        # The next call may come on any stream.
-        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=TOKENS, top_k=2, backend="triton")
+        self.workspace = self.new_workspace()  # the next call may come on any stream
         torch.cuda.synchronize()
 
     def run(self) -> None:
-        layer = self.layer
-        call = (layer.x, self.w13q, self.w2q, layer.ids, layer.weights)
-        mx.moe_forward(*call, workspace=self.workspace, out=self.out, backend="triton")
-        mx.quantize_grouped(layer.x, self.groups, out=self.xq, backend="triton")
-        mx.grouped_gemm(self.xq, self.w13q, out=self.y, workspace=self.gemm_workspace, backend="triton")
+        super().run()
+        self.quantize()
+        self.multiply()
 
     def spoil(self) -> None:
         self.out.fill_(float("nan"))
@@ -61,8 +42,7 @@ class Job:
         return [cases.bits(t).clone() for t in (self.out, self.xq.values, self.xq.scales, self.y)]
 
     def check(self) -> None:
-        for got, wanted in zip(self.state(), self.expected, strict=True):
-            assert torch.equal(got, wanted)
+        assert all(map(torch.equal, self.state(), self.expected))
 
 
 def test_two_streams_with_their_own_workspaces() -> None:
@@ -129,9 +109,7 @@ def test_capture_while_another_stream_runs() -> None:
         busy = pool.submit(keep_busy)
         try:
             assert started.wait(60)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                job.run()
+            graph, _ = captured(job.run, capture_error_mode="thread_local")
             for _ in range(20):
                 job.spoil()
                 graph.replay()
@@ -148,18 +126,16 @@ def test_a_workspace_on_another_stream_waits_for_its_last_call() -> None:
     work."""
     job, streams = Job(5), [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
     outs = [torch.full_like(job.out, float("nan")) for _ in range(6)]
-    batches = [moe_truth.to(moe_truth.make_layer(torch.Generator().manual_seed(i), tokens=TOKENS, experts=8, hidden=256, intermediate=128), GPU) for i in range(6)]  # fmt: skip
+    layers = [Layer(torch.Generator().manual_seed(i), len(job.x), experts=8, top_k=2) for i in range(6)]
     torch.cuda.synchronize()
-    for i, (out, batch) in enumerate(zip(outs, batches, strict=True)):
+    for i, (out, layer) in enumerate(zip(outs, layers, strict=True)):
         with torch.cuda.stream(streams[i % 3]):
             torch.cuda._sleep(100_000_000)
-            call = (batch.x, job.w13q, job.w2q, batch.ids, batch.weights)
-            mx.moe_forward(*call, workspace=job.workspace, out=out, backend="triton")
+            job.forward(layer.x, layer.ids, layer.weights, workspace=job.workspace, out=out)
     assert not streams[2].query(), "the host waited, or the last call did not"
     torch.cuda.synchronize()
-    for out, batch in zip(outs, batches, strict=True):
-        alone = mx.moe_forward(batch.x, job.w13q, job.w2q, batch.ids, batch.weights, backend="triton")
-        assert torch.equal(cases.bits(out), cases.bits(alone))
+    for out, layer in zip(outs, layers, strict=True):
+        assert torch.equal(cases.bits(out), cases.bits(job.forward(layer.x, layer.ids, layer.weights)))
 
 
 def test_a_workspace_is_dropped_while_another_stream_uses_it() -> None:
@@ -167,97 +143,54 @@ def test_a_workspace_is_dropped_while_another_stream_uses_it() -> None:
     with it."""
     job, stream = Job(10), torch.cuda.Stream()
     for move in (False, True):
-        layer = job.layer
-        workspace = mx.MoEWorkspace(job.w13q, job.w2q, max_tokens=TOKENS, top_k=2, backend="triton")
-        call = (layer.x, job.w13q, job.w2q, layer.ids, layer.weights)
+        workspace = job.new_workspace()
         if move:
-            mx.moe_forward(*call, workspace=workspace, out=job.out, backend="triton")
+            job.eager(workspace=workspace, out=job.out)
         sizes = [t.nbytes for t in cases.memory_of(workspace)]
         job.spoil()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(500_000_000)
-            mx.moe_forward(*call, workspace=workspace, out=job.out, backend="triton")
+            job.eager(workspace=workspace, out=job.out)
         del workspace
-        filled = [torch.full((size,), 0xA5, dtype=torch.uint8, device=GPU) for size in sizes]
+        filled = [torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda") for size in sizes]
         assert not stream.query()
         torch.cuda.synchronize()
         assert all(bool((t == 0xA5).all()) for t in filled)  # else the call has written memory of somebody else
         assert torch.equal(cases.bits(job.out), job.expected[0])
 
 
-def test_a_workspace_is_captured_and_used_eagerly() -> None:
-    """Eager calls before, after and between replays stay where they were; a capture may come
-    first."""
-    job = Job(6)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        job.run()
-    for _ in range(3):
-        for run in (graph.replay, job.run):
-            job.spoil()
-            run()
-            job.check()
-
-
 def test_workers_quantize_for_the_gpu() -> None:
     """A DataLoader's workers, forked after CUDA was initialized here, quantize on the CPU; the
     product is the GPU's."""
-    torch.zeros(1, device=GPU)
+    torch.zeros(1, device="cuda")
     dataset = Quantized("reference")
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
-    wq = mx.quantize_weights(torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(9)).to(GPU))
-    count = 0
-    for i, xq in enumerate(loader):
-        expected = mx.grouped_gemm(cases.to_device(dataset[i], GPU), wq, backend="triton")
-        assert torch.equal(mx.grouped_gemm(cases.to_device(xq, GPU), wq, backend="triton"), expected)
-        count += 1
-    assert count == len(dataset)
-
-
-FORKED = """
-import os, torch
-import hybrid_mxfp8 as mx
-
-x = torch.ones(40, 64, device="cuda")
-counts = torch.tensor([30, 10], dtype=torch.int32, device="cuda")
-groups = mx.GroupLayout.from_counts(counts, 40)
-wq = mx.quantize_weights(torch.ones(2, 16, 64, device="cuda"), backend="triton")
-xq = mx.quantize_grouped(x, groups, backend="triton")
-out = mx.grouped_gemm(xq, wq, backend="triton")
-workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-calls = {
-    "quantize_grouped": lambda: mx.quantize_grouped(x, groups, out=xq, backend="triton"),
-    "grouped_gemm": lambda: mx.grouped_gemm(xq, wq, out=out, workspace=workspace, backend="triton"),
-    "from_counts": lambda: mx.GroupLayout.from_counts(counts, 40),
-}
-for _ in range(3):
-    for call in calls.values():
-        call()
-torch.cuda.synchronize()
-child = os.fork()
-if child == 0:
-    for name, call in calls.items():
-        try:
-            call()
-        except RuntimeError as error:
-            print(name, "Cannot re-initialize CUDA in forked subprocess" in str(error), flush=True)
-        else:
-            print(name, "ran", flush=True)
-    os._exit(0)
-os.waitpid(child, 0)
-for call in calls.values():
-    call()
-torch.cuda.synchronize()
-print("parent", bool((out == 64).all()), flush=True)
-"""
+    wq = mx.quantize_weights(torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(9)).to("cuda"))
+    batches = (dataset[i] for i in range(len(dataset)))
+    for pair in zip(loader, batches, strict=True):
+        got, wanted = (mx.grouped_gemm(cases.to_device(xq, "cuda"), wq, backend="triton") for xq in pair)
+        assert torch.equal(got, wanted)
 
 
 def test_a_child_forked_after_cuda_was_initialized_is_told_so() -> None:
     """PyTorch's own error, also where every buffer is given and every kernel known; the parent goes
     on."""
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=180)
-    lines = done.stdout.split("\n")
-    assert lines[:-1] == ["quantize_grouped True", "grouped_gemm True", "from_counts True", "parent True"], done.stderr
+    job = Job(8)
+    calls = (job.quantize, job.multiply, lambda: mx.GroupLayout.from_counts(job.groups.tokens_per_expert, 64))
+    for call in calls * 3:
+        call()
+    torch.cuda.synchronize()
+
+    def refused() -> bool:
+        for call in calls:
+            with pytest.raises(RuntimeError, match="Cannot re-initialize CUDA in forked subprocess"):
+                call()
+        return True
+
+    assert Child(refused).result() is True
+    job.spoil()
+    job.run()
+    job.check()

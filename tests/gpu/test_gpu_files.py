@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from audit import AUDIT
 
@@ -37,14 +38,9 @@ def test_the_main_job_writes_to_caches_alone(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HYBRID_", "TRITON_"))}
     environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", AUDIT + JOB],
-        cwd=tmp_path / "work",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    command = [sys.executable, "-c", AUDIT + JOB]
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 180}
+    done = subprocess.run(command, cwd=tmp_path / "work", env=environment, **how)
     assert done.returncode == 0, done.stderr
     events = [(event, what) for event, what in json.loads(done.stdout.splitlines()[-1])]
     assert not [event for event, _ in events if event.partition(".")[0] in ("socket", "urllib", "http", "pickle")]

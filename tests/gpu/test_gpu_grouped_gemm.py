@@ -4,11 +4,13 @@ graphs."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import cases
 import pytest
 import torch
+from on_gpu import captured
 from products import check, operands
 from recorder import Recorder
 
@@ -31,55 +33,33 @@ def test_large(kernel: str, counts: list[int], rng: torch.Generator) -> None:
     check(*operands(counts, sum(counts), 2048, 4096, rng, "cuda"), counts, torch.bfloat16, "triton")
 
 
-class Step:
-    """The main job on static buffers: counts in, product out."""
-
-    def __init__(self, rng: torch.Generator, form: str) -> None:
-        self.num_tokens, self.e, self.n, self.k = 200, 5, 136, 288
-        self.form = form
-        self.x = cases.random_rows(self.num_tokens, self.k, torch.bfloat16, rng, "cuda")
-        w = cases.random_rows(self.e * self.n, self.k, torch.bfloat16, rng, "cuda").reshape(self.e, self.n, self.k)
-        self.wq = mx.quantize_weights(w, backend="triton")
-        self.counts = torch.zeros(self.e, dtype=torch.int32, device="cuda")
-        self.operand = cases.poisoned_output(cases.layout([0] * self.e, self.num_tokens, "cuda"), self.k)
-        self.out = cases.poisoned_product(self.num_tokens, self.n, torch.bfloat16, "cuda")
-
-    def run(self) -> None:
-        groups = self.counts if self.form == "counts" else mx.GroupLayout.from_counts(self.counts, self.num_tokens)
-        xq = mx.quantize_grouped(self.x, groups, out=self.operand, backend="triton")
-        mx.grouped_gemm(xq, self.wq, out=self.out, backend="triton")
-
-    def poison(self) -> None:
-        self.operand.values.view(torch.uint8).fill_(cases.POISON)
-        self.operand.scales.fill_(cases.POISON)
-        self.out.fill_(float("nan"))
-
-    def state(self) -> list[torch.Tensor]:
-        return [cases.bits(t).clone() for t in (self.operand.values, self.operand.scales, self.out)]
-
-    def check(self, expected: list[torch.Tensor]) -> None:
-        for ours, eager in zip(self.state(), expected, strict=True):
-            assert torch.equal(ours, eager)
-
-
 @pytest.mark.parametrize("form", ["layout", "counts"])
 def test_graph_replay_follows_the_counts(kernel: str, form: str, rng: torch.Generator) -> None:
     """Captured once, replayed with padded batches and hostile counts: equal to eager, bit for
     bit."""
-    step = Step(rng, form)
-    step.run()  # compiles outside the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.run()
-    for counts in ([40] * 5, [0, 200, 0, 0, 0], [0] * 5, [1, 2, 3, 4, 5], [199, 0, 0, 0, 1], [90, -4, 90, 90, 90]):
-        step.counts.copy_(torch.tensor(counts))
-        step.poison()
-        step.run()
-        expected = step.state()
-        step.poison()
-        graph.replay()
-        step.check(expected)
+    num_tokens, n, k = 200, 136, 288
+    counts = torch.zeros(5, dtype=torch.int32, device="cuda")
+    x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, "cuda")
+    xq, wq = operands([0] * 5, num_tokens, n, k, rng, "cuda")
+    out = cases.poisoned_product(num_tokens, n, torch.bfloat16, "cuda")
+
+    def step() -> None:
+        groups = counts if form == "counts" else mx.GroupLayout.from_counts(counts, num_tokens)
+        mx.grouped_gemm(mx.quantize_grouped(x, groups, out=xq, backend="triton"), wq, out=out, backend="triton")
+
+    def written(run: Callable[[], None]) -> list[torch.Tensor]:
+        """Into poison."""
+        buffers = [tensor.view(torch.uint8) for tensor in (xq.values, xq.scales, out)]
+        for buffer in buffers:
+            buffer.fill_(cases.POISON)
+        run()
+        return [buffer.clone() for buffer in buffers]
+
+    step()  # compiles outside the capture
+    graph, _ = captured(step)
+    for now in ([40] * 5, [0, 200, 0, 0, 0], [0] * 5, [1, 2, 3, 4, 5], [199, 0, 0, 0, 1], [90, -4, 90, 90, 90]):
+        counts.copy_(torch.tensor(now))
+        assert all(map(torch.equal, written(graph.replay), written(step))), now
 
 
 def test_cutlass_runs_or_says_why_not(rng: torch.Generator) -> None:

@@ -3,99 +3,50 @@ streams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import cases
-import moe_truth
 import pytest
 import torch
+from on_gpu import Layer, allocations, captured
 
 import hybrid_mxfp8 as mx
 
 pytestmark = pytest.mark.gpu
-TOP_K = 4
 
 
-class Buffers:
-    """A layer with a workspace, and all that calls of it read and write."""
-
-    def __init__(self, rng: torch.Generator, tokens: int, scale_group: int = 32) -> None:
-        shape = {"experts": 16, "hidden": 512, "intermediate": 256, "top_k": TOP_K}
-        self.truth = moe_truth.make_layer(rng, tokens=tokens, **shape, bias=True, dropped=True)
-        self.given = moe_truth.to(self.truth, "cuda")
-        self.w13q, self.w2q = (
-            mx.quantize_weights(w, scale_group=scale_group, backend="triton") for w in (self.given.w13, self.given.w2)
-        )
-        self.out = torch.empty_like(self.given.x)
-        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=tokens, top_k=TOP_K, backend="triton")
-
-    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, **options: Any) -> torch.Tensor:
-        bias = {"w13_bias": self.given.w13_bias, "w2_bias": self.given.w2_bias}
-        return mx.moe_forward(x, self.w13q, self.w2q, ids, weights, backend="triton", **bias, **options)
-
-    def run(self) -> None:
-        given = self.given
-        self.forward(given.x, given.ids, given.weights, workspace=self.workspace, out=self.out)
-
-    def eager(self) -> torch.Tensor:
-        return self.forward(self.given.x, self.given.ids, self.given.weights)
-
-    def refill(self, rng: torch.Generator, spread: int) -> None:
-        """Other tokens in the same memory, routed to the first ``spread`` experts, or nowhere."""
-        given = self.given
-        given.x.copy_(torch.randn(given.x.shape, generator=rng))
-        given.weights.copy_(torch.rand(given.weights.shape, generator=rng))
-        ids = torch.randint(0, spread, given.ids.shape, generator=rng) if spread else torch.full(given.ids.shape, -1)
-        given.ids.copy_(ids)
-
-    def computed(self, run: Callable[[], object]) -> torch.Tensor:
-        self.out.fill_(float("nan"))
-        run()
-        torch.cuda.synchronize()
-        return self.out.clone()
-
-
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def allocations(run: Callable[[], object]) -> int:
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    run()
-    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+def make(rng: torch.Generator, tokens: int, scale_group: int = 32) -> Layer:
+    return Layer(rng, tokens, hidden=512, intermediate=256, scale_group=scale_group)
 
 
 def test_a_warm_call_neither_syncs_nor_allocates(kernel: str, rng: torch.Generator, no_sync: None) -> None:
     torch.cuda.set_sync_debug_mode("default")
-    buffers = Buffers(rng, 33)
-    module = mx.MXFP8Experts(buffers.w13q, buffers.w2q, workspace=buffers.workspace, backend="triton")
-    arguments = (buffers.given.x, buffers.given.ids, buffers.given.weights)
+    layer = make(rng, 33)
+    module = mx.MXFP8Experts(layer.w13q, layer.w2q, workspace=layer.workspace, backend="triton")
+    arguments = (layer.x, layer.ids, layer.weights)
     for _ in range(4):
-        buffers.run()
+        layer.run()
         module(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    assert allocations(buffers.run) == 0
+    assert allocations(layer.run) == 0
     assert allocations(lambda: module(*arguments)) == 1  # its output
-    buffers.eager()  # without a workspace it allocates, but does not sync either
+    layer.eager()  # without a workspace it allocates, but does not sync either
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 1200])
 def test_a_graph_replays_with_other_counts(kernel: str, rng: torch.Generator, tokens: int) -> None:
-    """Other tokens, routed elsewhere, to one expert, or nowhere at all: eager's bits each time."""
-    buffers = Buffers(rng, tokens)
-    graph = captured(buffers.run)
+    """Other tokens, routed elsewhere, to one expert, or nowhere at all: eager's bits each time.
+    The capture is the workspace's first call, and eager ones with it come in between."""
+    layer = make(rng, tokens)
+    layer.run()
+    layer.workspace = layer.new_workspace()
+    graph, _ = captured(layer.run)
     for spread in (16, 1, 3, 0, 16):
-        buffers.refill(rng, spread)
-        y = buffers.computed(graph.replay)
-        assert torch.equal(y, buffers.eager()), spread
-        assert torch.equal(y, buffers.computed(buffers.run))
+        layer.refill(rng, spread)
+        y = layer.computed(graph.replay)
+        assert torch.equal(y, layer.eager()), spread
+        assert torch.equal(y, layer.computed(layer.run))
         assert bool(y.any()) == (spread != 0)
 
 
@@ -106,19 +57,20 @@ def test_kernels_that_start_early_read_and_write_nothing_early(
 ) -> None:
     """Of other routing each time and over poison, eagerly and from a graph: the bits of launches
     that wait for each other as a whole."""
-    buffers = Buffers(rng, tokens, scale_group)
-    graph = captured(buffers.run)
+    layer = make(rng, tokens, scale_group)
+    layer.run()
+    graph, _ = captured(layer.run)
 
     def computed(run: Callable[[], object], poison: int) -> torch.Tensor:
-        buffers.workspace._arena.fill_(poison)
-        return cases.bits(buffers.computed(run))
+        layer.workspace._arena.fill_(poison)
+        return cases.bits(layer.computed(run))
 
     for step in range(24):
-        buffers.refill(rng, (16, 1, 3, 16, 8)[step % 5])
+        layer.refill(rng, (16, 1, 3, 16, 8)[step % 5])
         with monkeypatch.context() as patch:
             patch.setenv("HYBRID_MXFP8_PDL", "0")
-            expected = computed(buffers.run, 0)
-        for run in (buffers.run, graph.replay):
+            expected = computed(layer.run, 0)
+        for run in (layer.run, graph.replay):
             for poison in (0xFF, 0x7F):
                 assert torch.equal(computed(run, poison), expected)
 
@@ -131,55 +83,44 @@ def test_a_graph_keeps_its_memory_when_the_workspace_grows(
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "0")
-    buffers = Buffers(rng, 40)
-    graph = captured(buffers.run)
-    portable = buffers.computed(graph.replay)
+    layer = make(rng, 40)
+    layer.run()
+    graph, _ = captured(layer.run)
+    portable = layer.computed(graph.replay)
     monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1")
-    hopper = buffers.computed(buffers.run)
+    hopper = layer.computed(layer.run)
     filler = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in (2**16, 2**20, 2**22)]
     assert mx.signal_to_noise_db(portable, hopper) > 40.0
-    assert torch.equal(buffers.computed(graph.replay), portable)
-    assert torch.equal(buffers.computed(buffers.run), hopper)
+    assert torch.equal(layer.computed(graph.replay), portable)
+    assert torch.equal(layer.computed(layer.run), hopper)
     assert all(bool((t == 0xFF).all()) for t in filler)
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_compiled_by_inductor(rng: torch.Generator) -> None:
+def test_compiled_by_inductor(fresh_dynamo: None, rng: torch.Generator) -> None:
     """fullgraph, one compilation for routings and batch sizes, eager's bits."""
-    buffers = Buffers(rng, 80)
-    compiled = torch.compile(buffers.forward, fullgraph=True)
-    given = buffers.given
+    layer = make(rng, 80)
+    compiled = torch.compile(layer.forward, fullgraph=True)
     for step, tokens in enumerate((80, 7, 33)):
-        batch = (given.x[:tokens].clone(), (given.ids[:tokens] + step) % 16, given.weights[:tokens].clone())
+        batch = (layer.x[:tokens].clone(), (layer.ids[:tokens] + step) % 16, layer.weights[:tokens].clone())
         for tensor in batch:
             torch._dynamo.mark_dynamic(tensor, 0)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            assert torch.equal(compiled(*batch), buffers.forward(*batch))
+            assert torch.equal(compiled(*batch), layer.forward(*batch))
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_compiled_with_cuda_graphs(rng: torch.Generator) -> None:
-    buffers = Buffers(rng, 24)
-    given = buffers.given
+def test_compiled_with_cuda_graphs(fresh_dynamo: None, rng: torch.Generator) -> None:
+    layer = make(rng, 24)
 
     def block(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return buffers.forward(x + 1, ids, weights) * 2
+        return layer.forward(x + 1, ids, weights) * 2
 
     compiled = torch.compile(block, mode="reduce-overhead", fullgraph=True)
     for shift in range(5):
-        ids = (given.ids + shift) % 16
-        assert torch.equal(compiled(given.x, ids, given.weights).clone(), block(given.x, ids, given.weights))
+        batch = (layer.x, (layer.ids + shift) % 16, layer.weights)
+        assert torch.equal(compiled(*batch).clone(), block(*batch))
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_functions_compiled_by_inductor(rng: torch.Generator) -> None:
+def test_functions_compiled_by_inductor(fresh_dynamo: None, rng: torch.Generator) -> None:
     """quantize and GEMM as operators of their own, the layout built in the graph."""
     wq = mx.quantize_weights(torch.randn(4, 64, 128, generator=rng).to("cuda"))
 

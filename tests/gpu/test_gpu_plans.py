@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cases
 import pytest
 import torch
 import triton
 from forked import Child
+from on_gpu import Layer, LayerAndProduct, allocations, captured
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import launcher, plan
@@ -20,36 +20,13 @@ from hybrid_mxfp8.dispatch.plan import PLANS
 from hybrid_mxfp8.triton_kernels import launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
-M, H, I, E, TOP_K = 16, 256, 128, 8, 2  # noqa: E741
-
-
-class Layer:
-    """One layer, its operands, and what its calls give."""
-
-    def __init__(self, rng: torch.Generator, tokens: int = M) -> None:
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=rng).cuda()
-
-        self.w13q = mx.quantize_weights(randn(E, 2 * I, H) * H**-0.5)
-        self.w2q = mx.quantize_weights(randn(E, H, I) * I**-0.5)
-        self.x = randn(tokens, H).bfloat16()
-        self.ids = torch.randint(0, E, (tokens, TOP_K), generator=rng).cuda()
-        self.weights = torch.rand(tokens, TOP_K, generator=rng).cuda()
-        self.groups = cases.layout([3, 0, 5, 1, 1, 2, 4, 0], device="cuda")
-        self.xq = mx.quantize_grouped(self.x, self.groups)
-        self.out = torch.empty_like(self.x)
-        self.y = torch.empty(tokens, 2 * I, dtype=torch.bfloat16, device="cuda")
-        size = mx.grouped_gemm_workspace_size(self.w13q, tokens)
-        self.memory = torch.empty(size, dtype=torch.uint8, device="cuda")
-        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=tokens, top_k=TOP_K)
-
-    def forward(self, **options: Any) -> torch.Tensor:
-        return mx.moe_forward(self.x, self.w13q, self.w2q, self.ids, self.weights, **options)
 
 
 @pytest.fixture
-def layer(rng: torch.Generator) -> Layer:
-    return Layer(rng)
+def layer(rng: torch.Generator) -> LayerAndProduct:
+    made = LayerAndProduct(rng, [3, 0, 5, 1, 1, 2, 4, 0])
+    made.quantize()
+    return made
 
 
 @contextmanager
@@ -67,20 +44,11 @@ def hooked() -> Iterator[list[str]]:
         triton.knobs.runtime.launch_enter_hook.remove(note)
 
 
-def allocations(call: Callable[[], object]) -> int:
-    call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    kept = call()
-    del kept
-    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
-
-
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 PRODUCT = ["dequantize_tokens_kernel", "hopper_gemm_kernel"] if hopper else ["grouped_gemm_kernel"]
 
 
-def test_what_is_launched_and_allocated(layer: Layer) -> None:
+def test_what_is_launched_and_allocated(layer: LayerAndProduct) -> None:
     """Nothing but the outputs, and one arena where the call needs memory of its own."""
     if torch.cuda.get_device_capability()[0] >= 10:
         pytest.skip("compute capability 10 has other kernels")
@@ -89,12 +57,12 @@ def test_what_is_launched_and_allocated(layer: Layer) -> None:
     layered = ["rank_kernel", "quantize_kernel", *PRODUCT, "quantize_kernel", *PRODUCT, "combine_kernel"]
     calls: list[tuple[Callable[[], object], list[str], int]] = [
         (lambda: mx.quantize_grouped(layer.x, layer.groups), ["quantize_kernel"], 2),
-        (lambda: mx.quantize_grouped(layer.x, layer.groups, out=layer.xq), ["quantize_kernel"], 0),
+        (layer.quantize, ["quantize_kernel"], 0),
         (lambda: mx.quantize_grouped(layer.x, counts), ["quantize_kernel"], 3),
         (lambda: mx.grouped_gemm(layer.xq, layer.w13q), PRODUCT, product_allocations),
-        (lambda: mx.grouped_gemm(layer.xq, layer.w13q, out=layer.y, workspace=layer.memory), PRODUCT, 0),
-        (lambda: layer.forward(), layered, 2),
-        (lambda: layer.forward(workspace=layer.workspace, out=layer.out), layered, 0),
+        (layer.multiply, PRODUCT, 0),
+        (layer.eager, layered, 2),
+        (layer.run, layered, 0),
     ]
     for call, names, allocated in calls:
         call()
@@ -106,20 +74,20 @@ def test_what_is_launched_and_allocated(layer: Layer) -> None:
             assert allocations(call) == allocated
 
 
-def test_hooks_see_every_launch_and_then_none(layer: Layer) -> None:
-    expected = layer.forward().clone()
+def test_hooks_see_every_launch_and_then_none(layer: LayerAndProduct) -> None:
+    expected = layer.eager().clone()
     with hooked() as seen:
-        assert torch.equal(layer.forward(), expected)
+        assert torch.equal(layer.eager(), expected)
         first = len(seen)
         PLANS.clear()
-        assert torch.equal(layer.forward(), expected)
+        assert torch.equal(layer.eager(), expected)
     assert len(seen) == 2 * first > 0
-    assert torch.equal(layer.forward(), expected)
+    assert torch.equal(layer.eager(), expected)
     assert len(seen) == 2 * first
 
 
-def test_without_a_launcher_triton_launches_the_same(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [layer.forward(), mx.grouped_gemm(layer.xq, layer.w13q)]
+def test_without_a_launcher_triton_launches_the_same(layer: LayerAndProduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [layer.eager(), mx.grouped_gemm(layer.xq, layer.w13q)]
 
     def refuse() -> None:
         raise launcher.LauncherUnavailableError("no compiler")
@@ -130,23 +98,20 @@ def test_without_a_launcher_triton_launches_the_same(layer: Layer, monkeypatch: 
     monkeypatch.setattr(launch, "_compiled", {})
     PLANS.clear()
     for _ in range(2):
-        got = [layer.forward(), mx.grouped_gemm(layer.xq, layer.w13q)]
+        got = [layer.eager(), mx.grouped_gemm(layer.xq, layer.w13q)]
         assert all(map(torch.equal, got, expected))
     PLANS.clear()
 
 
 def test_sizes_never_seen_give_what_plans_from_scratch_give(
-    layer: Layer, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = torch.randn(700, H, generator=rng).bfloat16().cuda()
-    ids = torch.randint(-1, E, (700, TOP_K), generator=rng).cuda()
-    weights = torch.rand(700, TOP_K, generator=rng).cuda()
+    layer = Layer(rng, 700, experts=8, top_k=2, bias=False)
     sizes = (512, 16, 2, 3, 17, 100, 1, 127, 128, 129, 511, 513, 700)
 
     def results() -> list[torch.Tensor]:
         PLANS.clear()
-        given = ((x[:m], layer.w13q, layer.w2q, ids[:m], weights[:m]) for m in sizes)
-        return [mx.moe_forward(*arguments) for arguments in given]
+        return [layer.forward(layer.x[:m], layer.ids[:m], layer.weights[:m]) for m in sizes]
 
     followed = results()
     assert 0 < sum(map(len, PLANS._templates.values())) < len(sizes) - 1
@@ -155,9 +120,9 @@ def test_sizes_never_seen_give_what_plans_from_scratch_give(
     assert not PLANS._templates
 
 
-def test_launches_follow_the_current_stream(layer: Layer) -> None:
+def test_launches_follow_the_current_stream(layer: LayerAndProduct) -> None:
     """That of the call, not of the plan's first call: behind what was queued there."""
-    expected = layer.forward().clone()
+    expected = layer.eager().clone()
     for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
         x = layer.x.clone()
         stream.wait_stream(torch.cuda.current_stream())
@@ -165,32 +130,29 @@ def test_launches_follow_the_current_stream(layer: Layer) -> None:
             layer.x.zero_()
             torch.cuda._sleep(20_000_000)
             layer.x.copy_(x)
-            got = layer.forward()
+            got = layer.eager()
         stream.synchronize()
         assert torch.equal(got, expected)
 
 
-def test_the_recipe_of_cuda_graphs(layer: Layer, rng: torch.Generator) -> None:
+def test_the_recipe_of_cuda_graphs(layer: LayerAndProduct, rng: torch.Generator) -> None:
     """Warm-up on the default stream, then on a side stream, then capture: one workspace for all."""
-    layer.forward(workspace=layer.workspace)
+    layer.eager(workspace=layer.workspace)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            layer.forward(workspace=layer.workspace, out=layer.out)
+            layer.run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        layer.forward(workspace=layer.workspace, out=layer.out)
+    graph, _ = captured(layer.run)
     for _ in range(3):
-        layer.x.copy_(torch.randn(layer.x.shape, generator=rng))
-        layer.ids.copy_(torch.randint(-1, E, layer.ids.shape, generator=rng))
+        layer.refill(rng, 8)
         graph.replay()
         replayed = layer.out.clone()
-        assert torch.equal(replayed, layer.forward(workspace=layer.workspace))
+        assert torch.equal(replayed, layer.eager(workspace=layer.workspace))
 
 
-def test_a_forked_child_has_no_plans(layer: Layer) -> None:
-    layer.forward()
+def test_a_forked_child_has_no_plans(layer: LayerAndProduct) -> None:
+    layer.eager()
     assert Child(lambda: (len(PLANS._plans), len(launch._compiled))).result() == (0, 0)
-    assert torch.equal(layer.forward(), layer.forward())
+    assert torch.equal(layer.eager(), layer.eager())

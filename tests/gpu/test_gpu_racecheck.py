@@ -1,5 +1,5 @@
 """A kernel that does little but hand warps their work: what racecheck says of it, it says of
-Triton. See tests/sanitize.py."""
+Triton. See tests/support/sanitize.py."""
 
 from __future__ import annotations
 

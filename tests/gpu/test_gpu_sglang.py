@@ -8,6 +8,7 @@ import torch
 from bad_calls import sglang as tables
 from bad_calls.row import ints
 from guards import Guards
+from on_gpu import captured
 
 import hybrid_mxfp8 as mx
 
@@ -29,9 +30,7 @@ def test_a_captured_graph_follows_new_metadata() -> None:
     torch.cuda.set_sync_debug_mode("error")
     step()
     torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        d = step()
+    graph, d = captured(step)
     for counts in ([1, 0, 127], [128, 0, 0], [40, 60, 28]):
         case.set_counts(counts)
         graph.replay()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from products import check_product
+from products import check
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
@@ -56,31 +56,19 @@ def check_repeats(y: torch.Tensor, period: torch.Tensor, rows: int = PERIOD) -> 
 
 
 @pytest.mark.parametrize("gigabytes", [24], indirect=True)
-def test_tokens_beyond_2_31_elements(gigabytes: None, kernel: str) -> None:
-    """T*K, and twice as many bytes where tokens are expanded to bf16."""
-    k = 7168
-    xq, one = repeated((FAR // k // PERIOD + 1) * PERIOD, k)
-    assert xq.values.numel() > FAR
-    wq = weights(1, 136, k)
+@pytest.mark.parametrize(("n", "k"), [(136, 7168), (8200, 96)], ids=["T*K", "T*N"])
+def test_products_beyond_2_31_elements(gigabytes: None, kernel: str, n: int, k: int) -> None:
+    """Of T*K twice as many bytes where tokens are expanded to bf16."""
+    xq, one = repeated((FAR // max(n, k) // PERIOD + 1) * PERIOD, k)
+    wq = weights(1, n, k)
     y = mx.grouped_gemm(xq, wq, backend="triton")
-    expected = cases.poisoned_product(PERIOD, 136, torch.bfloat16, GPU)
-    mx.grouped_gemm(one, wq, out=expected, backend="triton")
-    check_product(expected, one, wq, [PERIOD])
-    check_repeats(y, expected)
+    assert max(xq.values.numel(), y.numel()) > FAR
+    check_repeats(y, check(one, wq, [PERIOD], torch.bfloat16, "triton"))
 
 
-@pytest.mark.parametrize("gigabytes", [24], indirect=True)
-def test_outputs_beyond_2_31_elements(gigabytes: None, kernel: str) -> None:
-    """T*N."""
-    n = 8200
-    xq, one = repeated((FAR // n // PERIOD + 1) * PERIOD, 96)
-    wq = weights(1, n, 96)
-    y = mx.grouped_gemm(xq, wq, backend="triton")
-    assert y.numel() > FAR
-    expected = cases.poisoned_product(PERIOD, n, torch.bfloat16, GPU)
-    mx.grouped_gemm(one, wq, out=expected, backend="triton")
-    check_product(expected, one, wq, [PERIOD])
-    check_repeats(y, expected)
+def layer_weights(rng: torch.Generator, experts: int, hidden: int, intermediate: int) -> list[mx.ExpertWeights]:
+    shapes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
+    return [mx.quantize_weights((torch.randn(s, generator=rng) * s[2] ** -0.5).to(GPU)) for s in shapes]
 
 
 @pytest.mark.parametrize("gigabytes", [30], indirect=True)
@@ -93,15 +81,13 @@ def test_a_layer_beyond_2_31_elements(gigabytes: None, kernel: str, rng: torch.G
     ids = torch.randint(0, experts, (period, top_k), generator=rng).to(GPU)
     ids[:, 1] = (ids[:, 0] + 1) % experts
     scores = torch.rand(period, top_k, generator=rng).to(GPU)
-    w13q = mx.quantize_weights((torch.randn(experts, 2 * intermediate, hidden, generator=rng) * 0.02).to(GPU))
-    w2q = mx.quantize_weights((torch.randn(experts, hidden, intermediate, generator=rng) * 0.1).to(GPU))
-    expected = mx.moe_forward(x, w13q, w2q, ids, scores, backend="triton")
-    judged = mx.moe_forward(x, w13q, w2q, ids, scores, backend="reference")
+    w = layer_weights(rng, experts, hidden, intermediate)
+    expected = mx.moe_forward(x, *w, ids, scores, backend="triton")
+    judged = mx.moe_forward(x, *w, ids, scores, backend="reference")
     assert mx.signal_to_noise_db(judged, expected) > 35.0
     times = tokens // period
     assert tokens * top_k * hidden > FAR
-    many = (x.repeat(times, 1), w13q, w2q, ids.repeat(times, 1), scores.repeat(times, 1))
-    y = mx.moe_forward(*many, backend="triton")
+    y = mx.moe_forward(x.repeat(times, 1), *w, ids.repeat(times, 1), scores.repeat(times, 1), backend="triton")
     check_repeats(y, expected, period)
 
 
@@ -110,10 +96,8 @@ def test_a_layer_of_a_million_tokens(kernel: str, rng: torch.Generator) -> None:
     x = cases.random_rows(tokens, 64, torch.bfloat16, rng, GPU)
     ids = torch.randint(-1, experts + 1, (tokens, 2), generator=rng).to(GPU)
     scores = torch.rand(tokens, 2, generator=rng).to(GPU)
-    w13q = mx.quantize_weights((torch.randn(experts, 64, 64, generator=rng) * 0.1).to(GPU))
-    w2q = mx.quantize_weights((torch.randn(experts, 64, 32, generator=rng) * 0.1).to(GPU))
-    y = mx.moe_forward(x, w13q, w2q, ids, scores, backend="triton")
-    expected = mx.moe_forward(x, w13q, w2q, ids, scores, backend="reference")
+    w = layer_weights(rng, experts, 64, 32)
+    y, expected = (mx.moe_forward(x, *w, ids, scores, backend=backend) for backend in ("triton", "reference"))
     assert mx.signal_to_noise_db(expected, y) > 35.0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers_models as models
+from on_gpu import captured
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.integrations import transformers as integration
@@ -58,15 +59,13 @@ def test_experts_move_as_they_are_quantized() -> None:
 
 
 @torch.no_grad()
-def test_compiled(model: Any) -> None:
+def test_compiled(fresh_dynamo: None, model: Any) -> None:
     """The whole model without a break."""
-    torch._dynamo.reset()
     integration.quantize_model_(model, progress=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     prompt = models.prompt(GPU)
     got = compiled(prompt, use_cache=False).logits
     assert mx.signal_to_noise_db(model(prompt, use_cache=False).logits, got) > 35.0
-    torch._dynamo.reset()
 
 
 @torch.no_grad()
@@ -77,15 +76,10 @@ def test_captured(model: Any) -> None:
     x = torch.randn(5, model.config.hidden_size, device=GPU).bfloat16()
     routed = (x, torch.arange(10, device=GPU).view(5, 2) % 4, torch.full((5, 2), 0.5, device=GPU))
     expected = experts(*routed)
-    with (
-        pytest.raises(ValueError, match=r"quantized by quantize_model_.* before a CUDA graph"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        experts(*routed)
+    with pytest.raises(ValueError, match=r"quantized by quantize_model_.* before a CUDA graph"):
+        captured(lambda: experts(*routed))
     integration.quantize_model_(model, progress=False)
     experts(*routed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = experts(*routed)
+    graph, got = captured(lambda: experts(*routed))
     graph.replay()
-    assert torch.equal(captured, expected)
+    assert torch.equal(got, expected)

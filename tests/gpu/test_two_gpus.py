@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import cases
 import cutlass_modules
 import moe_truth
+import on_gpu
 import pages
 import pytest
 import ranks
@@ -49,7 +50,7 @@ class Operators:
         self.row_index = torch.randperm(T, generator=rng).int().to(device)
         self.gate_up = cases.random_rows(T, 2 * K, torch.float16, rng).to(device)
 
-    def run(self) -> Results:
+    def results(self) -> Results:
         used, b = sum(COUNTS), self.backend
         device = self.x.device
         from_ends = mx.GroupLayout.from_ends(self.ends, T)
@@ -71,32 +72,22 @@ class Operators:
         return {name: cases.bits(t).cpu() for name, t in found.items()}
 
 
-class Layer:
+class Layer(on_gpu.Layer):
     """A layer on one GPU, with a workspace there."""
 
     def __init__(self, device: str, seed: int = 0) -> None:
-        rng = torch.Generator().manual_seed(seed)
-        shape = {"tokens": 40, "experts": 16, "hidden": 256, "intermediate": 128, "top_k": 4}
-        layer = moe_truth.make_layer(rng, **shape, bias=True, dropped=True)
-        self.truth = moe_truth.forward(layer)
-        self.given = moe_truth.to(layer, device)
-        self.w13q, self.w2q = (mx.quantize_weights(w) for w in (self.given.w13, self.given.w2))
-        self.workspace = mx.MoEWorkspace(self.w13q, self.w2q, max_tokens=40, top_k=4)
-        self.out = torch.empty_like(self.given.x)
+        super().__init__(torch.Generator().manual_seed(seed), 40, device)
+        self.truth = moe_truth.forward(self.plain)
 
-    def call(self, workspace: mx.MoEWorkspace | None = None) -> torch.Tensor:
-        g = self.given
-        bias = {"w13_bias": g.w13_bias, "w2_bias": g.w2_bias}
-        self.out.fill_(torch.nan)
-        return mx.moe_forward(
-            g.x, self.w13q, self.w2q, g.ids, g.weights, **bias, workspace=workspace, backend="triton", out=self.out
-        )
+    def again(self) -> torch.Tensor:
+        """With the workspace, from whose third call on the launches are repeated."""
+        return self.computed(self.run).cpu()
 
-    def run(self) -> Results:
-        """Without and with the workspace, from whose third call on the launches are repeated."""
-        calls = {f"call {i}": self.call(None if i == 0 else self.workspace).cpu() for i in range(5)}
-        assert mx.signal_to_noise_db(self.truth, calls["call 0"]) > 23.0
-        return calls
+    def results(self) -> Results:
+        """Without and with the workspace."""
+        first = self.eager().cpu()
+        assert mx.signal_to_noise_db(self.truth, first) > 23.0
+        return {"call 0": first, **{f"call {i}": self.again() for i in range(1, 5)}}
 
 
 def assert_same(a: Results, b: Results) -> None:
@@ -104,53 +95,48 @@ def assert_same(a: Results, b: Results) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def take_turns(jobs: Sequence[Operators | Layer], current: int) -> None:
+JOBS: dict[str, Callable[[str], Operators | Layer]] = {
+    "operators": lambda device: Operators(device, "triton"),
+    "reference": lambda device: Operators(device, "reference"),
+    "layer": Layer,
+}
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("name", JOBS)
+def test_in_turns_wherever_operands_are(kernel: str, name: str, current: int) -> None:
     """What was compiled and cached for one GPU must not be taken for the other."""
+    jobs = [JOBS[name](device) for device in GPUS]
     with torch.cuda.device(current):
         for _ in range(3):
-            first, second = (job.run() for job in jobs)
-            assert_same(first, second)
+            assert_same(*(job.results() for job in jobs))
             assert torch.cuda.current_device() == current
-
-
-@pytest.mark.parametrize("current", [0, 1])
-def test_every_operator_wherever_its_operands_are(kernel: str, current: int) -> None:
-    for backend in ("triton", "reference"):
-        take_turns([Operators(device, backend) for device in GPUS], current)
-
-
-@pytest.mark.parametrize("current", [0, 1])
-def test_a_layer_wherever_it_is(kernel: str, current: int) -> None:
-    take_turns([Layer(device) for device in GPUS], current)
 
 
 @pytest.mark.parametrize("name", ["operators", "layer"])
 def test_the_stream_is_the_operands_gpus(kernel: str, name: str) -> None:
     """Work goes to the current stream of the operands' GPU: it is after what was put there,
     whatever is current elsewhere."""
-    job: Any = Operators("cuda:1", "triton") if name == "operators" else Layer("cuda:1")
-    x = job.x if name == "operators" else job.given.x
+    job: Any = JOBS[name]("cuda:1")
     for _ in range(3):
-        expected = job.run()
-    kept = x.clone()
-    x.zero_()
+        expected = job.results()
+    kept = job.x.clone()
+    job.x.zero_()
     stream = torch.cuda.Stream("cuda:1")
     stream.wait_stream(torch.cuda.current_stream("cuda:1"))
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
-        x.copy_(kept)
+        job.x.copy_(kept)
         with torch.cuda.device(0):
-            got = job.run() if name == "operators" else {"call 4": job.call(job.workspace).cpu()}
+            got = job.results() if name == "operators" else {"call 4": job.again()}
     assert_same(got, {key: expected[key] for key in got})
 
 
 def test_a_graph_on_the_other_gpu(kernel: str) -> None:
     layer = Layer("cuda:1")
-    expected = layer.run()["call 4"]
-    graph = torch.cuda.CUDAGraph()
+    expected = layer.results()["call 4"]
     # PyTorch keeps one capture stream for the process, on the GPU of the first capture.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream("cuda:1")):
-        layer.call(layer.workspace)
+    graph, _ = on_gpu.captured(layer.run, stream=torch.cuda.Stream("cuda:1"))
     layer.out.zero_()
     torch.cuda.synchronize(1)
     graph.replay()
@@ -161,12 +147,12 @@ def test_a_graph_on_the_other_gpu(kernel: str) -> None:
 def test_a_thread_for_each_gpu(kernel: str) -> None:
     """At once, and neither sets its current device: both start with the first GPU as current."""
     jobs = [(Operators(device, "triton", seed), Layer(device, seed)) for seed, device in enumerate(GPUS)]
-    expected = [(operators.run(), layer.run()) for operators, layer in jobs]
+    expected = [(operators.results(), layer.results()) for operators, layer in jobs]
 
     def repeat(index: int) -> None:
         for _ in range(20):
-            assert_same(jobs[index][0].run(), expected[index][0])
-            assert_same(jobs[index][1].run(), expected[index][1])
+            for job, wanted in zip(jobs[index], expected[index], strict=True):
+                assert_same(job.results(), wanted)
 
     together(len(jobs), repeat)
 
@@ -176,13 +162,12 @@ def test_operands_of_two_gpus_are_refused() -> None:
     CPU."""
     here, there = (Operators(device, "triton") for device in GPUS)
     layer, other = (Layer(device) for device in GPUS)
-    g = layer.given
     xq, wq = mx.quantize_grouped(here.x, here.groups), mx.quantize_weights(there.w)
     refused = {
         "groups": lambda: mx.quantize_grouped(here.x, there.groups),
         "w": lambda: mx.grouped_gemm(xq, wq),
-        "w13q": lambda: mx.moe_forward(g.x, other.w13q, other.w2q, g.ids, g.weights),
-        "workspace": lambda: mx.moe_forward(g.x, layer.w13q, layer.w2q, g.ids, g.weights, workspace=other.workspace),
+        "w13q": lambda: mx.moe_forward(layer.x, other.w13q, other.w2q, layer.ids, layer.weights),
+        "workspace": lambda: layer.eager(workspace=other.workspace),
     }
     for name, call in refused.items():
         with pytest.raises(ValueError, match=f"^{name}: .*cuda"):

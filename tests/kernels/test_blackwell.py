@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from products import check_product, operands
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.triton_kernels.gemm import blackwell
 from hybrid_mxfp8.triton_kernels.gemm.blackwell import BlackwellConfig, select_blackwell_config
 
 
@@ -23,7 +24,7 @@ def _interpreted_dot_scaled(interpreter: None) -> None:
 
 def check(xq: mx.GroupedMXFP8, wq: mx.ExpertWeights, counts: list[int], dtype: torch.dtype, block_t: int) -> None:
     out = cases.poisoned_product(xq.groups.num_tokens, wq.n, dtype)
-    kernels.blackwell(xq, wq, out, BlackwellConfig(block_t, block_t >= 64, 4, 2))
+    kernels.product(blackwell.plan, xq, wq, out, BlackwellConfig(block_t, block_t >= 64, 4, 2))
     check_product(out, xq, wq, counts)
 
 

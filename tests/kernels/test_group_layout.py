@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.layout import group_offsets as reference_offsets
 
-GroupOffsets = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+GroupOffsets = Callable[..., tuple[torch.Tensor, ...]]
 ALL_DATA = {
     **cases.RAGGED,
     **cases.HOSTILE,
@@ -27,17 +27,27 @@ ALL_DATA = {
 }
 
 
-@pytest.fixture
-def group_offsets(backend: str) -> GroupOffsets:
-    return reference_offsets if backend == "reference" else kernels.group_offsets
+def public(given: torch.Tensor, num_tokens: int, from_ends: bool) -> tuple[torch.Tensor, ...]:
+    build = mx.GroupLayout.from_ends if from_ends else mx.GroupLayout.from_counts
+    with cases.unlooked():
+        groups = build(given, num_tokens)
+    return groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets
+
+
+@pytest.fixture(params=[public, reference_offsets, kernels.group_offsets], ids=["public", "reference", "kernel"])
+def group_offsets(request: pytest.FixtureRequest, device: str) -> GroupOffsets:
+    if request.param is kernels.group_offsets:
+        request.getfixturevalue("kernels_run")
+    return request.param  # type: ignore[no-any-return]
 
 
 def check(group_offsets: GroupOffsets, given: list[int], num_tokens: int, dtype: torch.dtype, from_ends: bool) -> None:
     expected = (truth.layout_from_ends if from_ends else truth.layout)(given, num_tokens)
     tensor = torch.tensor(given, dtype=dtype, device=cases.device())
-    got = group_offsets(tensor, num_tokens, from_ends)
-    assert [part.tolist() for part in got] == list(expected)
-    assert all(part.dtype == torch.int32 and part.is_contiguous() for part in got)
+    for strided in (tensor, torch.stack([tensor, tensor], 1)[:, 0]):
+        got = group_offsets(strided, num_tokens, from_ends)
+        assert [part.tolist() for part in got] == list(expected)
+        assert all(part.dtype == torch.int32 and part.is_contiguous() for part in got)
 
 
 @pytest.mark.sanitizer

@@ -52,9 +52,13 @@ def test_the_choice_fits_the_chip_and_grows_with_the_tokens() -> None:
         HopperGemmConfig(64, 64, 32, 4),  # narrower than a column group
         HopperGemmConfig(64, 16, 128, 1),  # nothing to overlap
         HopperGemmConfig(256, 64, 64, 6),  # 242 KB of shared memory
+        HopperFp8Config(64, 32, 6),  # no such tile
+        HopperFp8Config(32, 64, 6),  # few tokens are fewer
+        HopperFp8Config(128, 64, 2),  # nothing to overlap
+        HopperFp8Config(128, 64, 7),  # 238 KB of shared memory
     ],
 )
-def test_what_does_not_fit_is_invalid(config: HopperGemmConfig) -> None:
+def test_what_does_not_fit_is_invalid(config: HopperGemmConfig | HopperFp8Config) -> None:
     assert not config.is_valid()
 
 
@@ -68,36 +72,14 @@ def test_the_fp8_kernel_has_two_tiles(squares: bool) -> None:
         assert select_hopper_fp8_config(num_tokens, 10, squares) == expected
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        HopperFp8Config(64, 32, 6),  # no such tile
-        HopperFp8Config(32, 64, 6),  # few tokens are fewer
-        HopperFp8Config(128, 64, 2),  # nothing to overlap
-        HopperFp8Config(128, 64, 7),  # 238 KB of shared memory
-    ],
-)
-def test_what_does_not_fit_the_fp8_kernel_is_invalid(config: HopperFp8Config) -> None:
-    assert not config.is_valid()
-
-
-def test_what_the_fp8_kernel_leaves_to_others() -> None:
-    assert hopper_fp8_takes(8192, MAX_EXPERTS, 4096, 7168)
-    assert not hopper_fp8_takes(8192, MAX_EXPERTS + 1, 4096, 7168)
-    assert not hopper_fp8_takes(8192, 1, 2**22, 64)  # outputs of a tile
-
-
 def test_stages_are_counted_in_full() -> None:
-    """5 stages of 128x64 weights, 256x64 bf16 tokens, one scale tile, two barriers."""
+    """5 stages of 128x64 weights, 256x64 bf16 tokens, one scale tile, two barriers; of FP8, 6 of
+    128x128 weights and tokens, two scale tiles and these in fp32, 16 bytes that say which tile it
+    is, three barriers."""
     config = HopperGemmConfig(256, 64, 64, 5)
     assert config.shared_memory == 5 * (8192 + 32768 + 512 + 16) <= SHARED_MEMORY
-
-
-def test_stages_of_the_fp8_kernel_are_counted_in_full() -> None:
-    """6 stages of 128x128 weights and tokens, two scale tiles and these in fp32, 16 bytes that say
-    which tile it is, three barriers."""
-    config = HopperFp8Config(128, 64, 6)
-    assert config.shared_memory == 6 * (2 * 16384 + 2 * 512 + 2 * 512 + 16 + 24) <= SHARED_MEMORY
+    fp8 = HopperFp8Config(128, 64, 6)
+    assert fp8.shared_memory == 6 * (2 * 16384 + 2 * 512 + 2 * 512 + 16 + 24) <= SHARED_MEMORY
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.sampled_from([16, 32, 64, 128, 256]))
@@ -133,6 +115,9 @@ def test_what_32_bits_do_not_reach_is_left_to_the_other_kernel() -> None:
     assert not hopper_takes(2**31 - 1, 1, 128, 64)
     assert hopper_takes(MAX_TOKENS, 1, 128, 64)
     assert not hopper_takes(MAX_TOKENS + 1, 1, 128, 64)
+    assert hopper_fp8_takes(8192, MAX_EXPERTS, 4096, 7168)
+    assert not hopper_fp8_takes(8192, MAX_EXPERTS + 1, 4096, 7168)
+    assert not hopper_fp8_takes(8192, 1, 2**22, 64)  # outputs of a tile
 
 
 def test_other_devices_need_no_workspace() -> None:

@@ -7,14 +7,19 @@ device still works afterwards.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
+from typing import Any
 
 import cases
 import pytest
+import sglang_case
 import torch
 from bad_calls import gemm, layouts, moe, operands, operators, quantize, sglang
-from bad_calls.row import E4M3, Bad, K, Odd, T
+from bad_calls.row import E4M3, Bad, E, K, N, Odd, T
 from guards import Guards, check_alive
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 
@@ -31,7 +36,7 @@ BAD = [pytest.param(row, id=f"{room}: {row.what}") for room, module in ROOMS.ite
 ODD = [
     pytest.param(row, id=f"{room}: {row.what}", marks=pytest.mark.sanitizer if " counts: " in f" {row.what}" else ())
     for room, module in ROOMS.items()
-    for row in module.ODD
+    for row in getattr(module, "ODD", ())
 ]
 
 
@@ -73,6 +78,39 @@ def test_garbage_stays_inside(row: Odd, multiplier: str, device: str) -> None:
         call()
     check_alive(device)
     guards.check()
+
+
+def made_on(device: str, quantized: dict[str, Any], product: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What each function makes of tensors there; SGLang's of these arguments."""
+    ones = functools.partial(torch.ones, device=device)
+    counts = ones(E, dtype=torch.int32)
+    groups, w = mx.GroupLayout.from_ends(counts.long(), T), mx.quantize_weights(ones(E, N, K))
+    x = ones(T, 2 * K, dtype=torch.float16)
+    xq, of_counts = (mx.quantize_grouped(x, given, activation="swiglu") for given in (groups, counts))
+    layer = mx.MXFP8Experts.from_weights(ones(E, 2 * K, 2 * K), ones(E, 2 * K, K))
+    sglang_case.grouped_quant(**quantized)
+    return {
+        "layout": groups.scale_offsets, "weights": w.scales, "values": xq.values, "scales": of_counts.scales,
+        "product": mx.grouped_gemm(xq, w, out_dtype=torch.float16),
+        "layer": layer(x, ones(T, 2, dtype=torch.int64), ones(T, 2)),
+        "sglang": sglang_case.moe_grouped_gemm(**product),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_shapes_where_there_is_no_memory(fake: bool) -> None:
+    tables = sglang._tokens(), sglang._product()
+    with FakeTensorMode() if fake else contextlib.nullcontext() as mode:
+        placed = mode.from_tensor if mode else lambda tensor: tensor.to("meta")
+        there = [{k: placed(v) if isinstance(v, torch.Tensor) else v for k, v in table.items()} for table in tables]
+        made = made_on("cpu" if fake else "meta", *there)
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
+        "layout": (E + 1,), "weights": (E, 128, 4), "values": (T, K), "scales": (384, 4), "product": (T, N),
+        "layer": (T, 2 * K), "sglang": (sglang.T, sglang.N),
+    }  # fmt: skip
+    assert (made["product"].dtype, made["layer"].dtype) == (torch.float16, torch.float16)
+    # Of 2**25 experts at most nine have any of nine tokens, so that padding fits int32.
+    assert mx.GroupLayout.from_counts(torch.empty(2**25, dtype=torch.int32, device="meta"), 9).scale_rows == 1152
 
 
 def test_gradients_are_refused_only_where_they_would_be_lost() -> None:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cases
 import moe_truth
+import numpy as np
 import pytest
 import tolerances
 import torch
@@ -150,24 +150,6 @@ def test_bad_tokens_and_experts_of_a_layer(multiplier: str, device: str, tokens:
 # ---------------------------------------------------------------- scale bytes
 
 
-def scale_byte_operands(
-    x_byte: int, w_byte: int, rng: torch.Generator
-) -> tuple[tuple[truth.Bytes, truth.Bytes], tuple[truth.Bytes, truth.Bytes], list[int]]:
-    """Codes below 2 in magnitude, positive where the product of the scales leaves fp32, so that no
-    Inf meets its negative."""
-    counts, n, k = [5, 0, 12], 40, 96
-    codes = torch.randint(0, 0x40, (17, k), generator=rng, dtype=torch.uint8)
-    w_codes = torch.randint(0, 0x40, (3, n, k), generator=rng, dtype=torch.uint8)
-    if x_byte + w_byte < 370:
-        codes |= torch.randint(0, 2, codes.shape, generator=rng, dtype=torch.uint8) << 7
-        w_codes |= torch.randint(0, 2, w_codes.shape, generator=rng, dtype=torch.uint8) << 7
-    else:
-        codes, w_codes = codes.clamp_min(0x30), w_codes.clamp_min(0x30)
-    scales = torch.full((17, k // 32), x_byte, dtype=torch.uint8)
-    w_scales = torch.full((3, n, k // 32), w_byte, dtype=torch.uint8)
-    return (codes.numpy(), scales.numpy()), (w_codes.numpy(), w_scales.numpy()), counts
-
-
 NEUTRAL = 120
 """A scale byte by which sums of products with scale 254 stay below 2**128 on their way, too."""
 
@@ -178,8 +160,16 @@ SCALE_BYTES = (0, 1, 2, NEUTRAL, 254, 255)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=DTYPE_IDS)
 def test_scale_bytes_at_both_ends(multiplier: str, device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     """Each by each: subnormal, overflowing and NaN products, as float64 has them."""
+    counts, n, k = [5, 0, 12], 40, 96
     for x_byte, w_byte in itertools.product(SCALE_BYTES, repeat=2):
-        x, w, counts = scale_byte_operands(x_byte, w_byte, rng)
+        # Below 2 in magnitude, positive where scales leave fp32, so that no Inf meets its negative.
+        codes = [torch.randint(0, 0x40, size, generator=rng, dtype=torch.uint8) for size in ((17, k), (3, n, k))]
+        if x_byte + w_byte < 370:
+            codes = [c | torch.randint(0, 2, c.shape, generator=rng, dtype=torch.uint8) << 7 for c in codes]
+        else:
+            codes = [c.clamp_min(0x30) for c in codes]
+        x = codes[0].numpy(), np.full((17, k // 32), x_byte, np.uint8)
+        w = codes[1].numpy(), np.full((3, n, k // 32), w_byte, np.uint8)
         y = mx.grouped_gemm(*from_bytes(x, w, counts, device), out_dtype=dtype, backend=multiplier)
         tolerances.check_gemm(y, x, w, counts, bf16_formulation=through_bf16(multiplier))
         if 255 in (x_byte, w_byte):
@@ -292,17 +282,12 @@ def test_layers_repeat_their_bytes(multiplier: str, device: str, tokens: int, rn
         assert torch.equal(forward(), first)
 
 
-@pytest.fixture
-def deterministic_algorithms() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_deterministic_algorithms_are_what_runs(
-    backend: str, device: str, deterministic_algorithms: None, rng: torch.Generator
+    backend: str, device: str, rng: torch.Generator, request: pytest.FixtureRequest
 ) -> None:
     """PyTorch's switch: an operator that is not deterministic raises, and new memory is NaN."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)
     layer, *_, forward = layer_of(device, backend, rng)
     assert mx.signal_to_noise_db(moe_truth.forward(layer), forward().cpu()) > 20.0
 
@@ -310,75 +295,61 @@ def test_deterministic_algorithms_are_what_runs(
 # ---------------------------------------------------------------- in any company
 
 
-@dataclass(frozen=True)
-class Company:
-    """Rows of each expert, and its weights; a call may take any of them, in any order."""
+def check_any_company(
+    counts: Sequence[int], n: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str, backend: str
+) -> None:
+    """An expert's rows have the same bytes alone, in any order, padded, split, and beside other
+    rows and other weights.
 
-    rows: list[torch.Tensor]  # each (tokens, K)
-    weights: torch.Tensor  # (E, N, K)
-    backend: str
-    dtype: torch.dtype
+    Normal data; interpreted, small integers, which e4m3 holds and whose products fp32 adds up
+    without rounding: NumPy multiplies there, whose order of additions depends on where a row lies
+    in its tile.
+    """
+    if (device, backend) == ("cpu", "triton"):
+        integers = [torch.randint(-8, 9, (count, k), generator=rng).bfloat16() for count in (*counts, len(counts) * n)]
+        rows, w = integers[:-1], integers[-1].view(len(counts), n, k)
+    else:
+        rows = [cases.random_rows(count, k, torch.bfloat16, rng).to(device) for count in counts]
+        w = (torch.randn(len(counts), n, k, generator=rng) * 0.05).to(device)
 
-    def product(self, rows: Sequence[torch.Tensor], experts: Sequence[int], padding: int = 0) -> list[torch.Tensor]:
+    def product(
+        rows: Sequence[torch.Tensor], experts: Sequence[int], padding: int = 0, w: torch.Tensor = w
+    ) -> list[torch.Tensor]:
         """One call for these rows with the weights of these experts; the product of each, padding
         rows left out."""
-        device = self.weights.device
         counts = [part.shape[0] for part in rows]
-        k = self.weights.shape[2]
         x = torch.cat([*rows, torch.full((padding, k), float("nan"), dtype=rows[0].dtype, device=device)])
-        groups = cases.layout(counts, x.shape[0], str(device))
-        xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=self.backend)
-        wq = mx.quantize_weights(self.weights[list(experts)], backend=self.backend)
-        out = cases.poisoned_product(x.shape[0], self.weights.shape[1], self.dtype, device)
-        y = mx.grouped_gemm(xq, wq, out_dtype=self.dtype, out=out, backend=self.backend)
+        groups = cases.layout(counts, x.shape[0], device)
+        xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=backend)
+        wq = mx.quantize_weights(w[list(experts)], backend=backend)
+        out = cases.poisoned_product(x.shape[0], n, dtype, device)
+        y = mx.grouped_gemm(xq, wq, out_dtype=dtype, out=out, backend=backend)
         assert bool(torch.isnan(y[sum(counts) :]).all())
         return list(y[: sum(counts)].split(counts))
-
-
-def check_any_company(c: Company, rng: torch.Generator) -> None:
-    """An expert's rows have the same bytes alone, in any order, padded, split, and beside other
-    rows and other weights."""
-    experts = list(range(len(c.rows)))
-    expected = c.product(c.rows, experts)
 
     def check(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], how: str) -> None:
         for e, (a, b) in enumerate(zip(got, wanted, strict=True)):
             assert torch.equal(bits(a), bits(b)), f"{how}: place {e}"
 
+    experts = list(range(len(rows)))
+    expected = product(rows, experts)
     for _ in range(3):
         order = torch.randperm(len(experts), generator=rng).tolist()
-        got = c.product([c.rows[e] for e in order], order)
-        check(got, [expected[e] for e in order], f"order {order}")
-    for e in experts:
-        check(c.product([c.rows[e]], [e]), [expected[e]], f"expert {e} alone")
+        check(product([rows[e] for e in order], order), [expected[e] for e in order], f"order {order}")
     for padding in (1, 130):
-        check(c.product(c.rows, experts, padding), expected, f"{padding} rows of padding")
-    halves = [(part[: part.shape[0] // 3], part[part.shape[0] // 3 :]) for part in c.rows]
-    first, second = (c.product([half[i] for half in halves], experts) for i in (0, 1))
+        check(product(rows, experts, padding), expected, f"{padding} rows of padding")
+    halves = [(part[: part.shape[0] // 3], part[part.shape[0] // 3 :]) for part in rows]
+    first, second = (product([half[i] for half in halves], experts) for i in (0, 1))
     check([torch.cat(pair) for pair in zip(first, second, strict=True)], expected, "two batches")
-    both = c.product([half for pair in halves for half in pair], [e for e in experts for _ in (0, 1)])
+    both = product([half for pair in halves for half in pair], [e for e in experts for _ in (0, 1)])
     joined = [torch.cat(both[2 * e : 2 * e + 2]) for e in experts]
     check(joined, expected, "one batch, each expert twice, half its rows each")
     for e in experts:
-        rows = [part if i == e else torch.full_like(part, float("nan")) for i, part in enumerate(c.rows)]
-        weights = torch.full_like(c.weights, torch.inf)
-        weights[e] = c.weights[e]
-        got = replace(c, weights=weights).product(rows, experts)
-        check([got[e]], [expected[e]], f"expert {e} beside NaN and Inf")
-
-
-def make_company(
-    counts: Sequence[int], n: int, k: int, dtype: torch.dtype, rng: torch.Generator, device: str, backend: str
-) -> Company:
-    """Normal data; interpreted, small integers, which e4m3 holds and whose products fp32 adds up
-    without rounding: NumPy multiplies there, whose order of additions depends on where a row lies
-    in its tile."""
-    if (device, backend) == ("cpu", "triton"):
-        integers = [torch.randint(-8, 9, (count, k), generator=rng).bfloat16() for count in (*counts, len(counts) * n)]
-        return Company(integers[:-1], integers[-1].view(len(counts), n, k), backend, dtype)
-    rows = [cases.random_rows(count, k, torch.bfloat16, rng).to(device) for count in counts]
-    weights = (torch.randn(len(counts), n, k, generator=rng) * 0.05).to(device)
-    return Company(rows, weights, backend, dtype)
+        check(product([rows[e]], [e]), [expected[e]], f"expert {e} alone")
+        others = [part if i == e else torch.full_like(part, float("nan")) for i, part in enumerate(rows)]
+        infinite = torch.full_like(w, torch.inf)
+        infinite[e] = w[e]
+        check([product(others, experts, w=infinite)[e]], [expected[e]], f"expert {e} beside NaN and Inf")
 
 
 def configurations(kernel: str, device: str) -> list[Any]:
@@ -410,13 +381,12 @@ def test_any_company_with_a_kernel(
         pytest.skip("no such configuration here")
     pin(kernel, configured[place], monkeypatch)
     counts, n, k = ([5, 18, 0, 2], 16, 64) if device == "cpu" else ([5, 33, 0, 2, 300], 136, 288)
-    check_any_company(make_company(counts, n, k, torch.float32, rng, device, "triton"), rng)
+    check_any_company(counts, n, k, torch.float32, rng, device, "triton")
 
 
 def test_any_company_with_the_reference(device: str, rng: torch.Generator) -> None:
     """Its sums are float64, and rounded once."""
-    c = make_company([5, 33, 0, 2, 70], 72, 160, torch.bfloat16, rng, device, "reference")
-    check_any_company(c, rng)
+    check_any_company([5, 33, 0, 2, 70], 72, 160, torch.bfloat16, rng, device, "reference")
 
 
 @pytest.mark.parametrize("tokens", [5, 400] if ON_GPU else [5])

@@ -17,7 +17,7 @@ from fuzz_machine import Machine
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from hybrid_mxfp8 import env, reference
+from hybrid_mxfp8 import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's exp(large)
 
@@ -39,7 +39,7 @@ def test_random_calls(kernels_run: None, device: str) -> None:
     run_state_machine_as_test(Machine, settings=BOUNDED)
     done = fuzz_machine.COUNTS - before
     assert done["steps"] >= BOUNDED.max_examples * BOUNDED.stateful_step_count
-    assert len(done) >= 8, "few kinds of calls"
+    assert len(done) >= 7, "few kinds of calls"
 
 
 # ---------------------------------------------------------------- it would find
@@ -82,7 +82,6 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a row beyond the groups is written": (reference, "grouped_matmul", _row_beyond_the_groups),
     "a byte past the end is written": (reference, "grouped_matmul", _byte_past_the_end),
     "a row of the MoE layer is another's": (reference, "quantize_rows", _row_of_another_token),
-    "the environment is not looked at": (env, "backend", lambda right: ""),
 }
 
 

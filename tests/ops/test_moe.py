@@ -82,15 +82,6 @@ def test_shapes(
     assert snr(layer, run(layer, multiplier)) > 19.0  # few elements
 
 
-def test_only_quantization_separates_it_from_the_truth(backend: str, device: str, rng: torch.Generator) -> None:
-    """On operands that MXFP8 holds exactly only the activation's quantization is left."""
-    layer = make(rng, device, tokens=8, dtype=torch.float32)
-    exact = {name: w.dequantize() for name, w in zip(("w13", "w2"), quantized(layer), strict=True)}
-    xq = mx.quantize_grouped(layer.x, cases.layout([8], device=device), backend="reference")
-    layer = dataclasses.replace(layer, x=xq.dequantize(), **exact)
-    assert snr(layer, run(layer, backend)) > 30.0
-
-
 def test_another_activation(multiplier: str, device: str, rng: torch.Generator) -> None:
     """By name, as a SwiGLU, by its spec, as a module's; plain SwiGLU in between is not taken for
     it."""
@@ -106,29 +97,6 @@ def test_another_activation(multiplier: str, device: str, rng: torch.Generator) 
     assert all(torch.equal(result, results[0]) for result in results)
     assert snr(layer, results[0], moe_truth.swigluoai) > 22.0
     assert snr(layer, results[0]) < 10.0
-
-
-def test_gate_comes_first(rng: torch.Generator) -> None:
-    """w13's first I rows are the gate; swapped they differ; silu of a large negative gate is 0."""
-    layer = make(rng, "cpu", tokens=6)
-    gate, up = layer.w13.chunk(2, dim=1)
-    swapped = run(dataclasses.replace(layer, w13=torch.cat([up, gate], dim=1)), "reference")
-    assert mx.signal_to_noise_db(run(layer, "reference"), swapped) < 10.0
-    large = dataclasses.replace(layer, w13=torch.cat([torch.full_like(gate, -50.0), up], dim=1), x=layer.x.abs())
-    assert run(large, "reference").abs().max() == 0
-
-
-def test_a_dropped_choice_is_one_of_weight_zero(backend: str, device: str, rng: torch.Generator) -> None:
-    """An id outside 0 .. E-1 leaves the token's other experts as they are."""
-    layer = make(rng, device, tokens=12, dropped=True, dtype=torch.float32)
-    dropped = (layer.ids < 0) | (layer.ids >= 5)
-    assert dropped.any()
-    assert not dropped.all()
-    ids, weights = torch.where(dropped, 0, layer.ids), torch.where(dropped, 0.0, layer.weights)
-    spared = dataclasses.replace(layer, ids=ids, weights=weights)
-    torch.testing.assert_close(run(layer, backend), run(spared, backend), rtol=1e-5, atol=1e-6)
-    nobodys = dataclasses.replace(layer, ids=torch.full_like(layer.ids, -1))
-    assert torch.equal(run(nobodys, backend), torch.zeros_like(layer.x))
 
 
 @pytest.mark.sanitizer
@@ -153,26 +121,16 @@ def test_tokens_in_mxfp8_have_the_bits_of_those_quantized(
             assert torch.equal(cases.bits(y), cases.bits(expected))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 200, 3000] if ON_GPU else [17])
-def test_backends_agree(kernel: str, device: str, rng: torch.Generator, tokens: int) -> None:
-    """Few and many tokens, one launch of routing and three; products differ in the order of
-    additions."""
-    shape = {**SIZE, "experts": 64, "top_k": 6} if ON_GPU else {}
-    layer = make(rng, device, **{**shape, "tokens": tokens}, bias=True, dropped=True)
-    expected = run(layer, "reference")
-    for backend in ("triton", None):
-        assert mx.signal_to_noise_db(expected, run(layer, backend)) > 40.0
-
-
 @pytest.mark.parametrize("groups", [(32, 32), (128, 32), (32, 128)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("tokens", [1, 11, 200, 3000] if ON_GPU else [11])
 def test_a_layer_is_its_steps(
-    multiplier: str, device: str, rng: torch.Generator, bias: bool, groups: tuple[int, int]
+    multiplier: str, device: str, rng: torch.Generator, tokens: int, bias: bool, groups: tuple[int, int]
 ) -> None:
     """The public functions one after the other, with the rounding that saturates nothing, and the
     groups of the weights: the same bits. As a module, too, and with groups of 32 asked for."""
     layer = moe_truth.make_layer(
-        rng, tokens=11, hidden=160, intermediate=96, bias=bias, dropped=True, dtype=torch.float32
+        rng, tokens=tokens, hidden=160, intermediate=96, bias=bias, dropped=True, dtype=torch.float32
     )
     layer = moe_truth.to(moe_truth.spread_scales(layer, rng), device)
     weights = (quantized(layer, groups[0])[0], quantized(layer, groups[1])[1])
@@ -183,22 +141,6 @@ def test_a_layer_is_its_steps(
     in_32 = mx.moe_forward(batch[0], *weights, *batch[1:], scale_group=32, **options)
     assert torch.equal(in_32, moe_truth.forward_in_steps(layer, *weights, multiplier))
     assert groups[1] == 32 or not torch.equal(in_32, y)
-
-
-def test_buffers_with_strides(backend: str, device: str, rng: torch.Generator) -> None:
-    layer = make(rng, device, tokens=6)
-    parts = {
-        "x": torch.cat([layer.x, layer.x], dim=1)[:, :64],
-        "ids": layer.ids.T.contiguous().T,
-        "weights": layer.weights.T.contiguous().T,
-    }
-    whole = torch.full((6, 96), 3.0, dtype=torch.bfloat16, device=device)
-    y = run(dataclasses.replace(layer, **parts), backend, out=whole[:, :64])
-    assert y.data_ptr() == whole.data_ptr()
-    assert torch.equal(y, run(layer, backend))
-    assert bool((whole[:, 64:] == 3).all())
-    row = torch.zeros(64, dtype=torch.bfloat16, device=device).as_strided((1, 64), (1, 1))
-    assert torch.equal(run(first(layer, 1), backend, out=row), y[:1])  # one row may have any stride
 
 
 @pytest.mark.parametrize("tokens", [8, 1100] if ON_GPU else [5])
@@ -220,17 +162,6 @@ def test_a_workspace_gives_the_same_bits_for_every_batch_it_holds(
         assert bool(out[batch:].isnan().all())
 
 
-def test_a_workspace_says_its_size(rng: torch.Generator) -> None:
-    layer = make(rng, "cpu")
-    sizes = {}
-    for tokens in (16, 160):
-        workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=tokens, top_k=2, backend="reference")
-        assert f"max_tokens={tokens}" in repr(workspace)
-        sizes[tokens] = workspace.nbytes
-    # 2 rows a token, each: indices, x and the activation in MXFP8, h and y in bf16.
-    assert sizes[160] - sizes[16] >= 2 * 144 * (2 * 4 + 64 + 32 + 2 * (64 + 64))
-
-
 def test_workspace_of_a_large_layer() -> None:
     """The numbers of docs/moe.md, of DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's
     product adds."""
@@ -241,7 +172,9 @@ def test_workspace_of_a_large_layer() -> None:
         mx.quantize_weights(torch.empty(experts, *size, dtype=torch.bfloat16, device="meta"))
         for size in ((2 * intermediate, hidden), (hidden, intermediate))
     )
-    nbytes = mx.MoEWorkspace(w13q, w2q, max_tokens=8192, top_k=8).nbytes
+    workspace = mx.MoEWorkspace(w13q, w2q, max_tokens=8192, top_k=8)
+    assert "max_tokens=8192" in repr(workspace)
+    nbytes = workspace.nbytes
     assert 1 < nbytes / (rows * (3 * hidden + 5 * intermediate)) < 1.02
     assert round(nbytes / 1e9, 1) == 2.1
     config = select_hopper_config(rows, experts)
@@ -280,7 +213,7 @@ def test_a_workspace_on_a_second_stream_waits_for_the_first(
 
 
 def test_module_is_the_function(backend: str, device: str, rng: torch.Generator) -> None:
-    """Biases lose their grad."""
+    """Biases lose their grad; a change of dtype changes no weight."""
     layer = moe_truth.make_layer(rng, intermediate=64, bias=True)  # of one block any scales have groups of 128
     assert layer.w13_bias is not None
     assert layer.w2_bias is not None
@@ -293,24 +226,12 @@ def test_module_is_the_function(backend: str, device: str, rng: torch.Generator)
     experts.backend = backend
     with torch.no_grad():
         y = run(there, backend)
-    assert torch.equal(experts(there.x, there.ids, there.weights), y)
+    for module in (experts, experts.to(torch.float16)):  # whose bytes that leaves alone
+        assert torch.equal(module(there.x, there.ids, there.weights), y)
     w13q, w2q = quantized(there)
     other = mx.MXFP8Experts(w13q, w2q, backend=backend)
     assert not torch.equal(other(there.x, there.ids, there.weights), y)
     assert other.w13q.values.data_ptr() == w13q.values.data_ptr()
-
-
-def test_module_survives_a_state_dict_and_a_change_of_dtype(rng: torch.Generator) -> None:
-    layer = make(rng, "cpu")
-    one, two = (
-        mx.MXFP8Experts.from_weights(w13, layer.w2, backend="reference") for w13 in (layer.w13, layer.w13.flip(0))
-    )
-    y = one(layer.x, layer.ids, layer.weights)
-    assert not torch.equal(two(layer.x, layer.ids, layer.weights), y)
-    two.load_state_dict(one.state_dict())
-    assert torch.equal(two(layer.x, layer.ids, layer.weights), y)
-    assert torch.equal(one.to(torch.float16)(layer.x, layer.ids, layer.weights), y)
-    assert one.w13_values.dtype == torch.uint8
 
 
 def module_of(layer: Layer, **options: Any) -> mx.MXFP8Experts:
@@ -383,6 +304,19 @@ def test_module_from_transposed_and_interleaved_weights(rng: torch.Generator) ->
             backend="reference",
         ).state_dict()
         assert all(torch.equal(given[name], t) for name, t in expected.items())
+
+
+def test_module_refuses_what_can_take_no_turns() -> None:
+    w13, w2 = torch.randn(2, 64, 32), torch.randn(2, 32, 32)
+    bias = r"^w13_bias: must have shape \(E, N\)"
+    for w, given, expected in (
+        (w13[:, :63], None, r"^w13: must have an even number of rows, gate and up in turns, got 63$"),
+        (w13, torch.zeros(2, 63), bias),
+        (w13, torch.tensor(1.0), bias),
+        (w13, [1.0], r"^w13_bias: must be a torch.Tensor \(E, N\), got list$"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=expected):
+            mx.MXFP8Experts.from_weights(w, w2, w13_bias=given, interleaved=True)
 
 
 def test_module_asks_its_backend_to_quantize(rng: torch.Generator) -> None:

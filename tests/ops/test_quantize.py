@@ -138,18 +138,6 @@ def test_most_rows_are_nobodys(device: str, experts: int, rng: torch.Generator) 
 
 @pytest.mark.sanitizer
 @dtypes
-def test_row_strides_and_unaligned_rows(device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
-    """Among them rows that overlap: Triton makes a stride of 1 a constant."""
-    wide = cases.random_rows(40, 256, dtype, rng, device)
-    flat = wide.reshape(-1)
-    odd, close = flat.as_strided((30, 96), (257, 1), 1), flat.as_strided((40, 32), (1, 1))
-    for x in (wide[:, 32:128], wide[:, 7:103], wide[:1, :96].expand(40, 96), odd, close):
-        groups = cases.layout([10, x.shape[0] - 10], device=device)
-        same_bytes(check(x, groups), into_poison("reference", x.contiguous(), groups))
-
-
-@pytest.mark.sanitizer
-@dtypes
 def test_gather(device: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     """Rows outside read as zeros."""
     x = cases.random_rows(17, 160, dtype, rng, device)

@@ -102,6 +102,8 @@ def test_squares(rng: torch.Generator, tmp_path: Path) -> None:
     assert mx.ExpertWeights.from_linear_scales(squares.values, linear).squares
     linear[1, 7, 8] += 1
     assert not mx.ExpertWeights.from_linear_scales(squares.values, linear).squares
+    with pytest.raises(ValueError, match=r"^values: must have data, got tensors on meta$"):
+        groups.to("meta").regrouped(128, squares=True)
     for make in (
         lambda: groups.regrouped(32, squares=True),
         lambda: mx.ExpertWeights(groups.values, groups.scales, 32, True),
@@ -169,14 +171,9 @@ def test_hopper_gets_groups_of_128(rng: torch.Generator, monkeypatch: pytest.Mon
     for capability, group in (((9, 0), 128), ((8, 9), 32), ((10, 0), 32), (None, 32)):
         monkeypatch.setattr(devices, "capability", lambda device, capability=capability: capability)
         made = [mx.MXFP8Experts.from_weights(layer.w13, layer.w2, scale_group=given) for given in (None, 32, 128)]
-        assert [w.scale_group for experts in made for w in (experts.w13q, experts.w2q)] == [group] * 2 + [
-            32,
-            32,
-            128,
-            128,
-        ]
-        squares = [w.squares for experts in made for w in (experts.w13q, experts.w2q)]
-        assert squares == [group == 128] * 2 + [False] * 4, "not where a group is asked for"
+        found = [(w.scale_group, w.squares) for experts in made for w in (experts.w13q, experts.w2q)]
+        preferred = (group, group == 128)  # squares, but not where a group is asked for
+        assert found == [preferred] * 2 + [(32, False)] * 2 + [(128, False)] * 2
         assert mx.quantize_weights(layer.w2).scale_group == 32
 
 
@@ -208,15 +205,11 @@ def test_products_know_their_group(rng: torch.Generator, monkeypatch: pytest.Mon
             assert mx.grouped_gemm_workspace_size(wq, 6) == 0
         layer = moe_truth.make_layer(rng)
         for w13_group, w2_group, asked in ((32, 128, None), (128, 32, 128), (128, 128, 32)):
-            weights = (
-                mx.quantize_weights(layer.w13, scale_group=w13_group),
-                mx.quantize_weights(layer.w2, scale_group=w2_group),
-            )
-            forward = lambda weights=weights, asked=asked: mx.moe_forward(  # noqa: E731
-                layer.x, *weights, layer.ids, layer.weights, scale_group=asked
-            )
+            w13q = mx.quantize_weights(layer.w13, scale_group=w13_group)
+            batch = w13q, mx.quantize_weights(layer.w2, scale_group=w2_group), layer.ids, layer.weights
             up, down = min(w13_group, asked or 128), min(w2_group, asked or 128)
-            assert groups_of(forward) == [up, up, down, down]
+            seen_of_layer = groups_of(lambda b=batch, asked=asked: mx.moe_forward(layer.x, *b, scale_group=asked))
+            assert seen_of_layer == [up, up, down, down]
 
 
 def test_a_workspace_serves_both(rng: torch.Generator) -> None:
@@ -231,7 +224,7 @@ def test_a_workspace_serves_both(rng: torch.Generator) -> None:
         assert torch.equal(module(*batch), y)
 
 
-@pytest.mark.parametrize("change", ["copy_", "setattr", "assign", "state_dict"])
+@pytest.mark.parametrize("change", ["copy_", "setattr", "address", "assign", "state_dict"])
 def test_module_looks_again_at_changed_scales(change: str, rng: torch.Generator) -> None:
     """However other weights get into its buffers: groups of 128 are not claimed of groups of 32."""
     w = [torch.randn(2, n, k, generator=rng) * torch.logspace(-3, 3, k) for n, k in ((128, 256), (256, 64))]
@@ -243,10 +236,38 @@ def test_module_looks_again_at_changed_scales(change: str, rng: torch.Generator)
     for name, tensor in state.items():
         if change == "setattr":
             setattr(module, name, tensor)
+        elif change == "address":  # another tensor, where the one that was looked at lay
+            memory = bytearray(getattr(module, name).numpy().tobytes())
+            for content in (bytes(memory), tensor.numpy().tobytes()):
+                memory[:] = content
+                setattr(module, name, torch.frombuffer(memory, dtype=torch.uint8).view(tensor.shape))
+                _ = module.w13q, module.w2q
         elif change != "assign":
             (module.state_dict()[name] if change == "state_dict" else getattr(module, name)).copy_(tensor)
     assert module.w13q.scale_group == module.w2q.scale_group == 32
     assert copy.deepcopy(module).w13q.scale_group == 32
+
+
+def test_a_module_looks_at_loads_that_leave_no_trace(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of inference mode count no writes, and a compiled call reads no counter."""
+    w = [torch.randn(2, n, k, generator=rng) * torch.logspace(-3, 3, k) for n, k in ((128, 256), (256, 64))]
+    x, ids, weights = torch.randn(3, 256, generator=rng), torch.tensor([[0], [1], [1]]), torch.ones(3, 1)
+    state = mx.MXFP8Experts.from_weights(*w, scale_group=32, backend="reference").state_dict()
+    with torch.inference_mode():
+        module = mx.MXFP8Experts.from_weights(*w, scale_group=128, backend="reference")
+        module.load_state_dict(state)
+        assert module.w13q.scale_group == module.w2q.scale_group == 32
+    seen: list[int] = []
+    plan = reference_backend.BACKEND.plan
+    replace_backend(monkeypatch, "reference", plan=lambda p, b: (seen.append(p.scale_group), plan(p, b))[1])
+    cases.forget_calls()
+    torch._dynamo.reset()
+    module = mx.MXFP8Experts.from_weights(*w, scale_group=128, backend="reference")
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    compiled(x, ids, weights)
+    module.load_state_dict(state)
+    compiled(x, ids, weights)
+    assert seen == [128, 128, 32, 32]
 
 
 def test_a_float_is_refused_by_a_plan_of_the_same_number(rng: torch.Generator) -> None:

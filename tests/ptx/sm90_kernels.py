@@ -98,7 +98,6 @@ def route(tokens: int, top_k: int, experts: int) -> Kernels:
     slots = tokens * top_k
     scratch = product.route.scratch_elements(slots, experts)
     outputs = {
-        "sorted_token_ids": torch.zeros(slots, dtype=torch.int32),
         "inverse_permutation": torch.zeros(tokens, top_k, dtype=torch.int32),
         "layout": torch.zeros(3 * experts + 2, dtype=torch.int32),
     }

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from hybrid_mxfp8.commands import warmup
@@ -87,21 +86,21 @@ def host_reference() -> jit.Source:
 def host_side(out: str) -> jit.Source:
     """Every configuration's host side, for an output type."""
     element = {short: element for short, element in OUT_TYPES.values()}[out]
-    return _for_gpu(f"host_side_{out}", "host_side.cu", (("HYBRID_MXFP8_OUT", element),))
+    return _for_gpu("host_side", f"host_side_{out}", (("HYBRID_MXFP8_OUT", element),))
 
 
 def argument_walker() -> jit.Source:
     """A plain kernel over our arguments."""
-    return _for_gpu("argument_walker", "argument_walker.cu")
+    return _for_gpu("argument_walker")
 
 
 def tile_scheduler() -> jit.Source:
     """The kernel's tile scheduler, counting."""
-    return _for_gpu("tile_scheduler", "tile_scheduler.cu")
+    return _for_gpu("tile_scheduler")
 
 
-def _for_gpu(name: str, file: str, definitions: tuple[tuple[str, str], ...] = ()) -> jit.Source:
-    return jit.Source(name, CUDA / file, GPU_ARCH, definitions, include=(jit.CSRC, CUDA))
+def _for_gpu(file: str, name: str = "", definitions: tuple[tuple[str, str], ...] = ()) -> jit.Source:
+    return jit.Source(name or file, CUDA / f"{file}.cu", GPU_ARCH, definitions, include=(jit.CSRC, CUDA))
 
 
 def mutants(reference: jit.Source, folder: Path, faults: Sequence[str] = OPERAND_FAULTS) -> jit.Source:
@@ -127,13 +126,6 @@ def mutants(reference: jit.Source, folder: Path, faults: Sequence[str] = OPERAND
     file = folder / f"{reference.name}_mutants.cu"
     file.write_text("\n".join(parts))
     return dataclasses.replace(reference, name=f"{reference.name}_mutants", file=file)
-
-
-def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HYBRID_MXFP8_CACHE_DIR if it is set, else one that this test run's processes share."""
-    folder = tmp_path_factory.getbasetemp()
-    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    return Path(os.environ.get("HYBRID_MXFP8_CACHE_DIR") or shared / "cutlass_cache")
 
 
 def call(function: Callable[..., Any], x: GroupedMXFP8, w: ExpertWeights, out: torch.Tensor, *more: Any) -> Any:

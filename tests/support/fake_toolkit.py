@@ -7,6 +7,7 @@ compiled once, or fails where the source has an ``#error``. All else is the real
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,23 @@ def answer(source: jit.Source) -> int:
     got = Child(lambda: jit.load(source).answer()).result()
     assert isinstance(got, int), got
     return got
+
+
+STRANGER = 12345
+"""A user who is neither this one nor root."""
+
+
+def as_user(user: int, function: Callable[[], Any]) -> Any:
+    """What it returns in a child for which file modes count: the user's, where this one is root."""
+
+    def run() -> Any:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+        return function()
+
+    return Child(run).result()
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -1,9 +1,8 @@
 """The library under a random sequence of calls: a state machine that holds what earlier calls made
 and feeds it to later ones.
 
-State: layouts, quantized tokens and weights, MoE layers with their workspaces, outputs and
-workspaces to be written again. Each rule makes one public call on every backend that can run here,
-asked for by argument, context or environment, and compares:
+State: layouts, quantized tokens and weights, MoE layers with their workspaces, outputs to be
+written again. Each rule makes one public call on every backend that can run here, and compares:
 
 - bytes of a quantizer: equal to those of ``truth``, padding zero, what no expert owns as it was
   before;
@@ -12,18 +11,16 @@ asked for by argument, context or environment, and compares:
 
 Every buffer that a call may write stands between guard bytes, which are looked at after each rule.
 It runs on a GPU if there is one, else on the CPU, kernels interpreted. Shapes come from modest
-pools, so that a GPU compiles a bounded set of kernels.
+pools, so that a GPU compiles a bounded set of kernels. What a single call shows is in other tests:
+NaN, operands of any bytes and any address, and how a backend is asked for.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import cases
 import kernels
@@ -35,19 +32,18 @@ import tolerances
 import torch
 import truth
 from cases import bits
+from guards import GUARD, Guards
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from products import Plain
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8 import env, reference
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8 import env
+from hybrid_mxfp8.core.formats import grouped_scale_rows, next_power_of_2, scale_cols
 
 GPU = torch.cuda.is_available() and not env.triton_interpret()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 BACKENDS = [name for name, (available, _) in mx.backends(DEVICE).items() if available]
-AUTOMATIC = BACKENDS[0]
-"""They are in the order in which one is chosen."""
-VARIABLE = "HYBRID_MXFP8_BACKEND"
 HALF = GPU and torch.cuda.get_device_capability() < (10, 0)
 """Whether the Triton backend's operands pass through bf16."""
 
@@ -72,54 +68,8 @@ POOL = (
     if GPU
     else Pool((1, 2, 3, 5, 8, 13, 33, 48), (32, 64, 96, 128, 160, 288), (8, 16, 40, 72, 128, 136, 264), 150, 2**16, (0, 1, 2, 3, 8, 17, 24), ALL_FORMATS)
 )  # fmt: skip
-TRUTH_ELEMENTS = 2**17
-"""Beyond, the reference backend is the judge: truth takes a microsecond an element."""
-
 COUNTS: Counter[str] = Counter()
 """Rules run to their end, by name, and examples."""
-
-
-# ---------------------------------------------------------------- buffers
-
-GUARD, GUARD_BYTE = 4096, 0xA5
-
-
-class Buffer:
-    """Poisoned bytes between guards, from a 256-byte boundary or ``offset`` bytes after it."""
-
-    def __init__(self, size: int, offset: int = 0) -> None:
-        self.whole = torch.full((2 * GUARD + 512 + size,), GUARD_BYTE, dtype=torch.uint8, device=DEVICE)
-        self.start = GUARD + -(self.whole.data_ptr() + GUARD) % 256 + offset
-        self.end = self.start + size
-        self.bytes.fill_(cases.POISON)
-
-    @property
-    def bytes(self) -> torch.Tensor:
-        return self.whole[self.start : self.end]
-
-    def intact(self) -> bool:
-        around = torch.cat([self.whole[: self.start], self.whole[self.end :]])
-        return bool((around == GUARD_BYTE).all())
-
-
-@contextmanager
-def asking(way: str, name: str) -> Iterator[dict[str, str]]:
-    """Ask for a backend in one way, while those of lower rank ask for another; yields keyword
-    arguments of the call.
-
-    ``auto`` asks for none where that comes to the same, else by argument.
-    """
-    with mock.patch.dict(os.environ), ExitStack() as outer:
-        os.environ.pop(VARIABLE, None)
-        if way == "environment":
-            os.environ[VARIABLE] = f" {name.capitalize()}"
-            yield {}
-        elif way == "auto" and name == AUTOMATIC:
-            yield {}
-        else:
-            os.environ[VARIABLE] = "reference"
-            outer.enter_context(mx.use_backend(name if way == "context" else "reference"))
-            yield {} if way == "context" else {"backend": name}
 
 
 # ---------------------------------------------------------------- state
@@ -143,10 +93,6 @@ class Layout:
         return sum(self.tokens)
 
 
-Plain = tuple[truth.Bytes, truth.Bytes]
-"""Codes and row-major scales."""
-
-
 @dataclass(eq=False)
 class Tokens:
     """A quantized operand."""
@@ -164,9 +110,6 @@ class Weights:
 
 def plain(x: torch.Tensor, rounding: str) -> Plain:
     """Codes and row-major scales of x (..., K)."""
-    if x.numel() > TRUTH_ELEMENTS:
-        codes, scales = reference.quantize(x, rounding)
-        return truth.as_bytes(codes), truth.as_bytes(scales)
     k = x.shape[-1]
     codes, scales = truth.quantize(truth.doubles(x).reshape(-1, k), rounding)
     return codes.reshape(x.shape), scales.reshape(*x.shape[:-1], k // 32)
@@ -183,17 +126,9 @@ def check_stored(operand: mx.GroupedMXFP8, tokens: Sequence[int], content: Plain
     assert np.array_equal(truth.as_bytes(operand.scales), stored), "scales"
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal, a NaN being a NaN."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(bits(a.nan_to_num(7.0)), bits(b.nan_to_num(7.0)))
-
-
 index = st.integers(0, 2**16)
 seeds = st.integers(0, 2**31 - 1)
-ways = st.sampled_from(["argument", "argument", "context", "environment", "auto"])
 formats = st.sampled_from(POOL.formats)
-SPECIAL = ("nan", "inf", "-inf", -0.0, 1e-38, 3e-38, 1e-41, 1e27)
-"""What becomes of an element of some blocks, or what others are multiplied by."""
 gates = st.sampled_from([mx.SwiGLU(), mx.SwiGLU(), mx.SwiGLU(1.702, 1.0, 7.0), mx.SwiGLU(limit=2.5)])
 activations = st.none() | gates
 styles = st.sampled_from(["packed", "wide", "shifted", "repeated"])
@@ -208,7 +143,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.experts, self.inner, self.taken = 1, (32,), 0
-        self.buffers: deque[Buffer] = deque(maxlen=32)
+        self.buffers: deque[Guards] = deque(maxlen=32)
         self.layouts: list[Layout] = []
         self.tokens: list[Tokens] = []
         self.weights: list[Weights] = []
@@ -229,48 +164,31 @@ class Machine(RuleBasedStateMachine):
         """One of each thing that calls need, so that few steps go by before they fit together."""
         self.experts, self.inner = experts, tuple(inner)
         self.make_layout(counts, seed % 3, "", False, False, seed)
-        self.quantize(0, 0, "packed", kind, seed, "argument", bool(seed % 2), "layout", False, None, "poisoned")
-        self.make_weights(seed, 0, kind, seed, "argument", "packed")
+        self.quantize(0, 0, "packed", kind, seed, "layout", False, None, "poisoned")
+        self.make_weights(seed, 0, kind, seed, "packed")
         self.make_layer(seed, seed // 7, seed)
 
     # ------------------------------------------------------------ helpers
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """A poisoned tensor between guards; 0xFF is a NaN in every float dtype here."""
-        buffer = Buffer(int(np.prod(shape)) * dtype.itemsize, offset)
-        self.buffers.append(buffer)
-        return buffer.bytes.view(dtype).view(tuple(shape))
+        size = int(np.prod(shape)) * dtype.itemsize
+        guards = Guards(str(DEVICE), next_power_of_2(size + 2 * GUARD + 512))
+        memory = guards.raw(size, offset).fill_(cases.POISON)
+        guards.ready()
+        self.buffers.append(guards)
+        return memory.view(dtype).view(tuple(shape))
 
-    def placed(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    def placed(self, x: torch.Tensor) -> torch.Tensor:
         """A copy between guards."""
-        there = self.empty(x.shape, x.dtype, offset)
+        there = self.empty(x.shape, x.dtype)
         if there.numel():
             there.view(torch.uint8).copy_(x.view(torch.uint8))
         return there
 
-    def shifted(self, operand: mx.GroupedMXFP8 | mx.ExpertWeights, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of its values and scales, of which one starts a byte off."""
-        return self.placed(operand.values, int("values" in what)), self.placed(operand.scales, int("scales" in what))
-
-    def fitting_n(self, n: int, k: int) -> int:
-        """One of the pool's with which weights are not too large."""
-        fitting = [m for m in POOL.ns if self.experts * m * k <= POOL.weight_elements] or [8]
-        return fitting[n % len(fitting)]
-
-    def rows(
-        self, rows: int, width: int, dtype: torch.dtype, style: str, seed: int, special: bool = False
-    ) -> torch.Tensor:
+    def rows(self, rows: int, width: int, dtype: torch.dtype, style: str, seed: int) -> torch.Tensor:
         """(rows, width) values, strided as ``style`` says among NaNs."""
-        rng = torch.Generator().manual_seed(seed)
-        x = cases.random_rows(rows, width, dtype, rng, DEVICE)
-        for _ in range(1 + rows // 8 if special and x.numel() else 0):
-            sizes = rows, width // 32, 32, len(SPECIAL)
-            row, block, place, kind = (int(torch.randint(0, size, (), generator=rng)) for size in sizes)
-            elements = x[row, 32 * block : 32 * block + 32]
-            if isinstance(SPECIAL[kind], str):
-                elements[place] = float(SPECIAL[kind])
-            else:
-                elements *= min(SPECIAL[kind], 100.0 if dtype == torch.float16 else 1e27)
+        x = cases.random_rows(rows, width, dtype, torch.Generator().manual_seed(seed), DEVICE)
         if style == "repeated" and rows:
             return self.placed(x[:1].contiguous()).expand(rows, width)
         if style in ("wide", "shifted"):
@@ -326,28 +244,27 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.layouts)
     @rule(
-        layout=index, k=index, style=styles, kind=formats, seed=seeds, way=ways,
-        special=st.booleans(),
+        layout=index, k=index, style=styles, kind=formats, seed=seeds,
         form=st.sampled_from(["layout", "counts"]), gather=st.booleans(), swiglu=activations,
         out=st.sampled_from(["new", "poisoned", "unaligned", "reused"]),
     )  # fmt: skip
     def quantize(
-        self, layout: int, k: int, style: str, kind: tuple[torch.dtype, str], seed: int, way: str, special: bool,
-        form: str, gather: bool, swiglu: mx.SwiGLU | None, out: str,
+        self, layout: int, k: int, style: str, kind: tuple[torch.dtype, str], seed: int, form: str, gather: bool,
+        swiglu: mx.SwiGLU | None, out: str,
     ) -> None:  # fmt: skip
         where, k = self.layouts[layout % len(self.layouts)], self.inner[k % len(self.inner)]
-        self._quantize(where, k, style, kind, seed, way, special and swiglu is None, form, gather, swiglu, out)
+        self._quantize(where, k, style, kind, seed, form, gather, swiglu, out)
         self.done("quantize")
 
     def _quantize(
-        self, layout: Layout, k: int, style: str, kind: tuple[torch.dtype, str], seed: int, way: str, special: bool,
-        form: str, gather: bool, swiglu: mx.SwiGLU | None, out: str, held: Tokens | None = None,
+        self, layout: Layout, k: int, style: str, kind: tuple[torch.dtype, str], seed: int, form: str, gather: bool,
+        swiglu: mx.SwiGLU | None, out: str, held: Tokens | None = None,
     ) -> None:  # fmt: skip
         t, (dtype, rounding) = layout.groups.num_tokens, kind
         width = k if swiglu is None else 2 * k
         rng = torch.Generator().manual_seed(seed + 1)
         sources = [0, 1, t // 2 + 1, t + 3][seed % 4] if gather else t
-        x = self.rows(sources, width, dtype, style, seed, special)
+        x = self.rows(sources, width, dtype, style, seed)
         row_index, sorted_x = None, x
         if gather:
             chosen = torch.randint(-1, sources + 1, (t,), generator=rng, dtype=torch.int32)
@@ -364,8 +281,8 @@ class Machine(RuleBasedStateMachine):
         def run(name: str, into: mx.GroupedMXFP8 | None) -> tuple[mx.GroupedMXFP8, Plain]:
             before = (truth.as_bytes(into.values).copy(), truth.as_bytes(into.scales).copy()) if into else None
             options: dict[str, Any] = {"row_index": row_index, "activation": swiglu, "out": into}
-            with asking(way, name) as asked, cases.unlooked():
-                got = mx.quantize_grouped(x, groups, scale_rounding=rounding, **options, **asked)
+            with cases.unlooked():
+                got = mx.quantize_grouped(x, groups, scale_rounding=rounding, **options, backend=name)
             assert [part.tolist() for part in tensors(got.groups)] == list(truth.layout(layout.tokens, t))
             found = content
             if found is None:
@@ -403,8 +320,8 @@ class Machine(RuleBasedStateMachine):
         del self.tokens[:-6]
 
     @precondition(lambda self: self.tokens)
-    @rule(token=index, seed=seeds, kind=formats, way=ways, swiglu=activations)
-    def reroute(self, token: int, seed: int, kind: tuple[torch.dtype, str], way: str, swiglu: mx.SwiGLU | None) -> None:
+    @rule(token=index, seed=seeds, kind=formats, swiglu=activations)
+    def reroute(self, token: int, seed: int, kind: tuple[torch.dtype, str], swiglu: mx.SwiGLU | None) -> None:
         """Other counts in the tensors of a layout that earlier calls have used, as a replayed graph
         has them."""
         held = self.tokens[token % len(self.tokens)]
@@ -417,29 +334,19 @@ class Machine(RuleBasedStateMachine):
         where = next((one for one in self.layouts if one.groups is groups), held.layout)
         where.tokens, where.counts = numbers[0], None
         self.tokens = [h for h in self.tokens if h is held or h.operand.groups is not groups]
-        self._quantize(
-            where, held.operand.k, "packed", kind, seed, way, swiglu is None, "layout", False, swiglu, "poisoned", held
-        )
+        self._quantize(where, held.operand.k, "packed", kind, seed, "layout", False, swiglu, "poisoned", held)
         self.done("reroute")
-
-    @precondition(lambda self: self.tokens and self.taken % 3 == 0)
-    @rule(token=index)
-    def dequantize(self, token: int) -> None:
-        held = self.tokens[token % len(self.tokens)]
-        expected = truth.dequantize(*held.plain)
-        expected[held.layout.used :] = 0
-        assert np.array_equal(truth.doubles(held.operand.dequantize()), expected, equal_nan=True)
-        self.done("dequantize")
 
     # ------------------------------------------------------------ weights
 
     @rule(
-        n=index, k=index, kind=formats, seed=seeds, way=ways,
+        n=index, k=index, kind=formats, seed=seeds,
         style=st.sampled_from(["packed", "columns", "every other", "transposed", "repeated"]),
     )  # fmt: skip
-    def make_weights(self, n: int, k: int, kind: tuple[torch.dtype, str], seed: int, way: str, style: str) -> None:
+    def make_weights(self, n: int, k: int, kind: tuple[torch.dtype, str], seed: int, style: str) -> None:
         k, (dtype, rounding), e = self.inner[k % len(self.inner)], kind, self.experts
-        n = self.fitting_n(n, k)
+        fitting = [m for m in POOL.ns if e * m * k <= POOL.weight_elements] or [8]
+        n = fitting[n % len(fitting)]
         rng = torch.Generator().manual_seed(seed)
         w = (cases.random_rows(e * n, k, torch.float32, rng, DEVICE).reshape(e, n, k) * 0.05).to(dtype)
         if style == "columns":
@@ -453,46 +360,12 @@ class Machine(RuleBasedStateMachine):
         codes, scales = plain(w, rounding)
         stored = np.stack([truth.swizzle(one) for one in scales]).reshape(e, -1)
         for name in BACKENDS:
-            with asking(way, name) as asked:
-                wq = mx.quantize_weights(w, scale_rounding=rounding, **asked)
+            wq = mx.quantize_weights(w, scale_rounding=rounding, backend=name)
             assert np.array_equal(truth.as_bytes(wq.values), codes), name
             assert np.array_equal(truth.as_bytes(wq.scales).reshape(e, -1), stored), name
         self.weights.append(Weights(wq, (codes, scales)))
         del self.weights[:-6]
         self.done("make_weights")
-
-    @rule(n=index, k=index, seed=seeds, layout=index)
-    def operands_of_any_bytes(self, n: int, k: int, seed: int, layout: int) -> None:
-        """Codes and scales that no quantizer need be able to make, scales at the ends of E8M0 among
-        them."""
-        k, e = self.inner[k % len(self.inner)], self.experts
-        n = self.fitting_n(n, k)
-        where = self.layouts[layout % len(self.layouts)]
-        rng = np.random.default_rng(seed)
-        # No product may leave fp32, which would make the order of additions matter; a quantized
-        # operand has up to 3e29.
-        scale_bytes = np.array([0, 1, 2, *range(100, 136)], np.uint8)
-
-        def draw(*shape: int) -> Plain:
-            codes = rng.integers(0, 256, (*shape, k), dtype=np.uint8)
-            codes[(codes & 0x7F) == 0x7F] = 0x80
-            scales = rng.choice(scale_bytes, (*shape, k // 32))
-            if codes.size and seed % 2:
-                codes.reshape(-1)[rng.integers(0, codes.size)] = 0xFF
-                scales.reshape(-1)[rng.integers(0, scales.size)] = 255
-            return codes, scales
-
-        x, w = draw(where.groups.num_tokens), draw(e, n)
-        values, stored = truth.grouped_bytes(*x, where.tokens, where.groups.scale_rows, cases.POISON)
-        xq = mx.GroupedMXFP8(
-            self.placed(torch.from_numpy(values).to(DEVICE)).view(torch.float8_e4m3fn),
-            self.placed(torch.from_numpy(stored).to(DEVICE)).view(where.groups.scale_rows, scale_cols(k)),
-            where.groups,
-        )
-        wq = mx.ExpertWeights.from_linear_scales(torch.from_numpy(w[0]).to(DEVICE), torch.from_numpy(w[1]).to(DEVICE))
-        self.tokens = [*self.tokens[-5:], Tokens(xq, where, x)]
-        self.weights = [*self.weights[-5:], Weights(wq, w)]
-        self.done("operands_of_any_bytes")
 
     # ------------------------------------------------------------ products
 
@@ -502,49 +375,32 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pairs())
     @rule(
-        pair=index, dtype=st.sampled_from(cases.DTYPES), way=ways, again=st.booleans(),
-        out=st.sampled_from(["new", "poisoned", "reused"]), workspace=st.sampled_from(["none", "exact", "larger"]),
-        shift=st.sampled_from(["", "", "", "x values", "x scales", "w values", "w scales"]),
+        pair=index, dtype=st.sampled_from(cases.DTYPES), workspace=st.booleans(),
+        out=st.sampled_from(["new", "poisoned", "reused"]),
     )  # fmt: skip
-    def multiply(
-        self, pair: int, dtype: torch.dtype, way: str, again: bool, out: str, workspace: str, shift: str
-    ) -> None:
+    def multiply(self, pair: int, dtype: torch.dtype, workspace: bool, out: str) -> None:
         pairs = self.pairs()
         x, w = pairs[pair % len(pairs)]
-        t, n = x.operand.groups.num_tokens, w.operand.n
-        xq, wq = x.operand, w.operand
-        if shift.startswith("x"):
-            xq = mx.GroupedMXFP8(*self.shifted(xq, shift), xq.groups)
-        elif shift:
-            wq = mx.ExpertWeights(*self.shifted(wq, shift))
+        t, n, used = x.operand.groups.num_tokens, w.operand.n, x.layout.used
         for name in BACKENDS:
             into = None if out == "new" else self.empty((t, n), dtype)
             if out == "reused":
                 into = self.outs.setdefault((t, n, dtype), into)
             before = None if into is None else into.clone()
-            with asking(way, name) as asked:
-                try:
-                    why = mx.explain(xq, wq, out_dtype=dtype, **asked)
-                except mx.BackendUnavailableError:
-                    assert name == "cutlass"
-                    continue
-                assert why.startswith(f"{name}, asked for") or (way, name) == ("auto", AUTOMATIC), why
-                size = mx.grouped_gemm_workspace_size(wq, t, out_dtype=dtype, **asked)
-                memory = None
-                if workspace != "none":
-                    memory = self.empty((size + (256 if workspace == "larger" else 0),), torch.uint8)
-                y = mx.grouped_gemm(xq, wq, out_dtype=dtype, out=into, workspace=memory, **asked)
-                twice = mx.grouped_gemm(xq, wq, out_dtype=dtype, **asked) if again else None
+            options: dict[str, Any] = {"out_dtype": dtype, "backend": name}
+            try:
+                size = mx.grouped_gemm_workspace_size(w.operand, t, **options)
+            except mx.BackendUnavailableError:
+                assert name == "cutlass"
+                continue
+            memory = self.empty((size,), torch.uint8) if workspace else None
+            y = mx.grouped_gemm(x.operand, w.operand, out=into, workspace=memory, **options)
             assert (y.shape, y.dtype) == ((t, n), dtype)
-            used = x.layout.used
             half = HALF and name != "reference"
             tolerances.check_gemm(y, x.plain, w.plain, x.layout.tokens, bf16_formulation=half)
-            if before is not None:
-                assert into is not None
+            if into is not None and before is not None:
                 assert y.data_ptr() == into.data_ptr()
                 assert torch.equal(bits(y[used:]), bits(before[used:]))
-            if twice is not None:
-                assert torch.equal(bits(twice[:used]), bits(y[:used]))
         self.done("multiply")
 
     # ------------------------------------------------------------ the MoE layer
@@ -564,34 +420,30 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.layers)
     @rule(
-        which=index, batch=st.sampled_from(POOL.batches), top_k=st.integers(1, 3), seed=seeds, way=ways,
+        which=index, batch=st.sampled_from(POOL.batches), top_k=st.integers(1, 3), seed=seeds,
         dtype=st.sampled_from(cases.DTYPES), weights_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-        ids=st.sampled_from(["any", "sentinels", "dropped", "one"]), wide=st.booleans(), style=styles,
-        biases=st.sampled_from(["", "", "w13", "w2", "both"]), workspace=st.booleans(), nan=st.booleans(), gate=gates,
-        out=st.sampled_from(["new", "poisoned", "strided", "reused", "in place"]),
+        sentinels=st.booleans(), wide=st.booleans(), style=styles, biases=st.booleans(), workspace=st.booleans(),
+        gate=gates, out=st.sampled_from(["new", "poisoned", "strided", "reused", "in place"]),
     )  # fmt: skip
     def forward(
-        self, which: int, batch: int, top_k: int, seed: int, way: str, dtype: torch.dtype, weights_dtype: torch.dtype,
-        ids: str, wide: bool, style: str, biases: str, workspace: bool, nan: bool, gate: mx.SwiGLU, out: str,
+        self, which: int, batch: int, top_k: int, seed: int, dtype: torch.dtype, weights_dtype: torch.dtype,
+        sentinels: bool, wide: bool, style: str, biases: bool, workspace: bool, gate: mx.SwiGLU, out: str,
     ) -> None:  # fmt: skip
         (w13, w2), e = self.layers[which % len(self.layers)], self.experts
         hidden, intermediate = w2.n, w2.k
         rng = torch.Generator().manual_seed(seed)
-        x = self.rows(batch, hidden, dtype, style, seed, nan)
+        x = self.rows(batch, hidden, dtype, style, seed)
         chosen = torch.randint(0, e, (top_k, batch), generator=rng)
-        if ids == "sentinels":
+        if sentinels:
             odd = torch.tensor([-1, e, e + 3, -(2**40) if wide else -(2**31), 2**40 if wide else 2**31 - 1])
             odd = odd[torch.randint(0, 5, chosen.shape, generator=rng)]
             chosen = torch.where(torch.rand(chosen.shape, generator=rng) < 0.4, odd, chosen)
-        elif ids != "any":
-            chosen.fill_(-1 if ids == "dropped" else e - 1)
         topk_ids = chosen.to(DEVICE, torch.int64 if wide else torch.int32).T  # not contiguous
         weights = torch.randn(batch, top_k, generator=rng).to(DEVICE, weights_dtype)
-        sides = {"w13_bias": (2 * intermediate, ("w13", "both")), "w2_bias": (hidden, ("w2", "both"))}
         bias = {
             name: self.placed(torch.randn(e, n, generator=rng).to(DEVICE, dtype))
-            for name, (n, when) in sides.items()
-            if biases in when
+            for name, n in (("w13_bias", 2 * intermediate), ("w2_bias", hidden))
+            if biases
         }
         for name in BACKENDS:
             memory = None
@@ -608,20 +460,17 @@ class Machine(RuleBasedStateMachine):
             elif out == "in place":
                 given = into = self.placed(x.contiguous())
             options: dict[str, Any] = {"activation": gate, "workspace": memory, "out": into, **bias}
-            with asking(way, name) as asked:
-                y = mx.moe_forward(given, w13, w2, topk_ids, weights, **options, **asked)
+            y = mx.moe_forward(given, w13, w2, topk_ids, weights, **options, backend=name)
             layer = moe_truth.Layer(x, x, x, topk_ids, weights, **bias)
             expected = moe_truth.forward_in_steps(layer, w13, w2, name, gate)
-            assert same_bits(y, expected), name
+            assert torch.equal(y, expected), name
             if into is not None:
                 assert y.data_ptr() == into.data_ptr()
-            if ids == "dropped":
-                assert not bool(y.any())
         self.done("forward")
 
     # ------------------------------------------------------------ always
 
     @invariant()
     def guards_are_intact(self) -> None:
-        for buffer in self.buffers:
-            assert buffer.intact()
+        for guards in self.buffers:
+            guards.check()

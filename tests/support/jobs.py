@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cases
@@ -45,8 +45,7 @@ def together(threads: int, work: Callable[[int], Any]) -> list[Any]:
         return work(i)
 
     with ThreadPoolExecutor(threads) as pool:
-        futures: list[Future[Any]] = [pool.submit(start, i) for i in range(threads)]
-        return [future.result(timeout=300) for future in futures]
+        return list(pool.map(start, range(threads), timeout=300))
 
 
 def forget_everything() -> None:

@@ -7,7 +7,6 @@ Tests go through the public functions where these reach what is tested.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +17,15 @@ from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
+from hybrid_mxfp8.triton_kernels import group_layout
+from hybrid_mxfp8.triton_kernels import launch as launching
+from hybrid_mxfp8.triton_kernels import quantize as quantizer
+from hybrid_mxfp8.triton_kernels.gemm import dequantize_tokens as dequantizer
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import TILE_WORDS, WorkspaceLayout
+from hybrid_mxfp8.triton_kernels.moe import combine as combiner
+from hybrid_mxfp8.triton_kernels.moe import pack_tokens as packer
+from hybrid_mxfp8.triton_kernels.moe import route as router
+from hybrid_mxfp8.triton_kernels.moe.expert_bias import add_expert_bias as add_expert_bias_steps
 
 
 def launch(steps: Callable[..., Steps], *tensors: torch.Tensor | None) -> None:
@@ -43,11 +50,10 @@ def quantize_steps(
     x: torch.Tensor, groups: mx.GroupLayout | torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
     rounding: str = "rceil", row_index: torch.Tensor | None = None, swiglu: SwiGLU | None = None,
     scale_group: int = 32, x_scales: torch.Tensor | None = None,
+    choices: tuple[torch.Tensor, torch.Tensor] = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
     """(function of buffers, *tensors): of a layout; or of counts (E,), which the kernel scans
-    itself."""
-    from hybrid_mxfp8.triton_kernels import quantize as module
-
+    itself. ``choices`` are the rows of tokens' choices, and their experts."""
     rows, k = values.shape
     counts = layout = expert_offsets = scale_offsets = None
     if isinstance(groups, mx.GroupLayout):
@@ -59,68 +65,46 @@ def quantize_steps(
         rows, experts, k, x.shape[0], x.stride(0), rounding, swiglu, "offsets" if counts is None else "counts",
         scale_group=scale_group, scale_stride=0 if x_scales is None else x_scales.stride(0),
     )  # fmt: skip
-    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout, x_scales)
-    return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), *tensors
-
-
-def quantize(*arguments: Any, **options: Any) -> None:
-    """As :func:`quantize_steps`, run."""
-    launch(*quantize_steps(*arguments, **options))
+    tensors = (x, values, scales, row_index, expert_offsets, scale_offsets, counts, layout, *choices, x_scales)
+    return lambda *buffers: quantizer.quantize(problem, QuantizeBuffers(*buffers)), *tensors
 
 
 def pack_tokens(
-    x: torch.Tensor,
-    ids: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    records: torch.Tensor,
-    experts: int,
+    x: torch.Tensor, ids: torch.Tensor | None, weights: torch.Tensor | None, records: torch.Tensor, experts: int,
     scale_group: int = 32,
-) -> None:
-    from hybrid_mxfp8.triton_kernels.moe import pack_tokens as module
+) -> None:  # fmt: skip
+    def steps(x_: Any, ids_: Any, weights_: Any, records_: Any) -> Steps:
+        return packer.pack_tokens(x_, x.stride(0), ids_, weights_, records_, experts, scale_group)
 
-    def steps(x_: Any, records_: Any, ids_: Any = None, weights_: Any = None) -> Steps:
-        return module.pack_tokens(x_, x.stride(0), ids_, weights_, records_, experts, scale_group)
-
-    launch(steps, x, records, ids, weights)
+    launch(steps, x, ids, weights, records)
 
 
-def quantize_weights_steps(
+def quantize_weights(
     w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rounding: str = "rceil", scale_group: int = 32
-) -> tuple[Any, ...]:
-    from hybrid_mxfp8.triton_kernels import quantize as module
-
+) -> None:
     experts, n, k = w.shape
     rows = experts * n
     sizes = (rows, experts, k, rows, w.stride(1))
     problem = QuantizeProblem(*sizes, rounding, None, "uniform", w.stride(0), scale_group)
-    return lambda *buffers: module.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales
+    launch(lambda *buffers: quantizer.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales)
 
 
-def quantize_weights(*arguments: Any) -> None:
-    launch(*quantize_weights_steps(*arguments))
+Layout = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Tokens (E,), their offsets (E+1,) and those of their scales (E+1,)."""
 
 
-def group_offsets(
-    given: torch.Tensor, num_tokens: int, from_ends: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from hybrid_mxfp8.triton_kernels import group_layout
-
-    layout = torch.empty(3 * given.shape[0] + 2, dtype=torch.int32, device=given.device)
-    launch(lambda a, b: group_layout.group_offsets(a, b, num_tokens, from_ends), given.contiguous(), layout)
-    return _parts(layout, given.shape[0])
+def group_offsets(given: torch.Tensor, num_tokens: int, from_ends: bool = False) -> Layout:
+    return _layout(lambda a, b: group_layout.group_offsets(a, b, num_tokens, from_ends), given.contiguous())
 
 
-def caller_layout(
-    tokens: torch.Tensor, starts: torch.Tensor, num_tokens: int, rows: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from hybrid_mxfp8.triton_kernels import group_layout
-
-    layout = torch.empty(3 * tokens.shape[0] + 2, dtype=torch.int32, device=tokens.device)
-    launch(lambda a, b, c: group_layout.caller_layout(a, b, c, num_tokens, rows), tokens, starts, layout)
-    return _parts(layout, tokens.shape[0])
+def caller_layout(tokens: torch.Tensor, starts: torch.Tensor, num_tokens: int, rows: int) -> Layout:
+    return _layout(lambda a, b, c: group_layout.caller_layout(a, b, c, num_tokens, rows), tokens, starts)
 
 
-def _parts(layout: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _layout(steps: Callable[..., Steps], *given: torch.Tensor) -> Layout:
+    experts = given[0].shape[0]
+    layout = torch.empty(3 * experts + 2, dtype=torch.int32, device=given[0].device)
+    launch(steps, *given, layout)
     tokens, offsets, scale_offsets = layout.split((experts, experts + 1, experts + 1))
     return tokens, offsets, scale_offsets
 
@@ -151,83 +135,40 @@ def meta_operands(
     return x, mx.ExpertWeights(w_values, w_scales), torch.empty(t, n, dtype=dtype, device=meta)
 
 
-def portable(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor) -> None:
-    from hybrid_mxfp8.triton_kernels.gemm import portable as module
-
-    launch(*product_steps(module.plan, x, w, out))
-
-
-def blackwell(x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, config: Any) -> None:
-    from hybrid_mxfp8.triton_kernels.gemm import blackwell as module
-
-    launch(*product_steps(module.plan, x, w, out, config))
-
-
-def hopper(
-    x: mx.GroupedMXFP8, w: mx.ExpertWeights, out: torch.Tensor, workspace: torch.Tensor, config: Any, programs: int
-) -> None:
-    """On a grid of at most ``programs``."""
-    from hybrid_mxfp8.triton_kernels.gemm import hopper as module
-
-    original = module.multiprocessors
-    module.multiprocessors = lambda device: programs
-    try:
-        launch(*product_steps(module.plan, x, w, out, config, workspace=workspace))
-    finally:
-        module.multiprocessors = original
+def product(*arguments: Any, **options: Any) -> None:
+    """As :func:`product_steps`, run."""
+    launch(*product_steps(*arguments, **options))
 
 
 def dequantize_tokens(x: mx.GroupedMXFP8, workspace: torch.Tensor, layout: Any, block_t: int, rows: int) -> None:
-    from hybrid_mxfp8.triton_kernels.gemm import dequantize_tokens as module
+    offsets = x.groups.expert_offsets, x.groups.scale_offsets
 
-    g = x.groups
+    def steps(*buffers: Any) -> Steps:
+        memory, experts = buffers[-1], x.groups.num_experts
+        return (dequantizer.dequantize_tokens(GemmBuffers(*buffers), memory, layout, experts, block_t, rows),)
 
-    def steps(values: Any, scales: Any, expert_offsets: Any, scale_offsets: Any, memory: Any) -> Steps:
-        unused = values
-        read = (values, scales, unused, expert_offsets, scale_offsets)
-        buffers = GemmBuffers(*read, unused, unused, unused, memory)
-        return (module.dequantize_tokens(buffers, memory, layout, g.num_experts, block_t, rows),)
-
-    launch(steps, x.values, x.scales, g.expert_offsets, g.scale_offsets, workspace)
+    launch(steps, x.values, x.scales, None, *offsets, None, None, None, workspace)
 
 
-def one_thread() -> AbstractContextManager[object]:
-    """What holds the interpreter's launches, one at a time, in this process."""
-    from hybrid_mxfp8.triton_kernels import launch
-
-    lock: AbstractContextManager[object] = launch._one_thread()
-    return lock
-
-
-def scratch_elements(slots: int, experts: int) -> int:
-    from hybrid_mxfp8.triton_kernels.moe import route as module
-
-    return int(module.scratch_elements(slots, experts))
+one_thread = launching._one_thread  # holds the interpreter's launches, one at a time, in this process
+scratch_elements = router.scratch_elements
 
 
 def route(
-    ids: torch.Tensor, experts: int, sorted_token_ids: torch.Tensor, inverse_permutation: torch.Tensor,
-    layout: torch.Tensor, scratch: torch.Tensor,
-) -> None:  # fmt: skip
-    from hybrid_mxfp8.triton_kernels.moe import route as module
-
-    outputs = (sorted_token_ids, inverse_permutation, layout, scratch)
-    launch(lambda *buffers: module.route(*buffers, experts), ids, *outputs)
+    ids: torch.Tensor, experts: int, inverse_permutation: torch.Tensor, layout: torch.Tensor, scratch: torch.Tensor
+) -> None:
+    launch(lambda *buffers: router.route(*buffers, experts), ids, inverse_permutation, layout, scratch)
 
 
 def add_expert_bias(y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor) -> None:
-    from hybrid_mxfp8.triton_kernels.moe import expert_bias as module
-
-    launch(module.add_expert_bias, y, inverse_permutation, ids, bias)
+    launch(add_expert_bias_steps, y, inverse_permutation, ids, bias)
 
 
 def combine(
     y: torch.Tensor, inverse_permutation: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor,
     bias: torch.Tensor | None, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    from hybrid_mxfp8.triton_kernels.moe import combine as module
-
-    launch(lambda *buffers: module.combine(*buffers, out.stride(0)), y, inverse_permutation, ids, weights, bias, out)
+    launch(lambda *buffers: combiner.combine(*buffers, out.stride(0)), y, inverse_permutation, ids, weights, bias, out)
 
 
 def hopper_workspace(layout: WorkspaceLayout, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

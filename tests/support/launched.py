@@ -8,7 +8,6 @@ caller tells.
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 from collections import Counter
@@ -16,45 +15,24 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).resolve().parents[2] / "triton_kernels"
+outcomes = Counter(passed=0, skipped=0, failed=0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--launched", metavar="FILE", type=Path, help="write the outcomes and the kernels launched there")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--launched"):
-        config.pluginmanager.register(_Recorder(path), "hybrid_mxfp8_launched")
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        outcomes[report.outcome] += 1
 
 
-class _Recorder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.outcomes: Counter[str] = Counter(passed=0, skipped=0, failed=0)
-
-    @pytest.hookimpl
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.outcome] += 1
-
-    @pytest.hookimpl
-    def pytest_sessionfinish(self) -> None:
-        self.path.write_text(json.dumps({**self.outcomes, "kernels": sorted(compiled_kernels())}))
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file: Path = session.config.getoption("--launched")
+    file.write_text(json.dumps({**outcomes, "kernels": sorted(compiled_kernels())}))
 
 
 def compiled_kernels() -> set[str]:
     """Names of the kernels that this process has compiled, which it does to launch them."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
     return {kernel.metadata.name for kernel, _ in launch._compiled.values()} if launch else set()
-
-
-def kernels_in_source() -> set[str]:
-    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
-    calls = [
-        node
-        for path in sorted(KERNELS.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KernelLaunch"
-    ]
-    return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}

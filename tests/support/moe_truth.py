@@ -126,11 +126,12 @@ def forward_in_steps(
     def ints(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
 
-    sorted_token_ids, inverse_permutation, layout = ints(ids.numel()), ints(*ids.shape), ints(3 * experts + 2)
-    routing.route(ids, experts, sorted_token_ids, inverse_permutation, layout)
+    inverse_permutation, layout = ints(*ids.shape), ints(3 * experts + 2)
+    routing.route(ids, experts, inverse_permutation, layout)
     groups = mx.GroupLayout(*layout.split((experts, experts + 1, experts + 1)), ids.numel())
     first, second = ({"scale_group": group, "backend": backend} for group in scale_groups)
-    xq = mx.quantize_grouped(layer.x, groups, row_index=sorted_token_ids, **first)
+    tokens = routing.source_rows(inverse_permutation, ids.numel()).int()
+    xq = mx.quantize_grouped(layer.x, groups, row_index=tokens, **first)
     h = mx.grouped_gemm(xq, w13q, out_dtype=layer.x.dtype, backend=backend)
     if layer.w13_bias is not None:
         routing.add_expert_bias(h, inverse_permutation, ids, layer.w13_bias)

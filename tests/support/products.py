@@ -25,14 +25,15 @@ def through_bf16(backend: str) -> bool:
 
 
 def operands(
-    counts: Sequence[int], num_tokens: int, n: int, k: int, rng: torch.Generator, device: str = "cpu"
-) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
+    counts: Sequence[int], num_tokens: int, n: int, k: int, rng: torch.Generator, device: str = "cpu",
+    backend: str = "reference",
+) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:  # fmt: skip
     """Quantized normal data; whatever is not to be read is poison."""
     groups = cases.layout(counts, num_tokens, device)
     x = cases.random_rows(num_tokens, k, torch.bfloat16, rng, device)
     w = cases.random_rows(len(counts) * n, k, torch.bfloat16, rng, device).reshape(len(counts), n, k) * 0.05
-    xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend="reference")
-    return xq, mx.quantize_weights(w, backend="reference")
+    xq = mx.quantize_grouped(x, groups, out=cases.poisoned_output(groups, k), backend=backend)
+    return xq, mx.quantize_weights(w, backend=backend)
 
 
 def from_bytes(x: Plain, w: Plain, counts: Sequence[int], device: str) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:

@@ -31,9 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
-
-from launched import kernels_in_source
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "no tool"
@@ -83,19 +81,16 @@ def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
     lines: dict[str, set[tuple[str, int]]] = {}
     for path in (*sorted((ROOT / "triton_kernels").rglob("*.py")), CONTROL):
         for function in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(function, ast.FunctionDef):
-                continue
-            calls = [node.lineno for node in ast.walk(function) if _specializes(node)]
-            if calls:
+            if isinstance(function, ast.FunctionDef) and any(map(_specializes, ast.walk(function))):
                 # A choice between two such calls that is made while compiling may be given in
                 # their place.
-                choices = [
+                calls = [
                     node.lineno
                     for node in ast.walk(function)
-                    if isinstance(node, ast.If) and any(map(_specializes, ast.walk(node)))
+                    if isinstance(node, (ast.Call, ast.If)) and any(map(_specializes, ast.walk(node)))
                 ]
                 first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-                lines[function.name] = {(path.name, line) for line in (first, function.lineno, *calls, *choices)}
+                lines[function.name] = {(path.name, line) for line in (first, function.lineno, *calls)}
     return lines
 
 
@@ -125,7 +120,7 @@ _KIND = re.compile(
     r"(?:Error: |Warning: )?(Invalid __\w+__ \w+|Uninitialized __\w+__ memory \w+|Misaligned \w+|Barrier error detected"
     r"|Program hit \w+|Internal Sanitizer Error)"
 )
-_PLACE = re.compile(r"\bat (?:0x[0-9a-f]+ in ([^\s:]+)|(\S.*?)\+0x[0-9a-f]+)")
+_PLACE = re.compile(r"\s*at (?:0x[0-9a-f]+ in )?([^(+]+)")
 _RACE = re.compile(r".*Race reported between .*(?:\n\s+and .*)*")
 _ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x[0-9a-f]+ in ([\w.]+):(\d+)")
 
@@ -150,12 +145,53 @@ def parse(text: str) -> Findings:
         elif named := _KIND.match(line):
             kind = named[1]
             found.reported += kind == "Internal Sanitizer Error"  # the tool's own failure is in no summary
-        for old, new in _PLACE.findall(line):
-            found.places[f"{kind} in {(old or new).split('(')[0]}"] += 1
+        elif place := _PLACE.match(line):
+            found.places[f"{kind} in {place[1]}"] += 1
     return found
 
 
 # ---------------------------------------------------------------- what is run
+
+
+def find_sanitizer() -> str:
+    """compute-sanitizer on PATH, else in the CUDA toolkit."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    folders = [f"{home}/{part}" for home in homes for part in ("bin", "compute-sanitizer")]
+    found = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *folders]))
+    return found or sys.exit(
+        "compute-sanitizer: neither on PATH nor under CUDA_HOME or /usr/local/cuda; it is part of the CUDA toolkit"
+    )
+
+
+OPTIONS = {
+    "--target-processes": "application-only",  # not the compilers that a test may start
+    "--error-exitcode": str(ERROR_EXIT),
+    "--show-backtrace": "no",  # the host's is of Python's interpreter
+    "--print-limit": "100",
+}
+MEMCHECK_OPTIONS = {
+    "--padding": "256",  # so that what leaves a buffer does not land in the next one
+    # The launcher asks for one parameter too many, to see that there is none; it and PyTorch raise
+    # for the calls that must not fail.
+    "--report-api-errors": "no",
+}
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of a job: each tensor is an allocation of its own, or its neighbours hide a fault."""
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))))
+    changes = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(threads)}
+    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
+
+
+def collect(pytest: str, env: Mapping[str, str]) -> list[str]:
+    """Ids of the tests that are marked for this."""
+    asked = [pytest, "--collect-only", "-q", "-m", "sanitizer", "tests"]
+    done = subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    ids = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+    if done.returncode or not ids:
+        sys.exit(f"no tests could be collected:\n{done.stdout}{done.stderr}")
+    return ids
 
 
 class Job(NamedTuple):
@@ -166,94 +202,48 @@ class Job(NamedTuple):
     tests: tuple[str, ...]
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on PATH, else in the CUDA toolkit."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=":".join(folders))
-
-
-def command(sanitizer: str, job: Job, pytest: str, record: Path) -> list[str]:
-    """The process of a job."""
-    tests = [pytest, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
-    if job.tool == PLAIN:
-        return tests
-    options = {
-        "--tool": job.tool,
-        "--target-processes": "application-only",  # not the compilers that a test may start
-        "--error-exitcode": str(ERROR_EXIT),
-        "--show-backtrace": "no",  # the host's is of Python's interpreter
-        "--print-limit": "100",
-    }
-    if job.tool == "memcheck":
-        options["--padding"] = "256"  # so that what leaves a buffer does not land in the next one
-        # The launcher asks for one parameter too many, to see that there is none; it and PyTorch
-        # raise for the calls that must not fail.
-        options["--report-api-errors"] = "no"
-    return [sanitizer, *(word for option in options.items() for word in option), *tests]
-
-
-def environment(threads: int) -> dict[str, str]:
-    """Of a job: each tensor is an allocation of its own, or its neighbours hide a fault."""
-    path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))))
-    changes = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(threads)}
-    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
-
-
 def split(tool: str, tests: Iterable[str]) -> list[Job]:
     """Jobs of at most TESTS_PER_PROCESS tests, of nearly equal size within a file."""
     jobs = []
     for file, group in itertools.groupby(sorted(tests), lambda test: test.partition("::")[0]):
-        ids = list(group)
+        ids = tuple(group)
         parts = -(-len(ids) // TESTS_PER_PROCESS[tool])
         # Every parts-th test: neighbours are parameters of one test, which is often the slow one.
-        jobs += [Job(tool, file, tuple(ids[part::parts])) for part in range(parts)]
+        jobs += [Job(tool, file, ids[part::parts]) for part in range(parts)]
     return jobs
 
 
-def collect(pytest: str, environment: Mapping[str, str]) -> list[str]:
-    """Ids of the tests that are marked for this."""
-    asked = [pytest, "--collect-only", "-q", "-m", "sanitizer", "tests"]
-    done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    ids = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
-    if done.returncode or not ids:
-        sys.exit(f"no tests could be collected:\n{done.stdout}{done.stderr}")
-    return ids
+@dataclass
+class Result:
+    """What came of a job. ``fault`` says why its outcome does not count; ``ran`` is what
+    ``launched`` wrote down, its tests' outcomes and kernels."""
 
-
-@dataclass(kw_only=True)
-class Result(Findings):
-    """What came of a job."""
-
-    tool: str
-    file: str
-    tests: int
-    passed: int = 0
-    skipped: int = 0
-    failed: int = 0
-    kernels: list[str] = field(default_factory=list)
+    job: Job
     seconds: float
-    fault: str = ""
-    output_tail: str
+    output: str
+    found: Findings
+    ran: dict[str, Any]
+    fault: str
 
     @property
-    def errors(self) -> int:
-        """What was reported and not counted apart."""
-        return self.reported - sum(self.dispatch.values())
-
-    @property
-    def clean(self) -> bool:
-        """Whether all is well."""
-        return not (self.fault or self.failed or self.errors)
+    def sums(self) -> Counter[str]:
+        """The figures of the report; ``errors`` are what was reported and not counted apart."""
+        counted = {name: self.ran.get(name, 0) for name in ("passed", "skipped", "failed")}
+        errors = self.found.reported - sum(self.found.dispatch.values())
+        bad = bool(self.fault or counted["failed"])
+        return Counter(counted, tests=len(self.job.tests), errors=errors, processes=1, bad=bad, seconds=self.seconds)
 
 
-def run_job(job: Job, sanitizer: str, pytest: str, threads: int, limit: float) -> Result:
+def run_job(job: Job, sanitizer: str, pytest: str, env: Mapping[str, str], limit: float) -> Result:
     """Run a job to its end or its time limit."""
     started = time.monotonic()
     status: int | None = None
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
-        argv, env = command(sanitizer, job, pytest, record), environment(threads)
+        argv = [pytest, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
+        if job.tool != PLAIN:
+            options = {"--tool": job.tool} | OPTIONS | (MEMCHECK_OPTIONS if job.tool == "memcheck" else {})
+            argv = [sanitizer, *itertools.chain(*options.items()), *argv]
         # A session of its own, so that the limit ends the sanitizer, the tests and their compilers
         # alike.
         process = subprocess.Popen(
@@ -265,28 +255,37 @@ def run_job(job: Job, sanitizer: str, pytest: str, threads: int, limit: float) -
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-        outcomes = json.loads(record.read_text()) if record.exists() else {}
+        ran = json.loads(record.read_text()) if record.exists() else {}
     found = parse(output) if job.tool != PLAIN else Findings(finished=True)
-    result = Result(
-        tool=job.tool, file=job.file, tests=len(job.tests), seconds=time.monotonic() - started,
-        output_tail=output[-3000:], **vars(found), **outcomes,
-    )  # fmt: skip
+    fault = ""
     if status is None:
-        result.fault = "stopped at its time limit"
-    elif not outcomes:
-        result.fault = f"ended with status {status} before its tests did"
+        fault = "stopped at its time limit"
+    elif not ran:
+        fault = f"ended with status {status} before its tests did"
     elif not found.finished:
-        result.fault = f"no summary from {job.tool}"
-    elif result.passed + result.skipped + result.failed < len(job.tests):
-        result.fault = "not every test ran"
-    elif status != (ERROR_EXIT if found.reported else bool(result.failed)):
-        result.fault = f"ended with status {status}"
-    say = result.fault or f"{result.errors} errors, {result.failed} tests failed"
+        fault = f"no summary from {job.tool}"
+    elif ran["passed"] + ran["skipped"] + ran["failed"] < len(job.tests):
+        fault = "not every test ran"
+    elif status != (ERROR_EXIT if found.reported else bool(ran["failed"])):
+        fault = f"ended with status {status}"
+    result = Result(job, time.monotonic() - started, output, found, ran, fault)
+    say = fault or f"{result.sums['errors']} errors, {result.sums['failed']} tests failed"
     print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
     return result
 
 
 # ---------------------------------------------------------------- the report
+
+
+def kernels_in_source() -> set[str]:
+    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
+    calls = [
+        node
+        for path in sorted((ROOT / "triton_kernels").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KernelLaunch"
+    ]
+    return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}
 
 
 def expected_kernels(capability: tuple[int, ...]) -> set[str]:
@@ -316,46 +315,41 @@ whole block stands between write and read: a kernel that does nothing else is re
 """
 
 
-def markdown(machine: Mapping[str, str], tools: Sequence[str], results: Sequence[Result], expected: set[str]) -> str:
-    """The report as a page."""
+def markdown(
+    machine: Mapping[str, str], reached: Mapping[str, set[str]], results: Sequence[Result], expected: set[str]
+) -> str:
+    """The report as a page; ``reached``: the kernels that each tool has seen."""
     date = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d")
     lines = [f"# compute-sanitizer on {machine['GPU']}", "", f"Made by `make sanitize` on {date}."]
     lines += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
-    lines += [f"- {tool}: {TOOLS[tool]}" for tool in tools]
-    lines += ["", "| tool | file | tests | skipped | failed | errors | processes | seconds | |"]
-    lines += ["| --- | --- |" + " ---: |" * 6 + " --- |"]
-    for (tool, file), group in itertools.groupby(results, key=lambda result: (result.tool, result.file)):
+    lines += [f"- {tool}: {TOOLS[tool]}" for tool in reached]
+    columns = ("tests", "skipped", "failed", "errors", "processes", "seconds")
+    lines += ["", f"| tool | file | {' | '.join(columns)} | |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
+    totals = {tool: Counter[str]() for tool in (PLAIN, *reached)}
+    for (tool, file), group in itertools.groupby(results, key=lambda result: result.job[:2]):
         parts = list(group)
-        sums = [sum(getattr(part, name) for part in parts) for name in ("tests", "skipped", "failed", "errors")]
+        sums = sum((part.sums for part in parts), Counter())
+        totals[tool] += sums
         faults = Counter(part.fault for part in parts if part.fault)
         what = "; ".join(f"{fault} ({n} of {len(parts)})" for fault, n in faults.items())
-        seconds = sum(part.seconds for part in parts)
-        cells = [tool, Path(file).name, *map(str, sums), str(len(parts)), f"{seconds:.0f}", what]
-        lines.append(f"| {' | '.join(cells)} |")
+        figures = " | ".join(f"{sums[column]:.0f}" for column in columns)
+        lines.append(f"| {tool} | {Path(file).name} | {figures} | {what} |")
     lines += ["", "Totals: "]
-    for tool in tools:
-        parts = [result for result in results if result.tool == tool]
-        passed, errors = sum(p.passed for p in parts), sum(p.errors for p in parts)
-        bad = sum(bool(p.fault or p.failed) for p in parts)
-        lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {len(parts)} processes failed or cut")
-    reached = launched_under(tools, results)
+    for tool in reached:
+        passed, errors, bad, processes = (totals[tool][name] for name in ("passed", "errors", "bad", "processes"))
+        lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {processes} processes failed or cut")
     everywhere = sorted(set.intersection(*reached.values()))
     lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in everywhere) + "."]
-    if dispatch := sum((result.dispatch for result in results), Counter()):
+    if dispatch := sum((result.found.dispatch for result in results), Counter()):
         lines += ["", "Counted apart: " + ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items())) + "."]
         lines.append(DISPATCH)
     for tool, kernels in reached.items():
         if missing := sorted(expected - kernels):
             lines.append(f"**Not launched under {tool}**: {', '.join(missing)}.")
-    found = Counter(f"{result.tool}: {what}" for result in results for what in result.places.elements())
+    found = Counter(f"{result.job.tool}: {what}" for result in results for what in result.found.places.elements())
     if found:
-        lines += ["", "Found:", ""] + [f"- {what} ({n} times)" for what, n in sorted(found.items())]
+        lines += ["", "Found:", "", *(f"- {what} ({n} times)" for what, n in sorted(found.items()))]
     return "\n".join(lines) + "\n"
-
-
-def launched_under(tools: Sequence[str], results: Sequence[Result]) -> dict[str, set[str]]:
-    """The kernels that each tool has seen."""
-    return {tool: {kernel for r in results if r.tool == tool for kernel in r.kernels} for tool in tools}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -372,36 +366,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(tools) - set(TOOLS):
         parser.error(f"--tools: expected some of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     sanitizer = find_sanitizer()
-    if sanitizer is None:
-        sys.exit(
-            "compute-sanitizer: neither on PATH nor under CUDA_HOME or /usr/local/cuda; it is part of the CUDA toolkit"
-        )
     machine = describe_machine(sanitizer)
     capability = tuple(map(int, machine["compute capability"].split(".")))
-    tests, expected = collect(options.pytest, environment(1)), expected_kernels(capability)
+    env = environment(max(1, (os.cpu_count() or 1) // options.jobs))
+    tests, expected = collect(options.pytest, env), expected_kernels(capability)
     if wanted := [name for name in options.files.split(",") if name]:
         tests, expected = [t for t in tests if any(name in t.split("::")[0] for name in wanted)], set()
 
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     results: list[Result] = []
     for jobs in (split(PLAIN, tests), [job for tool in tools for job in split(tool, tests)]):
         with ThreadPoolExecutor(options.jobs) as pool:
-            results += pool.map(lambda job: run_job(job, sanitizer, options.pytest, threads, options.limit), jobs)
-    if not any(CONTROL_KERNEL in result.dispatch for result in results):
+            results += pool.map(lambda job: run_job(job, sanitizer, options.pytest, env, options.limit), jobs)
+    if not any(CONTROL_KERNEL in result.found.dispatch for result in results):
         for result in results:
-            result.dispatch.clear()  # so that they are errors
+            result.found.dispatch.clear()  # so that they are errors
+    reached = {
+        tool: {kernel for result in results if result.job.tool == tool for kernel in result.ran.get("kernels", ())}
+        for tool in tools
+    }
 
     name = re.search(r"\b[A-Z]+\d+\w*", machine["GPU"])  # H100 of NVIDIA H100 80GB HBM3
     report = options.out / f"sanitizers_{(name[0] if name else 'gpu').lower()}.md"
     options.out.mkdir(parents=True, exist_ok=True)
-    page = markdown(machine, tools, results, expected)
+    page = markdown(machine, reached, results, expected)
     report.write_text(page)
     print(page)
-    for result in results:
-        if not result.clean:
-            print(f"==== {result.tool}, {result.file}: {result.fault or 'see below'}\n{result.output_tail}")
-    complete = all(expected <= kernels for kernels in launched_under(tools, results).values())
-    return 0 if complete and all(result.clean for result in results) else 1
+    unclean = [result for result in results if result.fault or result.sums["failed"] or result.sums["errors"]]
+    for result in unclean:
+        print(f"==== {result.job.tool}, {result.job.file}: {result.fault or 'see below'}\n{result.output[-3000:]}")
+    return int(bool(unclean) or any(expected - kernels for kernels in reached.values()))
 
 
 if __name__ == "__main__":

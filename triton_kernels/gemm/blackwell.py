@@ -31,14 +31,13 @@ from hybrid_mxfp8.core.formats import (
     token_tiles_bound,
 )
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
-from hybrid_mxfp8.dispatch.device import CUTLASS_CAPABILITIES
+from hybrid_mxfp8.dispatch.device import SM100_CAPABILITIES
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.gemm.portable import find_tile
-from hybrid_mxfp8.triton_kernels.launch import KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -132,7 +131,7 @@ def takes(problem: Problem) -> bool:
     """Whether the kernel runs a problem: TMA counts rows and scale tiles in 32 bits."""
     p = problem
     scale_tiles = p.num_experts * ceil_div(p.n, 128) * ceil_div(p.k, 128)
-    return p.capability in CUTLASS_CAPABILITIES and max(p.num_experts * p.n + 128, scale_tiles) <= MAX_INT32
+    return p.capability in SM100_CAPABILITIES and max(p.num_experts * p.n + 128, scale_tiles) <= MAX_INT32
 
 
 def _scale_tile_map(scales: Buffer, row_tiles: int) -> TensorMap:

@@ -4,8 +4,8 @@ Hopper's matrix units know no block scales. Decoding is bound by the bytes of th
 must stay 8 bits wide all the way to the registers; prefill is bound by wgmma, so the conversion
 must hide behind it. Hence:
 
-- Tokens, few bytes, are expanded to bf16 by a kernel before (``dequantize_tokens``), which also
-  lists the token tiles. Where tiles are widest it expands those of the first tiles alone,
+- Tokens, few bytes, are dequantized to bf16 by a kernel before (``dequantize_tokens``), which also
+  lists the token tiles. Where tiles are widest it takes those of the first tiles alone,
   and three spare warps the others, just ahead of their use.
 - One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16
   tokens.
@@ -13,10 +13,10 @@ must hide behind it. Hence:
   load, 5 instructions for 2 elements, the scale included; while one half of a stage is converted,
   the other is multiplied.
 - The grid is persistent, so the feeding warp runs ahead into the next tile while this one is
-  stored. Tiles of few tokens load and multiply less; those of the last turn are cut, so that no
+  stored. Tiles of few tokens load and multiply less; those of the last wave are cut, so that no
   program waits for another's whole tile.
 
-Rows of the weights and columns of K are dealt to threads so that no element ever changes threads: a
+Rows of the weights and columns of K go to threads so that no element ever changes threads: a
 thread loads 16 neighbouring bytes of rows 2g and 2g+1, and holds neighbouring outputs in the end.
 ``dequantize_tokens`` says how the tokens follow that order of K.
 
@@ -445,7 +445,7 @@ def _consumer(y_ptr, ring, tiles_ptr, N, num_k_tiles, BLOCK_T: gl.constexpr, SMA
 )  # fmt: skip
 def hopper_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
-    workspace_ptr,  # bytes, as dequantize_tokens writes them: the list of token tiles, then expanded tokens
+    workspace_ptr,  # bytes, as dequantize_tokens writes them: the list of token tiles, then bf16 tokens
     w_desc,  # (E*N, K) bytes of e4m3, blocks of (128, BLOCK_K)
     w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row
     x_desc,  # (T, roundup(K, 64)) bf16 as dequantize_tokens writes it, blocks of (BLOCK_T, BLOCK_K)
@@ -455,8 +455,8 @@ def hopper_gemm_kernel(
     expert_offsets_ptr,  # (E+1,) int32
     scale_offsets_ptr,  # (E+1,) int32
     num_scale_rows,  # S
-    tokens_at,  # where the expanded tokens start in the workspace, in units of 256 bytes
-    first_tile,  # token tiles from this one on are expanded here
+    tokens_at,  # where the bf16 tokens start in the workspace, in units of 256 bytes
+    first_tile,  # token tiles from this one on are dequantized here
     K,
     N,
     num_k_tiles,  # cdiv(K, 128)
@@ -466,7 +466,7 @@ def hopper_gemm_kernel(
     STAGES: gl.constexpr,
     FUSED_DEQUANTIZE: gl.constexpr,
 ):
-    """Grid (multiprocessors,), 8 warps multiply, one feeds; FUSED_DEQUANTIZE: 3 more expand."""
+    """Grid (multiprocessors,), 8 warps multiply, one feeds; FUSED_DEQUANTIZE: 3 more dequantize."""
     # An expert's last tile of weights reaches into the next expert's: rows that are multiplied, and
     # not stored.
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler pairs the stores

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hybrid_mxfp8.core.formats import MAX_INT32, ceil_div, round_up, scale_cols, token_tiles_bound
 
-COLUMN_GROUP = 64  # columns of expanded tokens that are reordered among themselves
+COLUMN_GROUP = 64  # columns of bf16 tokens that are reordered among themselves
 AVERAGES = (56, 128)  # tokens an expert up to which the first and the second tile are taken
 MAX_TOKENS = MAX_INT32 - 256  # the most rows that the kernel takes
 TILE_WORDS = 4  # int32 words of each entry in the list of token tiles
@@ -21,11 +21,11 @@ class HopperGemmConfig:
     small_block_t: int  # 16, 32 or 64: what a tile of so few tokens loads and multiplies
     block_k: int  # 64 or 128
     num_stages: int  # depth of the ring in shared memory
-    fused_dequantize: bool = False  # spare warps expand all but the first tiles' tokens
+    fused_dequantize: bool = False  # by spare warps, of all but the first tiles' tokens
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of the ring: weights, expanded tokens, a scale tile and two barriers a stage."""
+        """Bytes of the ring: weights, bf16 tokens, a scale tile and two barriers a stage."""
         return self.num_stages * (128 * self.block_k + 2 * self.block_t * self.block_k + 512 + 16)
 
     def is_valid(self) -> bool:
@@ -45,9 +45,8 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
 
     What an expert gets beyond or below the average, the kernel sees: tiles of few tokens do less,
     and the last tiles are cut so that all programs get one. Numbers: µs on an H100 (2026-11-24,
-    torch 2.11, Triton 3.6, CUDA-graph replay, normal data), the expansion of tokens included, (N,
-    K, E) = (4096, 7168, 32) if not said otherwise; bench/results/ hopper_gemm_attempts.md has them
-    all.
+    torch 2.11, Triton 3.6, CUDA-graph replay, normal data), dequantize_tokens included, (N, K, E) =
+    (4096, 7168, 32) if not said otherwise; bench/results/hopper_gemm_attempts.md has them all.
     """
     average = num_tokens / max(num_experts, 1)
     if average <= AVERAGES[0]:
@@ -60,8 +59,8 @@ def select_hopper_config(num_tokens: int, num_experts: int) -> HopperGemmConfig:
     if average <= AVERAGES[1]:
         # T 4096: 458; 660 with 256 tokens, half of them padding.
         return HopperGemmConfig(128, 64, 128, 4)
-    # T 8192: 700; 768 with all tokens expanded before; 878 with 128 tokens. T 16384, (7168, 2048,
-    # 8): 738, and 741 expanded before, in runs where torch's bf16 took 736 and 709.
+    # T 8192: 700; 768 with all tokens dequantized before; 878 with 128 tokens. T 16384, (7168,
+    # 2048, 8): 738, and 741 dequantized before, in runs where torch's bf16 took 736 and 709.
     return HopperGemmConfig(256, 64, 64, 5, fused_dequantize=True)
 
 
@@ -104,7 +103,7 @@ class WorkspaceLayout:
 
     @property
     def tokens_at(self) -> int:
-        """Where the expanded tokens start: a multiple of 256 bytes."""
+        """Where the bf16 tokens start: a multiple of 256 bytes."""
         return round_up((1 + self.max_tiles) * TILE_WORDS * 4, 256)
 
     @property

@@ -97,16 +97,16 @@ def _announced(info, WARPS: gl.constexpr):
 
 @gluon.jit
 def _count_tiles(groups, num_n_tiles, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
-    """How the tiles of all experts are dealt, as split_last_wave returns it."""
+    """What split_last_wave returns for the tiles of all experts."""
     _, _, _, tiles = _experts(groups, EXPERTS, BLOCK_T)
     return split_last_wave(gl.sum(tiles, 0), num_n_tiles, BLOCK_T)
 
 
 @gluon.jit
-def _tile(index, dealt, num_n_tiles, groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
+def _tile(index, waves, num_n_tiles, groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
     """(expert, n tile, the expert's first token, which of its tokens is the tile's first, how many
     the tile has)."""
-    whole, parts, _ = dealt
+    whole, parts, _ = waves
     t_tile, n_tile, part = tile_coordinates(index, whole, parts, num_n_tiles)
     e, starts, ends, tiles = _experts(groups, EXPERTS, BLOCK_T)
     upto = gl.associative_scan(tiles, 0, _add)
@@ -135,9 +135,9 @@ def _load_weights(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr):
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    dealt = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
-    for index in range(gl.program_id(0), dealt[2], gl.num_programs(0)):
-        expert, n_tile, _first, _within, rows = _tile(index, dealt, num_n_tiles, groups, EXPERTS, BLOCK_T)
+    waves = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), waves[2], gl.num_programs(0)):
+        expert, n_tile, _first, _within, rows = _tile(index, waves, num_n_tiles, groups, EXPERTS, BLOCK_T)
         if rows > 0:
             row = expert * N + n_tile * 128
             scale_tile = (expert * num_n_tiles + n_tile) * num_k_tiles
@@ -167,9 +167,9 @@ def _load_tokens(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr, BOX
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
-    dealt = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
-    for index in range(gl.program_id(0), dealt[2], gl.num_programs(0)):
-        expert, n_tile, first, within, rows = _tile(index, dealt, num_n_tiles, groups, EXPERTS, BLOCK_T)
+    waves = _count_tiles(groups, num_n_tiles, EXPERTS, BLOCK_T)
+    for index in range(gl.program_id(0), waves[2], gl.num_programs(0)):
+        expert, n_tile, first, within, rows = _tile(index, waves, num_n_tiles, groups, EXPERTS, BLOCK_T)
         if rows > 0:
             scale_row = gl.load(scale_offsets_ptr + expert) + within
             scale_tile = scale_row // 128 * num_k_tiles
@@ -375,6 +375,7 @@ def hopper_fp8_gemm_kernel(
     W_WORDS: gl.constexpr,  # 128, or of squares as few as TMA aligns
     STORE_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,  # of a thread that multiplies
 ):
     """Grid (at most multiprocessors,); twice 4 warps multiply, two feed, one converts scales."""
     N = N // 8 * 8  # N % 8 == 0, said so that the compiler stores 16 bytes at once
@@ -405,7 +406,7 @@ def hopper_fp8_gemm_kernel(
             (_scaler, (ring, num_k_tiles, SQUARES)),
         ],
         [4, 1, 1, 1],
-        [224, 48, 48, 48],
+        [CONSUMER_REGISTERS, 48, 48, 48],
     )
 
 
@@ -433,16 +434,9 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     )
     experts = max(next_power_of_2(p.num_experts), 32)
     store_columns = 64 * 2 // p.out_dtype.itemsize
-    tile = (
-        config.block_t,
-        config.small_t,
-        config.box,
-        config.squares,
-        config.w_words,
-        store_columns,
-        config.num_stages,
-    )
-    constants = (experts, *tile)
-    # 12 warps of 168 registers, of which those that multiply get more and the others fewer.
-    options = (("num_warps", 4), ("maxnreg", 168))
+    registers, consumer_registers = config.registers
+    tile = (config.block_t, config.small_t, config.box, config.squares, config.w_words, store_columns)
+    constants = (experts, *tile, config.num_stages, consumer_registers)
+    # 12 warps, of which those that multiply get more registers and the others fewer.
+    options = (("num_warps", 4), ("maxnreg", registers))
     return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)

@@ -25,10 +25,10 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def split_last_wave(num_t_tiles, num_n_tiles, BLOCK_T: gl.constexpr):
-    """(tiles dealt whole, parts that each of the rest is cut into, how many there are of both).
+    """(tiles that stay whole, parts that each other one is cut into, how many there are of both).
 
-    Programs take turns; the last turn may be of few tiles. These are cut by tokens if then each
-    program still gets at most one.
+    Every wave gives each program a tile, but the last may have few. Its tiles are cut by tokens
+    where each program still gets at most one part.
     """
     programs = gl.num_programs(0)
     tiles = num_t_tiles * num_n_tiles

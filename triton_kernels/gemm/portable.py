@@ -26,7 +26,7 @@ import triton.language as tl
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2, token_tiles_bound
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch, triton_version
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch, triton_version
 from hybrid_mxfp8.triton_kernels.numerics import (
     INTERPRET,
     e4m3_codes_to_fp32,
@@ -36,7 +36,6 @@ from hybrid_mxfp8.triton_kernels.numerics import (
     loop_bound,
 )
 from hybrid_mxfp8.triton_kernels.scale_layout import load_row_scales, load_scale_tile
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 Formulation = Literal["scaled", "bf16", "fp32"]
 

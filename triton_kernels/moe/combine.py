@@ -13,9 +13,8 @@ import triton.language as tl
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 UNROLLED = tl.constexpr(16)  # choices whose loads overlap; each takes 0.1 s or more to compile
 
@@ -79,7 +78,7 @@ def combine(
     out: Buffer,
     out_stride: int,
 ) -> tuple[KernelLaunch, ...]:
-    """The launch of ``reference.routing.combine``; ``out`` may have any stride between rows."""
+    """The launch of ``reference.combine``; ``out`` may have any stride between rows."""
     num_tokens, hidden = out.shape
     block = min(next_power_of_2(hidden), 2048 if INTERPRETED else 1024)
     programs = num_tokens * ceil_div(hidden, block)

@@ -15,9 +15,8 @@ import triton.language as tl
 from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import from_fp32, to_fp32
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -47,7 +46,7 @@ def expert_bias_kernel(
 
 
 def add_expert_bias(y: Buffer, inverse_permutation: Buffer, topk_ids: Buffer, bias: Buffer) -> tuple[KernelLaunch, ...]:
-    """The launch of ``reference.routing.add_expert_bias``."""
+    """The launch of ``reference.add_expert_bias``."""
     num_rows, n = y.shape
     block = min(next_power_of_2(n), 2048 if INTERPRETED else 1024)
     programs = math.prod(topk_ids.shape) * ceil_div(n, block)

@@ -10,10 +10,9 @@ from hybrid_mxfp8.core.formats import SCALE_ROUNDING_BIAS, ceil_div, next_power_
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import to_fp32
 from hybrid_mxfp8.triton_kernels.quantize import quantize_groups, select_quantize_config
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -24,9 +24,8 @@ from hybrid_mxfp8.core.formats import ceil_div, next_power_of_2
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.triton_kernels.dependent_launch import wait_for_predecessor
 from hybrid_mxfp8.triton_kernels.group_layout import store_layout
-from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, KernelLaunch
+from hybrid_mxfp8.triton_kernels.launch import INTERPRETED, VARYING, KernelLaunch
 from hybrid_mxfp8.triton_kernels.numerics import loop_bound
-from hybrid_mxfp8.triton_kernels.varying import VARYING
 
 
 @triton.jit
@@ -45,21 +44,17 @@ def _store_counts_as_layout(layout_ptr, counts, num_experts, BINS: tl.constexpr)
 
 
 @triton.jit
-def _store_rows(sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, row, num_slots, top_k, num_experts):
-    """Write both directions: a row's token, and a slot's row, -1 for one that is dropped."""
-    mask = slot < num_slots
-    tl.store(sorted_token_ids_ptr + row, slot // top_k, mask=mask)
-    tl.store(inverse_permutation_ptr + slot, tl.where(expert < num_experts, row, -1), mask=mask)
+def _store_rows(inverse_permutation_ptr, slot, expert, row, num_slots, num_experts):
+    """Write each slot's row, -1 for one that is dropped."""
+    tl.store(inverse_permutation_ptr + slot, tl.where(expert < num_experts, row, -1), mask=slot < num_slots)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_kernel(
     ids_ptr,  # (S,) int32 or int64
-    sorted_token_ids_ptr,  # (S,) int32
     inverse_permutation_ptr,  # (S,) int32
     layout_ptr,  # (3E+2,) int32
     num_slots,  # S
-    top_k,
     num_experts,
     BINS: tl.constexpr,  # power of two > E
     BLOCK: tl.constexpr,  # slots of a program
@@ -84,9 +79,7 @@ def rank_kernel(
         earlier = other[None, :] < slot[:, None]
         smaller = other_expert[None, :] < expert[:, None]
         before += (smaller | ((other_expert[None, :] == expert[:, None]) & earlier)).to(tl.int32)
-    _store_rows(
-        sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, tl.sum(before, 1), num_slots, top_k, num_experts
-    )
+    _store_rows(inverse_permutation_ptr, slot, expert, tl.sum(before, 1), num_slots, num_experts)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -132,11 +125,9 @@ def sum_kernel(
 def scatter_kernel(
     ids_ptr,  # (S,) int32 or int64
     counts_ptr,  # (1 + blocks, BINS) int32, summed
-    sorted_token_ids_ptr,  # (S,) int32
     inverse_permutation_ptr,  # (S,) int32
     layout_ptr,  # (3E+2,) int32
     num_slots,
-    top_k,
     num_experts,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -159,7 +150,7 @@ def scatter_kernel(
         other_expert = _experts_of(ids_ptr, other, num_slots, num_experts)
         before += ((other_expert[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])).to(tl.int32)
     row = tl.gather(starts, expert, 0) + tl.sum(before, 1)
-    _store_rows(sorted_token_ids_ptr, inverse_permutation_ptr, slot, expert, row, num_slots, top_k, num_experts)
+    _store_rows(inverse_permutation_ptr, slot, expert, row, num_slots, num_experts)
 
 
 @dataclass(frozen=True)
@@ -203,19 +194,17 @@ def scratch_elements(num_slots: int, num_experts: int) -> int:
 
 def route(
     topk_ids: Buffer,
-    sorted_token_ids: Buffer,
     inverse_permutation: Buffer,
     layout: Buffer,
     scratch: Buffer,
     num_experts: int,
 ) -> tuple[KernelLaunch, ...]:
-    """The launches of ``reference.routing.route``, with :func:`scratch_elements` of ``scratch``."""
-    num_tokens, top_k = topk_ids.shape
-    num_slots = num_tokens * top_k
+    """The launches of ``reference.route``, with :func:`scratch_elements` of ``scratch``."""
+    num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     config = select_route_config(num_slots, INTERPRETED)
     bins = _bins(num_experts)
     blocks = ceil_div(num_slots, config.block)
-    outputs = (sorted_token_ids, inverse_permutation, layout, num_slots, top_k, num_experts)
+    outputs = (inverse_permutation, layout, num_slots, num_experts)
     warps = (("num_warps", config.num_warps),)
     tile = (bins, config.block, config.chunk)
     if config.one_launch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
 from hybrid_mxfp8.commands.terminal import format_table, progress, wrap
 from hybrid_mxfp8.core.checks import resolve_device
-from hybrid_mxfp8.dispatch.device import default_device
+from hybrid_mxfp8.dispatch.device import default_device, has_triton
 from hybrid_mxfp8.dispatch.problem import Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, backends, choose, requested
 
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cpu" and has_triton():
         # Kernels are decorated when they are imported, which nothing has done yet.
         env.enable_triton_interpreter()
     workload = load(args.synthetic, args.experts, args.max_rows)

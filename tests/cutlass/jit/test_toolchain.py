@@ -69,107 +69,112 @@ def test_newest_package_wins(site: Path) -> None:
     ]
 
 
+RAGGED, OVERLAP = "ragged mainloop and overlap of its two kernels", "overlap of its two kernels"
+
+
 @pytest.mark.parametrize(
-    ("version", "ragged", "hint"),
+    ("version", "ragged", "lacks", "problem"),
     [
-        ("4.2.0", False, "ragged mainloop and overlap of its two kernels with newer CUTLASS headers: pip install"),
-        ("4.4.0", True, "overlap of its two kernels with newer CUTLASS headers: pip install 'hybrid-mxfp8[ragged]'"),
-        ("4.5.3", True, "overlap of its two kernels"),
-        ("4.6.0", True, ""),
-        ("5.0.0", True, ""),
+        ((3, 9, 0), False, RAGGED, "CUTLASS 4.2 or later is needed"),
+        ((4, 1, 9), False, RAGGED, "CUTLASS 4.2 or later is needed"),
+        ((4, 2, 0), False, RAGGED, ""),
+        ((4, 3, 0), False, RAGGED, "CUTLASS 4.3 calls cuDriverGetVersion"),
+        ((4, 3, 5), False, RAGGED, "CUTLASS 4.3 calls cuDriverGetVersion"),
+        ((4, 4, 0), True, OVERLAP, ""),
+        ((4, 5, 3), True, OVERLAP, ""),
+        ((4, 6, 0), True, "", ""),
+        ((5, 0, 0), True, "", ""),
     ],
 )
-def test_what_a_version_has_and_lacks(site: Path, version: str, ragged: bool, hint: str) -> None:
-    packages(site, cutlass_library=version)
-    found = toolchain.find_cutlass()
+def test_what_a_version_has_and_lacks(version: tuple[int, int, int], ragged: bool, lacks: str, problem: str) -> None:
+    found = toolchain.CutlassHeaders(Path("/c"), version, "a test")
     assert found.ragged is ragged
-    assert found.hint.startswith(hint)
-    assert bool(found.hint) == bool(hint)
+    assert found.hint == (f"{lacks} with newer CUTLASS headers: pip install 'hybrid-mxfp8[ragged]'" if lacks else "")
+    assert found.problem.startswith(problem)
+    assert bool(found.problem) == bool(problem)
 
 
-@pytest.mark.parametrize(
-    ("version", "problem"),
-    [
-        ("3.9.0", "CUTLASS 4.2 or later is needed"),
-        ("4.1.9", "CUTLASS 4.2 or later is needed"),
-        ("4.3.0", "CUTLASS 4.3 calls cuDriverGetVersion"),
-        ("4.3.5", "CUTLASS 4.3 calls cuDriverGetVersion"),
-    ],
-)
-def test_headers_that_are_not_used(
-    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, problem: str
-) -> None:
+def test_headers_that_are_not_used(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of these is passed over, and named where there is no other; a chosen folder is
-    refused."""
-    packages(site, deep_gemm=version)
-    said = rf"no CUTLASS headers.*\(sgl-deep-gemm has {version}: {problem}.*pip install nvidia-cutlass"
+    refused, and not passed over where it has none."""
+    packages(site, deep_gemm="4.1.9")
+    said = r"no CUTLASS headers.*\(sgl-deep-gemm has 4.1.9: CUTLASS 4.2 or later.*pip install nvidia-cutlass"
     with pytest.raises(BackendUnavailableError, match=said):
         toolchain.find_cutlass()
-    assert problem in toolchain.cutlass_candidates()[0].problem
-    make_cutlass(tmp_path / "mine", version)
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "mine"))
-    with pytest.raises(BackendUnavailableError, match=rf"HYBRID_MXFP8_CUTLASS_DIR: {problem}.* has {version}"):
-        toolchain.find_cutlass()
+    make_cutlass(tmp_path / "old", "4.1.9")
+    for name, said in (("old", "CUTLASS 4.2 or later is needed.* has 4.1.9"), ("absent", "expected a folder")):
+        monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / name))
+        with pytest.raises(BackendUnavailableError, match=f"HYBRID_MXFP8_CUTLASS_DIR: {said}"):
+            toolchain.find_cutlass()
 
 
-@pytest.mark.parametrize("inside", ["include", "."])
-def test_variable_beats_packages(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
-    """It may name a checkout or its include folder."""
-    packages(site, deep_gemm="4.8.1")
-    make_cutlass(tmp_path / "mine" / inside, "4.4.0")
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / "mine"))
-    assert toolchain.find_cutlass().version == (4, 4, 0)
-
-
-def test_a_chosen_folder_is_told_from_others_by_its_contents(
+def test_a_chosen_folder_beats_packages_and_is_told_by_its_contents(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkouts of different commits say the same version; packages of a version are the same."""
+    """A checkout or its include folder. Checkouts of different commits say the same version;
+    packages of a version are the same."""
     packages(site, deep_gemm="4.8.1")
     assert toolchain.find_cutlass().identity == "4.8.1"
     identities = []
-    for name, header, text in (
-        ("a", "layout.hpp", "// 1"),
-        ("b", "layout.hpp", "// 2"),
-        ("c", "layout.hpp", "// 1"),
-        ("d", "shape.hpp", "// 1"),
+    for inside, header, text in (
+        ("include", "layout.hpp", "// 1"),
+        ("include", "layout.hpp", "// 2"),
+        (".", "layout.hpp", "// 1"),
+        (".", "shape.hpp", "// 1"),
     ):
-        make_cutlass(tmp_path / name / "include", "4.8.1")
-        (tmp_path / name / "include" / "cute").mkdir()
-        (tmp_path / name / "include" / "cute" / header).write_text(text)
-        monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path / name))
+        chosen = tmp_path / str(len(identities))
+        make_cutlass(chosen / inside, "4.4.0")
+        (chosen / inside / "cute").mkdir()
+        (chosen / inside / "cute" / header).write_text(text)
+        monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(chosen))
         identities.append(toolchain.find_cutlass().identity)
-    assert all(re.fullmatch(r"4\.8\.1\+[0-9a-f]{8}", identity) for identity in identities)
+    assert all(re.fullmatch(r"4\.4\.0\+[0-9a-f]{8}", identity) for identity in identities)
     assert identities[0] == identities[2]
     assert len(set(identities)) == 3
 
 
-def test_variable_that_names_nothing_is_an_error(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong setting is reported, not passed over."""
-    packages(site, deep_gemm="4.8.1")
-    monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(tmp_path))
-    with pytest.raises(BackendUnavailableError, match=r"HYBRID_MXFP8_CUTLASS_DIR: expected a folder"):
-        toolchain.find_cutlass()
-
-
-def test_toolkit_is_found_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wrapper's folder is not the toolkit's."""
+@pytest.mark.parametrize("way", ["a wrapper", "a link"])
+def test_a_toolkit_is_where_its_compiler_says_or_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Not in the wrapper's folder; and where a link leads of one that says no folder."""
     real = make_nvcc(tmp_path / "toolkit", "13.0.88")
-    wrapper = tmp_path / "bin" / "nvcc"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
-    found = toolchain.find_cuda()
-    assert (found.home, found.version, found.origin) == (tmp_path / "toolkit", (13, 0, 88), "PATH")
+    found = tmp_path / "bin" / "nvcc"
+    found.parent.mkdir()
+    if way == "a wrapper":
+        found.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+        found.chmod(0o755)
+    else:
+        real.write_text(real.read_text().replace("_HERE_", "_THERE_"))
+        found.symlink_to(real)
+    monkeypatch.setenv("PATH", f"{found.parent}:/usr/bin:/bin")
+    cuda = toolchain.find_cuda()
+    assert (cuda.home, cuda.version, cuda.origin) == (tmp_path / "toolkit", (13, 0, 88), "PATH")
 
 
-def test_cuda_home_beats_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_nvcc(tmp_path / "a", "12.9.41")
-    make_nvcc(tmp_path / "b", "13.0.88")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'b' / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "a"))
-    assert toolchain.find_cuda().home == tmp_path / "a"
+WHEEL = "site/nvidia/cu13"
+
+
+@pytest.mark.parametrize(
+    ("toolkits", "variables", "found"),
+    [
+        ({"a": "12.9.41", "b": "13.0.88"}, {"CUDA_HOME": "a", "PATH": "b/bin:/bin"}, ("a", "CUDA_HOME")),
+        ({"a": "12.9.41", WHEEL: "13.0.88"}, {"PATH": "a/bin:/bin"}, ("a", "PATH")),
+        ({"a": "12.4.10", "b": "13.2.20", WHEEL: "13.0.88"}, {"PATH": "a/bin:b/bin:/bin"}, (WHEEL, "nvidia-cuda-nvcc")),
+        ({"site/nvidia/cu12": "12.9.41", WHEEL: "13.0.88"}, {"PATH": "/bin"}, (WHEEL, "nvidia-cuda-nvcc")),
+    ],
+    ids=["CUDA_HOME", "then PATH", "the first of PATH alone, unless too old", "the newest wheel"],
+)
+def test_the_order_of_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolkits, variables, found) -> None:
+    """CUDA_HOME, PATH as a shell reads it, wheels, whatever package ``nvidia`` is."""
+    for name, version in toolkits.items():
+        make_nvcc(tmp_path / name, version)
+    (tmp_path / "nvidia").mkdir()
+    (tmp_path / "nvidia" / "__init__.py").touch()
+    monkeypatch.setattr(toolchain, "sys", SimpleNamespace(path=[str(tmp_path), str(tmp_path / "site")]))
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    compiler = toolchain.find_cuda()
+    assert (compiler.home, compiler.origin) == (tmp_path / found[0], found[1])
 
 
 @pytest.mark.parametrize(
@@ -212,43 +217,6 @@ def test_the_host_compiler_is_named(
         assert cli.main(["warmup"]) == 2
         assert f"{nvcc}: no host compiler: install g++" in capsys.readouterr().err
     assert doctor.host_compiler().startswith(host or "no host compiler: install g++")
-
-
-def test_a_compiler_that_says_no_folder_is_where_its_link_leads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = make_nvcc(tmp_path / "toolkit", "13.0.88")
-    real.write_text(real.read_text().replace("_HERE_", "_THERE_"))
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "nvcc").symlink_to(real)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'links'}:/usr/bin:/bin")
-    assert toolchain.find_cuda().home == tmp_path / "toolkit"
-
-
-def test_wheels_come_after_path(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which an nvcc on PATH that is too old is passed over for, whatever package ``nvidia`` is."""
-    make_nvcc(tmp_path / "old", "12.4.10")
-    make_nvcc(site / "nvidia" / "cu13", "13.2.20")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
-    (tmp_path / "cu12" / "nvidia").mkdir(parents=True)
-    (tmp_path / "cu12" / "nvidia" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path / "cu12"))
-    found = toolchain.find_cuda()
-    assert (found.home, found.origin) == (site / "nvidia" / "cu13", "nvidia-cuda-nvcc")
-    assert "12.4.10 is older than 12.8" in next(toolchain.cuda_candidates()).problem
-
-
-def test_newest_wheel_and_first_of_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several compilers on PATH a shell calls the first; the others are not looked at."""
-    wheels = tmp_path / "site" / "nvidia"
-    for name, version in (("cu12", "12.9.41"), ("cu13", "13.0.88")):
-        make_nvcc(wheels / name, version)
-    for name, version in (("old", "12.4.10"), ("new", "13.2.20")):
-        make_nvcc(tmp_path / name, version)
-    monkeypatch.setattr(toolchain, "sys", SimpleNamespace(path=[str(tmp_path / "site")]))
-    for path in ("/nowhere", f"{tmp_path / 'old' / 'bin'}:{tmp_path / 'new' / 'bin'}"):
-        monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
-        assert toolchain.find_cuda().home == wheels / "cu13"
 
 
 def test_a_compiler_that_was_replaced_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

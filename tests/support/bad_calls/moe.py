@@ -11,7 +11,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, Prepared, grad, normal, of_tensor, overlapping, refused, shapes
+from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, Prepared, grad, normal, of_tensor, overlapping, refused
 
 M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
 
@@ -55,11 +55,8 @@ space = refused(mx.MoEWorkspace, lambda: {"w13q": w13(), "w2q": w2(), "max_token
 
 WEIGHTS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("w13 a tensor", TypeError, "^w13q: must be an ExpertWeights .* got Tensor$", {"w13q": normal(E, 2 * I, H)}),
-    ("w2 None", TypeError, "^w2q: must be an ExpertWeights .* got NoneType$", {"w2q": None}),
     ("w13 and w2 swapped", ValueError, r"^w13q: must be \(E, 2I, H\) = ", {"w13q": w2, "w2q": w13}),
     ("w13 of fewer experts", ValueError, r"^w13q: must be \(E, 2I, H\) = \(4, 64, 64\)", {"w13q": lambda: w13(e=3)}),
-    ("w13 without up", ValueError, r"^w13q: must be \(E, 2I, H\)", {"w13q": lambda: w13(n=I)}),
-    ("w13 of another H", ValueError, r"^w13q: must be \(E, 2I, H\)", {"w13q": lambda: w13(k=96)}),
     ("no experts", ValueError, "^w13q: must have at least 1 expert, got 0$", {"w13q": lambda: w13(e=0), "w2q": lambda: w2(e=0)}),
     *((f"(E, K, N) of {which}", ValueError, rf"^{name}: must be .*\(transposed\?\), got \({shape}\)$", {"w13q": lambda a=a: w13(E, *a), "w2q": lambda b=b: w2(E, *b)}) for which, name, shape, a, b in (
         ("w13", "w13q", "4, 96, 128", (96, 128), (96, 64)), ("w2", "w2q", "4, 64, 96", (128, 96), (64, 96)), ("both", "w13q", "4, 96, 128", (96, 128), (64, 96)))),
@@ -81,7 +78,6 @@ BAD: list[Bad] = [
     *(tokens(f"quantize_tokens: H of {k}", ValueError, f"^x: K must be a positive multiple of 32, got {k}$", x=normal(M, k)) for k in (0, 33)),
     tokens("quantize_tokens: backend unknown", ValueError, "^backend: must be one of", backend="vllm"),
     forward("ids of fewer tokens", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids(M - 1)),
-    forward("ids transposed", ValueError, r"^x: must have shape \(M, H\) with topk_ids' M", topk_ids=ids().T),
     forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),
     *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
     *(row(f"{word}: scale_group {g!r}", ValueError, "^scale_group: must be 32 or 128, got", scale_group=g)
@@ -98,7 +94,6 @@ BAD: list[Bad] = [
       )),
     forward("w2_bias with grad", ValueError, "^w2_bias: must not require grad", w2_bias=lambda: grad(torch.zeros(E, H))),
     into("out of fewer rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M - 1, H)),
-    into("out of wider rows", ValueError, r"^out: must have shape \(M, H\)", out=normal(M, H + 1)),
     into("out one row for all", ValueError, "^out: must have a row stride of at least H = 64, got 0$", out=normal(1, H).expand(M, H)),
     into("out with rows that overlap", ValueError, "^out: must have a row stride of at least H = 64, got 32$", out=lambda: normal(M * H).as_strided((M, H), (32, 1))),
     *(row(f"{word}: {what}", TypeError, "^workspace: must be a MoEWorkspace, got", workspace=value)
@@ -107,15 +102,12 @@ BAD: list[Bad] = [
     forward("workspace wrong, no tokens", TypeError, "^workspace: must be a MoEWorkspace", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), workspace="none"),
     forward("a token too many for the workspace", ValueError, "^x: must have at most the workspace's max_tokens = 6 rows, got 7$", workspace=_workspace(max_tokens=M - 1)),
     forward("workspace of another top_k and dtype", ValueError, "^workspace: must be made for top_k = 2, dtype = bfloat16, got 1, float16$", workspace=_workspace(top_k=1, dtype=torch.float16)),
-    forward("workspace of another top_k", ValueError, "^workspace: must be made for top_k = 2, got 1$", workspace=_workspace(top_k=1)),
-    forward("workspace of another dtype", ValueError, "^workspace: must be made for dtype = bfloat16, got float16$", workspace=_workspace(dtype=torch.float16)),
     forward("workspace on another device", ValueError, "^workspace: must be made for device = cpu, got meta$", workspace=lambda: mx.MoEWorkspace(meta(w13()), meta(w2()), max_tokens=M, top_k=TOP_K)),
     forward("workspace of another H", ValueError, "^workspace: must be made for", workspace=lambda: mx.MoEWorkspace(w13(k=96), w2(n=96), max_tokens=M, top_k=TOP_K)),
     forward("workspace of more experts", ValueError, "^workspace: must be made for", workspace=lambda: mx.MoEWorkspace(w13(e=5), w2(e=5), max_tokens=M, top_k=TOP_K)),
     *(module(f"module: backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("cuda", 3)),
     made("from_weights: w13 a list", TypeError, r"^w13: must be a torch\.Tensor", w13=[1.0]),
     made("from_weights: w2 None", TypeError, r"^w2: must be a torch\.Tensor", w2=None),
-    made("from_weights: w13 quantized already", TypeError, r"^w13: must be a torch\.Tensor .* got ExpertWeights$", w13=w13),
     made("from_weights: w13 of float64", TypeError, "^w13: dtype must be", w13=torch.zeros(E, 2 * I, H, dtype=torch.float64)),
     made("from_weights: one matrix", ValueError, r"^w2: must have shape \(E, N, K\)", w2=normal(H, I)),
     made("from_weights: w13 and w2 swapped", ValueError, r"^w13q: must be \(E, 2I, H\)", w13=normal(E, H, I), w2=normal(E, 2 * I, H)),
@@ -125,7 +117,6 @@ BAD: list[Bad] = [
       for value, error, message in ((0, ValueError, "at least 1, got 0"), (-3, ValueError, "at least 1, got -3"), (2.0, TypeError, "an int, got float"), (None, TypeError, "an int, got NoneType"), (True, TypeError, "an int, got bool"))),
     space("workspace: more rows than int32 counts", ValueError, r"^max_tokens: M \* top_k, and each expert's padding, must fit int32, got 2147483648$", max_tokens=2**30),
     space("workspace: dtype", TypeError, "^dtype: must be bfloat16 or float16 or float32, got float8_e4m3fn$", dtype=torch.float8_e4m3fn),
-    space("workspace: dtype a string", TypeError, "^dtype: must be", dtype="bf16"),
     space("workspace: backend", ValueError, "^backend: must be one of", backend="cuda"),
 ]  # fmt: skip
 
@@ -146,7 +137,9 @@ BAD += [
 # ---------------------------------------------------------------- odd ones
 
 
-def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any) -> Odd:
+def _right(
+    what: str, *, in_place: bool = False, shift: int = 0, out: torch.Tensor | None = None, **changes: Any
+) -> Odd:
     """Against the float64 layer of dequantized weights: MXFP8 activations leave 23 dB, garbage
     leaves none."""
 
@@ -167,7 +160,8 @@ def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any)
         if in_place:
             arguments["out"] = arguments["x"]
         else:
-            arguments["out"] = g.out(torch.full_like(plain["x"], float("nan")).contiguous(), shift)
+            target = torch.empty(plain["x"].shape, dtype=plain["x"].dtype) if out is None else out
+            arguments["out"] = g.out(target.fill_(float("nan")), shift)
 
         def check(result: torch.Tensor) -> None:
             assert result.data_ptr() == arguments["out"].data_ptr()
@@ -179,18 +173,6 @@ def _right(what: str, *, in_place: bool = False, shift: int = 0, **changes: Any)
         return lambda: mx.moe_forward(**arguments), check
 
     return Odd(what, prepare)
-
-
-def _layer(device: Any) -> torch.Tensor:
-    w13, w2 = torch.ones(E, 2 * I, H, device=device), torch.ones(E, H, I, device=device)
-    chosen = torch.zeros(M, TOP_K, dtype=torch.int64, device=device)
-    given = torch.ones(M, H, device=device), chosen, torch.ones(M, TOP_K, device=device)
-    result: torch.Tensor = mx.MXFP8Experts.from_weights(w13, w2)(*given)
-    return result
-
-
-def _is_layer(y: torch.Tensor) -> None:
-    assert y.shape == (M, H)
 
 
 DROPPED = torch.tensor([[0, -1], [E, 1], [2**31, 3], [-(2**63), 2], [2**63 - 1, 0], [2**32, 1], [-1, -1]])
@@ -212,6 +194,7 @@ ODD: list[Odd] = [
     _right("columns of wider rows", x=normal(M, 3 * H)[:, 5 : 5 + H]),
     _right("no tokens", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K)),
     _right("no choices", topk_ids=ids(M, 0), topk_weights=torch.ones(M, 0)),
+    _right("out in wider rows", out=normal(M, H + 32)[:, :H]),
+    _right("one row of any stride", x=normal(1, H), topk_ids=ids(1), topk_weights=torch.ones(1, TOP_K), out=normal(H).as_strided((1, H), (1, 1))),
     _right("one token, one expert", x=normal(1, H), w13q=w13(1), w2q=w2(1), topk_ids=ids(1, 1), topk_weights=torch.ones(1, 1)),
-    *shapes("tensors", _layer, _is_layer),
 ]  # fmt: skip

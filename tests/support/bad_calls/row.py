@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from guards import Guards
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
@@ -173,19 +172,6 @@ def shifted(
         return lambda: call(**arguments)
 
     return Bad(what, prepare, ValueError, message, placed(call, good))
-
-
-def shapes(what: str, run: Callable[[Any], object], check: Callable[[Any], None]) -> list[Odd]:
-    """A call of meta tensors, and one of fake ones: ``run`` is told the device to make them on."""
-
-    def fake() -> object:
-        with FakeTensorMode():
-            return run("cpu")
-
-    def odd(kind: str, call: Call) -> Odd:
-        return Odd(f"{kind} {what}", lambda g: (call, check))
-
-    return [odd("meta", lambda: run(META)), odd("fake", fake)]
 
 
 def grad(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from guards import Guards
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import registry
 
-from .row import E4M3, FLOATS, META, Bad, Odd, Prepared, ints, normal, of_tensor, overlapping, refused, shapes, shifted
+from .row import E4M3, FLOATS, META, Bad, Odd, Prepared, ints, normal, of_tensor, overlapping, refused, shifted
 
 COUNTS = [3, 0, 130]
 T, E, N, K = 133, 3, 128, 128
@@ -68,10 +68,7 @@ METADATA: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("E+1 offsets", ValueError, r"^expert_offsets: must have shape \(E,\) = \(3,\), got \(4,\)$", {"expert_offsets": ints(0, 3, 3, 133)}),
     ("E+1 scale offsets", ValueError, r"^blockscale_offsets: must have shape \(E,\)", {"blockscale_offsets": ints(0, 128, 128, 384)}),
     ("offsets that don't sum", ValueError, "^expert_offsets: must be the exclusive prefix sum of tokens_per_expert", {"expert_offsets": ints(0, 3, 4)}),
-    ("offsets that fall", ValueError, "^expert_offsets: must be the exclusive prefix sum", {"expert_offsets": ints(0, 3, 0)}),
-    ("inclusive ends", ValueError, "^expert_offsets: must be the exclusive prefix sum", {"expert_offsets": ints(3, 3, 133)}),
     ("negative counts", ValueError, "^expert_offsets: must be the exclusive prefix sum", {"tokens_per_expert": ints(-3, 0, 130)}),
-    ("counts beyond T", ValueError, "^expert_offsets: must be the exclusive prefix sum", {"tokens_per_expert": ints(300, 0, 130)}),
     ("scale offsets off a tile", ValueError, "^blockscale_offsets: must be multiples of 128", {"blockscale_offsets": ints(0, 100, 128)}),
     ("scale offsets negative", ValueError, "^blockscale_offsets: must be multiples of 128", {"blockscale_offsets": ints(-128, 128, 128)}),
     ("scale offsets too far", ValueError, "^blockscale_offsets: must be multiples of 128 that leave each expert its rows", {"blockscale_offsets": ints(0, 128, 256)}),
@@ -161,27 +158,10 @@ def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_ST
     return Odd(what, prepare)
 
 
-def _on_meta(device: Any) -> torch.Tensor:
-    given = {name: value.to(META) for name, value in _tokens().items()}
-    sglang_case.grouped_quant(**given)
-    product = {"a": e4m3(E, N, K), "sfa": u8(E, N, 4), "workspace": u8(9)}
-    product |= {"b": given["quant_output"], "sfb": given["scale_factor"]}
-    metadata = {name: given[name] for name in ("tokens_per_expert", "expert_offsets", "blockscale_offsets")}
-    result: torch.Tensor = sglang_case.moe_grouped_gemm(
-        **{name: value.to(META) for name, value in {**product, **metadata}.items()}, dtype=torch.float16
-    )
-    return result
-
-
-def _is_product(d: torch.Tensor) -> None:
-    assert (d.shape, d.dtype) == ((T, N), torch.float16)
-
-
 ODD: list[Odd] = [
     _right("as SGLang calls it"),
     _right("scales in another order, with gaps", rows=1024, scale_starts=(896, 384, 128)),
     _right("scale rows that are no whole tile", rows=S + 77),
     _right("input 2 bytes off", shift=2),
     _right("a workspace of three dimensions", workspace=(3, 5)),
-    shapes("tensors", _on_meta, _is_product)[0],
 ]
