@@ -21,10 +21,10 @@ from hybrid_mxfp8.integrations import transformers as integration
 NOT_PROVEN = r"^experts: must be quantized by quantize_model_\(model\) where torch.distributed is in use"
 
 
-def in_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function`` returns in each of ``world`` processes of one group; none may fail."""
+def in_ranks(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function`` returns on each of two ranks; none may fail."""
     models.require()
-    results = on_ranks(_with_transformers, folder, "cpu", function, *arguments, ranks=world)
+    results = on_ranks(_with_transformers, folder, "cpu", function, *arguments)
     assert not [result for result in results if isinstance(result, str)], results
     return results
 
@@ -65,7 +65,7 @@ def _fsdp() -> bool:
 
 def test_fsdp_gathers_unseen_so_experts_are_quantized_before_it(tmp_path: Path) -> None:
     """Into the same parameter, with the version it had: a copy can't be proven to be current."""
-    assert in_ranks(1, tmp_path, _fsdp) == [True]
+    assert in_ranks(tmp_path, _fsdp) == [True, True]
 
 
 # ---------------------------------------------------------------- tensor and expert parallelism
@@ -118,5 +118,5 @@ def test_each_rank_quantizes_its_shard_once(
 ) -> None:
     models.require()
     pytest.importorskip("transformers.distributed.mixin", reason="a newer transformers has DistributedConfig")
-    first, second = in_ranks(2, tmp_path, _parallel, name, sizes, whole, local)
+    first, second = in_ranks(tmp_path, _parallel, name, sizes, whole, local)
     assert first == second
