@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,10 @@ def broken(experts: mx.ExpertWeights, **changes: torch.Tensor | None) -> Tensors
         ({"w_scale_inv": torch.ones(3, 40, 1)}, "dtype must be U8 or F8_E8M0, got F32: .* perhaps those of FP8 of whole rows"),
         ({"w_scale_inv": torch.ones(3, 128, 4, dtype=torch.uint8)}, r"\(..., N, K/32\) = \(3, 40, 3\), row-major, got \(3, 128, 4\)"),
         ({"w_scale": torch.ones(3, 40, 3, dtype=torch.uint8)}, "'w' has two sets of scales"),
+        *(  # as DeepSeek-V3 is published
+            ({"w": torch.zeros(2, 200, 384).to(FP8), "w_scale_inv": torch.ones(2, 2, 3).to(dtype)}, f"must be MXFP8, got FP8 with one {said} scale a 128x128 block: convert it")
+            for dtype, said in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float8_e8m0fnu, "E8M0"))
+        ),
     ],
 )  # fmt: skip
 def test_what_is_not_mxfp8_is_named(
@@ -195,40 +200,6 @@ def test_what_only_the_header_tells(
             read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "said"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float8_e8m0fnu, "E8M0")]
-)
-def test_fp8_of_larger_blocks_is_named(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
-    """As DeepSeek-V3 is published: no experts to load, and the error says what they are."""
-    name = "model.layers.3.mlp.experts.0.up_proj.weight"
-    weight, scale = torch.zeros(200, 384).to(FP8), torch.ones(2, 3).to(dtype)
-    save_file({name: weight, name + "_scale_inv": scale}, tmp_path / "m.safetensors")
-    assert checkpoint.find_experts(tmp_path) == {}
-    message = f"must be MXFP8, got FP8 with one {said} scale a 128x128 block: convert it with `python -m hybrid_mxfp8 quantize`$"
-    with pytest.raises(ValueError, match=message):
-        checkpoint.load_experts(tmp_path, name.replace(".0.", ".*."))
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ("experts.*.w", r"experts.\*.w: experts must be numbered 0 .. 3, number 1 is missing"),
-        ("experts.*.v", "has no tensor"),
-        (["a", "b"], r"b: must have E = 2 and K = 32 as a, got \(E, N, K\) \(3, 8, 32\)"),
-        ("odd.*", r"odd.\*: experts must have one shape, got \[\(8, 32\), \(16, 32\)\]"),
-        ("four.*", r"four.0: must have shape \(N, K\) or \(E, N, K\), got \(1, 1, 8, 32\)"),
-    ],
-)
-def test_names_that_do_not_fit_are_explained(names: Any, message: str, tmp_path: Path) -> None:
-    shapes = {"experts.0.w": (8, 32), "experts.2.w": (8, 32), "experts.3.w": (8, 32), "a": (2, 8, 32), "b": (3, 8, 32)}
-    shapes |= {"odd.0": (8, 32), "odd.1": (16, 32), "four.0": (1, 1, 8, 32)}
-    tensors = {name: torch.zeros(shape).to(FP8) for name, shape in shapes.items()}
-    tensors |= {f"{n}_scale": torch.ones(*s[:-1], 1, dtype=torch.uint8) for n, s in shapes.items()}
-    save_file(tensors, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=message):
-        checkpoint.load_experts(tmp_path, names)
-
-
 def test_files_of_a_refused_checkpoint_are_closed(experts: mx.ExpertWeights, tmp_path: Path) -> None:
     """Also where two files hold one tensor; what is absent is an error of its own."""
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
@@ -241,6 +212,67 @@ def test_files_of_a_refused_checkpoint_are_closed(experts: mx.ExpertWeights, tmp
     with pytest.raises(ValueError, match=r"b.safetensors: tensor 'w\w*' is in another file"):
         checkpoint.load_experts(tmp_path, "w")
     assert os.listdir("/proc/self/fd") == before
+
+
+# ---------------------------------------------------------------- wrong arguments
+
+
+LOADED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"names": 3}, TypeError, "^names: must be a string or a sequence of strings, got 3$"),
+    ({"names": ["w", 3]}, TypeError, "^names: must be a string or a sequence of strings"),
+    ({"names": []}, ValueError, "^names: must name at least one tensor, got none$"),
+    ({"names": "v"}, ValueError, "has no tensor 'v'$"),
+    ({"names": "a*b*"}, ValueError, r"^names: 'a\*b\*' must have one \* at most$"),
+    ({"device": "tpu0"}, ValueError, "^device: must be a torch.device or the name of one, got 'tpu0'$"),
+    ({"device": 1.5}, ValueError, "^device: must be a torch.device"),
+    ({"device": "cuda:63", "path": "/nowhere"}, ValueError, "^device: there are .* got 'cuda:63'$"),
+    ({"experts": range(1, 4)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(1, 4\)$"),
+    ({"experts": range(-1, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, .* got range\(-1, 2\)$"),
+    ({"experts": range(2, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(2, 2\)$"),
+    ({"experts": [0, 1]}, TypeError, "^experts: must be a range of experts' numbers, got list$"),
+    ({"names": "experts.*.w"}, ValueError, r"experts.\*.w: experts must be numbered 0 .. 3, number 1 is missing"),
+    ({"names": "experts.*.v"}, ValueError, r"has no tensor 'experts.\*.v' with a number for the \*$"),
+    ({"names": ["a", "b"]}, ValueError, r"b: must have E = 2 and K = 32 as a, got \(E, N, K\) \(3, 8, 32\)"),
+    ({"names": "odd.*"}, ValueError, r"odd.\*: experts must have one shape, got \[\(8, 32\), \(16, 32\)\]"),
+    ({"names": "four.*"}, ValueError, r"four.0: must have shape \(N, K\) or \(E, N, K\), got \(1, 1, 8, 32\)"),
+]  # fmt: skip
+SHAPES: dict[str, tuple[int, ...]] = {
+    **{"w": (2, 8, 64), "a": (2, 8, 32), "b": (3, 8, 32), "four.0": (1, 1, 8, 32), "odd.0": (8, 32), "odd.1": (16, 32)},
+    **dict.fromkeys(("experts.0.w", "experts.2.w", "experts.3.w"), (8, 32)),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), LOADED)
+def test_wrong_arguments_for_loading(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    tensors = {name: torch.zeros(shape).to(FP8) for name, shape in SHAPES.items()}
+    tensors |= {f"{n}_scale": torch.ones(*s[:-1], s[-1] // 32, dtype=torch.uint8) for n, s in SHAPES.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(error, match=message):
+        checkpoint.load_experts(**{"path": tmp_path, "names": "w", **changes})
+
+
+W = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
+ON_META = mx.ExpertWeights(W.values.to("meta"), W.scales.to("meta"))
+SAVED: list[tuple[Any, type[Exception], str]] = [
+    ([W], TypeError, "^experts: must map names to ExpertWeights, got list$"),
+    (W, TypeError, "^experts: must map names to ExpertWeights, got ExpertWeights$"),
+    ({"w": torch.ones(3)}, TypeError, "^experts: must map names to ExpertWeights, got 'w': Tensor$"),
+    ({3: W}, TypeError, "^experts: must map names to ExpertWeights, got 3"),
+    ({"": W}, ValueError, "^experts: a tensor can't be called ''"),
+    ({"__metadata__": W}, ValueError, "^experts: a tensor can't be called '__metadata__'"),
+    ({"w": W, "w_scale_inv": W}, ValueError, "'w_scale_inv' is there twice"),
+    ({"w": ON_META}, ValueError, "^experts: 'w' must have data, got tensors on meta$"),
+]
+
+
+@pytest.mark.parametrize(("experts", "error", "message"), SAVED)
+def test_wrong_arguments_for_saving(experts: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    """Refused before anything is written."""
+    with pytest.raises(error, match=message):
+        checkpoint.save_experts(tmp_path / "experts.safetensors", experts)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- the writer
@@ -281,8 +313,18 @@ def test_an_incomplete_file_never_appears(pieces: list[int], tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writer_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="'w' is there twice"):
-        SafetensorsWriter(Path("m"), [Entry("w", "U8", (4,)), Entry("w", "U8", (4,))], {})
-    with pytest.raises(ValueError, match="w: dtype F4 is not known here"):
-        SafetensorsWriter(Path("m"), [Entry("w", "F4", (4,))], {})
+@pytest.mark.parametrize(
+    ("names", "dtype", "message"),
+    [
+        ("ww", "U8", "'w' is there twice"),
+        ("w", "F4", "w: dtype F4 is not known here"),
+        (["__metadata__"], "U8", "can't hold a tensor of the name '__metadata__'"),
+        (["lone \ud800 surrogate"], "U8", "can't hold a tensor of the name"),
+        (["w" * 55], "U8", r"m.safetensors: its header would have 112 bytes, of which the format allows 100"),
+    ],
+)
+def test_writer_refuses(names: Sequence[str], dtype: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not know, and what the format or the library does not."""
+    monkeypatch.setattr("hybrid_mxfp8.checkpoint.writer.MAX_HEADER_BYTES", 100)
+    with pytest.raises(ValueError, match=message):
+        SafetensorsWriter(Path("m.safetensors"), [Entry(name, dtype, (4,)) for name in names], {})

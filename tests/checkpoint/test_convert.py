@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import FP8, Tensors, quantize, same_bytes
+from files import FP8, Tensors, convert_tensors, quantize, read_folder, same_bytes, same_experts, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -119,8 +119,7 @@ def test_summary_counts_bytes_and_finds_the_worst(
 ) -> None:
     """bf16 to 33/32 bytes an element: 0.52. 1.0625 between two e4m3 values is worst, 24.6 dB."""
     tensors[MATRICES[1]] = torch.full((24, 64), 1.0625, dtype=torch.float16)
-    save_file(tensors, tmp_path / "in.safetensors")
-    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL) == 0
+    assert convert_tensors(tensors, tmp_path, *ALL) == 0
     said = capsys.readouterr().out
     before = 2 * (3 * 40 * 96 + 3 * 24 * 64)
     after = before / 2 * 33 / 32
@@ -138,10 +137,9 @@ def test_signal_to_noise_of_any_magnitude(
     for copy in ("double", "square"):
         monkeypatch.setattr(torch.Tensor, copy, None)
     w = torch.tensor([1.0625, 1.0]).repeat(2, 16) * 2.0 ** round(torch.tensor(scale).log2().item())
-    save_file({"w": w, "v": torch.ones(2, 32)}, tmp_path / "in.safetensors")
-    assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w") == 0
+    assert convert_tensors({"w": w}, tmp_path, "--experts", "w") == 0
     assert "worst signal-to-noise 27.4 dB, in w" in capsys.readouterr().out
-    assert quantize(tmp_path / "in.safetensors", tmp_path / "v.safetensors", "--experts", "v") == 0
+    assert convert_tensors({"w": torch.ones(2, 32)}, tmp_path, "--experts", "w", "--force") == 0
     assert "no matrix lost anything" in capsys.readouterr().out
 
 
@@ -153,77 +151,70 @@ def refused(words: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> st
     return capsys.readouterr().err
 
 
-def test_output_that_exists(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "out.safetensors"
-    target.write_text("precious")
-    assert "exists; --force replaces it" in refused((source, target, *ALL), capsys)
-    assert target.read_text() == "precious"
-    assert quantize(source, target, *ALL, "--force") == 0
-    assert STACKED + "_scale_inv" in load_file(target)
-
-
-def test_a_pattern_without_a_match_lists_some_names(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = refused((source, tmp_path / "out.safetensors", "--experts", "*.expert.*"), capsys)
-    assert "no matrix matches *.expert.* among attention.weight, mask, model.embed_tokens.weight, ..." in said
-
-
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (torch.zeros(4, 40), "w: must have K, its last dimension, a positive multiple of 32, got (4, 40)"),
-        (torch.zeros(0, 32), "w: must have K, its last dimension, a positive multiple of 32, got (0, 32)"),
-        (torch.zeros(2, 2, 2, 32), "w: must have shape (N, K) or (E, N, K), got (2, 2, 2, 32)"),
-        (torch.zeros(4, 32).to(FP8), "w: dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized"),
-        (torch.zeros(4, 32).double(), "w: dtype must be BF16, F16 or F32, got F64: only those are converted, and FP8"),
-        (torch.full((4, 32), float("inf")), "w: holds NaN or Inf"),
-        (torch.full((2, 4, 32), float("nan")), "w[0]: holds NaN or Inf"),
-        (torch.full((2, 32), torch.finfo(torch.float32).max), "w: holds NaN or Inf"),  # rounded, 2**128
-    ],
-)
-def test_what_cannot_be_quantized_leaves_nothing_behind(
-    tensor: torch.Tensor, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_file({"w": tensor, "other": torch.ones(2)}, tmp_path / "in.safetensors")
-    assert message in refused((tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w"), capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
-
-
-def test_a_weight_that_has_scales_is_not_quantized_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file({"w": torch.ones(2, 32), "w_scale_inv": torch.ones(1, 1)}, tmp_path / "in.safetensors")
-    said = refused((tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--experts", "w"), capsys)
-    assert "w: has scales, w_scale_inv, so it is quantized already" in said
-
-
-@pytest.mark.parametrize("pattern", ["*.experts.*", "*.down_proj", "*.gate_up_proj"])
-@pytest.mark.parametrize("hidden", [64, 96])
-def test_experts_whose_last_dimension_is_n_are_refused(
-    pattern: str, hidden: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As gpt-oss keeps them, whose H and I are equal; the pair may lie in two files."""
-    up, bias, down = torch.ones(2, hidden, 128), torch.ones(2, 128), torch.ones(2, 64, hidden)
-    (tmp_path / "in").mkdir()
-    pair = {"layers.0.experts.gate_up_proj": up, "layers.0.experts.gate_up_proj_bias": bias}
-    save_file(pair, tmp_path / "in" / "a.safetensors")
-    save_file({"layers.0.experts.down_proj": down}, tmp_path / "in" / "b.safetensors")
-    said = refused((tmp_path / "in", tmp_path / "out", "--experts", pattern), capsys)
-    assert "layers.0.experts.gate_up_proj: must be (E, N, K) = (E, 2I, H), as layers.0.experts.down_proj is" in said
-    assert f"got (2, {hidden}, 128) and (2, 64, {hidden}): they look like (E, K, N)" in said
-    assert not (tmp_path / "out").exists()
-
-
 def gpt_oss(hidden: int, intermediate: int) -> dict[str, torch.Tensor]:
     """A layer's experts as gpt-oss keeps them: (E, K, N), gate and up in turns."""
     rng = torch.Generator().manual_seed(0)
-    up, down = (
-        torch.randn(2, hidden, 2 * intermediate, generator=rng),
-        torch.randn(2, intermediate, hidden, generator=rng),
-    )
-    biases = torch.randn(2, 2 * intermediate, generator=rng), torch.randn(2, hidden, generator=rng)
-    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-    tensors = zip(names, (up.bfloat16(), down.bfloat16(), *biases), strict=True)
-    return {f"layers.0.mlp.experts.{name}": t for name, t in tensors}
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate_up_proj": (2, hidden, 2 * intermediate),
+        "down_proj": (2, intermediate, hidden),
+        "gate_up_proj_bias": (2, 2 * intermediate),
+        "down_proj_bias": (2, hidden),
+    }
+    tensors = {f"layers.0.mlp.experts.{name}": torch.randn(s, generator=rng) for name, s in shapes.items()}
+    return {name: t.bfloat16() if t.ndim == 3 else t for name, t in tensors.items()}
+
+
+BY_OPTION = ("--transposed", "*_proj", "--interleaved", "*.gate_up_proj")
+W = ("--experts", "w")
+E4M3 = torch.full((2, 130, 32), 448.0).to(FP8)
+AS_E_N_K = {name: t.mT.contiguous() if t.ndim == 3 else t for name, t in gpt_oss(64, 96).items()}
+QUANTIZED = "w: dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized already"
+REFUSED: dict[str, tuple[Tensors, tuple[str, ...], str]] = {
+    "no match": (OTHERS, ("--experts", "*.expert.*"), "no matrix matches *.expert.* among attention.weight, mask, model.embed_tokens.weight, ..."),
+    "K of 40": ({"w": torch.zeros(4, 40)}, W, "w: must have K, its last dimension, a positive multiple of 32, got (4, 40)"),
+    "no row": ({"w": torch.zeros(0, 32)}, W, "w: must have K, its last dimension, a positive multiple of 32, got (0, 32)"),
+    "four dimensions": ({"w": torch.zeros(2, 2, 2, 32)}, W, "w: must have shape (N, K) or (E, N, K), got (2, 2, 2, 32)"),
+    "no scales": ({"w": E4M3}, W, QUANTIZED),
+    "fp64": ({"w": torch.zeros(4, 32).double()}, W, "w: dtype must be BF16, F16 or F32, got F64: only those are converted, and FP8"),
+    "has scales": ({"w": torch.ones(2, 32), "w_scale_inv": torch.ones(1, 1)}, W, "w: has scales, w_scale_inv, so it is quantized already"),
+    "Inf": ({"w": torch.full((4, 32), torch.inf)}, W, "w: holds NaN or Inf"),
+    "NaN": ({"w": torch.full((2, 4, 32), torch.nan)}, W, "w[0]: holds NaN or Inf"),
+    "rounded, 2**128": ({"w": torch.full((2, 32), torch.finfo(torch.float32).max)}, W, "w: holds NaN or Inf"),
+    **{  # of the last rows; 448 times 1e37 is Inf
+        f"a scale of {scale}": ({"w": E4M3, "w_scale_inv": torch.tensor([[1.0, 1], [1, scale]])[..., None]}, W, "w[1]: holds NaN or Inf")
+        for scale in (torch.nan, torch.inf, 1e37)
+    },
+    **{  # of other blocks, rows or whole tensors
+        f"scales {shape}": ({"w": torch.ones(200, 384).to(FP8), "w_scale_inv": torch.ones(shape)}, W, QUANTIZED)
+        for shape in ((2, 2), (4, 1), (1, 3), (2, 3, 1))
+    },
+    **{  # as gpt-oss keeps them; its H and I are equal
+        f"K before N, H {h}, {name}": (gpt_oss(h, 64), ("--experts", name), f"got (2, {h}, 128) and (2, 64, {h}): they look like (E, K, N): give --trans")
+        for h in (64, 96)
+        for name in ("*.experts.*", "*.down_proj", "*.gate_up_proj")
+    },
+    "E, N, K transposed": (AS_E_N_K, (*ALL, "--transposed", "*"), "got (2, 192, 64) and (2, 64, 96): they look like (E, N, K), which --transposed, or"),
+    **{
+        f"{option} {pattern}": (gpt_oss(64, 96), (*ALL, option, pattern), message)
+        for option, pattern, message in (
+            ("--transposed", "*gate_up", "--transposed: no stack of three dimensions that --experts matches has a name like *gate_up"),
+            ("--interleaved", "*_bias", "--interleaved: no matrix that --experts matches has a name like *_bias"),
+            ("--transposed", "*gate_up_proj", "got (2, 64, 192) and (2, 96, 64): --transposed must match both"),
+            ("--interleaved", "*.gate_up_proj", "gate_up_proj: must be (E, N, K) = (E, 2I, H), as layers.0.mlp.experts.down_proj is (E, H, I)"),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_leaves_nothing_behind(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, words, message = REFUSED[what]
+    assert convert_tensors(tensors, tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+# ---------------------------------------------------------------- experts in another layout
 
 
 BY_OPTION = ("--transposed", "*_proj", "--interleaved", "*.gate_up_proj")
@@ -237,44 +228,34 @@ SAID = {
 
 @pytest.mark.parametrize("rows", [1, 7, 2**20], ids=lambda n: f"{n} rows a block")
 @pytest.mark.parametrize("how", SAID)
-@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
 def test_experts_as_gpt_oss_keeps_them(
-    folder: bool,
-    how: str,
-    rows: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    how: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They leave as (E, N, K) with all gate rows first, biases too, as the transformers integration
-    quantizes them; whatever the blocks."""
+    quantizes them; from a folder and a file, whatever the blocks."""
     monkeypatch.setattr(convert, "BLOCK_ELEMENTS", rows * 64)
     tensors, (config, words) = gpt_oss(64, 96), SAID[how]
     (tmp_path / "in").mkdir()
     save_file(tensors, tmp_path / "in" / "a.safetensors")
     if config is not None:
         (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    source, target = tmp_path / "in", tmp_path / "out"
-    if not folder:
-        source, target = source / "a.safetensors", tmp_path / "out.safetensors"
-    with mx.use_backend("reference"):
-        assert quantize(source, target, *ALL, *words) == 0
     up, down, up_bias, down_bias = tensors.values()
+    order = {"transposed": True, "interleaved": True, "backend": "reference"}
+    expected = mx.MXFP8Experts.from_weights(up, down, w13_bias=up_bias, **order)
     names = list(tensors)
-    expected = mx.MXFP8Experts.from_weights(
-        up, down, w13_bias=up_bias, transposed=True, interleaved=True, backend="reference"
-    )
-    for name, w in ((names[0], expected.w13q), (names[1], expected.w2q)):
-        found = checkpoint.load_experts(target, name)
-        assert same_bytes(found.values, w.values)
-        assert same_bytes(found.scales, w.scales)
-    with safe_open(target / "a.safetensors" if folder else target, framework="pt") as file:
-        assert torch.equal(file.get_tensor(names[2]), expected.w13_bias)
-        assert torch.equal(file.get_tensor(names[3]), down_bias)
-    said = capsys.readouterr().out
-    assert f"transposed from (E, K, N): 2, {names[1]} among them" in said
-    assert f"gate and up rows put one after another: 2, {names[0]} among them" in said
-    assert f"1 matching vectors and biases stay as they were, {names[3]} among them" in said
+    for file in ("", "a.safetensors"):
+        target = tmp_path / "out" / file
+        with mx.use_backend("reference"):
+            assert quantize(tmp_path / "in" / file, target, *ALL, *words, "--force") == 0
+        assert same_experts(checkpoint.load_experts(target, names[0]), expected.w13q)
+        assert same_experts(checkpoint.load_experts(target, names[1]), expected.w2q)
+        with safe_open(tmp_path / "out" / "a.safetensors", framework="pt") as written:
+            assert torch.equal(written.get_tensor(names[2]), expected.w13_bias)
+            assert torch.equal(written.get_tensor(names[3]), down_bias)
+        said = capsys.readouterr().out
+        assert f"transposed from (E, K, N): 2, {names[1]} among them" in said
+        assert f"gate and up rows put one after another: 2, {names[0]} among them" in said
+        assert f"1 matching vectors and biases stay as they were, {names[3]} among them" in said
 
 
 def test_known_layout_under_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,9 +265,8 @@ def test_known_layout_under_other_names(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
     given = (tmp_path / "a.safetensors", tmp_path / "out.safetensors", *ALL, "--transposed", "*_proj.weight")
     assert quantize(*given) == 2
-    assert (
-        "has gate and up rows in turns in *.experts.gate_up_proj: --interleaved says where" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "has gate and up rows in turns in *.experts.gate_up_proj: --interleaved says where" in said
     assert quantize(*given, "--interleaved", "*.gate_up_proj.weight") == 0
 
 
@@ -315,27 +295,6 @@ def test_mxfp4_is_named(mark: str, pattern: str, tmp_path: Path, capsys: pytest.
             checkpoint.load_experts(tmp_path / "in", name)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--transposed", "*gate_up"), "--transposed: no stack of three dimensions that --experts matches has a name like *gate_up"),
-        (("--interleaved", "*_bias"), "--interleaved: no matrix that --experts matches has a name like *_bias"),
-        (("--transposed", "*gate_up_proj"), "got (2, 64, 192) and (2, 96, 64): --transposed must match both"),
-        (BY_OPTION[2:], "(2, 64, 192) and (2, 96, 64): they look like (E, K, N): give --transposed, and --interleaved if"),
-        (("--transposed", "*"), "got (2, 192, 64) and (2, 64, 96): they look like (E, N, K), which --transposed, or"),
-    ],
-)  # fmt: skip
-def test_layouts_that_are_none(
-    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tensors = gpt_oss(64, 96)
-    if "look like (E, N, K)" in message:
-        tensors = {name: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for name, t in tensors.items()}
-    save_file(tensors, tmp_path / "in.safetensors")
-    assert message in refused((tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL, *words), capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
-
-
 @pytest.mark.parametrize("hidden", [32, 64, 128, 256])
 def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: Path) -> None:
     """Also where sizes happen to be equal, and where two layers' would fit the other way."""
@@ -343,9 +302,8 @@ def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: 
     tensors = {"layers.0.experts.gate_up_proj": up, "layers.0.experts.down_proj": down}
     tensors |= {"layers.1.experts.gate_up_proj": up.clone()}
     tensors |= {"layers.2.experts.down_proj": torch.ones(2, hidden // 2, 128)}
-    save_file(tensors, tmp_path / "in.safetensors")
     with mx.use_backend("reference"):
-        assert quantize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *ALL) == 0
+        assert convert_tensors(tensors, tmp_path, *ALL) == 0
 
 
 # ---------------------------------------------------------------- folders
@@ -354,16 +312,12 @@ def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: 
 @pytest.fixture
 def folder(tensors: Tensors, tmp_path: Path) -> Path:
     """A checkpoint of two files, one of which has no expert."""
-    path = tmp_path / "model"
-    (path / "onnx").mkdir(parents=True)
     first = {name: t for name, t in tensors.items() if "experts" in name}
     second = {name: t for name, t in tensors.items() if name not in first}
-    save_file(first, path / "1.safetensors")
-    save_file(second, path / "2.safetensors")
-    where = {**dict.fromkeys(first, "1.safetensors"), **dict.fromkeys(second, "2.safetensors")}
-    (path / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
-    (path / "config.json").write_text(json.dumps({"model_type": "some_moe", "hidden_size": 96}))
+    config = {"model_type": "some_moe", "hidden_size": 96}
+    path = write_folder(tmp_path / "model", {"1.safetensors": first, "2.safetensors": second}, config)
     (path / "tokenizer.json").write_text("{}")
+    (path / "onnx").mkdir()
     (path / "onnx" / "vocabulary.txt").write_text("a b")
     return path
 
@@ -383,43 +337,57 @@ def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_
     assert checkpoint.find_experts(target) == {STACKED: (3, 40, 96), pattern: (3, 24, 64)}
     stacked = checkpoint.load_experts(target, STACKED)
     assert torch.equal(stacked.linear_scales(), reference.quantize(tensors[STACKED])[1])
-    index = json.loads((target / checkpoint.INDEX_FILE).read_text())
-    files = {name: load_file(target / name) for name in set(index["weight_map"].values())}
-    assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for found in files.values() for t in found.values())
-    config = json.loads((target / "config.json").read_text())
+    files, config = read_folder(target)
     untouched = ["model.embed_tokens", "model.layers.0.mlp.gate"]
     expected = {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
     assert config == {"model_type": "some_moe", "hidden_size": 96, "quantization_config": expected}
     assert (target / "tokenizer.json").read_text() == "{}"
     assert (target / "onnx" / "vocabulary.txt").read_text() == "a b"
-    assert load_file(target / "2.safetensors").keys() == load_file(folder / "2.safetensors").keys()
+    assert files["2.safetensors"].keys() == load_file(folder / "2.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            (f"model/1.safetensors {same} --force", "IN and OUT must not be the same")
+            for same in ("model/1.safetensors", "model/../model/1.safetensors", "link", "hard", "linked/1.safetensors")
+        ),
+        ("model linked --force", "IN and OUT must not be the same"),
+        ("model model/inside --force", "IN and OUT must not lie in one another"),
+        ("model linked/inside --force", "IN and OUT must not lie in one another"),
+        ("model . --force", "IN and OUT must not lie in one another"),  # it would take IN with it
+        ("model/1.safetensors file", "exists; --force replaces it"),
+        ("model mine", "exists; --force replaces it"),
+        ("model mine --force", "is a folder with no safetensors file, which --force does not replace"),
+        ("model linked_mine --force", "is a link to a folder, which --force does not replace"),
+        ("model file --force", "is a file, unlike"),
+    ],
+)
+def test_an_out_that_is_refused_stays(
+    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    for file in ("file", "mine/file"):
+        (tmp_path / file).write_text("precious")
+    for link, name in (("link", "model/1.safetensors"), ("linked", "model"), ("linked_mine", "mine")):
+        (tmp_path / link).symlink_to(tmp_path / name)
+    (tmp_path / "hard").hardlink_to(folder / "1.safetensors")
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    source, target, *force = words.split()
+    assert message in refused((tmp_path / source, tmp_path / target, *ALL, *force), capsys)
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.usefixtures("_reference")
-def test_a_folder_is_replaced_only_with_force(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "precious").touch()
-    assert "exists; --force" in refused((folder, target, *ALL), capsys)
-    said = refused((folder, target, *ALL, "--force"), capsys)
-    assert "is a folder with no safetensors file, which --force does not replace" in said
-    assert (target / "precious").exists()
-    (target / "old.safetensors").touch()
-    assert quantize(folder, target, *ALL, "--force") == 0
-    assert not (target / "precious").exists()
-    (tmp_path / "file").touch()
-    assert "is a file, unlike" in refused((folder, tmp_path / "file", *ALL, "--force"), capsys)
-
-
-@pytest.mark.parametrize("target", ["model", "model/inside", "."])
-def test_a_folder_and_its_output_lie_apart(
-    folder: Path, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With --force, an OUT around IN would take IN with it."""
-    before = sorted(tmp_path.rglob("*"))
-    assert "IN and OUT must not" in refused((folder, tmp_path / target, *ALL, "--force"), capsys)
-    assert sorted(tmp_path.rglob("*")) == before
+def test_force_replaces_an_earlier_result(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for old in ("out.safetensors", "out/old.safetensors", "out/old"):
+        (tmp_path / old).touch()
+    for source, target in ((folder / "1.safetensors", tmp_path / "out.safetensors"), (folder, tmp_path / "out")):
+        assert quantize(source, target, *ALL, "--force") == 0
+    assert STACKED + "_scale_inv" in load_file(tmp_path / "out.safetensors")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.usefixtures("_reference")

@@ -119,24 +119,19 @@ def test_clear_waits_for_nobody(folder: Path, capsys: pytest.CaptureFixture[str]
     assert not private.exists()
 
 
-@pytest.mark.parametrize(
-    ("where", "reason"), [("home", "it is the home folder, or holds it"), ("above", "it is the home folder, or holds it"),
-                          ("link", "is a link"), ("open", "can be written by everyone")],
-)  # fmt: skip
+@pytest.mark.parametrize("where", ["home", "above", "link", "open"])
 def test_dangerous_folders_are_refused(
-    where: str,
-    reason: str,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    reason = "it is the home folder, or holds it"
     if where in ("home", "above"):
         monkeypatch.setenv("HOME", str(folder if where == "home" else folder / "someone"))
     elif where == "link":
+        reason = "is a link"
         (folder / "cutlass").rename(tmp_path / "cutlass")
         (folder / "cutlass").symlink_to(tmp_path / "cutlass")
     else:
+        reason = "can be written by everyone"
         (folder / "cutlass").chmod(0o777)
     before = files(tmp_path)
     assert cache.refusal(folder)

@@ -30,20 +30,13 @@ class Stderr(io.StringIO):
 
     def screen(self) -> list[str]:
         """What a terminal shows in the end: a carriage return goes back to the line's start."""
-        lines, row, column = [""], 0, 0
-        text = self.getvalue().replace("\x1b[A", "\v")
-        for character in text:
-            if character == "\r":
-                column = 0
-            elif character == "\n":
-                row, column = row + 1, 0
-                lines += [""] * (row == len(lines))
-            elif character == "\v":
-                row -= 1
-            else:
-                line = lines[row].ljust(column)
-                lines[row], column = line[:column] + character + line[column + 1 :], column + 1
-        return [line.rstrip() for line in lines if line.strip()]
+        lines = []
+        for text in self.getvalue().split("\n"):
+            line = ""
+            for over in text.split("\r"):
+                line = over + line[len(over) :]
+            lines.append(line.rstrip())
+        return [line for line in lines if line]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

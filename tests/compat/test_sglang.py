@@ -132,19 +132,15 @@ def test_k_that_is_a_multiple_of_32_alone(device: str, workspace: torch.Tensor, 
 # ---------------------------------------------------------------- operators and graphs
 
 
-@pytest.mark.parametrize("which", ["quantizer", "product"])
-def test_opcheck(which: str) -> None:
+def test_opcheck() -> None:
     case = sglang_case.random_case(COUNTS, 128, 128, torch.bfloat16, 7)
     with mx.use_backend("reference"):
         case.quantize()
-        values = case.w_values.view(torch.uint8), case.x_values.view(torch.uint8)
-        metadata = (case.starts, case.scale_starts)
-        if which == "quantizer":
-            arguments: tuple[Any, ...] = (case.x, case.tokens, *metadata, values[1], case.x_scales)
-            torch.library.opcheck(torch.ops.hybrid_mxfp8.sglang_grouped_quant, arguments)
-        else:
-            arguments = (*values, case.w_scales, case.x_scales, *metadata, case.tokens, torch.float16)
-            torch.library.opcheck(torch.ops.hybrid_mxfp8.sglang_moe_grouped_gemm, arguments)
+        x, w = case.x_values.view(torch.uint8), case.w_values.view(torch.uint8)
+        metadata, ops = (case.starts, case.scale_starts), torch.ops.hybrid_mxfp8
+        torch.library.opcheck(ops.sglang_grouped_quant, (case.x, case.tokens, *metadata, x, case.x_scales))
+        product = (w, x, case.w_scales, case.x_scales, *metadata, case.tokens, torch.float16)
+        torch.library.opcheck(ops.sglang_moe_grouped_gemm, product)
 
 
 def test_compiled_as_one_graph_for_any_number_of_tokens(device: str, workspace: torch.Tensor) -> None:

@@ -129,10 +129,10 @@ def test_quantized_model_refuses_what_needs_the_originals(tmp_path: Path) -> Non
     other = r"experts_implementation: must be 'hybrid_mxfp8' .*got 'grouped_mm': load"
     for quantized in (model, model.model, copy.deepcopy(model)):
         with pytest.raises(RuntimeError, match=r"save_pretrained: .* keep the original checkpoint"):
-            quantized.save_pretrained(tmp_path / "saved")
+            quantized.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=other):
             quantized.set_experts_implementation("grouped_mm")
-    assert not (tmp_path / "saved").exists()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"model: must have experts .* got MixtralForCausalLM, quantized already"):
         integration.quantize_model_(model, progress=False)
     assert torch.equal(logits(model), kept)
@@ -149,9 +149,7 @@ def test_quantized_experts_refuse_what_goes_round_the_model() -> None:
     model.set_experts_implementation("hybrid_mxfp8")
     kept = logits(model)
     for strict in (True, False):
-        with pytest.raises(
-            ValueError, match=r"^state_dict: must hold quantized .*got model\.layers\.0\..*gate_up_proj:"
-        ):
+        with pytest.raises(ValueError, match=r"^state_dict: must hold quantized .*got model\.layers\.0\..*gate_up_"):
             model.load_state_dict(original, strict=strict)
     assert torch.equal(logits(model), kept)
     with pytest.raises(ValueError, match=r"^experts_implementation: must be 'hybrid_mxfp8' .*got 'grouped_mm'"):
@@ -301,9 +299,7 @@ def test_inference_tensors_count_no_writes_and_are_refused(experts: Module) -> N
         assert torch.equal(experts(*arguments()), 2 * first)
         experts.down_proj = parameter(experts.down_proj.clone())
         assert experts.down_proj.is_inference()
-        with pytest.raises(
-            ValueError, match=r"^experts: must be quantized by quantize_model_\(model\) if they are inf"
-        ):
+        with pytest.raises(ValueError, match=r"^experts: must be quantized by quantize_model_\(model\) if they are"):
             experts(*arguments())
 
 
@@ -329,18 +325,13 @@ def test_compiled_experts(backend: str, fullgraph: bool) -> None:
     also after an eager forward."""
     model = models.make("Mixtral")
     expected = logits(model, "hybrid_mxfp8")
-    for quantized_in_place in (False, True):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=fullgraph, backend=backend)
-        if quantized_in_place:
-            integration.quantize_model_(model, progress=False)
-            got = compiled(models.prompt(), use_cache=False).logits
-            assert mx.signal_to_noise_db(expected, got) > 35.0
-        else:
-            with pytest.raises(
-                Exception, match=r"experts: must be quantized by quantize_model_\(model\) before torch\.co"
-            ):
-                compiled(models.prompt(), use_cache=False)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"experts: must be quantized by quantize_model_\(model\) before torch\.co"):
+        torch.compile(model, fullgraph=fullgraph, backend=backend)(models.prompt(), use_cache=False)
+    torch._dynamo.reset()
+    integration.quantize_model_(model, progress=False)
+    got = torch.compile(model, fullgraph=fullgraph, backend=backend)(models.prompt(), use_cache=False).logits
+    assert mx.signal_to_noise_db(expected, got) > 35.0
     torch._dynamo.reset()
 
 
@@ -460,10 +451,8 @@ def fp8(plain: Module) -> Module:
     fp8 = models.with_fp8_experts(copy.deepcopy(plain))
     for there, here in zip(models.experts_modules(plain), models.experts_modules(fp8), strict=True):
         for name in integration.WEIGHTS:
-            pairs = zip(getattr(here, name), getattr(here, name + "_scale_inv"), strict=True)
-            exact = torch.stack([fp8_blocks.dequantize(w, s) for w, s in pairs])
-            assert torch.equal(exact.bfloat16().float(), exact)  # scales are powers of two
-            getattr(there, name).copy_(exact)
+            weights, scales = getattr(here, name), getattr(here, name + "_scale_inv")  # powers of two: exact in bf16
+            getattr(there, name).copy_(torch.stack(list(map(fp8_blocks.dequantize, weights, scales))))
     return fp8
 
 

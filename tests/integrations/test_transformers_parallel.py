@@ -13,42 +13,28 @@ from typing import Any
 import pytest
 import torch
 import transformers_models as models
-from forked import Child
+from ranks import on_ranks
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.integrations import transformers as integration
 
-if not torch.distributed.is_available():
-    pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
-
-NOT_PROVEN = r"ValueError: experts: must be quantized by quantize_model_(model) where torch.distributed is in use"
+NOT_PROVEN = r"^experts: must be quantized by quantize_model_\(model\) where torch.distributed is in use"
 
 
-def in_ranks(world: int, store: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function`` returns in each of ``world`` processes of one group."""
+def in_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function`` returns in each of ``world`` processes of one group; none may fail."""
     models.require()
-    ranks = [Child(_rank, rank, world, str(store), function, arguments) for rank in range(world)]
-    results = [rank.result(100) for rank in ranks]
+    results = on_ranks(_with_transformers, folder, "cpu", function, *arguments, ranks=world)
     assert not [result for result in results if isinstance(result, str)], results
     return results
 
 
-def _rank(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
-    torch._C._get_accelerator = lambda check=False: torch.device("cpu")  # by which transformers makes its meshes
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def _with_transformers(rank: int, ranks: int, device: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    torch._C._get_accelerator = lambda check=False: torch.device(device)  # by which transformers makes its meshes
+    os.environ["LOCAL_RANK"] = str(rank)
     integration.register()
     with torch.no_grad(), mx.use_backend("reference"):
         return function(*arguments)
-
-
-def error_of(function: Callable[..., object], *arguments: object) -> str:
-    try:
-        function(*arguments)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def quantized(model: torch.nn.Module) -> Any:
@@ -58,7 +44,7 @@ def quantized(model: torch.nn.Module) -> Any:
 # ---------------------------------------------------------------- FSDP
 
 
-def _fsdp() -> dict[str, Any]:
+def _fsdp() -> bool:
     from torch.distributed.fsdp import fully_shard
 
     def sharded(model: Any) -> Any:
@@ -68,29 +54,25 @@ def _fsdp() -> dict[str, Any]:
         return fully_shard(model)
 
     first, last, prompt = models.make("Mixtral"), models.make("Mixtral"), models.prompt()
+    with pytest.raises(ValueError, match=rf"{NOT_PROVEN} \(FSDP: before fully_shard\)"):
+        sharded(last)(prompt)
+    with pytest.raises(ValueError, match=r"^model: must be quantized before FSDP shards it: quantize_model_,"):
+        quantized(last)
     quantized(first)
     expected = first(prompt).logits
-    return {
-        "without": error_of(sharded(last), prompt),
-        "afterwards": error_of(quantized, last),
-        "before": torch.equal(sharded(first)(prompt).logits, expected),
-    }
+    return torch.equal(sharded(first)(prompt).logits, expected)
 
 
 def test_fsdp_gathers_unseen_so_experts_are_quantized_before_it(tmp_path: Path) -> None:
     """Into the same parameter, with the version it had: a copy can't be proven to be current."""
-    (found,) = in_ranks(1, tmp_path / "store", _fsdp)
-    assert found["without"].startswith(f"{NOT_PROVEN} (FSDP: before fully_shard)")
-    assert found["afterwards"].startswith(
-        "ValueError: model: must be quantized before FSDP shards it: quantize_model_,"
-    )
-    assert found["before"]
+    assert in_ranks(1, tmp_path, _fsdp) == [True]
 
 
 # ---------------------------------------------------------------- tensor and expert parallelism
 
 
-def _parallel(name: str, sizes: dict[str, int]) -> dict[str, Any]:
+def _parallel(name: str, sizes: dict[str, int], whole: tuple[int, ...], local: tuple[int, ...]) -> list[float]:
+    """The logits, which must be the same on each rank."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     model = models.make(name, scale=2)
@@ -101,7 +83,8 @@ def _parallel(name: str, sizes: dict[str, int]) -> dict[str, Any]:
     expected = model(prompt).logits
     model.set_experts_implementation("hybrid_mxfp8")
     routing.replay()
-    without = error_of(model, prompt)
+    with pytest.raises(ValueError, match=NOT_PROVEN):
+        model(prompt)
 
     calls: list[torch.nn.Module] = []
     quantize = integration._quantize
@@ -110,16 +93,15 @@ def _parallel(name: str, sizes: dict[str, int]) -> dict[str, Any]:
     for _ in range(3):
         routing.replay()
         logits.append(model(prompt).logits)
-    shapes = [tuple(m.mxfp8.w13_values.shape) for m in models.experts_modules(model)]
-    return {
-        "without": without,
-        "calls": len(calls),
-        "bytes": (saved.bytes_before, saved.bytes_after),
-        "shapes": shapes,
-        "again": all(torch.equal(again, logits[0]) for again in logits),
-        "snr": float(mx.signal_to_noise_db(expected, logits[0])),
-        "logits": logits[0].float().tolist(),
-    }
+    assert len(calls) == 2  # layers
+    assert [tuple(m.mxfp8.w13_values.shape) for m in models.experts_modules(model)] == [local, local]
+    weights = 2 * whole[0] * whole[1] * whole[2] * 3 // 2  # elements of two layers
+    biases = 2 * whole[0] * (whole[1] + whole[2]) if name == "gpt-oss" else 0
+    assert saved.bytes_before == (weights + biases) * 2 // 2  # of two bytes, on two ranks
+    assert saved.bytes_after < 0.6 * saved.bytes_before
+    assert all(torch.equal(again, logits[0]) for again in logits)
+    assert mx.signal_to_noise_db(expected, logits[0]) > models.MIN_SNR_DB
+    return logits[0].flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -136,15 +118,5 @@ def test_each_rank_quantizes_its_shard_once(
 ) -> None:
     models.require()
     pytest.importorskip("transformers.distributed.mixin", reason="a newer transformers has DistributedConfig")
-    ranks = in_ranks(2, tmp_path / "store", _parallel, name, sizes)
-    assert ranks[0]["logits"] == ranks[1]["logits"]
-    for found in ranks:
-        assert found["without"].startswith(NOT_PROVEN)
-        assert found["calls"] == 2  # layers
-        assert found["shapes"] == [local, local]
-        weights = 2 * whole[0] * whole[1] * whole[2] * 3 // 2  # elements of two layers
-        biases = 2 * whole[0] * (whole[1] + whole[2]) if name == "gpt-oss" else 0
-        assert found["bytes"][0] == (weights + biases) * 2 // 2  # of two bytes, on two ranks
-        assert found["bytes"][1] < 0.6 * found["bytes"][0]
-        assert found["again"]
-        assert found["snr"] > models.MIN_SNR_DB
+    first, second = in_ranks(2, tmp_path, _parallel, name, sizes, whole, local)
+    assert first == second

@@ -7,6 +7,7 @@ Stand-ins for python, pip, pytest and nvidia-smi write down how they are called.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,54 +54,45 @@ def run(command: str, root: Path, stand_ins: Path) -> subprocess.CompletedProces
 # ---------------------------------------------------------------- .ci/venv
 
 
-def make_environment(tmp_path: Path, *, gpu: bool, base_torch: bool, pip: str = "", times: int = 1) -> list[str]:
-    """What .ci/venv asks for, line by line."""
+CPU, TRITON = "pip install -q torch==2.13.0+cpu", "pip install -q triton==3.9.*"
+NEW = '[[ "$*" == *torch==* && "$*" != *index-url* ]] && exit 1; exit 0'  # a build that pip does not know
+
+
+@pytest.mark.parametrize(
+    ("gpu", "base_torch", "pip", "expected"),
+    [
+        # The machine's PyTorch fits its driver: none is installed over it, and constraints hold it.
+        (
+            True,
+            True,
+            "",
+            ["venv --system-site-packages .venv", "pip install -q --ignore-installed pytest pytest-xdist"],
+        ),
+        (True, False, "", ["venv .venv", "pip install -q torch>=2.10"]),
+        (False, False, "", ["venv .venv", CPU, TRITON]),
+        (False, True, "", ["venv .venv", CPU, TRITON]),
+        # Failing the first request must not end in PyPI's CUDA build.
+        (False, False, NEW, ["venv .venv", CPU, f"{CPU} --index-url https://download.pytorch.org/whl/cpu", TRITON]),
+    ],
+)
+def test_which_pytorch_an_environment_gets(
+    gpu: bool, base_torch: bool, pip: str, expected: list[str], tmp_path: Path
+) -> None:
+    """Nothing may replace it afterwards; a second run keeps the environment."""
     root, stand_ins, log = checkout(tmp_path), tmp_path / "stand-ins", tmp_path / "log"
     script(stand_ins / "python", PYTHON.format(torch_sees_no_gpu=int(not base_torch), log=log, pip=pip))
     script(stand_ins / "nvidia-smi", f"#!/bin/bash\nexit {int(not gpu)}\n")
     script(stand_ins / "uname", "#!/bin/bash\necho Linux\n")
-    for _ in range(times):
+    for _ in range(2):
         done = run(".ci/venv", root, stand_ins)
         assert done.returncode == 0, done.stderr
-    return log.read_text().splitlines()
-
-
-def test_a_gpus_own_pytorch_is_used(tmp_path: Path) -> None:
-    """The machine's PyTorch fits its driver: none is installed over it, and constraints hold it."""
-    venv, *installs = make_environment(tmp_path, gpu=True, base_torch=True)
-    assert venv == "venv --system-site-packages .venv"
-    assert not [line for line in installs if "torch" in line]
-    assert installs[0] == "pip install -q --ignore-installed pytest pytest-xdist"
-    assert installs[1].startswith("pip install -q -c ")
-    assert installs[1].endswith(" -e .[test,ragged,bench,transformers]")
-    shutil.rmtree(tmp_path / "checkout")
-    (tmp_path / "log").unlink()
-    venv, torch, *_ = make_environment(tmp_path, gpu=True, base_torch=False)
-    assert (venv, torch) == ("venv .venv", "pip install -q torch>=2.10")
-
-
-@pytest.mark.parametrize("base_torch", [False, True])
-def test_no_gpu_gets_a_cpu_build_alone(tmp_path: Path, base_torch: bool) -> None:
-    venv, torch, triton, *rest = make_environment(tmp_path, gpu=False, base_torch=base_torch)
-    assert venv == "venv .venv"
-    assert torch == "pip install -q torch==2.13.0+cpu"
-    assert triton == "pip install -q triton==3.9.*"
-    assert not [line for line in rest if "torch" in line.replace(str(tmp_path), "")]
-
-
-def test_a_cpu_build_that_pip_does_not_know_comes_from_pytorchs_index(tmp_path: Path) -> None:
-    """Failing the first request must not end in PyPI's CUDA build."""
-    unknown = '[[ "$*" == *torch==* && "$*" != *index-url* ]] && exit 1; exit 0'
-    lines = make_environment(tmp_path, gpu=False, base_torch=False, pip=unknown)
-    assert [line for line in lines if "torch==" in line] == [
-        "pip install -q torch==2.13.0+cpu",
-        "pip install -q torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu",
-    ]
-
-
-def test_a_second_run_keeps_the_environment(tmp_path: Path) -> None:
-    lines = make_environment(tmp_path, gpu=False, base_torch=False, times=2)
-    assert [line for line in lines if line.startswith("venv")] == ["venv .venv"]
+    venv, *installs = re.sub(r" -c \S+", " -c FILE", log.read_text()).splitlines()
+    first = installs[: len(installs) // 2]
+    assert installs == first * 2
+    assert [venv, *first[: len(expected) - 1]] == expected
+    rest = first[len(expected) - 1 :]
+    assert rest[0] == "pip install -q -c FILE -e .[test,ragged,bench,transformers]"
+    assert not [line for line in rest if "torch" in line]
 
 
 # ---------------------------------------------------------------- .ci/test

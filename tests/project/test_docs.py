@@ -1,4 +1,5 @@
-"""Pages and examples run as printed, links lead somewhere, and the site has every public name."""
+"""The README, pages and examples run as printed, links lead somewhere, tables and the site have
+what the code has."""
 
 from __future__ import annotations
 
@@ -19,27 +20,17 @@ import pages
 import pytest
 import torch
 import transformers_models
+from files import FP8, same_bytes, same_experts, write_folder
 from pages import DOCS, ROOT, blocks, run_program, run_python
-from safetensors.torch import save_file
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.commands import cli
 from hybrid_mxfp8.core.formats import scale_offset
 
+README = (ROOT / "README.md").read_text()
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-RUN = {
-    "checkpoints.md",
-    "environment.md",
-    "expert-parallel.md",
-    "groups.md",
-    "moe.md",
-    "numerics.md",
-    "scale-layout.md",
-    "sglang.md",
-    "transformers.md",
-}
-"""Pages with Python, each run by a test below."""
 PUBLIC = (
     "hybrid_mxfp8",
     "hybrid_mxfp8.checkpoint",
@@ -51,7 +42,9 @@ PUBLIC = (
 
 
 def test_every_page_with_python_is_run() -> None:
-    assert {page for page in PAGES if "```python" in (DOCS / page).read_text()} == RUN
+    """Each by a test of its name."""
+    with_python = [page.removesuffix(".md") for page in PAGES if "```python" in (DOCS / page).read_text()]
+    assert {f"test_{page.replace('-', '_')}" for page in with_python} < globals().keys()
 
 
 def run_shell(commands: str) -> None:
@@ -151,41 +144,30 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert names["model"].config._experts_implementation == "hybrid_mxfp8"
 
 
-def save_small_fp8_model(folder: Path) -> str:
-    """FP8 in blocks of 128x128: two experts, and an attention matrix whose name is returned."""
-    other = "model.layers.3.self_attn.o_proj.weight"
-    names = [f"model.layers.3.mlp.experts.{e}.up_proj.weight" for e in range(2)] + [other]
-    tensors = {name: torch.ones(64, 128).to(torch.float8_e4m3fn) for name in names}
-    tensors |= {name + "_scale_inv": torch.full((1, 1), 1e-3) for name in names}
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return other
-
-
 @pytest.mark.usefixtures("_reference")
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fp8 = save_small_fp8_model(Path("DeepSeek-V3"))
+    attention = "model.layers.3.self_attn.o_proj.weight"
+    weights = [f"model.layers.3.mlp.experts.{e}.up_proj.weight" for e in range(2)] + [attention]
+    fp8 = {name: torch.ones(64, 128).to(FP8) for name in weights}
+    fp8 |= {name + "_scale_inv": torch.full((1, 1), 1e-3) for name in weights}
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    write_folder(Path("DeepSeek-V3"), {"model.safetensors": fp8}, config)
     names = run_python("checkpoints.md", run_shell)
     assert checkpoint.find_experts("DeepSeek-V3-MXFP8") == {"model.layers.3.mlp.experts.*.up_proj.weight": (2, 64, 128)}
     with checkpoint.Checkpoint("DeepSeek-V3-MXFP8") as converted:
-        assert converted.tensor(fp8).dtype == torch.bfloat16
+        assert converted.tensor(attention).dtype == torch.bfloat16
     assert checkpoint.find_experts("model-mxfp8.safetensors")["model.layers.0.experts.*.w1.weight"] == (4, 64, 128)
     tensors = names["tensors"]
     w = torch.stack(
         [torch.cat([tensors[f"model.layers.0.experts.{e}.{name}.weight"] for name in ("w1", "w3")]) for e in range(4)]
     )
     expected = mx.quantize_weights(w, backend="reference")
-    assert torch.equal(names["w13"].scales, expected.scales)
-    assert torch.equal(names["w13"].values.view(torch.uint8), expected.values.view(torch.uint8))
-    assert torch.equal(names["mine"].values.view(torch.uint8), expected.values.view(torch.uint8)[2:4])
+    assert same_experts(names["w13"], expected)
+    assert same_bytes(names["mine"].values, expected.values[2:4])
     x = torch.randn(4, 128)
     one_each = torch.ones(4, dtype=torch.int32)
-    y = names["grouped_gemm"](
-        names["quantize_grouped"](x, one_each, backend="reference"), names["w13"], backend="reference"
-    )
+    y = names["grouped_gemm"](names["quantize_grouped"](x, one_each), names["w13"])
     assert mx.calc_diff(y, torch.einsum("ek,enk->en", x, w.float())) < 1e-3
 
 
@@ -228,7 +210,9 @@ def test_example_expert_parallel() -> None:
     assert max(map(float, differences.values())) < 3e-5
 
 
-@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in PAGES), "examples/README.md"])
+@pytest.mark.parametrize(
+    "page", [*(f"docs/{page}" for page in PAGES), "examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         if not target.startswith("https://"):
@@ -241,3 +225,39 @@ def test_api_page_has_every_public_name_and_no_other() -> None:
     assert sorted(documented) == sorted(f"{module}.{name}" for module, name in public if name != "__version__")
     for module, name in public:
         assert inspect.getdoc(getattr(importlib.import_module(module), name)), name
+
+
+# ---------------------------------------------------------------- README and environment
+
+
+def test_readme() -> None:
+    names = run_python("../README.md")
+    x, w, y = names["x"].float(), names["w"].float(), names["y"]
+    assert y.shape == (9, 512)
+    truth = torch.cat([x[0:3] @ w[0].T, x[3:8] @ w[2].T, x[8:9] @ w[3].T])
+    assert y.dtype == torch.bfloat16
+    assert mx.calc_diff(y, truth) < 1e-3
+
+
+def test_environment_table_is_that_of_env_and_has_every_variable() -> None:
+    assert env.__doc__ is not None
+    rows = [line.replace("``", "`") for line in env.__doc__.splitlines() if line.startswith("|")]
+    page = (DOCS / "environment.md").read_text()
+    assert rows == [line for line in page.splitlines() if line.startswith("|")]
+    assert tuple(name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])) == env.VARIABLES
+
+
+def test_every_backend_has_its_row_in_the_readme() -> None:
+    section = README.split("## Backends")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(mx.backends())
+
+
+def test_what_the_readme_says_of_fp8_is_what_was_measured() -> None:
+    """For all products of the run whose picture it shows: not only for few and many rows."""
+    (run,) = re.findall(r"\(bench/results/(\S+-full)-moe-time\.png\)", README)
+    times: dict[str, dict[str, float]] = {}
+    for row in json.loads((ROOT / "bench" / "results" / f"{run}.json").read_text())["rows"]:
+        if row["kind"] == "gemm":
+            times.setdefault(row["case"], {})[row["contender"].partition(" (")[0]] = row["us"]
+    faster = [case["torch fp8 row-wise _scaled_grouped_mm"] < case["grouped_gemm"] for case in times.values()]
+    assert f"faster than that in {sum(faster)} of {len(faster)} cases" in README.replace("\n", " ")

@@ -192,11 +192,8 @@ assert jit.load(source).answer() == 42
 def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path) -> None:
     """It starts nvcc and nothing else, and leaves no file in the home or among the temporary
     ones."""
-    settings: dict[str, Any] = {
-        "HYBRID_MXFP8_CACHE_DIR": str(toolkit.folder / "cache"),
-        "TOY": str(toolkit.folder / "toy.cu"),
-    }
-    settings |= {name: os.environ[name] for name in ("CUDA_HOME", "HYBRID_MXFP8_CUTLASS_DIR")}
+    settings = {name: os.environ[name] for name in ("CUDA_HOME", "HYBRID_MXFP8_CUTLASS_DIR")}
+    settings |= {"HYBRID_MXFP8_CACHE_DIR": str(toolkit.folder / "cache"), "TOY": str(toolkit.folder / "toy.cu")}
     events = audited(BUILD, places, **settings)
     started = [what for event, what in events if event == "subprocess.Popen"]
     assert len(started) == 3
@@ -215,17 +212,14 @@ def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path) -
 def test_bounds_are_what_was_tested() -> None:
     """pyproject's lower bounds, the versions of `make test-oldest` and the page's first column say
     the same."""
-    page = (ROOT / "docs" / "compatibility.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][2:]
-    oldest = {row[0]: row[1] for row in rows}
-    required = re.findall(
-        r'^ *(?:transformers = \[)?"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
-    bounds = {name: bound for name, bound in required if name in oldest}
-    assert bounds.keys() == oldest.keys()
-    for name, bound in bounds.items():
-        assert f"{oldest[name]}.".startswith(f"{bound}."), name
-    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
-    for name in pins.keys() & oldest.keys():
-        assert pins[name] == oldest[name]
+
+    def versions(file: str, pattern: str) -> dict[str, str]:
+        return dict(re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE))
+
+    oldest = versions("docs/compatibility.md", r"^\| ([\w-]+) \| (\d[\d.]*) \|")
+    bounds = versions("pyproject.toml", r'^ *(?:transformers = \[)?"([\w-]+)>=([\d.]+)')
+    pins = versions(".ci/oldest.txt", r"^([\w-]+)==([\d.]+)$")
     assert oldest.keys() - pins.keys() == {"torch", "triton"}
+    for name, version in oldest.items():
+        assert f"{version}.".startswith(f"{bounds[name]}."), name
+        assert pins.get(name, version) == version

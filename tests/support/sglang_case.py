@@ -76,17 +76,8 @@ class Case:
         self.scale_starts.copy_(self._int32(exclusive([padded_scale_rows(count) for count in counts])))
 
     def multiply(self, workspace: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return moe_grouped_gemm(
-            self.w_values,
-            self.x_values,
-            self.w_scales,
-            self.x_scales,
-            self.starts,
-            self.scale_starts,
-            self.tokens,
-            workspace,
-            dtype,
-        )
+        operands = (self.w_values, self.x_values, self.w_scales, self.x_scales)
+        return moe_grouped_gemm(*operands, self.starts, self.scale_starts, self.tokens, workspace, dtype)
 
     def experts(self) -> list[tuple[slice, torch.Tensor]]:
         """Rows of each expert that has any, and their product before quantization, accumulated in
@@ -99,20 +90,12 @@ class Case:
 
 
 def random_case(
-    counts: list[int],
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    seed: int,
-    *,
-    device: str = "cpu",
-    gap: int = 0,
-    spare: int = 0,
+    counts: list[int], n: int, k: int, dtype: torch.dtype, seed: int, *, device: str = "cpu", **room: int
 ) -> Case:
-    """Normal operands, as in SGLang's test."""
+    """Normal operands, as in SGLang's test; ``room`` is the gap and the spare rows."""
     rng = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float32, device=device).to(dtype)
 
-    return Case(counts, normal(sum(counts), k), normal(len(counts), n, k), gap, spare)
+    return Case(counts, normal(sum(counts), k), normal(len(counts), n, k), **room)

@@ -36,47 +36,25 @@ def make(name: str, device: str = "cpu", scale: int = 1, seed: int = 0) -> Any:
     """A model for inference; ``scale`` multiplies its widths."""
     import transformers
 
-    size: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 64 * scale,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "num_experts_per_tok": 2,
-    }
+    family, sizes = {
+        "Qwen3-MoE": ("Qwen3Moe", {"head_dim": 16, "intermediate_size": 64, "num_experts": 8}),
+        "Mixtral": ("Mixtral", {"intermediate_size": 96 * scale, "num_local_experts": 4}),
+        "gpt-oss": ("GptOss", {"head_dim": 16, "intermediate_size": 96 * scale, "num_local_experts": 4}),
+        "DeepSeek-V3": (
+            "DeepseekV3",
+            {"intermediate_size": 64, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+            | {"first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32}
+            | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+        ),
+    }[name]
+    if name in ("Qwen3-MoE", "DeepSeek-V3"):
+        sizes["moe_intermediate_size"] = 32 * scale
+    sizes |= {"hidden_size": 64 * scale, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"vocab_size": 97, "max_position_embeddings": 64, "num_experts_per_tok": 2}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(seed)
-    if name == "Qwen3-MoE":
-        config = transformers.Qwen3MoeConfig(
-            **size, head_dim=16, intermediate_size=64, moe_intermediate_size=32 * scale, num_experts=8
-        )
-        model = transformers.Qwen3MoeForCausalLM(config)
-    elif name == "Mixtral":
-        config = transformers.MixtralConfig(**size, intermediate_size=96 * scale, num_local_experts=4)
-        model = transformers.MixtralForCausalLM(config)
-    elif name == "gpt-oss":
-        config = transformers.GptOssConfig(**size, head_dim=16, intermediate_size=96 * scale, num_local_experts=4)
-        model = transformers.GptOssForCausalLM(config)
-    else:
-        config = transformers.DeepseekV3Config(
-            **size,
-            intermediate_size=64,
-            moe_intermediate_size=32 * scale,
-            n_routed_experts=8,
-            n_shared_experts=1,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            q_lora_rank=32,
-            kv_lora_rank=32,
-            qk_rope_head_dim=16,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
-        )
-        model = transformers.DeepseekV3ForCausalLM(config)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         # The default initialization leaves experts that add next to nothing to the residual stream.
         for module in experts_modules(model):
