@@ -62,14 +62,8 @@ def new_workspace(weights: tuple[mx.ExpertWeights, mx.ExpertWeights]) -> Callabl
 
 @pytest.fixture
 def forward(layer: moe_truth.Layer, weights: tuple[mx.ExpertWeights, mx.ExpertWeights]) -> Forward:
-    """forward(workspace, tokens, ids, backend)"""
-
-    def call(
-        workspace: mx.MoEWorkspace | None = None, tokens: int = 6, ids: torch.Tensor = layer.ids,
-        backend: str = "reference",
-    ) -> torch.Tensor:  # fmt: skip
-        batch = (ids[:tokens], layer.weights[:tokens])
-        return mx.moe_forward(layer.x[:tokens], *weights, *batch, workspace=workspace, backend=backend)
+    def call(workspace: mx.MoEWorkspace | None = None, ids: torch.Tensor = layer.ids) -> torch.Tensor:
+        return mx.moe_forward(layer.x, *weights, ids, layer.weights, workspace=workspace, backend="reference")
 
     return call
 
