@@ -111,32 +111,24 @@ def cpu_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-KERNELS = ["portable"] if INTERPRETED else ["portable", "hopper"]
-"""Those of the triton backend that multiply here."""
-
-
-def choose(kernel: str, request: pytest.FixtureRequest) -> None:
-    """Have the triton backend multiply with it, or skip."""
-    request.getfixturevalue("kernels_run")
-    if kernel == "hopper" and (cases.device() == "cpu" or torch.cuda.get_device_capability() != (9, 0)):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    patch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
-    patch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1" if kernel == "hopper" else "0")
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, device: str) -> str:
+@pytest.fixture(params=["portable"] if INTERPRETED else ["portable", "hopper"])
+def kernel(request: pytest.FixtureRequest, kernels_run: None, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kernel of the triton backend that multiplies here."""
-    choose(request.param, request)
+    if request.param == "hopper" and (device == "cpu" or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1" if request.param == "hopper" else "0")
     return str(request.param)
 
 
-@pytest.fixture(params=["reference", *KERNELS])
-def multiplier(request: pytest.FixtureRequest, device: str) -> str:
+@pytest.fixture(params=["reference", "portable"] if INTERPRETED else ["reference", "portable", "hopper"])
+def multiplier(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way to multiply here, as the backend to ask for."""
     if request.param == "reference":
         return "reference"
-    choose(request.param, request)
+    request.getfixturevalue("kernels_run")
+    if request.param == "hopper" and (device == "cpu" or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", "1" if request.param == "hopper" else "0")
     return "triton"
 
 

@@ -311,11 +311,8 @@ def test_a_folder_that_is_read_only() -> None:
 # ---------------------------------------------------------------- runs that end early
 
 
-def converting(
-    source: Path, target: Path, *words: str, number: signal.Signals, call: int, hangup: Any = signal.SIG_DFL
-) -> int | None:
-    """The exit code of a conversion in a process that gets a signal after a call of ``append``, or
-    None if that killed it."""
+def end_by(number: signal.Signals, call: int) -> None:
+    """Send this process, which is a child, a signal after a call of ``append``."""
     append, calls = SafetensorsWriter.append, itertools.count(1)
 
     def last(self: SafetensorsWriter, name: str, data: torch.Tensor) -> None:
@@ -323,11 +320,18 @@ def converting(
         if next(calls) == call:
             os.kill(os.getpid(), number)
 
+    SafetensorsWriter.append = last  # type: ignore[method-assign]
+
+
+def converting(source: Path, target: Path, *words: str, number: signal.Signals, call: int) -> int | None:
+    """The exit code of a conversion in a process that gets this signal, or None if that killed
+    it."""
+
     def run() -> int:
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-        signal.signal(signal.SIGHUP, hangup)
-        SafetensorsWriter.append = last  # type: ignore[method-assign]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        end_by(number, call)
         return quantize(source, target, *ALL, *words)
 
     result = Child(run).result()
@@ -352,7 +356,12 @@ def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> 
 
 
 def test_a_conversion_under_nohup_outlives_its_terminal(folder: Path, tmp_path: Path) -> None:
-    assert converting(folder, tmp_path / "out", number=signal.SIGHUP, call=2, hangup=signal.SIG_IGN) == 0
+    def run() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        end_by(signal.SIGHUP, 2)
+        return quantize(folder, tmp_path / "out", *ALL)
+
+    assert Child(run).result() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -112,11 +112,10 @@ WRONG: list[tuple[str, str]] = [
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """A checkpoint, a file of text and one of other JSON, a pipe, and a link to itself."""
-    found = {name: tmp_path / name for name in ("file", "text", "json")}
+    found = {name: tmp_path / name for name in ("file", "text", "json", "pipe", "ring")}
     save_file({"experts.w": torch.ones(2, 8, 64)}, found["file"])
     found["text"].write_text("no tensors")
     found["json"].write_text(json.dumps({"a": 1}))
-    found["pipe"], found["ring"] = tmp_path / "pipe", tmp_path / "ring"
     os.mkfifo(found["pipe"])
     found["ring"].symlink_to(found["ring"])
     return {**found, "tmp": tmp_path}

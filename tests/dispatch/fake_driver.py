@@ -124,21 +124,14 @@ class Launch(NamedTuple):
 
 def launches() -> list[Launch]:
     """What was launched since the last call or the test's start."""
-    found = []
-    for i in range(fake().fake_num_records()):
-        record = fake().fake_record(i).contents
-        found.append(
-            Launch(
-                tuple(record.grid),
-                tuple(record.block),
-                record.shared_bytes,
-                tuple((id_, value) for id_, value in list(record.attributes)[: record.num_attributes]),
-                record.stream,
-                record.function,
-                record.context_device,
-                bytes(record.bytes[: record.num_bytes]),
-            )
+    records = [fake().fake_record(i).contents for i in range(fake().fake_num_records())]
+    found = [
+        Launch(
+            tuple(r.grid), tuple(r.block), r.shared_bytes, tuple(map(tuple, r.attributes[: r.num_attributes])),
+            r.stream, r.function, r.context_device, bytes(r.bytes[: r.num_bytes]),
         )
+        for r in records
+    ]  # fmt: skip
     fake().fake_forget()
     return found
 

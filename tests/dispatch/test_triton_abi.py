@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import cases
 import pytest
 import torch
 import triton
@@ -51,48 +52,31 @@ def compiled_of(launch: KernelLaunch) -> Any:
     return compiled
 
 
-def addresses_of(launch: KernelLaunch) -> list[int]:
-    """One for each tensor that the launch is given, far apart."""
-    buffers = [a.buffer if isinstance(a, TensorMap) else a for a in launch.arguments]
-    operands = [buffer.operand for buffer in buffers if isinstance(buffer, Buffer)]
-    return [0x7F00_0000_0000 + i * 2**32 for i in range(1 + max(operands))]
+def both_launches(compiled: Any, launch: KernelLaunch) -> tuple[Launch, Launch]:
+    """Triton's, with tensors on the CPU, for which it finds the very kernel that was compiled
+    without tensors; and the launcher's, with their addresses."""
+    memory: dict[int, torch.Tensor] = {}
 
+    def tensor(buffer: Buffer) -> torch.Tensor:
+        whole = memory.setdefault(buffer.operand, cases.aligned_bytes(2**22))
+        return whole[buffer.offset : buffer.offset + 2**21].view(buffer.dtype)
 
-class Memory:
-    """A tensor by its address."""
+    def as_triton_takes_it(argument: abi.Argument) -> Any:
+        if isinstance(argument, TensorMap):
+            descriptor = abi._stand_in(argument)
+            descriptor.base = tensor(argument.buffer)
+            return descriptor
+        return tensor(argument) if isinstance(argument, Buffer) else argument
 
-    def __init__(self, address: int, dtype: torch.dtype) -> None:
-        self.address, self.dtype = address, dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def as_triton_takes_it(argument: abi.Argument, addresses: list[int]) -> Any:
-    if isinstance(argument, Buffer):
-        return addresses[argument.operand] + argument.offset
-    if isinstance(argument, TensorMap):
-        buffer = argument.buffer
-        descriptor = abi._stand_in(argument)
-        descriptor.base = Memory(addresses[buffer.operand] + buffer.offset, buffer.dtype)
-        return descriptor
-    return argument
-
-
-def launch_of_triton(compiled: Any, launch: KernelLaunch) -> Launch:
-    arguments = [as_triton_takes_it(a, addresses_of(launch)) for a in launch.arguments]
-    compiled[(launch.programs, 1, 1)](*arguments, *launch.constants)
-    [made] = launches()
-    return made
-
-
-def launch_of_ours(compiled: Any, launch: KernelLaunch) -> Launch:
-    addresses = addresses_of(launch)
+    arguments = [as_triton_takes_it(argument) for argument in launch.arguments]
+    kernel = launch.kernel[(launch.programs,)](*arguments, *launch.constants, **dict(launch.options))
+    assert kernel is compiled
+    addresses = [memory[i].data_ptr() if i in memory else 0 for i in range(1 + max(memory))]
     words = abi.abi_of(compiled, launch.arguments).words(launch.programs, launch.arguments)
     program = program_of(0, [0] * len(addresses), [], [words])
     assert launcher.load().run(program.address, STREAM, *addresses) == 0
-    [made] = launches()
-    return made
+    tritons, ours = launches()
+    return tritons, ours
 
 
 def without_bit_21(params: bytes, sizes: list[int]) -> bytes:
@@ -110,7 +94,7 @@ def without_bit_21(params: bytes, sizes: list[int]) -> bytes:
 def test_same_launch_as_tritons(name: str) -> None:
     case = CASES[name]()
     compiled = compiled_of(case)
-    tritons, ours = launch_of_triton(compiled, case), launch_of_ours(compiled, case)
+    tritons, ours = both_launches(compiled, case)
     if NEVER_CLEARS_BIT_21:
         sizes = sizes_in_ptx(compiled.asm["ptx"])
         has_small_maps = "gemm" in name and "portable" not in name
@@ -119,36 +103,6 @@ def test_same_launch_as_tritons(name: str) -> None:
     assert ours == tritons
     assert ours.grid == (case.programs, 1, 1)
     assert len(ours.params) == sum(sizes_in_ptx(compiled.asm["ptx"]))
-
-
-# ---------------------------------------------------------------- compiling
-
-
-def as_tensor(argument: abi.Argument, memory: dict[int, torch.Tensor]) -> Any:
-    """A tensor on the CPU, with the alignment that is asked for; a descriptor over one."""
-    if isinstance(argument, TensorMap):
-        descriptor = abi._stand_in(argument)
-        descriptor.base = as_tensor(argument.buffer, memory)
-        return descriptor
-    if not isinstance(argument, Buffer):
-        return argument
-    size = 2**22 + 64
-    bytes_ = memory.setdefault(argument.operand, torch.empty(size, dtype=torch.uint8))
-    start = -bytes_.data_ptr() % 64 + (0 if argument.aligned else argument.dtype.itemsize)
-    tensor = bytes_[start : start + size // 64 * 32].view(argument.dtype)
-    assert (tensor.data_ptr() % 16 == 0) == argument.aligned
-    return tensor
-
-
-@pytest.mark.parametrize("name", CASES)
-@in_child
-def test_compiled_as_a_launch_with_tensors_compiles(name: str) -> None:
-    """Triton finds the very kernel that was compiled without tensors, in its cache for launches."""
-    case = CASES[name]()
-    compiled = compiled_of(case)
-    memory: dict[int, torch.Tensor] = {}
-    tensors = [as_tensor(argument, memory) for argument in case.arguments]
-    assert case.kernel[(case.programs,)](*tensors, *case.constants, **dict(case.options)) is compiled
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -174,12 +128,8 @@ def everything(dtype: torch.dtype = torch.bfloat16, count: int = 5) -> KernelLau
 def test_arguments_of_every_kind(dtype: torch.dtype) -> None:
     for count in (5, 2**31):  # int32, then int64, though it is not specialized
         case = everything(dtype, count)
-        compiled = compiled_of(case)
-        memory: dict[int, torch.Tensor] = {}
-        tensors = [as_tensor(argument, memory) for argument in case.arguments]
-        assert takes_everything[(2,)](*tensors, 16, num_warps=1) is compiled
-        launches()
-        assert launch_of_ours(compiled, case) == launch_of_triton(compiled, case)
+        tritons, ours = both_launches(compiled_of(case), case)
+        assert ours == tritons
 
 
 # ---------------------------------------------------------------- what is refused
@@ -293,7 +243,7 @@ def test_a_kernel_that_waits_is_launched_behind_another_as_triton_launches_depen
     case = CASES["group_offsets"]()
     case = case._replace(options=(*case.options, ("launch_pdl", True)))
     compiled = compiled_of(case)
-    tritons = launch_of_triton(compiled, case)
+    tritons, _ = both_launches(compiled, case)
     assert len(tritons.attributes) == 1
     first = abi.abi_of(compiled, case.arguments).words(case.programs, case.arguments)
     without = Changed(compiled, asm={"ptx": compiled.asm["ptx"].replace("griddepcontrol.wait", "")})
@@ -301,10 +251,10 @@ def test_a_kernel_that_waits_is_launched_behind_another_as_triton_launches_depen
     for pdl in ("1", "0"):
         os.environ["HYBRID_MXFP8_PDL"] = pdl
         program = program_of(0, [0, 0], [], [first, first, never_waits, first])
-        launcher.load().run(program.address, STREAM, *addresses_of(case))
-        plain = tritons._replace(attributes=())
-        dependent = tritons if pdl == "1" else plain
-        assert launches() == [plain, dependent, plain, dependent]
+        launcher.load().run(program.address, STREAM, 0x10000, 0x20000)
+        plain = tritons._replace(attributes=(), params=b"")
+        dependent = plain._replace(attributes=tritons.attributes) if pdl == "1" else plain
+        assert [made._replace(params=b"") for made in launches()] == [plain, dependent, plain, dependent]
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])

@@ -43,9 +43,9 @@ def test_any_layout(
     check(*operands(shape.counts, shape.num_tokens, n, k, rng, device), shape.counts, dtype, multiplier)
 
 
-@pytest.mark.parametrize("num_experts", [1, 3, 128, 257, 1024])
+@pytest.mark.parametrize("num_experts", [1, 3, 128, 257, 1024, *([4096] if cases.device() == "cuda" else [])])
 def test_number_of_experts(multiplier: str, device: str, num_experts: int, rng: torch.Generator) -> None:
-    owners = torch.randint(0, num_experts, (40 if device == "cpu" else 500,), generator=rng)
+    owners = torch.randint(0, num_experts, (40 if device == "cpu" else 2000,), generator=rng)
     counts = torch.bincount(owners, minlength=num_experts).tolist()
     check(*operands(counts, sum(counts), 8, 64, rng, device), counts, torch.float32, multiplier)
 
@@ -58,17 +58,6 @@ def test_a_nan_weight_reaches_only_its_expert_and_column(multiplier: str, device
     xq, _ = operands(counts, 27, 40, 160, rng, device)
     y = check(xq, mx.quantize_weights(w.to(device), backend="reference"), counts, torch.bfloat16, multiplier)
     assert torch.isnan(y).nonzero().tolist() == [[row, 11] for row in (3, 4, 5, 6)]
-
-
-def test_the_main_job_stays_near_the_unquantized_product(multiplier: str, device: str, rng: torch.Generator) -> None:
-    """SGLang's measure: correct MXFP8 of normal data has calc_diff near 7e-4 to full precision."""
-    x = torch.randn(64, 512, generator=rng).bfloat16().to(device)
-    w = torch.randn(3, 64, 512, generator=rng).bfloat16().to(device)
-    full = torch.cat([x[:40].double() @ w[0].double().T, x[40:].double() @ w[2].double().T])
-    with mx.use_backend(multiplier):
-        xq = mx.quantize_grouped(x, cases.layout([40, 0, 24], device=device))
-        y = mx.grouped_gemm(xq, mx.quantize_weights(w))
-    assert 2e-4 < mx.calc_diff(y, full) < 1e-3
 
 
 def test_no_sync(kernel: str, device: str, no_sync: None) -> None:

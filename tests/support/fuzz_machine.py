@@ -12,7 +12,7 @@ written again. Each rule makes one public call on every backend that can run her
 Every buffer that a call may write stands between guard bytes, which are looked at after each rule.
 It runs on a GPU if there is one, else on the CPU, kernels interpreted. Shapes come from modest
 pools, so that a GPU compiles a bounded set of kernels. What a single call shows is in other tests:
-NaN, operands of any bytes and any address, and how a backend is asked for.
+NaN, counts that are none, operands of any bytes and any address, how a backend is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import cases
-import kernels
 import moe_truth
 import numpy as np
 import products
@@ -39,7 +38,7 @@ from products import Plain
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.core.formats import grouped_scale_rows, next_power_of_2, scale_cols
+from hybrid_mxfp8.core.formats import next_power_of_2, scale_cols
 
 GPU = torch.cuda.is_available() and not env.triton_interpret()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -163,7 +162,7 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         """One of each thing that calls need, so that few steps go by before they fit together."""
         self.experts, self.inner = experts, tuple(inner)
-        self.make_layout(counts, seed % 3, "", False, False, seed)
+        self.make_layout(counts, seed % 3, False, False, seed)
         self.quantize(0, 0, "packed", kind, seed, "layout", False, None, "poisoned")
         self.make_weights(seed, 0, kind, seed, "packed")
         self.make_layer(seed, seed // 7, seed)
@@ -205,39 +204,21 @@ class Machine(RuleBasedStateMachine):
     @rule(
         sizes=st.lists(sizes, max_size=48),
         spare=st.sampled_from([0, 0, 1, 50]),
-        hostile=st.sampled_from(["", "", "", "negative", "beyond", "wraps"]),
         ends=st.booleans(),
         wide=st.booleans(),
         spread=seeds,
     )
-    def make_layout(self, sizes: list[int], spare: int, hostile: str, ends: bool, wide: bool, spread: int) -> None:
+    def make_layout(self, sizes: list[int], spare: int, ends: bool, wide: bool, spread: int) -> None:
         counts = [0] * self.experts
         where = np.random.default_rng(spread).permutation(self.experts)
         for place, size in zip(where.tolist(), sizes, strict=False):
             counts[place] = min(size, POOL.max_tokens - sum(counts))
         num_tokens = sum(counts) + spare
-        if hostile == "negative":
-            counts[where[0]] = -(2**63) if wide else -(2**31)
-        elif hostile == "beyond":
-            num_tokens = num_tokens // 2
-        elif hostile == "wraps":
-            counts[where[0]] = counts[where[-1]] = 2**63 - 1 if wide else 2**31 - 1
-        dtype = torch.int64 if wide else torch.int32
-        given = np.cumsum(counts, dtype=np.int64).tolist() if ends and hostile != "wraps" else counts
-        if ends and not wide:
-            given = [max(min(g, 2**31 - 1), -(2**31)) for g in given]
-        tensor = self.placed(torch.tensor(given, dtype=dtype, device=DEVICE))
-        build = mx.GroupLayout.from_ends if ends else mx.GroupLayout.from_counts
-        expected = (truth.layout_from_ends if ends else truth.layout)(given, num_tokens)
-        with cases.unlooked():
-            made = [build(tensor, num_tokens)]
-        if "triton" in BACKENDS and not GPU:  # an interpreter's kernel is not what a CPU's layouts are made by
-            made.append(mx.GroupLayout(*kernels.group_offsets(tensor, num_tokens, ends), num_tokens))
-        for groups in made:
-            assert [t.tolist() for t in tensors(groups)] == list(expected)
-            assert groups.scale_rows == grouped_scale_rows(num_tokens, self.experts)
-            assert groups.scale_rows >= expected[2][-1]
-        self.layouts.append(Layout(made[-1], None if ends else tensor, expected[0]))
+        given = np.cumsum(counts).tolist() if ends else counts
+        tensor = self.placed(torch.tensor(given, dtype=torch.int64 if wide else torch.int32, device=DEVICE))
+        groups = (mx.GroupLayout.from_ends if ends else mx.GroupLayout.from_counts)(tensor, num_tokens)
+        assert [t.tolist() for t in tensors(groups)] == list(truth.layout(counts, num_tokens))
+        self.layouts.append(Layout(groups, None if ends else tensor, counts))
         self.done("make_layout")
 
     # ------------------------------------------------------------ tokens
@@ -281,8 +262,7 @@ class Machine(RuleBasedStateMachine):
         def run(name: str, into: mx.GroupedMXFP8 | None) -> tuple[mx.GroupedMXFP8, Plain]:
             before = (truth.as_bytes(into.values).copy(), truth.as_bytes(into.scales).copy()) if into else None
             options: dict[str, Any] = {"row_index": row_index, "activation": swiglu, "out": into}
-            with cases.unlooked():
-                got = mx.quantize_grouped(x, groups, scale_rounding=rounding, **options, backend=name)
+            got = mx.quantize_grouped(x, groups, scale_rounding=rounding, **options, backend=name)
             assert [part.tolist() for part in tensors(got.groups)] == list(truth.layout(layout.tokens, t))
             found = content
             if found is None:
