@@ -124,7 +124,7 @@ def test_tokens_of_a_layer(compile_quantizer: CompileFor, arch: int, size: str, 
     tokens, top_k = SIZES[size], 8
     compiled = compile_quantizer(arch, of_layer(tokens, top_k, copied))
     assert quantize.choices_of_a_program(tokens * top_k, K, top_k) == top_k
-    config = quantize.select_quantize_config(tokens, K, 1)
+    config = quantize.select_quantize_config(tokens, K, 1, choices=top_k)
     elements = config.block_rows * config.block_cols // (32 * config.num_warps)  # of one thread
     wide, narrow = elements // 16, elements // 8 % 2
     zeros = config.padding_tiles * 512 // (16 * 32 * config.num_warps)

@@ -79,14 +79,14 @@ def pack_tokens(
     launch(steps, x, ids, weights, records)
 
 
-def quantize_weights(
+def quantize_weights_steps(
     w: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rounding: str = "rceil", scale_group: int = 32
-) -> None:
+) -> tuple[Any, ...]:
     experts, n, k = w.shape
     rows = experts * n
     sizes = (rows, experts, k, rows, w.stride(1))
     problem = QuantizeProblem(*sizes, rounding, None, "uniform", w.stride(0), scale_group)
-    launch(lambda *buffers: quantizer.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales)
+    return lambda *buffers: quantizer.quantize(problem, QuantizeBuffers(*buffers)), w, values, scales
 
 
 Layout = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
