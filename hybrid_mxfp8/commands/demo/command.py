@@ -125,7 +125,7 @@ def examine(gemm: Operands, names: Sequence[str], bar: tqdm[None]) -> Findings:
 def _introduction(workload: Workload, names: Sequence[str], device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     if device.type == "cpu" and "triton" in names:
-        where += ", Triton's kernels through its interpreter"
+        where += ", Triton's kernels through its interpreter, which this command turns on"
     why = "chosen automatically" if requested(None) == AUTO else "asked for"
     lines = (
         f"Numbers: {workload.source}.",
