@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [s for s in wanted if jit.find(s) is None]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} modules are in {jit.cache()}")
     failures = build_all(missing, args.jobs or default_jobs())
+    if missing:
+        print(f"{len(missing) - len(failures)} built, {len(failures)} failed")
     failures += verify_all(wanted)
     for failure in failures:
         print(failure)

@@ -148,7 +148,7 @@ def _unproven(parameters: list[torch.Tensor]) -> str | None:
 def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     """The module's experts, from the cache while its parameters are those that were quantized."""
     # Without experts _quantize says what is wrong.
-    parameters = list(_parameters(module).values()) if _has_experts(module) else []
+    parameters = [p for p in _parameters(module).values() if p is not None] if _has_experts(module) else []
     if (where := _unproven(parameters)) is not None:
         fail("experts", f"must be quantized by quantize_model_(model) {where}", type(module).__name__)
     cached: _Cached | None = getattr(module, _CACHE, None)

@@ -492,6 +492,9 @@ def test_fp8_experts_it_can_not_compute(fp8: Module, change: Callable[[Module], 
     with pytest.raises(ValueError, match=f"model: must have SwiGLU experts, got model.layers.1.*{reason}"):
         integration.quantize_model_(fp8, progress=False)
     assert not [name for name, _ in fp8.named_modules() if name.endswith("mxfp8")]
+    fp8.set_experts_implementation("hybrid_mxfp8")
+    with pytest.raises(ValueError, match=reason):
+        last(fp8)(*arguments(256))
 
 
 def test_fp8_experts_whose_blocks_mix_gate_and_up() -> None:
