@@ -78,6 +78,30 @@ def quantize_rows(rounding: str, dtype: torch.dtype = torch.bfloat16, scale_grou
     )
 
 
+def tokens_of_a_layer(tokens: int, top_k: int, experts: int, k: int = 352) -> Kernels:
+    """Tokens quantized to the rows of their choices, some of which are dropped."""
+    ids = torch.randint(-1, experts, (tokens, top_k), generator=_generator(), dtype=torch.int32)
+    x, rows = torch.randn(tokens, k, generator=_generator()).bfloat16(), tokens * top_k
+    inverse, layout = torch.zeros_like(ids), torch.zeros(3 * experts + 2, dtype=torch.int32)
+    product.reference.route(ids, experts, inverse, layout)
+    groups = product.GroupLayout.from_buffer(layout, experts, rows)
+    sources = product.reference.source_rows(inverse, rows).int()
+    truth = product.mx.quantize_grouped(x, groups, row_index=sources, scale_group=128, backend="reference")
+    owned, used = int(groups.expert_offsets[-1]), int(groups.scale_offsets[-1])
+
+    def steps(t: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+        groups = product.GroupLayout.from_buffer(t["layout"], experts, rows)
+        values, choices = t["values"].view(torch.float8_e4m3fn), (t["inverse"], t["ids"])
+        return product.launches.quantize_steps(t["x"], groups, values, t["scales"], scale_group=128, choices=choices)
+
+    return Kernels(
+        steps,
+        {"x": x, "ids": ids, "inverse": inverse, "layout": layout},
+        {"values": torch.zeros(rows, k, dtype=torch.uint8), "scales": torch.zeros_like(truth.scales)},
+        {"values": truth.values[:owned].view(torch.uint8), "scales": truth.scales[:used]},
+    )
+
+
 def group_offsets(from_ends: bool) -> Kernels:
     """The layout of a batch from counts or inclusive ends."""
     values = torch.tensor([3, 0, 130, 64], dtype=torch.int32)
@@ -116,6 +140,8 @@ CASES: dict[str, Callable[[], Kernels]] = {
     "quantize_grouped, floor": lambda: quantize_rows("floor"),
     "quantize_grouped, even, fp32": lambda: quantize_rows("even", torch.float32),
     "quantize_grouped, rceil, groups of 128": lambda: quantize_rows("rceil", scale_group=128),
+    "tokens of a layer, one choice a program": lambda: tokens_of_a_layer(9, 2, 5),
+    "tokens of a layer, all choices": lambda: tokens_of_a_layer(100, 4, 5),
     "group_offsets of counts": lambda: group_offsets(False),
     "group_offsets of ends": lambda: group_offsets(True),
     "route, one launch": lambda: route(17, 2, 5),
