@@ -184,10 +184,10 @@ def plan_layer(
         spread = spread._replace(scale_stride=linear_scales.stride(0))
     source = (up.num_tokens, up.n)
     activate = QuantizeProblem(*sizes, down.k, *source, "rceil", activation, scale_group=down.scale_group)
-    choices = {"rows": a.inverse_permutation, "ids": ids, "x_scales": x_scales}
+    tokens = QuantizeBuffers(x, *a.xq, None, *offsets, rows=a.inverse_permutation, ids=ids, x_scales=x_scales)
     steps = (
         *quantizer.route(ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),
-        *quantizer.quantize(spread, QuantizeBuffers(x, *a.xq, None, *offsets, **choices)),
+        *quantizer.quantize(spread, tokens),
         *up_ready.backend.plan(up, GemmBuffers(*a.xq, *layout, *w13, a.h, a.workspace)),
         *(quantizer.add_expert_bias(a.h, a.inverse_permutation, ids, up_bias) if up_bias else ()),
         *quantizer.quantize(activate, QuantizeBuffers(a.h, *a.hq, None, *offsets)),
