@@ -127,7 +127,10 @@ def test_tools_are_named(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("compilers", "reason"),
-    [([], "pip install 'hybrid-mxfp8[nvcc]'"), ([CUDA_12_8], "target 10.3a needs CUDA 12.9 or later")],
+    [
+        ([], "pip install 'hybrid-mxfp8[nvcc]'"),
+        ([CUDA_12_8], "target 10.3a needs CUDA 12.9 or later, /n/bin/nvcc is 12.8.93"),
+    ],
     ids=["no compiler", "a compiler for 10.0 alone"],
 )
 def test_where_nothing_compiles_built_modules_suffice(
