@@ -38,21 +38,15 @@ def test_the_first_bytes_of_a_tile_are_rows_0_32_64_96() -> None:
 
 @given(rows=st.integers(0, 300), cols=st.integers(0, 40), batch=st.sampled_from([(), (1,), (3,), (2, 2)]))
 def test_unswizzle_inverts_swizzle(rows: int, cols: int, batch: tuple[int, ...]) -> None:
-    linear = torch.randint(
-        0, 256, (*batch, rows, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows)
-    )
+    seeded = torch.Generator().manual_seed(rows)
+    linear = torch.randint(0, 256, (*batch, rows, cols), dtype=torch.uint8, generator=seeded)
     swizzled = mx.swizzle_scales(linear)
     assert swizzled.shape == (*batch, formats.padded_scale_rows(rows), formats.round_up(cols, 4))
     assert torch.equal(mx.swizzle_scales(linear.mT.contiguous().mT), swizzled)
-    for stored in (swizzled, torch.stack([swizzled, swizzled], -1)[..., 0]):
+    assert torch.equal(mx.swizzle_scales(linear.view(torch.float8_e8m0fnu)), swizzled)
+    spread, typed = torch.stack([swizzled, swizzled], -1)[..., 0], swizzled.view(torch.float8_e8m0fnu)
+    for stored in (swizzled, spread, typed):
         assert torch.equal(mx.unswizzle_scales(stored, rows, cols), linear)
-
-
-def test_swizzle_takes_and_keeps_the_bytes_of_e8m0() -> None:
-    linear = numbered(130, 6)
-    assert torch.equal(mx.swizzle_scales(linear.view(torch.float8_e8m0fnu)), mx.swizzle_scales(linear))
-    swizzled = mx.swizzle_scales(linear).view(torch.float8_e8m0fnu)
-    assert torch.equal(mx.unswizzle_scales(swizzled, 130, 6), linear)
 
 
 def needed_scale_rows(counts: list[int]) -> int:
@@ -67,12 +61,7 @@ def test_grouped_scale_rows_suffices(counts: list[int], beyond: int) -> None:
 @given(num_tokens=st.integers(0, 1500), num_experts=st.integers(1, 20))
 def test_grouped_scale_rows_is_tight(num_tokens: int, num_experts: int) -> None:
     """Some split of T tokens over E experts needs every row of the bound: one token each, and the
-    rest in whole tiles."""
-    counts = [0] * num_experts
-    for e in range(min(num_experts, num_tokens)):
-        counts[e] = 1
-    rest = num_tokens - sum(counts)
-    counts[0] += rest // 128 * 128
-    for _ in range(rest % 128):  # what is left fits into the padding of the first expert
-        counts[0] += 1
+    rest to the first expert, whole tiles and what fits into the padding of its one."""
+    counts = [int(e < num_tokens) for e in range(num_experts)]
+    counts[0] += num_tokens - sum(counts)
     assert needed_scale_rows(counts) == formats.grouped_scale_rows(num_tokens, num_experts)

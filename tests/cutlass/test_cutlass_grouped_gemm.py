@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 
 GPU = torch.device("cuda", 0)
 B200, B300 = (10, 0), (10, 3)
+CUDA_12_8 = toolchain.CudaCompiler(Path("/n"), (12, 8, 93), "a test")
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +45,6 @@ def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     for cache in caches:
         cache.cache_clear()
-
-
-class Module:
-    """Stands for a compiled module and keeps what it was called with."""
-
-    call: tuple[Any, ...]
-
-    def workspace_size(self, num_experts: int, n: int, k: int, num_tokens: int, sm_count: int) -> int:
-        return 1000 * num_experts + sm_count
-
-    def grouped_gemm(self, *arguments: Any) -> None:
-        self.call = arguments
 
 
 def problem(**changes: Any) -> Any:
@@ -84,7 +74,6 @@ def test_other_devices_are_refused_in_a_line(capability: tuple[int, int] | None,
     ("n", "k", "out_dtype", "reason"),
     [
         (136, 96, torch.bfloat16, ""),
-        (2880, 2880, torch.float16, ""),
         (132, 96, torch.float32, ""),
         (132, 96, torch.bfloat16, "w: N must be a positive multiple of 8 for torch.bfloat16, got 132"),
         (130, 96, torch.float32, "w: N must be a positive multiple of 4 for torch.float32, got 130"),
@@ -110,15 +99,10 @@ def test_shapes_that_it_takes(tools: None, n: int, k: int, out_dtype: torch.dtyp
 
 
 @pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter(()))
-
-
-@pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers and a compiler of CUDA 12.8, as far as finding goes."""
     monkeypatch.setattr(toolchain, "find_cutlass", lambda: toolchain.CutlassHeaders(Path("/c"), (4, 8, 1), "a test"))
-    monkeypatch.setattr(toolchain, "find_cuda", lambda: toolchain.CudaCompiler(Path("/n"), (12, 8, 93), "a test"))
+    monkeypatch.setattr(toolchain, "cuda_candidates", lambda: iter([CUDA_12_8]))
 
 
 def copy_from_elsewhere(source: jit.Source) -> None:
@@ -141,23 +125,34 @@ def test_tools_are_named(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
         assert said.endswith(f"; {old.hint}")
 
 
-def test_without_compiler_built_modules_suffice(no_compiler: None) -> None:
-    """Of this source, and for the GPU or its family; without any the reason says what to
-    install."""
+@pytest.mark.parametrize(
+    ("compilers", "reason"),
+    [
+        ([], "pip install 'hybrid-mxfp8[nvcc]'"),
+        ([CUDA_12_8], "target 10.3a needs CUDA 12.9 or later, /n/bin/nvcc is 12.8.93"),
+    ],
+    ids=["no compiler", "a compiler for 10.0 alone"],
+)
+def test_where_nothing_compiles_built_modules_suffice(
+    tools: None, monkeypatch: pytest.MonkeyPatch, compilers: list[toolchain.CudaCompiler], reason: str
+) -> None:
+    """Of this source, for the GPU or its family; without any the reason says what to install."""
+    monkeypatch.setattr(toolchain, "cuda_candidates", lambda: iter(compilers))
+    assert cutlass.availability(B200)[0] == bool(compilers)
     ok, said = cutlass.availability(B300)
     assert not ok
-    assert "pip install 'hybrid-mxfp8[nvcc]'" in said
-    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0a"))
-    copy_from_elsewhere(replace(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.3a"), flags=("-G",)))
+    assert reason in said
+    built = [cutlass.source("2sm_256x64x128", torch.bfloat16, arch) for arch in ("10.0a", "10.3a", "10.0f")]
+    copy_from_elsewhere(built[0])
+    copy_from_elsewhere(replace(built[1], flags=("-G",)))
     assert not cutlass.availability(B300)[0]
-    copy_from_elsewhere(cutlass.source("2sm_256x64x128", torch.bfloat16, "10.0f"))
-    for capability in (B200, B300):
-        ok, said = cutlass.availability(capability)
-        assert ok
-        assert "built elsewhere" in said
+    copy_from_elsewhere(built[2])
+    assert "built elsewhere" in cutlass.availability(B300)[1]
+    assert jit.find(built[2]) is not None
+    assert cutlass.availability(B200)[0]
 
 
-def test_tools_are_looked_for_once_in_an_environment(no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_are_looked_for_once_in_an_environment(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each variable that says where to look, or what may be loaded, asks again."""
     where_to_look = ("CUDA_PATH", "CUDA_HOME", "HYBRID_MXFP8_TRUST_CACHE", "HYBRID_MXFP8_CUTLASS_DIR")
     for variable in where_to_look:
@@ -168,18 +163,6 @@ def test_tools_are_looked_for_once_in_an_environment(no_compiler: None, monkeypa
         before = cutlass._find_tools.cache_info().misses
         assert cutlass.availability(B200) == cutlass.availability(B200)
         assert cutlass._find_tools.cache_info().misses == before + 1, variable
-
-
-def test_compiler_too_old_for_the_capability(tools: None) -> None:
-    """CUDA 12.8 compiles for 10.0 and not for 10.3, where only a module from elsewhere helps."""
-    assert cutlass.availability(B200)[0]
-    ok, said = cutlass.availability(B300)
-    assert not ok
-    assert "target 10.3a needs CUDA 12.9 or later" in said
-    there = cutlass.source("2sm_256x128x128", torch.bfloat16, "10.3a")
-    copy_from_elsewhere(there)
-    assert "built elsewhere" in cutlass.availability(B300)[1]
-    assert jit.find(there) is not None
 
 
 def test_family_build_serves_both_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,29 +182,24 @@ def builds(tools: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modules that were tried to build; those with 256-wide token tiles work."""
     names: list[str] = []
 
-    def load(source: jit.Source) -> Module:
+    def load(source: jit.Source) -> object:
         names.append(source.name)
         if "x256x128" not in source.name:
             raise BackendUnavailableError(f"compiling {source.name} failed: out of memory")
-        return Module()
+        return SimpleNamespace(workspace_size=lambda e, n, k, t, sm_count: 1000 * e + sm_count)
 
     monkeypatch.setattr(jit, "load", load)
     return names
 
 
 @pytest.fixture
-def verified(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """No record; what verifying gives, and how often it was done."""
-    told: dict[str, Any] = {"ok": True, "reason": "because of a test", "times": 0}
-
-    def verify(module: jit.Built, device: torch.device) -> dict[str, Any]:
-        told["times"] += 1
-        return told
-
+def verified(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """In verifying's place, where there is no record."""
+    verify = Mock(return_value={"ok": True, "reason": "because of a test"})
     monkeypatch.setattr(cutlass.verify, "find", lambda module, device: None)
     monkeypatch.setattr(cutlass.verify, "verified", verify)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return told
+    return verify
 
 
 WORKS, FAILS = "2sm_256x256x128", "2sm_256x128x128"
@@ -243,18 +221,16 @@ def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
 )
 def test_a_module_that_failed_is_not_tried_again(
     builds: list[str],
-    verified: dict[str, Any],
+    verified: Mock,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
     config: str,
     reason: str,
 ) -> None:
-    """The call that finds out raises and says what comes next; from then on it is a reason: auto
-    goes on with a warning, a backend asked for by name raises it. In another environment it is
-    tried anew. A build that fails where no module was loaded takes the whole backend away.
-    """
-    verified["ok"] = False
+    """The call that finds out raises; from then on auto goes on with a warning, and a backend asked
+    for by name raises it. In another environment it is tried anew. A build that fails where no
+    module was loaded takes the whole backend away."""
+    verified.return_value["ok"] = False
     assert choose(problem(), "auto").name == "cutlass"
     next_call = "this process will not try again.*the next call without a named backend"
     with pytest.raises(BackendUnavailableError, match=f"^{reason}; {next_call}"):
@@ -266,13 +242,12 @@ def test_a_module_that_failed_is_not_tried_again(
     for again in (lambda: ask(monkeypatch, config), lambda: choose(problem(), "cutlass")):
         with pytest.raises(BackendUnavailableError, match=f"{reason}$"):
             again()
-    tried = len(builds), verified["times"]
-    assert tried == (1, config == WORKS)
-    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "other"))
+    assert (len(builds), verified.call_count) == (1, config == WORKS)
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", "/other")
     assert cutlass.availability(B200)[0]
     with pytest.raises(BackendUnavailableError):
         ask(monkeypatch, config)
-    assert len(builds) + verified["times"] == sum(tried) + 1
+    assert (len(builds), verified.call_count) == ((1, 2) if config == WORKS else (2, 0))
 
 
 def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,24 +263,23 @@ def test_failed_build_leaves_the_modules_that_work(builds: list[str], monkeypatc
     assert cutlass.can_run(problem())[0]
 
 
-def test_first_use_verifies(verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_use_verifies(verified: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not while a stream is captured, and that is not remembered."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(BackendUnavailableError, match="was not verified on this GPU yet, and while a stream"):
             ask(monkeypatch, WORKS)
-    assert verified["times"] == 0
+    assert not verified.called
     assert ask(monkeypatch, WORKS) == ask(monkeypatch, WORKS) == 3148
-    assert verified["times"] == 1
+    assert verified.call_count == 1
 
 
 # ---------------------------------------------------------------- calls
 
 
 def test_call_hands_over_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the C++ entry; where tensors are does not matter here, so they are on the
-    CPU."""
-    module = Module()
+    """In the order of the C++ entry; tensors are on the CPU, which does not matter here."""
+    module = Mock()
     monkeypatch.setattr(cutlass, "_module", lambda *key: module)
     monkeypatch.setattr(devices, "capability", lambda device: B200)
     monkeypatch.setenv("HYBRID_MXFP8_CONFIG", "2sm_256x128x128_4x1")
@@ -316,19 +290,19 @@ def test_call_hands_over_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     out, workspace = torch.empty(8, 136, dtype=torch.bfloat16), torch.empty(3148, dtype=torch.uint8)
     same = problem(num_experts=3, n=136, k=96, num_tokens=8)
     cutlass.launch(same, x.values, x.scales, *offsets, w.values, w.scales, out, workspace)
-    tensors = module.call[:9]
+    call = module.grouped_gemm.call_args.args
+    tensors = call[:9]
     assert tensors[0].dtype == tensors[2].dtype == torch.uint8
     handed = (x.values, x.scales, w.values, w.scales, *offsets, out, workspace)
     assert [(t.data_ptr(), t.shape) for t in tensors] == [(t.data_ptr(), t.shape) for t in handed]
-    assert module.call[9:] == (4, 1, 148, False)
+    assert call[9:] == (4, 1, 148, False)
 
 
 def test_workspace_bound_asks_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules are compiled, and which one a smaller batch takes is not asked. Nothing to compute
-    needs nothing."""
+    """Which would be compiled for it. Nothing to compute needs nothing."""
     monkeypatch.delattr(cutlass, "_module")
-    for num_experts, num_tokens, expected in ((3, 8, 148 * 8192 + 3 * 512), (3, 1 << 20, 148 * 8192 + 3 * 512)):
-        assert cutlass.workspace_bound(problem(num_experts=num_experts, num_tokens=num_tokens)) == expected
+    for num_tokens in (8, 1 << 20):
+        assert cutlass.workspace_bound(problem(num_experts=3, num_tokens=num_tokens)) == 148 * 8192 + 3 * 512
     for nothing in (problem(num_experts=0), problem(num_tokens=0)):
         assert cutlass.workspace_bound(nothing) == cutlass.workspace_size(nothing) == 0
         assert "nothing" in cutlass.explain(nothing)

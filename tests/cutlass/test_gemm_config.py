@@ -41,7 +41,6 @@ def test_unknown_name_lists_the_valid_ones(name: str) -> None:
         ((3, 128, (1, 1)), "cta_group must be 1 or 2, got 3"),
         ((1, 32, (1, 1)), "token_tile must be one of"),
         ((2, 128, (1, 1)), "whole pairs of SMs"),
-        ((1, 128, (8, 1)), "cluster extents"),
         ((1, 128, (3, 1)), "cluster extents"),
     ],
 )
@@ -66,17 +65,14 @@ def test_many_tokens_take_pairs_of_sms() -> None:
 
 
 def test_bytes_are_counted_once() -> None:
-    """Active weights with their scales, tokens with theirs, and the output, by hand for one
-    expert."""
+    """Active weights and tokens with their scales, and the output, by hand for one expert."""
     e = estimate(CONFIGS[0], 1, 256, 512, 64, 148, 2)
     assert e.memory_cycles * 3800 == pytest.approx((256 * 512 + 64 * 512) * 33 / 32 + 64 * 256 * 2)
 
 
 def test_waves_by_hand() -> None:
-    """One expert, 4 x 128 weight rows and 128 tokens in tiles of 64: two token tiles and half a
-    ragged one, so 12."""
-    e = estimate(GemmConfig(1, 64, (1, 1)), 1, 512, 512, 128, 8, 2)
-    assert e.waves == 2
+    """4 tiles of weight rows by 2 of tokens and half a ragged one, so 12, on 8 SMs."""
+    assert estimate(GemmConfig(1, 64, (1, 1)), 1, 512, 512, 128, 8, 2).waves == 2
 
 
 @given(
@@ -89,7 +85,6 @@ def test_waves_by_hand() -> None:
 def test_some_configuration_is_always_chosen(num_experts: int, n: int, k: int, num_tokens: int, sm_count: int) -> None:
     config = select_estimate(num_experts, n, k, num_tokens, sm_count).config
     assert config in CONFIGS
-    assert config == select_estimate(num_experts, n, k, num_tokens, sm_count).config
     assert config.cluster[0] * config.cluster[1] <= sm_count
 
 

@@ -20,19 +20,15 @@ SCALE_EDGES = [m + d for m in (0x080000, 0x5FFFFF, 0x600000, 0x780000) for d in 
 def _as_floats(bits: torch.Tensor) -> torch.Tensor:
     """(..., 32) magnitudes as fp32 bits in int64, every other one negative, to (R, 1024) fp32."""
     negative = (torch.arange(bits.numel()).reshape(bits.shape) % 3 == 1).long() << 31
-    signed = bits | negative
-    words = torch.where(signed >= 2**31, signed - 2**32, signed).to(torch.int32)
-    return words.reshape(-1, 1024).view(torch.float32)
+    return (bits | negative).to(torch.uint32).reshape(-1, 1024).view(torch.float32)
 
 
 def _blocks(heads: torch.Tensor, distances: torch.Tensor, mantissas: torch.Tensor) -> torch.Tensor:
-    """Heads (B,), fp32 bits without sign, each over 31 elements of these distances and mantissas;
-    subnormal where need be."""
+    """Heads (B,), fp32 bits without sign, over 31 elements of these distances and mantissas."""
     exponents = (heads >> 23)[:, None] - distances
     normal = (exponents << 23) + mantissas
     subnormal = (2**23 + mantissas) >> (1 - exponents).clamp(1, 24)
-    elements = torch.where(exponents >= 1, normal, subnormal)
-    elements = torch.minimum(elements, heads[:, None])
+    elements = torch.where(exponents >= 1, normal, subnormal).minimum(heads[:, None])
     # The amax at any place of its block.
     blocks = torch.cat([heads[:, None], elements], dim=1)
     shift = torch.arange(heads.numel())[:, None]
@@ -50,9 +46,8 @@ def fp32_edges(rng: torch.Generator, repeats: int = 8) -> torch.Tensor:
     # Halfway between neighbours is a multiple of 2**19 in normal results, of up to 2**23 in
     # subnormal ones.
     shift = torch.randint(19, 24, size, generator=rng)
-    mantissas = (torch.randint(0, 2**23, size, generator=rng) >> shift << shift) + torch.randint(
-        -2, 3, size, generator=rng
-    )
+    halfway = torch.randint(0, 2**23, size, generator=rng) >> shift << shift
+    mantissas = halfway + torch.randint(-2, 3, size, generator=rng)
     return _as_floats(_blocks(heads, distances, mantissas.clamp(0, 0x7FFFFF)))
 
 
@@ -81,8 +76,7 @@ def every_code_below_an_amax(dtype: torch.dtype) -> torch.Tensor:
         parts.append(torch.cat([codes, heads], dim=1))
     blocks = torch.cat([*parts, *(part | 0x8000 for part in parts)])
     blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -blocks.shape[0] % 32))
-    words = torch.where(blocks >= 2**15, blocks - 2**16, blocks).to(torch.int16)
-    return words.reshape(-1, 1024).view(dtype)
+    return blocks.to(torch.uint16).reshape(-1, 1024).view(dtype)
 
 
 def distinct(*tensors: torch.Tensor) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import unittest.mock
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -14,13 +14,13 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.core import layout as layouts
 from hybrid_mxfp8.core.formats import round_up
+from hybrid_mxfp8.dispatch.plan import PLANS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 POISON = 0xFF
-"""In values it is a NaN, in scales the scale NaN: a byte that was not written shows, and
-spreads."""
+"""A NaN in values and in scales: a byte that was not written shows, and spreads."""
 
 RAGGED: dict[str, tuple[list[int], int]] = {
     "one token": ([1], 1),
@@ -44,8 +44,7 @@ HOSTILE: dict[str, tuple[list[int], int]] = {
     "beyond T, then nothing": ([9, 0, 0], 8),
     "T = 0": ([3, 4], 0),
 }
-"""Device data that no router should send; as ends, some also fall. None may lead outside a
-buffer."""
+"""What no router should send; as ends, some also fall. None may lead outside a buffer."""
 
 HUGE: dict[str, tuple[list[int], int]] = {
     "sum wraps int64": ([2**62, 2**62, 5], 300),
@@ -56,8 +55,7 @@ HUGE: dict[str, tuple[list[int], int]] = {
 """Counts that need int64."""
 
 
-@dataclass(frozen=True)
-class Ragged:
+class Ragged(NamedTuple):
     """Counts of E experts in a matrix of num_tokens rows, at least their sum."""
 
     counts: list[int]
@@ -80,11 +78,9 @@ def layout(counts: Sequence[int], num_tokens: int | None = None, device: str = "
     return mx.GroupLayout.from_counts(given, sum(counts) if num_tokens is None else num_tokens)
 
 
-@contextmanager
-def unlooked() -> Iterator[None]:
+def unlooked() -> AbstractContextManager[object]:
     """As on a GPU, where nobody looks at counts and ends: what becomes of any numbers."""
-    with unittest.mock.patch.object(layouts, "fault_of", return_value=""):
-        yield
+    return unittest.mock.patch.object(layouts, "fault_of", return_value="")
 
 
 def poisoned_output(groups: mx.GroupLayout, k: int) -> mx.GroupedMXFP8:
@@ -102,13 +98,11 @@ def poisoned_product(num_tokens: int, n: int, dtype: torch.dtype, device: str | 
 
 def every_code(dtype: torch.dtype) -> torch.Tensor:
     """(64, 1024): each of the 65,536 codes of a 16-bit dtype, in order; blocks hold neighbours."""
-    codes = torch.arange(65536, dtype=torch.int32).to(torch.int16)
-    return codes.view(dtype).reshape(64, 1024)
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).reshape(64, 1024)
 
 
 def _with_smaller_ones(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(R, 1024): each amax heads a block whose other elements are fractions of it, down to its
-    2**-16."""
+    """(R, 1024): each amax heads a block of fractions of it, down to its 2**-16."""
     j = torch.arange(32, dtype=torch.float64)
     fractions = torch.where(j % 2 == 0, 1.0, -1.0) * 2.0 ** (-j / 2) * (1 + (j % 5) / 16).clamp_max(1.0)
     fractions[0] = 1.0
@@ -123,8 +117,7 @@ def every_amax(dtype: torch.dtype) -> torch.Tensor:
 
 
 def fp32_edges() -> torch.Tensor:
-    """(R, 1024) fp32: each exponent with the mantissas where a scale or an element changes, as amax
-    and as elements."""
+    """(R, 1024): each exponent with the mantissas where a scale or an element changes, as both."""
     around = [0, 0x080000, 0x100000, 0x180000, 0x1FFFFF, 0x400000, 0x5FFFFF, 0x600000, 0x780000, 0x7FFFFF]
     mantissas = sorted({m + d for m in around for d in (-1, 0, 1) if 0 <= m + d <= 0x7FFFFF})
     exponents = torch.arange(256, dtype=torch.int64) << 23
@@ -137,8 +130,7 @@ def fp32_edges() -> torch.Tensor:
 
 
 def special_rows(dtype: torch.dtype) -> torch.Tensor:
-    """(8, 128): blocks of zeros of both signs, of NaN and Inf among finite values, of tiny and
-    subnormal values."""
+    """(8, 128): zeros of both signs, NaN and Inf among finite values, tiny and subnormal values."""
     x = torch.linspace(-3, 3, 8 * 128).reshape(8, 128)
     x[0] = 0.0
     x[1] = -0.0
@@ -192,8 +184,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def same_bytes(a: mx.GroupedMXFP8 | mx.ExpertWeights, b: mx.GroupedMXFP8 | mx.ExpertWeights) -> None:
     """Both operands' buffers, wherever they are."""
     for name in ("values", "scales"):
-        x, y = bits(getattr(a, name)), bits(getattr(b, name))
-        y = y.to(x.device)
+        x = bits(getattr(a, name))
+        y = bits(getattr(b, name)).to(x.device)
         assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} bytes differ"
 
 
@@ -203,8 +195,5 @@ def memory_of(workspace: mx.MoEWorkspace) -> list[torch.Tensor]:
 
 
 def forget_calls() -> None:
-    """Have the next call choose its backend and kernel anew: for tests that put something else in
-    their place."""
-    from hybrid_mxfp8.dispatch.plan import PLANS
-
+    """Have the next call choose its backend and kernel anew: what it would take was replaced."""
     PLANS.clear()

@@ -77,8 +77,7 @@ def answer(source: jit.Source) -> int:
     return got
 
 
-STRANGER = 12345
-"""A user who is neither this one nor root."""
+STRANGER = 12345  # a user who is neither this one nor root
 
 
 def as_user(user: int, function: Callable[[], Any]) -> Any:
@@ -116,7 +115,6 @@ class FakeToolkit:
         return self.module("toy")
 
     def module(self, name: str, **settings: Any) -> jit.Source:
-        """A module of the source."""
         settings = {"arch": "9.0", "definitions": (("ANSWER", "42"),), "include": (), **settings}
         return jit.Source(name, self.folder / "toy.cu", **settings)
 
@@ -153,7 +151,6 @@ def open_fake_toolkit(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeToolkit]:
     monkeypatch.setenv("CUDA_HOME", str(home))
     monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(folder / "cutlass"))
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(folder / "cache"))
-    made = FakeToolkit(folder)
-    made.delay(0)
-    yield made
+    (home / "delay").write_text("0")
+    yield FakeToolkit(folder)
     shutil.rmtree(folder)

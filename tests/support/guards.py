@@ -1,9 +1,5 @@
-"""Memory with guard bytes: copies of tensors inside one buffer of bytes, none of which may change
-but where it is allowed.
-
-A write beyond a tensor, into another or into the space between the rows of a strided one shows up
-as a changed byte, also where it would have hit memory that nobody uses.
-"""
+"""Memory with guard bytes: copies of tensors inside one buffer of bytes. A write beyond a tensor,
+into another or into the space between the rows of a strided one shows up as a changed byte."""
 
 from __future__ import annotations
 
@@ -66,9 +62,8 @@ class Guards:
 
     def layout(self, groups: mx.GroupLayout) -> mx.GroupLayout:
         """A layout whose tensors must not change."""
-        return mx.GroupLayout(
-            self(groups.tokens_per_expert), self(groups.expert_offsets), self(groups.scale_offsets), groups.num_tokens
-        )
+        parts = map(self, (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets))
+        return mx.GroupLayout(*parts, groups.num_tokens)
 
     def grouped(self, x: mx.GroupedMXFP8, *, written: bool = False) -> mx.GroupedMXFP8:
         """An operand of tokens."""
@@ -83,13 +78,8 @@ class Guards:
         """Whatever it is: tensors among guard bytes, all else as it is."""
         if isinstance(value, torch.Tensor):
             return self(value) if value.layout == torch.strided else value
-        if isinstance(value, mx.GroupLayout):
-            return self.layout(value)
-        if isinstance(value, mx.GroupedMXFP8):
-            return self.grouped(value)
-        if isinstance(value, mx.ExpertWeights):
-            return self.weights(value)
-        return value
+        kinds = {mx.GroupLayout: self.layout, mx.GroupedMXFP8: self.grouped, mx.ExpertWeights: self.weights}
+        return kinds[type(value)](value) if type(value) in kinds else value
 
     def ready(self) -> None:
         """Remember what all bytes are now; the call that is tried comes next."""
@@ -117,6 +107,5 @@ def check_alive(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
         xq = mx.quantize_grouped(torch.ones(4, 32, device=device), torch.tensor([4], device=device))
-        assert (
-            mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(1, 8, 32, device=device))).tolist() == [[32.0] * 8] * 4
-        )
+        wq = mx.quantize_weights(torch.ones(1, 8, 32, device=device))
+        assert mx.grouped_gemm(xq, wq).tolist() == [[32.0] * 8] * 4

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import moe_truth
 import pytest
@@ -21,7 +22,7 @@ from hybrid_mxfp8 import checkpoint
 from hybrid_mxfp8.checkpoint import reader
 from hybrid_mxfp8.distributed import ExpertParallelExperts, experts_of_rank
 
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 7, 256, 128, 3
+EXPERTS, HIDDEN = 7, 256
 MAX_TOKENS = 16
 RANKS = 2
 
@@ -58,8 +59,8 @@ def _rank(rank: int, device: str, store: str, timeout: float, function: Callable
 
 
 def _layer(tokens: int, seed: int, device: str) -> moe_truth.Layer:
+    shape = {"tokens": tokens, "experts": EXPERTS, "hidden": HIDDEN, "intermediate": 128, "top_k": 3}
     rng = torch.Generator().manual_seed(seed)
-    shape = {"tokens": tokens, "experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K}
     return moe_truth.to(moe_truth.make_layer(rng, **shape, bias=True, dropped=True), device)
 
 
@@ -72,8 +73,7 @@ def check_layer(rank: int, ranks: int, device: str, backend: str, folder: str) -
     def make(**option: Any) -> ExpertParallelExperts:
         return ExpertParallelExperts.from_weights(weights.w13, weights.w2, **option, **given)
 
-    options: list[dict[str, Any]] = [{}, {"max_tokens": MAX_TOKENS}, {"dispatch": "all_to_all"}]
-    for option in options:
+    for option in ({}, {"max_tokens": MAX_TOKENS}, {"dispatch": "all_to_all"}):
         experts = make(**option)
         for tokens in ([13, 7], [0, 5], [MAX_TOKENS, 1], [4, 4]):
             batch = _layer(tokens[rank], 1 + rank, device)
@@ -109,22 +109,20 @@ def _compare(y: torch.Tensor, whole: mx.MXFP8Experts, batch: moe_truth.Layer, ba
 def _check_refusals(experts: ExpertParallelExperts, batch: moe_truth.Layer) -> None:
     """Before anything is sent: the group is of use afterwards."""
     own, make, few = experts.experts, ExpertParallelExperts, torch.zeros(1, 64, 32)
+    seven: dict[str, Any] = {"num_experts": EXPERTS}
     x, ids, weights = batch.x, batch.ids, batch.weights
     refused: list[tuple[str, Callable[[], object]]] = [
         ("x: must have shape", lambda: experts(x[:, :32], ids, weights)),
         ("topk_weights: must have shape", lambda: experts(x, ids, weights[:, :1])),
         ("topk_ids: dtype must be", lambda: experts(x, ids.float(), weights)),
-        (
-            "x: must have at most max_tokens = 1 rows, got 4$",
-            lambda: make(own, num_experts=EXPERTS, max_tokens=1)(x, ids, weights),
-        ),
-        ("experts: must be an MXFP8Experts", lambda: make(None, num_experts=EXPERTS)),  # type: ignore[arg-type]
+        ("x: must have at most max_tokens = 1 rows, got 4$", lambda: make(own, **seven, max_tokens=1)(x, ids, weights)),
+        ("experts: must be an MXFP8Experts", lambda: make(None, **seven)),  # type: ignore[arg-type]
         ("experts: must be 10, numbers", lambda: make(own, num_experts=20)),
         ("num_experts: must be at least one for each of 2 ranks, got 1", lambda: make.from_weights(few, few)),
         ("num_experts: must be an int", lambda: make(own, num_experts=7.0)),  # type: ignore[arg-type]
-        ("dispatch: must be one of", lambda: make(own, num_experts=EXPERTS, dispatch="deepep")),
-        ("max_tokens: must be at least 1", lambda: make(own, num_experts=EXPERTS, max_tokens=0)),
-        ("max_tokens: must be None", lambda: make(own, num_experts=EXPERTS, dispatch="all_to_all", max_tokens=4)),
+        ("dispatch: must be one of", lambda: make(own, **seven, dispatch="deepep")),
+        ("max_tokens: must be at least 1", lambda: make(own, **seven, max_tokens=0)),
+        ("max_tokens: must be None", lambda: make(own, **seven, dispatch="all_to_all", max_tokens=4)),
         ("w2: must have w13's E = 2", lambda: make.from_weights(few.expand(2, 64, 32), few)),
         ("names: must be a pair", lambda: make.from_checkpoint("nowhere", "experts")),  # type: ignore[arg-type]
     ]
@@ -139,13 +137,10 @@ def _check_checkpoint(folder: Path, whole: mx.MXFP8Experts, rank: int) -> None:
     if rank == 0:
         checkpoint.save_experts(file, {"w13": whole.w13q, "w2": whole.w2q})
     dist.barrier()
-    read: list[int | None] = []
-    matrix = reader._matrix
-    reader._matrix = lambda opened, name, index: read.append(index) or matrix(opened, name, index)  # type: ignore
-    experts = ExpertParallelExperts.from_checkpoint(file, ("w13", "w2"), max_tokens=4)
-    reader._matrix = matrix
+    with patch.object(reader, "_matrix", wraps=reader._matrix) as matrix:
+        experts = ExpertParallelExperts.from_checkpoint(file, ("w13", "w2"), max_tokens=4)
     own = experts_of_rank(EXPERTS, rank, RANKS)
-    assert set(read) == set(own)
+    assert {index for (_, _, index), _ in matrix.call_args_list} == set(own)
     assert torch.equal(experts.experts.w13_values, whole.w13_values[own.start : own.stop].cpu())
     assert torch.equal(experts.experts.w2_scales, whole.w2_scales[own.start : own.stop].cpu())
 
@@ -155,8 +150,8 @@ def _check_compiled(experts: ExpertParallelExperts, rank: int, device: str) -> N
     compiled = torch.compile(experts, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     for tokens in ([13, 7], [2, 9]):
         batch = _layer(tokens[rank], 3 + rank, device)
-        y = compiled(batch.x, batch.ids, batch.weights)
-        assert torch.equal(y, experts(batch.x, batch.ids, batch.weights)), f"compiled {tokens}"
+        given = batch.x, batch.ids, batch.weights
+        assert torch.equal(compiled(*given), experts(*given)), f"compiled {tokens}"
 
 
 def _check_graph(experts: ExpertParallelExperts, whole: mx.MXFP8Experts, rank: int, backend: str) -> None:
@@ -169,9 +164,8 @@ def _check_graph(experts: ExpertParallelExperts, whole: mx.MXFP8Experts, rank: i
         y = experts(batch.x, batch.ids, batch.weights)
     for seed in range(3):
         other = _layer(11 + rank, 10 * seed + rank, "cuda")
-        batch.x.copy_(other.x)
-        batch.ids.copy_(other.ids)
-        batch.weights.copy_(other.weights)
+        for name in ("x", "ids", "weights"):
+            getattr(batch, name).copy_(getattr(other, name))
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, experts(batch.x, batch.ids, batch.weights)), f"replay {seed}"

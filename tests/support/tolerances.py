@@ -40,12 +40,6 @@ BF16_DROPPED = 2.0**-134
 produce."""
 
 
-def gemm_bound(ref: Doubles, magnitude: Doubles, dtype: torch.dtype, dropped: Doubles | float = 0.0) -> Doubles:
-    """The largest allowed |y - ref|, elementwise; ``magnitude`` is |x| @ |w|.T."""
-    bound: Doubles = HALF_ULP[dtype] * np.abs(ref) + ACCUMULATION * magnitude + SMALLEST[dtype] + dropped
-    return bound
-
-
 def check_gemm(
     y: torch.Tensor,
     x: tuple[Bytes, Bytes],
@@ -55,15 +49,8 @@ def check_gemm(
     bf16_formulation: bool = False,
 ) -> float:
     """Compare y (T, N) with truth, row by row of each expert; returns the largest error in units of
-    its bound.
-
-    Args:
-        y: the product.
-        x: codes (T, K) and row-major scales (T, K/32).
-        w: codes (E, N, K) and row-major scales (E, N, K/32).
-        counts: rows of each expert.
-        bf16_formulation: whether operands passed through bf16.
-    """
+    its bound. ``x`` and ``w`` are codes (T, K) and (E, N, K), each with row-major scales, and
+    ``counts`` the rows of each expert; ``bf16_formulation``: operands passed through bf16."""
     got = y.detach().cpu().double().numpy()
     start, worst = 0, 0.0
     for e, count in enumerate(counts):
@@ -78,7 +65,7 @@ def check_gemm(
         dropped: Doubles | float = xd.shape[1] * UNDERFLOW
         if bf16_formulation:
             dropped += BF16_DROPPED * (np.abs(xd).sum(1)[:, None] + np.abs(wd).sum(1)[None, :])
-        bound = gemm_bound(ref, magnitude, y.dtype, dropped)
+        bound = HALF_ULP[y.dtype] * np.abs(ref) + ACCUMULATION * magnitude + SMALLEST[y.dtype] + dropped
         inf = np.isinf(got[rows]) & (np.signbit(got[rows]) == np.signbit(ref))
         may, must = (np.abs(ref) + sign * bound >= OVERFLOW[y.dtype] for sign in (1, -1))
         finite_error = np.abs(np.where(inf, ref, got[rows]) - ref) / bound

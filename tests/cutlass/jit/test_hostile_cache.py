@@ -41,8 +41,7 @@ def as_root() -> None:
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Mode and contents of everything below."""
     return {
-        str(path.relative_to(folder)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
-        for path in sorted(folder.rglob("*"))
+        str(path): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")
     }
 
 
@@ -92,12 +91,11 @@ def test_a_cache_that_others_can_write_is_not_loaded(
         with pytest.raises(BackendUnavailableError, match=message):
             call(toolkit.source)
     facts = doctor.examine()
-    assert facts["cached"] == []
-    assert "the cache is not loaded" in facts["modules_problem"]
-    assert "the cache is not loaded" in doctor.render(facts)
     ok, reason = grouped_gemm.availability((10, 0))
     assert not ok
-    assert "the cache is not loaded" in reason
+    assert facts["cached"] == []
+    for said in (reason, facts["modules_problem"], doctor.render(facts)):
+        assert "the cache is not loaded" in said
     assert snapshot(toolkit.folder) == before
 
     monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "1")
@@ -110,8 +108,7 @@ def test_a_cache_that_others_can_write_is_not_loaded(
 def test_a_planted_module_is_built_anew(
     toolkit: FakeToolkit, as_root: None, how: str, file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A library that would not even load, with metadata to match, in a cache that is otherwise in
-    order."""
+    """A library that would not even load, with metadata to match, in a cache that is in order."""
     built = jit.build(toolkit.source)
     built.library.write_bytes(b"planted")
     module_cache.write_manifest(built.folder, **built.manifest())
@@ -127,8 +124,7 @@ def test_a_planted_module_is_built_anew(
 
 
 def test_what_root_built_is_everybodys(toolkit: FakeToolkit) -> None:
-    """The user that an image runs as loads its modules and can add none, and the error says what to
-    do; so can the user who built them, once the cache is read-only."""
+    """The user that an image runs as loads its modules; to add one fails and says what to do."""
     jit.build(toolkit.source)
     toolkit.cache.chmod(0o555)
 
@@ -153,12 +149,8 @@ def test_what_a_user_built_is_that_users(toolkit: FakeToolkit, as_root: None) ->
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
 def test_what_a_build_makes_is_its_own(toolkit: FakeToolkit, umask: int) -> None:
     """Whatever the umask, nobody else can write any of it, or hold a lock for ever."""
-    before = os.umask(umask)
-    try:
-        built = jit.build(toolkit.source)
-    finally:
-        os.umask(before)
-    assert built.intact()
+    Child(lambda: (os.umask(umask), jit.build(toolkit.source))).result()
+    assert len(toolkit.modules()) == 1
     made = [toolkit.folder / "cache", *(toolkit.folder / "cache").rglob("*")]
     assert len(made) == 6
     for path in made:
@@ -184,8 +176,7 @@ def test_a_link_and_a_sticky_folder_are_fine(toolkit: FakeToolkit, monkeypatch: 
 def test_a_file_server_that_gives_files_to_nobody(
     toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, as_root: None
 ) -> None:
-    """Root's new folder is nobody's where the server squashes root: said before compiling, not
-    after."""
+    """Root's new folder is nobody's where the server squashes root: said before compiling."""
     make = Path.mkdir
 
     def squash(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -200,8 +191,6 @@ def test_a_file_server_that_gives_files_to_nobody(
 
 def test_the_switch_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "yes")
-    with pytest.raises(ValueError, match="HYBRID_MXFP8_TRUST_CACHE: must be 0 or 1, got 'yes'"):
-        module_cache.trust_problem(Path("/"))
     assert "HYBRID_MXFP8_TRUST_CACHE: must be 0 or 1" in doctor.examine()["modules_problem"]
 
 
@@ -241,8 +230,7 @@ def test_killed_before_any_step(toolkit: FakeToolkit, step: str) -> None:
         jit.build(toolkit.source)
 
     assert Child(run).result() is None
-    whole = step == "cleaning up"
-    assert len(toolkit.modules()) == whole
+    assert len(toolkit.modules()) == (step == "cleaning up")
     for left in toolkit.leftovers():
         os.utime(left, (0, 0))
     assert answer(toolkit.source) == 42
@@ -284,7 +272,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_places_that_cannot_be_a_cache(toolkit: FakeToolkit, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     for link, target in (("loop", "loop"), ("dangling", "absent/target")):
-        (toolkit.folder / link).symlink_to(toolkit.folder / target)
+        (toolkit.folder / link).symlink_to(target)
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(toolkit.folder / PLACES[place]))
     with pytest.raises(BackendUnavailableError, match=r"(cannot|can) be written .*HYBRID_MXFP8_CACHE_DIR"):
         jit.load(toolkit.source)

@@ -40,26 +40,18 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Packages that are found before the installed ones."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    return folder
-
-
-def packages(site: Path, **versions: str) -> None:
-    """Install the named packages with headers, and for the others modules without."""
+def packages(site: Path, monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Have these found before the installed ones: the named with headers, the others without."""
+    monkeypatch.syspath_prepend(str(site))
     for module, inside in toolchain.CUTLASS_PACKAGES.values():
-        (site / module).mkdir()
+        (site / module).mkdir(parents=True)
         (site / module / "__init__.py").write_text("raise ImportError('must not be imported')")
         if module in versions:
             make_cutlass(site / module / inside, versions[module])
 
 
-def test_newest_package_wins(site: Path) -> None:
-    packages(site, cutlass_library="4.2.0", deep_gemm="4.8.1", flashinfer="4.5.0")
+def test_newest_package_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages(tmp_path, monkeypatch, cutlass_library="4.2.0", deep_gemm="4.8.1", flashinfer="4.5.0")
     found = toolchain.find_cutlass()
     assert (found.origin, found.version, found.ragged) == ("sgl-deep-gemm", (4, 8, 1), True)
     assert [(c.origin, c.version_string, c.problem) for c in toolchain.cutlass_candidates()] == [
@@ -73,31 +65,29 @@ RAGGED, OVERLAP = "ragged mainloop and overlap of its two kernels", "overlap of 
 
 
 @pytest.mark.parametrize(
-    ("version", "ragged", "lacks", "problem"),
+    ("version", "lacks", "problem"),
     [
-        ((3, 9, 0), False, RAGGED, "CUTLASS 4.2 or later is needed"),
-        ((4, 1, 9), False, RAGGED, "CUTLASS 4.2 or later is needed"),
-        ((4, 2, 0), False, RAGGED, ""),
-        ((4, 3, 0), False, RAGGED, "CUTLASS 4.3 calls cuDriverGetVersion"),
-        ((4, 3, 5), False, RAGGED, "CUTLASS 4.3 calls cuDriverGetVersion"),
-        ((4, 4, 0), True, OVERLAP, ""),
-        ((4, 5, 3), True, OVERLAP, ""),
-        ((4, 6, 0), True, "", ""),
-        ((5, 0, 0), True, "", ""),
+        ((3, 9, 0), RAGGED, "CUTLASS 4.2 or later is needed"),
+        ((4, 1, 9), RAGGED, "CUTLASS 4.2 or later is needed"),
+        ((4, 2, 0), RAGGED, ""),
+        ((4, 3, 5), RAGGED, "CUTLASS 4.3 calls cuDriverGetVersion"),
+        ((4, 4, 0), OVERLAP, ""),
+        ((4, 5, 3), OVERLAP, ""),
+        ((4, 6, 0), "", ""),
+        ((5, 0, 0), "", ""),
     ],
 )
-def test_what_a_version_has_and_lacks(version: tuple[int, int, int], ragged: bool, lacks: str, problem: str) -> None:
+def test_what_a_version_has_and_lacks(version: tuple[int, int, int], lacks: str, problem: str) -> None:
     found = toolchain.CutlassHeaders(Path("/c"), version, "a test")
-    assert found.ragged is ragged
+    assert found.ragged == (lacks != RAGGED)
     assert found.hint == (f"{lacks} with newer CUTLASS headers: pip install 'hybrid-mxfp8[ragged]'" if lacks else "")
     assert found.problem.startswith(problem)
     assert bool(found.problem) == bool(problem)
 
 
-def test_headers_that_are_not_used(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of these is passed over, and named where there is no other; a chosen folder is
-    refused, and not passed over where it has none."""
-    packages(site, deep_gemm="4.1.9")
+def test_headers_that_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package is passed over, and named where there is no other; a chosen folder is refused."""
+    packages(tmp_path, monkeypatch, deep_gemm="4.1.9")
     said = r"no CUTLASS headers.*\(sgl-deep-gemm has 4.1.9: CUTLASS 4.2 or later.*pip install nvidia-cutlass"
     with pytest.raises(BackendUnavailableError, match=said):
         toolchain.find_cutlass()
@@ -108,24 +98,16 @@ def test_headers_that_are_not_used(site: Path, tmp_path: Path, monkeypatch: pyte
             toolchain.find_cutlass()
 
 
-def test_a_chosen_folder_beats_packages_and_is_told_by_its_contents(
-    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A checkout or its include folder. Checkouts of different commits say the same version;
-    packages of a version are the same."""
-    packages(site, deep_gemm="4.8.1")
+def test_a_chosen_folder_is_told_by_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout or its include folder, before packages: commits may say the same version."""
+    packages(tmp_path, monkeypatch, deep_gemm="4.8.1")
     assert toolchain.find_cutlass().identity == "4.8.1"
     identities = []
-    for inside, header, text in (
-        ("include", "layout.hpp", "// 1"),
-        ("include", "layout.hpp", "// 2"),
-        (".", "layout.hpp", "// 1"),
-        (".", "shape.hpp", "// 1"),
-    ):
-        chosen = tmp_path / str(len(identities))
-        make_cutlass(chosen / inside, "4.4.0")
-        (chosen / inside / "cute").mkdir()
-        (chosen / inside / "cute" / header).write_text(text)
+    for folder, header, text in (("a/include", "y", "1"), ("b/include", "y", "2"), ("c", "y", "1"), ("d", "z", "1")):
+        chosen = tmp_path / folder[0]
+        make_cutlass(tmp_path / folder, "4.4.0")
+        (tmp_path / folder / "cute").mkdir()
+        (tmp_path / folder / "cute" / header).write_text(text)
         monkeypatch.setenv("HYBRID_MXFP8_CUTLASS_DIR", str(chosen))
         identities.append(toolchain.find_cutlass().identity)
     assert all(re.fullmatch(r"4\.4\.0\+[0-9a-f]{8}", identity) for identity in identities)
@@ -138,11 +120,10 @@ def test_a_toolkit_is_where_its_compiler_says_or_is(tmp_path: Path, monkeypatch:
     """Not in the wrapper's folder; and where a link leads of one that says no folder."""
     real = make_nvcc(tmp_path / "toolkit", "13.0.88")
     found = tmp_path / "bin" / "nvcc"
-    found.parent.mkdir()
     if way == "a wrapper":
-        found.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
-        found.chmod(0o755)
+        make_nvcc(tmp_path, "").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     else:
+        found.parent.mkdir()
         real.write_text(real.read_text().replace("_HERE_", "_THERE_"))
         found.symlink_to(real)
     monkeypatch.setenv("PATH", f"{found.parent}:/usr/bin:/bin")
@@ -233,7 +214,6 @@ def test_no_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mo
     make_nvcc(tmp_path / "old", "12.4.10")
     monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(toolchain, "sys", SimpleNamespace(path=[]))
-    with pytest.raises(
-        BackendUnavailableError, match=r"12\.4\.10 is older than 12\.8.*pip install 'hybrid-mxfp8\[nvcc\]'"
-    ):
+    said = r"12\.4\.10 is older than 12\.8.*pip install 'hybrid-mxfp8\[nvcc\]'"
+    with pytest.raises(BackendUnavailableError, match=said):
         toolchain.find_cuda()
