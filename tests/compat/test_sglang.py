@@ -16,7 +16,7 @@ import sglang_case
 import torch
 from bad_calls import sglang as tables
 from bad_calls.row import ints
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from stand_ins import replace_backend
 
@@ -25,7 +25,6 @@ from hybrid_mxfp8.compat import sglang
 from hybrid_mxfp8.core.formats import padded_scale_rows
 from hybrid_mxfp8.core.layout import caller_offsets
 
-ON_GPU = cases.device() == "cuda"
 COUNTS = [5, 0, 130, 1, 0]
 
 
@@ -53,7 +52,7 @@ def ours(case: sglang_case.Case, dtype: torch.dtype) -> tuple[mx.GroupedMXFP8, m
 
 @each_multiplier
 @pytest.mark.parametrize("dtype", cases.HALF_DTYPES)
-@pytest.mark.parametrize("num_experts", [8, 16, 32, 64] if ON_GPU else [8])
+@pytest.mark.parametrize("num_experts", [8, 16, 32, 64] if cases.device() == "cuda" else [8])
 def test_each_expert_is_close_to_the_unquantized_product(
     num_experts: int, dtype: torch.dtype, device: str, workspace: torch.Tensor
 ) -> None:
@@ -61,7 +60,7 @@ def test_each_expert_is_close_to_the_unquantized_product(
     of weights below 2**29 elements so that the float64 truth fits."""
     choose = random.Random(f"{num_experts} {dtype}")
     most, tokens = (64, 512) if device == "cuda" else (2, 24)
-    n, k = 128 * choose.randint(1, most), 128 * choose.randint(1, most)
+    n = k = 2**29
     while num_experts * n * k > 2**29:
         n, k = 128 * choose.randint(1, most), 128 * choose.randint(1, most)
     counts = [choose.randint(1, tokens) if choose.random() < 0.7 else 0 for _ in range(num_experts)]
@@ -106,7 +105,7 @@ def test_scales_in_any_order_and_rows_of_a_padded_batch(device: str, workspace: 
 
 
 @each_multiplier
-@pytest.mark.parametrize("counts", [[0, 0, 0], []], ids=["no tokens", "no experts"])
+@pytest.mark.parametrize("counts", [[0, 0, 0], []])
 def test_nothing_to_do(counts: list[int], device: str, workspace: torch.Tensor) -> None:
     case = sglang_case.random_case(counts, 128, 128, torch.bfloat16, 4, device=device)
     case.quantize()
@@ -115,8 +114,7 @@ def test_nothing_to_do(counts: list[int], device: str, workspace: torch.Tensor) 
 
 @each_multiplier
 def test_k_that_is_a_multiple_of_32_alone(device: str, workspace: torch.Tensor, rng: torch.Generator) -> None:
-    """SGLang asks for K % 128 == 0; here K = 160 works with the scale columns of whole tiles, 8 for
-    5."""
+    """SGLang asks for K % 128 == 0; here K = 160 works, with whole tiles' 8 scale columns for 5."""
     x, w = torch.randn(6, 160, generator=rng).to(device), torch.randn(2, 8, 160, generator=rng).to(device)
     tokens, starts, scale_starts = (ints(*values).to(device) for values in ((2, 4), (0, 2), (0, 128)))
     values = torch.empty(6, 160, dtype=torch.float8_e4m3fn, device=device)
@@ -144,8 +142,7 @@ def test_opcheck() -> None:
 
 
 def test_compiled_as_one_graph_for_any_number_of_tokens(device: str, workspace: torch.Tensor) -> None:
-    """Into the caller's buffers as without the compiler, bit for bit, with one compilation for all
-    T."""
+    """Into the caller's buffers as without the compiler, bit for bit."""
     compilations = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -178,6 +175,7 @@ def test_compiled_as_one_graph_for_any_number_of_tokens(device: str, workspace: 
 
 @pytest.mark.sanitizer
 @given(st.lists(st.tuples(st.integers(-9, 400), st.integers(-300, 4000)), min_size=1, max_size=20), st.integers(0, 900))
+@example([(3, 2**31 - 1), (1, 0)], 4)
 def test_kernel_and_reference_make_the_same_layout(
     kernels_run: None, device: str, experts: list[tuple[int, int]], num_tokens: int
 ) -> None:
@@ -192,12 +190,11 @@ def test_kernel_and_reference_make_the_same_layout(
             assert all(torch.equal(mine.cpu(), theirs) for mine, theirs in zip(got, expected, strict=True))
 
 
-def test_layouts_by_hand(backend: str, device: str) -> None:
+def test_layouts_by_hand() -> None:
     """In the second, an expert's rows end beyond int32."""
-    layout = kernels.caller_layout if backend == "triton" else caller_offsets
-    parts = layout(ints(3, 200, 0).to(device), ints(256, 512, 900).to(device), 203, 1024)
+    parts = caller_offsets(ints(3, 200, 0), ints(256, 512, 900), 203, 1024)
     assert [part.tolist() for part in parts] == [[3, 200, 0], [0, 3, 203, 203], [256, 512, 900, 768]]
-    parts = layout(ints(3, 1).to(device), ints(2**31 - 1, 0).to(device), 4, 2**31 - 128)
+    parts = caller_offsets(ints(3, 1), ints(2**31 - 1, 0), 4, 2**31 - 128)
     assert parts[2].tolist() == [2**31 - 128, 0, 2**31 - 128]
 
 

@@ -6,7 +6,6 @@ Stand-ins for python, pip, pytest and nvidia-smi write down how they are called.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -31,11 +30,10 @@ esac
 """
 
 
-def script(path: Path, text: str) -> Path:
+def script(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
-    return path
 
 
 def checkout(tmp_path: Path) -> Path:
@@ -45,16 +43,15 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run(command: str, root: Path, stand_ins: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": f"{stand_ins}{os.pathsep}/usr/bin{os.pathsep}/bin", "PYTHON": str(stand_ins / "python")}
-    return subprocess.run(
-        ["bash", *command.split()], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = {"PATH": f"{stand_ins}:/usr/bin:/bin", "PYTHON": str(stand_ins / "python")}
+    return subprocess.run(["bash", command], cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
 # ---------------------------------------------------------------- .ci/venv
 
 
-CPU, TRITON = "pip install -q torch==2.13.0+cpu", "pip install -q triton==3.9.*"
+PIP = "pip install -q"
+CPU, TRITON = f"{PIP} torch==2.13.0+cpu", f"{PIP} triton==3.9.*"
 NEW = '[[ "$*" == *torch==* && "$*" != *index-url* ]] && exit 1; exit 0'  # a build that pip does not know
 
 
@@ -62,14 +59,8 @@ NEW = '[[ "$*" == *torch==* && "$*" != *index-url* ]] && exit 1; exit 0'  # a bu
     ("gpu", "base_torch", "pip", "expected"),
     [
         # The machine's PyTorch fits its driver: none is installed over it, and constraints hold it.
-        (
-            True,
-            True,
-            "",
-            ["venv --system-site-packages .venv", "pip install -q --ignore-installed pytest pytest-xdist"],
-        ),
-        (True, False, "", ["venv .venv", "pip install -q torch>=2.10"]),
-        (False, False, "", ["venv .venv", CPU, TRITON]),
+        (True, True, "", ["venv --system-site-packages .venv", f"{PIP} --ignore-installed pytest pytest-xdist"]),
+        (True, False, "", ["venv .venv", f"{PIP} torch>=2.10"]),
         (False, True, "", ["venv .venv", CPU, TRITON]),
         # Failing the first request must not end in PyPI's CUDA build.
         (False, False, NEW, ["venv .venv", CPU, f"{CPU} --index-url https://download.pytorch.org/whl/cpu", TRITON]),
@@ -89,10 +80,9 @@ def test_which_pytorch_an_environment_gets(
     venv, *installs = re.sub(r" -c \S+", " -c FILE", log.read_text()).splitlines()
     first = installs[: len(installs) // 2]
     assert installs == first * 2
-    assert [venv, *first[: len(expected) - 1]] == expected
-    rest = first[len(expected) - 1 :]
-    assert rest[0] == "pip install -q -c FILE -e .[test,ragged,bench,transformers]"
-    assert not [line for line in rest if "torch" in line]
+    end = len(expected)
+    assert [venv, *first][: end + 1] == [*expected, f"{PIP} -c FILE -e .[test,ragged,bench,transformers]"]
+    assert not [line for line in first[end - 1 :] if "torch" in line]
 
 
 # ---------------------------------------------------------------- .ci/test

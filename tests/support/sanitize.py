@@ -1,12 +1,10 @@
 """``make sanitize``: the GPU tests marked ``sanitizer`` under each tool of NVIDIA's
 compute-sanitizer, with a report.
 
-The tests are split by file, and further where a tool is slow, and run in a few processes at once,
-each with a time limit. Before them the same tests run once with no tool: that fills the
-compilers' caches, and shows what fails by itself. The report says what ran, what was found and
-which kernels were launched under which tool. The exit status is 0 only if every test passed or
-was skipped, every tool came to its summary with nothing found, and every kernel that this GPU can
-run was launched under every tool.
+The tests run in a few processes at once, each with a time limit, and first once with no tool: that
+fills the compilers' caches, and shows what fails by itself. The exit status is 0 only if every
+test passed or was skipped, every tool came to its summary with nothing found, and every kernel
+that this GPU can run was launched under every tool.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ TOOLS: dict[str, str] = {
 }
 """The slowest first, so that it doesn't end alone."""
 
-TESTS_PER_PROCESS = {PLAIN: 1000, "racecheck": 12, "memcheck": 40, "initcheck": 40, "synccheck": 40}
-"""Where a process starts in ten seconds and a test takes from a tenth of one to ten."""
+TESTS_PER_PROCESS = {PLAIN: 1000, "racecheck": 12}
+"""Of other tools 40: a process starts in ten seconds, a test takes from a tenth of one to ten."""
 
 ERROR_EXIT = 86
 """What compute-sanitizer exits with when it found something; none of pytest's codes."""
@@ -57,7 +55,6 @@ ONLY_ON: dict[str, tuple[tuple[int, int], ...]] = {
     "grouped_gemm_blackwell_kernel": ((10, 0), (10, 3)),
 }
 """Kernels that some compute capabilities alone run."""
-
 
 CONTROL = ROOT / "tests" / "gpu" / "test_gpu_racecheck.py"
 CONTROL_KERNEL = "warp_specialize_control_kernel"
@@ -72,18 +69,15 @@ def dispatch_lines() -> dict[str, set[tuple[str, int]]]:
     it is attributed to.
 
     There the default warps leave a byte in shared memory that says which partition each other
-    warp is to run, and these read it. Racecheck reports that as a race, though a barrier of the
-    whole block stands between each write and the read, which tests/codegen/test_codegen_hopper.py
-    reads in the machine code. Reports of such places alone are counted apart, and only while the
-    control, a kernel that does nothing else, is reported too. What a kernel itself does with
-    shared memory is on other lines.
+    warp is to run, and these read it. Racecheck reports that as a race; see ``DISPATCH``. Reports
+    of such places alone are counted apart, and only while the control, a kernel that does nothing
+    else, is reported too. What a kernel itself does with shared memory is on other lines.
     """
     lines: dict[str, set[tuple[str, int]]] = {}
     for path in (*sorted((ROOT / "triton_kernels").rglob("*.py")), CONTROL):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and any(map(_specializes, ast.walk(function))):
-                # A choice between two such calls that is made while compiling may be given in
-                # their place.
+                # A choice between two such calls, made while compiling, may stand in their place.
                 calls = [
                     node.lineno
                     for node in ast.walk(function)
@@ -100,16 +94,12 @@ def _specializes(node: ast.AST) -> bool:
 
 @dataclass
 class Findings:
-    """One process's output: how much its tool reported, and whether the tool came to its end.
-
-    ``dispatch``: races of :func:`dispatch_lines` alone, by kernel; ``places``: all else that was
-    found, and where.
-    """
+    """One process's output."""
 
     reported: int = 0
-    finished: bool = False
-    dispatch: Counter[str] = field(default_factory=Counter)
-    places: Counter[str] = field(default_factory=Counter)
+    finished: bool = False  # the tool came to its end
+    dispatch: Counter[str] = field(default_factory=Counter)  # races of dispatch_lines alone, by kernel
+    places: Counter[str] = field(default_factory=Counter)  # all else that was found, and where
 
 
 _LINE = re.compile(r"^[.sxXFE]*={9} (.*)$", re.MULTILINE)
@@ -171,9 +161,7 @@ OPTIONS = {
 }
 MEMCHECK_OPTIONS = {
     "--padding": "256",  # so that what leaves a buffer does not land in the next one
-    # The launcher asks for one parameter too many, to see that there is none; it and PyTorch raise
-    # for the calls that must not fail.
-    "--report-api-errors": "no",
+    "--report-api-errors": "no",  # some calls are to fail; the launcher and PyTorch raise for the others
 }
 
 
@@ -207,7 +195,7 @@ def split(tool: str, tests: Iterable[str]) -> list[Job]:
     jobs = []
     for file, group in itertools.groupby(sorted(tests), lambda test: test.partition("::")[0]):
         ids = tuple(group)
-        parts = -(-len(ids) // TESTS_PER_PROCESS[tool])
+        parts = -(-len(ids) // TESTS_PER_PROCESS.get(tool, 40))
         # Every parts-th test: neighbours are parameters of one test, which is often the slow one.
         jobs += [Job(tool, file, ids[part::parts]) for part in range(parts)]
     return jobs
@@ -215,15 +203,14 @@ def split(tool: str, tests: Iterable[str]) -> list[Job]:
 
 @dataclass
 class Result:
-    """What came of a job. ``fault`` says why its outcome does not count; ``ran`` is what
-    ``launched`` wrote down, its tests' outcomes and kernels."""
+    """What came of a job."""
 
     job: Job
     seconds: float
     output: str
     found: Findings
-    ran: dict[str, Any]
-    fault: str
+    ran: dict[str, Any]  # what ``launched`` wrote down, its tests' outcomes and kernels
+    fault: str  # why its outcome does not count
 
     @property
     def sums(self) -> Counter[str]:
@@ -244,8 +231,7 @@ def run_job(job: Job, sanitizer: str, pytest: str, env: Mapping[str, str], limit
         if job.tool != PLAIN:
             options = {"--tool": job.tool} | OPTIONS | (MEMCHECK_OPTIONS if job.tool == "memcheck" else {})
             argv = [sanitizer, *itertools.chain(*options.items()), *argv]
-        # A session of its own, so that the limit ends the sanitizer, the tests and their compilers
-        # alike.
+        # A session of its own, so that the limit ends sanitizer, tests and their compilers alike.
         process = subprocess.Popen(
             argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -279,13 +265,8 @@ def run_job(job: Job, sanitizer: str, pytest: str, env: Mapping[str, str], limit
 
 def kernels_in_source() -> set[str]:
     """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
-    calls = [
-        node
-        for path in sorted((ROOT / "triton_kernels").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KernelLaunch"
-    ]
-    return {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}
+    sources = [path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py")]
+    return {name for text in sources for name in re.findall(r"(?<!class )KernelLaunch\(\s*(\w+_kernel)\b", text)}
 
 
 def expected_kernels(capability: tuple[int, ...]) -> set[str]:
@@ -325,19 +306,18 @@ def markdown(
     lines += [f"- {tool}: {TOOLS[tool]}" for tool in reached]
     columns = ("tests", "skipped", "failed", "errors", "processes", "seconds")
     lines += ["", f"| tool | file | {' | '.join(columns)} | |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
-    totals = {tool: Counter[str]() for tool in (PLAIN, *reached)}
     for (tool, file), group in itertools.groupby(results, key=lambda result: result.job[:2]):
         parts = list(group)
         sums = sum((part.sums for part in parts), Counter())
-        totals[tool] += sums
         faults = Counter(part.fault for part in parts if part.fault)
         what = "; ".join(f"{fault} ({n} of {len(parts)})" for fault, n in faults.items())
         figures = " | ".join(f"{sums[column]:.0f}" for column in columns)
         lines.append(f"| {tool} | {Path(file).name} | {figures} | {what} |")
     lines += ["", "Totals: "]
     for tool in reached:
-        passed, errors, bad, processes = (totals[tool][name] for name in ("passed", "errors", "bad", "processes"))
-        lines.append(f"- {tool}: {passed} tests passed, {errors} errors, {bad} of {processes} processes failed or cut")
+        sums = sum((result.sums for result in results if result.job.tool == tool), Counter())
+        cut = f"{sums['bad']} of {sums['processes']} processes failed or cut"
+        lines.append(f"- {tool}: {sums['passed']} tests passed, {sums['errors']} errors, {cut}")
     everywhere = sorted(set.intersection(*reached.values()))
     lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in everywhere) + "."]
     if dispatch := sum((result.found.dispatch for result in results), Counter()):
@@ -355,26 +335,23 @@ def markdown(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tools", default=",".join(TOOLS), help="which, by commas")
-    parser.add_argument("--files", default="", help="only files whose name contains one of these, by commas")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--files", nargs="+", metavar="NAME", help="only files whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
     parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
     options = parser.parse_args(arguments)
-    tools = [tool for tool in options.tools.split(",") if tool]
-    if unknown := set(tools) - set(TOOLS):
-        parser.error(f"--tools: expected some of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     sanitizer = find_sanitizer()
     machine = describe_machine(sanitizer)
     capability = tuple(map(int, machine["compute capability"].split(".")))
     env = environment(max(1, (os.cpu_count() or 1) // options.jobs))
     tests, expected = collect(options.pytest, env), expected_kernels(capability)
-    if wanted := [name for name in options.files.split(",") if name]:
-        tests, expected = [t for t in tests if any(name in t.split("::")[0] for name in wanted)], set()
+    if options.files:
+        tests, expected = [t for t in tests if any(name in t.split("::")[0] for name in options.files)], set()
 
     results: list[Result] = []
-    for jobs in (split(PLAIN, tests), [job for tool in tools for job in split(tool, tests)]):
+    for jobs in (split(PLAIN, tests), [job for tool in options.tools for job in split(tool, tests)]):
         with ThreadPoolExecutor(options.jobs) as pool:
             results += pool.map(lambda job: run_job(job, sanitizer, options.pytest, env, options.limit), jobs)
     if not any(CONTROL_KERNEL in result.found.dispatch for result in results):
@@ -382,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result.found.dispatch.clear()  # so that they are errors
     reached = {
         tool: {kernel for result in results if result.job.tool == tool for kernel in result.ran.get("kernels", ())}
-        for tool in tools
+        for tool in options.tools
     }
 
     name = re.search(r"\b[A-Z]+\d+\w*", machine["GPU"])  # H100 of NVIDIA H100 80GB HBM3

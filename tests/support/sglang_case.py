@@ -4,7 +4,7 @@ buffers, both operands quantized."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,25 +20,13 @@ def exclusive(counts: Sequence[int]) -> list[int]:
 
 @dataclass
 class Case:
-    """Operands in full precision and the buffers to quantize them to.
+    """Operands in full precision and the buffers to quantize them to."""
 
-    Attributes:
-        counts: tokens of each expert.
-        x: (T, K), sorted by expert.
-        w: (E, N, K), N % 128 == 0.
-        gap: scale rows, a multiple of 128, that the caller leaves free before each expert's.
-        spare: rows of the scale buffer beyond the last expert's.
-    """
-
-    counts: list[int]
-    x: torch.Tensor
-    w: torch.Tensor
-    gap: int = 0
-    spare: int = 0
-    x_values: torch.Tensor = field(init=False)
-    x_scales: torch.Tensor = field(init=False)
-    w_values: torch.Tensor = field(init=False)
-    w_scales: torch.Tensor = field(init=False)
+    counts: list[int]  # tokens of each expert
+    x: torch.Tensor  # (T, K), sorted by expert
+    w: torch.Tensor  # (E, N, K), N % 128 == 0
+    gap: int = 0  # scale rows, a multiple of 128, that the caller leaves free before each expert's
+    spare: int = 0  # rows of the scale buffer beyond the last expert's
 
     def __post_init__(self) -> None:
         device = self.x.device
@@ -80,8 +68,7 @@ class Case:
         return moe_grouped_gemm(*operands, self.starts, self.scale_starts, self.tokens, workspace, dtype)
 
     def experts(self) -> list[tuple[slice, torch.Tensor]]:
-        """Rows of each expert that has any, and their product before quantization, accumulated in
-        float64."""
+        """Rows of each expert that has any, and their product in float64 before quantization."""
         return [
             (slice(start, start + count), self.x[start : start + count].double() @ self.w[e].double().T)
             for e, (start, count) in enumerate(zip(exclusive(self.counts), self.counts, strict=True))
