@@ -11,7 +11,7 @@ from guards import Guards
 
 import hybrid_mxfp8 as mx
 
-from .row import FLOATS, META, NOT_FLOATS, Bad, Odd, Prepared, grad, normal, of_tensor, overlapping, refused
+from .row import FLOATS, NOT_FLOATS, Bad, Odd, Prepared, grad, meta, normal, of_tensor, overlapping, refused
 
 M, E, H, I, TOP_K = 7, 4, 64, 32, 2  # noqa: E741  # as in all documentation
 
@@ -40,10 +40,6 @@ def _good() -> dict[str, Any]:
 
 def _workspace(**changes: Any) -> Callable[[], mx.MoEWorkspace]:
     return lambda: mx.MoEWorkspace(w13(), w2(), **{"max_tokens": M, "top_k": TOP_K, **changes})
-
-
-def meta(w: mx.ExpertWeights) -> mx.ExpertWeights:
-    return mx.ExpertWeights(w.values.to(META), w.scales.to(META))
 
 
 forward = refused(mx.moe_forward, _good)
@@ -147,21 +143,13 @@ def _right(
         plain = {**_good(), **changes}
         arguments = {key: g.place(value) for key, value in plain.items()}
         arguments["x"] = (g.out if in_place else g)(plain["x"], shift)
-        layer = moe_truth.Layer(
-            plain["x"],
-            plain["w13q"].dequantize(),
-            plain["w2q"].dequantize(),
-            plain["topk_ids"],
-            plain["topk_weights"],
-            plain.get("w13_bias"),
-            plain.get("w2_bias"),
+        weights = (plain[name].dequantize() for name in ("w13q", "w2q"))
+        bias = (plain.get(name) for name in ("w13_bias", "w2_bias"))
+        expected = moe_truth.forward(
+            moe_truth.Layer(plain["x"], *weights, plain["topk_ids"], plain["topk_weights"], *bias)
         )
-        expected = moe_truth.forward(layer)
-        if in_place:
-            arguments["out"] = arguments["x"]
-        else:
-            target = torch.empty(plain["x"].shape, dtype=plain["x"].dtype) if out is None else out
-            arguments["out"] = g.out(target.fill_(float("nan")), shift)
+        target = torch.empty(plain["x"].shape, dtype=plain["x"].dtype) if out is None else out
+        arguments["out"] = arguments["x"] if in_place else g.out(target.fill_(float("nan")), shift)
 
         def check(result: torch.Tensor) -> None:
             assert result.data_ptr() == arguments["out"].data_ptr()

@@ -14,7 +14,6 @@ import hybrid_mxfp8 as mx
 from .row import (
     COUNTS,
     FLOATS,
-    META,
     NOT_FLOATS,
     Bad,
     E,
@@ -28,7 +27,6 @@ from .row import (
     normal,
     of_tensor,
     overlapping,
-    poison,
     refused,
     shifted,
 )
@@ -38,9 +36,9 @@ def _tokens() -> dict[str, Any]:
     return {"x": normal(T, K), "groups": layout()}
 
 
-def _with_out(**changes: Any) -> dict[str, Any]:
+def _with_out() -> dict[str, Any]:
     groups = layout()
-    return {"x": normal(T, K), "groups": groups, "out": poison(T, K, E, groups), **changes}
+    return {"x": normal(T, K), "groups": groups, "out": cases.poisoned_output(groups, K)}
 
 
 tokens = refused(mx.quantize_grouped, _tokens)
@@ -49,14 +47,10 @@ counted = refused(mx.quantize_grouped, lambda: {"x": normal(T, K), "groups": int
 experts = refused(mx.quantize_weights, lambda: {"w": normal(E, N, K)})
 
 
-def index(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor(values or [0] * T, dtype=dtype)
-
-
 BAD: list[Bad] = [
     *of_tensor(tokens, "tokens", "x", lambda: normal(T, K), "(R, K)", FLOATS, NOT_FLOATS, "must have unit stride along its columns", "^groups: must be on meta, as x, got cpu$", more="sparse grad"),
     *of_tensor(experts, "weights", "w", lambda: normal(E, N, K), "(E, N, K)", FLOATS, NOT_FLOATS, "must have unit stride along K", None, more="sparse grad"),
-    *of_tensor(tokens, "tokens", "row_index", index, "(T,)", "int32", (torch.int64, torch.bool, torch.float32)),
+    *of_tensor(tokens, "tokens", "row_index", lambda: ints(*[0] * T), "(T,)", "int32", (torch.int64, torch.bool, torch.float32)),
     *(tokens(f"x with K = {k}", ValueError, f"^x: K must be a positive multiple of 32, got {k}$", x=normal(T, k)) for k in (0, 16, 33, 48)),
     *(experts(f"w with K = {k}", ValueError, f"^w: K must be a positive multiple of 32, got {k}$", w=normal(E, N, k)) for k in (0, 16, 33)),
     counted("ends as counts", ValueError, r"^groups: must have a sum of at most num_tokens = 40 \(counts, not offsets\? GroupLayout.from_ends takes these\), got \[20, 20, 35\]$", groups=ints(20, 20, 35)),
@@ -70,18 +64,18 @@ BAD: list[Bad] = [
     *(tokens(f"backend {b!r}", ValueError, "^backend: must be one of auto, cutlass, triton, reference, got", backend=b) for b in ("", "refer", 7)),
     tokens("swiglu of odd width", ValueError, "^x: must have an even number of columns", x=normal(T, 65), activation="swiglu"),
     tokens("swiglu of K = 48", ValueError, "^x: K must be", x=normal(T, K), activation="swiglu"),
-    tokens("index of one", ValueError, "^row_index: must have T = groups.num_tokens = 40 rows, got 1$", row_index=index(3)),
+    tokens("index of one", ValueError, "^row_index: must have T = groups.num_tokens = 40 rows, got 1$", row_index=ints(3)),
     *(into(f"out a {type(out).__name__}", TypeError, f"^out: must be a GroupedMXFP8, got {type(out).__name__}$", out=out) for out in (normal(T, K), (1, 2))),
-    into("out of fewer rows", ValueError, r"^out: must have shape \(T, K\)", out=lambda: poison(T - 1, K, E, layout(num_tokens=T - 1))),
-    into("out of fewer experts", ValueError, r"^out: must have shape \(S, C\)", out=lambda: poison(T, K, 1, layout([T]))),
-    into("out on meta", ValueError, "^out: must be on cpu", out=lambda: poison(T, K, E, mx.GroupLayout.from_counts(ints(*COUNTS).to(META), T))),
+    into("out of fewer rows", ValueError, r"^out: must have shape \(T, K\)", out=lambda: cases.poisoned_output(layout(num_tokens=T - 1), K)),
+    into("out of fewer experts", ValueError, r"^out: must have shape \(S, C\)", out=lambda: cases.poisoned_output(layout([T]), K)),
+    into("out on meta", ValueError, "^out: must be on cpu", out=lambda: cases.poisoned_output(cases.layout(COUNTS, T, "meta"), K)),
     experts("rounding down", ValueError, "^scale_rounding: must be one of", scale_rounding="down"),
     experts("backend none", ValueError, "^backend: must be one of", backend="none"),
 ]  # fmt: skip
 
 
 def _of_counts() -> dict[str, Any]:
-    return {**_with_out(), "groups": ints(*COUNTS), "row_index": index()}
+    return {**_with_out(), "groups": ints(*COUNTS), "row_index": ints(*[0] * T)}
 
 
 VALUES, SCALES = T * K, layout().scale_rows * 4
@@ -112,33 +106,31 @@ def _right(
     shift: int = 0,
     index: list[int] | None = None,
     as_counts: bool = False,
-    unaligned_values: bool = False,
+    out_shift: int = 0,
     dtype: torch.dtype = torch.int32,
 ) -> Odd:
     """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as
     padding, poison elsewhere."""
 
     def prepare(g: Guards) -> Prepared:
-        source, rows = g(x, shift), None if index is None else g(torch.tensor(index, dtype=torch.int32))
-        num_tokens = x.shape[0] if index is None else len(index)
-        given = g(torch.tensor(counts, dtype=dtype))
-        groups = given if as_counts else g.layout(mx.GroupLayout.from_counts(given, num_tokens))
-        buffers = poison(num_tokens, x.shape[1], len(counts), mx.GroupLayout.from_counts(given, num_tokens))
-        values = g.out(buffers.values, 1 if unaligned_values else 0)
-        out = mx.GroupedMXFP8(values, g.out(buffers.scales), buffers.groups)
+        source, rows = g(x, shift), None if index is None else g(ints(*index))
+        sources = list(range(x.shape[0])) if index is None else index
+        given = g(ints(*counts, dtype=dtype))
+        groups = mx.GroupLayout.from_counts(given, len(sources))
+        buffers = cases.poisoned_output(groups, x.shape[1])
+        out = mx.GroupedMXFP8(g.out(buffers.values, out_shift), g.out(buffers.scales), groups)
+        form = given if as_counts else g.layout(groups)
 
         def check(result: mx.GroupedMXFP8) -> None:
             assert result.values is out.values
-            plain = truth.doubles(x)
-            if index is not None:
-                inside = [r if 0 <= r < x.shape[0] else -1 for r in index]
-                plain = torch.cat([x.double(), torch.zeros(1, x.shape[1])])[inside].numpy()
-            tokens, _, _ = truth.layout(counts, num_tokens)
+            inside = [r if 0 <= r < x.shape[0] else -1 for r in sources]
+            plain = torch.cat([x.double(), torch.zeros(1, x.shape[1])])[inside].numpy()
+            tokens, _, _ = truth.layout(counts, len(sources))
             expected = truth.grouped_bytes(*truth.quantize(plain), tokens, out.scales.shape[0], 0xFF)
             assert (truth.as_bytes(result.values) == expected[0]).all()
             assert (truth.as_bytes(result.scales).reshape(-1) == expected[1]).all()
 
-        return lambda: mx.quantize_grouped(source, groups, row_index=rows, out=out), check
+        return lambda: mx.quantize_grouped(source, form, row_index=rows, out=out), check
 
     return Odd(what, prepare)
 
@@ -165,7 +157,7 @@ ODD: list[Odd] = [
     *(_right(f"int64 counts: {name}", normal(t, 32), counts, as_counts=True, dtype=torch.int64) for name, (counts, t) in cases.HUGE.items()),
     *(_right(f"layout of {name}", normal(t, 32), counts) for name, (counts, t) in HOSTILE.items()),
     *(_right(f"x starts {shift} bytes off", normal(T, K), COUNTS, shift=shift) for shift in (2, 4, 8, 14)),
-    _right("out's values start a byte off", normal(T, K), COUNTS, unaligned_values=True),
+    _right("out's values start a byte off", normal(T, K), COUNTS, out_shift=1),
     _right("columns of wider rows", normal(T, 3 * K)[:, K + 1 : 2 * K + 1], COUNTS),
     _right("every second row", normal(2 * T, K)[::2], COUNTS),
     _right("one row for all", normal(1, K).expand(T, K), COUNTS),

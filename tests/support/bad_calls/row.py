@@ -1,5 +1,4 @@
-"""One row of a table of calls: what is wrong or odd about it, the call, and what must come of
-it."""
+"""One row of a table of calls: what is wrong or odd, the call, and what must come of it."""
 
 from __future__ import annotations
 
@@ -8,11 +7,11 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import cases
 import torch
 from guards import Guards
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 
 T, E, N, K = 40, 3, 24, 96
 COUNTS = [20, 0, 15]
@@ -81,48 +80,35 @@ def of_tensor(
     grad.
 
     Args:
-        row: of the function's table.
-        what: the function, in the rows' names.
-        name: of the argument.
+        row, what, name: the function's table, the function in the rows' names, the argument.
         make: a good one.
-        dims: as its shape is described.
-        dtypes: as those are listed that it may have.
+        dims, dtypes: as the error describes its shape, and lists the dtypes it may have.
         wrong: some that it may not have.
         strides: what the error says of gaps; none where gaps are taken.
         place: the error for a meta tensor, if not that this must be on the CPU; None where it is
-        taken. more: ``sparse``, ``grad``, both or none.
+            taken.
+        more: ``sparse``, ``grad``, both or none.
     """
     odd: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
-        "a list": (TypeError, r"must be a torch\.Tensor", lambda: [1.0]),
-        "of higher rank": (ValueError, f"must have shape {re.escape(dims)}", lambda: make()[None]),
-        "a scalar": (ValueError, f"must have shape {re.escape(dims)}", lambda: make().flatten()[0]),
+        "a list": (TypeError, rf"^{name}: must be a torch\.Tensor", lambda: [1.0]),
+        "of higher rank": (ValueError, f"^{name}: must have shape {re.escape(dims)}", lambda: make()[None]),
+        "a scalar": (ValueError, f"^{name}: must have shape {re.escape(dims)}", lambda: make().flatten()[0]),
     }
     if place is not None:
-        odd["on meta"] = (ValueError, "must be on cpu", lambda: make().to(META))
+        odd["on meta"] = (ValueError, place or f"^{name}: must be on cpu", lambda: make().to(META))
     for dtype in wrong:
-        message = f"dtype must be {dtypes}, got {str(dtype)[6:]}$"
+        message = f"^{name}: dtype must be {dtypes}, got {str(dtype)[6:]}$"
         odd[f"of {dtype}"] = (TypeError, message, lambda dtype=dtype: make().to(dtype))
     if strides:
-        odd["with gaps"] = (ValueError, strides, lambda: spread(make()))
-        odd["one element for all"] = (ValueError, strides, lambda: make().flatten()[:1].expand(make().shape))
+        message = f"^{name}: {strides}"
+        odd["with gaps"] = (ValueError, message, lambda: torch.stack([make()] * 2, -1)[..., 0])
+        odd["one element for all"] = (ValueError, message, lambda: make().flatten()[:1].expand(make().shape))
     if "sparse" in more:
-        odd["sparse"] = (TypeError, "must be a dense tensor, got layout sparse_coo$", lambda: make().to_sparse())
+        message = f"^{name}: must be a dense tensor, got layout sparse_coo$"
+        odd["sparse"] = (TypeError, message, lambda: make().to_sparse())
     if "grad" in more:
-        odd["with grad"] = (ValueError, "must not require grad", lambda: make().requires_grad_())
-    return [
-        row(
-            f"{what}: {name} {how}",
-            error,
-            place if place and how == "on meta" else f"^{name}: {message}",
-            **{name: bad},
-        )
-        for how, (error, message, bad) in odd.items()
-    ]
-
-
-def spread(x: torch.Tensor) -> torch.Tensor:
-    """The same elements, each followed by another."""
-    return x.new_zeros(*x.shape, 2)[..., 0].copy_(x)
+        odd["with grad"] = (ValueError, f"^{name}: must not require grad", lambda: make().requires_grad_())
+    return [row(f"{what}: {name} {how}", error, message, **{name: bad}) for how, (error, message, bad) in odd.items()]
 
 
 def _part(owner: Any, path: str) -> Any:
@@ -187,22 +173,19 @@ def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def layout(counts: list[int] | None = None, num_tokens: int = T) -> mx.GroupLayout:
-    return mx.GroupLayout.from_counts(ints(*(COUNTS if counts is None else counts)), num_tokens)
+    return cases.layout(COUNTS if counts is None else counts, num_tokens)
 
 
 def grouped(counts: list[int] | None = None, num_tokens: int = T, k: int = K) -> mx.GroupedMXFP8:
     """Quantized by the reference; what no expert owns is NaN."""
     groups = layout(counts, num_tokens)
-    x = normal(num_tokens, k)
-    out = poison(num_tokens, k, groups.num_experts, groups)
-    return mx.quantize_grouped(x, groups, out=out, backend="reference")
-
-
-def poison(num_tokens: int, k: int, num_experts: int, groups: mx.GroupLayout) -> mx.GroupedMXFP8:
-    values = torch.full((num_tokens, k), 0xFF, dtype=torch.uint8, device=groups.device).view(E4M3)
-    scale_shape = grouped_scale_rows(num_tokens, num_experts), scale_cols(k)
-    return mx.GroupedMXFP8(values, torch.full(scale_shape, 0xFF, dtype=torch.uint8, device=groups.device), groups)
+    out = cases.poisoned_output(groups, k)
+    return mx.quantize_grouped(normal(num_tokens, k), groups, out=out, backend="reference")
 
 
 def weights(e: int = E, n: int = N, k: int = K) -> mx.ExpertWeights:
     return mx.quantize_weights(normal(e, n, k, seed=2), backend="reference")
+
+
+def meta(w: mx.ExpertWeights) -> mx.ExpertWeights:
+    return mx.ExpertWeights(w.values.to(META), w.scales.to(META))

@@ -13,18 +13,12 @@ from guards import Guards
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.dispatch import registry
 
+from .gemm import u8
 from .row import E4M3, FLOATS, META, Bad, Odd, Prepared, ints, normal, of_tensor, overlapping, refused, shifted
 
 COUNTS = [3, 0, 130]
 T, E, N, K = 133, 3, 128, 128
 STARTS, SCALE_STARTS, S = (0, 3, 3), (0, 128, 128), 384
-
-
-def _case() -> sglang_case.Case:
-    case = sglang_case.random_case(COUNTS, N, K, torch.bfloat16, seed=3)
-    with mx.use_backend("reference"):
-        case.quantize()
-    return case
 
 
 def _tokens() -> dict[str, Any]:
@@ -33,13 +27,15 @@ def _tokens() -> dict[str, Any]:
         "tokens_per_expert": ints(*COUNTS),
         "expert_offsets": ints(*STARTS),
         "blockscale_offsets": ints(*SCALE_STARTS),
-        "quant_output": torch.zeros(T, K, dtype=torch.uint8).view(E4M3),
-        "scale_factor": torch.zeros(S, 4, dtype=torch.uint8),
+        "quant_output": e4m3(T, K),
+        "scale_factor": u8(S, 4),
     }
 
 
 def _product() -> dict[str, Any]:
-    case = _case()
+    case = sglang_case.random_case(COUNTS, N, K, torch.bfloat16, seed=3)
+    with mx.use_backend("reference"):
+        case.quantize()
     return {
         "a": case.w_values,
         "b": case.x_values,
@@ -48,13 +44,9 @@ def _product() -> dict[str, Any]:
         "expert_offsets": case.starts,
         "blockscale_offsets": case.scale_starts,
         "tokens_per_expert": case.tokens,
-        "workspace": torch.zeros(4096, dtype=torch.uint8),
+        "workspace": u8(4096),
         "dtype": torch.bfloat16,
     }
-
-
-def u8(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.uint8)
 
 
 def e4m3(*shape: int) -> torch.Tensor:
@@ -142,10 +134,8 @@ def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_ST
         def call() -> torch.Tensor:
             sglang_case.grouped_quant(given, *metadata, values, scales)
             counts, starts, places = metadata
-            result: torch.Tensor = sglang_case.moe_grouped_gemm(
-                a, values, sfa, scales, starts, places, counts, space, torch.float32
-            )
-            return result
+            metadata_of_product = starts, places, counts
+            return sglang_case.moe_grouped_gemm(a, values, sfa, scales, *metadata_of_product, space, torch.float32)
 
         def check(d: torch.Tensor) -> None:
             xq = mx.quantize_grouped(x, mx.GroupLayout.from_counts(ints(*COUNTS), T), backend="reference")
