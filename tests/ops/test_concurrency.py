@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import threading
 from collections.abc import Callable
@@ -42,30 +43,16 @@ def test_threads_get_what_one_thread_gets(backend: str) -> None:
 
 # ---------------------------------------------------------------- workspaces
 
-Forward = Callable[..., torch.Tensor]
+LAYER = moe_truth.make_layer(torch.Generator().manual_seed(0), tokens=6)
+WEIGHTS = [mx.quantize_weights(w, backend="reference") for w in (LAYER.w13, LAYER.w2)]
 
 
-@pytest.fixture
-def layer(rng: torch.Generator) -> moe_truth.Layer:
-    return moe_truth.make_layer(rng, tokens=6)
+def new_workspace(max_tokens: int = 8) -> mx.MoEWorkspace:
+    return mx.MoEWorkspace(*WEIGHTS, max_tokens=max_tokens, top_k=2, backend="reference")
 
 
-@pytest.fixture
-def weights(layer: moe_truth.Layer) -> tuple[mx.ExpertWeights, mx.ExpertWeights]:
-    return mx.quantize_weights(layer.w13, backend="reference"), mx.quantize_weights(layer.w2, backend="reference")
-
-
-@pytest.fixture
-def new_workspace(weights: tuple[mx.ExpertWeights, mx.ExpertWeights]) -> Callable[[], mx.MoEWorkspace]:
-    return lambda: mx.MoEWorkspace(*weights, max_tokens=8, top_k=2, backend="reference")
-
-
-@pytest.fixture
-def forward(layer: moe_truth.Layer, weights: tuple[mx.ExpertWeights, mx.ExpertWeights]) -> Forward:
-    def call(workspace: mx.MoEWorkspace | None = None, ids: torch.Tensor = layer.ids) -> torch.Tensor:
-        return mx.moe_forward(layer.x, *weights, ids, layer.weights, workspace=workspace, backend="reference")
-
-    return call
+def forward(workspace: mx.MoEWorkspace | None = None, ids: torch.Tensor = LAYER.ids) -> torch.Tensor:
+    return mx.moe_forward(LAYER.x, *WEIGHTS, ids, LAYER.weights, workspace=workspace, backend="reference")
 
 
 class Pause(TorchDispatchMode):
@@ -82,9 +69,8 @@ class Pause(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, forward: Forward) -> None:
-    """The second call comes while the first is between its steps: it raises, and the first is
-    right."""
+def test_a_workspace_in_use_is_refused_to_another_thread() -> None:
+    """The second call comes between the first's steps: it raises, and the first is right."""
     workspace, pause, expected = new_workspace(), Pause(), forward()
 
     def first() -> torch.Tensor:
@@ -102,13 +88,11 @@ def test_a_workspace_in_use_is_refused_to_another_thread(new_workspace: Any, for
     assert torch.equal(forward(workspace), expected)
 
 
-def test_a_call_that_fails_gives_the_workspace_back(
-    layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward
-) -> None:
+def test_a_call_that_fails_gives_the_workspace_back() -> None:
     workspace = new_workspace()
-    many = (layer.x.repeat(2, 1), *weights, layer.ids.repeat(2, 1), layer.weights.repeat(2, 1))
+    x, ids, weights = (t.repeat(2, 1) for t in (LAYER.x, LAYER.ids, LAYER.weights))
     with pytest.raises(ValueError, match="max_tokens = 8"):
-        mx.moe_forward(*many, workspace=workspace, backend="reference")
+        mx.moe_forward(x, *WEIGHTS, ids, weights, workspace=workspace, backend="reference")
     with ThreadPoolExecutor(1) as pool:
         pool.submit(forward, workspace).result(60)
 
@@ -128,46 +112,34 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_a_copy_of_a_workspace_computes_in_its_own_memory(
-    way: str, layer: moe_truth.Layer, new_workspace: Any, forward: Forward
-) -> None:
-    """Tokens choose other experts than before the copy: what an earlier call left there would be
-    wrong."""
+def test_a_copy_computes_in_its_own_memory(way: str) -> None:
+    """Of two modules that share a workspace, as their copies do. Tokens choose other experts than
+    before the copy: what an earlier call left there would be wrong."""
     workspace = new_workspace()
+    modules = torch.nn.ModuleList(mx.MXFP8Experts(*WEIGHTS, workspace=workspace, backend="reference") for _ in range(2))
     for _ in range(3):
-        forward(workspace)
-    twin = COPIES[way](workspace)
+        modules[0](LAYER.x, LAYER.ids, LAYER.weights)
+    copied = COPIES[way](modules)
+    twin = copied[0].workspace
+    assert twin is copied[1].workspace is not workspace
     assert (twin.shape, twin.max_tokens, twin.nbytes) == (workspace.shape, workspace.max_tokens, workspace.nbytes)
     held = [t.clone() for t in memory_of(workspace)]
-    for ids in (layer.ids.clamp(max=1), layer.ids.clamp(min=2)):
-        assert torch.equal(forward(twin, ids=ids), forward(ids=ids))
+    for module, ids in itertools.product(copied, (LAYER.ids.clamp(max=1), LAYER.ids.clamp(min=2))):
+        assert torch.equal(module(LAYER.x, ids, LAYER.weights), forward(ids=ids))
     assert same(memory_of(workspace), held)
     assert torch.equal(forward(workspace), forward())
 
 
-def test_a_pickled_workspace_holds_no_memory(weights: Any) -> None:
-    sizes = [mx.MoEWorkspace(*weights, max_tokens=tokens, top_k=2, backend="reference") for tokens in (8, 8000)]
-    assert len(pickle.dumps(sizes[1])) < len(pickle.dumps(sizes[0])) + 100
+def test_a_pickled_workspace_holds_no_memory() -> None:
+    small, large = (len(pickle.dumps(new_workspace(tokens))) for tokens in (8, 8000))
+    assert large < small + 100
 
 
-def test_a_loaded_workspace_is_where_its_tensors_would_be(new_workspace: Any) -> None:
+def test_a_loaded_workspace_is_where_its_tensors_would_be() -> None:
     """``map_location`` decides on memory and shape alike."""
     loaded = saved(new_workspace(), map_location="meta")
     assert loaded.shape.device.type == "meta"
     assert {t.device.type for t in memory_of(loaded)} == {"meta"}
-
-
-@pytest.mark.parametrize("way", COPIES)
-def test_a_copied_module_computes_the_same(way: str, layer: moe_truth.Layer, weights: Any, new_workspace: Any) -> None:
-    """Two layers share a workspace, and so do their copies."""
-    workspace = new_workspace()
-    modules = torch.nn.ModuleList(mx.MXFP8Experts(*weights, workspace=workspace, backend="reference") for _ in range(2))
-    modules[0](layer.x, layer.ids, layer.weights)
-    copied = COPIES[way](modules)
-    assert copied[0].workspace is copied[1].workspace is not workspace
-    for original, twin in zip(modules, copied, strict=True):
-        ids = layer.ids.clamp(max=1)
-        assert torch.equal(twin(layer.x, ids, layer.weights), original(layer.x, ids, layer.weights))
 
 
 # ---------------------------------------------------------------- processes
@@ -216,12 +188,10 @@ def test_forked_children(backend: str) -> None:
 def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...]) -> list[bytes]:
     torch.set_num_threads(1)
     y = mx.moe_forward(*call, workspace=workspace, backend="reference")
-    return [cases.bits(y).numpy().tobytes(), *(t.numpy().tobytes() for t in job(0, "triton"))]
+    return [t.numpy().tobytes() for t in (cases.bits(y), *job(0, "triton"))]
 
 
-def test_a_spawned_child(
-    interpreter: None, layer: moe_truth.Layer, weights: Any, new_workspace: Any, forward: Forward
-) -> None:
+def test_a_spawned_child(interpreter: None) -> None:
     """With a workspace of its own: PyTorch passes tensors to a child as shared memory, and the
     child must not write the parent's."""
     workspace = new_workspace()
@@ -229,7 +199,7 @@ def test_a_spawned_child(
     for tensor in memory_of(workspace):
         tensor.fill_(cases.POISON)
     held = [t.clone() for t in memory_of(workspace)]
-    ids = layer.ids.clamp(max=1)
-    got = Child(use_in_child, workspace, (layer.x, *weights, ids, layer.weights), spawned=True).result(120)
-    assert got == [cases.bits(forward(ids=ids)).numpy().tobytes(), *(t.numpy().tobytes() for t in job(0, "triton"))]
+    ids = LAYER.ids.clamp(max=1)
+    got = Child(use_in_child, workspace, (LAYER.x, *WEIGHTS, ids, LAYER.weights), spawned=True).result(120)
+    assert got == [t.numpy().tobytes() for t in (cases.bits(forward(ids=ids)), *job(0, "triton"))]
     assert same(memory_of(workspace), held)
