@@ -19,20 +19,6 @@ import hybrid_mxfp8 as mx
 
 OPS = torch.ops.hybrid_mxfp8
 E, N, K = 4, 16, 64
-CALLS = (
-    "group_offsets counts",
-    "group_offsets ends",
-    "quantize_grouped",
-    "quantize_grouped gather swiglu",
-    "quantize_weights",
-    "grouped_gemm",
-    "moe_forward",
-    "moe_forward bias",
-    "moe_forward tokens",
-    "pack_tokens",
-)
-
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -66,7 +52,7 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", operands("reference", torch.Generator()))
 def test_opcheck(backend: str, device: str, rng: torch.Generator, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake implementation, tracing with static and dynamic shapes. New memory is zeroed:
     scale rows beyond the groups are not written, and opcheck compares all bytes."""
@@ -210,19 +196,6 @@ def test_gradients_are_refused(rng: torch.Generator) -> None:
         assert torch.equal(compiled(x, ids, weights), experts(x, ids, weights))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-def test_export_of_a_layer(rng: torch.Generator, strict: bool) -> None:
-    """torch.export, with the number of tokens left open."""
-    layer = moe_truth.make_layer(rng)
-    experts, arguments = moe(layer, "reference")
-    tokens = torch.export.Dim("tokens", min=2, max=4096)
-    shapes = ({0: tokens}, {0: tokens}, {0: tokens})
-    program = torch.export.export(experts, arguments, dynamic_shapes=shapes, strict=strict)
-    for size in (9, 4):
-        batch = tuple(a[:size].clone() for a in arguments)
-        assert torch.equal(program.module()(*batch), experts(*batch))
-
-
 class _Product(torch.nn.Module):
     """Of rows and the counts of their experts, by way of a layout or not."""
 
@@ -236,16 +209,22 @@ class _Product(torch.nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize("layout", [False, True], ids=["counts", "layout"])
-def test_export_of_functions(rng: torch.Generator, layout: bool, strict: bool) -> None:
-    """The number of tokens is left open here, too; without ``strict`` it comes as a SymInt."""
-    product = _Product(mx.quantize_weights(torch.randn(3, 16, 64, generator=rng)), layout)
-    x, counts = torch.randn(40, 64, generator=rng), torch.tensor([30, 0, 10])
-    shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)}, None)
-    program = torch.export.export(product, (x, counts), dynamic_shapes=shapes, strict=strict)
-    for tokens in (40, 7):
-        counts = torch.tensor([tokens - 5, 2, 3])
-        assert torch.equal(program.module()(x[:tokens], counts), product(x[:tokens], counts))
+@pytest.mark.parametrize("what", ["layer", "counts", "layout"])
+def test_export(rng: torch.Generator, what: str, strict: bool) -> None:
+    """The number of tokens is left open; without ``strict`` it comes as a SymInt."""
+    tokens = {0: torch.export.Dim("tokens", min=2, max=4096)}
+    if what == "layer":
+        module, arguments = moe(moe_truth.make_layer(rng), "reference")
+        batches = [tuple(a[:size].clone() for a in arguments) for size in (9, 4)]
+        shapes = (tokens, tokens, tokens)
+    else:
+        module = _Product(mx.quantize_weights(torch.randn(3, 16, 64, generator=rng)), what == "layout")
+        x = torch.randn(40, 64, generator=rng)
+        batches = [(x[:size], torch.tensor([size - 5, size % 5, 5 - size % 5])) for size in (40, 7)]
+        shapes = (tokens, None)
+    program = torch.export.export(module, batches[0], dynamic_shapes=shapes, strict=strict)
+    for batch in batches:
+        assert torch.equal(program.module()(*batch), module(*batch))
 
 
 def test_symbolic_shapes_are_no_key(rng: torch.Generator) -> None:
