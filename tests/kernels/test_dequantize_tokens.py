@@ -1,5 +1,4 @@
-"""Tokens in bf16, in wgmma's order of columns, and the list of token tiles, against plain
-Python."""
+"""Tokens in bf16, in wgmma's order of columns, and the list of token tiles."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ def operand_order(k: int) -> list[int]:
 
 
 def dequantized(xq: mx.GroupedMXFP8, block_t: int, rows: int | None = None) -> tuple[torch.Tensor, list[list[int]]]:
-    """Into poison: (T, roundup(K, 64)) bf16, of which the first ``rows`` or all are wanted, and the
-    tiles listed."""
+    """Into poison: (T, roundup(K, 64)) bf16, the first ``rows`` or all; and the tiles listed."""
     layout = WorkspaceLayout.of(xq.groups.num_tokens, xq.groups.num_experts, xq.k, HopperGemmConfig(block_t, 16, 64, 2))
     workspace = torch.full((layout.size,), cases.POISON, dtype=torch.uint8)
     wanted = layout.num_tokens if rows is None else rows
@@ -129,8 +127,7 @@ def test_any_layout(case: cases.Ragged) -> None:
 
 
 def test_every_code_with_every_scale() -> None:
-    """Exact from 2**-133 up; below, half a unit, 2**-134, is the most that is lost. 255 and NaN
-    codes are NaN."""
+    """Exact from 2**-133 up; below, half a unit may be lost. 255 and NaN codes are NaN."""
     codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     scales = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 8, axis=1)
     xq = mx.GroupedMXFP8(
@@ -152,8 +149,7 @@ def test_every_code_with_every_scale() -> None:
     "offsets", [(0, 1000, 2000, 30, 70000), (-50, 20, 10, 64, 90), (0, 64, 0, 64, 64), (2**31 - 1, -(2**31), 0, 5, 5)]
 )
 def test_a_layout_put_together_by_hand_lists_no_row_outside(offsets: tuple[int, ...], rng: torch.Generator) -> None:
-    """Overlapping, falling and far offsets: tiles stay within T rows, and their list within its
-    buffer."""
+    """Overlapping, falling and far offsets: tiles stay within T rows, their list in its buffer."""
     good = cases.layout([16, 16, 16, 16])
     xq = mx.quantize_grouped(cases.random_rows(64, 64, torch.bfloat16, rng), good, backend="reference")
     bad = mx.GroupLayout.unchecked(

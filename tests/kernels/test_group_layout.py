@@ -1,5 +1,4 @@
-"""Group layouts: the reference and the kernel against plain Python, on data of routers and on
-hostile data."""
+"""Group layouts: reference and kernel against plain Python, on routers' and on hostile data."""
 
 from __future__ import annotations
 

@@ -143,8 +143,7 @@ def test_the_workspace_of_the_largest_batch_suffices_for_smaller_ones(data: st.D
 
 
 def test_a_smaller_batch_may_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last batch with tiles of 64 tokens has a longer list of tiles than the first one with
-    tiles of 128."""
+    """The last one with tiles of 64 tokens has a longer list than the first with tiles of 128."""
     gpu = pretend_capability(monkeypatch, (9, 0))
     last = hopper_config.AVERAGES[0] * 4096
     problem = Problem(4096, 8, 64, last, torch.bfloat16, gpu)

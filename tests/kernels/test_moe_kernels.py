@@ -1,5 +1,4 @@
-"""Routing, expert bias and combine: kernels against their references bit for bit, those against
-loops."""
+"""Routing, expert bias, combine: kernels bit for bit their references, those against loops."""
 
 from __future__ import annotations
 
@@ -142,8 +141,7 @@ def test_combine_and_bias(
     kernels_run: None, device: str, rng: torch.Generator, tokens: int, top_k: int, hidden: int, bias: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Bit for bit: the kernels multiply and add without fusing, as PyTorch does. Other rows
-    stay."""
+    """The kernels multiply and add without fusing, as PyTorch does. Other rows stay."""
     ids = random_ids(tokens, top_k, 5, rng, device)
     inverse_permutation = route(ids, 5, False)["inverse_permutation"]
     live = inverse_permutation.reshape(-1) >= 0

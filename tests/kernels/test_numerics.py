@@ -1,5 +1,4 @@
-"""The device functions of numerics.py, interpreted, against torch's conversions of the same bit
-patterns."""
+"""The device functions of numerics.py, interpreted, against torch's conversions."""
 
 from __future__ import annotations
 

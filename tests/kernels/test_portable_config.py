@@ -1,5 +1,4 @@
-"""What the host decides for the grouped GEMM: formulation, tile, and how many tiles there may
-be."""
+"""What the host decides for the grouped GEMM: formulation, tile, a bound on tiles."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Every 16-bit code and millions of fp32 patterns, as a block's amax and below one: definition,
-reference and kernel alike, bit for bit."""
+"""Every 16-bit code and millions of fp32 patterns, as amax and below one, bit for bit."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ def test_kernel_reference_and_definition(kernels_run: None, device: str, pattern
 
 
 def test_patterns_are_what_they_are_said_to_be() -> None:
-    """Over 10^6 fp32 patterns; every exponent; every finite 16-bit code, in both signs, at every
-    distance below an amax."""
+    """Every exponent of fp32; every finite 16-bit code, of both signs, at every distance."""
     fp32 = [PATTERNS[f"fp32 {name}"]() for name in ("edges", "random", "raw bits")]
     assert bit_patterns.distinct(*fp32) > 10**6
     assert ((fp32[0].view(torch.int32) >> 23) & 0xFF).unique().tolist() == list(range(255))

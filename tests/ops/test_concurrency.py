@@ -146,8 +146,7 @@ def test_a_loaded_workspace_is_where_its_tensors_would_be() -> None:
 
 
 def test_workers_of_a_data_loader(backend: str) -> None:
-    """Forked after this process has used the library; operands come back through shared memory,
-    whole."""
+    """Forked after this process has used the library; operands come back by shared memory."""
     dataset = Quantized(backend)
     expected = [dataset[i] for i in range(len(dataset))]
     loader = torch.utils.data.DataLoader(

@@ -1,5 +1,4 @@
-"""What must hold at the edges: NaN stays where it is, scale bytes at both ends, equal bytes each
-time, and an expert's rows the same bytes in any company."""
+"""At the edges: NaN stays where it is, scales at both ends, equal bytes each time and anywhere."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ POISONS = ("NaN", "Inf", "-Inf", "code 0x7F", "code 0xFF", "scale 255")
 
 
 def poisoned(xq: mx.GroupedMXFP8, x: torch.Tensor, rows: Sequence[int], poison: str) -> mx.GroupedMXFP8:
-    """xq, on the CPU, with one bad element or scale in each of these rows, never in the same column
-    twice running."""
+    """xq, on the CPU, with one bad element or scale in each of these rows, in changing columns."""
     x, values, scales = x.clone(), bits(xq.values).clone(), xq.scales.clone()
     offsets, scale_offsets = xq.groups.expert_offsets.tolist(), xq.groups.scale_offsets.tolist()
     for i, row in enumerate(rows):
@@ -132,8 +130,7 @@ def layer_of(
 
 @pytest.mark.parametrize("tokens", [5, 500] if ON_GPU else [5])
 def test_bad_tokens_and_experts_of_a_layer(multiplier: str, device: str, tokens: int, rng: torch.Generator) -> None:
-    """A bad token reaches its own output, a bad expert the tokens that chose it, and nothing
-    else."""
+    """A bad token reaches its own output alone, a bad expert the tokens that chose it."""
     layer, w13q, w2q, forward = layer_of(device, multiplier, rng, tokens=tokens, experts=3)
     expected = forward()
     live = (layer.ids >= 0) & (layer.ids < 3)
@@ -315,8 +312,7 @@ def check_any_company(
     def product(
         rows: Sequence[torch.Tensor], experts: Sequence[int], padding: int = 0, w: torch.Tensor = w
     ) -> list[torch.Tensor]:
-        """One call for these rows with the weights of these experts; the product of each, padding
-        rows left out."""
+        """The product of each expert's rows, from one call with these experts' weights."""
         counts = [part.shape[0] for part in rows]
         x = torch.cat([*rows, torch.full((padding, k), float("nan"), dtype=rows[0].dtype, device=device)])
         groups = cases.layout(counts, x.shape[0], device)
@@ -374,8 +370,7 @@ def pin(kernel: str, configuration: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_any_company_with_a_kernel(
     kernel: str, device: str, place: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is promised: within a configuration, an expert's rows are the same bytes whatever stands
-    beside them."""
+    """Within a configuration, which is what is promised."""
     configured = configurations(kernel, device)
     if place >= len(configured):
         pytest.skip("no such configuration here")

@@ -1,6 +1,4 @@
-"""A short, repeatable life of the state machine, and that it finds seeded faults. ``make fuzz`` is
-a long one.
-"""
+"""A short, repeatable life of the state machine of ``make fuzz``; it finds seeded faults."""
 
 from __future__ import annotations
 
@@ -47,8 +45,7 @@ def test_random_calls(kernels_run: None, device: str) -> None:
 
 @pytest.fixture
 def reference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults are seeded in the reference backend: it is quick, and the oracles share no code with
-    it."""
+    """Where faults are seeded: it is quick, and the oracles share no code with it."""
     monkeypatch.setattr(fuzz_machine, "BACKENDS", ["reference"])
 
 

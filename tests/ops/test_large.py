@@ -91,8 +91,7 @@ def test_sums_of_rows_beyond_int32(gigabytes: None, kernels_run: None, device: s
 
 @pytest.mark.parametrize("spread", ["skewed", "one expert"] if ON_GPU else ["skewed"])
 def test_a_million_tokens(device: str, spread: str, rng: torch.Generator) -> None:
-    """On a CPU quantized and multiplied by the reference: 256 experts, of which one has half or
-    all."""
+    """256 experts, of which one has half or all; on a CPU by the reference."""
     backend, t, e, k = "triton" if device == "cuda" else "reference", 1_000_000, 256, 32
     owners = torch.randint(0, e, (t,), generator=rng)
     owners[: t // 2 if spread == "skewed" else t] = 77
@@ -113,8 +112,7 @@ def test_a_million_tokens(device: str, spread: str, rng: torch.Generator) -> Non
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2**31 - 129, 2**31 - 128])
 def test_the_largest_layouts(num_tokens: int) -> None:
-    """Offsets up to the end of int32, of one expert: 2^31 - 128 rows are the last that fit with
-    padding."""
+    """Of one expert: 2^31 - 128 rows are the last that fit int32 with padding."""
     groups = mx.GroupLayout.from_counts(torch.tensor([num_tokens]), num_tokens)
     assert groups.expert_offsets.tolist() == [0, num_tokens]
     assert groups.scale_offsets.tolist() == [0, truth.padded(num_tokens, 128)]

@@ -83,8 +83,7 @@ def test_shapes(
 
 
 def test_another_activation(multiplier: str, device: str, rng: torch.Generator) -> None:
-    """By name, as a SwiGLU, by its spec, as a module's; plain SwiGLU in between is not taken for
-    it."""
+    """By name, as a SwiGLU, by its spec, as a module's; plain SwiGLU is not taken for it."""
     layer = make(rng, device, **{**SIZE, "tokens": 12}, bias=True)
     w13q, w2q = quantized(layer)
     activation = mx.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
@@ -147,8 +146,7 @@ def test_a_layer_is_its_steps(
 def test_a_workspace_gives_the_same_bits_for_every_batch_it_holds(
     multiplier: str, device: str, rng: torch.Generator, tokens: int
 ) -> None:
-    """In poisoned memory: what is read was written before. Rows of ``out`` behind the batch
-    stay."""
+    """In poisoned memory: what is read was written. Rows of ``out`` behind the batch stay."""
     layer = make(rng, device, tokens=tokens, dropped=True, bias=True)
     workspace = mx.MoEWorkspace(*quantized(layer), max_tokens=tokens, top_k=2, backend=multiplier)
     out = torch.full_like(layer.x, float("nan"))
@@ -163,8 +161,7 @@ def test_a_workspace_gives_the_same_bits_for_every_batch_it_holds(
 
 
 def test_workspace_of_a_large_layer() -> None:
-    """The numbers of docs/moe.md, of DeepSeek-V3's shape: 3H + 5I bytes a row and what Hopper's
-    product adds."""
+    """DeepSeek-V3's, as docs/moe.md has it: 3H + 5I bytes a row and what Hopper's product adds."""
     from hybrid_mxfp8.triton_kernels.gemm.hopper_config import WorkspaceLayout, select_hopper_config
 
     experts, hidden, intermediate, rows = 256, 7168, 2048, 8192 * 8

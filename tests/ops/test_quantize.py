@@ -1,5 +1,4 @@
-"""quantize_grouped and quantize_weights: the kernel's bytes are the reference's, and the
-definition's.
+"""quantize_grouped and quantize_weights: the kernel's, the reference's and the definition's bytes.
 
 Hostile counts, addresses and strides are in test_bad_calls.py, all codes in test_codes.py.
 """
@@ -105,8 +104,7 @@ ON_GPU = cases.device() == "cuda"
 
 @pytest.mark.parametrize("num_experts", [1, 3, 128, 256, 1000, 1024, 1500, 3000] if ON_GPU else [1, 2, 3, 127, 1024])
 def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: int, rng: torch.Generator) -> None:
-    """Every configuration, and both forms of groups: a layout, and counts that the kernel may
-    scan."""
+    """Every configuration, and both forms: a layout, and counts that the kernel may scan."""
     shapes = [(64, 160), (64, 7168), (300, 7168), (3000, 160), (3000, 7168)] if ON_GPU else [(40, 64)]
     for num_tokens, k in shapes:
         owners = torch.randint(0, num_experts, (num_tokens,), generator=rng)
@@ -125,8 +123,7 @@ def test_layouts_and_counts_of_any_number_of_experts(device: str, num_experts: i
 
 @pytest.mark.parametrize("experts", [4, 100])
 def test_most_rows_are_nobodys(device: str, experts: int, rng: torch.Generator) -> None:
-    """Where experts are spread over GPUs: programs beyond the groups leave at once, and write
-    nothing."""
+    """As where experts are spread over GPUs: programs beyond the groups write nothing."""
     t, k = (6000, 512) if device == "cuda" else (600, 64)
     counts = torch.randint(0, 12 if device == "cuda" else 2, (experts,), generator=rng).tolist()
     x = cases.random_rows(t, k, torch.bfloat16, rng, device)
@@ -206,10 +203,7 @@ ACTIVATIONS = {
 def test_swiglu(
     backend: str, device: str, dtype: torch.dtype, name: str, rounding: str, group: int, rng: torch.Generator
 ) -> None:
-    """Against float64, within what an exponential and a division may be off; see swiglu_truth.py.
-
-    A limit meets both signs of gate and up, and the cut values themselves.
-    """
+    """Against float64. A limit meets both signs of gate and up, and the cut values themselves."""
     tenth = 70 if device == "cuda" else 7
     counts, activation = [3 * tenth, 0, 7 * tenth], ACTIVATIONS[name]
     x = 4 * torch.randn(10 * tenth, 320, generator=rng)

@@ -28,8 +28,7 @@ def from_bytes(codes: torch.Tensor, scales: torch.Tensor) -> mx.ExpertWeights:
 
 
 def random_weights(rng: torch.Generator, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales (2, 24, ...) of all kinds: near and far scales, both ends, zero blocks,
-    NaN."""
+    """Codes and scales (2, 24, ...): near and far scales, both ends, zero blocks, NaN."""
     codes = torch.randint(0, 256, (2, 24, k), generator=rng)
     codes = torch.where(codes % 128 == 127, 0, codes)
     scales = 120 + torch.randint(-9, 10, (2, 24, k // 32), generator=rng)

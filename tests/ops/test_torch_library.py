@@ -1,5 +1,4 @@
-"""torch.ops.hybrid_mxfp8: opcheck, tracing without breaks, one graph for all token counts, the same
-bits as eager calls."""
+"""torch.ops.hybrid_mxfp8: opcheck, one graph without breaks for all token counts, eager's bits."""
 
 from __future__ import annotations
 
@@ -172,8 +171,7 @@ def test_a_wrong_out_of_a_traced_layer_is_refused(rng: torch.Generator) -> None:
 
 
 def test_buffers_are_refused_under_compile(rng: torch.Generator) -> None:
-    """Rows that no expert owns keep what they hold in an eager call's ``out``; a traced one could
-    only copy over them."""
+    """Rows that no expert owns keep what they hold; a traced call could only copy over them."""
     x, groups = cases.random_rows(9, K, torch.bfloat16, rng), cases.layout([9])
     xq = mx.quantize_grouped(x, groups, backend="reference")
 

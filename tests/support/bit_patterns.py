@@ -36,8 +36,7 @@ def _blocks(heads: torch.Tensor, distances: torch.Tensor, mantissas: torch.Tenso
 
 
 def fp32_edges(rng: torch.Generator, repeats: int = 8) -> torch.Tensor:
-    """(R, 1024): heads of every exponent with the mantissas above; elements within 2 of where e4m3
-    rounds the other way."""
+    """(R, 1024): heads of every exponent; elements within 2 of where e4m3 rounds the other way."""
     exponents = torch.arange(255, dtype=torch.int64) << 23
     heads = (exponents[:, None] + torch.tensor(SCALE_EDGES)).reshape(-1).repeat(repeats)
     heads = heads[: heads.numel() // 32 * 32]
@@ -65,8 +64,7 @@ def fp32_raw(rng: torch.Generator, rows: int = 128) -> torch.Tensor:
 
 
 def every_code_below_an_amax(dtype: torch.dtype) -> torch.Tensor:
-    """(R, 1024): each finite code of a 16-bit dtype at each distance below an amax that is no
-    neighbour of it."""
+    """(R, 1024): each finite code of a 16-bit dtype at each distance below an amax."""
     mantissa_bits, largest = {torch.bfloat16: (7, 0x7F7F), torch.float16: (10, 0x7BFF)}[dtype]
     codes = torch.arange(0, largest + 1, dtype=torch.int64)
     codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 31)).reshape(-1, 31)

@@ -106,8 +106,7 @@ def _for_gpu(file: str, name: str = "", definitions: tuple[tuple[str, str], ...]
 def mutants(reference: jit.Source, folder: Path, faults: Sequence[str] = OPERAND_FAULTS) -> jit.Source:
     """The reference's functions once for each fault, named ``<function>_<number of the fault>``.
 
-    With CUTLASS's CPU reference come the functions of host_loads.cu, without a fault and with its
-    own.
+    With CUTLASS's CPU reference come those of host_loads.cu, without a fault and with its own.
     """
     parts = []
     for number, (fault, edits) in enumerate(FAULTS.items()):
@@ -150,8 +149,7 @@ def mainloop(found: toolchain.CutlassHeaders) -> str:
 
 
 def cutlass_tools(found: toolchain.CutlassHeaders) -> Path:
-    """The folder of ``cutlass/util``, CUTLASS's CPU references: the checkout's, else
-    nvidia-cutlass's."""
+    """The folder of CUTLASS's CPU references: the checkout's, else nvidia-cutlass's."""
     package = toolchain.package_folder("cutlass_library") or Path()
     folders = [root / "tools" / "util" / "include" for root in (found.include.parent, package / "source")]
     return next(f for f in folders if (f / "cutlass" / "util" / "reference" / "host" / "gett.hpp").is_file())

@@ -23,8 +23,7 @@ def quantize(*words: object, device: str = "cpu") -> int:
 
 
 def convert_tensors(tensors: Tensors, folder: Path, *words: object) -> int:
-    """The exit code of ``quantize`` from ``in.safetensors``, of these tensors, to
-    ``out.safetensors``."""
+    """The exit code of ``quantize`` of these, from in.safetensors to out.safetensors."""
     save_file(tensors, folder / "in.safetensors")
     return quantize(folder / "in.safetensors", folder / "out.safetensors", *words)
 

@@ -49,8 +49,7 @@ HALF = GPU and torch.cuda.get_device_capability() < (10, 0)
 
 @dataclass(frozen=True)
 class Pool:
-    """What shapes and options are drawn from; few enough that a GPU's kernels are soon all
-    compiled."""
+    """What shapes and options are drawn from; few, so that a GPU's kernels are soon compiled."""
 
     experts: tuple[int, ...]
     ks: tuple[int, ...]
@@ -302,8 +301,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(token=index, seed=seeds, kind=formats, swiglu=activations)
     def reroute(self, token: int, seed: int, kind: tuple[torch.dtype, str], swiglu: mx.SwiGLU | None) -> None:
-        """Other counts in the tensors of a layout that earlier calls have used, as a replayed graph
-        has them."""
+        """Other counts in the tensors of a layout that was used, as a replayed graph has them."""
         held = self.tokens[token % len(self.tokens)]
         groups, t = held.operand.groups, held.operand.groups.num_tokens
         rng = np.random.default_rng(seed)

@@ -29,8 +29,7 @@ class Guards:
         self._before: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, shift: int = 0) -> torch.Tensor:
-        """A copy with x's strides that must not change. It starts ``shift`` bytes behind a 256-byte
-        boundary."""
+        """A copy with x's strides, ``shift`` bytes behind a 256-byte boundary; it must not change."""
         if x.device.type == "meta":
             return x
         itemsize = x.element_size()
@@ -86,8 +85,7 @@ class Guards:
         self._before = self._memory.clone()
 
     def check(self, *, refused: bool = False) -> None:
-        """Every byte is what it was, but for those that may be written if the call was not
-        refused."""
+        """Every byte is what it was; where the call was not refused, but for outputs."""
         assert self._before is not None, "ready() comes before the call"
         changed = self._memory != self._before
         if not refused:

@@ -36,8 +36,7 @@ def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 def together(threads: int, work: Callable[[int], Any]) -> list[Any]:
-    """work(0), work(1), ... each on a thread of its own, started at once; raises what the first
-    raised."""
+    """work(0), work(1), ... on a thread each, started at once; raises what the first raised."""
     barrier = threading.Barrier(threads)
 
     def start(i: int) -> Any:

@@ -1,7 +1,6 @@
-"""The kernels, launched one by one on given tensors: the one place that knows how their launches
-are described.
+"""The kernels, launched one by one on given tensors, where public functions do not reach.
 
-Tests go through the public functions where these reach what is tested.
+The one place that knows how their launches are described.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The truth of an MoE layer: fp64, one choice of one token at a time, from unquantized or
-dequantized weights."""
+"""The truth of an MoE layer: fp64, one choice of one token at a time."""
 
 from __future__ import annotations
 
@@ -116,8 +115,7 @@ def forward_in_steps(
     layer: Layer, w13q: mx.ExpertWeights, w2q: mx.ExpertWeights, backend: str, activation: mx.SwiGLU = PLAIN_SWIGLU,
     scale_groups: tuple[int, int] = (32, 32),
 ) -> torch.Tensor:  # fmt: skip
-    """The layer as separate public calls, routing and sum by their references: the bits of
-    ``moe_forward``."""
+    """Separate public calls, routing and sum by their references: the bits of ``moe_forward``."""
     ids, device, experts = layer.ids.contiguous(), layer.x.device, w2q.num_experts
     out = torch.zeros(layer.x.shape, dtype=layer.x.dtype, device=device)
     if not ids.numel():

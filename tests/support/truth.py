@@ -37,8 +37,7 @@ def decode_e4m3(codes: Bytes) -> Doubles:
 
 
 def encode_e4m3(x: Doubles) -> Bytes:
-    """The nearest e4m3 value, the even code of two equally near, 448 beyond the range, 0x7F for
-    NaN."""
+    """The nearest e4m3 value, the even code of two, 448 beyond the range, 0x7F for NaN."""
     distinct, where = np.unique(np.abs(np.where(np.isnan(x), 0, x)), return_inverse=True)
     # argmin takes the first of equals, and even codes come first.
     codes = np.concatenate(
@@ -73,8 +72,7 @@ def scale_bytes(amax: Doubles, rounding: str) -> Bytes:
 
 
 def largest_of_group(of_blocks: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
-    """For each block of (R, K/32) the largest of those that share its stretch of ``group``
-    columns."""
+    """For each block of (R, K/32) the largest of its stretch of ``group`` columns."""
     parts = np.split(of_blocks, range(group // 32, of_blocks.shape[1], group // 32), axis=1)
     return np.concatenate([np.broadcast_to(p.max(axis=1, keepdims=True), p.shape) for p in parts], axis=1)
 
@@ -126,8 +124,7 @@ def swizzle(linear: Bytes) -> Bytes:
 
 
 def layout(counts: Sequence[int], num_tokens: int) -> tuple[list[int], list[int], list[int]]:
-    """tokens, expert offsets and scale offsets of these counts, in plain Python: what a valid
-    layout is for any data."""
+    """Tokens, expert offsets and scale offsets: what a valid layout is for any counts."""
     tokens, offsets, scale_offsets = [], [0], [0]
     for count in counts:
         tokens.append(min(max(count, 0), num_tokens - offsets[-1]))
@@ -148,17 +145,10 @@ def layout_from_ends(ends: Sequence[int], num_tokens: int) -> tuple[list[int], l
 def grouped_bytes(
     codes: Bytes, scales: Bytes, counts: Sequence[int], scale_rows: int, poison: int
 ) -> tuple[Bytes, Bytes]:
-    """What a grouped operand's buffers hold after quantization into poisoned ones.
+    """What buffers that held ``poison`` hold after quantization: values (T, K), scales (S * C,).
 
-    Args:
-        codes: (T, K), of which rows beyond the groups are not to be written.
-        scales: (T, K/32), row-major.
-        counts: rows of each expert, at most T in all.
-        scale_rows: S.
-        poison: what the buffers held before.
-
-    Returns:
-        values (T, K) and scales (S * C,).
+    ``codes`` (T, K) and row-major ``scales`` (T, K/32) are of all rows; ``counts`` are the rows of
+    each expert, those beyond are not written; ``scale_rows`` is S.
     """
     ends = list(itertools.accumulate(counts, initial=0))
     values = np.full_like(codes, poison)

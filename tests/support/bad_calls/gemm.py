@@ -111,8 +111,7 @@ def _right(
     shift: int = 0,
     workspace: int | None = None,
 ) -> Odd:
-    """Multiplied into poison: rows of experts within their bounds of truth, all others still
-    poison."""
+    """Rows of experts within their bounds of truth, all others still poison."""
 
     def prepare(g: Guards) -> Prepared:
         plain, w = grouped(counts, num_tokens, k), weights(len(counts), n, k)
@@ -143,8 +142,7 @@ GARBAGE = {
     "more rows than there are": ([99, 99, 99], [0, 99, 198, 297], [0, 128, 256, 384]),
     "sums that wrap": ([1, 1, 1], [-(2**31), 2**31 - 1, -(2**31), 2**31 - 1], [2**31 - 1, 2**31 - 1, 2**31 - 1, 2**31 - 1]),
 }  # fmt: skip
-"""Layouts put together by hand: counts, expert offsets, scale offsets. Any numbers may come out,
-within the buffers."""
+"""Counts, expert offsets, scale offsets. Any numbers may come out, within the buffers."""
 
 
 def _garbage(what: str, product: bool) -> Odd:

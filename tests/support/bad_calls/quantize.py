@@ -109,8 +109,7 @@ def _right(
     out_shift: int = 0,
     dtype: torch.dtype = torch.int32,
 ) -> Odd:
-    """Quantized into poison, every byte as truth has it: values and scales of owned rows, zeros as
-    padding, poison elsewhere."""
+    """Every byte as truth has it: owned rows, zeros as padding, poison elsewhere."""
 
     def prepare(g: Guards) -> Prepared:
         source, rows = g(x, shift), None if index is None else g(ints(*index))

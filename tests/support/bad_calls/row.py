@@ -55,8 +55,7 @@ def placed(call: Callable[..., object], make: Callable[[], dict[str, Any]]) -> C
 def refused(
     call: Callable[..., object], good: Callable[[], dict[str, Any]], *, passes: bool = True
 ) -> Callable[..., Bad]:
-    """Makes rows: ``call`` with good arguments, which pass, but for a few, which are values, or
-    functions that make them."""
+    """Makes rows: ``call`` with good arguments but for a few, values or what makes them."""
 
     def row(what: str, error: type[Exception], message: str, /, **changes: Any) -> Bad:
         def bad() -> dict[str, Any]:
@@ -76,8 +75,7 @@ def of_tensor(
     row: Callable[..., Bad], what: str, name: str, make: Callable[[], torch.Tensor], dims: str, dtypes: str,
     wrong: Sequence[torch.dtype], strides: str = "must be contiguous", place: str | None = "", more: str = "sparse",
 ) -> list[Bad]:  # fmt: skip
-    """What every tensor is checked for: its type, dtypes, rank, strides, device; sparse, and with
-    grad.
+    """What every tensor is checked for.
 
     Args:
         row, what, name: the function's table, the function in the rows' names, the argument.
@@ -129,8 +127,7 @@ def overlapping(
     call: Callable[..., object], good: Callable[[], dict[str, Any]], what: str, message: str,
     first: str, second: str, by: int,
 ) -> Bad:  # fmt: skip
-    """Two arguments, or parts of them, in one memory: ``second`` starts ``by`` bytes behind
-    ``first``."""
+    """Arguments or parts in one memory: ``second`` starts ``by`` bytes behind ``first``."""
 
     def prepare(g: Guards) -> Call:
         arguments = {name: g.place(value) for name, value in good().items()}

@@ -117,8 +117,7 @@ BAD += [
 
 
 def _right(what: str, *, rows: int = S, scale_starts: tuple[int, ...] = SCALE_STARTS, shift: int = 0, workspace: tuple[int, ...] = ()) -> Odd:  # fmt: skip
-    """Both functions, against the public ones; the workspace is as small as its leading dimensions
-    allow."""
+    """Against the public functions; the workspace is as small as its leading dimensions allow."""
 
     def prepare(g: Guards) -> Prepared:
         x, w = normal(T, K), mx.quantize_weights(normal(E, N, K, seed=4), backend="reference")
