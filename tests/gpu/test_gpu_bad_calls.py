@@ -62,7 +62,7 @@ def test_two_devices(function: str, argument: str) -> None:
 @pytest.mark.parametrize("short", [0, 1])
 def test_a_workspace_of_exactly_as_much_and_a_byte_less(kernel: str, short: int) -> None:
     plain, w, g = grouped(), weights(), Guards("cuda")
-    x, wq, out = g.grouped(plain), g.weights(w), g.out(torch.zeros(T, N, dtype=torch.bfloat16))
+    x, wq, out = g.place(plain), g.place(w), g.out(torch.zeros(T, N, dtype=torch.bfloat16))
     needed = mx.grouped_gemm_workspace_size(wq, T, backend="triton")
     if not needed:
         pytest.skip("no kernel that needs a workspace takes this problem here")

@@ -58,7 +58,7 @@ def test_metadata_that_make_no_sense_lead_nowhere(what: str) -> None:
     given = {name: g.place(value) for name, value in plain.items()}
     given |= {name: g(ints(*values)) for name, values in WRONG_METADATA[what].items()}
     given |= {name: g.out(plain[name]) for name in ("quant_output", "scale_factor")}
-    w = g.weights(mx.quantize_weights(torch.randn(tables.E, tables.N, tables.K), backend="reference"))
+    w = g.place(mx.quantize_weights(torch.randn(tables.E, tables.N, tables.K), backend="reference"))
     g.ready()
     sglang_case.grouped_quant(**given)
     sglang_case.moe_grouped_gemm(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8.core.checks import Checked
 
 GUARD = 512
 """Bytes before and behind each tensor, at least."""
@@ -29,7 +30,7 @@ class Guards:
         self._before: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, shift: int = 0) -> torch.Tensor:
-        """A copy with x's strides, ``shift`` bytes behind a 256-byte boundary; it must not change."""
+        """A copy with x's strides, ``shift`` bytes behind a 256-byte boundary, to be read."""
         if x.device.type == "meta":
             return x
         itemsize = x.element_size()
@@ -59,26 +60,12 @@ class Guards:
         """``size`` bytes of zeros that may be written, to be cut into views by the test."""
         return self.out(torch.zeros(size, dtype=torch.uint8), shift)
 
-    def layout(self, groups: mx.GroupLayout) -> mx.GroupLayout:
-        """A layout whose tensors must not change."""
-        parts = map(self, (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets))
-        return mx.GroupLayout(*parts, groups.num_tokens)
-
-    def grouped(self, x: mx.GroupedMXFP8, *, written: bool = False) -> mx.GroupedMXFP8:
-        """An operand of tokens."""
-        place = self.out if written else self
-        return mx.GroupedMXFP8(place(x.values), place(x.scales), self.layout(x.groups))
-
-    def weights(self, w: mx.ExpertWeights) -> mx.ExpertWeights:
-        """An operand of weights."""
-        return mx.ExpertWeights(self(w.values), self(w.scales))
-
     def place(self, value: Any) -> Any:
-        """Whatever it is: tensors among guard bytes, all else as it is."""
-        if isinstance(value, torch.Tensor):
-            return self(value) if value.layout == torch.strided else value
-        kinds = {mx.GroupLayout: self.layout, mx.GroupedMXFP8: self.grouped, mx.ExpertWeights: self.weights}
-        return kinds[type(value)](value) if type(value) in kinds else value
+        """Tensors, and those of layouts and operands, among guard bytes; all else as it is."""
+        if isinstance(value, Checked):
+            return type(value)(**{name: self.place(part) for name, part in vars(value).items()})
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        return self(value) if dense else value
 
     def ready(self) -> None:
         """Remember what all bytes are now; the call that is tried comes next."""

@@ -115,7 +115,7 @@ def _right(
 
     def prepare(g: Guards) -> Prepared:
         plain, w = grouped(counts, num_tokens, k), weights(len(counts), n, k)
-        x = mx.GroupedMXFP8(g(plain.values, shift), g(plain.scales, shift), g.layout(plain.groups))
+        x = mx.GroupedMXFP8(g(plain.values, shift), g(plain.scales, shift), g.place(plain.groups))
         wq = mx.ExpertWeights(g(w.values, shift), g(w.scales, shift))
         out = g.out(cases.poisoned_product(num_tokens, n, dtype))
         needed = mx.grouped_gemm_workspace_size(wq, num_tokens, out_dtype=dtype)
@@ -150,11 +150,12 @@ def _garbage(what: str, product: bool) -> Odd:
 
     def prepare(g: Guards) -> Prepared:
         groups = mx.GroupLayout.unchecked(*(g(ints(*numbers)) for numbers in GARBAGE[what]), T)
-        if not product:
-            rows, quantized = g(normal(T, K)), g.grouped(grouped(), written=True)
-            return lambda: mx.quantize_grouped(rows, groups, out=quantized), lambda result: None
         plain = grouped()
-        x, w = mx.GroupedMXFP8.unchecked(g(plain.values), g(plain.scales), groups), g.weights(weights())
+        if not product:
+            into = mx.GroupedMXFP8(g.out(plain.values), g.out(plain.scales), g.place(plain.groups))
+            rows = g(normal(T, K))
+            return lambda: mx.quantize_grouped(rows, groups, out=into), lambda result: None
+        x, w = mx.GroupedMXFP8.unchecked(g(plain.values), g(plain.scales), groups), g.place(weights())
         out = g.out(cases.poisoned_product(T, N, torch.bfloat16))
         return lambda: mx.grouped_gemm(x, w, out=out), lambda result: None
 

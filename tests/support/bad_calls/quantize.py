@@ -118,7 +118,7 @@ def _right(
         groups = mx.GroupLayout.from_counts(given, len(sources))
         buffers = cases.poisoned_output(groups, x.shape[1])
         out = mx.GroupedMXFP8(g.out(buffers.values, out_shift), g.out(buffers.scales), groups)
-        form = given if as_counts else g.layout(groups)
+        form = given if as_counts else g.place(groups)
 
         def check(result: mx.GroupedMXFP8) -> None:
             assert result.values is out.values
