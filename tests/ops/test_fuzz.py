@@ -74,18 +74,18 @@ def _row_of_another_token(right: Callable[..., None], x: Any, row_index: Any, *a
     right(x, row_index if row_index is None else row_index.roll(1), *arguments)
 
 
-FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "padding is not written": (reference, "write_grouped", _unwritten_padding),
-    "a row beyond the groups is written": (reference, "grouped_matmul", _row_beyond_the_groups),
-    "a byte past the end is written": (reference, "grouped_matmul", _byte_past_the_end),
-    "a row of the MoE layer is another's": (reference, "quantize_rows", _row_of_another_token),
+FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "padding is not written": ("write_grouped", _unwritten_padding),
+    "a row beyond the groups is written": ("grouped_matmul", _row_beyond_the_groups),
+    "a byte past the end is written": ("grouped_matmul", _byte_past_the_end),
+    "a row of the MoE layer is another's": ("quantize_rows", _row_of_another_token),
 }
 
 
 def seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, function, wrong = FAULTS[name]
-    right = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda *arguments: wrong(right, *arguments))
+    function, wrong = FAULTS[name]
+    right = getattr(reference, function)
+    monkeypatch.setattr(reference, function, lambda *arguments: wrong(right, *arguments))
     cases.forget_calls()
 
 

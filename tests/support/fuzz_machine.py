@@ -100,12 +100,6 @@ class Tokens:
     plain: Plain
 
 
-@dataclass(eq=False)
-class Weights:
-    operand: mx.ExpertWeights
-    plain: Plain
-
-
 def plain(x: torch.Tensor, rounding: str) -> Plain:
     """Codes and row-major scales of x (..., K)."""
     k = x.shape[-1]
@@ -144,7 +138,7 @@ class Machine(RuleBasedStateMachine):
         self.buffers: deque[Guards] = deque(maxlen=32)
         self.layouts: list[Layout] = []
         self.tokens: list[Tokens] = []
-        self.weights: list[Weights] = []
+        self.weights: list[tuple[mx.ExpertWeights, Plain]] = []
         self.layers: list[tuple[mx.ExpertWeights, mx.ExpertWeights]] = []  # w13, w2
         self.outs: dict[tuple[Any, ...], torch.Tensor] = {}
         self.workspaces: dict[tuple[Any, ...], mx.MoEWorkspace] = {}  # shared by layers of one shape
@@ -201,12 +195,9 @@ class Machine(RuleBasedStateMachine):
     # ------------------------------------------------------------ layouts
 
     @rule(
-        sizes=st.lists(sizes, max_size=48),
-        spare=st.sampled_from([0, 0, 1, 50]),
-        ends=st.booleans(),
-        wide=st.booleans(),
-        spread=seeds,
-    )
+        sizes=st.lists(sizes, max_size=48), spare=st.sampled_from([0, 0, 1, 50]),
+        ends=st.booleans(), wide=st.booleans(), spread=seeds,
+    )  # fmt: skip
     def make_layout(self, sizes: list[int], spare: int, ends: bool, wide: bool, spread: int) -> None:
         counts = [0] * self.experts
         where = np.random.default_rng(spread).permutation(self.experts)
@@ -341,15 +332,15 @@ class Machine(RuleBasedStateMachine):
             wq = mx.quantize_weights(w, scale_rounding=rounding, backend=name)
             assert np.array_equal(truth.as_bytes(wq.values), codes), name
             assert np.array_equal(truth.as_bytes(wq.scales).reshape(e, -1), stored), name
-        self.weights.append(Weights(wq, (codes, scales)))
+        self.weights.append((wq, (codes, scales)))
         del self.weights[:-6]
         self.done("make_weights")
 
     # ------------------------------------------------------------ products
 
-    def pairs(self) -> list[tuple[Tokens, Weights]]:
+    def pairs(self) -> list[tuple[Tokens, mx.ExpertWeights, Plain]]:
         """Operands that fit together."""
-        return [(x, w) for x in self.tokens for w in self.weights if x.operand.k == w.operand.k]
+        return [(x, w, plain) for x in self.tokens for w, plain in self.weights if x.operand.k == w.k]
 
     @precondition(lambda self: self.pairs())
     @rule(
@@ -358,8 +349,8 @@ class Machine(RuleBasedStateMachine):
     )  # fmt: skip
     def multiply(self, pair: int, dtype: torch.dtype, workspace: bool, out: str) -> None:
         pairs = self.pairs()
-        x, w = pairs[pair % len(pairs)]
-        t, n, used = x.operand.groups.num_tokens, w.operand.n, x.layout.used
+        x, w, plain_w = pairs[pair % len(pairs)]
+        t, n, used = x.operand.groups.num_tokens, w.n, x.layout.used
         for name in BACKENDS:
             into = None if out == "new" else self.empty((t, n), dtype)
             if out == "reused":
@@ -367,15 +358,15 @@ class Machine(RuleBasedStateMachine):
             before = None if into is None else into.clone()
             options: dict[str, Any] = {"out_dtype": dtype, "backend": name}
             try:
-                size = mx.grouped_gemm_workspace_size(w.operand, t, **options)
+                size = mx.grouped_gemm_workspace_size(w, t, **options)
             except mx.BackendUnavailableError:
                 assert name == "cutlass"
                 continue
             memory = self.empty((size,), torch.uint8) if workspace else None
-            y = mx.grouped_gemm(x.operand, w.operand, out=into, workspace=memory, **options)
+            y = mx.grouped_gemm(x.operand, w, out=into, workspace=memory, **options)
             assert (y.shape, y.dtype) == ((t, n), dtype)
             half = HALF and name != "reference"
-            tolerances.check_gemm(y, x.plain, w.plain, x.layout.tokens, bf16_formulation=half)
+            tolerances.check_gemm(y, x.plain, plain_w, x.layout.tokens, bf16_formulation=half)
             if into is not None and before is not None:
                 assert y.data_ptr() == into.data_ptr()
                 assert torch.equal(bits(y[used:]), bits(before[used:]))
