@@ -23,10 +23,6 @@ from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.dispatch import reference_backend
 
 
-def from_bytes(codes: torch.Tensor, scales: torch.Tensor) -> mx.ExpertWeights:
-    return mx.ExpertWeights.from_linear_scales(codes.to(torch.uint8), scales.to(torch.uint8))
-
-
 def random_weights(rng: torch.Generator, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales (2, 24, ...): near and far scales, both ends, zero blocks, NaN."""
     codes = torch.randint(0, 256, (2, 24, k), generator=rng)
@@ -44,10 +40,10 @@ def random_weights(rng: torch.Generator, k: int) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 288])
 def test_regrouped_weights(device: str, k: int, squares: bool, rng: torch.Generator) -> None:
     """By the definition: the largest scale of blocks that are not zeros, elements rounded once."""
-    codes, scales = (part.to(device) for part in random_weights(rng, k))
-    w = dataclasses.replace(from_bytes(codes, scales), scale_group=32)
+    codes, scales = (part.to(device, torch.uint8) for part in random_weights(rng, k))
+    w = dataclasses.replace(mx.ExpertWeights.from_linear_scales(codes, scales), scale_group=32)
     got, db = w.regrouped(128, squares=squares)
-    plain_codes, plain = (truth.as_bytes(part.to(torch.uint8)).reshape(48, -1) for part in (codes, scales))
+    plain_codes, plain = (truth.as_bytes(part).reshape(48, -1) for part in (codes, scales))
     counts = (plain_codes.reshape(48, -1, 32) & 0x7F).any(axis=2) | (plain == 255)
     shared = truth.largest_of_group(np.where(counts, plain, 0), 128)
     if squares:  # each expert's 24 rows are in one
