@@ -14,14 +14,9 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core import formats
 
 
-def numbered(rows: int, cols: int) -> torch.Tensor:
-    """(rows, cols) uint8, most neighbours different."""
-    return (torch.arange(rows * cols) * 37 % 251 + 1).to(torch.uint8).reshape(rows, cols)
-
-
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (128, 4), (129, 5), (31, 90), (300, 7), (257, 8)])
 def test_scales_are_stored_tile_by_tile(rows: int, cols: int) -> None:
-    linear = numbered(rows, cols)
+    linear = (torch.arange(rows * cols) * 37 % 251 + 1).to(torch.uint8).view(rows, cols)  # neighbours differ
     stored = mx.swizzle_scales(linear).reshape(-1)
     assert truth.as_bytes(stored).tobytes() == truth.swizzle(linear.numpy()).tobytes()
     padded_cols = formats.round_up(cols, 4)
@@ -54,14 +49,12 @@ def needed_scale_rows(counts: list[int]) -> int:
 
 
 @given(counts=st.lists(st.integers(0, 400), max_size=20), beyond=st.integers(0, 5))
-def test_grouped_scale_rows_suffices(counts: list[int], beyond: int) -> None:
-    assert needed_scale_rows(counts) <= formats.grouped_scale_rows(sum(counts) + beyond, len(counts))
-
-
-@given(num_tokens=st.integers(0, 1500), num_experts=st.integers(1, 20))
-def test_grouped_scale_rows_is_tight(num_tokens: int, num_experts: int) -> None:
-    """Some split of T tokens over E experts needs every row of the bound: one token each, and the
-    rest to the first expert, whole tiles and what fits into the padding of its one."""
-    counts = [int(e < num_tokens) for e in range(num_experts)]
-    counts[0] += num_tokens - sum(counts)
-    assert needed_scale_rows(counts) == formats.grouped_scale_rows(num_tokens, num_experts)
+def test_grouped_scale_rows_suffices_and_is_tight(counts: list[int], beyond: int) -> None:
+    """One token each and the rest to the first expert needs every row of the bound."""
+    num_tokens, num_experts = sum(counts) + beyond, len(counts)
+    bound = formats.grouped_scale_rows(num_tokens, num_experts)
+    assert needed_scale_rows(counts) <= bound
+    if counts:
+        worst = [int(e < num_tokens) for e in range(num_experts)]
+        worst[0] += num_tokens - sum(worst)
+        assert needed_scale_rows(worst) == bound
