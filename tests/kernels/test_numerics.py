@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
 import triton
@@ -76,15 +77,6 @@ def test_e4m3_conversion() -> None:
     assert torch.equal(got[near], torch.from_numpy(truth.encode_e4m3(truth.doubles(x[near]))))
 
 
-def test_e4m3_decoding() -> None:
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    expected = codes.view(torch.float8_e4m3fn).float()
-    got = apply("e4m3_codes_to_fp32", codes, torch.float32)
-    nan = torch.isnan(expected)
-    assert torch.equal(torch.isnan(got), nan)
-    assert torch.equal(got[~nan].view(torch.int32), expected[~nan].view(torch.int32))  # signs of zero too
-
-
 @pytest.mark.parametrize(("function", "dtype"), [("e8m0_to_fp32", torch.float32), ("e8m0_to_bf16", torch.bfloat16)])
 def test_e8m0_decoding(function: str, dtype: torch.dtype) -> None:
     scales = torch.arange(256, dtype=torch.int32).to(torch.uint8)
@@ -94,20 +86,22 @@ def test_e8m0_decoding(function: str, dtype: torch.dtype) -> None:
     assert torch.equal(got[:255].float(), scale_values(scales)[:255])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_output_rounding_equals_torch(dtype: torch.dtype) -> None:
-    x = dense_fp32()
-    expected, got = x.to(dtype), apply("from_fp32", x, dtype)
-    nan = torch.isnan(x)
-    assert torch.equal(torch.isnan(got), nan)
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(got[~nan].view(bits), expected[~nan].view(bits))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_widening_is_exact_for_every_code(dtype: torch.dtype) -> None:
-    codes = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
-    expected, got = codes.float(), apply("to_fp32", codes, torch.float32)
+def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """NaN where torch has it, all other bits its own, signs of zero too."""
     nan = torch.isnan(expected)
     assert torch.equal(torch.isnan(got), nan)
-    assert torch.equal(got[~nan].view(torch.int32), expected[~nan].view(torch.int32))
+    assert torch.equal(cases.bits(got[~nan]), cases.bits(expected[~nan]))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_output_rounding_equals_torch(dtype: torch.dtype) -> None:
+    x = dense_fp32()
+    check(apply("from_fp32", x, dtype), x.to(dtype))
+
+
+def test_widening_is_exact_for_every_code() -> None:
+    for dtype in cases.HALF_DTYPES:
+        codes = cases.every_code(dtype)
+        check(apply("to_fp32", codes, torch.float32), codes.float())
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    check(apply("e4m3_codes_to_fp32", codes, torch.float32), codes.view(torch.float8_e4m3fn).float())
