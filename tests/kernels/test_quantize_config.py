@@ -67,12 +67,3 @@ def test_bytes_do_not_depend_on_the_config(
 )
 def test_counts_are_scanned_for_small_batches(num_rows: int, k: int, num_experts: int, expected: bool) -> None:
     assert can_fuse_counts(num_rows, k, num_experts) is expected
-
-
-def test_too_large_a_batch_builds_its_layout_first(
-    interpreter: None, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantize, "FUSED_COUNTS_MAX_ELEMENTS", 64)
-    x, counts = cases.random_rows(3, 64, torch.bfloat16, rng), torch.tensor([1, 2])
-    got = mx.quantize_grouped(x, counts, backend="triton")
-    cases.same_bytes(got, mx.quantize_grouped(x, cases.layout([1, 2]), backend="triton"))
