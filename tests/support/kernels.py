@@ -12,7 +12,6 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.activation import SwiGLU
-from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
@@ -124,14 +123,9 @@ def meta_operands(
     t: int, n: int, k: int, e: int, dtype: torch.dtype
 ) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights, torch.Tensor]:
     """Operands and output of a product, without memory: for compiling."""
-    meta = torch.device("meta")
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=meta)
-    x_values = torch.empty(t, k, dtype=torch.float8_e4m3fn, device=meta)
-    x_scales = torch.empty(grouped_scale_rows(t, e), scale_cols(k), dtype=torch.uint8, device=meta)
-    x = mx.GroupedMXFP8(x_values, x_scales, mx.GroupLayout(offsets[1:], offsets, offsets, t))
-    w_values = torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device=meta)
-    w_scales = torch.empty(e, -(-n // 128) * 128, scale_cols(k), dtype=torch.uint8, device=meta)
-    return x, mx.ExpertWeights(w_values, w_scales), torch.empty(t, n, dtype=dtype, device=meta)
+    with torch.device("meta"):
+        x = mx.quantize_grouped(torch.empty(t, k), torch.empty(e, dtype=torch.int32))
+        return x, mx.quantize_weights(torch.empty(e, n, k)), torch.empty(t, n, dtype=dtype)
 
 
 def product(*arguments: Any, **options: Any) -> None:
