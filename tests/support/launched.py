@@ -28,11 +28,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A kernel is compiled to be launched."""
     file: Path = session.config.getoption("--launched")
-    file.write_text(json.dumps({**outcomes, "kernels": sorted(compiled_kernels())}))
-
-
-def compiled_kernels() -> set[str]:
-    """Names of the kernels that this process has compiled, which it does to launch them."""
     launch = sys.modules.get("hybrid_mxfp8.triton_kernels.launch")
-    return {kernel.metadata.name for kernel, _ in launch._compiled.values()} if launch else set()
+    kernels = {kernel.metadata.name for kernel, _ in launch._compiled.values()} if launch else set()
+    file.write_text(json.dumps({**outcomes, "kernels": sorted(kernels)}))

@@ -76,10 +76,6 @@ def spread_scales(layer: Layer, rng: torch.Generator) -> Layer:
     return replace(layer, x=layer.x * factors(hidden), w13=layer.w13 * factors(rows).unsqueeze(1) / 2**4)
 
 
-Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of gate and up, in float64."""
-
-
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Plain SwiGLU."""
     return gate * torch.sigmoid(gate) * up
@@ -91,8 +87,8 @@ def swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def forward(layer: Layer, activation: Activation = silu_mul) -> torch.Tensor:
-    """(M, H) float64."""
+def forward(layer: Layer, activation: Callable[..., torch.Tensor] = silu_mul) -> torch.Tensor:
+    """(M, H) float64; the activation is of gate and up."""
     num_experts, _, intermediate = layer.w2.shape
     out = torch.zeros(layer.x.shape, dtype=torch.float64)
     x, w13, w2 = layer.x.cpu().double(), layer.w13.cpu().double(), layer.w2.cpu().double()

@@ -32,11 +32,6 @@ def relative_error(exponent: truth.Doubles) -> truth.Doubles:
     return error
 
 
-def cut(gate: truth.Doubles, up: truth.Doubles, limit: float | None) -> tuple[truth.Doubles, truth.Doubles]:
-    """Both, where there is a limit."""
-    return (gate, up) if limit is None else (np.minimum(gate, limit), np.clip(up, -limit, limit))
-
-
 def check(
     got: mx.GroupedMXFP8,
     x: torch.Tensor,
@@ -51,7 +46,8 @@ def check(
     with two would say little. A single block of a tiny operand may well have two.
     """
     gate, up = np.split(truth.doubles(x), 2, axis=1)
-    gate, up = cut(gate, up, activation.limit)
+    if activation.limit is not None:
+        gate, up = np.minimum(gate, activation.limit), np.clip(up, -activation.limit, activation.limit)
     exponent = activation.alpha * gate
     true = gate / (1 + np.exp(-np.clip(exponent, -700, 700))) * (up + activation.beta)
     # Where exp(-exponent) leaves fp32's range the product is flushed to zero: it is below 2**-118
