@@ -21,7 +21,7 @@ import pytest
 import torch
 from cases import memory_of
 from forked import Child
-from jobs import Quantized, forget_everything, job, same, together
+from jobs import Quantized, forget_everything, job, together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid_mxfp8 as mx
@@ -37,8 +37,7 @@ def test_threads_get_what_one_thread_gets(backend: str) -> None:
     expected = [job(seed, backend) for seed in range(THREADS)]
     forget_everything()
     results = together(THREADS, lambda seed: [job(seed, backend) for _ in range(rounds)])
-    for got, wanted in zip(results, expected, strict=True):
-        assert all(same(one, wanted) for one in got)
+    assert results == [[wanted] * rounds for wanted in expected]
 
 
 # ---------------------------------------------------------------- workspaces
@@ -49,6 +48,10 @@ WEIGHTS = [mx.quantize_weights(w, backend="reference") for w in (LAYER.w13, LAYE
 
 def new_workspace(max_tokens: int = 8) -> mx.MoEWorkspace:
     return mx.MoEWorkspace(*WEIGHTS, max_tokens=max_tokens, top_k=2, backend="reference")
+
+
+def contents(workspace: mx.MoEWorkspace) -> list[bytes]:
+    return [t.numpy().tobytes() for t in memory_of(workspace)]
 
 
 def forward(workspace: mx.MoEWorkspace | None = None, ids: torch.Tensor = LAYER.ids) -> torch.Tensor:
@@ -123,10 +126,10 @@ def test_a_copy_computes_in_its_own_memory(way: str) -> None:
     twin = copied[0].workspace
     assert twin is copied[1].workspace is not workspace
     assert (twin.shape, twin.max_tokens, twin.nbytes) == (workspace.shape, workspace.max_tokens, workspace.nbytes)
-    held = [t.clone() for t in memory_of(workspace)]
+    held = contents(workspace)
     for module, ids in itertools.product(copied, (LAYER.ids.clamp(max=1), LAYER.ids.clamp(min=2))):
         assert torch.equal(module(LAYER.x, ids, LAYER.weights), forward(ids=ids))
-    assert same(memory_of(workspace), held)
+    assert contents(workspace) == held
     assert torch.equal(forward(workspace), forward())
 
 
@@ -159,13 +162,13 @@ def test_workers_of_a_data_loader(backend: str) -> None:
 
 def in_child(seed: int, backend: str) -> list[bytes]:
     torch.set_num_threads(1)
-    return [t.numpy().tobytes() for t in job(seed, backend)]
+    return job(seed, backend)
 
 
 def test_forked_children(backend: str) -> None:
     """Two at once, while a thread of this process holds the lock of the interpreter's launches: it
     is not in the children, and would never let go there."""
-    expected = [[t.numpy().tobytes() for t in job(seed, backend)] for seed in range(2)]
+    expected = [job(seed, backend) for seed in range(2)]
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -187,7 +190,7 @@ def test_forked_children(backend: str) -> None:
 def use_in_child(workspace: mx.MoEWorkspace, call: tuple[Any, ...]) -> list[bytes]:
     torch.set_num_threads(1)
     y = mx.moe_forward(*call, workspace=workspace, backend="reference")
-    return [t.numpy().tobytes() for t in (cases.bits(y), *job(0, "triton"))]
+    return [cases.bits(y).numpy().tobytes(), *job(0, "triton")]
 
 
 def test_a_spawned_child(interpreter: None) -> None:
@@ -197,8 +200,8 @@ def test_a_spawned_child(interpreter: None) -> None:
     forward(workspace)
     for tensor in memory_of(workspace):
         tensor.fill_(cases.POISON)
-    held = [t.clone() for t in memory_of(workspace)]
+    held = contents(workspace)
     ids = LAYER.ids.clamp(max=1)
     got = Child(use_in_child, workspace, (LAYER.x, *WEIGHTS, ids, LAYER.weights), spawned=True).result(120)
-    assert got == [t.numpy().tobytes() for t in (cases.bits(forward(ids=ids)), *job(0, "triton"))]
-    assert same(memory_of(workspace), held)
+    assert got == [cases.bits(forward(ids=ids)).numpy().tobytes(), *job(0, "triton")]
+    assert contents(workspace) == held
