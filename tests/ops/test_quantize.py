@@ -162,9 +162,8 @@ def test_tokens_in_records(
         ids[-1, 0] = 2**32 + 3
     weights = torch.rand(tokens, top_k, generator=rng).to(dtype)
     record, beyond = TokenRecord(k, top_k), 3
-    found = []
-    for records in (torch.full((tokens + beyond, record.size), cases.POISON, dtype=torch.uint8) for _ in range(2)):
-        found.append(records.to(device))
+    size = (tokens + beyond, record.size)
+    found = [torch.full(size, cases.POISON, dtype=torch.uint8, device=device) for _ in range(2)]
     kernels.pack_tokens(x, ids.to(device), weights.to(device), found[0], 10, group)
     pack_tokens(x, ids.to(device), weights.to(device), found[1], 10, group)
     assert torch.equal(*found)
