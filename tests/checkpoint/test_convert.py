@@ -83,8 +83,7 @@ def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch
 def test_blocks_of_several_threads(
     source: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are one thread's, by the caller's backend; a fault stops all threads, and their
-    number stays."""
+    """One thread's bytes, by the caller's backend; a fault stops all, and their number stays."""
     monkeypatch.setattr(convert, "BLOCK_ELEMENTS", 7 * 96)
     monkeypatch.setattr(convert.env, "triton_interpret", lambda: False)
     monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "none")  # for whom the caller's choice does not hold
@@ -130,9 +129,8 @@ def test_summary_counts_bytes_and_finds_the_worst(
 def test_signal_to_noise_of_any_magnitude(
     scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns. Without copies of a matrix
-    in double, or of its squares, which on a CPU took longer than to quantize it."""
-    for copy in ("double", "square"):
+    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns."""
+    for copy in ("double", "square"):  # of a matrix: on a CPU that took longer than to quantize it
         monkeypatch.setattr(torch.Tensor, copy, None)
     w = torch.tensor([1.0625, 1.0]).repeat(2, 16) * 2.0 ** round(torch.tensor(scale).log2().item())
     assert convert_tensors({"w": w}, tmp_path, "--experts", "w") == 0
@@ -223,8 +221,7 @@ SAID = {
 def test_experts_as_gpt_oss_keeps_them(
     how: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They leave as (E, N, K) with all gate rows first, biases too, as the transformers integration
-    quantizes them; from a folder and a file, whatever the blocks."""
+    """To (E, N, K) with gate rows first, biases too, as the transformers integration has them."""
     monkeypatch.setattr(convert, "BLOCK_ELEMENTS", rows * 64)
     tensors, (config, words) = gpt_oss(64, 96), SAID[how]
     (tmp_path / "in").mkdir()
@@ -312,14 +309,12 @@ def folder(tensors: Tensors, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+def test_a_folder_is_converted_file_by_file(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "model-MXFP8"
     assert quantize(folder, target, *ALL) == 0
     assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()}
     pattern = "model.layers.1.mlp.experts.*.down_proj.weight"
     assert checkpoint.find_experts(target) == {STACKED: (3, 40, 96), pattern: (3, 24, 64)}
-    stacked = checkpoint.load_experts(target, STACKED)
-    assert torch.equal(stacked.linear_scales(), reference.quantize(tensors[STACKED])[1])
     files, config = read_folder(target)
     untouched = ["model.embed_tokens", "model.layers.0.mlp.gate"]
     expected = {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
@@ -365,17 +360,14 @@ def test_an_out_that_is_refused_stays(
 
 def test_force_replaces_an_earlier_result(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    for old in ("out.safetensors", "out/old.safetensors", "out/old"):
-        (tmp_path / old).touch()
-    for source, target in ((folder / "1.safetensors", tmp_path / "out.safetensors"), (folder, tmp_path / "out")):
-        assert quantize(source, target, *ALL, "--force") == 0
-    assert STACKED + "_scale_inv" in load_file(tmp_path / "out.safetensors")
+    for old in ("old.safetensors", "old"):
+        (tmp_path / "out" / old).touch()
+    assert quantize(folder, tmp_path / "out", *ALL, "--force") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in folder.iterdir()}
 
 
 def test_the_index_says_which_files_hold_tensors(folder: Path, tmp_path: Path) -> None:
-    """Under any name, and not to be copied over what they were converted to. Some publishers add
-    the same tensors once more in a file of another form, which is left out."""
+    """Under any name; some publishers add them once more in a file of another form."""
     (folder / "consolidated.safetensors").write_text("another form")
     (folder / "1.safetensors").rename(folder / "1.st")
     index = folder / checkpoint.INDEX_FILE

@@ -313,8 +313,7 @@ def end_by(number: signal.Signals, call: int) -> None:
 
 
 def converting(source: Path, target: Path, *words: str, number: signal.Signals, call: int) -> int | None:
-    """The exit code of a conversion in a process that gets this signal, or None if that killed
-    it."""
+    """A conversion's exit code in a process that gets this signal; None if that killed it."""
 
     def run() -> int:
         torch.set_num_threads(1)
@@ -330,8 +329,7 @@ def converting(source: Path, target: Path, *words: str, number: signal.Signals, 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> None:
-    """By Ctrl-C, a scheduler or a terminal: all is removed; killed: the next run does it. No OUT
-    appears."""
+    """By Ctrl-C, a scheduler or a terminal: all is removed; killed: the next run does it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
