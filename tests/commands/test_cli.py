@@ -48,10 +48,8 @@ def test_a_reader_that_goes_away_is_no_traceback(program: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     words, root = [sys.executable, *program.split()], Path(__file__).parents[2]
-    try:
-        done = subprocess.run(words, cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    finally:
-        os.close(writing)
+    with open(writing, "wb") as pipe:
+        done = subprocess.run(words, cwd=root, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
 
 

@@ -61,8 +61,7 @@ def test_mxfp8_keeps_its_promised_operand_quality() -> None:
 
 
 def test_agreement_sees_a_product_beyond_its_bound_and_one_other_byte(operands: workload.Operands) -> None:
-    """But in scale rows that no expert has: with 130 tokens of one of two, the last tile is not
-    written."""
+    """But in scale rows that no expert has, as in the last tile for 130 tokens of one of two."""
     run, other = reference_run(operands), reference_run(operands)
     same = measure.agreement(run, other)
     assert (same.same_operands, same.largest, same.of_bound, same.good) == (True, 0.0, 0.0, True)

@@ -56,8 +56,7 @@ def ours(case: sglang_case.Case, dtype: torch.dtype) -> tuple[mx.GroupedMXFP8, m
 def test_each_expert_is_close_to_the_unquantized_product(
     num_experts: int, dtype: torch.dtype, device: str, workspace: torch.Tensor
 ) -> None:
-    """SGLang's own bound, 0.001 an expert, seeded and with empty experts; on a GPU on its own grid,
-    of weights below 2**29 elements so that the float64 truth fits."""
+    """SGLang's own bound, 0.001; on a GPU its own grid, of weights whose float64 truth fits."""
     choose = random.Random(f"{num_experts} {dtype}")
     most, tokens = (64, 512) if device == "cuda" else (2, 24)
     n = k = 2**29
