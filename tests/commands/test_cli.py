@@ -53,9 +53,6 @@ def test_a_reader_that_goes_away_is_no_traceback(program: str) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-# ---------------------------------------------------------------- wrong words and settings
-
-
 NO_GPU = "device: there are 0 GPUs that this PyTorch can use, got 'cuda'"
 SECONDS = "argument --budget: must be a positive number of seconds, got "
 WRONG: list[tuple[str, str]] = [

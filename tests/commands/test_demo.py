@@ -29,9 +29,6 @@ def reference_run(operands: workload.Operands) -> measure.Run:
     return measure.run_backend(operands, "reference")
 
 
-# ---------------------------------------------------------------- figures
-
-
 def test_per_tensor_fp8_is_exact_on_its_own_grid() -> None:
     """448 sets the scale to 1, so e4m3 values stay; 2**-10, half the smallest, becomes zero."""
     x = torch.tensor([448.0, -1.125, 0.25, 2.0**-9, 2.0**-10, 1.0625])
@@ -92,9 +89,6 @@ def test_an_outlier_spoils_one_scale_for_all_but_not_a_block() -> None:
     assert effects[1].ratio == pytest.approx(effects[0].ratio * 2**24)
 
 
-# ---------------------------------------------------------------- encoder and workload
-
-
 def test_encoder_is_that_of_transformers() -> None:
     """BertModel with random weights, and the names that it gives them."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -132,9 +126,6 @@ def test_workload(real: bool) -> None:
         assert (channels > 10 * channels.median()).sum() == 6
         fewer = workload.synthetic_workload(num_experts=3, max_rows=20).gemms[0]
         assert (fewer.rows, fewer.w.shape[0]) == ((20, 20, 9), 3)
-
-
-# ---------------------------------------------------------------- command
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
