@@ -57,9 +57,6 @@ def converted(tensors: Tensors, folder: Path, *words: str) -> Tensors:
     return load_file(folder / "out.safetensors")
 
 
-# ---------------------------------------------------------------- tensors
-
-
 @pytest.mark.parametrize("rounding", ["rceil", "floor", "even"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E8M0], ids=["fp32", "bf16", "E8M0"])
 @pytest.mark.parametrize("shape", [(3, 200, 288), (1, 128, 128), (2, 8, 32), (2, 257, 160)], ids=str)
@@ -109,9 +106,6 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         fp8_blocks.quantize_fp8_blocks(**{"values": values, "scales": scales, **change})
 
 
-# ---------------------------------------------------------------- files
-
-
 @pytest.mark.parametrize("elements", [1, 128 * 288, 200 * 288, 2**22], ids=lambda e: f"{e} elements")
 def test_blocks_of_rows_do_not_show(
     elements: int, rng: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -146,9 +140,6 @@ def test_what_is_no_matrix_stays_with_its_scales(tmp_path: Path) -> None:
     assert found["experts.bias"].dtype == torch.bfloat16
     assert "experts.bias_scale_inv" not in found
     assert found["w_scale_inv"].dtype == torch.uint8
-
-
-# ---------------------------------------------------------------- folders
 
 
 @pytest.fixture
