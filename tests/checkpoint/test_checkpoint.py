@@ -71,10 +71,12 @@ def test_published_files_of_each_convention_are_read(
     """MiniMax's names, ModelOpt's, DeepSeek's; eleven experts, so that 10 comes after 9."""
     order = [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1]
     values, scales = experts.values, experts.linear_scales()
+    matrices = {f"block_sparse_moe.experts.{number}.w2": e for number, e in enumerate(order)}
+    matrices |= {"shared_experts.0.w2": 0, "self_attn.w2": 0}  # MXFP8, too, but no experts of the layer
     tensors: Tensors = {"model.norm.weight": torch.ones(96, dtype=torch.bfloat16)}
-    for number, e in enumerate(order):
-        name = f"model.layers.3.block_sparse_moe.experts.{number}.w2."
-        tensors |= {name + "weight": values[e].clone(), name + scale: scales[e].clone().view(scale_dtype)}
+    for name, e in matrices.items():
+        tensors[f"model.layers.3.{name}.weight"] = values[e].clone()
+        tensors[f"model.layers.3.{name}.{scale}"] = scales[e].clone().view(scale_dtype)
     save_file(tensors, tmp_path / "m.safetensors")
     pattern = "model.layers.3.block_sparse_moe.experts.*.w2.weight"
     assert checkpoint.find_experts(tmp_path) == {pattern: (11, 40, 96)}
@@ -126,16 +128,6 @@ def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None
         assert found.metadata == {"a": "said", "b": "said"}
 
 
-def test_only_experts_are_found(experts: mx.ExpertWeights, tmp_path: Path) -> None:
-    """Among other matrices that are MXFP8, too."""
-    values, scales = experts.values, experts.linear_scales()
-    tensors = {}
-    for name in ("layers.0.experts.0.w", "layers.0.shared_experts.0.w", "layers.0.self_attn.w"):
-        tensors |= {name: values[0].clone(), name + "_scale_inv": scales[0].clone()}
-    save_file(tensors, tmp_path / "m.safetensors")
-    assert checkpoint.find_experts(tmp_path) == {"layers.0.experts.*.w": (1, 40, 96)}
-
-
 def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_text("precious")
@@ -148,12 +140,6 @@ def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: 
 
 
 # ---------------------------------------------------------------- what is not MXFP8
-
-
-def broken(experts: mx.ExpertWeights, **changes: torch.Tensor | None) -> Tensors:
-    """The tensors of a good file, with some replaced, or left out where None is given."""
-    tensors = {"w": experts.values, "w_scale_inv": experts.linear_scales(), **changes}
-    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
 @pytest.mark.parametrize(
@@ -175,28 +161,24 @@ def broken(experts: mx.ExpertWeights, **changes: torch.Tensor | None) -> Tensors
 def test_what_is_not_mxfp8_is_named(
     experts: mx.ExpertWeights, changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
 ) -> None:
-    save_file(broken(experts, **changes), tmp_path / "m.safetensors")
+    """In a good file but for the changes; None leaves a tensor out."""
+    tensors = {"w": experts.values, "w_scale_inv": experts.linear_scales(), **changes}
+    save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=message):
         checkpoint.load_experts(tmp_path, "w")
     if "w_scale" not in changes:
         assert checkpoint.find_experts(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"mxfp8.scale_layout": "swizzled"}, "scale_layout must be 'linear' for this version to read it, got 'swizzled'"),
-        ({"mxfp8.version": "2"}, "version must be '1'"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "known", "got"), [("scale_layout", "linear", "swizzled"), ("version", "1", "2")])
 def test_what_only_the_header_tells(
-    said: dict[str, str], message: str, whole_tiles: mx.ExpertWeights, tmp_path: Path
+    key: str, known: str, got: str, whole_tiles: mx.ExpertWeights, tmp_path: Path
 ) -> None:
     """Swizzled scales may have the shape of row-major ones."""
     tensors = {NAME: whole_tiles.values, NAME + "_scale_inv": whole_tiles.scales}
-    save_file(tensors, tmp_path / "m.safetensors", metadata=said)
+    save_file(tensors, tmp_path / "m.safetensors", metadata={f"mxfp8.{key}": got})
     for read in (checkpoint.find_experts, lambda path: checkpoint.load_experts(path, NAME)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{key} must be '{known}' for this version to read it, got '{got}'"):
             read(tmp_path)
 
 
@@ -207,7 +189,7 @@ def test_files_of_a_refused_checkpoint_are_closed(experts: mx.ExpertWeights, tmp
     with pytest.raises(FileNotFoundError, match="has no safetensors file"):
         checkpoint.load_experts(tmp_path, "w")
     for name in "ab":
-        save_file(broken(experts), tmp_path / f"{name}.safetensors")
+        checkpoint.save_experts(tmp_path / f"{name}.safetensors", {"w": experts})
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ValueError, match=r"b.safetensors: tensor 'w\w*' is in another file"):
         checkpoint.load_experts(tmp_path, "w")
@@ -224,7 +206,6 @@ LOADED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"names": "v"}, ValueError, "has no tensor 'v'$"),
     ({"names": "a*b*"}, ValueError, r"^names: 'a\*b\*' must have one \* at most$"),
     ({"device": "tpu0"}, ValueError, "^device: must be a torch.device or the name of one, got 'tpu0'$"),
-    ({"device": 1.5}, ValueError, "^device: must be a torch.device"),
     ({"device": "cuda:63", "path": "/nowhere"}, ValueError, "^device: there are .* got 'cuda:63'$"),
     ({"experts": range(1, 4)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, at least one, got range\(1, 4\)$"),
     ({"experts": range(-1, 2)}, ValueError, r"^experts: must be numbers of 0 \.\. 1, .* got range\(-1, 2\)$"),
@@ -256,7 +237,6 @@ def test_wrong_arguments_for_loading(
 W = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
 ON_META = mx.ExpertWeights(W.values.to("meta"), W.scales.to("meta"))
 SAVED: list[tuple[Any, type[Exception], str]] = [
-    ([W], TypeError, "^experts: must map names to ExpertWeights, got list$"),
     (W, TypeError, "^experts: must map names to ExpertWeights, got ExpertWeights$"),
     ({"w": torch.ones(3)}, TypeError, "^experts: must map names to ExpertWeights, got 'w': Tensor$"),
     ({3: W}, TypeError, "^experts: must map names to ExpertWeights, got 3"),
@@ -281,20 +261,19 @@ def test_wrong_arguments_for_saving(experts: Any, error: type[Exception], messag
 def test_writer_takes_pieces_in_any_order(tmp_path: Path) -> None:
     """Wide ones come first: a tensor must start at a multiple of its element."""
     tensors = {
-        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
-        "wide": torch.tensor([[1.5, -2.5], [3.5, 4.5]], dtype=torch.float64),
-        "none": torch.empty(0, 4, dtype=torch.bfloat16),
-        "point": torch.tensor(7, dtype=torch.int32),
-        "yes": torch.tensor([True, False]),
+        "U8": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "F64": torch.tensor([[1.5, -2.5], [3.5, 4.5]], dtype=torch.float64),
+        "BF16": torch.empty(0, 4, dtype=torch.bfloat16),
+        "I32": torch.tensor(7, dtype=torch.int32),
+        "BOOL": torch.tensor([True, False]),
     }
-    dtypes = {"odd": "U8", "wide": "F64", "none": "BF16", "point": "I32", "yes": "BOOL"}
-    entries = [Entry(name, dtypes[name], tuple(t.shape)) for name, t in tensors.items()]
+    entries = [Entry(dtype, dtype, tuple(t.shape)) for dtype, t in tensors.items()]
     path = tmp_path / "m.safetensors"
     with SafetensorsWriter(path, entries, {}) as writer:
-        writer.append("wide", tensors["wide"][:1])
-        for name in ("odd", "none", "yes", "point"):
+        writer.append("F64", tensors["F64"][:1])
+        for name in ("U8", "BF16", "BOOL", "I32"):
             writer.append(name, tensors[name])
-        writer.append("wide", tensors["wide"][1:])
+        writer.append("F64", tensors["F64"][1:])
         assert not path.exists()
     found = load_file(path)
     assert found.keys() == tensors.keys()

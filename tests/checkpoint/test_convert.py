@@ -48,9 +48,9 @@ def source(tensors: Tensors, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rounding", ["rceil", "floor", "even"])
-def test_every_tensor(source: Path, tensors: Tensors, rounding: str, tmp_path: Path) -> None:
+def test_every_tensor(source: Path, tensors: Tensors, rounding: str, cpu_backend: str, tmp_path: Path) -> None:
     target = tmp_path / "out.safetensors"
-    with mx.use_backend("reference"):
+    with mx.use_backend(cpu_backend):
         assert quantize(source, target, *ALL, "--scale-rounding", rounding) == 0
     found = load_file(target)
     for name in (STACKED, *MATRICES):
@@ -68,8 +68,8 @@ def test_every_tensor(source: Path, tensors: Tensors, rounding: str, tmp_path: P
 def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not show in the result; progress is told in bytes of the source."""
     told: list[tuple[str, int]] = []
-    options, target = convert.Options(("*.experts.*",)), tmp_path / "blocks.safetensors"
-    with mx.use_backend("reference"), checkpoint.Checkpoint(source) as opened:
+    options, target = convert.Options(ALL[1:]), tmp_path / "blocks.safetensors"
+    with checkpoint.Checkpoint(source) as opened:
         planned = convert.plan(opened, options)
         convert.convert(opened, planned, tmp_path / "whole.safetensors", options)
         monkeypatch.setattr(convert, "BLOCK_ELEMENTS", elements)
@@ -80,29 +80,26 @@ def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch
     assert sum(size for _, size in told) == planned.num_bytes == sum(t.nbytes for t in load_file(source).values())
 
 
-@pytest.mark.parametrize("number", [None, 1])
 def test_blocks_of_several_threads(
-    number: int | None, source: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are one thread's, a fault stops all of them, and the number of threads stays."""
+    """One thread's bytes, by the caller's backend; a fault stops all, and their number stays."""
     monkeypatch.setattr(convert, "BLOCK_ELEMENTS", 7 * 96)
-    if number is not None:
-        tensors[STACKED][number, 5, 6] = torch.nan
-        save_file(tensors, source)
     monkeypatch.setattr(convert.env, "triton_interpret", lambda: False)
+    monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "none")  # for whom the caller's choice does not hold
+    tensors[STACKED][1, 5, 6] = torch.nan
+    save_file(tensors, tmp_path / "nan")
     threads = torch.get_num_threads()
-    written = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            with mx.use_backend("reference"):  # the caller's choice holds in each thread
-                assert quantize(source, tmp_path / f"{count}", *ALL) == (0 if number is None else 2)
+            assert quantize(source, tmp_path / f"{count}", *ALL) == 0
+            assert quantize(tmp_path / "nan", tmp_path / f"nan {count}", *ALL) == 2
             assert torch.get_num_threads() == count
-            written.append((tmp_path / f"{count}").read_bytes() if number is None else b"")
     finally:
         torch.set_num_threads(threads)
-    assert written[0] == written[1]
-    assert (tmp_path / "3").exists() == (number is None)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+    assert not list(tmp_path.glob("nan *"))
 
 
 def test_work_is_done_in_order_and_not_far_ahead() -> None:
@@ -132,9 +129,8 @@ def test_summary_counts_bytes_and_finds_the_worst(
 def test_signal_to_noise_of_any_magnitude(
     scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns. Without copies of a matrix
-    in double, or of its squares, which on a CPU took longer than to quantize it."""
-    for copy in ("double", "square"):
+    """Whose squares may be out of fp32's reach: 1.0625 and 1 in turns."""
+    for copy in ("double", "square"):  # of a matrix: on a CPU that took longer than to quantize it
         monkeypatch.setattr(torch.Tensor, copy, None)
     w = torch.tensor([1.0625, 1.0]).repeat(2, 16) * 2.0 ** round(torch.tensor(scale).log2().item())
     assert convert_tensors({"w": w}, tmp_path, "--experts", "w") == 0
@@ -144,11 +140,6 @@ def test_signal_to_noise_of_any_magnitude(
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-def refused(words: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> str:
-    assert quantize(*words) == 2
-    return capsys.readouterr().err
 
 
 def gpt_oss(hidden: int, intermediate: int) -> dict[str, torch.Tensor]:
@@ -164,7 +155,6 @@ def gpt_oss(hidden: int, intermediate: int) -> dict[str, torch.Tensor]:
     return {name: t.bfloat16() if t.ndim == 3 else t for name, t in tensors.items()}
 
 
-BY_OPTION = ("--transposed", "*_proj", "--interleaved", "*.gate_up_proj")
 W = ("--experts", "w")
 E4M3 = torch.full((2, 130, 32), 448.0).to(FP8)
 AS_E_N_K = {name: t.mT.contiguous() if t.ndim == 3 else t for name, t in gpt_oss(64, 96).items()}
@@ -231,8 +221,7 @@ SAID = {
 def test_experts_as_gpt_oss_keeps_them(
     how: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They leave as (E, N, K) with all gate rows first, biases too, as the transformers integration
-    quantizes them; from a folder and a file, whatever the blocks."""
+    """To (E, N, K) with gate rows first, biases too, as the transformers integration has them."""
     monkeypatch.setattr(convert, "BLOCK_ELEMENTS", rows * 64)
     tensors, (config, words) = gpt_oss(64, 96), SAID[how]
     (tmp_path / "in").mkdir()
@@ -240,13 +229,11 @@ def test_experts_as_gpt_oss_keeps_them(
     if config is not None:
         (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     up, down, up_bias, down_bias = tensors.values()
-    order = {"transposed": True, "interleaved": True, "backend": "reference"}
-    expected = mx.MXFP8Experts.from_weights(up, down, w13_bias=up_bias, **order)
+    expected = mx.MXFP8Experts.from_weights(up, down, w13_bias=up_bias, transposed=True, interleaved=True)
     names = list(tensors)
     for file in ("", "a.safetensors"):
         target = tmp_path / "out" / file
-        with mx.use_backend("reference"):
-            assert quantize(tmp_path / "in" / file, target, *ALL, *words, "--force") == 0
+        assert quantize(tmp_path / "in" / file, target, *ALL, *words, "--force") == 0
         assert same_experts(checkpoint.load_experts(target, names[0]), expected.w13q)
         assert same_experts(checkpoint.load_experts(target, names[1]), expected.w2q)
         with safe_open(tmp_path / "out" / "a.safetensors", framework="pt") as written:
@@ -287,7 +274,8 @@ def test_mxfp4_is_named(mark: str, pattern: str, tmp_path: Path, capsys: pytest.
     shapes = {f"{weight}{mark}blocks": (2, 192, 2, 16), f"{weight}{mark}scales": (2, 192, 2)}
     save_file({name: torch.ones(shape, dtype=torch.uint8) for name, shape in shapes.items()}, tmp_path / "in")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
-    said = refused((tmp_path / "in", tmp_path / "out", "--experts", pattern), capsys)
+    assert quantize(tmp_path / "in", tmp_path / "out", "--experts", pattern) == 2
+    said = capsys.readouterr().err
     assert f": {weight}{mark}" in said
     assert "got MXFP4: transformers saves a bf16 copy" in said
     for name in (weight, *shapes):
@@ -302,8 +290,7 @@ def test_experts_whose_last_dimension_is_k_are_converted(hidden: int, tmp_path: 
     tensors = {"layers.0.experts.gate_up_proj": up, "layers.0.experts.down_proj": down}
     tensors |= {"layers.1.experts.gate_up_proj": up.clone()}
     tensors |= {"layers.2.experts.down_proj": torch.ones(2, hidden // 2, 128)}
-    with mx.use_backend("reference"):
-        assert convert_tensors(tensors, tmp_path, *ALL) == 0
+    assert convert_tensors(tensors, tmp_path, *ALL) == 0
 
 
 # ---------------------------------------------------------------- folders
@@ -322,21 +309,12 @@ def folder(tensors: Tensors, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def _reference() -> object:
-    with mx.use_backend("reference"):
-        yield
-
-
-@pytest.mark.usefixtures("_reference")
-def test_a_folder_is_converted_file_by_file(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+def test_a_folder_is_converted_file_by_file(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "model-MXFP8"
     assert quantize(folder, target, *ALL) == 0
     assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()}
     pattern = "model.layers.1.mlp.experts.*.down_proj.weight"
     assert checkpoint.find_experts(target) == {STACKED: (3, 40, 96), pattern: (3, 24, 64)}
-    stacked = checkpoint.load_experts(target, STACKED)
-    assert torch.equal(stacked.linear_scales(), reference.quantize(tensors[STACKED])[1])
     files, config = read_folder(target)
     untouched = ["model.embed_tokens", "model.layers.0.mlp.gate"]
     expected = {**convert.QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}
@@ -375,34 +353,25 @@ def test_an_out_that_is_refused_stays(
     (tmp_path / "hard").hardlink_to(folder / "1.safetensors")
     before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
     source, target, *force = words.split()
-    assert message in refused((tmp_path / source, tmp_path / target, *ALL, *force), capsys)
+    assert quantize(tmp_path / source, tmp_path / target, *ALL, *force) == 2
+    assert message in capsys.readouterr().err
     assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("_reference")
 def test_force_replaces_an_earlier_result(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    for old in ("out.safetensors", "out/old.safetensors", "out/old"):
-        (tmp_path / old).touch()
-    for source, target in ((folder / "1.safetensors", tmp_path / "out.safetensors"), (folder, tmp_path / "out")):
-        assert quantize(source, target, *ALL, "--force") == 0
-    assert STACKED + "_scale_inv" in load_file(tmp_path / "out.safetensors")
+    for old in ("old.safetensors", "old"):
+        (tmp_path / "out" / old).touch()
+    assert quantize(folder, tmp_path / "out", *ALL, "--force") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.usefixtures("_reference")
-def test_what_the_index_does_not_name_is_left_out(folder: Path, tmp_path: Path) -> None:
-    """Some publishers add the same tensors once more in a file of another form."""
+def test_the_index_says_which_files_hold_tensors(folder: Path, tmp_path: Path) -> None:
+    """Under any name; some publishers add them once more in a file of another form."""
     (folder / "consolidated.safetensors").write_text("another form")
-    assert quantize(folder, tmp_path / "out", *ALL) == 0
-    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
-
-
-@pytest.mark.usefixtures("_reference")
-def test_a_file_of_tensors_may_have_any_name(folder: Path, tmp_path: Path) -> None:
-    """It is the index that makes it one: it must not be copied over what it was converted to."""
     (folder / "1.safetensors").rename(folder / "1.st")
     index = folder / checkpoint.INDEX_FILE
     index.write_text(index.read_text().replace("1.safetensors", "1.st"))
     assert quantize(folder, tmp_path / "out", *ALL) == 0
     assert STACKED in checkpoint.find_experts(tmp_path / "out")
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()

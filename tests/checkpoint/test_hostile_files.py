@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import resource
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,12 +31,6 @@ VALUES, SCALES = 2 * 8 * 32, 2 * 8
 
 DATA = bytes(range(64)) * 8 + bytes([127] * SCALES)
 ALL = ("--experts", "*.experts.*")
-
-
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    with mx.use_backend("reference"):
-        yield
 
 
 def tensor(dtype: str, shape: list[Any], start: int = 0, end: int = VALUES) -> dict[str, Any]:
@@ -229,15 +222,11 @@ def test_what_is_no_file(make: Change, tmp_path: Path) -> None:
 
 def test_a_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
     """Links to files under other names elsewhere: they convert as files do."""
-    linked = tmp_path / "snapshots" / "main"
-    linked.mkdir(parents=True)
-    for number, file in enumerate(sorted(folder.iterdir())):
-        blob = tmp_path / "blobs" / str(number)
-        blob.parent.mkdir(exist_ok=True)
-        shutil.copy2(file, blob)
-        (linked / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
     assert quantize(folder, tmp_path / "a", *ALL) == 0
-    assert quantize(linked, tmp_path / "b", *ALL) == 0
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(tmp_path / f"blob {number}")
+        file.symlink_to(Path("..", f"blob {number}"))
+    assert quantize(folder, tmp_path / "b", *ALL) == 0
     for file in (tmp_path / "a").iterdir():
         assert not (tmp_path / "b" / file.name).is_symlink()
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
@@ -324,8 +313,7 @@ def end_by(number: signal.Signals, call: int) -> None:
 
 
 def converting(source: Path, target: Path, *words: str, number: signal.Signals, call: int) -> int | None:
-    """The exit code of a conversion in a process that gets this signal, or None if that killed
-    it."""
+    """A conversion's exit code in a process that gets this signal; None if that killed it."""
 
     def run() -> int:
         torch.set_num_threads(1)
@@ -341,8 +329,7 @@ def converting(source: Path, target: Path, *words: str, number: signal.Signals, 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_conversion_that_is_ended(folder: Path, call: int, tmp_path: Path) -> None:
-    """By Ctrl-C, a scheduler or a terminal: all is removed; killed: the next run does it. No OUT
-    appears."""
+    """By Ctrl-C, a scheduler or a terminal: all is removed; killed: the next run does it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert converting(folder, tmp_path / "out", number=number, call=call) == 130
         assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -28,9 +28,6 @@ def operands() -> workload.Operands:
     return workload.Operands("small", x, w, rows=(5, 0, 7))
 
 
-# ---------------------------------------------------------------- formats and figures
-
-
 @pytest.mark.parametrize(("name", "largest"), list(zip(NAMES, [500, 512, 448, 512, 500, 500], strict=True)))
 def test_formats(name: str, largest: float) -> None:
     """500: floor keeps scale 1 and clips it; rceil and even double the scale, where it lies on the
@@ -115,9 +112,6 @@ def test_model_report_is_repeatable_and_says_that_it_is_random() -> None:
     assert "RANDOM weights" in found.source
     assert not found.real
     assert [o.name for o in found.gemms] == ["gate and up", "down"]
-
-
-# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture

@@ -18,45 +18,41 @@ from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 NAMES = ("1sm_128x64x128", "1sm_128x128x128", "2sm_256x64x128")
 
 
-class Stderr(io.StringIO):
-    """A terminal, or a file."""
+def replace_stderr(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
+    """By a terminal, or a file."""
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    return stderr
 
-    def __init__(self, terminal: bool) -> None:
-        super().__init__()
-        self.terminal = terminal
 
-    def isatty(self) -> bool:
-        return self.terminal
-
-    def screen(self) -> list[str]:
-        """What a terminal shows in the end: a carriage return goes back to the line's start."""
-        lines = []
-        for text in self.getvalue().split("\n"):
-            line = ""
-            for over in text.split("\r"):
-                line = over + line[len(over) :]
-            lines.append(line.rstrip())
-        return [line for line in lines if line]
+def screen(written: str) -> list[str]:
+    """What a terminal shows in the end: a carriage return goes back to the line's start."""
+    lines = []
+    for text in written.split("\n"):
+        line = ""
+        for over in text.split("\r"):
+            line = over + line[len(over) :]
+        lines.append(line.rstrip())
+    return [line for line in lines if line]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_log_lines_stand_alone_and_bars_are_gone(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three builds, each with a line in the log."""
-    stderr, logger = Stderr(terminal), logging.getLogger("hybrid_mxfp8")
-    monkeypatch.setattr(sys, "stderr", stderr)
+    stderr, logger = replace_stderr(monkeypatch, terminal), logging.getLogger("hybrid_mxfp8")
     monkeypatch.setattr(jit, "build", lambda built: logger.warning("compiling %s", built.name))
     sources = [source(name, torch.bfloat16, "10.0a") for name in NAMES]
     assert warmup.build_all(sources, jobs=1) == []
-    assert stderr.screen() == [f"compiling {s.name}" for s in sources]
+    assert screen(stderr.getvalue()) == [f"compiling {s.name}" for s in sources]
     assert ("|" in stderr.getvalue()) is terminal
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quantize_leaves_nothing_on_stderr(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"experts.w": torch.ones(2, 8, 64)}, tmp_path / "in.safetensors")
-    stderr = Stderr(terminal)
-    monkeypatch.setattr(sys, "stderr", stderr)
+    stderr = replace_stderr(monkeypatch, terminal)
     words = ["quantize", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--experts", "*"]
     assert cli.main([*words, "--device", "cpu"]) == 0
-    assert stderr.screen() == []
+    assert screen(stderr.getvalue()) == []
     assert ("|" in stderr.getvalue()) is terminal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,18 +22,12 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-OLD = toolchain.CutlassHeaders(Path("/c"), (4, 2, 0), "a test")
-
-
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what gets built, instead of building."""
+def built(toolkit: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what gets built, instead of building; there is no GPU."""
     names: list[str] = []
-    monkeypatch.setattr(toolchain, "find_cutlass", lambda: OLD)
-    monkeypatch.setattr(toolchain, "find_cuda", lambda: toolchain.CudaCompiler(Path("/n"), (13, 0, 88), "a test"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(jit, "build", lambda source: names.append(source.name))
-    monkeypatch.setattr(jit, "find", lambda source: None)
     return names
 
 
@@ -61,7 +54,7 @@ def test_by_default_every_configuration_in_bf16_that_is_not_there(built: list[st
     rest = set(MODULES) - {"2sm_256x64x128", "1sm_128x64x128"}
     assert sorted(built) == sorted(f"grouped_gemm_{module}_bf16_sm100a" for module in rest)
     said = capsys.readouterr().out
-    assert OLD.hint in said.splitlines()
+    assert toolchain.find_cutlass().hint in said.splitlines()
     assert "1 of 8 modules are in" in said
     failed = "grouped_gemm_1sm_128x64x128_bf16_sm100a: compiling it failed: out of memory"
     assert said.endswith(f"6 built, 1 failed\n{failed}\n")

@@ -56,8 +56,7 @@ def ours(case: sglang_case.Case, dtype: torch.dtype) -> tuple[mx.GroupedMXFP8, m
 def test_each_expert_is_close_to_the_unquantized_product(
     num_experts: int, dtype: torch.dtype, device: str, workspace: torch.Tensor
 ) -> None:
-    """SGLang's own bound, 0.001 an expert, seeded and with empty experts; on a GPU on its own grid,
-    of weights below 2**29 elements so that the float64 truth fits."""
+    """SGLang's own bound, 0.001; on a GPU its own grid, of weights whose float64 truth fits."""
     choose = random.Random(f"{num_experts} {dtype}")
     most, tokens = (64, 512) if device == "cuda" else (2, 24)
     n = k = 2**29
@@ -127,9 +126,6 @@ def test_k_that_is_a_multiple_of_32_alone(device: str, workspace: torch.Tensor, 
     assert torch.equal(d, mx.grouped_gemm(mx.quantize_grouped(x, tokens), wq, out_dtype=torch.float32))
 
 
-# ---------------------------------------------------------------- operators and graphs
-
-
 def test_opcheck() -> None:
     case = sglang_case.random_case(COUNTS, 128, 128, torch.bfloat16, 7)
     with mx.use_backend("reference"):
@@ -170,9 +166,6 @@ def test_compiled_as_one_graph_for_any_number_of_tokens(device: str, workspace: 
     assert len(compilations) == 1
 
 
-# ---------------------------------------------------------------- layout
-
-
 @pytest.mark.sanitizer
 @given(st.lists(st.tuples(st.integers(-9, 400), st.integers(-300, 4000)), min_size=1, max_size=20), st.integers(0, 900))
 @example([(3, 2**31 - 1), (1, 0)], 4)
@@ -196,9 +189,6 @@ def test_layouts_by_hand() -> None:
     assert [part.tolist() for part in parts] == [[3, 200, 0], [0, 3, 203, 203], [256, 512, 900, 768]]
     parts = caller_offsets(ints(3, 1), ints(2**31 - 1, 0), 4, 2**31 - 128)
     assert parts[2].tolist() == [2**31 - 128, 0, 2**31 - 128]
-
-
-# ---------------------------------------------------------------- workspace, sizes
 
 
 def test_a_workspace_is_used_from_its_first_aligned_byte() -> None:

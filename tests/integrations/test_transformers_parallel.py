@@ -41,9 +41,6 @@ def quantized(model: torch.nn.Module) -> Any:
     return integration.quantize_model_(model, progress=False)
 
 
-# ---------------------------------------------------------------- FSDP
-
-
 def _fsdp() -> bool:
     from torch.distributed.fsdp import fully_shard
 
@@ -66,9 +63,6 @@ def _fsdp() -> bool:
 def test_fsdp_gathers_unseen_so_experts_are_quantized_before_it(tmp_path: Path) -> None:
     """Into the same parameter, with the version it had: a copy can't be proven to be current."""
     assert in_ranks(tmp_path, _fsdp) == [True, True]
-
-
-# ---------------------------------------------------------------- tensor and expert parallelism
 
 
 def _parallel(name: str, sizes: dict[str, int], whole: tuple[int, ...], local: tuple[int, ...]) -> list[float]:
