@@ -1,5 +1,4 @@
-"""A launch made from an Abi is, to the driver, the one that Triton's own launcher makes: byte by
-byte."""
+"""A launch made from an Abi is, byte by byte, the one that Triton's own launcher makes."""
 
 from __future__ import annotations
 
@@ -43,13 +42,17 @@ def use_gpu(arch: int) -> None:
     triton.runtime.driver.set_active(Driver())
 
 
-def compiled_of(launch: KernelLaunch) -> Any:
-    """The kernel compiled for a launch, and loaded."""
-    use_gpu(100 if "blackwell" in launch.kernel.__name__ else 90)
-    compiled = abi.compile_kernel(launch.kernel, launch.arguments, launch.constants, dict(launch.options))
+def loaded(compiled: Any) -> Any:
+    """A kernel of which the fake driver knows the parameters."""
     compiled.run  # noqa: B018 - loads it
     set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
     return compiled
+
+
+def compiled_of(launch: KernelLaunch) -> Any:
+    """The kernel compiled for a launch, and loaded."""
+    use_gpu(100 if "blackwell" in launch.kernel.__name__ else 90)
+    return loaded(abi.compile_kernel(launch.kernel, launch.arguments, launch.constants, dict(launch.options)))
 
 
 def both_launches(compiled: Any, launch: KernelLaunch) -> tuple[Launch, Launch]:
