@@ -95,8 +95,7 @@ class Compiled:
 
     @functools.cached_property
     def ptxas_output(self) -> str:
-        """What ptxas says, verbosely: C7510 .. C7514 where it waits after each wgmma, C7508 where
-        it ignores setmaxnreg."""
+        """C7510 .. C7514 where ptxas waits after each wgmma, C7508 where it ignores setmaxnreg."""
         command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", "-o", "/dev/null"]
         return _printed(command, self.ptx.encode())
 
@@ -112,10 +111,7 @@ def _printed(command: list[str], content: bytes) -> str:
 
 def reached(code: Sequence[str], labels: Mapping[str, int], stop: str, target: str, leave: str) -> list[str]:
     """The instructions on any path from the first up to those that match ``stop``, these included.
-
-    ``target`` finds the labels that an instruction may go to; one that matches ``leave`` goes on
-    nowhere else.
-    """
+    ``target`` finds the labels that one may go to; one that matches ``leave`` goes nowhere else."""
     seen: set[int] = set()
     ahead = [0]
     while ahead:
