@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -13,6 +12,7 @@ from unittest.mock import Mock
 import cases
 import pytest
 import torch
+from jobs import together
 from stand_ins import pretend_capability, replace_backend
 
 import hybrid_mxfp8 as mx
@@ -76,21 +76,17 @@ def test_use_backend_nests_and_ends_with_an_error(all_available: None, monkeypat
 
 
 def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
-    inside, done = threading.Barrier(3), threading.Barrier(3)
+    blocks = mx.use_backend("triton"), mx.use_backend("reference"), contextlib.nullcontext()
+    inside = threading.Barrier(3)
 
-    def work(name: str) -> str:
-        with mx.use_backend(name):
-            inside.wait(20)  # both threads are inside their blocks now
+    def work(i: int) -> str:
+        with blocks[i]:
+            inside.wait(20)  # all are inside their blocks now
             chosen = choose(PROBLEM).name
-            done.wait(20)
+            inside.wait(20)
         return chosen
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(work, name) for name in ("triton", "reference")]
-        inside.wait(20)
-        assert choose(PROBLEM).name == "cutlass"
-        done.wait(20)
-        assert [future.result() for future in futures] == ["triton", "reference"]
+    assert together(3, work) == ["triton", "reference", "cutlass"]
 
 
 @pytest.mark.parametrize("how", ["argument", "use_backend", "environment"])
