@@ -26,20 +26,14 @@ NEVER_CLEARS_BIT_21 = triton.__version__.startswith("3.6.")
 
 def use_gpu(arch: int) -> None:
     """Let Triton's own driver, over the fake libcuda, have a GPU of this architecture."""
-    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+    from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-    class Driver(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.utils = CudaUtils()
-            self.launcher_cls = CudaLauncher
-            self.get_current_device = lambda: arch  # Triton's caches of kernels are keyed by device
-            self.get_current_stream = lambda device: STREAM
-            self.get_device_capability = lambda device: (arch // 10, arch % 10)
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-    triton.runtime.driver.set_active(Driver())
+    driver = SimpleNamespace(utils=CudaUtils(), launcher_cls=CudaLauncher)
+    driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+    driver.get_current_device = lambda: arch  # Triton's caches of kernels are keyed by device
+    driver.get_current_stream = lambda device: STREAM
+    driver.get_device_capability = lambda device: divmod(arch, 10)
+    triton.runtime.driver.set_active(driver)
 
 
 def loaded(compiled: Any) -> Any:
