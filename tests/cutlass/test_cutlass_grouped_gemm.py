@@ -218,13 +218,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
     ids=["does not build", "computes wrong"],
 )
 def test_a_module_that_failed_is_not_tried_again(
-    builds: list[str],
-    verified: Mock,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    config: str,
-    reason: str,
-) -> None:
+    builds: list[str], verified: Mock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    config: str, reason: str,
+) -> None:  # fmt: skip
     """The call that finds out raises; from then on auto goes on with a warning, and a backend asked
     for by name raises it. In another environment it is tried anew. A build that fails where no
     module was loaded takes the whole backend away."""
