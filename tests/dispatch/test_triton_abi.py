@@ -50,8 +50,7 @@ def compiled_of(launch: KernelLaunch) -> Any:
 
 
 def both_launches(compiled: Any, launch: KernelLaunch) -> tuple[Launch, Launch]:
-    """Triton's, with tensors on the CPU, for which it finds the very kernel that was compiled
-    without tensors; and the launcher's, with their addresses."""
+    """Triton's, which finds the kernel that was compiled without tensors, and the launcher's."""
     memory: dict[int, torch.Tensor] = {}
 
     def tensor(buffer: Buffer) -> torch.Tensor:

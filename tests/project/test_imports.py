@@ -53,8 +53,7 @@ def imports(path: Path, names: set[str]) -> Iterator[str]:
 
 
 def package_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    return f"{module}.__init__".split(".")[1]
 
 
 @pytest.fixture(scope="module")

@@ -153,8 +153,7 @@ def below(folder: Path) -> set[str]:
 
 
 def test_the_main_job_touches_nothing(places: Path, interpreter: None) -> None:
-    """Quantize, multiply on each backend of a CPU, a whole MoE layer, what can run and why: no
-    event of any kind, and no byte by a compiled library, which no event would tell of."""
+    """No event of any kind, and no byte by a compiled library, which no event would tell of."""
     assert audited(NO_FILE_GROWS + MAIN_JOB, places) == []
     assert below(places) == {"home", "tmp", "work", "work/named"}
 
