@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 
 ARCHS = (90, 100, 103, 120)
@@ -28,33 +27,14 @@ TENSOR_MEMORY_COLUMNS = 512
 MULTIPROCESSORS = 132
 
 
-class StubDriver(DriverBase):
-    """A device of one architecture that can only be compiled for."""
+class StubDriver:
+    """A device of one architecture that can only be compiled for: what Triton's compiler asks of a
+    driver."""
 
     def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton's caches of compiled kernels are keyed by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        return lambda *args, **kwargs: [0.0]
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+        self.get_current_device = lambda: arch  # Triton's caches of compiled kernels are keyed by device
+        self.get_current_stream = lambda device: 0
 
 
 @dataclass(frozen=True)
@@ -95,8 +75,7 @@ class Compiled:
 
     @functools.cached_property
     def ptxas_output(self) -> str:
-        """What ptxas says, verbosely: C7510 .. C7514 where it waits after each wgmma, C7508 where
-        it ignores setmaxnreg."""
+        """C7510 .. C7514 where ptxas waits after each wgmma, C7508 where it ignores setmaxnreg."""
         command = [get_ptxas(self.arch).path, "-v", f"-arch=sm_{self.arch}a", "-o", "/dev/null"]
         return _printed(command, self.ptx.encode())
 
@@ -112,10 +91,7 @@ def _printed(command: list[str], content: bytes) -> str:
 
 def reached(code: Sequence[str], labels: Mapping[str, int], stop: str, target: str, leave: str) -> list[str]:
     """The instructions on any path from the first up to those that match ``stop``, these included.
-
-    ``target`` finds the labels that an instruction may go to; one that matches ``leave`` goes on
-    nowhere else.
-    """
+    ``target`` finds the labels that one may go to; one that matches ``leave`` goes nowhere else."""
     seen: set[int] = set()
     ahead = [0]
     while ahead:

@@ -1,5 +1,4 @@
-"""What the grouped GEMMs by ``tl.dot`` and ``tl.dot_scaled`` compile to: the matrix instruction,
-memory, no spills. On each architecture the portable one, and the one for Blackwell."""
+"""What the portable GEMM and Blackwell's compile to: the matrix instruction, memory, no spills."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ ANY_MMA = r"wgmma\.mma_async\.sync\.aligned\.m|tcgen05\.mma\.|mma\.sync\.aligned
 
 @pytest.fixture
 def compile_product(compile_for: CompileFor) -> CompileFor:
-    """compile_product(arch, t, ...): the launch of a product of t tokens, with what holds for every
-    configuration on every architecture."""
+    """compile_product(arch, t, ...): a product of t tokens, with what holds for all of them."""
 
     def compile_one(
         arch: int, t: int, dtype: torch.dtype = torch.bfloat16, n: int = N, k: int = K, e: int = E
@@ -50,8 +48,7 @@ def compile_product(compile_for: CompileFor) -> CompileFor:
 
 @pytest.mark.parametrize("block_t", [16, 32, 64, 128])
 def test_each_tile(compile_product: CompileFor, arch: int, block_t: int) -> None:
-    """Down to 16 tokens an expert the block-scaled instruction is the native one, because weights
-    are its 128 rows."""
+    """The block-scaled instruction down to 16 tokens an expert: weights are its 128 rows."""
     compiled = compile_product(arch, E * block_t)
     assert compiled.grid == ((E * block_t + (block_t - 1) * E) // block_t * (N // 128),)
 
@@ -68,8 +65,7 @@ def test_shapes_off_the_tile(compile_product: CompileFor, arch: int, n: int, k: 
 
 
 def test_sums_are_not_chained_through_one_accumulator_twice_a_step(compile_product: CompileFor) -> None:
-    """Two dots chained into one accumulator in a loop miscompile on sm_100 (triton issue 10821):
-    one dot a step."""
+    """Two dots chained into one accumulator in a loop miscompile there (triton issue 10821)."""
     assert compile_product(100, E * 64).kernel.asm["ttgir"].count("ttng.tc_gen5_mma_scaled") == 1
 
 
@@ -101,13 +97,8 @@ def test_each_tile_on_blackwell(compile_for: CompileFor, arch: int, block_t: int
     assert compiled.count(BLOCK_SCALED) > 0
     assert compiled.count(r"tcgen05\.mma\.\S*kind::(?!mxf8f6f4)") == 0
     assert compiled.count(r"tcgen05\.cp\.") > 0, "no scales copied to tensor memory as they lie"
-
-
-@pytest.mark.parametrize("block_t", [16, 256])
-def test_machine_code_of_sm_100(compile_for: CompileFor, block_t: int) -> None:
-    text = compile_blackwell(compile_for, 100, block_t).machine_code
-    for instruction in ("UTCQMMA", "UTCCP", "UTMALDG"):
-        assert instruction in text, instruction
+    if arch == 100:  # which all versions of nvdisasm know
+        assert {"UTCQMMA", "UTCCP", "UTMALDG"} <= set(re.findall(r"\bUT[A-Z]+", compiled.machine_code))
 
 
 @pytest.mark.parametrize(("n", "k", "e"), [(2880, 2880, 128), (136, 160, 3), (40, 32, 1)])
@@ -118,10 +109,8 @@ def test_shapes_off_the_tile_on_blackwell(compile_for: CompileFor, block_t: int,
 
 @pytest.mark.parametrize(("block_t", "stalls"), [(16, True), (128, False), (256, False)])
 def test_main_loop_on_blackwell(compile_for: CompileFor, block_t: int, stalls: bool) -> None:
-    """From tiles of 128 tokens on, which expert sizes above 16 get, threads load no scales in the
-    loop over K and no step waits for its own MMA. The tile of 16 does both, which shows that the
-    two searches find them.
-    """
+    """From tiles of 128 tokens on, threads load no scales in the loop over K and no step waits for
+    its own MMA. The tile of 16 does both, which shows that the two searches find them."""
     ttgir = compile_blackwell(compile_for, 100, block_t).kernel.asm["ttgir"]
     loops = re.findall(r"^( *)\S*(?:.* = )?scf\.for .*\n((?:\1 .*\n)+)", ttgir, re.MULTILINE)
     bodies = [body for _, body in loops]

@@ -1,5 +1,4 @@
-"""What the quantizer compiles to: packed conversion, 16-byte accesses, exact arithmetic, no
-spills."""
+"""What the quantizer compiles to: packed conversion, 16-byte accesses, exact arithmetic."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The SM100 kernels as compiled: the instructions they must have, no spills, and what fits an SM.
 
-A representative few by default, a minute each; HYBRID_MXFP8_TEST_CONFIGS=all compiles every shipped
-configuration and output type with each mainloop. Run as a program, this writes the table of their
-figures in docs/cutlass-backend.md.
+A few by default, a minute each; with HYBRID_MXFP8_TEST_CONFIGS=all every shipped one, with each
+mainloop. Run as a program, this writes the table of figures in docs/cutlass-backend.md.
 """
 
 from __future__ import annotations
@@ -83,8 +82,7 @@ def built(kernel: Kernel) -> Path:
 
 
 def printed(tool: str, *arguments: object, folder: str | None = None) -> str:
-    """What one of NVIDIA's disassemblers says, in this folder: the compiler's own toolkit has them,
-    if it is a whole one; so has Triton's wheel."""
+    """What a disassembler says, of the compiler's own toolkit if it is whole, or Triton's wheel."""
     path = toolchain.find_cuda().home / "bin" / tool
     if not path.exists():
         path = Path(getattr(pytest.importorskip("triton").knobs.nvidia, tool).path)
@@ -176,8 +174,7 @@ def before_wait(sass: str) -> set[str]:
 
 
 def test_dependent_launch_waits(kernel: Kernel, sass: str, module: Any) -> None:
-    """From CUTLASS 4.6 on, where nothing reaches memory before the wait; in 4.2 the scheduler
-    does."""
+    """From CUTLASS 4.6 on: nothing reaches memory before the wait. In 4.2 the scheduler does."""
     assert module.launches_dependently() == (kernel.cutlass.version >= (4, 6, 0))
     assert "ACQBULK" in sass
     assert (before_wait(sass) == set()) == module.launches_dependently()

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from cases import layout
+from jobs import forget_everything
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm as cutlass
@@ -21,7 +22,7 @@ from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.dispatch.module_cache import LIBRARY, write_manifest
-from hybrid_mxfp8.dispatch.registry import Problem, _log_choice, choose
+from hybrid_mxfp8.dispatch.registry import Problem, choose
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 GPU = torch.device("cuda", 0)
@@ -39,12 +40,9 @@ def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     for remembered in ("_modules", "_failures", "_verified"):
         monkeypatch.setattr(cutlass, remembered, type(getattr(cutlass, remembered))())
-    caches = _log_choice, cutlass._find_tools, devices.capability, devices.multiprocessors
-    for cache in caches:
-        cache.cache_clear()
+    forget_everything()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    forget_everything()
 
 
 def problem(**changes: Any) -> Any:
@@ -220,13 +218,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, config: str) -> int:
     ids=["does not build", "computes wrong"],
 )
 def test_a_module_that_failed_is_not_tried_again(
-    builds: list[str],
-    verified: Mock,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    config: str,
-    reason: str,
-) -> None:
+    builds: list[str], verified: Mock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    config: str, reason: str,
+) -> None:  # fmt: skip
     """The call that finds out raises; from then on auto goes on with a warning, and a backend asked
     for by name raises it. In another environment it is tried anew. A build that fails where no
     module was loaded takes the whole backend away."""

@@ -1,6 +1,5 @@
 """The SM100 kernel's own arguments, on the CPU: CUTLASS's reference multiplies them and must find
-our product, and the TMA descriptors in them are as the kernel needs them.
-"""
+our product, and the TMA descriptors in them are as the kernel needs them."""
 
 from __future__ import annotations
 
@@ -89,8 +88,7 @@ def test_cutlass_reference_agrees_with_ours(reference, case: str) -> None:
 
 
 def test_wild_metadata_stays_inside_the_buffers(reference) -> None:
-    """Offsets no GroupLayout writes: an expert that does not fit is cut off or emptied, the others
-    are unharmed."""
+    """Offsets no GroupLayout writes: an expert that does not fit is cut off, no other is harmed."""
     counts, n, k, num_tokens = [5, 130, 1, 64], 256, 128, 200
     x, w = operands(counts, n, k, num_tokens)
     expected = product(x, w)
@@ -155,8 +153,7 @@ def test_seeded_faults_are_caught(module: Any) -> None:
 
 def test_bit_21_is_clear_in_every_descriptor(module: Any) -> None:
     """Operands and scales for the preferred and the fallback cluster, and D. The encoder sets it in
-    all nine; where we do not clear it, it stays in some or all, whatever CUTLASS's version.
-    """
+    all nine; where we do not clear it, it stays in some or all, whatever CUTLASS's version."""
     x, w = operands([5, 130, 1, 64], 256, 128, 200)
     counts = torch.zeros(3, dtype=torch.int32)
     for fault in (cutlass_modules.CONTROL, cutlass_modules.BIT_21):
@@ -170,8 +167,7 @@ def test_bit_21_is_clear_in_every_descriptor(module: Any) -> None:
 @pytest.mark.parametrize("tile", [64, 192])
 def test_scales_of_tiles_that_fill_no_block(module: Any, tile: int) -> None:
     """Tiles of 64 and 192 tokens begin in the middle of every other block of scales: CUTLASS's own
-    loads begin with the block, and its MMA skips 64 columns of the scales of odd tiles.
-    """
+    loads begin with the block, and its MMA skips 64 columns of the scales of odd tiles."""
     blocks = torch.full((24,), -2, dtype=torch.int32)
     module[f"scale_blocks_{tile}_0"](blocks)
     assert [128 * block + 64 * (t % 2) for t, block in enumerate(blocks.tolist())] == [t * tile for t in range(24)]

@@ -49,29 +49,22 @@ def test_invalid_configuration_says_why(arguments, message: str) -> None:
         GemmConfig(*arguments)
 
 
-def test_few_tokens_take_the_smallest_tile() -> None:
-    """One token an expert computes 64 columns, not 256: the weights' bytes set the time."""
-    chosen = select_estimate(32, 4096, 7168, 32)
-    assert chosen.config.token_tile == 64
-    assert chosen.memory_cycles >= chosen.compute_cycles
+def test_few_tokens_take_the_smallest_tile_and_many_a_pair_of_sms() -> None:
+    """One token an expert computes 64 columns, not 256: the weights' bytes set the time. A large
+    prefill is bound by tensor cores, which a pair of SMs feeds best."""
+    few, many = select_estimate(32, 4096, 7168, 32), select_estimate(8, 4096, 7168, 131072)
+    assert few.config.token_tile == 64
+    assert few.memory_cycles >= few.compute_cycles
+    assert many.config.cta_group == 2
+    assert many.config.token_tile >= 192
+    assert many.memory_cycles < many.compute_cycles
 
 
-def test_many_tokens_take_pairs_of_sms() -> None:
-    """A large prefill is bound by tensor cores, which a pair of SMs feeds best."""
-    chosen = select_estimate(8, 4096, 7168, 131072)
-    assert chosen.config.cta_group == 2
-    assert chosen.config.token_tile >= 192
-    assert chosen.memory_cycles < chosen.compute_cycles
-
-
-def test_bytes_are_counted_once() -> None:
-    """Active weights and tokens with their scales, and the output, by hand for one expert."""
+def test_bytes_and_waves_by_hand() -> None:
+    """Active weights and tokens with their scales, and the output, of one expert; 4 tiles of weight
+    rows by 2 of tokens and half a ragged one, so 12, on 8 SMs."""
     e = estimate(CONFIGS[0], 1, 256, 512, 64, 148, 2)
     assert e.memory_cycles * 3800 == pytest.approx((256 * 512 + 64 * 512) * 33 / 32 + 64 * 256 * 2)
-
-
-def test_waves_by_hand() -> None:
-    """4 tiles of weight rows by 2 of tokens and half a ragged one, so 12, on 8 SMs."""
     assert estimate(GemmConfig(1, 64, (1, 1)), 1, 512, 512, 128, 8, 2).waves == 2
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 import inspect
 import multiprocessing
 import os
@@ -35,10 +34,7 @@ def build(folder: Path, *flags: str) -> None:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler for the fake driver")
-    found = importlib.util.find_spec("triton")
-    assert found is not None
-    assert found.submodule_search_locations
-    include = Path(found.submodule_search_locations[0]) / "backends/nvidia/include"
+    include = launcher._package("triton") / "backends/nvidia/include"
     source = Path(__file__).with_name("fakecuda.c")
     command = [compiler, "-O1", "-shared", "-fPIC", source, f"-I{include}", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([*command, *flags, "-o", folder / "libcuda.so.1"], check=True)

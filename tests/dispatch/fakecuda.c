@@ -198,15 +198,3 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
-CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) {
-  *clusters = 1;
-  return CUDA_SUCCESS;
-}
-CUresult cuTensorMapEncodeIm2col(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base,
-                                 const cuuint64_t *dims, const cuuint64_t *strides, const int *lower,
-                                 const int *upper, cuuint32_t channels, cuuint32_t pixels,
-                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
-                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
-                                 CUtensorMapFloatOOBfill fill) {
-  return CUDA_ERROR_INVALID_VALUE;
-}

@@ -39,8 +39,7 @@ def quantize(
     dtype: torch.dtype = BF16, *, aligned: bool = True, row_stride: int = K, swiglu: SwiGLU | None = None,
     copied: bool = False,
 ) -> KernelLaunch:  # fmt: skip
-    """With the offsets of a layout; gathered with an activation, to the rows of 4 choices if
-    copied."""
+    """With a layout's offsets; gathered with an activation, to the rows of 4 choices if copied."""
     b = _numbering()
     x, values, scales = b(dtype, T, K, aligned=aligned, offset=0 if aligned else 2), b(FP8, T, K), b(U8, S, 16)
     index = b(I32, T) if swiglu else None

@@ -1,17 +1,18 @@
-"""The choice of a backend: precedence, errors, logging, threads, and what the choice says about
-itself."""
+"""The choice of a backend: precedence, errors, logging, threads, and what it says about itself."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from unittest.mock import Mock
 
 import cases
 import pytest
 import torch
+from jobs import together
 from stand_ins import pretend_capability, replace_backend
 
 import hybrid_mxfp8 as mx
@@ -25,24 +26,11 @@ CPU = torch.device("cpu")
 PROBLEM = Problem(4, 64, 96, 100, torch.bfloat16, CPU)
 
 
-@pytest.fixture
-def fresh_log() -> Iterator[None]:
-    """Choices are logged once a process: forget which were."""
-    _log_choice.cache_clear()
-    yield
-    _log_choice.cache_clear()
-
-
 def answering(monkeypatch: pytest.MonkeyPatch, **answers: tuple[bool, str]) -> None:
     """Make backends answer this, on hardware that is theirs."""
     for name, answer in answers.items():
-        replace_backend(
-            monkeypatch,
-            name,
-            made_for=lambda device: True,
-            available=lambda device, answer=answer: answer,
-            can_run=lambda problem, answer=answer: answer,
-        )
+        says = Mock(return_value=answer)
+        replace_backend(monkeypatch, name, made_for=lambda device: True, available=says, can_run=says)
 
 
 @pytest.fixture
@@ -62,8 +50,7 @@ def all_available(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Reference", None, None, "reference"),
         (None, "reference", "triton", "reference"),
         (None, "auto", "triton", "cutlass"),
-        ("triton", "reference", None, "triton"),
-        ("triton", None, "reference", "triton"),
+        ("triton", "reference", "reference", "triton"),
         ("auto", "reference", "triton", "cutlass"),
     ],
 )
@@ -71,15 +58,11 @@ def test_precedence(
     all_available: None, monkeypatch: pytest.MonkeyPatch, argument: str | None, override: str | None,
     variable: str | None, expected: str,
 ) -> None:  # fmt: skip
-    """backend= beats use_backend() beats HYBRID_MXFP8_BACKEND beats auto; names in any case, among
-    blanks."""
+    """backend= beats use_backend() beats HYBRID_MXFP8_BACKEND beats auto."""
     if variable is not None:
         monkeypatch.setenv("HYBRID_MXFP8_BACKEND", variable)
-    if override is None:
+    with mx.use_backend(override) if override else contextlib.nullcontext():
         assert choose(PROBLEM, argument).name == expected
-    else:
-        with mx.use_backend(override):
-            assert choose(PROBLEM, argument).name == expected
 
 
 def test_use_backend_nests_and_ends_with_an_error(all_available: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,25 +76,21 @@ def test_use_backend_nests_and_ends_with_an_error(all_available: None, monkeypat
 
 
 def test_use_backend_holds_in_its_own_thread_alone(all_available: None) -> None:
-    inside, done = threading.Barrier(3), threading.Barrier(3)
+    blocks = mx.use_backend("triton"), mx.use_backend("reference"), contextlib.nullcontext()
+    inside = threading.Barrier(3)
 
-    def work(name: str) -> str:
-        with mx.use_backend(name):
-            inside.wait(20)  # both threads are inside their blocks now
+    def work(i: int) -> str:
+        with blocks[i]:
+            inside.wait(20)  # all are inside their blocks now
             chosen = choose(PROBLEM).name
-            done.wait(20)
+            inside.wait(20)
         return chosen
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(work, name) for name in ("triton", "reference")]
-        inside.wait(20)
-        assert choose(PROBLEM).name == "cutlass"
-        done.wait(20)
-        assert [future.result() for future in futures] == ["triton", "reference"]
+    assert together(3, work) == ["triton", "reference", "cutlass"]
 
 
 @pytest.mark.parametrize("how", ["argument", "use_backend", "environment"])
-def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: str, rng: torch.Generator) -> None:
+def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     answering(monkeypatch, triton=(False, "no such luck: buy one"))
     groups = cases.layout([3, 4])
     x, w = torch.ones(7, 64), torch.ones(2, 8, 64)
@@ -129,12 +108,10 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, how: 
     if how == "environment":
         monkeypatch.setenv("HYBRID_MXFP8_BACKEND", "triton")
     cause = "HYBRID_MXFP8_BACKEND: " if how == "environment" else ""
+    message = f"^{cause}backend triton: no such luck: buy one$"
     for call in calls:
         override = mx.use_backend("triton") if how == "use_backend" else contextlib.nullcontext()
-        with (
-            override,
-            pytest.raises(mx.BackendUnavailableError, match=f"^{cause}backend triton: no such luck: buy one$"),
-        ):
+        with override, pytest.raises(mx.BackendUnavailableError, match=message):
             call()
     assert bool(torch.isnan(out).all())
 
@@ -166,14 +143,11 @@ def test_cutlass_quantizes_with_triton(all_available: None) -> None:
     assert choose_quantizer(CPU, "reference").name == "reference"
 
 
+YES = (True, "yes")
 CHOSEN: dict[str, tuple[dict[str, tuple[bool, str]], Callable[[], object], str]] = {
-    "automatic": (
-        {"cutlass": (True, "yes")},
-        lambda: choose(PROBLEM),
-        "INFO: grouped_gemm on cpu uses backend cutlass (yes)",
-    ),
+    "automatic": ({"cutlass": YES}, lambda: choose(PROBLEM), "INFO: grouped_gemm on cpu uses backend cutlass (yes)"),
     "fallback": (
-        {"cutlass": (False, "no nvcc: install one"), "triton": (True, "yes")},
+        {"cutlass": (False, "no nvcc: install one"), "triton": YES},
         lambda: choose(PROBLEM),
         "WARNING: grouped_gemm on cpu falls back to backend triton (cutlass: no nvcc: install one)",
     ),
@@ -182,16 +156,15 @@ CHOSEN: dict[str, tuple[dict[str, tuple[bool, str]], Callable[[], object], str]]
         lambda: choose_quantizer(CPU),
         "WARNING: quantize on cpu falls back to backend reference (triton: gone)",
     ),
-    "named": ({"triton": (True, "yes")}, lambda: choose(PROBLEM, "triton"), ""),
+    "named": ({"triton": YES}, lambda: choose(PROBLEM, "triton"), ""),
     # A CPU that uses Triton's interpreter or the reference misses nothing.
     "hardware that is not there": ({}, lambda: choose(PROBLEM), "INFO: grouped_gemm on cpu uses backend "),
 }
 
 
 @pytest.mark.parametrize("what", CHOSEN)
-def test_a_choice_is_logged_once(
-    what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fresh_log: None
-) -> None:
+def test_a_choice_is_logged_once(what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    _log_choice.cache_clear()
     answers, call, expected = CHOSEN[what]
     answering(monkeypatch, **answers)
     with caplog.at_level(logging.DEBUG, "hybrid_mxfp8"):
@@ -236,7 +209,7 @@ def test_devices_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:2")
 
 
-def test_explain(rng: torch.Generator) -> None:
+def test_explain() -> None:
     xq = mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="reference")
     wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
     assert mx.explain(xq, wq, backend="reference") == "reference, asked for: one float64 matmul an expert"
@@ -255,8 +228,7 @@ def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyP
     """Which may go to any backend where the choice is free. A call takes what it needs itself."""
 
     def needing(name: str, size: int, bound: int) -> None:
-        sizes = {"workspace_size": lambda problem: size, "workspace_bound": lambda problem: bound}
-        replace_backend(monkeypatch, name, **sizes)
+        replace_backend(monkeypatch, name, workspace_size=lambda problem: size, workspace_bound=lambda problem: bound)
 
     wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
     assert mx.grouped_gemm_workspace_size(wq, 7) == 0
@@ -273,34 +245,22 @@ def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyP
         mx.grouped_gemm(xq, wq, workspace=aligned[:999], backend="reference")
 
 
-def broken_import(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """A kernel package that can't be imported."""
-
-    def fail(name: str) -> object:
-        raise error
-
-    monkeypatch.setattr(registry.importlib, "import_module", fail)
-    monkeypatch.setattr(registry, "_backends", {"reference": backend_of("reference")})
-    registry._triton_quantizer.cache_clear()
-    cases.forget_calls()
-
-
 @pytest.mark.parametrize(
     ("installed", "reason"),
     [(False, "Triton is not installed: pip install triton"), (True, "triton can't be imported: too old")],
 )
 def test_a_triton_that_is_missing_or_broken_is_a_reason(
-    monkeypatch: pytest.MonkeyPatch, installed: bool, reason: str, rng: torch.Generator
+    monkeypatch: pytest.MonkeyPatch, installed: bool, reason: str
 ) -> None:
     """And the next backend runs: nothing that doesn't need Triton ends with its traceback."""
+    error = ImportError("too old") if installed else ModuleNotFoundError("triton")
     monkeypatch.setattr(registry, "has_triton", lambda: installed)
-    broken_import(monkeypatch, ImportError("too old") if installed else ModuleNotFoundError("triton"))
-    try:
-        assert mx.backends("cpu")["triton"] == (False, reason)
-        assert choose_quantizer(CPU).name == "reference"
-        xq = mx.quantize_grouped(torch.ones(7, 64), torch.tensor([3, 4]))
-        assert mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(2, 8, 64))).shape == (7, 8)
-        with pytest.raises(mx.BackendUnavailableError, match=f"^backend triton: {reason}$"):
-            mx.quantize_weights(torch.ones(2, 8, 64), backend="triton")
-    finally:
-        registry._triton_quantizer.cache_clear()
+    monkeypatch.setattr(registry.importlib, "import_module", Mock(side_effect=error))
+    monkeypatch.setattr(registry, "_backends", {"reference": backend_of("reference")})
+    monkeypatch.setattr(registry, "_triton_quantizer", functools.cache(registry._triton_quantizer.__wrapped__))
+    assert mx.backends("cpu")["triton"] == (False, reason)
+    assert choose_quantizer(CPU).name == "reference"
+    xq = mx.quantize_grouped(torch.ones(7, 64), torch.tensor([3, 4]))
+    assert mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(2, 8, 64))).shape == (7, 8)
+    with pytest.raises(mx.BackendUnavailableError, match=f"^backend triton: {reason}$"):
+        mx.quantize_weights(torch.ones(2, 8, 64), backend="triton")

@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from fake_driver import child, in_child, set_sizes, sizes_in_ptx  # noqa: F401
-from test_triton_abi import use_gpu
+from fake_driver import child, in_child  # noqa: F401
+from test_triton_abi import loaded, use_gpu
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core import layout
@@ -32,22 +32,17 @@ def gpu(arch: int) -> Iterator[None]:
     from hybrid_mxfp8.triton_kernels import backend as triton
     from hybrid_mxfp8.triton_kernels.gemm import hopper
 
-    def abi_of(compiled: Any, arguments: Any) -> abi.Abi:
-        compiled.run  # noqa: B018 - loads it
-        set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
-        return load(compiled, arguments)
-
-    load, capability = abi.abi_of, (arch // 10, arch % 10)
+    abi_of = abi.abi_of
     use_gpu(arch)
-    with contextlib.ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patch:
         for module in (device, problem, triton, cutlass):
-            stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
-        stack.enter_context(mock.patch.object(hopper, "multiprocessors", return_value=132))
-        stack.enter_context(mock.patch.object(abi, "abi_of", abi_of))
-        stack.enter_context(mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
-        stack.enter_context(mock.patch.object(plan, "_current_stream", return_value=0))
-        stack.enter_context(mock.patch.object(plan, "_several_gpus", return_value=False))
+            patch.setattr(module, "capability", lambda device: divmod(arch, 10))
+        patch.setattr(hopper, "multiprocessors", lambda device: 132)
+        patch.setattr(abi, "abi_of", lambda compiled, arguments: abi_of(loaded(compiled), arguments))
+        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(plan, "_current_stream", lambda device: 0)
+        patch.setattr(plan, "_several_gpus", lambda: False)
         yield
     PLANS.clear()
 

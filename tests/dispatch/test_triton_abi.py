@@ -1,5 +1,4 @@
-"""A launch made from an Abi is, to the driver, the one that Triton's own launcher makes: byte by
-byte."""
+"""A launch made from an Abi is, byte by byte, the one that Triton's own launcher makes."""
 
 from __future__ import annotations
 
@@ -27,34 +26,31 @@ NEVER_CLEARS_BIT_21 = triton.__version__.startswith("3.6.")
 
 def use_gpu(arch: int) -> None:
     """Let Triton's own driver, over the fake libcuda, have a GPU of this architecture."""
-    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+    from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-    class Driver(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.utils = CudaUtils()
-            self.launcher_cls = CudaLauncher
-            self.get_current_device = lambda: arch  # Triton's caches of kernels are keyed by device
-            self.get_current_stream = lambda device: STREAM
-            self.get_device_capability = lambda device: (arch // 10, arch % 10)
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-    triton.runtime.driver.set_active(Driver())
+    driver = SimpleNamespace(utils=CudaUtils(), launcher_cls=CudaLauncher)
+    driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+    driver.get_current_device = lambda: arch  # Triton's caches of kernels are keyed by device
+    driver.get_current_stream = lambda device: STREAM
+    driver.get_device_capability = lambda device: divmod(arch, 10)
+    triton.runtime.driver.set_active(driver)
 
 
-def compiled_of(launch: KernelLaunch) -> Any:
-    """The kernel compiled for a launch, and loaded."""
-    use_gpu(100 if "blackwell" in launch.kernel.__name__ else 90)
-    compiled = abi.compile_kernel(launch.kernel, launch.arguments, launch.constants, dict(launch.options))
+def loaded(compiled: Any) -> Any:
+    """A kernel of which the fake driver knows the parameters."""
     compiled.run  # noqa: B018 - loads it
     set_sizes(compiled.function, sizes_in_ptx(compiled.asm["ptx"]))
     return compiled
 
 
+def compiled_of(launch: KernelLaunch) -> Any:
+    """The kernel compiled for a launch, and loaded."""
+    use_gpu(100 if "blackwell" in launch.kernel.__name__ else 90)
+    return loaded(abi.compile_kernel(launch.kernel, launch.arguments, launch.constants, dict(launch.options)))
+
+
 def both_launches(compiled: Any, launch: KernelLaunch) -> tuple[Launch, Launch]:
-    """Triton's, with tensors on the CPU, for which it finds the very kernel that was compiled
-    without tensors; and the launcher's, with their addresses."""
+    """Triton's, which finds the kernel that was compiled without tensors, and the launcher's."""
     memory: dict[int, torch.Tensor] = {}
 
     def tensor(buffer: Buffer) -> torch.Tensor:

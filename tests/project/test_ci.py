@@ -1,8 +1,5 @@
-"""The scripts behind make: which PyTorch the environment gets, and that no failing half of the
-tests is lost.
-
-Stand-ins for python, pip, pytest and nvidia-smi write down how they are called.
-"""
+"""The scripts behind make, with stand-ins for what they call: which PyTorch the environment gets,
+and that no failing half of the tests is lost."""
 
 from __future__ import annotations
 

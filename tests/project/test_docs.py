@@ -1,5 +1,4 @@
-"""The README, pages and examples run as printed, links lead somewhere, tables and the site have
-what the code has."""
+"""The README, pages and examples run as printed, links lead somewhere, tables say what is there."""
 
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ def test_numerics(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_environment() -> None:
-    """Two backends compared; a line in the log, by the variable and by the program, in processes of
-    their own, as a choice is logged once."""
+    """Two backends compared; a line in the log, by the variable and by the program."""
     (command,), (compared, program) = blocks("environment.md", "sh"), blocks("environment.md", "python")
     variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TRITON_INTERPRET": "0"}
     for words in (["bash", "-c", command], [sys.executable, "-c", program]):

@@ -157,8 +157,6 @@ def test_linter_versions_agree() -> None:
     """pre-commit, the Makefile and the dev extra pin the same ruff and mypy."""
     texts = [(ROOT / name).read_text() for name in ("pyproject.toml", "Makefile", ".pre-commit-config.yaml")]
     hooks = texts.pop()
-    ruff, mypy = re.search(r"rev: v([\d.]+)", hooks), re.search(r"mypy==([\d.]+)", hooks)
-    assert ruff is not None
-    assert mypy is not None
+    (ruff,), (mypy,) = (re.findall(pattern, hooks) for pattern in (r"rev: v([\d.]+)", r"mypy==([\d.]+)"))
     for text in texts:
-        assert dict(re.findall(r"\b(ruff|mypy)==([\d.]+)", text)) == {"ruff": ruff[1], "mypy": mypy[1]}
+        assert dict(re.findall(r"\b(ruff|mypy)==([\d.]+)", text)) == {"ruff": ruff, "mypy": mypy}

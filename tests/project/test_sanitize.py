@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sanitize
+from test_ci import script
 
 RACE = """========= Error: Race reported between {kind} access at {kernel}+0x150 in {file}:{first}
 =========     and Write access at {kernel}+0x1140 in {file}:{last} [66 hazards]
@@ -57,10 +58,7 @@ def test_a_run(behaviour: str, said: str, fault: str | None, tmp_path: Path, mon
         'echo "{\\"passed\\": 1, \\"skipped\\": 0, \\"failed\\": 0, \\"kernels\\": $kernels}" >$record',
     }
     for name, text in stand_ins.items():
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/bash\n{text}\n")
-        path.chmod(0o755)
+        script(tmp_path / "bin" / name, f"#!/bin/bash\n{text}\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     words = ["--tools", "memcheck", "--out", tmp_path, "--pytest", tmp_path / "bin" / "pytest", "--limit", "2"]
     assert sanitize.main([str(word) for word in words]) == (0 if fault is None else 1)

@@ -56,8 +56,7 @@ ALLOWED = {
 
 
 def offences(source: str) -> set[str]:
-    """What a file imports or calls that its package should not, or only in places that are
-    listed."""
+    """What a file imports or calls that its package should not, but for places that are listed."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -131,11 +130,8 @@ def places(tmp_path: Path) -> Path:
 
 def run(code: str, places: Path, **environment: str) -> str:
     """What a fresh Python prints, with nothing of this process's environment but what it must have,
-    and no GPU.
-
-    With one PyTorch opens NVML through ctypes, and the CUDA driver makes a cache of its own in the
-    home folder.
-    """
+    and no GPU: with one PyTorch opens NVML through ctypes, and the CUDA driver makes a cache of its
+    own in the home folder."""
     given = {"PATH": "/usr/bin:/bin", "HOME": str(places / "home"), "TMPDIR": str(places / "tmp")}
     given |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     given |= dict.fromkeys(("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"), "1")
@@ -157,8 +153,7 @@ def below(folder: Path) -> set[str]:
 
 
 def test_the_main_job_touches_nothing(places: Path, interpreter: None) -> None:
-    """Quantize, multiply on each backend of a CPU, a whole MoE layer, what can run and why: no
-    event of any kind, and no byte by a compiled library, which no event would tell of."""
+    """No event of any kind, and no byte by a compiled library, which no event would tell of."""
     assert audited(NO_FILE_GROWS + MAIN_JOB, places) == []
     assert below(places) == {"home", "tmp", "work", "work/named"}
 
@@ -190,8 +185,7 @@ assert jit.load(source).answer() == 42
 
 
 def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path) -> None:
-    """It starts nvcc and nothing else, and leaves no file in the home or among the temporary
-    ones."""
+    """It starts nvcc and nothing else, and leaves no file in the home or among temporary ones."""
     settings = {name: os.environ[name] for name in ("CUDA_HOME", "HYBRID_MXFP8_CUTLASS_DIR")}
     settings |= {"HYBRID_MXFP8_CACHE_DIR": str(toolkit.folder / "cache"), "TOY": str(toolkit.folder / "toy.cu")}
     events = audited(BUILD, places, **settings)
@@ -210,8 +204,7 @@ def test_a_build_writes_to_the_cache_alone(toolkit: FakeToolkit, places: Path) -
 
 
 def test_bounds_are_what_was_tested() -> None:
-    """pyproject's lower bounds, the versions of `make test-oldest` and the page's first column say
-    the same."""
+    """pyproject's lower bounds, `make test-oldest` and the page's first column say the same."""
 
     def versions(file: str, pattern: str) -> dict[str, str]:
         return dict(re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE))

@@ -26,11 +26,8 @@ def operands(n: int = 16) -> tuple[mx.GroupedMXFP8, mx.ExpertWeights]:
         return mx.quantize_grouped(x(), cases.layout([1, 2])), mx.quantize_weights(torch.ones(2, n, 64))
 
 
-def indptr_as_ends() -> mx.GroupedMXFP8:
-    return mx.quantize_grouped(x(), mx.GroupLayout.from_ends(torch.tensor([0, 1, 3]), 3), backend="reference")
-
-
 X, W = operands()
+INDPTR = mx.GroupLayout.from_ends(torch.tensor([0, 1, 3]), 3)
 CASES: dict[str, tuple[type[Exception], Callable[[], object]]] = {
     "K": (ValueError, lambda: mx.quantize_weights(torch.ones(2, 16, 40))),
     "N": (ValueError, lambda: mx.grouped_gemm(*operands(n=20))),
@@ -41,7 +38,7 @@ CASES: dict[str, tuple[type[Exception], Callable[[], object]]] = {
     "linear as swizzled": (ValueError, lambda: mx.ExpertWeights(W.values, W.linear_scales())),
     "counts": (TypeError, lambda: mx.GroupLayout.from_counts(torch.ones(2), 3)),
     "ends as counts": (ValueError, lambda: mx.GroupLayout.from_counts(torch.tensor([3, 3, 8, 9]), 9)),
-    "indptr as ends": (ValueError, lambda: mx.grouped_gemm(indptr_as_ends(), W)),
+    "indptr as ends": (ValueError, lambda: mx.grouped_gemm(mx.quantize_grouped(x(), INDPTR), W)),
     "transposed": (ValueError, lambda: mx.grouped_gemm(X, mx.quantize_weights(torch.ones(2, 64, 32)))),
     "out": (ValueError, lambda: mx.grouped_gemm(X, W, out=x(32)[:, :16], backend="reference")),
 }

@@ -67,7 +67,6 @@ RAGGED, OVERLAP = "ragged mainloop and overlap of its two kernels", "overlap of 
 @pytest.mark.parametrize(
     ("version", "lacks", "problem"),
     [
-        ((3, 9, 0), RAGGED, "CUTLASS 4.2 or later is needed"),
         ((4, 1, 9), RAGGED, "CUTLASS 4.2 or later is needed"),
         ((4, 2, 0), RAGGED, ""),
         ((4, 3, 5), RAGGED, "CUTLASS 4.3 calls cuDriverGetVersion"),
