@@ -34,7 +34,9 @@ from .timing import Call, CudaDevice, measure, plan
 
 SHAPES = ((32, 4096, 7168), (8, 7168, 2048), (128, 1536, 2048))
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
-CONFIGS = tuple(select_hopper_fp8_config(*given) for given in ((1, 1, False), (1000, 1, False), (1000, 1, True)))
+CONFIGS = tuple(
+    select_hopper_fp8_config(*given) for given in ((1, 1, False), (32, 1, False), (1000, 1, False), (1000, 1, True))
+)
 """Each that is ever chosen."""
 
 

@@ -31,7 +31,8 @@ BF16: list[Config] = [
 """Each chosen one, one whose tiles are all narrow, and one with a width between few and all."""
 
 FP8: list[Config] = [
-    select_hopper_fp8_config(average, 1, squares) for average, squares in ((1, False), (1000, False), (1000, True))
+    select_hopper_fp8_config(average, 1, squares)
+    for average, squares in ((1, False), (32, True), (1000, False), (1000, True))
 ]
 UNITS = 33 * 2.0**-13
 """What FP8 units may lose, of the sum of magnitudes: they align 32 products and the sum so far to

@@ -63,23 +63,22 @@ def test_what_does_not_fit_is_invalid(config: HopperGemmConfig | HopperFp8Config
 
 
 @pytest.mark.parametrize("squares", [False, True])
-def test_the_fp8_kernel_has_two_tiles(squares: bool) -> None:
-    """The wide one beyond 16 tokens an expert on average."""
-    small, wide = HopperFp8Config(32, 16, 10 if squares else 9, squares), HopperFp8Config(128, 64, 6, squares)
-    assert small.is_valid()
-    assert wide.is_valid()
-    for num_tokens, expected in ((0, small), (1, small), (160, small), (161, wide), (40960, wide)):
-        assert select_hopper_fp8_config(num_tokens, 10, squares) == expected
+def test_the_fp8_kernel_has_three_tiles(squares: bool) -> None:
+    """Wider ones beyond 16 and 40 tokens an expert on average."""
+    for num_tokens, block_t in ((0, 32), (1, 32), (160, 32), (161, 64), (400, 64), (401, 128), (40960, 128)):
+        config = select_hopper_fp8_config(num_tokens, 10, squares)
+        assert config.is_valid()
+        assert (config.block_t, config.squares) == (block_t, squares)
 
 
 def test_stages_are_counted_in_full() -> None:
     """5 stages of 128x64 weights, 256x64 bf16 tokens, one scale tile, two barriers; of FP8, 6 of
-    128x128 weights and tokens, two scale tiles and these in fp32, 16 bytes that say which tile it
+    128x128 weights and tokens, two scale tiles and these in fp32, 128 bytes that say which tile it
     is, three barriers."""
     config = HopperGemmConfig(256, 64, 64, 5)
     assert config.shared_memory == 5 * (8192 + 32768 + 512 + 16) <= SHARED_MEMORY
-    fp8 = HopperFp8Config(128, 64, 6)
-    assert fp8.shared_memory == 6 * (2 * 16384 + 2 * 512 + 2 * 512 + 16 + 24) <= SHARED_MEMORY
+    fp8 = HopperFp8Config(128, 6)
+    assert fp8.shared_memory == 6 * (2 * 16384 + 2 * 512 + 2 * 512 + 128 + 24) <= SHARED_MEMORY
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.sampled_from([16, 32, 64, 128, 256]))

@@ -9,7 +9,7 @@ as they are, and each partial sum, times the scale of its row and of its column,
 - Another warp turns the scales of a stage into fp32, in the order of rows.
 - Two warpgroups multiply, 64 rows each, one stage at a time: while one adds its partial sum, the
   other's product runs.
-- Rows of the product are weights and its columns tokens, of which 16 or 64 cost less than 128.
+- Rows of the product are weights and its columns tokens, of which half a tile costs less.
   Where weights have one scale for a square of 128x128 (``config.squares``), whole tiles of tokens
   are the rows instead: then a thread needs two scales a stage, one for each of its rows, and adds a
   partial sum by one instruction. A row and a column of scales take two, and many reads.
@@ -76,17 +76,17 @@ def _experts(groups, EXPERTS: gl.constexpr, BLOCK_T: gl.constexpr):
 
 @gluon.jit
 def _announce(info, start, rows, n_tile, piece):
-    """Write what the tile is that begins with this stage."""
-    i = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [1], [0]))
-    words = gl.where(i == 0, start, gl.where(i == 1, rows, gl.where(i == 2, n_tile, piece)))
-    info.store(words)
+    """Write what the tile is that begins with this stage: four words. A thread writes one, and the
+    others fill the line, since racecheck reports words that all 32 of a warp write."""
+    i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    info.store(gl.where(i == 0, start, gl.where(i == 1, rows, gl.where(i == 2, n_tile, piece))))
 
 
 @gluon.jit
 def _announced(info, WARPS: gl.constexpr):
     """(first row, rows, n tile, first 32 scales); no rows after the last tile."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-    words = info.load(layout)
+    words = info.slice(0, 4).load(layout)
     i = gl.arange(0, 4, layout=layout)
     start = gl.sum(gl.where(i == 0, words, 0), 0)
     rows = gl.sum(gl.where(i == 1, words, 0), 0)
@@ -153,7 +153,7 @@ def _load_weights(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr):
 
 
 @gluon.jit
-def _load_tokens(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr, BOX: gl.constexpr):
+def _load_tokens(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr):
     """One warp: tokens and their scales of tile after tile; in its first stage, which tile it is.
 
     It waits for the kernel before; y is stored only after tokens have come, so after that.
@@ -164,6 +164,7 @@ def _load_tokens(descs, ring, groups, N, num_k_tiles, EXPERTS: gl.constexpr, BOX
     scale_offsets_ptr = groups[1]
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_T: gl.constexpr = x_ring.shape[1]
+    BOX: gl.constexpr = BLOCK_T // 2
     num_n_tiles = (N + 127) // 128
     stage = 0
     phase = 1
@@ -327,13 +328,11 @@ def _consume_tile(
 
 
 @gluon.jit
-def _consumer(
-    y_ptr, ring, N, num_k_tiles,
-    SMALL_T: gl.constexpr, SQUARES: gl.constexpr, HALF: gl.constexpr, STORE_COLUMNS: gl.constexpr,
-):  # fmt: skip
+def _consumer(y_ptr, ring, N, num_k_tiles, SQUARES: gl.constexpr, HALF: gl.constexpr, STORE_COLUMNS: gl.constexpr):
     """Four warps: 64 rows of tile after tile."""
     _, x_ring, _, _, _, _, info_ring, full, _, _ = ring
     BLOCK_T: gl.constexpr = x_ring.shape[1]
+    SMALL_T: gl.constexpr = BLOCK_T // 2
     TOKEN_ROWS: gl.constexpr = SQUARES and BLOCK_T == 128
     stage = 0
     phase = 0
@@ -359,7 +358,7 @@ def hopper_fp8_gemm_kernel(
     y_ptr,  # (T, N) bf16, fp16 or fp32
     w_desc,  # (E*N, K) e4m3, boxes of (128, 128)
     w_scales_desc,  # (scale tiles, 128) int32: one 128x4 tile a row; boxes of (1, W_WORDS)
-    x_desc,  # (T, K) e4m3, boxes of (BOX, 128)
+    x_desc,  # (T, K) e4m3, boxes of (BLOCK_T / 2, 128)
     x_scales_desc,  # (scale tiles, 128) int32, boxes of (1, 128)
     expert_offsets_ptr,  # (E+1,) int32
     scale_offsets_ptr,  # (E+1,) int32
@@ -369,8 +368,6 @@ def hopper_fp8_gemm_kernel(
     num_k_tiles,  # cdiv(K, 128)
     EXPERTS: gl.constexpr,
     BLOCK_T: gl.constexpr,
-    SMALL_T: gl.constexpr,
-    BOX: gl.constexpr,  # tokens that TMA loads at once
     SQUARES: gl.constexpr,
     W_WORDS: gl.constexpr,  # 128, or of squares as few as TMA aligns
     STORE_COLUMNS: gl.constexpr,
@@ -387,7 +384,7 @@ def hopper_fp8_gemm_kernel(
     raw_x_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 128], words)
     w_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
     x_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_T], plain)
-    info_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4], plain)
+    info_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 32], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -399,10 +396,10 @@ def hopper_fp8_gemm_kernel(
     groups = (expert_offsets_ptr, scale_offsets_ptr, num_experts, num_tokens)
     gl.warp_specialize(
         [
-            (_consumer, (y_ptr, ring, N, num_k_tiles, SMALL_T, SQUARES, 0, STORE_COLUMNS)),
-            (_consumer, (y_ptr, ring, N, num_k_tiles, SMALL_T, SQUARES, 1, STORE_COLUMNS)),
+            (_consumer, (y_ptr, ring, N, num_k_tiles, SQUARES, 0, STORE_COLUMNS)),
+            (_consumer, (y_ptr, ring, N, num_k_tiles, SQUARES, 1, STORE_COLUMNS)),
             (_load_weights, ((w_desc, w_scales_desc), ring, groups, N, num_k_tiles, EXPERTS)),
-            (_load_tokens, ((x_desc, x_scales_desc), ring, groups, N, num_k_tiles, EXPERTS, BOX)),
+            (_load_tokens, ((x_desc, x_scales_desc), ring, groups, N, num_k_tiles, EXPERTS)),
             (_scaler, (ring, num_k_tiles, SQUARES)),
         ],
         [4, 1, 1, 1],
@@ -423,7 +420,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
         b.out,
         tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
         tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, config.w_words),
-        tensor_map(b.x_values, p.num_tokens, p.k, config.box, 128),
+        tensor_map(b.x_values, p.num_tokens, p.k, config.block_t // 2, 128),
         tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
         b.expert_offsets,
         b.scale_offsets,
@@ -435,7 +432,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     experts = max(next_power_of_2(p.num_experts), 32)
     store_columns = 64 * 2 // p.out_dtype.itemsize
     registers, consumer_registers = config.registers
-    tile = (config.block_t, config.small_t, config.box, config.squares, config.w_words, store_columns)
+    tile = (config.block_t, config.squares, config.w_words, store_columns)
     constants = (experts, *tile, config.num_stages, consumer_registers)
     # 12 warps, of which those that multiply get more registers and the others fewer.
     options = (("num_warps", 4), ("maxnreg", registers))

@@ -12,17 +12,12 @@ MAX_EXPERTS = 512  # the warp that feeds the others holds all experts' offsets i
 
 @dataclass(frozen=True)
 class HopperFp8Config:
-    """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns."""
+    """A tile of 128 weight rows by ``block_t`` tokens, in stages of 128 columns. One with at most
+    half as many tokens multiplies half."""
 
-    block_t: int  # tokens of a tile: 32 or 128
-    small_t: int  # what a tile of so few tokens multiplies: 16 or 64, below ``block_t``
+    block_t: int  # tokens of a tile: 32, 64 or 128
     num_stages: int  # of the ring; each warpgroup multiplies one, and waits for the next meanwhile
     squares: bool = False  # weights have one scale for 128x128: a whole tile's tokens are rows
-
-    @property
-    def box(self) -> int:
-        """Tokens that TMA loads at once."""
-        return self.block_t // 2
 
     @property
     def w_words(self) -> int:
@@ -31,25 +26,21 @@ class HopperFp8Config:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread: in the mean, and of one that multiplies. The narrow tile leaves room for the
+        """Of a thread: in the mean, and of one that multiplies. Narrow tiles leave room for the
         blocks of the kernel after it, which then start while this one ends: of a layer for 4, 16,
         64 and 256 tokens that takes 5, 3, 2 and 2 %. The wide one gains nothing by less."""
-        return (88, 104) if self.block_t == 32 else (168, 224)
+        return {32: (88, 104), 64: (104, 128), 128: (168, 224)}[self.block_t]
 
     @property
     def shared_memory(self) -> int:
         """Bytes: codes, two scale tiles, scales as fp32, the tile's place, 3 barriers a stage. Of
         squares it is less."""
         rows = 128 + self.block_t
-        return self.num_stages * (rows * 128 + 2 * SCALE_TILE_BYTES + rows * 4 + 16 + 24)
+        return self.num_stages * (rows * 128 + 2 * SCALE_TILE_BYTES + rows * 4 + 128 + 24)
 
     def is_valid(self) -> bool:
         """The single statement of what the kernel takes."""
-        return (
-            (self.block_t, self.small_t) in ((32, 16), (128, 64))
-            and self.num_stages >= 3
-            and self.shared_memory <= SHARED_MEMORY
-        )
+        return self.block_t in (32, 64, 128) and self.num_stages >= 3 and self.shared_memory <= SHARED_MEMORY
 
 
 def select_hopper_fp8_config(num_tokens: int, num_experts: int, squares: bool) -> HopperFp8Config:
@@ -60,9 +51,12 @@ def select_hopper_fp8_config(num_tokens: int, num_experts: int, squares: bool) -
     if num_tokens <= 16 * num_experts:
         # Squares, 4 tokens an expert: 215.6 and 94.5, in tiles of 128 tokens 238.8 and 97.1; 16 an
         # expert: 219.9 and 101.3, in tiles of 128 224.3 and 101.2.
-        return HopperFp8Config(32, 16, 10 if squares else 9, squares)
-    # Squares, 32 an expert: 228.2 and 105.9. Without squares and in tiles of 32: 283.1 and 120.7.
-    return HopperFp8Config(128, 64, 6, squares)
+        return HopperFp8Config(32, 10 if squares else 9, squares)
+    if num_tokens <= 40 * num_experts:
+        # Layers of Qwen3-30B-A3B, squares, 24 and 32 tokens an expert: 182.7 and 190.9, in tiles of
+        # 128 187.6 and 194.6, of 32 184.3 and 212.4; at 48 as long as in tiles of 128.
+        return HopperFp8Config(64, 8 if squares else 7, squares)
+    return HopperFp8Config(128, 6, squares)
 
 
 def hopper_fp8_takes(num_tokens: int, num_experts: int, n: int, k: int) -> bool:
