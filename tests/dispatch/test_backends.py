@@ -8,6 +8,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import cases
 import pytest
@@ -273,18 +274,6 @@ def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyP
         mx.grouped_gemm(xq, wq, workspace=aligned[:999], backend="reference")
 
 
-def broken_import(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """A kernel package that can't be imported."""
-
-    def fail(name: str) -> object:
-        raise error
-
-    monkeypatch.setattr(registry.importlib, "import_module", fail)
-    monkeypatch.setattr(registry, "_backends", {"reference": backend_of("reference")})
-    registry._triton_quantizer.cache_clear()
-    cases.forget_calls()
-
-
 @pytest.mark.parametrize(
     ("installed", "reason"),
     [(False, "Triton is not installed: pip install triton"), (True, "triton can't be imported: too old")],
@@ -293,14 +282,14 @@ def test_a_triton_that_is_missing_or_broken_is_a_reason(
     monkeypatch: pytest.MonkeyPatch, installed: bool, reason: str, rng: torch.Generator
 ) -> None:
     """And the next backend runs: nothing that doesn't need Triton ends with its traceback."""
+    error = ImportError("too old") if installed else ModuleNotFoundError("triton")
     monkeypatch.setattr(registry, "has_triton", lambda: installed)
-    broken_import(monkeypatch, ImportError("too old") if installed else ModuleNotFoundError("triton"))
-    try:
-        assert mx.backends("cpu")["triton"] == (False, reason)
-        assert choose_quantizer(CPU).name == "reference"
-        xq = mx.quantize_grouped(torch.ones(7, 64), torch.tensor([3, 4]))
-        assert mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(2, 8, 64))).shape == (7, 8)
-        with pytest.raises(mx.BackendUnavailableError, match=f"^backend triton: {reason}$"):
-            mx.quantize_weights(torch.ones(2, 8, 64), backend="triton")
-    finally:
-        registry._triton_quantizer.cache_clear()
+    monkeypatch.setattr(registry.importlib, "import_module", mock.Mock(side_effect=error))
+    monkeypatch.setattr(registry, "_backends", {"reference": backend_of("reference")})
+    cases.forget_calls()
+    assert mx.backends("cpu")["triton"] == (False, reason)
+    assert choose_quantizer(CPU).name == "reference"
+    xq = mx.quantize_grouped(torch.ones(7, 64), torch.tensor([3, 4]))
+    assert mx.grouped_gemm(xq, mx.quantize_weights(torch.ones(2, 8, 64))).shape == (7, 8)
+    with pytest.raises(mx.BackendUnavailableError, match=f"^backend triton: {reason}$"):
+        mx.quantize_weights(torch.ones(2, 8, 64), backend="triton")
