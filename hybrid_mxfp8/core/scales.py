@@ -180,12 +180,9 @@ def largest_of_group(of_blocks: torch.Tensor, scale_group: int, squares: bool = 
 def find_scale_group(linear: torch.Tensor) -> tuple[int, bool]:
     """(group, squares) of scales (..., N, K/32) uint8: 128 where all blocks of each group have one
     scale, else 32, and whether those of each square have, none above 1. Syncs."""
-    if is_tracing(linear):
+    if is_tracing(linear) or not torch.equal(linear, largest_of_group(linear, 128)):
         return BLOCK_SIZE, False
-    if not torch.equal(linear, linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]):
-        return BLOCK_SIZE, False
-    first = linear[..., ::128, :].repeat_interleave(128, -2)[..., : linear.shape[-2], :]
-    return 128, torch.equal(linear, first) and at_most_one(linear)
+    return 128, torch.equal(linear, largest_of_group(linear, 128, squares=True)) and at_most_one(linear)
 
 
 def at_most_one(scales: torch.Tensor) -> bool:
