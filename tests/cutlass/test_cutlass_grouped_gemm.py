@@ -35,7 +35,8 @@ def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: B200)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=148))
     monkeypatch.setattr(jit, "build", lambda source: Module(tmp_path / source.name))
-    monkeypatch.setattr(cutlass.verify, "find", lambda module, device: {"ok": True})
+    for name in ("find", "verified"):
+        monkeypatch.setattr(cutlass.verify, name, lambda module, device: {"ok": True})
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     for remembered in ("_modules", "_failures", "_verified"):
         monkeypatch.setattr(cutlass, remembered, type(getattr(cutlass, remembered))())
