@@ -50,7 +50,6 @@ def _unavailable(name: str, reason: str) -> Backend:
 
     return Backend(
         name=name,
-        about="its package can't be imported",
         made_for=lambda device: (capability(device) or (0, 0)) >= TRITON_MIN_CAPABILITY,
         available=lambda device: (False, reason),
         can_run=lambda problem: (False, reason),
