@@ -17,8 +17,8 @@ import torch
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8 import reference
-from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, scale_cols
-from hybrid_mxfp8.core.scales import dequantize, scale_rows_of_tokens, swizzled_offsets
+from hybrid_mxfp8.core.formats import grouped_scale_rows, scale_cols
+from hybrid_mxfp8.core.scales import dequantize
 
 from . import work
 from .peers import Contender, Field, QuantizeInputs, bf16_copy, quantize_peers
@@ -80,11 +80,9 @@ def layouts(case: Case, sets: int, device: str) -> tuple[list[torch.Tensor], lis
 
 def sampled_rows(out: mx.GroupedMXFP8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Some row numbers (R,), and what ``out`` holds there: codes (R, K), row-major scales."""
-    tokens, groups = out.values.shape[0], out.groups
+    tokens = out.values.shape[0]
     rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=out.values.device).long()
-    scale_rows, _ = scale_rows_of_tokens(groups.expert_offsets, groups.scale_offsets, tokens, groups.scale_rows)
-    offsets = swizzled_offsets(scale_rows[rows], out.k // BLOCK_SIZE, out.scales.shape[1])
-    return rows, out.values[rows], out.scales.reshape(-1)[offsets]
+    return rows, out.values[rows], out.linear_scales()[rows]
 
 
 def check_rows(expected: Callable[[torch.Tensor], torch.Tensor], out: mx.GroupedMXFP8) -> Callable[[], str]:

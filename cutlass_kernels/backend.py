@@ -8,7 +8,6 @@ from hybrid_mxfp8.dispatch.device import SM100_CAPABILITIES, capability
 
 BACKEND = Backend(
     name="cutlass",
-    about="CUTLASS SM100 block-scaled kernel, compiled just in time; run in an emulator of its PTX, not yet on hardware",
     made_for=lambda device: capability(device) in SM100_CAPABILITIES,
     available=lambda device: grouped_gemm.availability(capability(device)),
     can_run=grouped_gemm.can_run,

@@ -18,11 +18,10 @@ measurement yet.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 
@@ -43,26 +42,13 @@ LAUNCH_CYCLES = 6000  # prepare kernel, launch, first descriptor
 DRAIN_CYCLES_PER_COLUMN = 8  # epilogue of the last tile, per token of the tile
 
 
-@dataclass(frozen=True)
-class GemmConfig:
-    """One way to tile the product; ValueError for what the kernel is not built for. Where the
-    preferred cluster does not fit on the GPU, the hardware takes (cta_group, 1)."""
+class GemmConfig(NamedTuple):
+    """One way to tile the product. Where the preferred cluster does not fit on the GPU, the
+    hardware takes (cta_group, 1)."""
 
     cta_group: int  # SMs that one MMA spans, 1 or 2
     token_tile: int  # tokens of a tile: 64, 128, 192 or 256
     cluster: tuple[int, int]  # preferred CTAs of a cluster, (along N, along the tokens)
-
-    def __post_init__(self) -> None:
-        """The single statement of what the kernel can be."""
-        cta_group, token_tile, cluster = self.cta_group, self.token_tile, self.cluster
-        if cta_group not in (1, 2):
-            raise ValueError(f"config: cta_group must be 1 or 2, got {cta_group}")
-        if token_tile not in TOKEN_TILES:  # what CUTLASS's block-scaled mainloop takes
-            raise ValueError(f"config: token_tile must be one of {TOKEN_TILES}, got {token_tile}")
-        if any(extent not in (1, 2, 4) for extent in cluster):  # scales are multicast to at most 4 CTAs a side
-            raise ValueError(f"config: cluster extents must be 1, 2 or 4, got {cluster}")
-        if cluster[0] % cta_group:
-            raise ValueError(f"config: a cluster must hold whole pairs of SMs along N, got {cluster}")
 
     @property
     def module(self) -> str:
@@ -76,16 +62,10 @@ class GemmConfig:
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
         """The configuration of this name, without a cluster the smallest; ValueError lists all."""
-        match = re.fullmatch(r"([12])sm_(\d+)x(\d+)x(\d+)(?:_(\d+)x(\d+))?", name)
-        if match is not None:
-            cta_group, token_tile = int(match[1]), int(match[3])
-            cluster = (int(match[5]), int(match[6])) if match[5] else (cta_group, 1)
-            with contextlib.suppress(ValueError):
-                config = cls(cta_group, token_tile, cluster)
-                if name in (str(config), config.module):
-                    return config
-        names = ", ".join(MODULES)
-        raise ValueError(f"config: expected one of {names}, each optionally with a cluster like _4x1, got {name!r}")
+        if name not in BY_NAME:
+            expected = f"expected one of {', '.join(MODULES)}, each optionally with a cluster like _4x1"
+            raise ValueError(f"config: {expected}, got {name!r}")
+        return BY_NAME[name]
 
 
 CONFIGS = tuple(
@@ -98,6 +78,18 @@ CONFIGS = tuple(
 
 MODULES = tuple(dict.fromkeys(config.module for config in CONFIGS))
 """All that is ever compiled, per output type."""
+
+BY_NAME = {
+    name: config
+    for cta_group in (1, 2)
+    for token_tile in TOKEN_TILES  # what CUTLASS's block-scaled mainloop takes
+    for along_tokens in (4, 2, 1)  # scales are multicast to at most 4 CTAs a side
+    for along_n in (4, 2, 1)
+    if along_n % cta_group == 0  # whole pairs of SMs
+    for config in [GemmConfig(cta_group, token_tile, (along_n, along_tokens))]
+    for name in (str(config), config.module)
+}
+"""All that the kernel can be; a name without a cluster is of the smallest, which comes last."""
 
 
 @dataclass(frozen=True)

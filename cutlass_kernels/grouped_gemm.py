@@ -219,14 +219,12 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
         return
     key = module, out_dtype, devices.capability(device)
     built = jit.build(_source(*key))
-    record = verify.find(built, device)
-    if record is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise BackendUnavailableError(
-                f"{module} was not verified on this GPU yet, and while a stream is captured nothing is: call once before, "
-                "or run python -m hybrid_mxfp8 warmup"
-            )
-        record = verify.verified(built, device)
+    if verify.find(built, device) is None and torch.cuda.is_current_stream_capturing():
+        raise BackendUnavailableError(
+            f"{module} was not verified on this GPU yet, and while a stream is captured nothing is: call once before, "
+            "or run python -m hybrid_mxfp8 warmup"
+        )
+    record = verify.verified(built, device)
     if not record["ok"]:
         raise _failed(*key, f"{module} failed its verification on {device}: {record['reason']}")
     _verified.add((module, out_dtype, device))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -31,9 +30,8 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.cutlass_kernels.config import SM_COUNT, GemmConfig
-from hybrid_mxfp8.cutlass_kernels.jit.build import Built
 from hybrid_mxfp8.dispatch import device as devices
-from hybrid_mxfp8.dispatch.module_cache import MANIFEST, build_once, trust_problem
+from hybrid_mxfp8.dispatch.module_cache import MANIFEST, Module, build_once, digest, trust_problem
 from hybrid_mxfp8.dispatch.problem import Support
 from hybrid_mxfp8.errors import BackendUnavailableError
 from hybrid_mxfp8.reference import grouped_matmul, quantize
@@ -56,12 +54,12 @@ ACCUMULATION = 2e-5  # of fp32 sums, relative to the magnitudes'; reasons: tests
 Record = dict[str, Any]  # ok, reason, gpu, driver, torch, date
 
 
-def find(module: Built, device: torch.device) -> Record | None:
+def find(module: Module, device: torch.device) -> Record | None:
     """The record of a module on a GPU and the driver of this machine; None if there is none."""
     return read_record(_folder(module, device))
 
 
-def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> Record:
+def verified(module: Module, device: torch.device, child: Sequence[str] = ()) -> Record:
     """The record of an intact module on a GPU; made now, by a child process, if there is none.
     ``child`` is the command that prints the error in place of this file; tests have others."""
     folder = _folder(module, device)
@@ -79,8 +77,8 @@ def verified(module: Built, device: torch.device, child: Sequence[str] = ()) -> 
     return read_record(folder) or _run(module, device, tuple(child))
 
 
-def _folder(module: Built, device: torch.device) -> Path:
-    key = hashlib.sha256(f"{_name(device)}\0{driver_version()}".encode()).hexdigest()[:8]
+def _folder(module: Module, device: torch.device) -> Path:
+    key = digest((_name(device), driver_version()))[:8]
     return module.folder.with_name(f"{module.folder.name}.verified-{key}")
 
 
@@ -97,7 +95,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 @functools.cache
-def _run(module: Built, device: torch.device, child: tuple[str, ...]) -> Record:
+def _run(module: Module, device: torch.device, child: tuple[str, ...]) -> Record:
     logger.info("verifying %s on %s, once", module.folder.name, _name(device))
     ok, reason = _outcome([*(child or (sys.executable, "-m", __spec__.name)), str(module.folder), str(device)])
     about = {"gpu": _name(device), "driver": driver_version(), "torch": torch.__version__}
@@ -195,7 +193,7 @@ def main(folder: str, device: str) -> None:
     cta_group, tile = int(definitions["HYBRID_MXFP8_CTA_GROUP"]), int(definitions["HYBRID_MXFP8_TOKEN_TILE"])
     types = {"cutlass::bfloat16_t": torch.bfloat16, "cutlass::half_t": torch.float16, "float": torch.float32}
     config = GemmConfig(cta_group, tile, (cta_group, 1))
-    module = tvm_ffi.load_module(str(Built(Path(folder)).library))
+    module = tvm_ffi.load_module(str(Module(Path(folder)).library))
     print(largest_error(module, config, types[definitions["HYBRID_MXFP8_OUT"]], torch.device(device)))
 
 

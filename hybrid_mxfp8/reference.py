@@ -18,6 +18,7 @@ from hybrid_mxfp8.core.scales import (
     dequantize_experts,
     dequantize_grouped,
     largest_of_group,
+    rows_in_use,
     swizzle_grouped_scales,
     swizzle_scales,
 )
@@ -66,12 +67,13 @@ def write_grouped(
 ) -> None:
     """Put quantized rows into a grouped operand's buffers, padding included."""
     num_rows = out_scales.shape[0]
-    swizzled, owned = swizzle_grouped_scales(linear_scales, expert_offsets, scale_offsets, num_rows)
-    used = (torch.arange(num_rows, device=out_scales.device) < scale_offsets[-1]).unsqueeze(1)
+    swizzled = swizzle_grouped_scales(linear_scales, expert_offsets, scale_offsets, num_rows)
+    used = rows_in_use(scale_offsets, num_rows).unsqueeze(1)
     # Tiles are 128 whole rows, so a swizzled row is in use exactly where its linear row is.
     out_scales.copy_(torch.where(used, swizzled, out_scales))
     kept = out_values.view(torch.uint8)
-    kept.copy_(torch.where(owned.unsqueeze(1), values.view(torch.uint8), kept))
+    owned = rows_in_use(expert_offsets, out_values.shape[0]).unsqueeze(1)
+    kept.copy_(torch.where(owned, values.view(torch.uint8), kept))
 
 
 def quantize_rows(

@@ -132,7 +132,6 @@ def explain(problem: Problem) -> str:
 
 BACKEND = Backend(
     name="triton",
-    about="tl.dot_scaled on Blackwell, bf16 MMA on dequantized operands elsewhere, or Triton's interpreter",
     made_for=made_for,
     available=available,
     can_run=lambda problem: available(problem.device),
@@ -143,7 +142,6 @@ BACKEND = Backend(
 )
 QUANTIZER = Quantizer(
     name="triton",
-    available=available,
     quantize=quantize.quantize,
     group_offsets=group_layout.group_offsets,
     caller_layout=group_layout.caller_layout,

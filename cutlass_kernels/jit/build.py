@@ -14,7 +14,6 @@ loaded, and one process at a time builds a module: see dispatch/module_cache.py.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import logging
 import os
@@ -28,13 +27,12 @@ from typing import Any
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.cutlass_kernels.jit.toolchain import CudaCompiler, CutlassHeaders
-from hybrid_mxfp8.dispatch.module_cache import LIBRARY, Module, build_once, check_trusted, write_manifest
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, Module, build_once, check_trusted, digest, write_manifest
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 logger = logging.getLogger("hybrid_mxfp8")
 
 CSRC = Path(__file__).parent.parent / "csrc"
-MANIFEST_STRINGS = ("name", "arch", "cutlass", "nvcc")  # what every manifest has, as strings
 
 FLAGS = (
     "-std=c++17",
@@ -69,23 +67,9 @@ class Source:
 
     def key(self) -> str:
         """A digest of all that the compiler would be given, but for CUTLASS's headers."""
-        digest = hashlib.sha256()
         own = sorted(path for folder in self.include for path in folder.glob("*.cuh"))
-        for path in (self.file, *own):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
         settings = (self.name, self.arch, self.definitions, FLAGS, self.flags, _tvm_ffi_version())
-        digest.update(repr((*settings, platform.system(), platform.machine())).encode())
-        return digest.hexdigest()[:16]
-
-
-class Built(Module):
-    """A module of the CUTLASS backend in the cache."""
-
-    def manifest(self) -> dict[str, Any]:
-        """As any module's; empty if a string of a build of ours is missing, too."""
-        manifest = super().manifest()
-        return manifest if all(isinstance(manifest.get(key), str) for key in MANIFEST_STRINGS) else {}
+        return digest((*settings, platform.system(), platform.machine()), (self.file, *own))
 
 
 def cache() -> Path:
@@ -98,23 +82,23 @@ def check_cache() -> None:
     check_trusted(env.cache_dir(), cache())
 
 
-def find(source: Source) -> Built | None:
+def find(source: Source) -> Module | None:
     """The module if it is built, by this machine's tools; if it has none, the newest by any."""
     check_cache()
     try:
-        exact = Built(cache() / _folder_name(source, *toolchain.find_for(source.arch)))
+        exact = Module(cache() / _folder_name(source, *toolchain.find_for(source.arch)))
     except BackendUnavailableError:
         return built_elsewhere(source)
     return exact if _usable(exact) else None
 
 
-def built_elsewhere(source: Source) -> Built | None:
+def built_elsewhere(source: Source) -> Module | None:
     """The intact module of this source by the newest CUTLASS and nvcc, whichever those are."""
     check_cache()
     versions = {}
     # os.path's test answers False for a path that cannot be, such as one too long.
     folders = cache().glob(f"{source.name}-{source.key()}-cutlass*") if os.path.isdir(cache()) else ()
-    for module in map(Built, folders):
+    for module in map(Module, folders):
         named = re.fullmatch(MODULE_NAME, module.folder.name)
         if named is not None and _usable(module):
             # As numbers: 4.10.0 is newer than 4.8.1.
@@ -122,13 +106,13 @@ def built_elsewhere(source: Source) -> Built | None:
     return max(versions, key=lambda module: versions[module], default=None)
 
 
-def build(source: Source) -> Built:
+def build(source: Source) -> Module:
     """The module, built now if need be, or waited for while another process does it.
     BackendUnavailableError for missing or old tools, a failed compilation, an unwritable cache."""
     if (found := find(source)) is not None:
         return found
     cutlass, cuda = toolchain.find_for(source.arch)
-    module = Built(cache() / _folder_name(source, cutlass, cuda))
+    module = Module(cache() / _folder_name(source, cutlass, cuda))
     build_once(module.folder, lambda folder: _compile(source, cutlass, cuda, folder, module), module.intact)
     return module
 
@@ -138,7 +122,7 @@ def load(source: Source) -> Any:
     return build(source).load()
 
 
-def _usable(module: Built) -> bool:
+def _usable(module: Module) -> bool:
     """Whether it is intact; logs where only its owner or mode is in the way."""
     if problem := module.trust_problem():
         logger.warning("not loaded: %s", problem)
@@ -158,7 +142,7 @@ def _tvm_ffi_version() -> str:
         return ""
 
 
-def _compile(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, folder: Path, module: Built) -> None:
+def _compile(source: Source, cutlass: CutlassHeaders, cuda: CudaCompiler, folder: Path, module: Module) -> None:
     """Write library and manifest of ``module`` to ``folder``."""
     logger.warning("compiling %s for %s, about a minute, once", source.name, source.arch)
     done = subprocess.run(

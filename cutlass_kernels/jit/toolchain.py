@@ -8,8 +8,6 @@ wheels, which suffice on a machine with no toolkit. Packages are located, never 
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid_mxfp8 import env
+from hybrid_mxfp8.dispatch.module_cache import digest, package_folder
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 MIN_CUTLASS = (4, 2, 0)
@@ -141,13 +140,6 @@ def cutlass_candidates() -> list[CutlassHeaders]:
     return [headers for headers in found if headers is not None]
 
 
-def package_folder(module: str) -> Path | None:
-    """The folder of a top-level module; finding its spec runs none of its code."""
-    spec = importlib.util.find_spec(module)
-    locations = list(spec.submodule_search_locations or []) if spec is not None else []
-    return Path(locations[0]) if locations else None
-
-
 def _read_cutlass(include: Path, origin: str) -> CutlassHeaders | None:
     try:
         text = (include / "cutlass" / "version.h").read_text()
@@ -161,11 +153,8 @@ def _read_cutlass(include: Path, origin: str) -> CutlassHeaders | None:
 @functools.cache
 def _digest(include: Path) -> str:
     """Of all headers' names and contents; 30 MB are read once in a process."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in ("cute", "cutlass") for path in (include / part).rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(include)}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+    files = sorted(path for part in ("cute", "cutlass") for path in (include / part).rglob("*") if path.is_file())
+    return digest([str(path.relative_to(include)) for path in files], files)[:8]
 
 
 def find_cuda() -> CudaCompiler:

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.terminal import format_table, size
 from hybrid_mxfp8.cutlass_kernels import verify
-from hybrid_mxfp8.cutlass_kernels.jit.build import MODULE_NAME, Built
+from hybrid_mxfp8.cutlass_kernels.jit.build import MODULE_NAME
 from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST, Module, trust_problem
 
 LAUNCHER: Final = r"[0-9a-f]{16}"
@@ -97,19 +97,19 @@ def entries(folder: Path) -> list[Entry]:
 
 def _about(kind: str, path: Path) -> str:
     if kind in ("module", "launcher"):
-        built = Built(path) if kind == "module" else Module(path)
-        if not built.intact():
-            return f"{path.name}, {built.trust_problem() or 'damaged'}"
-        m = built.manifest()
+        module = Module(path)
+        if not module.intact():
+            return f"{path.name}, {module.trust_problem() or 'damaged'}"
+        m = module.manifest()
         if kind == "launcher":
             return f"makes kernel launches, by {m.get('compiler')}"
-        return f"{m['name']} for {m['arch']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}"
+        return f"{m.get('name')} for {m.get('arch')}, CUTLASS {m.get('cutlass')}, nvcc {m.get('nvcc')}"
     if kind == "verification":
-        module, r = path.name.partition("-")[0], verify.read_record(path)
+        name, r = path.name.partition("-")[0], verify.read_record(path)
         if r is None:
-            return f"{module}, damaged"
+            return f"{name}, damaged"
         outcome = "right" if r["ok"] else "wrong"
-        return f"{module}: {outcome} on {r.get('gpu')}, driver {r.get('driver')}, {r.get('date')}: {r['reason']}"
+        return f"{name}: {outcome} on {r.get('gpu')}, driver {r.get('driver')}, {r.get('date')}: {r['reason']}"
     return path.name
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from hybrid_mxfp8.core.checks import fail
 
-_PREFIX = "swiglu:"
-
 
 @dataclass(frozen=True)
 class SwiGLU:
@@ -49,7 +47,7 @@ class SwiGLU:
             object.__setattr__(self, name, float(value))
         limit = "" if self.limit is None else repr(self.limit)
         # A string made here, since torch.compile can't make one of floats.
-        object.__setattr__(self, "spec", f"{_PREFIX}{self.alpha!r}:{self.beta!r}:{limit}")
+        object.__setattr__(self, "spec", f"swiglu:{self.alpha!r}:{self.beta!r}:{limit}")
 
 
 PLAIN_SWIGLU = SwiGLU()
@@ -70,11 +68,8 @@ def swiglu_of(activation: Any, also: str = "") -> SwiGLU:
 
 
 def _parsed(spec: str) -> SwiGLU | None:
-    numbers = spec.removeprefix(_PREFIX).split(":")
-    if not spec.startswith(_PREFIX) or len(numbers) != 3:
-        return None
     try:
-        alpha, beta = float(numbers[0]), float(numbers[1])
-        return SwiGLU(alpha, beta, float(numbers[2]) if numbers[2] else None)
-    except ValueError:
+        name, alpha, beta, limit = spec.split(":")
+        return SwiGLU(float(alpha), float(beta), float(limit) if limit else None) if name == "swiglu" else None
+    except ValueError:  # another number of parts, or one that is no number
         return None

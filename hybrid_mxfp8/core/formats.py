@@ -8,7 +8,7 @@ consecutive bytes, and tiles follow one another along K first.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 BLOCK_SIZE: Final = 32  # elements of K that share one scale
 E4M3_MAX: Final = 448.0
@@ -68,8 +68,7 @@ def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:
     return (num_tokens + (block_t - 1) * min(num_experts, num_tokens)) // block_t
 
 
-def scale_offset(row: Any, col: Any, cols: int) -> Any:
-    """Byte of scale (row, col), of C = ``cols``, as in CuTe's ``Sm1xxBlockScaledConfig<32>``; of
-    ints, or of tensors elementwise."""
+def scale_offset(row: int, col: int, cols: int) -> int:
+    """Byte of scale (row, col), of C = ``cols``, as in CuTe's ``Sm1xxBlockScaledConfig<32>``."""
     tile = (row // SCALE_TILE_ROWS) * (cols // SCALE_TILE_COLS) + col // SCALE_TILE_COLS
     return tile * SCALE_TILE_BYTES + (row % 32) * 16 + (row % SCALE_TILE_ROWS // 32) * 4 + col % SCALE_TILE_COLS

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from hybrid_mxfp8.core.checks import fail
+from hybrid_mxfp8.core.checks import check_devices, fail
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -53,5 +53,4 @@ def _check_pair(**tensors: torch.Tensor) -> None:
     (first, x), (second, y) = tensors.items()
     if x.shape != y.shape:
         fail(second, f"must have the shape of {first} = {tuple(x.shape)}", tuple(y.shape))
-    if x.device != y.device:
-        fail(second, f"must be on {x.device}, as {first}", y.device)
+    check_devices(**tensors)

@@ -169,8 +169,7 @@ class GroupedMXFP8(_Operand):
         """The scales row-major, (T, K/32) uint8; 0 in rows that no expert owns."""
         g = self.groups
         cols = self.k // BLOCK_SIZE
-        linear, owned = unswizzle_grouped_scales(self.scales, g.expert_offsets, g.scale_offsets, g.num_tokens, cols)
-        return torch.where(owned.unsqueeze(1), linear, 0)
+        return unswizzle_grouped_scales(self.scales, g.expert_offsets, g.scale_offsets, g.num_tokens, cols)
 
     @classmethod
     def from_linear_scales(
@@ -194,7 +193,7 @@ class GroupedMXFP8(_Operand):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
         values, scales = checks.arrived(values, scales)
         _check_linear(values, scales, "T", groups.device)
-        swizzled, _ = swizzle_grouped_scales(
+        swizzled = swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
         )
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzled, groups, scale_group)

@@ -23,7 +23,6 @@ from hybrid_mxfp8.core.formats import (
     SCALE_TILE_ROWS,
     padded_scale_rows,
     round_up,
-    scale_offset,
 )
 
 
@@ -82,50 +81,44 @@ def _scale_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
     return scales.view(torch.uint8)
 
 
-def scale_rows_of_tokens(
+def rows_in_use(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Whether each of ``num_rows`` rows comes before the last of ``offsets``: (num_rows,) bool."""
+    return torch.arange(num_rows, device=offsets.device) < offsets[-1]
+
+
+def _scale_rows_of_tokens(
     expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, num_scale_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of T rows: its scale row (T,) int64 among all padded experts, and whether any expert
-    owns it (T,) bool. A scale row of an owned row is always one of the S that there are, whatever
-    numbers a layout holds: on a GPU an index out of range would end the process."""
-    num_experts = expert_offsets.numel() - 1
+) -> torch.Tensor:
+    """For each of T rows its scale row among all padded experts, (T,) int64; S, one row more, for a
+    row that no expert owns. Never beyond that, whatever numbers a layout holds: on a GPU an index
+    out of range would end the process."""
     rows = torch.arange(num_tokens, device=expert_offsets.device)
-    owned = rows < expert_offsets[-1]
-    if not num_experts:
-        return rows, owned
-    expert = torch.searchsorted(expert_offsets[1:].to(torch.int64), rows, right=True).clamp_max(num_experts - 1)
+    expert = torch.searchsorted(expert_offsets[1:].to(torch.int64), rows, right=True)
+    expert = expert.clamp_max(expert_offsets.numel() - 2)
     scale_rows = rows - expert_offsets[expert] + scale_offsets[expert]
-    return scale_rows.clamp(0, max(num_scale_rows - 1, 0)), owned & (num_scale_rows > 0)
-
-
-def swizzled_offsets(scale_rows: torch.Tensor, num_cols: int, padded_cols: int) -> torch.Tensor:
-    """``formats.scale_offset``, elementwise: (rows, num_cols) int64."""
-    cols = torch.arange(num_cols, device=scale_rows.device)
-    offsets: torch.Tensor = scale_offset(scale_rows.to(torch.int64).unsqueeze(1), cols, padded_cols)
-    return offsets
+    inside = scale_rows.clamp_max(num_scale_rows - 1).clamp_min(0)
+    return torch.where(rows_in_use(expert_offsets, num_tokens), inside, num_scale_rows)
 
 
 def swizzle_grouped_scales(
     linear: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_scale_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero; and
-    which rows are owned, (T,). No shape depends on device data, so nothing syncs: rows that no
-    expert owns land in one row more, which is cut off."""
+) -> torch.Tensor:
+    """Row-major scales of T rows, (T, K/32) uint8, to a grouped operand's (S, C), padding zero. No
+    shape depends on device data, so nothing syncs."""
     num_tokens, cols = linear.shape
-    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)
-    padded = linear.new_zeros(num_scale_rows + 1, round_up(cols, SCALE_TILE_COLS))
-    padded[torch.where(owned, scale_row, num_scale_rows), :cols] = linear
-    return swizzle_scales(padded[:num_scale_rows]), owned
+    padded = linear.new_zeros(num_scale_rows + 1, cols)
+    padded[_scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)] = linear
+    return swizzle_scales(padded[:num_scale_rows])
 
 
 def unswizzle_grouped_scales(
     scales: torch.Tensor, expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, cols: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse: (S, C) to (T, ``cols``) uint8, anything in rows without an expert; and (T,)."""
-    scale_row, owned = scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, scales.shape[0])
-    offsets = swizzled_offsets(torch.where(owned, scale_row, 0), cols, scales.shape[1])
-    # With no scale rows there is no owned row either.
-    return (scales.reshape(-1)[offsets] if scales.numel() else offsets.to(torch.uint8)), owned
+) -> torch.Tensor:
+    """The inverse: (S, C) to (T, ``cols``) uint8, 0 in rows that no expert owns."""
+    num_scale_rows = scales.shape[0]
+    linear = unswizzle_scales(scales, num_scale_rows, cols)
+    padded = torch.cat([linear, linear.new_zeros(1, cols)])
+    return padded[_scale_rows_of_tokens(expert_offsets, scale_offsets, num_tokens, num_scale_rows)]
 
 
 def scale_values(scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -161,8 +154,9 @@ def dequantize_grouped(
 ) -> torch.Tensor:
     """(T, K) in ``dtype`` of e4m3 and swizzled scales (S, C); 0 in rows that no expert owns."""
     num_tokens, k = values.shape
-    linear, owned = unswizzle_grouped_scales(scales, expert_offsets, scale_offsets, num_tokens, k // BLOCK_SIZE)
-    return torch.where(owned.unsqueeze(1), dequantize(values, linear, dtype), 0)
+    linear = unswizzle_grouped_scales(scales, expert_offsets, scale_offsets, num_tokens, k // BLOCK_SIZE)
+    owned = rows_in_use(expert_offsets, num_tokens).unsqueeze(1)
+    return torch.where(owned, dequantize(values, linear, dtype), 0)
 
 
 def dequantize_experts(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -186,12 +180,9 @@ def largest_of_group(of_blocks: torch.Tensor, scale_group: int, squares: bool = 
 def find_scale_group(linear: torch.Tensor) -> tuple[int, bool]:
     """(group, squares) of scales (..., N, K/32) uint8: 128 where all blocks of each group have one
     scale, else 32, and whether those of each square have, none above 1. Syncs."""
-    if is_tracing(linear):
+    if is_tracing(linear) or not torch.equal(linear, largest_of_group(linear, 128)):
         return BLOCK_SIZE, False
-    if not torch.equal(linear, linear[..., ::4].repeat_interleave(4, -1)[..., : linear.shape[-1]]):
-        return BLOCK_SIZE, False
-    first = linear[..., ::128, :].repeat_interleave(128, -2)[..., : linear.shape[-2], :]
-    return 128, torch.equal(linear, first) and at_most_one(linear)
+    return 128, torch.equal(linear, largest_of_group(linear, 128, squares=True)) and at_most_one(linear)
 
 
 def at_most_one(scales: torch.Tensor) -> bool:

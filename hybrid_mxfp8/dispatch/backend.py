@@ -56,7 +56,6 @@ class Backend(NamedTuple):
     """One way to multiply."""
 
     name: str  # as users write it
-    about: str  # one line for tables
     made_for: Callable[[torch.device], bool]  # if it can't run there, a warning is due
     available: Callable[[torch.device], Support]  # whether it can run at all on a device
     can_run: Callable[[Problem], Support]  # whether it is available, and takes this problem
@@ -72,7 +71,6 @@ class Quantizer(NamedTuple):
     ``scratch``, of (choices, E); never more for fewer choices."""
 
     name: str  # of the backend whose package it comes from
-    available: Callable[[torch.device], Support]
     quantize: Callable[[QuantizeProblem, QuantizeBuffers], Steps]  # T and E at least 1
     group_offsets: Callable[[Buffer, Buffer, int, bool], Steps]
     caller_layout: Callable[[Buffer, Buffer, Buffer, int, int], Steps]

@@ -13,8 +13,6 @@ the same result.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 import platform
 import shutil
 import subprocess
@@ -24,7 +22,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.dispatch.module_cache import LIBRARY, Module, build_once, check_trusted, write_manifest
+from hybrid_mxfp8.dispatch.module_cache import (
+    LIBRARY,
+    Module,
+    build_once,
+    check_trusted,
+    digest,
+    package_folder,
+    write_manifest,
+)
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -116,50 +122,36 @@ def status() -> str:
 @functools.cache
 def _load_once() -> Launcher | str:
     try:
-        return _load()
-    except LauncherUnavailableError as error:
-        return str(error)
-
-
-def _module() -> tuple[Module, tuple[str, ...]]:
-    """Where the launcher is kept, and what its compiler is told beside the source."""
-    cuda, tvm_ffi = _package("triton") / "backends/nvidia/include", _package("tvm_ffi")
-    cuda_header, tvm_ffi_header = cuda / "cuda.h", tvm_ffi / "include/tvm/ffi/c_api.h"
-    for wheel, header in (("triton", cuda_header), ("apache-tvm-ffi", tvm_ffi_header)):
-        if not header.is_file():
-            raise LauncherUnavailableError(f"{header} is missing: pip install --force-reinstall {wheel}")
-    options = (f"-I{cuda}", f"-I{tvm_ffi / 'include'}", f"-L{tvm_ffi / 'lib'}", "-ltvm_ffi", "-ldl")
-    return Module(env.cache_dir() / "launcher" / _key(cuda_header, tvm_ffi_header)), options
-
-
-def _load() -> Launcher:
-    module, options = _module()
-    cache = module.folder.parent
-    try:
-        check_trusted(cache.parent, cache)
+        module, options = _module()
+        check_trusted(module.folder.parent.parent, module.folder.parent)
         if not module.intact():
             compiler = _compiler()
             build_once(module.folder, lambda folder: _compile(compiler, options, folder), module.intact)
         functions = module.load()
-    except BackendUnavailableError as error:
-        raise LauncherUnavailableError(str(error)) from error
+    except (BackendUnavailableError, LauncherUnavailableError) as error:
+        return str(error)
     return Launcher(functions.run, functions.check, functions.verify)
 
 
-def _package(name: str) -> Path:
-    """The folder of an installed package, without importing it."""
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        wheel = {"tvm_ffi": "apache-tvm-ffi"}.get(name, name)
+def _module() -> tuple[Module, tuple[str, ...]]:
+    """Where the launcher is kept, and what its compiler is told beside the source."""
+    cuda = _headers("triton", "triton", "backends/nvidia/include", "cuda.h")
+    tvm_ffi = _headers("apache-tvm-ffi", "tvm_ffi", "include", "tvm/ffi/c_api.h")
+    options = (f"-I{cuda}", f"-I{tvm_ffi}", f"-L{tvm_ffi.parent / 'lib'}", "-ltvm_ffi", "-ldl")
+    about = (FLAGS, platform.machine(), platform.libc_ver())
+    key = digest(about, (SOURCE, cuda / "cuda.h", tvm_ffi / "tvm/ffi/c_api.h"))
+    return Module(env.cache_dir() / "launcher" / key), options
+
+
+def _headers(wheel: str, package: str, include: str, header: str) -> Path:
+    """The folder of a wheel's headers, which must hold this one."""
+    root = package_folder(package)
+    if root is None:
         raise LauncherUnavailableError(f"{wheel} is not installed: pip install {wheel}")
-    return Path(found.submodule_search_locations[0])
-
-
-def _key(*headers: Path) -> str:
-    digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), *platform.libc_ver())).encode())
-    for path in (SOURCE, *headers):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    folder = root / include
+    if not (folder / header).is_file():
+        raise LauncherUnavailableError(f"{folder / header} is missing: pip install --force-reinstall {wheel}")
+    return folder
 
 
 def _compiler() -> str:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,22 @@ def write_manifest(folder: Path, **about: Any) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest(about: object, files: Iterable[Path] = ()) -> str:
+    """16 hex digits of what ``about`` prints as, and of the files' names and contents."""
+    whole = hashlib.sha256(repr(about).encode())
+    for path in files:
+        whole.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def package_folder(module: str) -> Path | None:
+    """The folder of a top-level module; finding its spec runs none of its code."""
+    spec = importlib.util.find_spec(module)
+    locations = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(locations[0]) if locations else None
 
 
 def trust_problem(path: Path) -> str:

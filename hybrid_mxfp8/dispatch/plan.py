@@ -219,7 +219,7 @@ class PlanCache:
             for template in self._templates.get(signature, ()):
                 plan = template.plan(sizes)
                 if plan is not None:
-                    self.add(signature, plan, sizes)
+                    self._keep(self._plans, (signature, sizes), plan)
                     break
         return plan
 
@@ -228,17 +228,12 @@ class PlanCache:
         others. ``make`` holds no tensor, and all else that it depends on is in the signature."""
         plan = make(*sizes)
         if signature is not None and plan.lasting:
-            self.add(signature, plan, sizes)
+            self._keep(self._plans, (signature, sizes), plan)
             templates = self._templates.get(signature, ())
             if sizes and min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
                 with contextlib.suppress(AttributeError, TypeError):
                     self._keep(self._templates, signature, (*templates, Template(sizes, make)))
         return plan
-
-    def add(self, signature: Hashable, plan: Plan, sizes: tuple[int, ...] = ()) -> None:
-        """Keep a plan, if it is a lasting one."""
-        if plan.lasting:
-            self._keep(self._plans, (signature, sizes), plan)
 
     def _keep(self, kept: dict[Hashable, Any], key: Hashable, value: Any) -> None:
         while len(kept) >= self._capacity:

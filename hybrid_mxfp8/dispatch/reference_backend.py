@@ -63,7 +63,6 @@ def _write_layout(offsets: Callable[..., Iterable[torch.Tensor]], layout: Buffer
 
 BACKEND = Backend(
     name="reference",
-    about="plain PyTorch in float64, any device; syncs",
     made_for=lambda device: True,
     available=lambda device: (True, "always"),
     can_run=lambda problem: (True, "always"),
@@ -74,7 +73,6 @@ BACKEND = Backend(
 )
 QUANTIZER = Quantizer(
     name="reference",
-    available=lambda device: (True, "always"),
     quantize=_quantize,
     group_offsets=lambda given, layout, *rest: _write_layout(group_offsets, layout, given, *rest),
     caller_layout=lambda counts, starts, layout, *rest: _write_layout(caller_offsets, layout, counts, starts, *rest),

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -29,24 +29,18 @@ from hybrid_mxfp8.errors import BackendUnavailableError
 AUTO = "auto"
 NAMES = ("cutlass", "triton", "reference")  # in the order in which auto tries them
 logger = logging.getLogger("hybrid_mxfp8")
-
-
-def _import(name: str) -> Any:
-    """The kernel package of a backend, or why there is none: that must not end other calls."""
-    try:
-        return importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend")
-    except (ImportError, AttributeError) as error:  # missing, broken or too old
-        return f"{name} can't be imported: {error}" if has_triton() else "Triton is not installed: pip install triton"
-
-
 _backends = {"reference": reference_backend.BACKEND}
 
 
 def backend_of(name: str) -> Backend:
     """The backend of this name; one that only says why where its package can't be imported."""
     if name not in _backends:
-        package = _import(name)
-        _backends[name] = _unavailable(name, package) if isinstance(package, str) else package.BACKEND
+        try:
+            backend: Backend = importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend").BACKEND
+        except (ImportError, AttributeError) as error:  # missing, broken or too old: other calls go on
+            missing = "Triton is not installed: pip install triton"
+            backend = _unavailable(name, f"{name} can't be imported: {error}" if has_triton() else missing)
+        _backends[name] = backend
     return _backends[name]
 
 
@@ -56,7 +50,6 @@ def _unavailable(name: str, reason: str) -> Backend:
 
     return Backend(
         name=name,
-        about="its package can't be imported",
         made_for=lambda device: (capability(device) or (0, 0)) >= TRITON_MIN_CAPABILITY,
         available=lambda device: (False, reason),
         can_run=lambda problem: (False, reason),
@@ -65,12 +58,6 @@ def _unavailable(name: str, reason: str) -> Backend:
         plan=raise_reason,
         explain=raise_reason,
     )
-
-
-@functools.cache
-def _triton_quantizer() -> Quantizer | None:
-    package = _import("triton")
-    return None if isinstance(package, str) else cast(Quantizer, package.QUANTIZER)
 
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("hybrid_mxfp8_backend", default=None)
@@ -167,12 +154,14 @@ def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, st
 def choose_quantizer(device: torch.device, backend: str | None = None) -> Quantizer:
     """The quantizer for calls that ask for ``backend``; raises as ``choose`` does."""
     name = requested(backend)
+    if name == "reference":
+        return reference_backend.QUANTIZER
     triton = backend_of("triton")
     ok, reason = triton.available(device)
-    quantizer = _triton_quantizer() if ok else None
-    if name != "reference" and quantizer is not None:
+    if ok:
         if name == AUTO:
             _log_choice("quantize", "triton", device, reason, "")
+        quantizer: Quantizer = importlib.import_module("hybrid_mxfp8.triton_kernels.backend").QUANTIZER
         return quantizer
     if name == "cutlass":
         able, own_reason = backend_of(name).available(device)
@@ -180,9 +169,8 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Quanti
         raise BackendUnavailableError(f"{_cause(backend)}backend cutlass{reason}")
     if name == "triton":
         raise BackendUnavailableError(f"{_cause(backend)}backend triton: {reason}")
-    if name == AUTO:
-        passed_over = f"triton: {reason}" if triton.made_for(device) else ""
-        _log_choice("quantize", "reference", device, "always", passed_over)
+    passed_over = f"triton: {reason}" if triton.made_for(device) else ""
+    _log_choice("quantize", "reference", device, "always", passed_over)
     return reference_backend.QUANTIZER
 
 

@@ -22,6 +22,7 @@ the operator runs: ``use_backend()``, else the environment.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -187,17 +188,13 @@ def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[
     return library
 
 
-_OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
-    (_group_offsets, lambda given, *others: given.new_empty(3 * given.shape[0] + 2, dtype=torch.int32)),
-    (_quantize_grouped, _quantize_grouped_fake),
-    (_quantize_weights, _quantize_weights_fake),
-    (_grouped_gemm, lambda x, *others: x.new_empty(x.shape[0], others[4].shape[1], dtype=others[6])),
-    (_moe_forward, _moe_forward_fake),
-    (_pack_tokens, _pack_tokens_fake),
-)
-LIBRARY = define_operators(
-    {
-        torch.library.infer_schema(real, op_name=real.__name__[1:], mutates_args=()): (real, fake)
-        for real, fake in _OPERATORS
-    }
-)
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
+    _group_offsets: lambda given, *others: given.new_empty(3 * given.shape[0] + 2, dtype=torch.int32),
+    _quantize_grouped: _quantize_grouped_fake,
+    _quantize_weights: _quantize_weights_fake,
+    _grouped_gemm: lambda x, *others: x.new_empty(x.shape[0], others[4].shape[1], dtype=others[6]),
+    _moe_forward: _moe_forward_fake,
+    _pack_tokens: _pack_tokens_fake,
+}
+_infer = functools.partial(torch.library.infer_schema, mutates_args=())
+LIBRARY = define_operators({_infer(f, op_name=f.__name__[1:]): (f, fake) for f, fake in _FAKES.items()})

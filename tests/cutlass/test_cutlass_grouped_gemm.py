@@ -21,7 +21,7 @@ from hybrid_mxfp8.cutlass_kernels.config import MODULES
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import device as devices
-from hybrid_mxfp8.dispatch.module_cache import LIBRARY, write_manifest
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, Module, write_manifest
 from hybrid_mxfp8.dispatch.registry import Problem, choose
 from hybrid_mxfp8.errors import BackendUnavailableError
 
@@ -35,8 +35,9 @@ def b200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A GPU, as far as asking goes, an empty cache, and nothing remembered."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: B200)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=148))
-    monkeypatch.setattr(jit, "build", lambda source: jit.Built(tmp_path / source.name))
-    monkeypatch.setattr(cutlass.verify, "find", lambda module, device: {"ok": True})
+    monkeypatch.setattr(jit, "build", lambda source: Module(tmp_path / source.name))
+    for name in ("find", "verified"):
+        monkeypatch.setattr(cutlass.verify, name, lambda module, device: {"ok": True})
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path))
     for remembered in ("_modules", "_failures", "_verified"):
         monkeypatch.setattr(cutlass, remembered, type(getattr(cutlass, remembered))())
@@ -108,7 +109,7 @@ def copy_from_elsewhere(source: jit.Source) -> None:
     folder = jit.cache() / f"{source.name}-{source.key()}-cutlass4.4.0-nvcc13.0.88"
     folder.mkdir(parents=True)
     (folder / LIBRARY).write_bytes(b"a library")
-    write_manifest(folder, **dict.fromkeys(jit.MANIFEST_STRINGS, ""))
+    write_manifest(folder)
     cutlass._find_tools.cache_clear()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -257,7 +256,7 @@ def test_a_triton_that_is_missing_or_broken_is_a_reason(
     monkeypatch.setattr(registry, "has_triton", lambda: installed)
     monkeypatch.setattr(registry.importlib, "import_module", Mock(side_effect=error))
     monkeypatch.setattr(registry, "_backends", {"reference": backend_of("reference")})
-    monkeypatch.setattr(registry, "_triton_quantizer", functools.cache(registry._triton_quantizer.__wrapped__))
+    cases.forget_calls()
     assert mx.backends("cpu")["triton"] == (False, reason)
     assert choose_quantizer(CPU).name == "reference"
     xq = mx.quantize_grouped(torch.ones(7, 64), torch.tensor([3, 4]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import subprocess
@@ -311,10 +312,17 @@ def refused(message: str) -> AbstractContextManager[object]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for modules."""
+    """An empty folder for modules, of a process that has loaded none."""
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(launcher, "_load_once", functools.cache(launcher._load_once.__wrapped__))
     module_cache._load.cache_clear()
     return tmp_path / "cache" / "launcher"
+
+
+def load() -> launcher.Launcher:
+    """As a new process finds it."""
+    launcher._load_once.cache_clear()
+    return launcher.load()
 
 
 def modules(cache: Path) -> list[module_cache.Module]:
@@ -324,18 +332,18 @@ def modules(cache: Path) -> list[module_cache.Module]:
 def test_built_once_for_each_source_and_then_no_compiler_is_needed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launcher._load()
+    load()
     [module] = modules(cache)
     before = module.library.stat().st_mtime_ns
     changed = tmp_path / "launcher.c"
     changed.write_text(launcher.SOURCE.read_text() + "\n")
     with monkeypatch.context() as patch:
         patch.setattr(launcher, "SOURCE", changed)
-        launcher._load()
+        load()
     assert len(modules(cache)) == 2
     monkeypatch.setenv("CC", "/no/such/compiler")
     module_cache._load.cache_clear()
-    launcher._load()
+    load()
     assert len(modules(cache)) == 2
     assert module.library.stat().st_mtime_ns == before
 
@@ -345,7 +353,7 @@ def test_cache_that_others_can_write_is_refused(cache: Path) -> None:
     cache.parent.chmod(0o755)
     cache.chmod(0o757)
     with refused(rf"{cache} can be written by everyone \(mode 0757\)"):
-        launcher._load()
+        load()
 
 
 @pytest.mark.parametrize(
@@ -363,7 +371,7 @@ def test_without_a_compiler(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with refused(message):
-        launcher._load()
+        load()
     assert not cache.exists() or not modules(cache)
 
 
@@ -373,18 +381,17 @@ def test_without_a_compiler(
 def test_without_a_package_or_its_headers(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, wheel: str, header: str
 ) -> None:
-    find_spec, folder = launcher.importlib.util.find_spec, launcher._package
-    with monkeypatch.context() as patch:
-        patch.setattr(launcher.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
-        with refused(f"{wheel} is not installed: pip install {wheel}"):
-            launcher._load()
-    monkeypatch.setattr(launcher, "_package", lambda name: tmp_path if name == package else folder(name))
-    with refused(rf"{header} is missing: pip install --force-reinstall"):
-        launcher._load()
+    for folder, message in (
+        (None, f"{wheel} is not installed: pip install {wheel}"),
+        (tmp_path, rf"{header} is missing: pip install --force-reinstall {wheel}"),
+    ):
+        found = {"triton": module_cache.package_folder("triton"), "tvm_ffi": module_cache.package_folder("tvm_ffi")}
+        monkeypatch.setattr(launcher, "package_folder", {**found, package: folder}.get)
+        with refused(message):
+            load()
 
 
 def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_load_once", launcher.functools.cache(launcher._load_once.__wrapped__))
     monkeypatch.setenv("CC", "/no/such/compiler")
     said = "CC: must be a C compiler, but /no/such/compiler does not run"
     assert launcher.status() == f"not available, Triton makes the launches, slower: {said}"

@@ -62,8 +62,8 @@ def call(request: pytest.FixtureRequest) -> tuple[Callable[..., Any], Arguments]
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Those that are made from now on."""
     made: list[Plan] = []
-    add = PLANS.add
-    monkeypatch.setattr(PLANS, "add", lambda key, plan, *sizes: (made.append(plan), add(key, plan, *sizes)))
+    make = PLANS.make
+    monkeypatch.setattr(PLANS, "make", lambda *given: made.append(make(*given)) or made[-1])
     return made
 
 
@@ -265,7 +265,7 @@ def test_full_the_oldest_plan_goes() -> None:
     cache = PlanCache(2)
     plan = Plan(torch.device("cpu"), Operands(), ())
     for signature in ("a", "b", "a", "c"):
-        cache.add(signature, plan)
+        cache.make(signature, (), lambda: plan)
     assert cache.get("c") is plan
     assert [cache.get(key) is None for key in ("a", "b")].count(True) == 1
     assert cache.get(["unhashable"]) is None  # type: ignore[arg-type]

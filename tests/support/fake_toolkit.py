@@ -24,7 +24,7 @@ import tvm_ffi  # now: an unprivileged user may not be able to import it later
 from forked import Child
 
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
-from hybrid_mxfp8.dispatch.module_cache import BUILDING
+from hybrid_mxfp8.dispatch.module_cache import BUILDING, Module
 
 NVCC = """#!{python} -IS
 import json, pathlib, shutil, sys, time
@@ -127,7 +127,7 @@ class FakeToolkit:
 
     def modules(self) -> list[str]:
         """The intact ones in the cache."""
-        return [path.name for path in sorted(self.cache.glob("[!.]*-nvcc*")) if jit.Built(path).intact()]
+        return [path.name for path in sorted(self.cache.glob("[!.]*-nvcc*")) if Module(path).intact()]
 
     def leftovers(self) -> list[Path]:
         return list(self.cache.glob(f"{BUILDING}*"))

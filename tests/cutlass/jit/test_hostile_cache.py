@@ -28,7 +28,7 @@ from hybrid_mxfp8.commands import doctor
 from hybrid_mxfp8.cutlass_kernels import grouped_gemm
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.dispatch import module_cache
-from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST
+from hybrid_mxfp8.dispatch.module_cache import LIBRARY, MANIFEST, Module
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 
@@ -282,11 +282,11 @@ def test_places_that_cannot_be_a_cache(toolkit: FakeToolkit, monkeypatch: pytest
 # ---------------------------------------------------------------- damage
 
 
-def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[jit.Built], object]:
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Module], object]:
     return lambda built: (built.folder / name).write_bytes(change((built.folder / name).read_bytes()))
 
 
-DAMAGE: dict[str, Callable[[jit.Built], object]] = {
+DAMAGE: dict[str, Callable[[Module], object]] = {
     "empty metadata": rewrite(MANIFEST, lambda _: b""),
     "no UTF-8": rewrite(MANIFEST, lambda _: b'{"name": "\xff\xfe"}'),
     "a list": rewrite(MANIFEST, lambda _: b"[]"),

@@ -21,6 +21,7 @@ from forked import Child
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import module_cache
+from hybrid_mxfp8.dispatch.module_cache import Module
 from hybrid_mxfp8.errors import BackendUnavailableError
 
 
@@ -122,7 +123,7 @@ def test_newest_copied_module_is_taken(toolkit: FakeToolkit, monkeypatch: pytest
     assert jit.load(toolkit.source).answer() == 42
     for versions in reversed(newest_last):
         found = jit.find(toolkit.source)
-        assert found == jit.Built(Path(f"{stem}-cutlass{versions}"))
+        assert found == Module(Path(f"{stem}-cutlass{versions}"))
         shutil.rmtree(found.folder)
     with pytest.raises(BackendUnavailableError, match=r"no CUDA compiler.*pip install 'hybrid-mxfp8\[nvcc\]'"):
         jit.build(toolkit.source)
