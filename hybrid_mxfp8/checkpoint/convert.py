@@ -22,12 +22,11 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
 from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches, parts_of
-from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, atomic_write, errors_name, replace_folder
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.core.metrics import decibels
 from hybrid_mxfp8.ops.experts import gate_then_up
