@@ -14,20 +14,19 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.checkpoint.atomic import atomic_write, replace_folder
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
 from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches, parts_of
-from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, errors_name
+from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, atomic_write, errors_name, replace_folder
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.core.metrics import decibels
 from hybrid_mxfp8.ops.experts import gate_then_up
@@ -53,7 +52,7 @@ Progress = Callable[[str, int], None]
 """Told the name and the source bytes of each block that is done."""
 
 Block = tuple[str, torch.Tensor, int]
-"""Which matrix of a stack, rows of it (R, K), and their bytes in the source."""
+"""``NAME`` of a matrix or ``NAME[e]`` of a stack's, rows of it (R, K), and their source bytes."""
 
 
 @dataclass(frozen=True)
@@ -68,104 +67,97 @@ class Options:
     interleaved: Patterns | None = None  # weights of interleaved gate and up rows; None: likewise
 
 
-@dataclass
-class Plan:
-    """What becomes of the tensors of a checkpoint."""
+class Tensor(NamedTuple):
+    """A tensor of the source, and what becomes of it."""
 
-    quantized: list[Entry] = field(default_factory=list)  # to MXFP8
-    widened: list[Entry] = field(default_factory=list)  # from FP8 to bf16
-    copied: list[Entry] = field(default_factory=list)  # byte for byte
-    dropped: list[Entry] = field(default_factory=list)  # scales of FP8 tensors that are converted
-    kept: list[str] = field(default_factory=list)  # names of copied ones that match but are no matrices
-    scales: dict[str, Entry] = field(default_factory=dict)  # the dropped ones, by their weights' names
-    transposed: set[str] = field(default_factory=set)  # names of quantized stacks (E, K, N)
-    interleaved: set[str] = field(default_factory=set)  # names of weights and biases to be put in order
+    entry: Entry
+    action: str  # "quantize"; "widen" to bf16; "copy"; or "drop", scales of what is quantized or widened
+    scales: Entry | None
+    matches: bool  # one of the patterns
+    transposed: bool  # a stack (E, K, N)
+    interleaved: bool  # gate and up rows, or their biases, take turns
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors, as they are in the source."""
-        return sum(e.num_bytes for part in (self.quantized, self.widened, self.copied, self.dropped) for e in part)
+    def shape(self) -> tuple[int, ...]:
+        """In the result: (..., N, K)."""
+        shape = self.entry.shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
-    def shape(self, entry: Entry) -> tuple[int, ...]:
-        """Of a tensor in the result: (..., N, K)."""
-        *stack, n, k = entry.shape
-        return (*stack, k, n) if entry.name in self.transposed else entry.shape
+    @property
+    def results(self) -> list[Entry]:
+        """What it is in the result."""
+        if self.action == "quantize":
+            return [Entry(self.entry.name, "F8_E4M3", self.shape), scale_entry(self.entry.name, self.shape)]
+        if self.action == "widen":
+            return [Entry(self.entry.name, "BF16", self.shape)]
+        return [self.entry] if self.action == "copy" else []
 
 
-@dataclass
-class Summary:
-    """What a conversion did; bytes in the source and in the result, scales included."""
-
-    plan: Plan
-    expert_bytes_before: int = 0
-    expert_bytes_after: int = 0
-    bytes_after: int = 0
-    worst_db: float = math.inf  # signal-to-noise against what the source's bytes stand for
-    worst_name: str = ""
+Plan = list[Tensor]  # of a whole checkpoint
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """What to do with each tensor, by the headers; ValueError for one that can't be quantized."""
-    found = Plan()
-    entries = [checkpoint.entry(name) for name in checkpoint.names]
-    for name in checkpoint.names:
+    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
+    matching = {name for name in entries if matches(name, options.patterns)}
+    for name in entries:
         weight = checkpoint.mxfp4_weight(name)
-        if weight and (matches(name, options.patterns) or matches(weight, options.patterns)):
+        if weight and (name in matching or matches(weight, options.patterns)):
             raise ValueError(f"{checkpoint.place(name)}: {NO_MXFP4}")
-    _find_layout(found, checkpoint, entries, options)
-    for entry in entries:
+    quantized = {name for name in matching if len(entries[name].shape) >= 2 and not name.endswith("bias")}
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    transposed, interleaved = _find_layout(checkpoint.path, shapes, quantized, options)
+    scales = {}
+    for name, entry in entries.items():
         widened = options.others_to_bf16 and len(entry.shape) in (2, 3) and 0 not in entry.shape
-        if (widened or _is_quantized(entry, options)) and (scales := block_scales(checkpoint, entry)):
-            found.scales[entry.name] = scales
-    dropped = {scales.name for scales in found.scales.values()}
-    for entry in entries:
-        if entry.name in dropped:
-            found.dropped.append(entry)
-        elif _is_quantized(entry, options):
-            _check_source(checkpoint, entry, found)
-            found.quantized.append(entry)
-        elif entry.name in found.scales:
-            found.widened.append(entry)
-        else:
-            found.copied.append(entry)
-            if matches(entry.name, options.patterns) and entry.name not in found.interleaved:
-                found.kept.append(entry.name)
-    if not found.quantized:
+        if (widened or name in quantized) and (found := block_scales(checkpoint, entry)):
+            scales[name] = found
+    actions = dict.fromkeys(entries, "copy")
+    actions |= dict.fromkeys(scales, "widen") | dict.fromkeys(quantized, "quantize")
+    actions |= dict.fromkeys((entry.name for entry in scales.values()), "drop")
+    planned = [
+        Tensor(entry, actions[name], scales.get(name), name in matching, name in transposed, name in interleaved)
+        for name, entry in entries.items()
+    ]
+    for tensor in (tensor for tensor in planned if tensor.action == "quantize"):
+        _check_source(checkpoint, tensor)
+    if "quantize" not in actions.values():
         shown = ", ".join(checkpoint.names[:3]) + (", ..." if len(checkpoint.names) > 3 else "")
         raise ValueError(f"--experts: no matrix matches {' or '.join(options.patterns)} among {shown or 'no tensors'}")
-    return found
+    return planned
 
 
-def _find_layout(found: Plan, checkpoint: Checkpoint, entries: Sequence[Entry], options: Options) -> None:
-    """Which tensors that will be quantized are not (E, N, K) with gate before up; ValueError where
-    options, ``model_type`` and shapes contradict one another."""
-    known = layout_of(checkpoint.path)
-    transposed = known.transposed if options.transposed is None else options.transposed
-    interleaved = known.interleaved if options.interleaved is None else options.interleaved
-    quantized = {entry.name for entry in entries if _is_quantized(entry, options)}
-    stacks = {e.name: e.shape for e in entries if len(e.shape) == 3}
-    found.transposed = {name for name in quantized & stacks.keys() if matches(name, transposed)}
-    found.interleaved = {name for name in quantized if matches(name, interleaved)}
+def _find_layout(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], quantized: set[str], options: Options
+) -> tuple[set[str], set[str]]:
+    """The names of quantized stacks (E, K, N), and of weights and biases of gate and up rows in
+    turns; ValueError where options, ``model_type`` and shapes contradict one another."""
+    known = layout_of(path)
+    patterns = known.transposed if options.transposed is None else options.transposed
+    stacks = {name for name, shape in shapes.items() if len(shape) == 3}
+    transposed = {name for name in quantized & stacks if matches(name, patterns)}
+    in_turns = known.interleaved if options.interleaved is None else options.interleaved
+    interleaved = {name for name in quantized if matches(name, in_turns)}
     for option, what, given, names in (
-        ("transposed", "stack of three dimensions", options.transposed, found.transposed),
-        ("interleaved", "matrix", options.interleaved, found.interleaved),
+        ("transposed", "stack of three dimensions", options.transposed, transposed),
+        ("interleaved", "matrix", options.interleaved, interleaved),
     ):
         if given and not names:
             raise ValueError(f"--{option}: no {what} that --experts matches has a name like {' or '.join(given)}")
     if known.interleaved and options.interleaved is None:
-        fused = sorted(n for n in quantized - found.interleaved if "gate_up_proj" in n or "w13" in n)
+        fused = sorted(n for n in quantized - interleaved if "gate_up_proj" in n or "w13" in n)
         if fused:
             likely = f"has gate and up rows in turns in {' or '.join(known.interleaved)}"
             raise ValueError(f"{fused[0]}: a model of config.json's model_type {likely}: --interleaved says where here")
-    for up in (name for name in stacks if "gate_up_proj" in name):
+    for up in (name for name in shapes if name in stacks and "gate_up_proj" in name):
         down = up.replace("gate_up_proj", "down_proj")
         if down in stacks and quantized & {up, down}:
-            _check_last_dimensions(*((name, stacks[name], matches(name, transposed)) for name in (up, down)))
-    shapes = {entry.name: entry.shape for entry in entries}
-    for weight in [entry for entry in entries if entry.name in found.interleaved]:
-        n = found.shape(weight)[-2]
-        biases = f"{weight.name}_bias", f"{weight.name.removesuffix('weight')}bias"
-        found.interleaved |= {name for name in biases if shapes.get(name, (0,))[-1:] == (n,)}
+            _check_last_dimensions(*((name, shapes[name], matches(name, patterns)) for name in (up, down)))
+    for weight in list(interleaved):
+        n = shapes[weight][-1 if weight in transposed else -2]
+        biases = f"{weight}_bias", f"{weight.removesuffix('weight')}bias"
+        interleaved |= {name for name in biases if shapes.get(name, (0,))[-1:] == (n,)}
+    return transposed, interleaved
 
 
 def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[str, tuple[int, ...], bool]) -> None:
@@ -185,13 +177,9 @@ def _check_last_dimensions(up: tuple[str, tuple[int, ...], bool], down: tuple[st
     raise ValueError(f"{up[0]}: {expected}, got {up[1]} and {down[1]}: {hint}")
 
 
-def _is_quantized(entry: Entry, options: Options) -> bool:
-    return matches(entry.name, options.patterns) and len(entry.shape) >= 2 and not entry.name.endswith("bias")
-
-
-def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
-    dtype, shape, fp8 = entry.dtype, found.shape(entry), entry.name in found.scales
-    place, scale_name = checkpoint.place(entry.name), checkpoint.scale_of(entry.name)
+def _check_source(checkpoint: Checkpoint, tensor: Tensor) -> None:
+    (name, dtype, _), shape, fp8 = tensor.entry, tensor.shape, tensor.scales is not None
+    place, scale_name = checkpoint.place(name), checkpoint.scale_of(name)
     if dtype not in SOURCE_DTYPES and not fp8:
         quantized = dtype.startswith("F8") or dtype == "U8"
         hint = "it is quantized already" if quantized else "only those are converted, and FP8 in blocks of 128x128"
@@ -199,11 +187,13 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
     if len(shape) > 3:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
     if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
-        which = f"its {'second' if entry.name in found.transposed else 'last'} dimension"
-        raise ValueError(f"{place}: must have K, {which}, a positive multiple of {BLOCK_SIZE}, got {entry.shape}")
-    if entry.name in found.interleaved and shape[-2] % 2:
+        which = f"its {'second' if tensor.transposed else 'last'} dimension"
+        raise ValueError(
+            f"{place}: must have K, {which}, a positive multiple of {BLOCK_SIZE}, got {tensor.entry.shape}"
+        )
+    if tensor.interleaved and shape[-2] % 2:
         raise ValueError(f"{place}: must have an even N for gate and up rows in turns, got {shape}")
-    if fp8 and entry.name in found.transposed | found.interleaved:
+    if fp8 and (tensor.transposed or tensor.interleaved):
         raise ValueError(f"{place}: FP8 in blocks of 128x128 must be (E, N, K) with all gate rows first")
     if scale_name is not None and not fp8:
         raise ValueError(f"{place}: has scales, {scale_name}, so it is quantized already")
@@ -211,7 +201,7 @@ def _check_source(checkpoint: Checkpoint, entry: Entry, found: Plan) -> None:
 
 def convert(
     checkpoint: Checkpoint, planned: Plan, target: Path, options: Options, progress: Progress = lambda name, size: None
-) -> Summary:
+) -> dict[str, float]:
     """Convert a safetensors file, or each file of a checkpoint's folder; ``target`` appears when it
     is whole, and replaces what is there.
 
@@ -220,14 +210,16 @@ def convert(
     ``modules_to_not_convert``. ValueError for NaN or Inf in a tensor, a ``config.json`` that is
     none or can't say what the result is, and a link to nothing; OSError for a file that can't be
     read or written.
+
+    Returns each matrix's signal-to-noise in dB against what the source's bytes stand for.
     """
-    conversion = _Conversion(checkpoint, planned, options, progress, Summary(planned))
+    conversion = _Conversion(checkpoint, planned, options, progress)
     target.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.path.is_dir():
         conversion.folder(target)
     else:
         conversion.file(checkpoint.path, target)
-    return conversion.summary
+    return {matrix: decibels(signal, noise) for matrix, (signal, noise) in conversion.energies.items()}
 
 
 @dataclass(frozen=True)
@@ -236,74 +228,65 @@ class _Conversion:
     planned: Plan
     options: Options
     progress: Progress
-    summary: Summary
+    energies: dict[str, tuple[float, float]] = field(default_factory=dict)  # of matrices, and what they lost
 
     def folder(self, target: Path) -> None:
-        source = self.checkpoint.path
         others = _other_files(self.checkpoint)  # before anything is converted, which may take hours
         config = _new_config(self.checkpoint, self.planned)
         with atomic_write(target) as folder:
             folder.mkdir()
-            weight_map: dict[str, str] = {}
             for file in self.checkpoint.files:
-                weight_map |= dict.fromkeys(self.file(file, folder / file.name), file.name)
+                self.file(file, folder / file.name)
             for path in others:
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, folder / path.name)
-            if (source / INDEX_FILE).exists():
-                metadata = {"total_size": self.summary.bytes_after}
+            if (self.checkpoint.path / INDEX_FILE).exists():
+                written = [
+                    (self.checkpoint.file(t.entry.name).name, entry) for t in self.planned for entry in t.results
+                ]
+                weight_map = {entry.name: file_name for file_name, entry in written}
+                metadata = {"total_size": sum(entry.num_bytes for _, entry in written)}
                 _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
             if config is not None:
                 _write_json(folder / CONFIG_FILE, config)
             replace_folder(folder, target)
 
-    def file(self, file: Path, target: Path) -> list[str]:
-        """Convert the tensors of one file; returns the names of all tensors in ``target``."""
-        p, summary = self.planned, self.summary
-        quantized, widened, copied, dropped = (
-            [entry for entry in part if self.checkpoint.file(entry.name) == file]
-            for part in (p.quantized, p.widened, p.copied, p.dropped)
-        )
-        shapes = {q.name: p.shape(q) for q in quantized}
-        after = [e for name, shape in shapes.items() for e in (Entry(name, "F8_E4M3", shape), scale_entry(name, shape))]
-        entries = [*copied, *(Entry(entry.name, "BF16", entry.shape) for entry in widened), *after]
-        scales = [p.scales[entry.name] for entry in quantized if entry.name in p.scales]
-        summary.expert_bytes_before += sum(e.num_bytes for e in [*quantized, *scales])
-        summary.expert_bytes_after += sum(e.num_bytes for e in after)
-        summary.bytes_after += sum(e.num_bytes for e in entries)
-        said = {**METADATA, "mxfp8.scale_rounding": self.options.scale_rounding} if quantized else {}
+    def file(self, file: Path, target: Path) -> None:
+        """Convert the tensors of one file."""
+        tensors = [tensor for tensor in self.planned if self.checkpoint.file(tensor.entry.name) == file]
+        entries = [entry for tensor in tensors for entry in tensor.results]
+        rounding = {"mxfp8.scale_rounding": self.options.scale_rounding}
+        said = METADATA | rounding if any(tensor.action == "quantize" for tensor in tensors) else {}
         with SafetensorsWriter(target, entries, self.checkpoint.files[file] | said) as writer:
-            for entry in quantized:
-                self.quantize(entry, writer)
-            for entry in widened:
-                for _, w, num_bytes in self.blocks(entry):
-                    writer.append(entry.name, w.bfloat16())
-                    self.progress(entry.name, num_bytes)
-            for entry in copied:
-                tensor = self.checkpoint.tensor(entry.name)
-                writer.append(entry.name, gate_then_up(tensor, -1) if entry.name in p.interleaved else tensor)
-                self.progress(entry.name, entry.num_bytes)
-            for entry in dropped:
-                self.progress(entry.name, entry.num_bytes)
-        return [e.name for e in entries]
+            for tensor in tensors:
+                with contextlib.closing(self.pieces(tensor)) as pieces:
+                    for num_bytes, *data in pieces:
+                        for entry, part in zip(tensor.results, data, strict=True):
+                            writer.append(entry.name, part)
+                        self.progress(tensor.entry.name, num_bytes)
 
-    def quantize(self, entry: Entry, writer: SafetensorsWriter) -> None:
-        name, summary = entry.name, self.summary
-        energies: dict[str, tuple[float, float]] = {}  # of each matrix, and of what it lost
-        with contextlib.closing(in_order(self.quantized, self.blocks(entry), self.threads)) as done:
-            for matrix, num_bytes, values, scales, signal, noise in done:
-                if not math.isfinite(signal) or not math.isfinite(noise):
-                    place = self.checkpoint.place(name) + matrix
-                    raise ValueError(f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN")
-                writer.append(name, values)
-                writer.append(f"{name}_scale_inv", scales)
-                self.progress(name, num_bytes)
-                before = energies.get(matrix, (0.0, 0.0))
-                energies[matrix] = before[0] + signal, before[1] + noise
-        for matrix, (signal, noise) in energies.items():
-            db = decibels(signal, noise)
-            if db < summary.worst_db or not summary.worst_name:
-                summary.worst_db, summary.worst_name = db, name + matrix
+    def pieces(self, tensor: Tensor) -> Generator[tuple[Any, ...], None, None]:
+        """The source bytes of each part of a tensor, and what it is in each of the results."""
+        name = tensor.entry.name
+        if tensor.action == "quantize":
+            with contextlib.closing(in_order(self.quantized, self.blocks(tensor), self.threads)) as done:
+                for matrix, signal, noise, *piece in done:
+                    if not math.isfinite(signal) or not math.isfinite(noise):
+                        place = f"{self.checkpoint.file(name)}: {matrix}"
+                        raise ValueError(
+                            f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN"
+                        )
+                    before = self.energies.get(matrix, (0.0, 0.0))
+                    self.energies[matrix] = before[0] + signal, before[1] + noise
+                    yield tuple(piece)
+        elif tensor.action == "widen":
+            for _, w, num_bytes in self.blocks(tensor):
+                yield num_bytes, w.bfloat16()
+        elif tensor.action == "copy":
+            data = self.checkpoint.tensor(name)
+            yield tensor.entry.num_bytes, gate_then_up(data, -1) if tensor.interleaved else data
+        else:
+            yield (tensor.entry.num_bytes,)
 
     @property
     def threads(self) -> int:
@@ -311,42 +294,36 @@ class _Conversion:
         on_cpu = self.options.device is None or self.options.device.type == "cpu"
         return min(torch.get_num_threads(), MAX_THREADS) if on_cpu and not env.triton_interpret() else 1
 
-    def quantized(self, block: Block) -> tuple[str, int, torch.Tensor, torch.Tensor, float, float]:
-        """Elements and scales of a block, and the sums of squares of it and of what it lost."""
+    def quantized(self, block: Block) -> tuple[str, float, float, int, torch.Tensor, torch.Tensor]:
+        """A block's sum of squares, that of what it lost, its bytes, its elements and scales."""
         matrix, w, num_bytes = block
         w = w.float()  # once for all that follows
         wq = quantize_weights(w.unsqueeze(0), scale_rounding=self.options.scale_rounding)
         signal, noise = _energy(w), _energy(wq.dequantize()[0].sub_(w))
-        return matrix, num_bytes, wq.values, wq.linear_scales(), signal, noise
+        return matrix, signal, noise, num_bytes, wq.values, wq.linear_scales()
 
-    def blocks(self, entry: Entry) -> Iterator[Block]:
+    def blocks(self, tensor: Tensor) -> Iterator[Block]:
         """A tensor's matrices, each in blocks of rows."""
-        shape, scales = self.planned.shape(entry), self.planned.scales.get(entry.name)
-        n, k = shape[-2:]
-        parts = 2 if entry.name in self.planned.interleaved else 1  # gate's rows, then up's
+        (name, _, _), (*stack, n, k), scales = tensor.entry, tensor.shape, tensor.scales
+        parts = 2 if tensor.interleaved else 1  # gate's rows, then up's
         rows = max(1, BLOCK_ELEMENTS // k // parts)
         if scales:
             rows = max(1, rows // BLOCK) * BLOCK  # a block begins where one of the source's does
-        item = entry.num_bytes // math.prod(shape)
-        for e in range(shape[0]) if len(shape) == 3 else (None,):
+        item = tensor.entry.num_bytes // math.prod(tensor.shape)
+        for place in itertools.product(*map(range, stack)):  # (e,), or () of a matrix
+            matrix = name + "".join(f"[{e}]" for e in place)
             for part, start in itertools.product(range(parts), range(0, n // parts, rows)):
                 end = min(start + rows, n // parts)
-                w = self.rows(entry.name, e, start * parts, end * parts)[part::parts]
+                w = self.rows(name, place, start * parts, end * parts, tensor.transposed)[part::parts]
                 if scales:
-                    w = dequantize(w, self.rows(scales.name, e, start // BLOCK, ceil_div(end, BLOCK)))
-                yield "" if e is None else f"[{e}]", w, (end - start) * k * item
+                    w = dequantize(w, self.rows(scales.name, place, start // BLOCK, ceil_div(end, BLOCK)))
+                yield matrix, w, (end - start) * k * item
 
-    def rows(self, name: str, e: int | None, start: int, end: int) -> torch.Tensor:
+    def rows(self, name: str, place: tuple[int, ...], start: int, end: int, transposed: bool = False) -> torch.Tensor:
         """Rows of a matrix, or of one of a stack."""
-        part = self.checkpoint.part(name)
-        tensor: torch.Tensor
-        if e is None:
-            tensor = part[start:end]
-        elif name in self.planned.transposed:
-            tensor = part[e : e + 1, :, start:end][0].T.contiguous()
-        else:
-            tensor = part[e : e + 1, start:end][0]
-        return tensor.to(self.options.device or "cpu")
+        at = (*place, slice(None), slice(start, end)) if transposed else (*place, slice(start, end))
+        tensor: torch.Tensor = self.checkpoint.part(name)[at]
+        return (tensor.T.contiguous() if transposed else tensor).to(self.options.device or "cpu")
 
 
 def _energy(x: torch.Tensor) -> float:
@@ -365,16 +342,17 @@ def _new_config(checkpoint: Checkpoint, planned: Plan) -> dict[str, Any] | None:
         raise ValueError(f"{file}: must hold an object, got a {type(config).__name__}")
     found = [part.pop("quantization_config", None) for part in parts_of(config)]
     _check_one_format(checkpoint, [each for each in found if each is not None], planned)
-    floats = [*planned.widened, *(entry for entry in planned.copied if entry.dtype in SOURCE_DTYPES)]
-    weights = (entry.name for entry in floats if len(entry.shape) >= 2 and entry.name.endswith(".weight"))
-    untouched = sorted(name.removesuffix(".weight") for name in weights)
-    return {**config, "quantization_config": {**QUANTIZATION_CONFIG, "modules_to_not_convert": untouched}}
+    left = [entry for tensor in planned if tensor.action != "quantize" for entry in tensor.results]
+    floats = [entry for entry in left if entry.dtype in SOURCE_DTYPES and len(entry.shape) >= 2]
+    untouched = [entry.name.removesuffix(".weight") for entry in floats if entry.name.endswith(".weight")]
+    return {**config, "quantization_config": {**QUANTIZATION_CONFIG, "modules_to_not_convert": sorted(untouched)}}
 
 
 def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Plan) -> None:
     """That one ``quantization_config`` can say what all weights are in the result."""
     file = checkpoint.path / CONFIG_FILE
-    fp8 = [entry for entry in planned.copied if entry.dtype.startswith("F8")]
+    copied = [tensor.entry for tensor in planned if tensor.action == "copy"]
+    fp8 = [entry for entry in copied if entry.dtype.startswith("F8")]
     scales = {checkpoint.scale_of(entry.name) for entry in fp8} - {None}
     weights = (entry for entry in fp8 if entry.name not in scales and checkpoint.scale_of(entry.name) is not None)
     left = [entry.name for entry in weights if not is_mxfp8(checkpoint, entry)]
@@ -386,8 +364,8 @@ def _check_one_format(checkpoint: Checkpoint, before: Sequence[Any], planned: Pl
     methods = [(file, found.get("quant_method") if isinstance(found, dict) else found) for found in before]
     methods += [(path, path.stem) for name in QUANTIZATION_FILES if (path := file.with_name(name)).exists()]
     others = [(where, method) for where, method in methods if method != "mxfp8"]
-    packed = [e for e in planned.copied if e.dtype in ("U8", "I8", "I32") and len(e.shape) > 1 and e.name not in scales]
-    if others and (packed or not planned.dropped):
+    packed = [e for e in copied if e.dtype in ("U8", "I8", "I32") and len(e.shape) > 1 and e.name not in scales]
+    if others and (packed or not any(tensor.action == "drop" for tensor in planned)):
         raise ValueError(
             f"{others[0][0]}: says that the model is quantized already ({others[0][1]!r}); its other weights would need that "
             "entry, and the experts another"

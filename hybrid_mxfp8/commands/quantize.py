@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hybrid_mxfp8.checkpoint.convert import Options, Summary, convert, plan
+from hybrid_mxfp8.checkpoint.convert import Options, Plan, convert, plan
 from hybrid_mxfp8.checkpoint.reader import Checkpoint
 from hybrid_mxfp8.commands.terminal import progress, size
 from hybrid_mxfp8.core.checks import resolve_device
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert and print a summary; 0, 2 with a line on stderr if it failed, 130 if interrupted."""
     try:
         with _terminated_like_interrupted():
-            print(describe(_convert(args), args.target))
+            print(describe(*_convert(args), args.target))
     except KeyboardInterrupt:
         print(f"quantize: interrupted, {args.target} was not written", file=sys.stderr)
         return 130
@@ -72,8 +72,9 @@ def _terminated_like_interrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _convert(args: argparse.Namespace) -> Summary:
-    """Convert, with a progress bar on stderr if that is a terminal."""
+def _convert(args: argparse.Namespace) -> tuple[Plan, dict[str, float]]:
+    """Convert, with a progress bar on stderr if that is a terminal; what was done, and each
+    matrix's signal-to-noise in dB."""
     if not args.source.exists():
         raise FileNotFoundError(f"{args.source}: no such file or folder")
     check_target(args.source, args.target, args.force)
@@ -82,13 +83,14 @@ def _convert(args: argparse.Namespace) -> Summary:
     options = Options(tuple(args.experts), args.scale_rounding, device, args.others_to_bf16, transposed, interleaved)
     with Checkpoint(args.source) as checkpoint:
         planned = plan(checkpoint, options)
-        with progress(planned.num_bytes, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+        total = sum(tensor.entry.num_bytes for tensor in planned)
+        with progress(total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
             def advance(name: str, num_bytes: int) -> None:
                 bar.set_description_str(name[-40:], refresh=False)
                 bar.update(num_bytes)
 
-            return convert(checkpoint, planned, args.target, options, advance)
+            return planned, convert(checkpoint, planned, args.target, options, advance)
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
@@ -111,22 +113,25 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise FileExistsError(f"{target}: is a folder with no safetensors file, which --force does not replace")
 
 
-def describe(summary: Summary, target: Path) -> str:
+def describe(planned: Plan, signal_to_noise: dict[str, float], target: Path) -> str:
     """What was done, in a few lines."""
-    found, before, after = summary.plan, summary.expert_bytes_before, summary.expert_bytes_after
+    quantized = [tensor for tensor in planned if tensor.action == "quantize"]
+    before = sum(entry.num_bytes for tensor in quantized for entry in (tensor.entry, tensor.scales) if entry)
+    after = sum(entry.num_bytes for tensor in quantized for entry in tensor.results)
+    all_after = sum(entry.num_bytes for tensor in planned for entry in tensor.results)
     lines = [
-        f"{target}: {len(found.quantized)} expert tensor{'s' if len(found.quantized) > 1 else ''} to MXFP8, "
+        f"{target}: {len(quantized)} expert tensor{'s' if len(quantized) > 1 else ''} to MXFP8, "
         f"{size(before)} -> {size(after)} ({after / before:.2f}x); "
-        f"all tensors {size(found.num_bytes)} -> {size(summary.bytes_after)}"
+        f"all tensors {size(sum(tensor.entry.num_bytes for tensor in planned))} -> {size(all_after)}"
     ]
-    lost = f"worst signal-to-noise {summary.worst_db:.1f} dB, in {summary.worst_name}"
-    lines.append(lost if math.isfinite(summary.worst_db) else "no matrix lost anything")
-    for what, names in (
-        ("transposed from (E, K, N)", found.transposed),
-        ("gate and up rows put one after another", found.interleaved),
-        ("other FP8 tensors written as bf16", [entry.name for entry in found.widened]),
+    worst, db = min(signal_to_noise.items(), key=lambda item: item[1])
+    lines.append(f"worst signal-to-noise {db:.1f} dB, in {worst}" if math.isfinite(db) else "no matrix lost anything")
+    for what, tensors in (
+        ("transposed from (E, K, N)", [tensor for tensor in planned if tensor.transposed]),
+        ("gate and up rows put one after another", [tensor for tensor in planned if tensor.interleaved]),
+        ("other FP8 tensors written as bf16", [tensor for tensor in planned if tensor.action == "widen"]),
     ):
-        lines += [f"{what}: {len(names)}, {min(names)} among them"] if names else []
-    if found.kept:
-        lines.append(f"{len(found.kept)} matching vectors and biases stay as they were, {found.kept[0]} among them")
+        lines += [f"{what}: {len(tensors)}, {tensors[0].entry.name} among them"] if tensors else []
+    if kept := [t.entry.name for t in planned if t.action == "copy" and t.matches and not t.interleaved]:
+        lines.append(f"{len(kept)} matching vectors and biases stay as they were, {kept[0]} among them")
     return "\n".join(lines)

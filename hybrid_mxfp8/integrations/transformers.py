@@ -52,8 +52,8 @@ KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_tr
 """Of transformers' ``use_experts_implementation``: how a model says what its experts are."""
 
 _OWNED = "mxfp8"  # submodule of an experts module that ``quantize_model_`` has been through
-_CACHE = "_hybrid_mxfp8_cache"
-"""Attribute of one quantized by its forward: no submodule, so in no state_dict."""
+_CACHE: weakref.WeakKeyDictionary[torch.nn.Module, _Cached] = weakref.WeakKeyDictionary()
+"""Of modules quantized by their forward: none of it is in a state_dict, nor in a copy."""
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -89,29 +89,23 @@ def experts_forward(
     return result
 
 
-def _version(parameter: torch.Tensor) -> tuple[int, int, int]:
-    """Changes when a parameter is written to or gets other memory, but for writes to its data."""
-    return parameter.untyped_storage()._cdata, parameter.data_ptr(), parameter._version
+Version = tuple[StorageWeakRef, int, int]
+
+
+def _version(parameter: torch.Tensor) -> Version:
+    """Changes when a parameter is written to or gets other memory, but for writes to its data.
+    While one is kept no other storage equals its own, not even one at the same address, as
+    ``module.half().bfloat16()`` may get."""
+    return StorageWeakRef(parameter.untyped_storage()), parameter.data_ptr(), parameter._version
 
 
 class _Cached(NamedTuple):
-    """Experts, and what they were made of: another parameter in the same memory is not the same,
-    nor is other memory at the same address, as ``module.half().bfloat16()`` may get. References are
-    weak, so that a parameter that was replaced does not keep its memory; while one to a storage is
-    held, no other storage gets its number. A copy of the module quantizes anew."""
+    """Experts, and what they were made of: another parameter in the same memory is not the same.
+    References are weak, so that a parameter that was replaced does not keep its memory."""
 
     experts: MXFP8Experts
-    versions: list[tuple[int, int, int]]
+    versions: list[Version]
     parameters: list[weakref.ref[torch.Tensor]]
-    storages: list[StorageWeakRef]
-
-    def __reduce__(self) -> tuple[type[_Cached], tuple[Any, ...]]:
-        return type(self), (self.experts, [], [], [])
-
-    def are_of(self, parameters: list[torch.Tensor]) -> bool:
-        """Whether the experts are those of these parameters, as they are now."""
-        versions = list(map(_version, parameters))
-        return self.versions == versions and all(map(operator.is_, (p() for p in self.parameters), parameters))
 
 
 def _is_fp8(module: torch.nn.Module) -> bool:
@@ -151,13 +145,10 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     parameters = [p for p in _parameters(module).values() if p is not None] if _has_experts(module) else []
     if (where := _unproven(parameters)) is not None:
         fail("experts", f"must be quantized by quantize_model_(model) {where}", type(module).__name__)
-    cached: _Cached | None = getattr(module, _CACHE, None)
-    if cached is None or not cached.are_of(parameters):
-        storages = [StorageWeakRef(p.untyped_storage()) for p in parameters]
-        versions = list(map(_version, parameters))
-        cached = _Cached(_quantize(module), versions, list(map(weakref.ref, parameters)), storages)
-        # Past nn.Module.__setattr__, which would make it a submodule.
-        object.__setattr__(module, _CACHE, cached)
+    cached, versions = _CACHE.get(module), list(map(_version, parameters))
+    same = cached is not None and all(map(operator.is_, (known() for known in cached.parameters), parameters))
+    if cached is None or not same or cached.versions != versions:
+        cached = _CACHE[module] = _Cached(_quantize(module), versions, list(map(weakref.ref, parameters)))
     return cached.experts
 
 
@@ -359,7 +350,7 @@ def quantize_model_(
         # The names stay, as parameters that are None, for code that looks for them.
         for parameter in _parameters(module):
             module.register_parameter(parameter, None)
-        object.__setattr__(module, _CACHE, None)
+        _CACHE.pop(module, None)
         module.add_module(_OWNED, experts)
         module.register_forward_pre_hook(_refuse_other_forward)
         module.register_load_state_dict_pre_hook(_refuse_originals)

@@ -22,7 +22,7 @@ from forked import Child
 from safetensors.torch import load_file, save_file
 
 import hybrid_mxfp8 as mx
-from hybrid_mxfp8.checkpoint import atomic, convert
+from hybrid_mxfp8.checkpoint import convert, writer
 from hybrid_mxfp8.checkpoint import reader as checkpoint
 from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter
 
@@ -274,9 +274,9 @@ def test_a_disk_that_fails_at_last(step: str, code: int, tmp_path: Path, monkeyp
     monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
     with (
         pytest.raises(OSError, match=f"can't be written: {os.strerror(code)}: .*m.safetensors") as caught,
-        SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w", "U8", (4,))], {}) as writer,
+        SafetensorsWriter(tmp_path / "m.safetensors", [Entry("w", "U8", (4,))], {}) as opened,
     ):
-        writer.append("w", torch.zeros(4, dtype=torch.uint8))
+        opened.append("w", torch.zeros(4, dtype=torch.uint8))
     assert caught.value.errno == code
     assert list(tmp_path.iterdir()) == []
 
@@ -364,14 +364,14 @@ def test_what_is_to_be_replaced_stays_until_then(folder: Path, number: signal.Si
 def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path) -> None:
     """In a container the next process often has the last one's number. A living one's stay."""
     process = os.getpid() if own else Child(os.getpid).result()
-    prefix = atomic._prefix(tmp_path / "out")
-    left = tmp_path / f"{prefix}{process}{atomic.SUFFIX}"
+    prefix = writer._prefix(tmp_path / "out")
+    left = tmp_path / f"{prefix}{process}{writer.SUFFIX}"
     (left / "deep").mkdir(parents=True)
     others = [
-        tmp_path / f"{prefix}{os.getppid()}{atomic.SUFFIX}",
-        tmp_path / f".out.another-host-{process}{atomic.SUFFIX}",
-        tmp_path / f".other{prefix}{process}{atomic.SUFFIX}",
-        tmp_path / f"{prefix}1x{atomic.SUFFIX}",
+        tmp_path / f"{prefix}{os.getppid()}{writer.SUFFIX}",
+        tmp_path / f".out.another-host-{process}{writer.SUFFIX}",
+        tmp_path / f".other{prefix}{process}{writer.SUFFIX}",
+        tmp_path / f"{prefix}1x{writer.SUFFIX}",
     ]
     for other in others:
         other.mkdir()
@@ -381,11 +381,11 @@ def test_leftovers_are_cleared(folder: Path, own: bool, tmp_path: Path) -> None:
 
 
 def test_one_result_is_written_once_at_a_time(tmp_path: Path) -> None:
-    with atomic.atomic_write(tmp_path / "m") as path:
+    with writer.atomic_write(tmp_path / "m") as path:
         path.touch()
         with (
             pytest.raises(ValueError, match="m: is being written by this process already"),
-            atomic.atomic_write(tmp_path / "m"),
+            writer.atomic_write(tmp_path / "m"),
         ):
             pass
         assert path.exists()
@@ -400,7 +400,7 @@ def test_a_folder_that_cannot_take_its_place(folder: Path, tmp_path: Path, monke
     rename = Path.rename
 
     def fail(path: Path, to: Path) -> Path:
-        if path.name.endswith(atomic.SUFFIX):
+        if path.name.endswith(writer.SUFFIX):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(path, to)
 
