@@ -34,7 +34,7 @@ def build(folder: Path, *flags: str) -> None:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler for the fake driver")
-    include = launcher._package("triton") / "backends/nvidia/include"
+    include = launcher._headers("triton", "triton", "backends/nvidia/include", "cuda.h")
     source = Path(__file__).with_name("fakecuda.c")
     command = [compiler, "-O1", "-shared", "-fPIC", source, f"-I{include}", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([*command, *flags, "-o", folder / "libcuda.so.1"], check=True)
