@@ -60,8 +60,9 @@ def test_a_run(behaviour: str, said: str, fault: str | None, tmp_path: Path, mon
     for name, text in stand_ins.items():
         script(tmp_path / "bin" / name, f"#!/bin/bash\n{text}\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    words = ["--tools", "memcheck", "--out", tmp_path, "--pytest", tmp_path / "bin" / "pytest", "--limit", "2"]
-    assert sanitize.main([str(word) for word in words]) == (0 if fault is None else 1)
+    monkeypatch.setattr(sanitize, "PYTEST", [str(tmp_path / "bin" / "pytest")])
+    words = ["--tools", "memcheck", "--out", str(tmp_path), "--limit", "2"]
+    assert sanitize.main(words) == (0 if fault is None else 1)
     page = (tmp_path / "sanitizers_h100.md").read_text()
     assert "driver 575.1" in page
     assert (fault or "- memcheck: 1 tests passed, 0 errors, 0 of 1 processes failed or cut") in page

@@ -172,9 +172,12 @@ def environment(threads: int) -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **changes}
 
 
-def collect(pytest: str, env: Mapping[str, str]) -> list[str]:
+PYTEST = (sys.executable, "-m", "pytest")  # a script that starts the interpreter would not be instrumented
+
+
+def collect(env: Mapping[str, str]) -> list[str]:
     """Ids of the tests that are marked for this."""
-    asked = [pytest, "--collect-only", "-q", "-m", "sanitizer", "tests"]
+    asked = [*PYTEST, "--collect-only", "-q", "-m", "sanitizer", "tests"]
     done = subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     ids = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
     if done.returncode or not ids:
@@ -221,13 +224,13 @@ class Result:
         return Counter(counted, tests=len(self.job.tests), errors=errors, processes=1, bad=bad, seconds=self.seconds)
 
 
-def run_job(job: Job, sanitizer: str, pytest: str, env: Mapping[str, str], limit: float) -> Result:
+def run_job(job: Job, sanitizer: str, env: Mapping[str, str], limit: float) -> Result:
     """Run a job to its end or its time limit."""
     started = time.monotonic()
     status: int | None = None
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
-        argv = [pytest, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
+        argv = [*PYTEST, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
         if job.tool != PLAIN:
             options = {"--tool": job.tool} | OPTIONS | (MEMCHECK_OPTIONS if job.tool == "memcheck" else {})
             argv = [sanitizer, *itertools.chain(*options.items()), *argv]
@@ -340,20 +343,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the report")
-    parser.add_argument("--pytest", default=str(Path(sys.executable).with_name("pytest")))
     options = parser.parse_args(arguments)
     sanitizer = find_sanitizer()
     machine = describe_machine(sanitizer)
     capability = tuple(map(int, machine["compute capability"].split(".")))
     env = environment(max(1, (os.cpu_count() or 1) // options.jobs))
-    tests, expected = collect(options.pytest, env), expected_kernels(capability)
+    tests, expected = collect(env), expected_kernels(capability)
     if options.files:
         tests, expected = [t for t in tests if any(name in t.split("::")[0] for name in options.files)], set()
 
     results: list[Result] = []
     for jobs in (split(PLAIN, tests), [job for tool in options.tools for job in split(tool, tests)]):
         with ThreadPoolExecutor(options.jobs) as pool:
-            results += pool.map(lambda job: run_job(job, sanitizer, options.pytest, env, options.limit), jobs)
+            results += pool.map(lambda job: run_job(job, sanitizer, env, options.limit), jobs)
     if not any(CONTROL_KERNEL in result.found.dispatch for result in results):
         for result in results:
             result.found.dispatch.clear()  # so that they are errors
