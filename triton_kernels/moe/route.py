@@ -163,7 +163,7 @@ class RouteConfig:
     num_warps: int
 
 
-ONE_LAUNCH_MAX_SLOTS = 2048  # for 128 and 256 experts 3.5 and 5.2 µs on an H200; three launches 4.2 and 4.5
+ONE_LAUNCH_MAX_SLOTS = 2048  # 3.5 and 5.2 µs for 128 and 256 experts on an H200; three launches 4.3 and 4.5
 
 
 def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
@@ -171,9 +171,9 @@ def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfi
 
     Histograms are of at least as many slots as a program has threads, so that they hold none twice.
     The rank kernel's programs are small, so that few slots still spread over many SMs. The scatter
-    kernel compares slots of its block with each other alone; small blocks are many rows to sum,
-    which takes less: with 256 of them 4096, 16384 and 65536 slots took 7.1, 8.5 and 19.9 µs on an
-    H200, with 64 4.3, 4.9 and 10.6. In the interpreter a program costs milliseconds: few, large
+    kernel compares the slots of a block with each other. Small blocks are more rows to sum, and
+    still take less: 8192, 16384 and 65536 slots of 128 experts 5.1, 5.2 and 10.8 µs on an H200, in
+    blocks of 256 8.4, 8.5 and 19.9. In the interpreter a program costs milliseconds: few, large
     ones.
     """
     if num_slots <= ONE_LAUNCH_MAX_SLOTS:
