@@ -98,12 +98,13 @@ def entries(folder: Path) -> list[Entry]:
 def _about(kind: str, path: Path) -> str:
     if kind in ("module", "launcher"):
         module = Module(path)
-        if not module.intact():
+        m = module.manifest() if module.intact() else {}
+        said = ("name", "arch", "cutlass", "nvcc") if kind == "module" else ("sha256",)
+        if not all(isinstance(m.get(key), str) for key in said):
             return f"{path.name}, {module.trust_problem() or 'damaged'}"
-        m = module.manifest()
         if kind == "launcher":
             return f"makes kernel launches, by {m.get('compiler')}"
-        return f"{m.get('name')} for {m.get('arch')}, CUTLASS {m.get('cutlass')}, nvcc {m.get('nvcc')}"
+        return f"{m['name']} for {m['arch']}, CUTLASS {m['cutlass']}, nvcc {m['nvcc']}"
     if kind == "verification":
         name, r = path.name.partition("-")[0], verify.read_record(path)
         if r is None:

@@ -312,3 +312,9 @@ def test_damage_is_seen_and_mended(toolkit: FakeToolkit, how: str) -> None:
     modules = [entry["about"] for entry in doctor.cached(env.cache_dir())["cached"] if entry["kind"] == "module"]
     assert modules == [f"toy for {toolkit.source.arch}, CUTLASS 4.2.0, nvcc 13.0.88"]
     assert toolkit.leftovers() == [] or how == "the module is a file"
+
+
+def test_a_manifest_that_says_too_little_is_listed_as_damaged(toolkit: FakeToolkit) -> None:
+    built = jit.build(toolkit.source)
+    rewrite(MANIFEST, lambda text: text.replace(b'"nvcc"', b'"other"'))(built)
+    assert [entry["about"] for entry in doctor.cached(env.cache_dir())["cached"]] == [f"{built.folder.name}, damaged"]
