@@ -37,7 +37,7 @@ TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 CONFIGS = tuple(
     select_hopper_fp8_config(*given) for given in ((1, 1, False), (32, 1, False), (1000, 1, False), (1000, 1, True))
 )
-"""Each that is ever chosen."""
+"""Each tile that is ever chosen, the widest for squares, too."""
 
 
 def launch(x: mx.GroupedMXFP8, w: mx.ExpertWeights, y: torch.Tensor, config: HopperFp8Config) -> Callable[[], None]:

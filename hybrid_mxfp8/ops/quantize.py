@@ -293,6 +293,6 @@ def quantize_weights(
         sizes = (rows, num_experts, k, rows, w.stride(1))
         problem = QuantizeProblem(*sizes, scale_rounding, None, "uniform", w.stride(0), scale_group)
         steps = quantizer.quantize(problem, QuantizeBuffers(source, *target)) if rows else ()
-        plan = PLANS.make(signature, (), lambda: Plan(w.device, operands, steps))
+        plan = PLANS.make(signature, (), functools.partial(Plan, w.device, operands, steps))
     plan.run(w, values, scales)
     return ExpertWeights(values, scales, scale_group)

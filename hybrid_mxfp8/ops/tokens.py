@@ -132,6 +132,6 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None)
         places, weights = operands.add("rows", rows), operands.add("weights", ones)
         given = (source, places, places, weights, None, target, out.stride(0))
         steps = choose_quantizer(y.device, backend).combine(*given)
-        plan = PLANS.make(signature, (), lambda: Plan(y.device, operands, steps))
+        plan = PLANS.make(signature, (), functools.partial(Plan, y.device, operands, steps))
     plan.run(out, y, rows, ones)
     return out

@@ -66,14 +66,15 @@ def test_every_tensor(source: Path, tensors: Tensors, rounding: str, cpu_backend
 
 @pytest.mark.parametrize("elements", [96, 96 * 7, 2**22], ids=["a row a block", "blocks with a rest", "one block"])
 def test_blocks_of_rows(source: Path, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do not show in the result; progress is told in bytes of the source."""
+    """Seen neither in the result nor in what it lost; progress is in bytes of the source."""
     told: list[tuple[str, int]] = []
     options, target = convert.Options(ALL[1:]), tmp_path / "blocks.safetensors"
     with checkpoint.Checkpoint(source) as opened:
         planned = convert.plan(opened, options)
-        convert.convert(opened, planned, tmp_path / "whole.safetensors", options)
+        whole = convert.convert(opened, planned, tmp_path / "whole.safetensors", options)
         monkeypatch.setattr(convert, "BLOCK_ELEMENTS", elements)
-        convert.convert(opened, planned, target, options, lambda *said: told.append(said))
+        parts = convert.convert(opened, planned, target, options, lambda *said: told.append(said))
+    assert parts == pytest.approx(whole)
     assert (tmp_path / "whole.safetensors").read_bytes() == target.read_bytes()
     rows = min(24, max(1, elements // 64))
     assert next(size for name, size in told if name == MATRICES[0]) == rows * 64 * 2
@@ -125,6 +126,9 @@ def test_summary_counts_bytes_and_finds_the_worst(
     before = 2 * (3 * 40 * 96 + 3 * 24 * 64)
     after = before / 2 * 33 / 32
     assert f"4 expert tensors to MXFP8, {before / 1024:.2f} KiB -> {after / 1024:.2f} KiB (0.52x)" in said
+    files = (load_file(tmp_path / f"{name}.safetensors").values() for name in ("in", "out"))
+    sizes = [f"{sum(t.nbytes for t in file) / 1024:.2f} KiB" for file in files]
+    assert f"all tensors {sizes[0]} -> {sizes[1]}\n" in said
     assert f"worst signal-to-noise 24.6 dB, in {MATRICES[1]}" in said
     assert f"2 matching vectors and biases stay as they were, {KEPT[0]} among them" in said
 

@@ -84,3 +84,6 @@ def test_layout_attributes(device: str) -> None:
     assert groups.tokens_per_expert.tolist() == [3, 0, 130]
     assert groups.expert_offsets.tolist() == [0, 3, 3, 133]
     assert groups.scale_offsets.tolist() == [0, 128, 128, 384]
+    same = torch.tensor([1, 2, 4], device=device)  # is read as what it is said to be, call after call
+    assert mx.GroupLayout.from_counts(same, 7).tokens_per_expert.tolist() == [1, 2, 4]
+    assert mx.GroupLayout.from_ends(same, 7).tokens_per_expert.tolist() == [1, 1, 2]
