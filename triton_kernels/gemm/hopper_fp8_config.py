@@ -17,7 +17,7 @@ class HopperFp8Config:
 
     block_t: int  # tokens of a tile: 32, 64 or 128
     num_stages: int  # of the ring; each warpgroup multiplies one, and waits for the next meanwhile
-    squares: bool = False  # weights have one scale for 128x128: a whole tile's tokens are rows
+    squares: bool = False  # weights have one scale for 128x128: 128 tokens of a whole tile are rows
 
     @property
     def w_words(self) -> int:

@@ -163,7 +163,7 @@ class RouteConfig:
     num_warps: int
 
 
-ONE_LAUNCH_MAX_SLOTS = 2048  # 3.5 and 5.2 µs for 128 and 256 experts on an H200; three launches 4.3 and 4.5
+ONE_LAUNCH_MAX_SLOTS = 2048  # they take 3.5 and 5.2 µs for 128 and 256 experts on an H200; three launches 4.3 and 4.5
 
 
 def select_route_config(num_slots: int, interpreted: bool = False) -> RouteConfig:
