@@ -159,9 +159,12 @@ OPTIONS = {
     "--show-backtrace": "no",  # the host's is of Python's interpreter
     "--print-limit": "100",
 }
-MEMCHECK_OPTIONS = {
-    "--padding": "256",  # so that what leaves a buffer does not land in the next one
-    "--report-api-errors": "no",  # some calls are to fail; the launcher and PyTorch raise for the others
+TOOL_OPTIONS = {
+    "memcheck": {
+        "--padding": "256",  # so that what leaves a buffer does not land in the next one
+        "--report-api-errors": "no",  # some calls are to fail; the launcher and PyTorch raise for the others
+    },
+    "racecheck": {"--racecheck-num-workers": "1"},  # else as many threads as cores, each job: they starve each other
 }
 
 
@@ -233,7 +236,7 @@ def run_job(job: Job, sanitizer: str, env: Mapping[str, str], limit: float) -> R
         record = Path(folder) / "record.json"
         argv = [*PYTEST, "-p", "launched", "-p", "no:cacheprovider", "--launched", str(record), "-q", *job.tests]
         if job.tool != PLAIN:
-            options = {"--tool": job.tool} | OPTIONS | (MEMCHECK_OPTIONS if job.tool == "memcheck" else {})
+            options = {"--tool": job.tool} | OPTIONS | TOOL_OPTIONS.get(job.tool, {})
             argv = [sanitizer, *itertools.chain(*options.items()), *argv]
         # A session of its own, so that the limit ends sanitizer, tests and their compilers alike.
         process = subprocess.Popen(
