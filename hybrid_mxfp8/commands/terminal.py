@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 WIDTH = 100
 
@@ -42,5 +42,8 @@ def size(num_bytes: int) -> str:
 def progress(total: float, **options: Any) -> Iterator[tqdm[Any]]:
     """A tqdm bar on stderr, drawn only where that is a terminal, gone when done, and with log lines
     above it; ``options`` as tqdm's."""
+    from tqdm import tqdm  # so that doctor runs where it is missing
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     with logging_redirect_tqdm(), tqdm(total=total, leave=False, disable=None, dynamic_ncols=True, **options) as bar:
         yield bar

@@ -1,6 +1,6 @@
 """``moe_forward``: an MoE layer from the router's choices to the weighted sum, with no host sync.
 
-Six launches for up to 4096 choices in a batch, eight for more, one more for ``w13_bias``, and one
+Six launches for up to 2048 choices in a batch, eight for more, one more for ``w13_bias``, and one
 more for each product whose kernel needs another before it (the cutlass backend, the Hopper kernel).
 """
 

@@ -129,6 +129,7 @@ def test_summary_counts_bytes_and_finds_the_worst(
     files = (load_file(tmp_path / f"{name}.safetensors").values() for name in ("in", "out"))
     sizes = [f"{sum(t.nbytes for t in file) / 1024:.2f} KiB" for file in files]
     assert f"all tensors {sizes[0]} -> {sizes[1]}\n" in said
+    assert "model.layers.*.mlp.experts.*.down_proj.weight (3), " in said
     assert f"worst signal-to-noise 24.6 dB, in {MATRICES[1]}" in said
     assert f"2 matching vectors and biases stay as they were, {KEPT[0]} among them" in said
 

@@ -67,7 +67,7 @@ def test_every_fact_is_in_the_page() -> None:
 @pytest.mark.parametrize("missing", [True, False])
 def test_works_without_triton(missing: bool, asked: str, tmp_path: Path) -> None:
     """A whole layer, and the command, which gives the reason: it is missing, or broken."""
-    before = "import sys; sys.modules['triton'] = None\n" if missing else ""
+    before = "import sys; sys.modules['triton'] = sys.modules['tqdm'] = None\n" if missing else ""
     reason = "is not installed: pip install triton" if missing else "can't be imported: GLIBCXX_3.4.99 not found"
     broken = tmp_path / "packages" / "triton" / "__init__.py"
     broken.parent.mkdir(parents=True)
