@@ -295,7 +295,7 @@ class ExpertWeights(_Operand):
         for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):
             before = dequantize(self.values[e], linear, torch.float64)
             change = dequantize(new.values[e], new_linear, torch.float64).sub_(before)
-            power += float(before.square_().nansum())
+            power += float(before.masked_fill_(change.isnan(), 0).square_().sum())
             noise += float(change.square_().nansum())
         return new, decibels(power, noise)
 
