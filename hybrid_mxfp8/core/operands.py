@@ -282,6 +282,7 @@ class ExpertWeights(_Operand):
         groups of 32.
 
         Raises:
+            TypeError: ``squares`` is no bool.
             ValueError: ``scale_group`` is neither 32 nor 128, squares of 32 are asked for, or
                 weights on meta.
         """
