@@ -301,4 +301,5 @@ def _destinations(topk_ids: torch.Tensor, num_experts: int, ranks: int) -> tuple
     same = owner.unsqueeze(2) == owner.unsqueeze(1)
     repeated = same.tril(-1).any(2)
     places = row.t().gather(1, owner.clamp_max(ranks - 1))
-    return goes, torch.where(valid & ~repeated, places, -1).to(torch.int32)
+    # Row by row, as kernels read it: the result of an operator has its inputs' strides.
+    return goes, torch.where(valid & ~repeated, places, -1).to(torch.int32).contiguous()

@@ -186,7 +186,9 @@ def _check_source(checkpoint: Checkpoint, tensor: Tensor) -> None:
         raise ValueError(f"{place}: dtype must be BF16, F16 or F32, got {dtype}: {hint}")
     if len(shape) > 3:
         raise ValueError(f"{place}: must have shape (N, K) or (E, N, K), got {shape}")
-    if not math.prod(shape) or shape[-1] % BLOCK_SIZE:
+    if 0 in shape:
+        raise ValueError(f"{place}: must have no empty dimension, got {tensor.entry.shape}")
+    if shape[-1] % BLOCK_SIZE:
         which = f"its {'second' if tensor.transposed else 'last'} dimension"
         raise ValueError(
             f"{place}: must have K, {which}, a positive multiple of {BLOCK_SIZE}, got {tensor.entry.shape}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from hybrid_mxfp8.checkpoint.writer import Entry
-from hybrid_mxfp8.core.checks import check_k, check_scale_group, check_shape, check_tensor
+from hybrid_mxfp8.core.checks import check_k, check_scale_group, check_shape, check_tensor, resolve_device
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div, padded_scale_rows, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights
 from hybrid_mxfp8.ops.quantize import quantize_weights
@@ -55,7 +55,7 @@ def quantize_fp8_blocks(
     *,
     scale_rounding: str = "rceil",
     scale_group: int = BLOCK_SIZE,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> ExpertWeights:
     """FP8 experts with a scale for each block of 128x128 to MXFP8, as ``quantize_weights`` would.
@@ -84,7 +84,7 @@ def quantize_fp8_blocks(
     check_k("values", k)
     check_scale_group(scale_group)
     check_shape("scales", scales, scales_shape(values.shape), dims)
-    device = values.device if device is None else device
+    device = values.device if device is None else resolve_device(device)
     out = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn, device=device)
     out_scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=device)
     for e in range(num_experts):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.terminal import progress
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
@@ -40,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile what is missing and verify what runs here; 0 if all is there and right."""
+    """Compile what is missing and verify what runs here; 0 if all is there and right, 1 if not, 2
+    with a line on stderr for a variable that is neither 0 nor 1."""
+    try:
+        env.trust_cache()
+    except ValueError as error:
+        print(f"warmup: {error}", file=sys.stderr)
+        return 2
     cutlass, cuda = toolchain.find_cutlass(), toolchain.find_cuda()
     print(f"CUTLASS {cutlass.version_string} from {cutlass.origin}, nvcc {cuda.version_string} at {cuda.home}")
     if cutlass.hint:

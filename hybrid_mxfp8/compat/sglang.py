@@ -224,7 +224,9 @@ def _layout(
             fail("expert_offsets", expected, expert_offsets.tolist())
         starts = blockscale_offsets.long()
         ends = starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
-        if (starts % SCALE_TILE_ROWS).any() or starts.amin() < 0 or ends.amax() > num_scale_rows:
+        first, order = starts[tokens > 0].sort()
+        shared = (first[1:] < ends[tokens > 0][order][:-1]).any()
+        if (starts % SCALE_TILE_ROWS).any() or starts.amin() < 0 or ends.amax() > num_scale_rows or shared:
             expected = f"must be multiples of 128 that leave each expert its rows among {num_scale_rows}"
             fail("blockscale_offsets", expected, blockscale_offsets.tolist())
     buffer = build_around(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)

@@ -152,10 +152,12 @@ def check_scale_rounding(value: Any) -> None:
         fail("scale_rounding", f"must be one of {', '.join(SCALE_ROUNDINGS)}", repr(value))
 
 
-def check_scale_group(value: Any, squares: bool = False) -> None:
+def check_scale_group(value: Any, squares: Any = False) -> None:
     """32, or 128: four blocks with one scale, in ``squares`` those of 128 rows."""
     if type(value) is not int or value not in SCALE_GROUPS:
         fail("scale_group", f"must be {' or '.join(map(str, SCALE_GROUPS))}", repr(value))
+    if not isinstance(squares, bool):
+        raise TypeError(f"squares: must be a bool, got {type(squares).__name__}")
     if squares and value != 128:
         fail("squares", "must be False for groups of 32", squares)
 

@@ -43,7 +43,8 @@ def decibels(power: float, noise: float) -> float:
     """``10 log10(power / noise)``; inf without noise, -inf without power."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(power / noise) if power else -math.inf
+    # Not of the quotient, which may be 0.
+    return 10 * (math.log10(power) - math.log10(noise)) if power else -math.inf
 
 
 def _check_pair(**tensors: torch.Tensor) -> None:

@@ -282,6 +282,7 @@ class ExpertWeights(_Operand):
         groups of 32.
 
         Raises:
+            TypeError: ``squares`` is no bool.
             ValueError: ``scale_group`` is neither 32 nor 128, squares of 32 are asked for, or
                 weights on meta.
         """
@@ -295,7 +296,7 @@ class ExpertWeights(_Operand):
         for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):
             before = dequantize(self.values[e], linear, torch.float64)
             change = dequantize(new.values[e], new_linear, torch.float64).sub_(before)
-            power += float(before.square_().nansum())
+            power += float(before.masked_fill_(change.isnan(), 0).square_().sum())
             noise += float(change.square_().nansum())
         return new, decibels(power, noise)
 

@@ -75,7 +75,9 @@ class MXFP8Experts(torch.nn.Module):
     them and ``module.to(torch.float16)`` leaves them as they are. Biases are buffers in the dtype
     they come in. ``load_state_dict`` takes values and scales as bytes or in the dtypes that they
     stand for, float8_e4m3fn and float8_e8m0fnu, and keeps the bytes; it refuses other dtypes, and
-    finds the weights' ``scale_group`` anew.
+    finds the weights' ``scale_group`` anew. So does the next eager call once a buffer has been
+    replaced or written in place, but for writes through ``.data``, NumPy or DLPack, which PyTorch
+    does not count: ``copy_`` to the buffer itself.
 
     Args:
         w13q: E experts of (2I, H), gate rows first, then up.

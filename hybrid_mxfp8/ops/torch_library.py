@@ -153,8 +153,8 @@ def _moe_forward(
 
 
 def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    x_dtype = others[13] if len(others) > 13 else None
-    return x.new_empty(x.shape, dtype=x_dtype or x.dtype)
+    x_scales, x_dtype = (*others[12:14], None, None)[:2]
+    return x.new_empty(x.shape, dtype=x.dtype if x_scales is None else x_dtype or torch.bfloat16)
 
 
 def _pack_tokens(
@@ -173,7 +173,7 @@ def _pack_tokens(
 def _pack_tokens_fake(
     x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None, num_records: int, *others: Any
 ) -> torch.Tensor:
-    record = TokenRecord(x.shape[1], 0 if topk_ids is None else topk_ids.shape[1])
+    record = TokenRecord(x.shape[1], 0 if topk_ids is None or topk_weights is None else topk_ids.shape[1])
     return x.new_empty(num_records, record.size, dtype=torch.uint8)
 
 

@@ -171,7 +171,7 @@ QUANTIZED = "w: dtype must be BF16, F16 or F32, got F8_E4M3: it is quantized alr
 REFUSED: dict[str, tuple[Tensors, tuple[str, ...], str]] = {
     "no match": (OTHERS, ("--experts", "*.expert.*"), "no matrix matches *.expert.* among attention.weight, mask, model.embed_tokens.weight, ..."),
     "K of 40": ({"w": torch.zeros(4, 40)}, W, "w: must have K, its last dimension, a positive multiple of 32, got (4, 40)"),
-    "no row": ({"w": torch.zeros(0, 32)}, W, "w: must have K, its last dimension, a positive multiple of 32, got (0, 32)"),
+    "no row": ({"w": torch.zeros(0, 32)}, W, "w: must have no empty dimension, got (0, 32)"),
     "four dimensions": ({"w": torch.zeros(2, 2, 2, 32)}, W, "w: must have shape (N, K) or (E, N, K), got (2, 2, 2, 32)"),
     "no scales": ({"w": E4M3}, W, QUANTIZED),
     "fp64": ({"w": torch.zeros(4, 32).double()}, W, "w: dtype must be BF16, F16 or F32, got F64: only those are converted, and FP8"),

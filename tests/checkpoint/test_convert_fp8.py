@@ -98,6 +98,7 @@ def test_on_each_backend_and_device(backend: str, device: str, rng: torch.Genera
         ({"scales": torch.ones(2, 136, 5)}, ValueError, r"^scales: must have shape \(E, ceil\(N/128\), ceil\(K/128\)\) = \(2, 2, 2\)"),
         ({"scales": torch.ones(2, 2, 2, device="meta")}, ValueError, "^scales: must be on cpu"),
         ({"scale_rounding": "up"}, ValueError, "^scale_rounding: "),
+        ({"device": "gpu"}, ValueError, "^device: must be a torch.device or the name of one, got 'gpu'$"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -39,6 +39,12 @@ def test_options_choose(built: list[str]) -> None:
     assert "grouped_gemm_1sm_128x64x128_fp16_sm100a" in built
 
 
+def test_a_variable_that_means_nothing_is_named(built: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HYBRID_MXFP8_TRUST_CACHE", "yes")
+    assert (warmup.run(parse()), built) == (2, [])
+    assert capsys.readouterr().err == "warmup: HYBRID_MXFP8_TRUST_CACHE: must be 0 or 1, got 'yes'\n"
+
+
 def test_by_default_every_configuration_in_bf16_that_is_not_there(built: list[str], monkeypatch, capsys) -> None:
     """A failure is told, and old headers; the rest is built."""
 

@@ -21,4 +21,4 @@ def test_signal_to_noise() -> None:
     a = torch.tensor([3.0, 4.0])
     assert mx.signal_to_noise_db(a, a) == float("inf")
     assert mx.signal_to_noise_db(a, a * 0.9) == pytest.approx(20, rel=1e-5)
-    assert mx.signal_to_noise_db(torch.zeros(2), a) == float("-inf")
+    assert mx.signal_to_noise_db(torch.zeros(2), a) == mx.signal_to_noise_db(a, a / 0) == float("-inf")

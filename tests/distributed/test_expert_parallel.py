@@ -90,8 +90,9 @@ def test_every_expert_is_on_one_rank(experts: int, size: int) -> None:
 def test_tokens_go_once_to_each_rank_of_their_experts(
     experts: int, size: int, top_k: int, rng: torch.Generator
 ) -> None:
-    ids = torch.randint(-2, experts + 2, (37, top_k), generator=rng)
+    ids = torch.randint(-2, experts + 2, (top_k, 37), generator=rng).t()
     goes, places = _destinations(ids, experts, size)
+    assert places.is_contiguous()
     owner = {e: rank for rank in range(size) for e in experts_of_rank(experts, rank, size)}
     rows = [(rank, m) for rank in range(size) for m in range(37) if any(owner.get(e) == rank for e in ids[m].tolist())]
     assert goes.nonzero().tolist() == [list(row) for row in rows]

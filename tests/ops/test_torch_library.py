@@ -47,7 +47,9 @@ def operands(backend: str, rng: torch.Generator) -> dict[str, tuple[Any, ...]]:
         "moe_forward": (layer.x, *moe, *plain),
         "moe_forward bias": (layer.x, *moe, layer.w13_bias, layer.w2_bias, "swiglu", backend),
         "moe_forward tokens": (tokens.values.view(torch.uint8), *moe, *plain, 32, 32, tokens.scales, torch.float16),
+        "moe_forward tokens of bf16": (tokens.values.view(torch.uint8), *moe, *plain, 32, 32, tokens.scales),
         "pack_tokens": (layer.x, layer.ids, layer.weights, 5, 3, backend),
+        "pack_tokens ids alone": (layer.x, layer.ids, None, 5, 3, backend),
     }
 
 

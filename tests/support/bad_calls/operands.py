@@ -80,6 +80,8 @@ BAD: list[Bad] = [
     tokens("tokens: groups of another T", ValueError, "^values: must have T = groups.num_tokens = 41 rows, got 40$", groups=layout(num_tokens=41)),
     *(row(f"{word}: scale_group 96", ValueError, "^scale_group: must be 32 or 128, got 96$", scale_group=96)
       for word, row in (("tokens", tokens), ("arrived", arrived), ("weights", experts))),
+    *(row(f"{word}: squares None", TypeError, "^squares: must be a bool, got NoneType$", scale_group=128, squares=None)
+      for word, row in (("regrouped", regrouped), ("weights", experts))),
     regrouped("regrouped: 64", ValueError, "^scale_group: must be 32 or 128, got 64$", scale_group=64),
     experts("weights: K = 33", ValueError, "^values: K must be a positive multiple of 32, got 33$", values=zeros(E, N, 33, dtype=E4M3)),
     experts("weights: linear scales", ValueError, r"^scales: must have shape \(E, roundup\(N, 128\), C\) = \(3, 128, 4\), got \(3, 24, 3\)$", scales=zeros(E, N, 3)),

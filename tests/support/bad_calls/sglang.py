@@ -64,6 +64,7 @@ METADATA: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("scale offsets off a tile", ValueError, "^blockscale_offsets: must be multiples of 128", {"blockscale_offsets": ints(0, 100, 128)}),
     ("scale offsets negative", ValueError, "^blockscale_offsets: must be multiples of 128", {"blockscale_offsets": ints(-128, 128, 128)}),
     ("scale offsets too far", ValueError, "^blockscale_offsets: must be multiples of 128 that leave each expert its rows", {"blockscale_offsets": ints(0, 128, 256)}),
+    ("scale offsets of another expert", ValueError, "^blockscale_offsets: must be multiples of 128 that leave each expert its rows", {"blockscale_offsets": ints(128, 0, 0)}),
     ("scale offsets huge", ValueError, "^blockscale_offsets: must be", {"blockscale_offsets": ints(0, 128, 2**31 - 128)}),
 ]  # fmt: skip
 
