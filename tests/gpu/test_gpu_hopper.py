@@ -93,10 +93,10 @@ def rows(kind: str, count: int, k: int, rng: torch.Generator) -> torch.Tensor:
 def in_groups_of_128(
     counts: Sequence[int], t: int, n: int, k: int, rng: torch.Generator, kind: str = "normal", squares: bool = False
 ) -> Operands:
-    """What the FP8 kernel takes."""
+    """What the FP8 kernel takes; bytes that the quantizer leaves are poison."""
     w = rows("normal", len(counts) * n, k, rng).view(len(counts), n, k) * k**-0.5
     groups = cases.layout(counts, t, "cuda")
-    xq = mx.quantize_grouped(rows(kind, t, k, rng), groups, scale_group=128)
+    xq = mx.quantize_grouped(rows(kind, t, k, rng), groups, scale_group=128, out=cases.poisoned_output(groups, k))
     return xq, mx.quantize_weights(w, scale_group=128).regrouped(128, squares=squares)[0]
 
 

@@ -214,10 +214,14 @@ class Result:
 
     job: Job
     seconds: float
-    output: str
     found: Findings
     ran: dict[str, Any]  # what ``launched`` wrote down, its tests' outcomes and kernels
     fault: str  # why its outcome does not count
+
+    @property
+    def clean(self) -> bool:
+        """Whether it came to its end and nothing was found."""
+        return not (self.fault or self.sums["failed"] or self.sums["errors"])
 
     @property
     def sums(self) -> Counter[str]:
@@ -261,9 +265,11 @@ def run_job(job: Job, sanitizer: str, env: Mapping[str, str], limit: float) -> R
         fault = "not every test ran"
     elif status != (ERROR_EXIT if found.reported else bool(ran["failed"])):
         fault = f"ended with status {status}"
-    result = Result(job, time.monotonic() - started, output, found, ran, fault)
+    result = Result(job, time.monotonic() - started, found, ran, fault)
     say = fault or f"{result.sums['errors']} errors, {result.sums['failed']} tests failed"
     print(f"{job.tool:<10} {job.file} {len(job.tests)} tests, {result.seconds:.0f} s: {say}", flush=True)
+    if not result.clean:  # at once: what is cut short later has said it
+        print(f"{found.places.most_common(5)}\n{output[-3000:]}", flush=True)
     return result
 
 
@@ -374,10 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = markdown(machine, reached, results, expected)
     report.write_text(page)
     print(page)
-    unclean = [result for result in results if result.fault or result.sums["failed"] or result.sums["errors"]]
-    for result in unclean:
-        print(f"==== {result.job.tool}, {result.job.file}: {result.fault or 'see below'}\n{result.output[-3000:]}")
-    return int(bool(unclean) or any(expected - kernels for kernels in reached.values()))
+    return int(not all(result.clean for result in results) or any(expected - k for k in reached.values()))
 
 
 if __name__ == "__main__":
