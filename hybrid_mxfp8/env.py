@@ -4,14 +4,14 @@
 | --- | --- | --- |
 | ``HYBRID_MXFP8_BACKEND`` | ``auto`` (default), ``cutlass``, ``triton``, ``reference`` | the backend where neither ``backend=`` nor ``use_backend()`` names one |
 | ``HYBRID_MXFP8_CONFIG`` | a configuration's name, as ``explain()`` prints it | forces that tile configuration of the CUTLASS backend |
-| ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch (Hopper and newer): each kernel of a call but its first starts, and waits on the GPU, while the one before still runs; ``0`` launches them one after another |
-| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``bf16``, ``0`` | on compute capability 9.0, the triton backend's warp-specialized kernels: the FP8 one for operands of scale group 128, else the bf16 one; bf16: that one for all; 0: the portable one |
-| ``HYBRID_MXFP8_VERIFY`` | ``1`` (default), ``0`` | whether a module of the CUTLASS backend is compared with the reference before its first use on a GPU |
-| ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, before any installed package |
+| ``HYBRID_MXFP8_PDL`` | ``1`` (default), ``0`` | programmatic dependent launch (Hopper and newer): each kernel of a call after the first starts while the one before still runs, and waits for it on the GPU; ``0`` launches them one after another |
+| ``HYBRID_MXFP8_HOPPER_GEMM`` | ``1`` (default), ``bf16``, ``0`` | on compute capability 9.0, the triton backend's GEMM kernel: 1: warp-specialized, in FP8 for operands of scale group 128, else in bf16; bf16: warp-specialized, always in bf16; 0: the portable kernel |
+| ``HYBRID_MXFP8_VERIFY`` | ``1`` (default), ``0`` | whether each CUTLASS module is compared with the reference before its first use on a GPU |
+| ``HYBRID_MXFP8_CUTLASS_DIR`` | a folder that holds ``include/cutlass`` | CUTLASS headers, in preference to any installed package |
 | ``HYBRID_MXFP8_CACHE_DIR`` | a folder | compiled modules; default ``$XDG_CACHE_HOME/hybrid_mxfp8``, else ``~/.cache/hybrid_mxfp8`` |
-| ``HYBRID_MXFP8_TRUST_CACHE`` | ``0`` (default), ``1`` | loads compiled modules whoever owns them or can write them; only for folders that nobody else can reach |
-| ``HYBRID_MXFP8_LOG`` | ``debug``, ``info``, ``warning``, ``error`` | the level of the logger ``hybrid_mxfp8``, whose lines then go to stderr where the program handles none |
-| ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, before ``nvcc`` on PATH |
+| ``HYBRID_MXFP8_TRUST_CACHE`` | ``0`` (default), ``1`` | ``1`` loads compiled modules whoever owns them or can write them; only for folders that nobody else can reach |
+| ``HYBRID_MXFP8_LOG`` | ``debug``, ``info``, ``warning``, ``error`` | the level of the logger ``hybrid_mxfp8``; its lines go to stderr unless the program has log handlers |
+| ``CUDA_HOME``, ``CUDA_PATH`` | a CUDA toolkit | the compiler of the CUTLASS backend, in preference to ``nvcc`` on PATH |
 | ``TRITON_INTERPRET`` | ``1`` | Triton's own variable: kernels run on the CPU through its interpreter |
 
 All are read at each call, so a change takes effect at once, except that Triton reads
