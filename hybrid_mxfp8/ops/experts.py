@@ -34,30 +34,30 @@ BYTES: Final[Mapping[str, torch.dtype]] = {
     "w2_values": torch.float8_e4m3fn,
     "w2_scales": torch.float8_e8m0fnu,
 }
-"""The buffers of :class:`MXFP8Experts` that hold bytes, and what those stand for."""
+"""The buffers of :class:`MXFP8Experts` that hold bytes, and the dtypes that they stand for."""
 
 
 def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """2I entries along ``dim`` < 0, gate and up interleaved, to all of gate, then those of up."""
+    """Reorder 2I entries along ``dim`` < 0: from gate and up in turns to all gate, then all up."""
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
 def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
-    """Groups of 128 to squares, in place, which Hopper's FP8 kernel multiplies faster; others as
-    they are."""
+    """Turn groups of 128 into squares, in place: Hopper's FP8 kernel multiplies those faster. Other
+    weights stay as they are."""
     return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
 
 
 class _Seen:
-    """Which tensor was looked at, and in which state: another one may lie at its address later. A
-    copy has seen none."""
+    """The tensor of scales that was examined, and its state then. It is known by identity, as
+    another one may get its address. A copy of this object has seen none."""
 
     def __init__(self, scales: torch.Tensor | None = None) -> None:
         self._scales = None if scales is None else weakref.ref(scales)
         self._state = None if scales is None else _state(scales)
 
     def is_as(self, scales: torch.Tensor) -> bool:
-        """Whether it was this one, neither written in place nor of other memory since."""
+        """Whether it was this tensor, with neither its memory nor its contents changed since."""
         return self._scales is not None and self._scales() is scales and self._state == _state(scales)
 
     def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
@@ -116,7 +116,7 @@ class MXFP8Experts(torch.nn.Module):
         check_biases(shape, w13_bias, w2_bias)
         check_workspace(workspace)
         requested(backend)
-        # Of each buffer of scales: when it was looked at, and what was found.
+        # Of w13 and w2: the scales that were examined, and the (group, squares) found.
         self._scalings: dict[str, tuple[_Seen, tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
             self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
@@ -150,9 +150,8 @@ class MXFP8Experts(torch.nn.Module):
             transposed: w13 is (E, H, 2I) and w2 (E, I, H).
             interleaved: gate and up rows of w13 and its bias alternate, gate first. gpt-oss is
                 both.
-            scale_group: 32 or 128, as in ``quantize_weights``; None: where the weights are on
-                Hopper, whose FP8 tensor cores know no block scales, squares of 128x128, and 32
-                elsewhere.
+            scale_group: 32 or 128, as in ``quantize_weights``. None: squares of 128x128 for weights
+                on Hopper, whose FP8 tensor cores know no block scales, else 32.
             options: as for the class.
 
         Raises:
@@ -191,8 +190,8 @@ class MXFP8Experts(torch.nn.Module):
         return self._weights("w2")
 
     def _weights(self, name: str) -> ExpertWeights:
-        """Anyone may have replaced a buffer: plans take them for contiguous, and the scales' group
-        and squares are looked for again where they may have changed."""
+        """Check and examine the buffers, which anyone may have replaced: plans assume that they are
+        contiguous, and scales that may have changed get their group and squares found again."""
         values, scales = getattr(self, f"{name}_values"), getattr(self, f"{name}_scales")
         check_contiguous(f"{name}_values", values)
         check_contiguous(f"{name}_scales", scales)
@@ -211,7 +210,7 @@ class MXFP8Experts(torch.nn.Module):
         return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, bias={bias}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As any module, but for the dtypes of bytes: copied by value, they would become others."""
+        """As of any module, but values and scales are copied as bytes, not converted to uint8."""
         *_, error_msgs = args
         for name, dtype in BYTES.items():
             key = prefix + name
@@ -224,7 +223,7 @@ class MXFP8Experts(torch.nn.Module):
                 error_msgs.append(f"{key}: dtype must be uint8 or {short(dtype)}, got {short(given.dtype)}")
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # Neither a tensor of inference mode nor a compiled call shows that its bytes have changed.
+        # Examined now: inference tensors and compiled calls don't show that bytes have changed.
         for name in ("w13", "w2"):
             self._scalings[name] = (_Seen(), (BLOCK_SIZE, False))
             if not is_tracing(getattr(self, f"{name}_scales")):

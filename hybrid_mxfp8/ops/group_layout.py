@@ -26,7 +26,7 @@ def build_around(
 
 
 def _run(function: str, read: dict[str, torch.Tensor], sizes: tuple[int, ...], *options: bool) -> torch.Tensor:
-    """What the quantizer's ``function`` of (read, layout, sizes, options) writes."""
+    """The layout that the quantizer's ``function`` writes, of (*read, layout, *sizes, *options)."""
     first = next(iter(read.values()))
     buffer = torch.empty(3 * first.shape[0] + 2, dtype=torch.int32, device=first.device)
     signature = (function, *options, *map(describe, read.values()))

@@ -30,8 +30,8 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
 
-    Equal calls give equal bytes. Within a configuration, which ``explain`` prints and which
-    depends on shapes alone, so do an expert's rows whatever the others are.
+    Equal calls give equal bytes. So do an expert's rows beside any other rows, as long as the
+    configuration is the same, which ``explain`` prints and shapes alone decide.
 
     Args:
         x: T tokens of K elements, sorted by expert.
@@ -104,14 +104,14 @@ def _signature(
 
 
 def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, int]:
-    """T, S, and bytes of a workspace that is given; else S once more."""
+    """T, S, and the bytes of ``workspace``, or S again where there is none."""
     num_scale_rows = x.scales.shape[0]
     return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
 
 
 def _plan(given: Any, problem: Problem, backend: str | None, *sizes: int) -> Plan:
-    """The launches of one product, of (x, its scales, three of the layout, w, its scales, out,
-    workspace or nothing), from Metadata of other T and S."""
+    """Plan one product, to run with the tensors that ``grouped_gemm`` lists. ``given`` is Metadata
+    of x, w and workspace; ``sizes`` are their T, S and bytes, in place of those there."""
     x, w, workspace = given
     num_tokens, num_scale_rows, workspace_bytes = sizes
     problem = problem._replace(num_tokens=num_tokens)
@@ -130,7 +130,7 @@ def _plan(given: Any, problem: Problem, backend: str | None, *sizes: int) -> Pla
         operands.add("w.scales", w.scales),
     )
     shape = (num_tokens, problem.n)
-    # One that is allocated for each call is aligned as PyTorch aligns.
+    # Aligned: checked if it is the caller's, else allocated by PyTorch.
     y = operands.buffer("out", problem.out_dtype, shape)
     memory = None
     if workspace is not None:
@@ -144,7 +144,7 @@ def _plan(given: Any, problem: Problem, backend: str | None, *sizes: int) -> Pla
 
 
 def _check_buffers(problem: Problem, out: torch.Tensor | None, workspace: torch.Tensor | None) -> None:
-    """Those of ``out`` and ``workspace`` that are given fit, but for the workspace's size."""
+    """Check the buffers that are given; :func:`_plan` checks the workspace's size."""
     if out is not None:
         checks.check_tensor("out", out, dtypes=(problem.out_dtype,), ndim=2, dims="(T, N)", device=problem.device)
         checks.check_shape("out", out, (problem.num_tokens, problem.n), "(T, N)")
@@ -169,7 +169,7 @@ def _gemm_traced(x: GroupedMXFP8, w: ExpertWeights, p: Problem, backend: str | N
 
 
 def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> int:
-    """Bytes of ``workspace`` that ``grouped_gemm`` of just these operands needs."""
+    """Bytes of ``workspace`` that ``grouped_gemm`` of these operands needs."""
     problem = _problem(x, w, out_dtype)
     return choose(problem).workspace_size(problem)
 
@@ -177,12 +177,12 @@ def grouped_gemm_bytes(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype
 def grouped_gemm_workspace_size(
     w: ExpertWeights, num_tokens: int, *, out_dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> int:
-    """Bytes of ``workspace`` that suffice for ``grouped_gemm`` of up to ``num_tokens`` rows, in
-    groups of 32 or of 128, by ``w``; 0 if none are needed.
+    """Bytes of ``workspace`` that suffice for ``grouped_gemm`` of ``w`` and up to ``num_tokens``
+    rows, whatever their ``scale_group``; 0 if none are needed.
 
-    A smaller batch may take another configuration, or where the choice is free another backend, and
-    need more than a larger one. So this may be more than a call of ``num_tokens`` rows needs, and a
-    call takes a workspace of what it needs itself.
+    A smaller batch may take another configuration, or another backend if none is named, and need
+    more than a larger one. So this may be more than a call of ``num_tokens`` rows needs. Each call
+    accepts a workspace of what it needs itself.
 
     Raises:
         TypeError: wrong type or dtype.

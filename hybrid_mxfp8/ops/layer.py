@@ -28,19 +28,17 @@ from hybrid_mxfp8.dispatch.registry import Ready, choose_quantizer, choose_ready
 
 
 class MoEShape(NamedTuple):
-    """All of an MoE layer that sizes its intermediates, but for the number of tokens. H and I are
-    ``hidden`` and ``intermediate``: tokens are (M, H), the weights (E, 2I, H) and (E, H, I).
-    ``scale_groups`` are those of x and w13, and of the activation and w2; ``squares``, whether w13
-    and w2 have one scale for 128x128."""
+    """What an MoE layer's intermediates depend on, except the number of tokens: tokens are (M, H),
+    the weights (E, 2I, H) and (E, H, I)."""
 
     experts: int
-    hidden: int
-    intermediate: int
+    hidden: int  # H
+    intermediate: int  # I
     top_k: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the tokens
     device: torch.device
-    scale_groups: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)
-    squares: tuple[bool, bool] = (False, False)
+    scale_groups: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)  # of x and w13; of the activation and w2
+    squares: tuple[bool, bool] = (False, False)  # whether w13, and w2, have one scale for 128x128
 
     def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
         """The two products for M = ``num_tokens``."""
@@ -79,15 +77,14 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
 
 
 def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
-    """That int32 counts the rows of M = ``num_tokens``, padded to scale tiles."""
+    """Check that the rows of M = ``num_tokens``, padded to scale tiles, fit int32."""
     rows = num_tokens * shape.top_k
     if rows + 127 * min(shape.experts, rows) > MAX_INT32:
         fail(name, "M * top_k, and each expert's padding, must fit int32", rows)
 
 
 def choose_backends(shape: MoEShape, num_tokens: int, backend: str | None) -> tuple[Quantizer, Ready, Ready]:
-    """Quantizer, router and combine, and the two products' backends; raises as
-    ``registry.choose``."""
+    """The quantizer, and the backends of both products; raises as ``registry.choose``."""
     up, down = (choose_ready(problem, backend) for problem in shape.problems(num_tokens))
     return choose_quantizer(shape.device, backend), up, down
 
@@ -107,7 +104,7 @@ class Arena(NamedTuple):
 
 
 def arena(shape: MoEShape, num_tokens: int, quantizer: Quantizer, up: Ready, down: Ready) -> Arena:
-    """The intermediates of M = ``num_tokens`` >= 1, in the first operand of a plan."""
+    """The places of the intermediates of M = ``num_tokens`` >= 1 in a plan's first operand."""
     rows = num_tokens * shape.top_k
     scale_rows = grouped_scale_rows(rows, shape.experts)
     size = 0
@@ -156,8 +153,8 @@ def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor 
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: Any, backend: str | None, num_tokens: int
 ) -> Plan:
-    """The launches of one layer, of (arena, out, x or its values, w13 and w2 with their scales,
-    ids, weights, and what is given of the biases and x's scales), from Metadata of another M."""
+    """Plan one layer for M = ``num_tokens`` in place of the M of ``inputs`` and ``out``, which are
+    Metadata. It runs with the arena, and then the tensors that ``moe._run`` lists."""
     check_rows("x", shape, num_tokens)
     quantizer, up_ready, down_ready = choose_backends(shape, num_tokens, backend)
     a = arena(shape, num_tokens, quantizer, up_ready, down_ready)
@@ -179,9 +176,9 @@ def plan_layer(
     layout = split_layout(a.layout, shape.experts)
     offsets = layout[1:]
     sizes = (up.num_tokens, shape.experts)
-    spread = QuantizeProblem(*sizes, up.k, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
-    if linear_scales is not None:
-        spread = spread._replace(scale_stride=linear_scales.stride(0))
+    stride = 0 if linear_scales is None else linear_scales.stride(0)
+    given = (up.k, num_tokens, rows.stride(0), "rceil")
+    spread = QuantizeProblem(*sizes, *given, scale_group=up.scale_group, scale_stride=stride)
     source = (up.num_tokens, up.n)
     activate = QuantizeProblem(*sizes, down.k, *source, "rceil", activation, scale_group=down.scale_group)
     tokens = QuantizeBuffers(x, *a.xq, None, *offsets, rows=a.inverse_permutation, ids=ids, x_scales=x_scales)

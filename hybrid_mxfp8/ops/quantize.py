@@ -43,15 +43,15 @@ def quantize_grouped(
             (E,) int32 or int64: then T is the number of rows of x or of ``row_index``, and for a
             decode batch no launch is spent on the layout, which the result holds.
         scale_rounding: ``rceil`` (no element saturates), ``floor`` (OCP) or ``even``.
-        scale_group: 32; or 128: the scale of four neighbouring blocks follows from the amax of them
-            all, as FP8 tensor cores want it of both operands. Still MXFP8, for every backend.
+        scale_group: 32; or 128: four neighbouring blocks get one scale, from the amax of all four.
+            FP8 tensor cores want that of both operands; it is MXFP8 that every backend takes.
         row_index: (T,) int32; output row t is source row ``row_index[t]``. An index outside 0 ..
             R-1 reads as zeros.
         activation: None; ``"swiglu"``: quantize ``silu(x[:, :K]) * x[:, K:]``, computed in fp32;
             ``"swigluoai"``, gpt-oss's, or another ``SwiGLU``.
-        out: an earlier result of the same shapes whose buffers are written instead of new ones;
-            go on with the result, since ``out.groups`` and ``out.scale_group`` stay those of the
-            earlier one. They must not overlap the inputs.
+        out: an earlier result of the same shapes whose buffers are written instead of new ones.
+            They must not overlap the inputs. Use what is returned from then on: ``out.groups`` and
+            ``out.scale_group`` stay those of the earlier result.
         backend: overrides ``use_backend()`` and HYBRID_MXFP8_BACKEND; ``cutlass`` quantizes with
             the Triton kernel.
 
@@ -208,8 +208,8 @@ def _check_out(out: GroupedMXFP8, p: QuantizeProblem, device: torch.device) -> N
 
 
 def _plan(rows: Any, out: tuple[Any, Any] | None, problem: QuantizeProblem, backend: str | None, *sizes: int) -> Plan:
-    """The launches of one quantization, of (x, scales, values, two offsets or counts and layout,
-    row_index or nothing), from Metadata of other R, T and S; ``out`` as (values, scales)."""
+    """Plan one quantization, to run with the tensors that :func:`_run` lists. ``rows`` and ``out``,
+    which is (values, scales), are Metadata; ``sizes`` are R, T and S, in place of those there."""
     x, groups, row_index = rows
     num_source_rows, num_tokens, num_scale_rows = sizes
     quantizer = choose_quantizer(x.device, backend)
@@ -295,4 +295,4 @@ def quantize_weights(
         steps = quantizer.quantize(problem, QuantizeBuffers(source, *target)) if rows else ()
         plan = PLANS.make(signature, (), functools.partial(Plan, w.device, operands, steps))
     plan.run(w, values, scales)
-    return ExpertWeights(values, scales, scale_group)
+    return ExpertWeights.unchecked(values, scales, scale_group)

@@ -21,10 +21,10 @@ _PACK, _SUM = object(), object()
 
 
 def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: str | None = None) -> MXFP8Tokens:
-    """Quantize tokens to MXFP8, to be sent to the ranks of their experts, and to be routed there.
+    """Quantize tokens to MXFP8 before they are sent to the ranks of their experts and routed there.
 
-    ``moe_forward`` of the result is that of x, bit for bit, if ``scale_group`` is that of w13q: 33
-    bytes instead of 64 are sent for 32 elements of bf16.
+    ``moe_forward`` gives the same bits for the result as for x if ``scale_group`` is w13q's. 32
+    elements take 33 bytes, in bf16 64.
 
     Args:
         x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride.
@@ -91,7 +91,7 @@ def pack_tokens(
 def check_tokens(
     x: torch.Tensor, topk_ids: torch.Tensor | None = None, topk_weights: torch.Tensor | None = None
 ) -> TokenRecord:
-    """That they can be packed; the record they take."""
+    """Check that tokens can be packed; returns the layout of their records."""
     checks.check_unquantized("x", x, "(M, H)")
     num_tokens, hidden = x.shape
     checks.check_k("x", hidden)
@@ -106,7 +106,7 @@ def check_tokens(
 def _plan_pack(
     tokens: tuple[torch.Tensor, ...], shape: tuple[int, int], num_experts: int, scale_group: int, backend: str | None
 ) -> Plan:
-    """The launch of (records of this shape, x, and ids and weights if there are any)."""
+    """The plan to run with (records, x, and the ids and weights if there are any)."""
     quantizer, operands = choose_quantizer(tokens[0].device, backend), Operands()
     target = operands.buffer("records", torch.uint8, shape)
     names = ("x", "topk_ids", "topk_weights")

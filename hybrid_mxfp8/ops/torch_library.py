@@ -16,8 +16,8 @@ functions refuse inputs that require grad.
 | ``pack_tokens`` | ``quantize_tokens``, and what ``ExpertParallelExperts`` sends | (R, bytes) uint8 |
 
 Values of e4m3 come out as their bytes (uint8) and go in as bytes or as float8_e4m3fn: PyTorch lacks
-the arithmetic on float8 with which opcheck compares. ``backend`` None means what is in force when
-the operator runs: ``use_backend()``, else the environment.
+the arithmetic on float8 with which opcheck compares. ``backend`` None means what ``use_backend()``,
+else the environment, says when the operator runs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ NAMESPACE = "hybrid_mxfp8"
 def _group_offsets(counts_or_ends: torch.Tensor, num_tokens: int, from_ends: bool) -> torch.Tensor:
     build = GroupLayout.from_ends if from_ends else GroupLayout.from_counts
     layout = build(counts_or_ends, num_tokens)
-    # A copy of what is already one buffer on a GPU: an operator must not return views of one
-    # another.
+    # A copy, even where all three are views of one buffer: an operator must not return such views.
     return torch.cat([layout.tokens_per_expert, layout.expert_offsets, layout.scale_offsets])
 
 
@@ -94,7 +93,7 @@ def _quantize_weights_fake(w: torch.Tensor, *others: Any) -> tuple[torch.Tensor,
 
 
 def _e4m3(name: str, values: torch.Tensor, ndim: int, dims: str) -> torch.Tensor:
-    """As float8_e4m3fn; checked first, as a view of another dtype would only change the shape."""
+    """``values`` as float8_e4m3fn; checked first: wider elements would change the view's shape."""
     check_tensor(name, values, dtypes=(torch.uint8, torch.float8_e4m3fn), ndim=ndim, dims=dims)
     return values.view(torch.float8_e4m3fn)
 
@@ -178,7 +177,7 @@ def _pack_tokens_fake(
 
 
 def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> torch.library.Library:
-    """Define operators by schema, real and fake; they live as long as what is returned."""
+    """Define operators by schema, real and fake; they live as long as the library returned."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema, (real, fake) in operators.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

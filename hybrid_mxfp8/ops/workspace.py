@@ -23,12 +23,12 @@ class MoEWorkspace:
     A call with it allocates nothing but its output. Layers that run one after another share one
     workspace.
 
-    Where a call comes on another stream than the one before, that stream waits for the earlier
-    one's work (an event, no sync of the host), so calls never overlap. Two threads at once are
-    refused. A call that is being captured into a CUDA graph waits for nothing. The graph keeps
-    using the memory, so the workspace must live as long, and where the graph is replayed is not
-    seen: replays and calls must follow one another, as they do on one stream. A workspace that is
-    used without graphs may be dropped while its calls are still queued.
+    A call on another stream than the last call's has its stream wait for that call (an event, no
+    sync of the host), so calls never overlap. Two threads at once are refused. A call that is being
+    captured into a CUDA graph waits for nothing. The graph goes on using the memory, so the
+    workspace must live as long, and nothing sees where the graph is replayed: replays and calls
+    must follow one another, as they do on one stream. A workspace that is used without graphs may
+    be dropped while its calls are still queued.
 
     A copy, by ``copy.deepcopy`` or pickle, in this process or another, allocates memory of its own
     for the same batches. It is on the original's device, or where the ``map_location`` of
@@ -40,8 +40,8 @@ class MoEWorkspace:
         max_tokens: the largest M, before routing.
         top_k: experts of a token.
         dtype: of the tokens: bf16, fp16 or fp32.
-        backend: as in ``moe_forward``; what another one that runs later, or weights of another
-            ``scale_group``, need beyond this is allocated once, and kept.
+        backend: as in ``moe_forward``. If a later call has another backend or ``scale_group`` and
+            needs more memory, that is allocated once and kept.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -71,10 +71,10 @@ class MoEWorkspace:
         self._arena = torch.empty(size, dtype=torch.uint8, device=self.shape.device)
         self._outgrown: list[torch.Tensor] = []  # CUDA graphs may still write them
         self._stream = None if self.shape.device.type != "cuda" else torch.cuda.current_stream(self.shape.device)
-        self._threads: dict[int, int] = {}  # of each process the thread inside a call: a fork's child has its own
+        self._threads: dict[int, int] = {}  # by process, as forks have their own: the thread inside a call
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs to allocate as much. No memory: processes would share it."""
+        """What a copy needs to allocate as much; not the memory, which processes would share."""
         place = self._arena.new_empty(0)  # torch.load moves it where map_location says
         return {"shape": self.shape, "max_tokens": self.max_tokens, "size": self._arena.numel(), "place": place}
 
@@ -96,12 +96,12 @@ class MoEWorkspace:
         return [self._arena, *self._outgrown]
 
     def check(self, shape: Any, num_tokens: int) -> None:
-        """That it holds M = ``num_tokens`` of a layer.
+        """Check that it is large enough for M = ``num_tokens`` of a layer.
 
         Raises:
             ValueError: a layer of another shape, or more tokens than ``max_tokens``.
         """
-        # What other groups need more is allocated once.
+        # Other scale groups are no other shape: what they need beyond this is allocated once.
         shape = shape._replace(scale_groups=self.shape.scale_groups, squares=self.shape.squares)
         if shape != self.shape:
             given = {f: v for f, v, own in zip(shape._fields, shape, self.shape, strict=True) if v != own}
@@ -125,7 +125,7 @@ class MoEWorkspace:
         try:
             if self._stream is not None:
                 self._wait_for_last_stream(self._stream)
-            if size > self._arena.numel():  # not always less for fewer rows, or another backend
+            if size > self._arena.numel():  # another backend, or fewer rows, may need more
                 self._outgrown.append(self._arena)
                 self._arena = torch.empty(size, dtype=torch.uint8, device=self.shape.device)
             yield self._arena
@@ -133,21 +133,20 @@ class MoEWorkspace:
             del self._threads[process]
 
     def _wait_for_last_stream(self, last: torch.cuda.Stream) -> None:
-        """Have the current stream wait for what was queued where this was used last."""
+        """Have the current stream wait for what is queued on ``last``, where this was used last."""
         device = self.shape.device
         if torch._C._cuda_getCurrentRawStream(device.index) == last.cuda_stream or is_capturing(device):
             return
         stream = torch.cuda.current_stream(device)
         stream.wait_stream(last)
-        # Else PyTorch gives the memory out again, once it is free, where it was allocated, and
-        # beside calls that are still queued here. What was allocated on this stream is not recorded
-        # by it.
+        # Else PyTorch would reuse the memory, once it is freed, on the stream that allocated it,
+        # while calls on this one are still queued. For memory of this stream this does nothing.
         for memory in self._memory():
             memory.record_stream(stream)
         self._stream = stream
 
 
 def check_workspace(workspace: object) -> None:
-    """None, or a MoEWorkspace."""
+    """Check that it is None or a MoEWorkspace."""
     if workspace is not None and not isinstance(workspace, MoEWorkspace):
         raise TypeError(f"workspace: must be a MoEWorkspace, got {type(workspace).__name__}")
