@@ -27,7 +27,7 @@ class Step(Protocol):
         ...
 
     def hooked(self) -> bool:
-        """Whether hooks, of a profiler say, must see each launch: only ``run`` calls them."""
+        """Whether hooks, such as a profiler's, are to see each launch: only ``run`` calls them."""
         ...
 
 
@@ -56,7 +56,7 @@ class Backend(NamedTuple):
     """One way to multiply."""
 
     name: str  # as users write it
-    made_for: Callable[[torch.device], bool]  # if it can't run there, a warning is due
+    made_for: Callable[[torch.device], bool]  # whether auto warns where it can't run on a device
     available: Callable[[torch.device], Support]  # whether it can run at all on a device
     can_run: Callable[[Problem], Support]  # whether it is available, and takes this problem
     workspace_size: Callable[[Problem], int]  # bytes that a call needs beside its output
@@ -67,8 +67,8 @@ class Backend(NamedTuple):
 
 class Quantizer(NamedTuple):
     """Quantization, and the other kernels around a product: ``reference`` says what each computes,
-    ``triton_kernels`` has the arguments by name. ``route_scratch`` is the int32 elements of route's
-    ``scratch``, of (choices, E); never more for fewer choices."""
+    ``triton_kernels`` has the arguments by name. ``route_scratch(choices, E)`` is the number of
+    int32 elements of route's ``scratch``; fewer choices never need more."""
 
     name: str  # of the backend whose package it comes from
     quantize: Callable[[QuantizeProblem, QuantizeBuffers], Steps]  # T and E at least 1

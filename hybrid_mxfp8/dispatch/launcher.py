@@ -101,7 +101,7 @@ def launch_words(
 
 
 def load() -> Launcher:
-    """The launcher, built if this machine has none yet; found out once in a process.
+    """The launcher, built if this machine has none yet; tried once in a process.
     LauncherUnavailableError says why there is none, and what to do."""
     found = _load_once()
     if isinstance(found, str):
@@ -110,10 +110,9 @@ def load() -> Launcher:
 
 
 def status() -> str:
-    """What becomes of launches here, in a line; nothing is built to find out."""
+    """Whether the launcher is built, can be built, or why not, in a line; nothing is built."""
     try:
         module, _ = _module()
-        check_trusted(module.folder.parent.parent, module.folder.parent)
         return "built" if module.intact() else f"not built yet; the first call on a GPU does, with {_compiler()}"
     except (BackendUnavailableError, LauncherUnavailableError) as error:
         return f"not available, Triton makes the launches, slower: {error}"
@@ -123,7 +122,6 @@ def status() -> str:
 def _load_once() -> Launcher | str:
     try:
         module, options = _module()
-        check_trusted(module.folder.parent.parent, module.folder.parent)
         if not module.intact():
             compiler = _compiler()
             build_once(module.folder, lambda folder: _compile(compiler, options, folder), module.intact)
@@ -134,13 +132,15 @@ def _load_once() -> Launcher | str:
 
 
 def _module() -> tuple[Module, tuple[str, ...]]:
-    """Where the launcher is kept, and what its compiler is told beside the source."""
+    """Where the launcher is kept, if code there may be loaded, and its compiler's options."""
     cuda = _headers("triton", "triton", "backends/nvidia/include", "cuda.h")
     tvm_ffi = _headers("apache-tvm-ffi", "tvm_ffi", "include", "tvm/ffi/c_api.h")
     options = (f"-I{cuda}", f"-I{tvm_ffi}", f"-L{tvm_ffi.parent / 'lib'}", "-ltvm_ffi", "-ldl")
     about = (FLAGS, platform.machine(), platform.libc_ver())
     key = digest(about, (SOURCE, cuda / "cuda.h", tvm_ffi / "tvm/ffi/c_api.h"))
-    return Module(env.cache_dir() / "launcher" / key), options
+    folder = env.cache_dir() / "launcher"
+    check_trusted(env.cache_dir(), folder)
+    return Module(folder / key), options
 
 
 def _headers(wheel: str, package: str, include: str, header: str) -> Path:

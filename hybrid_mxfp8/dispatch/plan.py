@@ -41,9 +41,9 @@ class Operand(NamedTuple):
 
     name: str  # the argument that an error names where this is written
     label: str  # what an error calls it where another is written over it
-    extent: int  # bytes from its first to behind its last
+    extent: int  # bytes from its first to the end of its last
     written: bool = False  # whether it must share no memory with the others
-    may_equal: int = -1  # the operand that it may be, address for address; -1 if none
+    may_equal: int = -1  # the operand that may have the same address; -1 if none
 
 
 class Operands(list[Operand]):
@@ -116,7 +116,7 @@ class Plan:
         self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
 
     def words(self) -> list[tuple[list[int] | None, Steps]]:
-        """Steps in runs: what the C launcher makes together, with its words, and what is called."""
+        """The steps in runs of launches that one program makes, with its words, and of calls."""
         runs: list[tuple[list[int] | None, Steps]] = []
         extents = [operand.extent for operand in self.operands]
         written = [(i, operand.may_equal) for i, operand in enumerate(self.operands) if operand.written]
@@ -136,9 +136,9 @@ class Plan:
         spans = [(t.data_ptr(), t.data_ptr() + o.extent) for t, o in zip(tensors, self.operands, strict=True)]
         for i, written in enumerate(self.operands):
             for j, other in enumerate(self.operands):
-                its_turn_comes = other.written and j > i
+                seen_from_other = other.written and j > i
                 may_equal = j == written.may_equal and spans[j][0] == spans[i][0]
-                if written.written and i != j and not its_turn_comes and not may_equal:
+                if written.written and i != j and not seen_from_other and not may_equal:
                     check_apart(written.name, spans[i], other.label, spans[j])
 
 
@@ -148,9 +148,9 @@ def _several_gpus() -> bool:
 
 
 def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
-    """All of a vector or matrix that a plan depends on but for the address, of which the alignment
-    counts, and the first dimension, which is one of the sizes: only whether that is ``rows``.
-    Raises TypeError: a fake tensor or another subclass that has no memory of its own."""
+    """What a plan depends on of a vector or matrix. Of the address only the alignment counts, and
+    of the first dimension, which is one of the sizes, only whether that is ``rows``. TypeError for
+    a fake tensor or another subclass that has no memory of its own."""
     if x is None:
         return None
     if not has_memory(type(x)):
@@ -161,12 +161,12 @@ def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hash
 
 
 def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
-    """The same of any tensor, with its shape."""
+    """What a plan depends on of any tensor, its whole shape included."""
     return None if x is None else (x.shape, describe_rows(x))
 
 
 def describe_operand(operand: GroupedMXFP8 | ExpertWeights, rows: int | None = None) -> tuple[Hashable, ...]:
-    """As :func:`describe`, or with ``rows`` :func:`describe_rows`, of contiguous tensors."""
+    """As :func:`describe` of weights, :func:`describe_rows` of tokens; both are contiguous."""
     values, scales = operand.values, operand.scales
     if not (has_memory(type(values)) and has_memory(type(scales))):
         raise TypeError("tensors without memory are described by no signature")
@@ -224,8 +224,8 @@ class PlanCache:
         return plan
 
     def make(self, signature: Hashable, sizes: tuple[int, ...], make: Callable[..., Plan]) -> Plan:
-        """The plan ``make(*sizes)``, kept unless the signature is None, and with it the template of
-        others. ``make`` holds no tensor, and all else that it depends on is in the signature."""
+        """The plan ``make(*sizes)``; unless the signature is None it is kept, with a template for
+        other sizes. ``make`` holds no tensor; all that it depends on is in the signature."""
         plan = make(*sizes)
         if signature is not None and plan.lasting:
             self._keep(self._plans, (signature, sizes), plan)

@@ -1,4 +1,4 @@
-"""Shapes, dtypes, options and the device of a job: all that a choice may depend on."""
+"""Shapes, dtypes, options and device of one step: all that the choice of a kernel depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.buffers import Buffer
 from hybrid_mxfp8.dispatch.device import capability
 
-Support = tuple[bool, str]  # whether a backend can, and why or what to do
+Support = tuple[bool, str]  # whether a backend can run something, and why, or what to do
 
 
 class Problem(NamedTuple):
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     out_dtype: torch.dtype
     device: torch.device
     scale_group: int = BLOCK_SIZE  # 128 if both operands have such groups; may be ignored
-    squares: bool = False  # if weights have one scale for 128x128, of use with groups of 128; may be ignored
+    squares: bool = False  # whether weights have one scale for 128x128; counts only with groups of 128
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -47,8 +47,8 @@ class GemmBuffers(NamedTuple):
 
 
 Grouping = Literal["offsets", "counts", "uniform"]
-"""Where rows of experts start: at the offsets of a layout; behind counts, which the quantizer sums
-up and writes down as a layout; or every expert has as many rows, as weights have."""
+"""How rows belong to experts: by the offsets of a layout; by counts, from which the quantizer also
+writes the layout; or the same number for each expert, as of weights."""
 
 
 class QuantizeProblem(NamedTuple):

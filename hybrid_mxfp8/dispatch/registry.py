@@ -13,7 +13,6 @@ import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -33,7 +32,7 @@ _backends = {"reference": reference_backend.BACKEND}
 
 
 def backend_of(name: str) -> Backend:
-    """The backend of this name; one that only says why where its package can't be imported."""
+    """The backend of this name; where its package can't be imported, one that only says why."""
     if name not in _backends:
         try:
             backend: Backend = importlib.import_module(f"hybrid_mxfp8.{name}_kernels.backend").BACKEND
@@ -90,12 +89,12 @@ def requested(backend: str | None) -> str:
 
 
 def settings(backend: str | None) -> tuple[object, ...]:
-    """All beside a call's arguments that its plan depends on. No name is checked here."""
+    """What a call's plan depends on beside the call's arguments. No name is checked here."""
     return backend, _override.get(), env.snapshot()
 
 
 def _cause(backend: str | None) -> str:
-    """How an error about the backend asked for begins: with the variable that asked."""
+    """How an error about the requested backend begins: with the variable, if that named it."""
     return "HYBRID_MXFP8_BACKEND: " if backend is None and _override.get() is None else ""
 
 
@@ -111,7 +110,7 @@ class Ready(NamedTuple):
 
     backend: Backend  # with what it needs compiled and verified
     workspace_bytes: int  # that the problem takes
-    lasting: bool  # whether it would be chosen again: none was passed over for this once
+    lasting: bool  # whether the next call would choose it, too: no other failed to get ready
 
 
 def choose_ready(problem: Problem, backend: str | None) -> Ready:
@@ -129,7 +128,7 @@ def choose_ready(problem: Problem, backend: str | None) -> Ready:
             failed[chosen.name] = str(error)
 
 
-def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, str] = MappingProxyType({})) -> Backend:
+def choose(problem: Problem, backend: str | None = None, failed: Mapping[str, str] = {}) -> Backend:
     """The backend that runs this; BackendUnavailableError if one asked for by name can't."""
     name = requested(backend)
     if name != AUTO:
@@ -176,7 +175,7 @@ def choose_quantizer(device: torch.device, backend: str | None = None) -> Quanti
 
 @functools.cache
 def _log_choice(what: str, name: str, device: torch.device, reason: str, passed_over: str) -> None:
-    """Log a choice; the cache makes that once for each different one."""
+    """Log a choice, and by the cache each different one once."""
     if passed_over:
         logger.warning("%s on %s falls back to backend %s (%s)", what, device, name, passed_over)
     else:
