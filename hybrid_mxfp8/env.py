@@ -30,7 +30,6 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -77,8 +76,8 @@ def in_force() -> dict[str, str]:
 
 
 def start() -> None:
-    """Once in a process, before the first choice of a backend and by the command line: set the
-    logger's level, and name variables of ours that mean nothing, misspelt as it seems."""
+    """Set the logger's level, and warn of variables of ours that don't exist, misspelt as it seems:
+    once in a process, at the first choice of a backend or by the command line."""
     with _STARTING:
         _start_once()
 
@@ -179,10 +178,9 @@ def search_path() -> list[Path]:
     return [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
 
 
-def child_environment(*, path_first: Sequence[Path] = (), **variables: str) -> dict[str, str]:
-    """The environment for a child process: ``path_first`` before PATH, ``variables`` set."""
-    path = os.pathsep.join([*map(str, path_first), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, **variables}
+def child_environment(**variables: str) -> dict[str, str]:
+    """The environment for a child process, with ``variables`` set."""
+    return {**os.environ, **variables}
 
 
 def triton_interpret() -> bool:

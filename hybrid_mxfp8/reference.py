@@ -87,8 +87,8 @@ def quantize_rows(
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
-    """What the kernel does for grouped rows: gather, activation, quantization, scales in their
-    places. An index outside 0 .. R-1 reads as zeros; outputs are those of :func:`write_grouped`."""
+    """What the kernel does for grouped rows: gather, activation, quantization, swizzled scales. An
+    index outside 0 .. R-1 reads as zeros; outputs are those of :func:`write_grouped`."""
     if row_index is not None:
         inside = (row_index >= 0) & (row_index < x.shape[0])
         rows = x[torch.where(inside, row_index, 0)] if x.shape[0] else x.new_zeros(row_index.shape[0], x.shape[1])
@@ -98,8 +98,8 @@ def quantize_rows(
 
 
 def source_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The token of each of T = ``num_rows`` rows, of the rows (M, top_k) of each token's choices,
-    -1 for none: (T,) int64, 0 for rows that are nobody's."""
+    """The token of each of T = ``num_rows`` rows, (T,) int64, 0 for a row of none: the inverse of
+    ``rows`` (M, top_k), the row of each token's choices, -1 for none."""
     flat = rows.reshape(-1).to(torch.int64)
     tokens = flat.new_zeros(num_rows + 1)  # one more for choices that are dropped
     tokens[torch.where(flat >= 0, flat, num_rows)] = torch.arange(flat.numel(), device=rows.device) // rows.shape[1]
@@ -115,7 +115,7 @@ def gather_rows(
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
-    """As :func:`quantize_rows`, of rows that are quantized."""
+    """As :func:`quantize_rows`, of rows that are quantized already."""
     values = x_values.view(torch.uint8)[row_index].view(torch.float8_e4m3fn)
     write_grouped(values, x_scales[row_index], expert_offsets, scale_offsets, out_values, out_scales)
 

@@ -12,7 +12,7 @@ from hybrid_mxfp8.core.checks import fail
 @dataclass(frozen=True)
 class SwiGLU:
     """``g * sigmoid(alpha * g) * (u + beta)`` of gate g and up u; with a limit, of min(g, limit)
-    and u cut on both sides.
+    and u cut to -limit .. limit.
 
     Without arguments it is SwiGLU itself, silu(g) * u (Shazeer, arXiv:2002.05202), which vLLM and
     SGLang call ``silu``. The experts of gpt-oss and MiniMax-M3 have alpha 1.702, beta 1 and limit
@@ -23,8 +23,8 @@ class SwiGLU:
         alpha: factor of the gate in the sigmoid, above 0.
         beta: added to up.
         limit: above 0, or None. A gate of +Inf and an infinite up become the limit; NaN stays NaN.
-        spec: the same as a string, which all functions that take a SwiGLU take, too: operators take
-            strings alone.
+        spec: the same as a string, as operators take it; every function that takes a SwiGLU takes
+            that, too.
 
     Raises:
         TypeError, ValueError: a number that is no float, not finite, or not above 0.
@@ -56,7 +56,7 @@ NAMED = {"swiglu": PLAIN_SWIGLU, "swigluoai": SwiGLU(1.702, 1.0, 7.0)}
 
 
 def swiglu_of(activation: Any, also: str = "") -> SwiGLU:
-    """The SwiGLU that ``activation`` stands for; ValueError names it, and ``also``."""
+    """The SwiGLU that ``activation`` stands for. ValueError says what it may be: ``also`` first."""
     if isinstance(activation, SwiGLU):
         return activation
     if isinstance(activation, str):

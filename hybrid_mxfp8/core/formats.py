@@ -29,7 +29,7 @@ SCALE_ROUNDING_BIAS: Final[dict[str, int]] = {
 """What is added to the fp32 bits of a block's amax before its exponent is taken."""
 
 SCALE_ROUNDINGS: Final = tuple(SCALE_ROUNDING_BIAS)
-SCALE_GROUPS: Final = (32, 128)  # elements of K whose blocks share one scale
+SCALE_GROUPS: Final = (32, 128)  # elements of K whose blocks have equal scales
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -60,7 +60,7 @@ def padded_scale_rows(rows: int) -> int:
 def grouped_scale_rows(num_tokens: int, num_experts: int) -> int:
     """S: the tightest bound on the sum over experts of roundup(tokens, 128) that needs no device
     data: at most min(E, T) experts have a token, and each of these wastes at most 127 rows."""
-    return (num_tokens + 127 * min(num_experts, num_tokens)) // SCALE_TILE_ROWS * SCALE_TILE_ROWS
+    return token_tiles_bound(num_tokens, num_experts, SCALE_TILE_ROWS) * SCALE_TILE_ROWS
 
 
 def token_tiles_bound(num_tokens: int, num_experts: int, block_t: int) -> int:

@@ -36,14 +36,13 @@ class GroupLayout(checks.Checked):
         scale_offsets: (E+1,) int32, exclusive prefix sum of roundup(tokens, 128), in rows.
         num_tokens: T, rows of the token matrix; at least the rows in use, more for a padded batch.
 
-    ``from_counts``, ``from_ends`` and ``from_indptr`` make one of what callers have. On
-    a CPU, where looking is free, numbers that are none of ``num_tokens`` rows are an error, with a
-    guess of what they are. On a GPU nothing looks, and the layout is valid whatever the data:
-    negative counts act as 0, ends that fall as empty experts, and rows beyond ``num_tokens`` are
-    cut off.
+    ``from_counts``, ``from_ends`` and ``from_indptr`` make one of what callers have. On a CPU,
+    where reading is free, numbers that don't fit ``num_tokens`` rows are an error, with a guess of
+    what they are. On a GPU they are not read, and the layout is valid whatever they are: negative
+    counts act as 0, ends that fall as empty experts, and rows beyond ``num_tokens`` are cut off.
 
-    One put together by hand must obey the same sums, which is checked on a CPU; on a GPU a layout
-    that does not gives wrong numbers, but leads no kernel outside its buffers.
+    One made of its three tensors must hold the same sums. A CPU checks that; on a GPU wrong sums
+    give wrong results, but lead no kernel outside its buffers.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device, or not contiguous;
@@ -156,7 +155,7 @@ class GroupLayout(checks.Checked):
 
 
 def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -> None:
-    """On a CPU, check that these are of ``form``; the error says of which other they may be."""
+    """On a CPU, check that numbers are of ``form``; the error says which other they may have."""
     if not given.is_cpu or checks.is_tracing(given):
         return
     numbers = given.tolist()
@@ -168,7 +167,7 @@ def check_numbers(name: str, given: torch.Tensor, num_tokens: int, form: Form) -
 
 
 def fault_of(numbers: Sequence[int], num_tokens: int, form: Form) -> str:
-    """What is expected of counts, ends or an indptr and not so; empty if nothing."""
+    """The rule of counts, ends or an indptr that the numbers break; empty if none."""
     if min(numbers, default=0) < 0:
         return "must be at least 0"
     if form == "counts":

@@ -3,11 +3,11 @@
 They lie in 128x4 tiles, the layout of CUTLASS and cuBLAS: ``formats.scale_offset`` states it for
 one scale, the functions here for tensors, of one matrix and of rows grouped by expert.
 
-A group of 128 is four neighbouring blocks of a row, from columns 0, 128, 256 and so on, with equal
-scales; in a square, moreover, those of 128 rows of weights, from row 0, 128, 256 and so on, are
-equal. That is plain MXFP8, which every backend takes, and of which FP8 tensor cores can sum 128
-elements before a scale is needed. Where K or N is no multiple of 128 the last groups and squares
-are smaller.
+A group of 128 is four neighbouring blocks of a row with equal scales, the first at column 0, 128,
+256 and so on. A square is 128 such groups of weights, one below the other, with equal scales, the
+first at row 0, 128, 256 and so on. Both are plain MXFP8, which every backend takes; FP8 tensor
+cores can sum 128 elements before a scale is needed. Where K or N is no multiple of 128 the last
+groups and squares are smaller.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def rows_in_use(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
 def _scale_rows_of_tokens(
     expert_offsets: torch.Tensor, scale_offsets: torch.Tensor, num_tokens: int, num_scale_rows: int
 ) -> torch.Tensor:
-    """For each of T rows its scale row among all padded experts, (T,) int64; S, one row more, for a
-    row that no expert owns. Never beyond that, whatever numbers a layout holds: on a GPU an index
+    """For each of T rows its scale row among all padded experts, (T,) int64; S, one past the last,
+    for rows that no expert owns. Never more than S, whatever the layout holds: on a GPU an index
     out of range would end the process."""
     rows = torch.arange(num_tokens, device=expert_offsets.device)
     expert = torch.searchsorted(expert_offsets[1:].to(torch.int64), rows, right=True)
@@ -178,15 +178,15 @@ def largest_of_group(of_blocks: torch.Tensor, scale_group: int, squares: bool = 
 
 
 def find_scale_group(linear: torch.Tensor) -> tuple[int, bool]:
-    """(group, squares) of scales (..., N, K/32) uint8: 128 where all blocks of each group have one
-    scale, else 32, and whether those of each square have, none above 1. Syncs."""
+    """(scale_group, squares) of scales (..., N, K/32) uint8: 128 if the scales of each group are
+    equal, else 32; and whether those of each square are equal and none is above 1. Syncs."""
     if is_tracing(linear) or not torch.equal(linear, largest_of_group(linear, 128)):
         return BLOCK_SIZE, False
     return 128, torch.equal(linear, largest_of_group(linear, 128, squares=True)) and at_most_one(linear)
 
 
 def at_most_one(scales: torch.Tensor) -> bool:
-    """Whether no scale (uint8) is above 2**0, but for NaN: times any other it fits fp32. Syncs."""
+    """Whether no scale (uint8) but NaN is above 2**0: products with others then fit fp32. Syncs."""
     return not bool(((scales > 127) & (scales != E8M0_NAN)).any())
 
 
@@ -194,9 +194,9 @@ def regroup(
     values: torch.Tensor, linear: torch.Tensor, scale_group: int, squares: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """values (N, K) e4m3 and row-major scales (N, K/32) uint8 with one scale a group or square, as
-    new tensors. That is the largest scale of its blocks; those of zeros don't count. Elements of
-    the other blocks become smaller by a power of two, and are rounded once if that takes them among
-    e4m3's subnormals. A block of scale 255 makes its group, or its square, NaN."""
+    new tensors. It is the largest scale of the blocks that are not all zeros. Elements of the other
+    blocks become smaller by a power of two, and are rounded once if that makes them subnormal. A
+    block of scale 255 makes its group, or its square, NaN."""
     codes = values.view(torch.uint8).unflatten(-1, (-1, BLOCK_SIZE))
     counts = (codes & 0x7F != 0).any(-1) | (linear == E8M0_NAN)
     shared = largest_of_group(torch.where(counts, linear, 0), scale_group, squares)

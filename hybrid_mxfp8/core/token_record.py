@@ -1,5 +1,5 @@
-"""What a token's bytes are while it travels to the ranks of its experts: one row, so that one
-collective moves all tokens, and no rank takes them apart before its kernels read them.
+"""A token's bytes on the way to the ranks of its experts: one row, so that one collective moves all
+tokens, and kernels read them as they arrive.
 
     | H elements, e4m3 | H/32 scales | top_k ids, int32 | top_k weights, fp32 |   to 16 bytes
 """
