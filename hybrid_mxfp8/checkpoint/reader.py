@@ -40,8 +40,8 @@ METADATA: Final = {
     "mxfp8.block": "1x32",
     "mxfp8.scale_layout": "linear",
 }
-"""What a file's header says beside ``format: pt``. A file without these is read by the convention;
-one with others is not."""
+"""What a file's header says beside ``format: pt``. A file may lack these, but one with other values
+is refused."""
 
 
 class Checkpoint:
@@ -302,7 +302,7 @@ def _stack_shape(checkpoint: Checkpoint, name: str, members: list[Member]) -> tu
 
 
 def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """The shape of a weight, once it and its scales are known to be MXFP8."""
+    """Check that a weight and its scales are MXFP8; returns its shape."""
     weight, place = checkpoint.entry(name), checkpoint.place(name)
     if weight.dtype != "F8_E4M3":
         hint = CONVERT_HINT if weight.dtype in ("BF16", "F16", "F32") else ""
@@ -332,7 +332,7 @@ def _check_pair(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 def _matrix(checkpoint: Checkpoint, name: str, index: int | None) -> torch.Tensor:
     """The bytes of one expert's matrix."""
-    tensor = checkpoint.tensor(name) if index is None else checkpoint.part(name)[index : index + 1][0]
+    tensor = checkpoint.tensor(name) if index is None else checkpoint.part(name)[index]
     return tensor.view(torch.uint8)
 
 
@@ -375,7 +375,7 @@ def _files(path: Path) -> Iterator[tuple[Path, set[str] | None]]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The names of the files of a folder's tensors. Those may be links, as in a hub's cache."""
+    """The name of the file that holds each tensor; it may be a link, as in a hub's cache."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -387,7 +387,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file says; ValueError if it is none, or says one thing twice."""
+    """The content of a JSON file; ValueError if it is no JSON, or has a key twice."""
     return _parse_json(file, file.read_bytes())
 
 

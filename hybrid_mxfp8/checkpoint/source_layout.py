@@ -1,7 +1,7 @@
 """How a checkpoint keeps its experts: MXFP8 is (E, N, K), with all gate rows before all up rows.
 
-Some models keep (E, K, N), and some interleave gate and up rows, which no shape shows. Which do so
-is known from ``model_type`` in their ``config.json``.
+Some models keep (E, K, N), and some interleave gate and up rows. Shapes don't show it; the
+``model_type`` in ``config.json`` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Patterns = tuple[str, ...]  # of names of tensors, as in a shell
 
 
 class SourceLayout(NamedTuple):
-    """Weights that are not kept as MXFP8 is."""
+    """Which weights are not kept as MXFP8 is."""
 
     transposed: Patterns = ()  # stacks (E, K, N)
     interleaved: Patterns = ()  # gate and up rows alternate along N, as in their biases
@@ -50,7 +50,7 @@ def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def layout_of(checkpoint: Path) -> SourceLayout:
-    """What a checkpoint's ``config.json`` says by its ``model_type``, or that of a part."""
+    """The layout for the ``model_type`` in a checkpoint's ``config.json``, or in a part of it."""
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
     config: Any = read_json(file) if file.exists() else None
     if not isinstance(config, dict):

@@ -36,7 +36,7 @@ CHUNK_BYTES = 2**26
 MAX_HEADER_BYTES = 100_000_000  # what the library reads
 SUFFIX = ".partial"
 
-_writing: set[Path] = set()  # by this process; others of its number are leftovers of an earlier one
+_writing: set[Path] = set()  # by this process; other paths with its number are an earlier process's
 
 
 class Entry(NamedTuple):
@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def errors_name(file: Path) -> Iterator[None]:
-    """An open file's errors name no file, and those of opening it the temporary one."""
+    """Have OSErrors name ``file``: those of opening name the temporary one, others none."""
     try:
         yield
     except OSError as error:
@@ -105,8 +105,8 @@ class SafetensorsWriter:
         ValueError for more than the tensor has left; OSError, of a full disk say, names the file.
         """
         data = data.detach().contiguous().reshape(-1).view(torch.uint8)
-        if data.numel() > self._end[name] - self._at[name]:
-            raise ValueError(f"{name}: {data.numel()} bytes where {self._end[name] - self._at[name]} are left")
+        if data.numel() > (left := self._end[name] - self._at[name]):
+            raise ValueError(f"{name}: {data.numel()} bytes where {left} are left")
         with errors_name(self._path):
             self._file.seek(8 + len(self._header) + self._at[name])
             for part in data.split(CHUNK_BYTES):
@@ -125,14 +125,14 @@ class SafetensorsWriter:
                 self._temporary.replace(self._path)
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, of what is to be thrown away
+        with contextlib.suppress(OSError):  # such as a full disk: the file is thrown away anyway
             self._file.close()
 
 
 @contextlib.contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """The hidden path to write ``target`` to; ValueError where this process does so already, and
-    for a device or a pipe, in whose place a file would be."""
+    """The hidden path to write ``target`` to; ValueError if this process is writing it already, and
+    for a device or a pipe, which the rename would replace."""
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise ValueError(f"{target}: must be a file or a folder to be replaced, got a device or the like")
     path = target.with_name(f"{_prefix(target)}{os.getpid()}{SUFFIX}")
