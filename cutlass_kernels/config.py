@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hybrid_mxfp8.core.formats import BLOCK_SIZE
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div, next_power_of_2, round_up
 
 WEIGHT_ROWS = 128  # rows of the weights that one SM takes
 TILE_K = 128
@@ -61,7 +61,7 @@ class GemmConfig(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> GemmConfig:
-        """The configuration of this name, without a cluster the smallest; ValueError lists all."""
+        """The configuration of this name, by default the smallest cluster; ValueError lists all."""
         if name not in BY_NAME:
             expected = f"expected one of {', '.join(MODULES)}, each optionally with a cluster like _4x1"
             raise ValueError(f"config: {expected}, got {name!r}")
@@ -89,7 +89,7 @@ BY_NAME = {
     for config in [GemmConfig(cta_group, token_tile, (along_n, along_tokens))]
     for name in (str(config), config.module)
 }
-"""All that the kernel can be; a name without a cluster is of the smallest, which comes last."""
+"""All that the kernel can be. A module's name means the smallest cluster, which comes last."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def estimate(
     # A ragged count leaves its last tile half empty on average.
     token_tiles = max(1.0, tokens / config.token_tile + 0.5)
     along_n, along_tokens = config.cluster
-    weight_tiles = math.ceil(math.ceil(n / WEIGHT_ROWS) / along_n) * along_n
+    weight_tiles = round_up(ceil_div(n, WEIGHT_ROWS), along_n)
     tiles = active * weight_tiles * math.ceil(token_tiles / along_tokens) * along_tokens
     clusters = max(1, sm_count // (along_n * along_tokens))
     waves = math.ceil(tiles / (clusters * along_n * along_tokens))
@@ -131,7 +131,7 @@ def estimate(
     # A pair of SMs splits the tokens of a tile, and each holds its half.
     shared = 2 * TILE_K * (WEIGHT_ROWS + config.token_tile / config.cta_group) / SHARED_BYTES_PER_CYCLE
     read = TILE_K * (WEIGHT_ROWS / along_tokens + config.token_tile / along_n) / L2_BYTES_PER_CYCLE
-    steps = math.ceil(k / TILE_K)
+    steps = ceil_div(k, TILE_K)
 
     element = 1 + 1 / BLOCK_SIZE
     bytes_moved = active * n * k * element + num_tokens * k * element + num_tokens * n * out_bytes
@@ -145,9 +145,8 @@ def estimate(
 
 
 def token_bucket(num_tokens: int) -> int:
-    """``num_tokens`` rounded up to 1/16 of its power of two: few choices to remember."""
-    step = max(1, 1 << max(num_tokens - 1, 1).bit_length() >> 5)
-    return -(-num_tokens // step) * step
+    """``num_tokens`` rounded up to 1/16 of the power of two below it: few choices to remember."""
+    return round_up(num_tokens, max(1, next_power_of_2(num_tokens) // 32))
 
 
 def select_estimate(

@@ -69,8 +69,7 @@ def nothing_to_compute(p: Problem) -> bool:
 
 def workspace_size(p: Problem) -> int:
     """Exact bytes of ``workspace``, from the module, compiled if need be. BackendUnavailableError
-    where that can't be done, or it computes something wrong here: from then on :func:`can_run` says
-    no."""
+    where that fails or the module computes something wrong: :func:`can_run` then says no."""
     if nothing_to_compute(p):
         return 0
     _, module = _ready(p)
@@ -85,8 +84,8 @@ def workspace_bound(p: Problem) -> int:
 
 def availability(capability: Capability | None) -> Support:
     """Whether the backend runs on a compute capability (None: no GPU) with the tools there are.
-    Tools are looked for once in an environment, the variables that say where to look. A build that
-    failed before any module was loaded counts as a missing tool: the next would fail alike."""
+    Tools are looked for once in each :data:`Environment`. A build that failed before any module
+    was loaded counts as a missing tool: the next would fail alike."""
     if capability is None:
         return False, "needs a GPU of compute capability 10.0 or 10.3"
     if capability not in TARGETS:
@@ -214,7 +213,7 @@ def _module(module: str, out_dtype: torch.dtype, capability: Capability | None) 
 
 
 def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -> None:
-    """Check the module on this GPU; tried now, in a process of its own, if need be."""
+    """Check that the module was verified on this GPU; verify it now if need be."""
     if (module, out_dtype, device) in _verified or not env.verify():
         return
     key = module, out_dtype, devices.capability(device)
@@ -231,8 +230,8 @@ def _check_verified(module: str, out_dtype: torch.dtype, device: torch.device) -
 
 
 def _source(module: str, out_dtype: torch.dtype, capability: Capability | None) -> jit.Source:
-    """For the target that is built, the capability's own first; for that if none is.
-    BackendUnavailableError for one that failed before."""
+    """The source for a target that is built, the capability's own first; for its own if none is.
+    BackendUnavailableError if it failed before."""
     if why := _failed_builds(capability).get((module, out_dtype)):
         raise BackendUnavailableError(why)
     sources = [source(module, out_dtype, arch) for arch in TARGETS[capability]]

@@ -61,7 +61,7 @@ def find(module: Module, device: torch.device) -> Record | None:
 
 def verified(module: Module, device: torch.device, child: Sequence[str] = ()) -> Record:
     """The record of an intact module on a GPU; made now, by a child process, if there is none.
-    ``child`` is the command that prints the error in place of this file; tests have others."""
+    ``child`` is a command that tests give, to print the error in place of this file."""
     folder = _folder(module, device)
 
     def verify(private: Path) -> None:
@@ -146,7 +146,7 @@ def driver_version() -> str:
 
 
 def largest_error(module: Any, config: GemmConfig, out_dtype: torch.dtype, device: torch.device) -> float:
-    """Over all cases, in units of the bound; infinite where a row without an expert was written."""
+    """Over all cases, in units of the bound; infinite if a row without an expert was written."""
     worst, rounding = 0.0, torch.finfo(out_dtype).eps / 2
     sm_count = devices.multiprocessors(device) or SM_COUNT
     for counts, num_tokens, n, k in CASES:

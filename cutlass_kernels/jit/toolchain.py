@@ -199,8 +199,8 @@ def _nvcc_candidates() -> Iterator[tuple[str, Path]]:
 
 @functools.lru_cache
 def _probe_nvcc(origin: str, nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) -> CudaCompiler:
-    """What nvcc itself says: it may be a wrapper script, whose folder says nothing of the
-    toolkit's; its host compiler is the one that it finds on PATH."""
+    """What nvcc itself says: it may be a wrapper script outside the toolkit's folder. ``path`` is
+    PATH, on which it finds its host compiler, and like ``mtime_ns`` a key of the cache alone."""
     said = _output(nvcc, "--version")
     match = re.search(r"release [\d.]+, V([\d.]+)", said)
     if match is None:
@@ -221,7 +221,7 @@ def _probe_nvcc(origin: str, nvcc: Path, mtime_ns: int, path: tuple[Path, ...]) 
 
 
 def first_line(compiler: str) -> str:
-    """Of what a compiler says of its version; empty if it does not run."""
+    """The first line of a compiler's ``--version``; empty if it does not run."""
     try:
         return _output(compiler, "--version").partition("\n")[0]
     except OSError:
