@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """What this package wrote there, by kind and name; links are nobody's."""
+    """What this package wrote there, by kind and name; links are left out."""
     found = []
     for below, kinds in KINDS.items():
         # os.path's tests answer False for a path that cannot be, such as one too long.
         inside = sorted((folder / below).iterdir()) if os.path.isdir(folder / below) else []
         for kind, pattern in kinds.items():
             named = [path for path in inside if re.fullmatch(pattern, path.name) and not path.is_symlink()]
-            if kind == "launcher":  # a name that others may have, too
+            if kind == "launcher":  # other files may have such a name, too
                 named = [path for path in named if path.is_dir()]
             found += [Entry(kind, p, _about(kind, p), sum(f.stat().st_size for f in _files(p))) for p in named]
     return found
@@ -120,7 +120,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def listing(folder: Path, found: list[Entry]) -> str:
-    """The entries as a table; locks are no news."""
+    """The entries as a table, without the locks."""
     rows = [(e.kind, size(e.num_bytes), e.about) for e in found if e.kind != "lock"]
     others = sum(p.stat().st_size for p in _files(folder)) if os.path.isdir(folder) else 0
     others -= sum(e.num_bytes for e in found)

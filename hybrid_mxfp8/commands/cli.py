@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run words after the program's name, or this process's: 0 well, 1 a fault, 2 it could not
+    """Run a command line, by default this process's: returns 0, or 1 for a fault, 2 if it could not
     run."""
     listing = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(

@@ -105,7 +105,7 @@ def _tool(found: toolchain.CutlassHeaders | toolchain.CudaCompiler, path: Path) 
 
 
 def host_compiler() -> str:
-    """What nvcc hands host code to; or that there is none, and what to install."""
+    """The compiler that nvcc hands host code to; or that there is none, and what to install."""
     for cuda in toolchain.cuda_candidates():
         if cuda.host:
             return f"{cuda.host}, {toolchain.first_line(cuda.host) or 'which prints no version'}"
@@ -115,7 +115,7 @@ def host_compiler() -> str:
 
 
 def _answer(question: Callable[[], str], before: str = "") -> str:
-    """What it returns, or what is wrong with the environment variable that it reads."""
+    """What ``question`` returns, or what is wrong with the environment variable that it reads."""
     try:
         return question()
     except ValueError as error:
@@ -146,7 +146,7 @@ def cached(folder: Path) -> dict[str, Any]:
 
 
 def settings_problems() -> list[str]:
-    """What is wrong with variables of which nothing above says it."""
+    """What is wrong with the variables that no other fact covers."""
     found = []
     for read in (env.pdl, env.hopper_gemm, env.verify):
         try:
@@ -182,7 +182,7 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _meaning(facts: dict[str, Any]) -> str:
-    """What the default comes to here."""
+    """What the default backend means on this machine."""
     name, answers = facts["default_backend"], facts["backends"]
     if name == AUTO:
         return f", which is {next(name for name, answer in answers.items() if answer['available'])} here"

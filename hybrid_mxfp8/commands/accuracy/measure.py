@@ -70,7 +70,7 @@ class Score:
 
 
 def score(operands: Operands) -> list[Score]:
-    """Each format on a grouped GEMM of some token; scales of tokens span all experts'."""
+    """Each format on a grouped GEMM, of one token at least; a per-tensor scale of x spans all."""
     busy = [e for e, count in enumerate(operands.rows) if count]
     if not busy:
         raise ValueError(f"operands: {operands.name} must have at least one token, got none")

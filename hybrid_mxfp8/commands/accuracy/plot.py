@@ -1,4 +1,4 @@
-"""The report's picture: what formats keep of each expert, and what a large channel leaves."""
+"""The report's picture: signal-to-noise of each expert by format, and beside a large channel."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def installed() -> bool:
 
 
 def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> tuple[Workload, dict[str, float]]:
-    """Run a Qwen3MoeConfig's model in fp32, then with its experts' operands in each format: the
-    last layer's operands, and the logits' signal-to-noise in dB by format."""
+    """Run the model of a Qwen3MoeConfig in fp32, then with its experts' operands in each format.
+    Returns the last layer's operands, and the logits' signal-to-noise in dB by format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -36,7 +36,7 @@ def report(sizes: dict[str, Any] = SIZES, num_tokens: int = TOKENS) -> tuple[Wor
         model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
         model.float().eval()
         ids = torch.randint(0, sizes["vocab_size"], (1, num_tokens))
-    # The replacement with nothing quantized is the model itself; it tells what experts see.
+    # With nothing quantized the replaced forward computes as the model does; it records operands.
     truth, seen = logits(model, lambda x: x, ids)
     logits_db = {form.name: signal_to_noise_db(truth, logits(model, form.through, ids)[0]) for form in FORMATS}
     name = f"Qwen3-MoE, {sizes['num_hidden_layers']} layers, {sizes['num_experts']} experts"

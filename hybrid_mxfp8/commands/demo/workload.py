@@ -60,7 +60,7 @@ def missing_packages() -> list[str]:
 
 
 def real_workload(num_experts: int = 6, max_rows: int | None = None) -> Workload:
-    """Real weights of so many layers; activations of at most ``max_rows`` tokens an expert."""
+    """The real weights of ``num_experts`` layers; at most ``max_rows`` tokens an expert."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
