@@ -103,9 +103,6 @@ class Size:
     __eq__, __ne__ = _comparison("==", operator.eq), _comparison("!=", operator.ne)
     __hash__ = None  # type: ignore[assignment]
 
-    def __neg__(self) -> Size:
-        return 0 - self  # type: ignore[no-any-return]
-
     def __bool__(self) -> bool:
         return bool(self != 0)
 

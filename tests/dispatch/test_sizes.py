@@ -189,7 +189,7 @@ def test_what_a_size_can_not_follow_is_refused() -> None:
 def test_conditions_part_sizes() -> None:
     trace = Trace((5, 7))
     t, s = trace.sizes
-    words = [0, max(t, 3) * 2 + -s // 4, 1 << (10 - t % 4).bit_length(), 12 / t, min(8, s)]
+    words = [0, max(t, 3) * 2 + (0 - s) // 4, 1 << (10 - t % 4).bit_length(), 12 / t, min(8, s)]
     fill = trace.compiled(words, (t, 9))
     for sizes, expected in {(5, 7): [0, 8, 16, 2.4, 7], (9, 6): [0, 16, 16, 12 / 9, 6]}.items():
         out: list[Any] = [0, 0, 0, 0, 0]
