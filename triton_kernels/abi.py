@@ -36,7 +36,7 @@ from hybrid_mxfp8.dispatch.launcher import (
 from hybrid_mxfp8.dispatch.trace import value_of
 
 Argument = Buffer | TensorMap | int | float | bool | None
-"""Of a kernel; what is no constexpr of it."""
+"""An argument of a kernel that is no constexpr."""
 
 OLDEST, NEWEST = (3, 6), (3, 9)
 """The versions of Triton whose launchers were compared with this one, byte by byte."""
@@ -48,7 +48,7 @@ MAX_SHARED_BYTES = 228 * 1024
 SCRATCH_POINTERS = 2
 
 _INTEGER_TYPES = ("i1", "u1", "i8", "u8", "i16", "u16", "i32", "u32", "i64")
-"""Less u64, which Triton takes for integers from 2**63 on: no word of a program holds them."""
+"""Without u64, Triton's type for integers from 2**63 on: no word of a program holds those."""
 _FLOAT_FORMATS = {"fp32": "<f", "fp64": "<d"}
 _TMA_DATA_TYPES = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 """The driver's number of an element type, from the one that the compiler gives."""
@@ -58,7 +58,7 @@ _HookChain = triton.knobs.HookChain
 
 
 def hooks_installed() -> bool:
-    """Whether Triton must launch, because a profiler, say, wants to be called at each launch."""
+    """Whether Triton must launch, because a hook, such as a profiler's, wants each launch."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     return not (
         (enter is None or (type(enter) is _HookChain and not enter.calls))
@@ -121,9 +121,8 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 def compile_kernel(
     kernel: Any, arguments: Sequence[Argument], constants: Sequence[object], options: Mapping[str, Any]
 ) -> Any:
-    """Compile for the current device, or find in Triton's cache, what a launch with such tensors
-    would: ``kernel``, a jitted function whose constexpr parameters, ``constants``, come last. It is
-    not loaded yet."""
+    """Compile a jitted function for the current device, or find it in Triton's cache, as a launch
+    with such tensors would; it is not loaded yet. Its constexprs, ``constants``, come last."""
     return kernel.warmup(*map(_stand_in, arguments), *constants, grid=(1,), **options)
 
 
@@ -142,7 +141,7 @@ class Abi(NamedTuple):
 
     compiled: Any  # by Triton; held, because Triton unloads a kernel whose object dies
     arguments: tuple[_Argument, ...]
-    waits: bool  # for its predecessor, by itself, so that it may start early
+    waits: bool  # whether the kernel itself waits for its predecessor, so that it may start early
 
     def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
         """The words of a launch of ``grid`` programs, for ``launcher.program_words``; ValueError
@@ -252,7 +251,7 @@ def _check_version(version: str = triton.__version__) -> None:
 
 
 def _unsupported(metadata: Any, run: Any) -> str:
-    """What of a kernel launcher.c has no way to do; empty if nothing."""
+    """What a kernel needs that launcher.c can't do; empty if nothing."""
     for kind in ("global", "profile"):
         if size := getattr(metadata, f"{kind}_scratch_size", None):
             return f"needs {size} bytes of {kind} scratch memory"

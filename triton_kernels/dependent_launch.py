@@ -1,12 +1,12 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before still runs.
 
-The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel of a call but the first
-so, if it waits. The rule, in every kernel: before :func:`wait_for_predecessor` nothing is written,
-nothing is read that the kernel before writes, and the next kernel is not let go. So a kernel starts
-when all before its predecessor have ended, and waits for that one: it sees what any of them wrote,
-and may overwrite what any of them read. All kernels wait before their first access, but for the
-warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor. It empties
-L1 instead.
+The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel so that waits, except a
+call's first. The rule, in every kernel: before :func:`wait_for_predecessor` nothing is written,
+nothing is read that the kernel before writes, and the next kernel is not allowed to start. So a
+kernel starts when all before its predecessor have ended, and waits for that one: it sees what any
+of them wrote, and may overwrite what any of them read. All kernels wait before their first access,
+except the warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor.
+It empties L1 instead.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def wait_for_predecessor():
 
 @triton.jit
 def empty_l1():
-    """Forget what this multiprocessor's L1 cache holds, for a warp that does not wait: of the same
-    addresses it may hold what they had in a call before, which used the same workspace."""
+    """Empty this multiprocessor's L1 cache, for a warp that does not wait: the cache may still hold
+    what an earlier call wrote at the same addresses, such as those of one workspace."""
     tl.inline_asm_elementwise(
         "fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -53,7 +53,7 @@ KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_tr
 
 _OWNED = "mxfp8"  # submodule of an experts module that ``quantize_model_`` has been through
 _CACHE: weakref.WeakKeyDictionary[torch.nn.Module, _Cached] = weakref.WeakKeyDictionary()
-"""Of modules quantized by their forward: none of it is in a state_dict, nor in a copy."""
+"""The experts of modules that their forward quantized; in no state_dict, and in no copy."""
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -93,14 +93,14 @@ Version = tuple[StorageWeakRef, int, int]
 
 
 def _version(parameter: torch.Tensor) -> Version:
-    """Changes when a parameter is written to or gets other memory, but for writes to its data.
-    While one is kept no other storage equals its own, not even one at the same address, as
+    """Changes when a parameter gets other memory or is written to, except through ``.data``. While
+    it is kept, it equals that of no other storage, not even of one at the same address, as
     ``module.half().bfloat16()`` may get."""
     return StorageWeakRef(parameter.untyped_storage()), parameter.data_ptr(), parameter._version
 
 
 class _Cached(NamedTuple):
-    """Experts, and what they were made of: another parameter in the same memory is not the same.
+    """Experts, and the parameters that they were made of: these very objects, in these versions.
     References are weak, so that a parameter that was replaced does not keep its memory."""
 
     experts: MXFP8Experts
@@ -121,11 +121,11 @@ def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _unproven(parameters: list[torch.Tensor]) -> str | None:
-    """Where a copy of the parameters may go stale with nothing to show it; None if nowhere. FSDP
-    gathers into the same tensor and restores its version, DTensor hands out a new one each time,
-    and collectives write without counting: all of them need a process group. A compiled or captured
-    forward is not asked again, inference tensors count no writes, and other processes count their
-    own."""
+    """When to quantize, because a change of the parameters would not show later; None if it would.
+    FSDP gathers into the same tensor and restores its version, DTensor hands out a new one each
+    time, and collectives write without counting: all of them need a process group. A compiled or
+    captured forward does not ask again, inference tensors count no writes, and other processes
+    count their own."""
     if torch.compiler.is_compiling():
         return "before torch.compile traces them"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -202,7 +202,7 @@ def why_not(module: torch.nn.Module) -> str | None:
 
 
 def _unknown_option(module: torch.nn.Module) -> str | None:
-    """What these experts say of themselves by an option of a later transformers."""
+    """An option of a later transformers that these experts set; None if there is none."""
     from transformers.integrations.moe import use_experts_implementation
 
     for name, option in inspect.signature(use_experts_implementation).parameters.items():
@@ -295,9 +295,9 @@ def quantize_model_(
     Hopper one expert in fp32.
     Afterwards the state_dict holds the quantized bytes (``….experts.mxfp8.w13_values`` and so on)
     in place of the parameters, and ``save_pretrained`` and another implementation are refused;
-    the way back is to load the model again. FP8 experts are quantized from what they stand for,
-    one at a time. Of a model with tensor or expert parallelism each rank quantizes its shard; FSDP
-    must come after this, and leaves quantized experts whole on each rank.
+    the way back is to load the model again. FP8 experts are dequantized first, one at a time. With
+    tensor or expert parallelism each rank quantizes its shard; FSDP must come after this, and
+    leaves quantized experts whole on each rank.
 
     Args:
         model: a PreTrainedModel.
@@ -363,7 +363,7 @@ def quantize_model_(
 
 
 def _forbid_what_needs_the_originals(model: torch.nn.Module) -> None:
-    """Of the model and the models within, which would else fail late, or save made-up experts."""
+    """In the model and the models within, which would else fail late, or save made-up experts."""
     for module in model.modules():
         for name, refuse in (("save_pretrained", _refuse_to_save), ("set_experts_implementation", _refuse_another)):
             if hasattr(module, name):
@@ -381,12 +381,12 @@ def _fully_sharded(model: torch.nn.Module) -> str | None:
 
 
 def _refuse_other_forward(module: torch.nn.Module, args: object) -> None:
-    """Whoever changed the implementation: the others would look for parameters that are gone."""
+    """Refuse another implementation, however it was set: its parameters are gone."""
     _refuse_another(module.config._experts_implementation)  # type: ignore[union-attr]
 
 
 def _refuse_originals(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
-    """With ``strict=False`` new unquantized experts would be passed over, and the old ones stay."""
+    """Refuse unquantized experts: with ``strict=False`` they would be skipped without a word."""
     names = [prefix + name for name in (*WEIGHTS, *BIASES, *FP8_SCALES)]
     if (given := next((name for name in names if name in state_dict), None)) is not None:
         raise ValueError(
@@ -411,7 +411,7 @@ def _refuse_another(experts_implementation: object) -> None:
 
 
 def _has_experts(module: torch.nn.Module) -> bool:
-    """An experts module with its parameters in place."""
+    """Whether it is an experts module with its parameters in place."""
     weights = [getattr(module, name, None) for name in WEIGHTS]
     decorated = hasattr(module, "is_concatenated") and hasattr(module, "has_gate")
     return decorated and all(isinstance(w, torch.Tensor) and w.ndim == 3 for w in weights)

@@ -114,7 +114,7 @@ def moe_forward(
 
 
 def _contiguous(inputs: LayerInputs) -> LayerInputs:
-    """With the router's choices as kernels read them."""
+    """The inputs with contiguous ids and weights, as kernels read them."""
     if inputs.topk_ids.is_contiguous() and inputs.topk_weights.is_contiguous():
         return inputs
     return inputs._replace(topk_ids=inputs.topk_ids.contiguous(), topk_weights=inputs.topk_weights.contiguous())
@@ -167,7 +167,7 @@ def _signature(
 
 
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:
-    """All that is read fits together."""
+    """Check that the inputs fit together."""
     checks.check_devices(**inputs._asdict())
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if not isinstance(x, MXFP8Tokens):
@@ -196,7 +196,7 @@ def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | Non
 
 
 def check_biases(shape: MoEShape, w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None) -> None:
-    """Those that are given are (E, 2I) and (E, H)."""
+    """Check that the biases that are given are (E, 2I) and (E, H)."""
     for name, bias, n in (("w13_bias", w13_bias, 2 * shape.intermediate), ("w2_bias", w2_bias, shape.hidden)):
         if bias is not None:
             checks.check_tensor(name, bias, dtypes=checks.FLOAT_DTYPES, ndim=2, dims="(E, N)", device=shape.device)

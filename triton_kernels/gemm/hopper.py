@@ -5,8 +5,8 @@ must stay 8 bits wide all the way to the registers; prefill is bound by wgmma, s
 must hide behind it. Hence:
 
 - Tokens, few bytes, are dequantized to bf16 by a kernel before (``dequantize_tokens``), which also
-  lists the token tiles. Where tiles are widest it takes those of the first tiles alone,
-  and three spare warps the others, just ahead of their use.
+  lists the token tiles. With the widest tile that kernel dequantizes the first tiles' tokens alone;
+  three spare warps of this one do the others, just ahead of their use.
 - One warp feeds a ring of stages in shared memory through TMA: raw weights, their scale tile, bf16
   tokens.
 - Two warpgroups multiply. Each turns its 64 weight rows into wgmma's register operand: 16 bytes a
@@ -52,7 +52,7 @@ from hybrid_mxfp8.triton_kernels.launch import KernelLaunch, triton_version
 
 SLICE = gl.constexpr(4)  # rows that a warp dequantizes at a time
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-"""Its second name is that before 3.7."""
+"""The second name is Triton's before 3.7."""
 
 # ---------------------------------------------------------------- who holds what
 #
@@ -257,9 +257,9 @@ def _dequantize_slices(operands, tiles_ptr, num_scale_rows, K, first_tile, BLOCK
     """One warp: tokens to bf16, as ``dequantize_tokens`` writes them, a slice of a tile after the
     other, until none is left.
 
-    It waits for nobody, and takes only what it then does, so that those who wait for it do get what
-    they wait for, however many programs of the grid are running. Rows past a tile's end are not
-    waited for: they are multiplied as they are, and give columns that are not stored.
+    It waits for no other warp, and writes each slice that it takes. So warps that wait for a slice
+    get it, however many programs of the grid are running. No warp waits for rows past a tile's end:
+    they are multiplied as they are, and give columns that are not stored.
     """
     values_ptr, scales_ptr, dequantized_ptr, expert_offsets_ptr, scale_offsets_ptr = operands
     num_t_tiles = gl.load(tiles_ptr)
@@ -517,8 +517,7 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
     assert config.is_valid(), config
     assert buffers.workspace is not None
     if triton_version() == (3, 8):
-        # It refuses to look at a stage as a smaller box, so there a tile of few tokens loads a
-        # whole one.
+        # Triton 3.8 can't view a stage as a smaller box, so a tile of few tokens loads a whole one.
         config = replace(config, small_block_t=config.block_t)
     p, b, workspace, block_k = problem, buffers, buffers.workspace, config.block_k
     layout = WorkspaceLayout.of(p.num_tokens, p.num_experts, p.k, config)

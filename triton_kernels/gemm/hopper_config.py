@@ -72,7 +72,7 @@ def largest_batches(num_tokens: int, num_experts: int) -> tuple[int, ...]:
 
 
 def tiles_at_once(programs: int, row_tiles: int) -> int:
-    """How many token tiles the first ``programs`` tiles are of, in the grid's order."""
+    """How many token tiles the first ``programs`` tiles in the grid's order belong to."""
     return ceil_div(programs, row_tiles)
 
 

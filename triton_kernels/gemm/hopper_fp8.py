@@ -9,10 +9,10 @@ as they are, and each partial sum, times the scale of its row and of its column,
 - Another warp turns the scales of a stage into fp32, in the order of rows.
 - Two warpgroups multiply, 64 rows each, one stage at a time: while one adds its partial sum, the
   other's product runs.
-- Rows of the product are weights and its columns tokens, of which half a tile costs less. Where
-  weights have one scale for a square of 128x128 (``config.squares``), whole tiles of 128 tokens are
-  the rows instead: then a thread needs two scales a stage, one for each of its rows, and adds a
-  partial sum by one instruction. A row and a column of scales take two, and many reads.
+- Rows of the product are weights and its columns tokens: half a tile of tokens then costs less.
+  Where weights have one scale for a square of 128x128 (``config.squares``), whole tiles of 128
+  tokens are the rows instead: then a thread needs two scales a stage, one for each of its rows, and
+  adds a partial sum by one instruction. Scales of rows and columns take two, and many reads.
 - The grid is persistent. An expert's tokens beyond its last whole tile take a narrower one.
 
 The units cut products some 13 bits below the largest of those that they add at once:
