@@ -199,11 +199,9 @@ def add_expert_bias(
     live = rows >= 0
     # Rows of dropped slots land in one extra row, so that no shape depends on device data.
     target = torch.where(live, rows, y.shape[0])
-    added = torch.zeros(y.shape[0] + 1, y.shape[1], dtype=torch.float32, device=y.device)
-    added[target] = bias[torch.where(live, ids, 0)].float()
-    owned = torch.zeros(y.shape[0] + 1, dtype=torch.bool, device=y.device)
-    owned[target] = True
-    y.copy_(torch.where(owned[:-1].unsqueeze(1), (y.float() + added[:-1]).to(y.dtype), y))
+    padded = torch.cat([y, y.new_zeros(1, y.shape[1])])
+    padded[target] = (padded[target].float() + bias[torch.where(live, ids, 0)].float()).to(y.dtype)
+    y.copy_(padded[:-1])
 
 
 def combine(

@@ -41,8 +41,7 @@ def swizzle_scales(linear: torch.Tensor) -> torch.Tensor:
     linear = _scale_bytes("linear", linear)
     *batch, rows, cols = linear.shape
     padded_rows, padded_cols = padded_scale_rows(rows), round_up(cols, SCALE_TILE_COLS)
-    padded = linear.new_zeros(*batch, padded_rows, padded_cols)
-    padded[..., :rows, :cols] = linear
+    padded = torch.nn.functional.pad(linear, (0, padded_cols - cols, 0, padded_rows - rows))
     # (row tile, row // 32 % 4, row % 32, column tile, column % 4), to be stored as (row tile,
     # column tile, row % 32, ...).
     tiles: torch.Tensor = padded.unflatten(-1, (-1, SCALE_TILE_COLS)).unflatten(-3, (-1, 4, 32))
