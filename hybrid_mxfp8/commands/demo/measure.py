@@ -13,7 +13,6 @@ import torch
 
 from hybrid_mxfp8.commands.demo.workload import Operands
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, E4M3_MAX
-from hybrid_mxfp8.core.layout import GroupLayout
 from hybrid_mxfp8.core.metrics import calc_diff, signal_to_noise_db
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.ops.grouped_gemm import grouped_gemm
@@ -92,7 +91,8 @@ def per_tensor_fp8(x: torch.Tensor) -> torch.Tensor:
 
 def run_backend(gemm: Operands, backend: str) -> Run:
     """Quantize both operands and multiply them."""
-    xq = quantize_grouped(gemm.x, gemm.groups(), backend=backend)
+    counts = torch.tensor(gemm.rows, dtype=torch.int32, device=gemm.x.device)
+    xq = quantize_grouped(gemm.x, counts, backend=backend)
     wq = quantize_weights(gemm.w, backend=backend)
     return Run(backend, xq, wq, grouped_gemm(xq, wq, out_dtype=torch.float32, backend=backend))
 
@@ -134,7 +134,7 @@ def agreement(a: Run, b: Run) -> Agreement:
 
 def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> list[Effect]:
     """Make the largest element of x (T, K) fp32 ``factor`` times larger; look at other blocks."""
-    groups = GroupLayout.from_counts(torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device), x.shape[0])
+    counts = torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device)
     row, column = divmod(int(x.abs().argmax()), x.shape[1])
     others = torch.ones_like(x, dtype=torch.bool)
     others[row, column // BLOCK_SIZE * BLOCK_SIZE :][:BLOCK_SIZE] = False
@@ -143,7 +143,7 @@ def outlier_effect(x: torch.Tensor, backend: str, factors: Sequence[float]) -> l
     for factor in factors:
         spoiled = x.clone()
         spoiled[row, column] *= factor
-        mxfp8 = quantize_grouped(spoiled, groups, backend=backend).dequantize()
+        mxfp8 = quantize_grouped(spoiled, counts, backend=backend).dequantize()
         kept = {"MXFP8": mxfp8, "per-tensor FP8": per_tensor_fp8(spoiled)}
         db = {name: signal_to_noise_db(x[others], left[others]) for name, left in kept.items()}
         effects.append(Effect(abs(float(spoiled[row, column])) / rms, db))

