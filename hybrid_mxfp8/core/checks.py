@@ -181,9 +181,9 @@ def check_unit_stride(name: str, value: torch.Tensor) -> None:
         fail(name, "must have unit stride along its columns", f"strides {value.stride()}")
 
 
-def check_unquantized(name: str, value: Any, dims: str, device: torch.device | None = None) -> None:
+def check_unquantized(name: str, value: Any, dims: str) -> None:
     """Rows that can be quantized: bf16, fp16 or fp32, of any row stride."""
-    check_tensor(name, value, dtypes=FLOAT_DTYPES, ndim=2, dims=dims, device=device)
+    check_tensor(name, value, dtypes=FLOAT_DTYPES, ndim=2, dims=dims)
     check_no_grad(name, value)
     check_unit_stride(name, value)
 

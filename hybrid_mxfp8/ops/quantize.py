@@ -173,7 +173,7 @@ def _check(
         grouping, num_experts = "counts", groups.shape[0]
     else:
         raise TypeError(f"groups: must be a GroupLayout or a tensor of counts (E,), got {type(groups).__name__}")
-    checks.check_unquantized("x", x, "(R, K)", groups.device)
+    checks.check_unquantized("x", x, "(R, K)")
     checks.check_scale_rounding(scale_rounding)
     checks.check_scale_group(scale_group)
     swiglu = None if activation is None else swiglu_of(activation, "None, ")
@@ -183,7 +183,7 @@ def _check(
     k = width if swiglu is None else width // 2
     checks.check_k("x", k)
     if row_index is not None:
-        checks.check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)", device=x.device)
+        checks.check_tensor("row_index", row_index, dtypes=(torch.int32,), ndim=1, dims="(T,)")
         checks.check_contiguous("row_index", row_index)
         num_tokens = row_index.shape[0]
     if isinstance(groups, GroupLayout) and num_tokens != groups.num_tokens:
