@@ -177,8 +177,8 @@ def plan_layer(
     offsets = layout[1:]
     sizes = (up.num_tokens, shape.experts)
     stride = 0 if linear_scales is None else linear_scales.stride(0)
-    given = (up.k, num_tokens, rows.stride(0), "rceil")
-    spread = QuantizeProblem(*sizes, *given, scale_group=up.scale_group, scale_stride=stride)
+    source = (num_tokens, rows.stride(0))
+    spread = QuantizeProblem(*sizes, up.k, *source, "rceil", scale_group=up.scale_group, scale_stride=stride)
     source = (up.num_tokens, up.n)
     activate = QuantizeProblem(*sizes, down.k, *source, "rceil", activation, scale_group=down.scale_group)
     tokens = QuantizeBuffers(x, *a.xq, None, *offsets, rows=a.inverse_permutation, ids=ids, x_scales=x_scales)
