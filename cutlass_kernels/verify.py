@@ -2,8 +2,8 @@
 
 A process of its own multiplies small ragged cases by the module and by the reference, because an
 illegal address would poison this one. The outcome is kept beside the module, for each GPU and
-driver. A module that failed is not tried again until that folder is deleted, but for failures that
-say nothing of the module, such as a GPU without free memory.
+driver. A module that failed is not tried again until that folder is deleted, unless the failure
+says nothing of the module, such as that of a GPU without free memory.
 
     python -m hybrid_mxfp8.cutlass_kernels.verify FOLDER     the child: prints the largest error
 """

@@ -66,7 +66,7 @@ class Source:
     include: tuple[Path, ...] = (CSRC,)  # searched before CUTLASS's; .cuh there are part of the key
 
     def key(self) -> str:
-        """A digest of all that the compiler would be given, but for CUTLASS's headers."""
+        """A digest of all that the compiler would be given, except CUTLASS's headers."""
         own = sorted(path for folder in self.include for path in folder.glob("*.cuh"))
         settings = (self.name, self.arch, self.definitions, FLAGS, self.flags, _tvm_ffi_version())
         return digest((*settings, platform.system(), platform.machine()), (self.file, *own))

@@ -1,7 +1,7 @@
 """Independent pieces of work, each on a thread of its own, with the results in order.
 
 PyTorch's own threads wait for one another, spinning, at the end of every operator, which costs most
-on busy cores. A block of rows on each thread does not.
+on busy cores. Threads that each work on a block of rows of their own don't wait.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
     """``work(item)`` of each item, in their order, at most ``threads + 1`` of them in memory.
-    Operators run on one thread each meanwhile. Close the iterator if it is not used up."""
+    While it runs each operator has one thread. Close the iterator if it is not used up."""
     if threads == 1:
         yield from map(work, items)
         return

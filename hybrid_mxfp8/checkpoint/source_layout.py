@@ -44,7 +44,7 @@ def matches(name: str, patterns: Patterns) -> bool:
 def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
     """A configuration and all within it, such as ``thinker_config`` and its ``text_config``."""
     parts = [config]
-    for part in parts:  # which grows meanwhile
+    for part in parts:  # the list grows while it is read
         parts += [value for value in part.values() if isinstance(value, dict)]
     return parts
 

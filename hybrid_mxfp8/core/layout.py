@@ -146,7 +146,7 @@ class GroupLayout(checks.Checked):
     @classmethod
     def from_buffer(cls, layout: torch.Tensor, num_experts: int, num_tokens: int) -> GroupLayout:
         """Views of (3E+2,) int32: tokens (E,), expert offsets (E+1,), scale offsets (E+1,)."""
-        # Tensor.split comes here by way of Python.
+        # Faster than Tensor.split, which calls this from Python.
         sizes = (num_experts, num_experts + 1, num_experts + 1)
         tokens, offsets, scale_offsets = torch.split_with_sizes(layout, sizes)
         return cls.unchecked(

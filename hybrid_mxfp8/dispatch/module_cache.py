@@ -1,8 +1,8 @@
 """Compiled modules on disk: whose files are loaded, and how a module is built once.
 
-A module is machine code: who can write it can run code as whoever loads it. So it and its folders,
-links followed, must belong to this user or to root, and nobody else may be able to write them. Only
-a folder with the sticky bit, such as ``/tmp``, may be open to all.
+A module is machine code: whoever can write it can run code as the user who loads it. So it and its
+folders, links followed, must belong to this user or to root, and nobody else may be able to write
+them. Only a folder with the sticky bit, such as ``/tmp``, may be open to all.
 
 A build works in a private folder and ends in one rename, so a module is there whole or not at all.
 A file lock makes other processes wait. Where a network file system does not honour it, two builds
@@ -59,7 +59,7 @@ class Module:
         return manifest if isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str) else {}
 
     def trust_problem(self) -> str:
-        """Why it is not loaded although it is there: others own it or can write it; or empty."""
+        """Why it is not loaded although it is there: others own it or can write it; else empty."""
         paths = (self.folder, self.library, self.folder / MANIFEST)
         return next(filter(None, map(trust_problem, paths)), "")
 

@@ -52,12 +52,12 @@ writes the layout; or the same number for each expert, as of weights."""
 
 
 class QuantizeProblem(NamedTuple):
-    """Quantization of rows grouped by expert; strides in elements, but for ``scale_stride``."""
+    """Quantization of rows grouped by expert; strides in elements, except ``scale_stride``."""
 
     num_rows: int  # T, or E*N of weights
     num_experts: int
     k: int
-    num_source_rows: int  # R, rows of x: T, but for a gather and for tokens of a layer
+    num_source_rows: int  # R, rows of x: T, except for a gather and for tokens of a layer
     row_stride: int  # from one row of x to the next
     scale_rounding: str  # ``rceil``, ``floor`` or ``even``
     activation: SwiGLU | None = None  # x has 2K columns, [gate | up], and this of them is quantized

@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LEAST = 2  # of each size: a tensor of one row or none passes for contiguous whatever its strides
+LEAST = 2  # the least size traced: with one row or none any strides count as contiguous
 
 
 class Trace:
@@ -40,9 +40,8 @@ class Trace:
         self._lines[f"if {'not ' if answer else ''}{text}: return None"] = None
 
     def compiled(self, words: Sequence[Any], result: Sequence[Any]) -> Callable[..., tuple[int, ...] | None]:
-        """A function (words, *sizes) that writes those of ``words`` that depend on sizes, and
-        returns ``result``; None for sizes that this trace is not for. TypeError for what is no
-        number."""
+        """A function (words, *sizes) that writes the ``words`` that depend on sizes and returns
+        ``result``; None for sizes that this trace is not for. TypeError for what is no number."""
         writes = [f"words[{i}] = {_text(word)}" for i, word in enumerate(words) if isinstance(word, Size)]
         returned = f"return ({''.join(f'{_text(value)}, ' for value in result)})"
         head = f"def fill(words, {', '.join(size._name for size in self.sizes)}):"

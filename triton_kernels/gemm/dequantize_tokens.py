@@ -82,7 +82,7 @@ def dequantize_tokens_kernel(
 ):
     """Grid ((row_programs + E) * column programs,).
 
-    Rows that no expert owns stay unwritten but for the first BLOCK_T, zeroed where programs reach:
+    Rows that no expert owns stay unwritten, except the first BLOCK_T, zeroed where programs reach:
     the last tile may reach into them.
     """
     wait_for_predecessor()
