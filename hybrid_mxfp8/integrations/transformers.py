@@ -344,7 +344,7 @@ def quantize_model_(
     model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     before = after = 0
     for _, module in tqdm(
-        found, desc="quantize experts", unit="layer", disable=not progress or None, dynamic_ncols=True
+        found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True
     ):
         before += sum(p.nbytes for p in _parameters(module).values())
         experts = _quantize(module, backend, where, scale_group)
