@@ -343,9 +343,7 @@ def quantize_model_(
             fail("model", "must have all experts in memory, not offloaded by a device_map", f"{name} on meta")
     model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
     before = after = 0
-    for _, module in tqdm(
-        found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True
-    ):
+    for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
         before += sum(p.nbytes for p in _parameters(module).values())
         experts = _quantize(module, backend, where, scale_group)
         after += sum(buffer.nbytes for buffer in experts.buffers())
