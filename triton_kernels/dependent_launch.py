@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before still runs.
 
-The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel so that waits, except a
+The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel that waits so, except a
 call's first. The rule, in every kernel: before :func:`wait_for_predecessor` nothing is written,
 nothing is read that the kernel before writes, and the next kernel is not allowed to start. So a
 kernel starts when all before its predecessor have ended, and waits for that one: it sees what any

@@ -9,9 +9,8 @@ metadata into a layout; none syncs, and both can be captured in a CUDA graph. Un
 
 Rows must be sorted by expert without gaps, so that ``expert_offsets`` is the exclusive prefix sum
 of ``tokens_per_expert``, and ``blockscale_offsets`` be multiples of 128 whose experts don't
-overlap, in any order and with any gaps. On CPU tensors, where looking is free, the first and the
-bounds of the second are checked. On a GPU, metadata that break them give wrong numbers but lead no
-kernel outside its buffers.
+overlap, in any order and with any gaps. On CPU tensors, where looking is free, both are checked.
+On a GPU, metadata that break them give wrong numbers but lead no kernel outside its buffers.
 """
 
 from __future__ import annotations
