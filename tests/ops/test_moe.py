@@ -59,6 +59,7 @@ SANITIZED = ((torch.bfloat16, True, True), (torch.float32, False, False))
         pytest.param(*row, marks=pytest.mark.sanitizer if row in SANITIZED else ())
         for row in itertools.product(cases.DTYPES, (False, True), (False, True))
     ],
+    ids=str,
 )
 def test_signal_to_noise(
     multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype, bias: bool, dropped: bool
@@ -100,7 +101,9 @@ def test_another_activation(multiplier: str, device: str, rng: torch.Generator) 
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=pytest.mark.sanitizer if d == torch.bfloat16 else ()) for d in cases.DTYPES]
+    "dtype",
+    [pytest.param(d, marks=pytest.mark.sanitizer if d == torch.bfloat16 else ()) for d in cases.DTYPES],
+    ids=str,
 )
 def test_tokens_in_mxfp8_have_the_bits_of_those_quantized(
     multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype

@@ -368,7 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results += pool.map(lambda job: run_job(job, sanitizer, env, options.limit), jobs)
     if not any(CONTROL_KERNEL in result.found.dispatch for result in results):
         for result in results:
-            result.found.dispatch.clear()  # so that they are errors
+            result.found.places.update(result.found.dispatch)  # errors, then
+            result.found.dispatch.clear()
     reached = {
         tool: {kernel for result in results if result.job.tool == tool for kernel in result.ran.get("kernels", ())}
         for tool in options.tools
