@@ -76,8 +76,8 @@ class MXFP8Experts(torch.nn.Module):
     they come in. ``load_state_dict`` takes values and scales as bytes or in the dtypes that they
     stand for, float8_e4m3fn and float8_e8m0fnu, and keeps the bytes; it refuses other dtypes, and
     finds the weights' ``scale_group`` anew. So does the next eager call once a buffer has been
-    replaced or written in place, but for writes through ``.data``, NumPy or DLPack, which PyTorch
-    does not count: ``copy_`` to the buffer itself.
+    replaced or written in place, but for writes that PyTorch does not count: through ``.data``,
+    NumPy or DLPack (``copy_`` to the buffer itself), and all to inference tensors.
 
     Args:
         w13q: E experts of (2I, H), gate rows first, then up.
