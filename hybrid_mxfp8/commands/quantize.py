@@ -126,7 +126,7 @@ def describe(planned: Plan, signal_to_noise: dict[str, float], target: Path) -> 
         f"{size(before)} -> {size(after)} ({after / before:.2f}x); "
         f"all tensors {size(sum(tensor.entry.num_bytes for tensor in planned))} -> {size(all_after)}"
     ]
-    names = Counter(re.sub(r"\d+", "*", tensor.entry.name) for tensor in quantized)
+    names = Counter(re.sub(r"\b\d+\b", "*", tensor.entry.name) for tensor in quantized)
     lines.append("quantized: " + ", ".join(f"{name} ({count})" for name, count in sorted(names.items())))
     worst, db = min(signal_to_noise.items(), key=lambda item: item[1])
     lines.append(f"worst signal-to-noise {db:.1f} dB, in {worst}" if math.isfinite(db) else "no matrix lost anything")
