@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import pytest
 import torch
@@ -25,27 +27,16 @@ BLOCK = 2**18
 
 
 @triton.jit
-def _apply(x_ptr, out_ptr, total, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+def _apply(x_ptr, out_ptr, total, FUNCTION: tl.constexpr, TYPED: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < total)
-    if FUNCTION == "to_e4m3_codes":
-        out = to_e4m3_codes(x)
-    elif FUNCTION == "e4m3_codes_to_fp32":
-        out = e4m3_codes_to_fp32(x)
-    elif FUNCTION == "e8m0_to_fp32":
-        out = e8m0_to_fp32(x)
-    elif FUNCTION == "e8m0_to_bf16":
-        out = e8m0_to_bf16(x)
-    elif FUNCTION == "to_fp32":
-        out = to_fp32(x)
-    else:
-        out = from_fp32(x, out_ptr.dtype.element_ty)
+    out = FUNCTION(x, out_ptr.dtype.element_ty) if TYPED else FUNCTION(x)
     tl.store(out_ptr + i, out, mask=i < total)
 
 
-def apply(function: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def apply(function: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=dtype)
-    _apply[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), FUNCTION=function, BLOCK=BLOCK)
+    _apply[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), function, function is from_fp32, BLOCK)
     return out
 
 
@@ -68,7 +59,7 @@ def test_e4m3_conversion() -> None:
     """Equal to torch's after a clamp, and to the nearest of all e4m3 values."""
     x = dense_fp32()
     assert x.numel() > 2_000_000
-    got = apply("to_e4m3_codes", x, torch.uint8)
+    got = apply(to_e4m3_codes, x, torch.uint8)
     nan = torch.isnan(x)
     expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(got[~nan], expected[~nan])
@@ -77,8 +68,8 @@ def test_e4m3_conversion() -> None:
     assert torch.equal(got[near], torch.from_numpy(truth.encode_e4m3(truth.doubles(x[near]))))
 
 
-@pytest.mark.parametrize(("function", "dtype"), [("e8m0_to_fp32", torch.float32), ("e8m0_to_bf16", torch.bfloat16)])
-def test_e8m0_decoding(function: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("function", "dtype"), [(e8m0_to_fp32, torch.float32), (e8m0_to_bf16, torch.bfloat16)])
+def test_e8m0_decoding(function: Any, dtype: torch.dtype) -> None:
     scales = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     got = apply(function, scales, dtype)
     assert torch.isnan(got[255])
@@ -96,12 +87,12 @@ def check(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_output_rounding_equals_torch(dtype: torch.dtype) -> None:
     x = dense_fp32()
-    check(apply("from_fp32", x, dtype), x.to(dtype))
+    check(apply(from_fp32, x, dtype), x.to(dtype))
 
 
 def test_widening_is_exact_for_every_code() -> None:
     for dtype in cases.HALF_DTYPES:
         codes = cases.every_code(dtype)
-        check(apply("to_fp32", codes, torch.float32), codes.float())
+        check(apply(to_fp32, codes, torch.float32), codes.float())
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    check(apply("e4m3_codes_to_fp32", codes, torch.float32), codes.view(torch.float8_e4m3fn).float())
+    check(apply(e4m3_codes_to_fp32, codes, torch.float32), codes.view(torch.float8_e4m3fn).float())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import cases
@@ -49,18 +50,16 @@ def snr(layer: Layer, y: torch.Tensor, *activation: Any) -> float:
     return mx.signal_to_noise_db(moe_truth.forward(moe_truth.to(layer, "cpu"), *activation), y.cpu())
 
 
-SANITIZED = ((torch.bfloat16, True, True), (torch.float32, False, False))
-"""A Hopper kernel takes racecheck ten seconds, and a test has four."""
+def sanitized(rows: Iterable[tuple[Any, ...]], *marked: tuple[Any, ...]) -> list[Any]:
+    """Few are: each launch of a Hopper kernel takes racecheck ten seconds."""
+    return [pytest.param(*row, marks=pytest.mark.sanitizer if row in marked else ()) for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bias", "dropped"),
-    [
-        pytest.param(*row, marks=pytest.mark.sanitizer if row in SANITIZED else ())
-        for row in itertools.product(cases.DTYPES, (False, True), (False, True))
-    ],
-    ids=str,
-)
+ROWS = itertools.product(cases.DTYPES, (False, True), (False, True))
+LAYERS = sanitized(ROWS, (torch.bfloat16, True, True), (torch.float32, False, False))
+
+
+@pytest.mark.parametrize(("dtype", "bias", "dropped"), LAYERS, ids=str)
 def test_signal_to_noise(
     multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype, bias: bool, dropped: bool
 ) -> None:
@@ -100,11 +99,7 @@ def test_another_activation(multiplier: str, device: str, rng: torch.Generator) 
     assert snr(layer, results[0]) < 10.0
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(d, marks=pytest.mark.sanitizer if d == torch.bfloat16 else ()) for d in cases.DTYPES],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", sanitized(zip(cases.DTYPES), (torch.bfloat16,)), ids=str)
 def test_tokens_in_mxfp8_have_the_bits_of_those_quantized(
     multiplier: str, device: str, rng: torch.Generator, dtype: torch.dtype
 ) -> None:

@@ -179,8 +179,7 @@ PYTEST = (sys.executable, "-m", "pytest")  # a script that starts the interprete
 
 
 def collect(env: Mapping[str, str]) -> list[str]:
-    """Ids of the tests that are marked for this, without the rows of the reference: under racecheck
-    its float64 products, which are cuBLAS's, take minutes."""
+    """Ids of the tests that are marked for this, without those of the reference."""
     asked = [*PYTEST, "--collect-only", "-q", "-m", "sanitizer", "-k", "not [reference", "tests"]
     done = subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     ids = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
