@@ -82,8 +82,8 @@ class Plan:
 
     def run(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream; ValueError if what is written overlaps another operand."""
-        if self._parts is None:
-            self._prepare()
+        if (parts := self._parts) is None:
+            parts = self._prepare()
         if self._hooked():
             self._check_overlap(tensors)
             with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
@@ -95,7 +95,7 @@ class Plan:
                 return self.run(*tensors)
         stream = _current_stream(self._index)  # type: ignore[misc]
         addresses = tuple(map(_address, tensors))
-        for program, steps in self._parts:  # type: ignore[union-attr]
+        for program, steps in parts:
             if program is None:
                 for step in steps:
                     step.run(tensors, self.device)
@@ -105,15 +105,15 @@ class Plan:
 
     def is_one_program(self) -> bool:
         """Whether the C launcher makes all of its launches, with nothing in between."""
-        self._prepare()
-        return [program is None for program, _ in self._parts or ()] == [False]
+        return [program is None for program, _ in self._prepare()] == [False]
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> list[tuple[launcher.Program | None, Steps]]:
         runs = self.words()
         # A program checks for overlaps before it launches, so one must come first.
         if runs and runs[0][0] is not None:
             self._hooked = self.steps[0].hooked
         self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
+        return self._parts
 
     def words(self) -> list[tuple[list[int] | None, Steps]]:
         """The steps in runs of launches that one program makes, with its words, and of calls."""
