@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,7 @@ TOOLS: dict[str, str] = {
 }
 """The slowest first, so that it doesn't end alone."""
 
-TESTS_PER_PROCESS = {PLAIN: 1000, "racecheck": 12}
+TESTS_PER_PROCESS = {PLAIN: 1000, "racecheck": 8}
 """Of other tools 40: a process starts in ten seconds, a test takes from a tenth of one to ten."""
 
 ERROR_EXIT = 86
@@ -302,10 +303,9 @@ def describe_machine(sanitizer: str) -> dict[str, str]:
     }
 
 
-DISPATCH = """That is the code with which Triton hands warps their work, where racecheck misses that a barrier of the
-whole block stands between write and read: a kernel that does nothing else is reported too, and
-`tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code.
-"""
+DISPATCH = """That is the code with which Triton hands warps their work, where racecheck misses that a barrier
+of the whole block stands between write and read: a kernel that does nothing else is reported too,
+and `tests/codegen/test_codegen_hopper.py` reads the barriers in the machine code."""
 
 
 def markdown(
@@ -314,7 +314,7 @@ def markdown(
     """The report as a page; ``reached``: the kernels that each tool has seen."""
     date = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d")
     lines = [f"# compute-sanitizer on {machine['GPU']}", "", f"Made by `make sanitize` on {date}."]
-    lines += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
+    lines += [textwrap.fill(", ".join(f"{name} {value}" for name, value in machine.items()) + ".", 100), ""]
     lines += [f"- {tool}: {TOOLS[tool]}" for tool in reached]
     columns = ("tests", "skipped", "failed", "errors", "processes", "seconds")
     lines += ["", f"| tool | file | {' | '.join(columns)} | |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
@@ -325,16 +325,17 @@ def markdown(
         what = "; ".join(f"{fault} ({n} of {len(parts)})" for fault, n in faults.items())
         figures = " | ".join(f"{sums[column]:.0f}" for column in columns)
         lines.append(f"| {tool} | {Path(file).name} | {figures} | {what} |")
-    lines += ["", "Totals: "]
+    lines += ["", "Totals:", ""]
     for tool in reached:
         sums = sum((result.sums for result in results if result.job.tool == tool), Counter())
         cut = f"{sums['bad']} of {sums['processes']} processes failed or cut"
         lines.append(f"- {tool}: {sums['passed']} tests passed, {sums['errors']} errors, {cut}")
     everywhere = sorted(set.intersection(*reached.values()))
-    lines += ["", "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in everywhere) + "."]
+    launched = "Kernels launched under every tool: " + ", ".join(f"`{k}`" for k in everywhere) + "."
+    lines += ["", textwrap.fill(launched, 100)]
     if dispatch := sum((result.found.dispatch for result in results), Counter()):
-        lines += ["", "Counted apart: " + ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items())) + "."]
-        lines.append(DISPATCH)
+        counts = ", ".join(f"`{k}` {n} times" for k, n in sorted(dispatch.items()))
+        lines += ["", textwrap.fill(f"Counted apart: {counts}.", 100), DISPATCH]
     for tool, kernels in reached.items():
         if missing := sorted(expected - kernels):
             lines.append(f"**Not launched under {tool}**: {', '.join(missing)}.")
