@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .generation import BASELINE, OURS
+from .generation import OURS
 from .shapes import MAIN_MODELS, MODEL_TOKENS, MODELS, Case, moe_case
 
 LAYERS = {
@@ -37,9 +37,9 @@ Line = tuple[str, float, str, float]
 
 
 def generation_lines(record: Mapping[str, Any]) -> Iterator[Line]:
-    """A line for each case."""
+    """A line for each case, with the faster of transformers' ways to run experts in bf16."""
     for row in record["rows"]:
-        yield row["case"], row["ms"][OURS], f"transformers' `{BASELINE}`", row["ms"][BASELINE]
+        yield row["case"], row["ms"][OURS], "transformers", min(ms for name, ms in row["ms"].items() if name != OURS)
 
 
 def suite_lines(record: Mapping[str, Any]) -> Iterator[Line]:

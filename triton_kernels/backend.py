@@ -126,7 +126,7 @@ def explain(problem: Problem) -> str:
     elif bf16 and problem.scale_group == 128:
         why = "; multiplied in bf16: HYBRID_MXFP8_HOPPER_GEMM=bf16, or too large for the FP8 kernel"
     elif bf16:
-        why = "; multiplied in bf16: every block has its own scale (scale_group 32)"
+        why = "; multiplied in bf16: x or w has scale_group 32, FP8 needs 128 of both"
     return f"{config}, for {average:.1f} tokens an expert on average{why}"
 
 

@@ -2,14 +2,12 @@
 
     from hybrid_mxfp8.integrations import transformers as mxfp8
 
-    mxfp8.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype="bfloat16", experts_implementation="hybrid_mxfp8"
-    )
-    print(mxfp8.quantize_model_(model))  # optional: quantize now, and free the unquantized experts
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
+    print(mxfp8.quantize_model_(model))
 
-Without ``quantize_model_`` each layer's experts are quantized in its first forward, beside the
-originals, and again when a parameter has been replaced or written to in place, but through
+Without ``quantize_model_``, a model loaded with ``experts_implementation="hybrid_mxfp8"`` after
+``register()`` quantizes each layer's experts in its first forward, beside the originals, and again
+when a parameter has been replaced or written to in place, but through
 ``parameter.data``, which PyTorch does not count. Where other changes would not be seen either,
 ``quantize_model_`` must come first, and an error says so.
 
@@ -396,7 +394,7 @@ def _refuse_originals(module: torch.nn.Module, state_dict: dict[str, Any], prefi
 def _refuse_to_save(*args: object, **options: object) -> NoReturn:
     raise RuntimeError(
         "save_pretrained: must have experts as they were loaded, got a model that quantize_model_ has been through: keep the"
-        " original checkpoint, and quantize at each start"
+        " original checkpoint, and quantize at each start, or save model.state_dict()"
     )
 
 

@@ -141,6 +141,8 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert names["generated"].shape[1] > 5
     assert "the experts of 2 MoE layers take" in capsys.readouterr().out
     assert names["model"].config._experts_implementation == "hybrid_mxfp8"
+    with torch.no_grad():
+        assert torch.equal(*(names[model](names["tokens"]).logits for model in ("model", "again")))
 
 
 @pytest.mark.usefixtures("_reference")
