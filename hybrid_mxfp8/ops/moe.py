@@ -81,8 +81,8 @@ def moe_forward(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, stride, device or option; an argument that requires grad; a
-            workspace that doesn't fit, or that another thread is using.
+        ValueError: wrong shape, stride, device or option; an argument that requires grad or has a
+            tangent; a workspace that doesn't fit, or that another thread is using.
         BackendUnavailableError: the named backend can't run this here.
     """
     check_workspace(workspace)
