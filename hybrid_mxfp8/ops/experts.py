@@ -19,7 +19,7 @@ from hybrid_mxfp8.core.checks import (
     short,
 )
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
-from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.core.scales import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
@@ -198,6 +198,7 @@ class MXFP8Experts(torch.nn.Module):
         values = values.view(torch.float8_e4m3fn)
         seen, found = self._scalings[name]
         if not (is_tracing(scales) or seen.is_as(scales)):
+            check_weights(values, scales, f"{name}_")
             found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
             self._scalings[name] = (_Seen(scales), found)
         scale_group, squares = found
