@@ -238,7 +238,8 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
     Raises:
         FileExistsError: the file exists and ``force`` is not set.
         TypeError: ``experts`` maps something else than names to ExpertWeights.
-        ValueError: two tensors of one name, a name that the format can't hold, or weights on meta.
+        ValueError: two tensors of one name, a name that the format can't hold, or weights on
+            meta or with an empty dimension.
     """
     if not isinstance(experts, Mapping):
         raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
@@ -249,6 +250,8 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
             raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
         if w.values.is_meta:
             raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
+        if not w.values.numel():  # load_experts refuses it
+            raise ValueError(f"experts: {name!r} must have no empty dimension, got {tuple(w.values.shape)}")
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists; force=True replaces it")

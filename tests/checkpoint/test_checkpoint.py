@@ -244,6 +244,7 @@ SAVED: list[tuple[Any, type[Exception], str]] = [
     ({"__metadata__": W}, ValueError, "^experts: a tensor can't be called '__metadata__'"),
     ({"w": W, "w_scale_inv": W}, ValueError, "'w_scale_inv' is there twice"),
     ({"w": ON_META}, ValueError, "^experts: 'w' must have data, got tensors on meta$"),
+    ({"w": mx.quantize_weights(torch.ones(0, 8, 64))}, ValueError, r"^experts: 'w' must have no .*, got \(0, 8, 64\)$"),
 ]
 
 
