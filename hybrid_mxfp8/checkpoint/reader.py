@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -253,7 +254,7 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
         if not w.values.numel():  # load_experts refuses it
             raise ValueError(f"experts: {name!r} must have no empty dimension, got {tuple(w.values.shape)}")
     path = Path(path)
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise FileExistsError(f"{path}: exists; force=True replaces it")
     weights = [Entry(name, "F8_E4M3", tuple(w.values.shape)) for name, w in experts.items()]
     entries = [*weights, *(scale_entry(w.name, w.shape) for w in weights)]

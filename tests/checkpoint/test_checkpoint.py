@@ -128,12 +128,13 @@ def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None
         assert found.metadata == {"a": "said", "b": "said"}
 
 
-def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["precious", None], ids=["file", "link to nothing"])
+def test_saving_replaces_only_when_told_to(content: str | None, experts: mx.ExpertWeights, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    path.write_text("precious")
+    path.write_text(content) if content else path.symlink_to("gone")
     with pytest.raises(FileExistsError, match="force=True"):
         checkpoint.save_experts(path, {NAME: experts})
-    assert path.read_text() == "precious"
+    assert path.read_text() == content if content else path.is_symlink()
     checkpoint.save_experts(path, {NAME: experts}, force=True)
     assert same_experts(checkpoint.load_experts(path, NAME), experts)
     assert list(tmp_path.iterdir()) == [path]
