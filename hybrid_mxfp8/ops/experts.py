@@ -12,6 +12,7 @@ from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_contiguous,
+    check_k,
     check_shape,
     check_tensor,
     fail,
@@ -161,6 +162,7 @@ class MXFP8Experts(torch.nn.Module):
         dims = "(E, K, N)" if transposed else "(E, N, K)"
         for name, w in (("w13", w13), ("w2", w2)):
             check_tensor(name, w, dtypes=FLOAT_DTYPES, ndim=3, dims=dims)
+            check_k(name, w.shape[1 if transposed else 2])
         if transposed:
             w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
         if interleaved:

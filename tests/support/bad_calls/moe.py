@@ -105,6 +105,7 @@ BAD: list[Bad] = [
     made("from_weights: w13 a list", TypeError, r"^w13: must be a torch\.Tensor", w13=[1.0]),
     made("from_weights: w13 of float64", TypeError, "^w13: dtype must be", w13=torch.zeros(E, 2 * I, H, dtype=torch.float64)),
     made("from_weights: one matrix", ValueError, r"^w2: must have shape \(E, N, K\)", w2=normal(H, I)),
+    made("from_weights: K of w2", ValueError, "^w2: K must be a positive multiple of 32, got 40$", w2=normal(E, H, 40)),
     made("from_weights: w13 and w2 swapped", ValueError, r"^w13q: must be \(E, 2I, H\)", w13=normal(E, H, I), w2=normal(E, 2 * I, H)),
     made("from_weights: backend of from_weights", ValueError, "^backend: must be one of", backend="cuda"),
     *(space(f"workspace: {name} {value!r}", error, f"^{name}: must be {message}", **{name: value})
