@@ -310,6 +310,9 @@ def test_module_refuses_what_can_take_no_turns() -> None:
 
 
 def test_module_asks_its_backend_to_quantize(rng: torch.Generator) -> None:
+    """Which raises where it can't run, also for no tokens."""
     layer = make(rng, "cpu")
     with mx.use_backend("reference"), pytest.raises(mx.BackendUnavailableError, match=r"^backend cutlass"):
         mx.MXFP8Experts.from_weights(layer.w13, layer.w2, backend="cutlass")(layer.x, layer.ids, layer.weights)
+    with pytest.raises(mx.BackendUnavailableError, match=r"^backend cutlass"):
+        run(dataclasses.replace(layer, x=layer.x[:0], ids=layer.ids[:0], weights=layer.weights[:0]), "cutlass")
