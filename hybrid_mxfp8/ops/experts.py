@@ -78,7 +78,10 @@ class MXFP8Experts(torch.nn.Module):
     stand for, float8_e4m3fn and float8_e8m0fnu, and keeps the bytes; it refuses other dtypes, and
     finds the weights' ``scale_group`` anew. So does the next eager call once a buffer has been
     replaced or written in place, but for writes that PyTorch does not count: through ``.data``,
-    NumPy or DLPack (``copy_`` to the buffer itself), and all to inference tensors.
+    NumPy or DLPack (``copy_`` to the buffer itself), and all to inference tensors. A compiled call
+    does not look: after writes other than by ``load_state_dict`` read ``w13q`` and ``w2q`` once, or
+    it may multiply groups of 32 as if they were of 128. A CUDA graph keeps the groups that it was
+    captured with.
 
     Args:
         w13q: E experts of (2I, H), gate rows first, then up.
