@@ -276,20 +276,3 @@ def test_a_module_looks_at_loads_that_leave_no_trace(rng: torch.Generator, monke
     cases.forget_calls()
     compiled(x, ids, weights)
     assert seen == [128, 128, 32, 32, 128, 128]
-
-
-def test_a_float_is_refused_by_a_plan_of_the_same_number(rng: torch.Generator) -> None:
-    """32.0 equals 32, and has its hash."""
-    layer = moe_truth.make_layer(rng)
-    w13q, w2q = (mx.quantize_weights(w) for w in (layer.w13, layer.w2))
-    counts = torch.tensor([layer.x.shape[0]])
-    calls: list[Callable[[Any], object]] = [
-        lambda group: mx.quantize_grouped(layer.x, counts, scale_group=group),
-        lambda group: mx.quantize_weights(layer.w2, scale_group=group),
-        lambda group: mx.quantize_tokens(layer.x, scale_group=group),
-        lambda group: mx.moe_forward(layer.x, w13q, w2q, layer.ids, layer.weights, scale_group=group),
-    ]
-    for call in calls:
-        call(32)
-        with pytest.raises(ValueError, match=r"^scale_group: must be 32 or 128, got 32\.0$"):
-            call(32.0)
