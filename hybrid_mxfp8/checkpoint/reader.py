@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -238,7 +239,8 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
     Raises:
         FileExistsError: the file exists and ``force`` is not set.
         TypeError: ``experts`` maps something else than names to ExpertWeights.
-        ValueError: two tensors of one name, a name that the format can't hold, or weights on meta.
+        ValueError: two tensors of one name, a name that the format can't hold, or weights on
+            meta or with an empty dimension.
     """
     if not isinstance(experts, Mapping):
         raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
@@ -249,8 +251,10 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
             raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
         if w.values.is_meta:
             raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
+        if not w.values.numel():  # load_experts refuses it
+            raise ValueError(f"experts: {name!r} must have no empty dimension, got {tuple(w.values.shape)}")
     path = Path(path)
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise FileExistsError(f"{path}: exists; force=True replaces it")
     weights = [Entry(name, "F8_E4M3", tuple(w.values.shape)) for name, w in experts.items()]
     entries = [*weights, *(scale_entry(w.name, w.shape) for w in weights)]

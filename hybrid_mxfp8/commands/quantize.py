@@ -103,7 +103,7 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise ValueError(f"{target}: IN and OUT must not be the same")
     if (a in b.parents and source.is_dir()) or b in a.parents:
         raise ValueError(f"{target}: IN and OUT must not lie in one another")
-    if not target.exists():
+    if not os.path.lexists(target):  # exists() is false for a link to nothing
         return
     if not force:
         raise FileExistsError(f"{target}: exists; --force replaces it")

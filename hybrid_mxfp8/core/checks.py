@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
 
@@ -169,10 +170,13 @@ def check_float_dtype(name: str, value: Any) -> None:
 
 
 def check_no_grad(name: str, value: torch.Tensor) -> None:
-    """Quantization has no derivative; a silent loss of gradients would be worse than an error."""
+    """Quantization has no derivative; a silent loss of gradients, or of forward-mode AD's tangents,
+    would be worse than an error."""
     if value.requires_grad and torch.is_grad_enabled():
         hint = "MXFP8 quantization has no backward; use torch.no_grad() or .detach()"
         fail(name, f"must not require grad ({hint})", "requires_grad=True")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        fail(name, "must have no tangent (MXFP8 quantization has no derivative; use .detach())", "a dual tensor")
 
 
 def check_unit_stride(name: str, value: torch.Tensor) -> None:

@@ -130,7 +130,8 @@ class GroupLayout(checks.Checked):
         checks.check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims=dims)
         if form == "indptr" and not given.shape[0]:
             checks.fail(name, "must have shape (E+1,), with a leading 0", (0,))
-        checks.check_num_tokens(num_tokens, given.shape[0] - (form == "indptr"))
+        # int: PyTorch 2.11 can't subtract a bool from a symbolic size.
+        checks.check_num_tokens(num_tokens, given.shape[0] - int(form == "indptr"))
         check_numbers(name, given, num_tokens, form)
         if form == "indptr":
             given = given[1:]

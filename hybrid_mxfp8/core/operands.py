@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, padded_scale_rows, scale_cols
@@ -284,13 +285,13 @@ class ExpertWeights(_Operand):
         Raises:
             TypeError: ``squares`` is no bool.
             ValueError: ``scale_group`` is neither 32 nor 128, squares of 32 are asked for, or
-                weights on meta.
+                weights on meta or fake.
         """
         checks.check_scale_group(scale_group, squares)
         if scale_group <= self.scale_group and squares <= self.squares:
             return ExpertWeights.unchecked(self.values, self.scales, scale_group, squares), math.inf
-        if self.values.is_meta:
-            checks.fail("values", "must have data", "tensors on meta")
+        if self.values.is_meta or isinstance(self.values, FakeTensor):
+            checks.fail("values", "must have data", "tensors on meta" if self.values.is_meta else "fake tensors")
         new = self.regroup_into(torch.empty_like(self.values), torch.empty_like(self.scales), scale_group, squares)
         power = noise = 0.0
         for e, (linear, new_linear) in enumerate(zip(self.linear_scales(), new.linear_scales(), strict=True)):

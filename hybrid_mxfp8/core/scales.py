@@ -185,8 +185,9 @@ def find_scale_group(linear: torch.Tensor) -> tuple[int, bool]:
 
 
 def at_most_one(scales: torch.Tensor) -> bool:
-    """Whether no scale (uint8) but NaN is above 2**0: products with others then fit fp32. Syncs."""
-    return not bool(((scales > 127) & (scales != E8M0_NAN)).any())
+    """Whether no scale (uint8) but NaN is above 2**0: products with others then fit fp32. Syncs;
+    False of scales that are traced."""
+    return not is_tracing(scales) and not bool(((scales > 127) & (scales != E8M0_NAN)).any())
 
 
 def regroup(

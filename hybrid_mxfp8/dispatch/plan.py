@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from hybrid_mxfp8.core.checks import check_apart, extent, has_memory
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
@@ -210,7 +211,10 @@ class PlanCache:
         self._templates: dict[Hashable, tuple[Template, ...]] = {}
 
     def get(self, signature: Hashable, sizes: tuple[int, ...] = ()) -> Plan | None:
-        """The plan; None for a signature that can't be hashed, such as one of symbolic shapes."""
+        """The plan; None for a signature that can't be hashed, such as one of symbolic shapes, and
+        in forward-mode AD, so that arguments are checked for tangents: no signature shows them."""
+        if forward_ad._current_level >= 0:
+            return None
         try:
             plan = self._plans.get((signature, sizes))
         except TypeError:

@@ -12,6 +12,7 @@ from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
     check_contiguous,
+    check_k,
     check_shape,
     check_tensor,
     fail,
@@ -19,7 +20,7 @@ from hybrid_mxfp8.core.checks import (
     short,
 )
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
-from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.core.scales import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
@@ -77,7 +78,10 @@ class MXFP8Experts(torch.nn.Module):
     stand for, float8_e4m3fn and float8_e8m0fnu, and keeps the bytes; it refuses other dtypes, and
     finds the weights' ``scale_group`` anew. So does the next eager call once a buffer has been
     replaced or written in place, but for writes that PyTorch does not count: through ``.data``,
-    NumPy or DLPack (``copy_`` to the buffer itself), and all to inference tensors.
+    NumPy or DLPack (``copy_`` to the buffer itself), and all to inference tensors. A compiled call
+    does not look: after writes other than by ``load_state_dict`` read ``w13q`` and ``w2q`` once, or
+    it may multiply groups of 32 as if they were of 128. A CUDA graph keeps the groups that it was
+    captured with.
 
     Args:
         w13q: E experts of (2I, H), gate rows first, then up.
@@ -161,6 +165,7 @@ class MXFP8Experts(torch.nn.Module):
         dims = "(E, K, N)" if transposed else "(E, N, K)"
         for name, w in (("w13", w13), ("w2", w2)):
             check_tensor(name, w, dtypes=FLOAT_DTYPES, ndim=3, dims=dims)
+            check_k(name, w.shape[1 if transposed else 2])
         if transposed:
             w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
         if interleaved:
@@ -198,6 +203,7 @@ class MXFP8Experts(torch.nn.Module):
         values = values.view(torch.float8_e4m3fn)
         seen, found = self._scalings[name]
         if not (is_tracing(scales) or seen.is_as(scales)):
+            check_weights(values, scales, f"{name}_")
             found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
             self._scalings[name] = (_Seen(scales), found)
         scale_group, squares = found

@@ -17,8 +17,8 @@ from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.buffers import Metadata, metadata
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
-from hybrid_mxfp8.dispatch.registry import requested, settings
-from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, parts_of, plan_layer, shape_of
+from hybrid_mxfp8.dispatch.registry import settings
+from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, choose_backends, parts_of, plan_layer, shape_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
 _LAYER = object()
@@ -81,8 +81,8 @@ def moe_forward(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, stride, device or option; an argument that requires grad; a
-            workspace that doesn't fit, or that another thread is using.
+        ValueError: wrong shape, stride, device or option; an argument that requires grad or has a
+            tangent; a workspace that doesn't fit, or that another thread is using.
         BackendUnavailableError: the named backend can't run this here.
     """
     check_workspace(workspace)
@@ -100,7 +100,7 @@ def moe_forward(
         if checks.is_tracing_any(*inputs):
             return _forward_traced(inputs, shape, swiglu, out, backend)
         if not (x.shape[0] and shape.top_k):
-            requested(backend)
+            choose_backends(shape, 0, backend)  # a named one that can't run here raises, whatever M is
             return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if out is None else out.zero_()
         if workspace is not None:
             workspace.check(shape, x.shape[0])

@@ -128,12 +128,13 @@ def test_folder_with_an_index(experts: mx.ExpertWeights, tmp_path: Path) -> None
         assert found.metadata == {"a": "said", "b": "said"}
 
 
-def test_saving_replaces_only_when_told_to(experts: mx.ExpertWeights, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["precious", None], ids=["file", "link to nothing"])
+def test_saving_replaces_only_when_told_to(content: str | None, experts: mx.ExpertWeights, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    path.write_text("precious")
+    path.write_text(content) if content else path.symlink_to("gone")
     with pytest.raises(FileExistsError, match="force=True"):
         checkpoint.save_experts(path, {NAME: experts})
-    assert path.read_text() == "precious"
+    assert path.read_text() == content if content else path.is_symlink()
     checkpoint.save_experts(path, {NAME: experts}, force=True)
     assert same_experts(checkpoint.load_experts(path, NAME), experts)
     assert list(tmp_path.iterdir()) == [path]
@@ -244,6 +245,7 @@ SAVED: list[tuple[Any, type[Exception], str]] = [
     ({"__metadata__": W}, ValueError, "^experts: a tensor can't be called '__metadata__'"),
     ({"w": W, "w_scale_inv": W}, ValueError, "'w_scale_inv' is there twice"),
     ({"w": ON_META}, ValueError, "^experts: 'w' must have data, got tensors on meta$"),
+    ({"w": mx.quantize_weights(torch.ones(0, 8, 64))}, ValueError, r"^experts: 'w' must have no .*, got \(0, 8, 64\)$"),
 ]
 
 

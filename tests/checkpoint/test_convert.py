@@ -345,6 +345,7 @@ def test_a_folder_is_converted_file_by_file(folder: Path, tmp_path: Path) -> Non
         ("model linked/inside --force", "IN and OUT must not lie in one another"),
         ("model . --force", "IN and OUT must not lie in one another"),  # it would take IN with it
         ("model/1.safetensors file", "exists; --force replaces it"),
+        ("model/1.safetensors gone", "exists; --force replaces it"),  # a link to nothing
         ("model mine", "exists; --force replaces it"),
         ("model mine --force", "is a folder with no safetensors file, which --force does not replace"),
         ("model linked_mine --force", "is a link to a folder, which --force does not replace"),
@@ -357,14 +358,15 @@ def test_an_out_that_is_refused_stays(
     (tmp_path / "mine").mkdir()
     for file in ("file", "mine/file"):
         (tmp_path / file).write_text("precious")
-    for link, name in (("link", "model/1.safetensors"), ("linked", "model"), ("linked_mine", "mine")):
+    links = {"link": "model/1.safetensors", "linked": "model", "linked_mine": "mine", "gone": "nothing"}
+    for link, name in links.items():
         (tmp_path / link).symlink_to(tmp_path / name)
     (tmp_path / "hard").hardlink_to(folder / "1.safetensors")
-    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    before = {path: path.is_symlink() or path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
     source, target, *force = words.split()
     assert quantize(tmp_path / source, tmp_path / target, *ALL, *force) == 2
     assert message in capsys.readouterr().err
-    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+    assert {path: path.is_symlink() or path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_force_replaces_an_earlier_result(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from bad_calls import gemm, layouts, moe, operands, operators, quantize, sglang
 from bad_calls.row import E4M3, Bad, E, K, N, Odd, T
 from guards import Guards, check_alive
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import hybrid_mxfp8 as mx
 
@@ -115,6 +116,19 @@ def test_gradients_are_refused_only_where_they_would_be_lost() -> None:
         with pytest.raises(ValueError, match=r"^x: must not require grad"):
             mx.quantize_grouped(x, groups, backend="reference")
         mx.quantize_grouped(x.detach(), groups, backend="reference")
+
+
+def test_tangents_are_refused() -> None:
+    """Of forward-mode AD: by calls whose plan there is, which other tensors still make."""
+    plain = {**moe._all(), "backend": "reference"}
+    mx.moe_forward(**plain)
+    with forward_ad.dual_level():
+        for name in ("x", "topk_weights", "w13_bias", "w2_bias", "out"):
+            with pytest.raises(ValueError, match=rf"^{name}: must have no tangent .* got a dual tensor$"):
+                mx.moe_forward(**plain | {name: forward_ad.make_dual(plain[name], plain[name].clone())})
+        assert torch.equal(mx.moe_forward(**plain | {"out": None}), plain["out"])
+    with pytest.raises(ValueError, match=r"^x: must have no tangent"):
+        torch.func.jvp(lambda x: mx.quantize_tokens(x).scales, (plain["x"],), (plain["x"],))
 
 
 def test_buffers_may_lie_side_by_side() -> None:

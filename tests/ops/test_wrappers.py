@@ -103,8 +103,17 @@ def test_other_wrappers_are_named(wrap: Wrap, kind: str, name: str) -> None:
         call(wrap)
 
 
-def test_weights_that_are_wrapped_are_named() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (distributed, "must be a tensor with memory of its own, got DTensor"),
+        (lambda t: t.view(torch.float8_e8m0fnu), "dtype must be uint8, got float8_e8m0fnu"),
+    ],
+)
+def test_buffers_of_a_module_are_named(change: Wrap, message: str) -> None:
+    """Though there is a plan of these shapes."""
     module = mx.MXFP8Experts(*weights())
-    module.w2_scales = distributed(module.w2_scales)
-    with pytest.raises(TypeError, match=r"^w2q\.scales: must be a tensor with memory of its own, got DTensor"):
+    module(LAYER.x, LAYER.ids, LAYER.weights)
+    module.w13_scales = change(module.w13_scales)
+    with pytest.raises(TypeError, match=f"^w13_scales: {message}"):
         module(LAYER.x, LAYER.ids, LAYER.weights)

@@ -42,7 +42,7 @@ def _workspace(**changes: Any) -> Callable[[], mx.MoEWorkspace]:
     return lambda: mx.MoEWorkspace(w13(), w2(), **{"max_tokens": M, "top_k": TOP_K, **changes})
 
 
-forward = refused(mx.moe_forward, _good)
+forward = refused(mx.moe_forward, lambda: {**_good(), "scale_group": 32})
 into = refused(mx.moe_forward, lambda: _all())
 tokens = refused(mx.quantize_tokens, lambda: {"x": normal(M, H)})
 module = refused(mx.MXFP8Experts, lambda: {"w13q": w13(), "w2q": w2()})
@@ -77,7 +77,7 @@ BAD: list[Bad] = [
     forward("weights of another top_k", ValueError, r"^topk_weights: must have shape \(M, top_k\) = \(7, 2\)", topk_weights=torch.ones(M, 3)),
     *(forward(f"activation {a!r}", ValueError, "^activation: must be 'swiglu' .*, got", activation=a) for a in ("gelu", "silu", "", None, 1)),
     *(row(f"{word}: scale_group {g!r}", ValueError, "^scale_group: must be 32 or 128, got", scale_group=g)
-      for word, row in (("forward", forward), ("from_weights", made)) for g in (64, "128")),
+      for word, row in (("forward", forward), ("from_weights", made), ("quantize_tokens", tokens)) for g in (64, "128", 32.0)),
     *(forward(f"backend {b!r}", ValueError, "^backend: must be one of", backend=b) for b in ("vllm", "", 1)),
     forward("backend unknown, no tokens", ValueError, "^backend: must be one of", x=normal(0, H), topk_ids=ids(0), topk_weights=torch.ones(0, TOP_K), backend="vllm"),
     *(bad
@@ -105,7 +105,14 @@ BAD: list[Bad] = [
     made("from_weights: w13 a list", TypeError, r"^w13: must be a torch\.Tensor", w13=[1.0]),
     made("from_weights: w13 of float64", TypeError, "^w13: dtype must be", w13=torch.zeros(E, 2 * I, H, dtype=torch.float64)),
     made("from_weights: one matrix", ValueError, r"^w2: must have shape \(E, N, K\)", w2=normal(H, I)),
+    made("from_weights: K of w2", ValueError, "^w2: K must be a positive multiple of 32, got 40$", w2=normal(E, H, 40)),
     made("from_weights: w13 and w2 swapped", ValueError, r"^w13q: must be \(E, 2I, H\)", w13=normal(E, H, I), w2=normal(E, 2 * I, H)),
+    *(made(f"from_weights: in turns, {name} {what}", error, f"^{name}: {message}", **{name: value}, interleaved=True)
+      for name, what, error, message, value in (
+          ("w13", "of 63 rows", ValueError, "must have an even number of rows, gate and up in turns, got 63$", normal(E, 63, H)),
+          ("w13_bias", "of 63", ValueError, r"must have shape \(E, N\)", torch.zeros(E, 63)),
+          ("w13_bias", "a scalar", ValueError, r"must have shape \(E, N\)", torch.tensor(1.0)),
+          ("w13_bias", "a list", TypeError, r"must be a torch.Tensor \(E, N\), got list$", [1.0]))),
     made("from_weights: backend of from_weights", ValueError, "^backend: must be one of", backend="cuda"),
     *(space(f"workspace: {name} {value!r}", error, f"^{name}: must be {message}", **{name: value})
       for name in ("max_tokens", "top_k")
