@@ -210,6 +210,21 @@ class PlanCache:
         self._plans: dict[Hashable, Plan] = {}
         self._templates: dict[Hashable, tuple[Template, ...]] = {}
 
+    def find(
+        self, describe: Callable[..., tuple[Hashable, tuple[int, ...]]], *arguments: Any
+    ) -> tuple[Plan | None, Hashable]:
+        """The plan of a call, by the signature and sizes that ``describe(*arguments)`` returns; and
+        that signature. Both are None under torch.compile, and where ``describe`` raises, as it does
+        for arguments of a wrong type and for fake tensors: checks then say what is wrong, if
+        anything is."""
+        if torch.compiler.is_compiling():
+            return None, None
+        try:
+            signature, sizes = describe(*arguments)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return None, None
+        return self.get(signature, sizes), signature
+
     def get(self, signature: Hashable, sizes: tuple[int, ...] = ()) -> Plan | None:
         """The plan; None for a signature that can't be hashed, such as one of symbolic shapes, and
         in forward-mode AD, so that arguments are checked for tangents: no signature shows them."""

@@ -16,8 +16,6 @@ from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describ
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, choose_ready, requested, settings
 
-_PRODUCT = object()
-
 
 def grouped_gemm(
     x: GroupedMXFP8,
@@ -53,10 +51,7 @@ def grouped_gemm(
             fit.
         BackendUnavailableError: the named backend can't run this problem here.
     """
-    signature = plan = None
-    if not torch.compiler.is_compiling():
-        signature, sizes = _signature(x, w, out_dtype, out, workspace, backend)
-        plan = PLANS.get(signature, sizes)
+    plan, signature = PLANS.find(_signature, x, w, out_dtype, out, workspace, backend)
     if plan is None:
         problem = _problem(x, w, out_dtype)
         if checks.is_tracing_any(x, w):
@@ -82,38 +77,36 @@ def grouped_gemm(
 
 def _signature(
     x: Any, w: Any, out_dtype: Any, out: Any, workspace: Any, backend: Any
-) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
-    """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
+) -> tuple[Hashable, tuple[int, ...]]:
+    """All that checks and launches depend on, and the sizes."""
     if type(x) is not GroupedMXFP8 or type(w) is not ExpertWeights:
         return None, ()
-    try:
-        num_tokens = x.groups.num_tokens
-        signature = (
-            _PRODUCT,
-            settings(backend),
-            out_dtype,
-            x.groups.tokens_per_expert.shape,
-            describe_operand(x, num_tokens),
-            describe_operand(w),
-            None if out is None else (describe_rows(out, num_tokens), torch.is_grad_enabled()),
-            None if workspace is None else (describe_rows(workspace), workspace.data_ptr() % ALIGNMENT),
-        )
-        return signature, _sizes(x, workspace)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None, ()
+    num_tokens = x.groups.num_tokens
+    signature = (
+        "grouped_gemm",
+        settings(backend),
+        out_dtype,
+        x.groups.tokens_per_expert.shape,
+        describe_operand(x, num_tokens),
+        describe_operand(w),
+        None if out is None else (describe_rows(out, num_tokens), torch.is_grad_enabled()),
+        None if workspace is None else (describe_rows(workspace), workspace.data_ptr() % ALIGNMENT),
+    )
+    return signature, _sizes(x, workspace)
 
 
-def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, int, int]:
-    """T, S, and the bytes of ``workspace``, or S again where there is none."""
-    num_scale_rows = x.scales.shape[0]
-    return x.groups.num_tokens, num_scale_rows, num_scale_rows if workspace is None else workspace.shape[0]
+def _sizes(x: GroupedMXFP8, workspace: torch.Tensor | None) -> tuple[int, ...]:
+    """T, S, and the bytes of ``workspace`` if it is given."""
+    sizes = x.groups.num_tokens, x.scales.shape[0]
+    return sizes if workspace is None else (*sizes, workspace.shape[0])
 
 
-def _plan(given: Any, problem: Problem, backend: str | None, *sizes: int) -> Plan:
+def _plan(
+    given: Any, problem: Problem, backend: str | None, num_tokens: int, num_scale_rows: int, workspace_bytes: int = 0
+) -> Plan:
     """Plan one product, to run with the tensors that ``grouped_gemm`` lists. ``given`` is Metadata
-    of x, w and workspace; ``sizes`` are their T, S and bytes, in place of those there."""
+    of x, w and workspace, whose sizes are replaced by the three given."""
     x, w, workspace = given
-    num_tokens, num_scale_rows, workspace_bytes = sizes
     problem = problem._replace(num_tokens=num_tokens)
     chosen, needed, lasting = choose_ready(problem, backend)
     if workspace is not None and workspace_bytes < needed:

@@ -21,8 +21,6 @@ from hybrid_mxfp8.dispatch.registry import settings
 from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, choose_backends, parts_of, plan_layer, shape_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
-_LAYER = object()
-
 
 def moe_forward(
     x: torch.Tensor | MXFP8Tokens,
@@ -88,11 +86,7 @@ def moe_forward(
     check_workspace(workspace)
     x, topk_ids, topk_weights = checks.arrived(x, topk_ids, topk_weights)
     inputs = LayerInputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
-    signature = plan = None
-    if not torch.compiler.is_compiling():
-        options = (activation, scale_group, type(scale_group))  # 32.0 equals 32
-        signature = _signature(inputs, options, out, workspace, backend)
-        plan = None if signature is None else PLANS.get(signature, (x.shape[0],))
+    plan, signature = PLANS.find(_signature, inputs, activation, scale_group, out, workspace, backend)
     if plan is None:
         shape, swiglu = _check(inputs, activation, scale_group)
         if out is not None:
@@ -138,32 +132,30 @@ def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorks
 
 
 def _signature(
-    inputs: LayerInputs, options: tuple[Any, ...], out: Any, workspace: MoEWorkspace | None, backend: Any
-) -> tuple[Hashable, ...] | None:
-    """All that checks and launches depend on but M; None for fake tensors and the like."""
+    inputs: LayerInputs, activation: Any, scale_group: Any, out: Any, workspace: MoEWorkspace | None, backend: Any
+) -> tuple[Hashable, tuple[int, ...]]:
+    """All that checks and launches depend on, and the size, M."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
     if type(w13q) is not ExpertWeights or type(w2q) is not ExpertWeights:
-        return None
-    try:
-        num_tokens = x.shape[0]
-        return (
-            _LAYER,
-            settings(backend),
-            torch.is_grad_enabled(),
-            options,
-            (x.dtype, x.scale_group) if isinstance(x, MXFP8Tokens) else None,
-            *map(describe_rows, parts_of(x)),
-            None if workspace is None else (workspace.shape, num_tokens <= workspace.max_tokens),
-            describe_operand(w13q),
-            describe_operand(w2q),
-            describe_rows(topk_ids, num_tokens),
-            describe_rows(topk_weights, num_tokens),
-            describe(w13_bias),
-            describe(w2_bias),
-            describe_rows(out, num_tokens),
-        )
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None
+        return None, ()
+    num_tokens = x.shape[0]
+    signature = (
+        "moe_forward",
+        settings(backend),
+        torch.is_grad_enabled(),
+        (activation, scale_group, type(scale_group)),  # 32.0 equals 32
+        (x.dtype, x.scale_group) if isinstance(x, MXFP8Tokens) else None,
+        *map(describe_rows, parts_of(x)),
+        None if workspace is None else (workspace.shape, num_tokens <= workspace.max_tokens),
+        describe_operand(w13q),
+        describe_operand(w2q),
+        describe_rows(topk_ids, num_tokens),
+        describe_rows(topk_weights, num_tokens),
+        describe(w13_bias),
+        describe(w2_bias),
+        describe_rows(out, num_tokens),
+    )
+    return signature, (num_tokens,)
 
 
 def _check(inputs: LayerInputs, activation: str | SwiGLU, scale_group: int | None) -> tuple[MoEShape, SwiGLU]:

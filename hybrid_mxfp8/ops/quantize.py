@@ -19,7 +19,6 @@ from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe
 from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
 
-_ROWS, _INTO, _WEIGHTS = object(), object(), object()
 E4M3 = torch.float8_e4m3fn
 
 
@@ -66,11 +65,7 @@ def quantize_grouped(
         BackendUnavailableError: the named backend can't run here.
     """
     rows = x, groups, row_index = checks.arrived(x, groups, row_index)
-    signature = plan = None
-    if not torch.compiler.is_compiling():
-        options = (scale_rounding, scale_group, type(scale_group), activation)  # 32.0 equals 32
-        signature, sizes = _signature(rows, options, out, backend)
-        plan = PLANS.get(signature, sizes)
+    plan, signature = PLANS.find(_signature, rows, scale_rounding, scale_group, activation, out, backend)
     if plan is None:
         problem = _check(rows, scale_rounding, scale_group, activation)
         if checks.is_tracing_any(*rows):
@@ -94,7 +89,7 @@ def quantize_grouped(
 def quantize_into(x: torch.Tensor, groups: GroupLayout, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantize checked rows into checked buffers, of any number of whole 128x4 tiles."""
     sizes = (x.shape[0], groups.num_tokens, scales.shape[0])
-    signature = (_INTO, settings(None), groups.num_experts, *map(describe_rows, (x, values, scales)))
+    signature = ("quantize_into", settings(None), groups.num_experts, *map(describe_rows, (x, values, scales)))
     plan = PLANS.get(signature, sizes)
     if plan is None:
         shape = (groups.num_tokens, groups.num_experts, values.shape[1], x.shape[0], x.stride(0))
@@ -122,41 +117,39 @@ def _run(plan: Plan, rows: tuple[Any, ...], values: torch.Tensor, scales: torch.
 
 
 def _signature(
-    rows: tuple[Any, ...], options: tuple[Any, ...], out: Any, backend: Any
-) -> tuple[tuple[Hashable, ...] | None, tuple[int, ...]]:
-    """All that checks and launches depend on, and the sizes; None for fake tensors and the like."""
+    rows: tuple[Any, ...], scale_rounding: Any, scale_group: Any, activation: Any, out: Any, backend: Any
+) -> tuple[Hashable, tuple[int, ...]]:
+    """All that checks and launches depend on, and the sizes."""
     x, groups, row_index = rows
-    try:
-        if type(groups) is GroupLayout:
-            num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]
-            layout: object = (num_experts, groups.tokens_per_expert.device)
-        else:
-            num_tokens, num_experts = (x if row_index is None else row_index).shape[0], groups.shape[0]
-            layout = describe(groups)
-        buffers = None
-        if out is not None:
-            if type(out) is not GroupedMXFP8:
-                return None, ()
-            fits = out.scales.shape[0] == grouped_scale_rows(num_tokens, num_experts)
-            buffers = fits, describe_operand(out, num_tokens)
-        signature = (
-            _ROWS,
-            settings(backend),
-            torch.is_grad_enabled(),
-            options,
-            describe_rows(x, num_tokens),
-            layout,
-            describe_rows(row_index, num_tokens),
-            buffers,
-        )
-        return signature, _sizes(x, num_tokens, out)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None, ()
+    if type(groups) is GroupLayout:
+        num_tokens, num_experts = groups.num_tokens, groups.tokens_per_expert.shape[0]
+        layout: object = (num_experts, groups.tokens_per_expert.device)
+    else:
+        num_tokens, num_experts = (x if row_index is None else row_index).shape[0], groups.shape[0]
+        layout = describe(groups)
+    buffers = None
+    if out is not None:
+        if type(out) is not GroupedMXFP8:
+            return None, ()
+        fits = out.scales.shape[0] == grouped_scale_rows(num_tokens, num_experts)
+        buffers = fits, describe_operand(out, num_tokens)
+    signature = (
+        "quantize_grouped",
+        settings(backend),
+        torch.is_grad_enabled(),
+        (scale_rounding, scale_group, type(scale_group), activation),  # 32.0 equals 32
+        describe_rows(x, num_tokens),
+        layout,
+        describe_rows(row_index, num_tokens),
+        buffers,
+    )
+    return signature, _sizes(x, num_tokens, out)
 
 
-def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[int, int, int]:
-    """R, T and S; T once more where S follows from it."""
-    return x.shape[0], num_tokens, num_tokens if out is None else out.scales.shape[0]
+def _sizes(x: torch.Tensor, num_tokens: int, out: GroupedMXFP8 | None) -> tuple[int, ...]:
+    """R, T, and the S of ``out`` if it is given."""
+    sizes = x.shape[0], num_tokens
+    return sizes if out is None else (*sizes, out.scales.shape[0])
 
 
 def _check(
@@ -207,11 +200,18 @@ def _check_out(out: GroupedMXFP8, p: QuantizeProblem, device: torch.device) -> N
     checks.check_aligned("out", out.scales)
 
 
-def _plan(rows: Any, out: tuple[Any, Any] | None, problem: QuantizeProblem, backend: str | None, *sizes: int) -> Plan:
+def _plan(
+    rows: Any,
+    out: tuple[Any, Any] | None,
+    problem: QuantizeProblem,
+    backend: str | None,
+    num_source_rows: int,
+    num_tokens: int,
+    num_scale_rows: int = 0,
+) -> Plan:
     """Plan one quantization, to run with the tensors that :func:`_run` lists. ``rows`` and ``out``,
-    which is (values, scales), are Metadata; ``sizes`` are R, T and S, in place of those there."""
+    which is (values, scales), are Metadata, whose sizes are replaced by the three given."""
     x, groups, row_index = rows
-    num_source_rows, num_tokens, num_scale_rows = sizes
     quantizer = choose_quantizer(x.device, backend)
     p = problem._replace(num_rows=num_tokens, num_source_rows=num_source_rows)
     scales_shape = _scales_shape(p)
@@ -284,7 +284,7 @@ def quantize_weights(
         return ExpertWeights.unchecked(values.view(E4M3), scales, scale_group)
     values = torch.empty(num_experts, n, k, dtype=E4M3, device=w.device)
     scales = torch.empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8, device=w.device)
-    signature = (_WEIGHTS, settings(backend), scale_rounding, scale_group, describe(w))
+    signature = ("quantize_weights", settings(backend), scale_rounding, scale_group, describe(w))
     plan = PLANS.get(signature)
     if plan is None:
         rows, quantizer, operands = num_experts * n, choose_quantizer(w.device, backend), Operands()

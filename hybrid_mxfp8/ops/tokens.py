@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -16,8 +18,6 @@ from hybrid_mxfp8.core.operands import MXFP8Tokens
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
-
-_PACK, _SUM = object(), object()
 
 
 def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: str | None = None) -> MXFP8Tokens:
@@ -64,14 +64,7 @@ def pack_tokens(
     tokens: tuple[torch.Tensor, ...] = (x,)
     if topk_ids is not None and topk_weights is not None:
         tokens = x, topk_ids.contiguous(), topk_weights.contiguous()
-    signature = plan = None
-    if not torch.compiler.is_compiling():
-        try:
-            sizes = (num_records, num_experts, scale_group, type(scale_group))  # 32.0 equals 32
-            signature = (_PACK, settings(backend), torch.is_grad_enabled(), sizes, *map(describe, tokens))
-            plan = PLANS.get(signature)
-        except (AttributeError, RuntimeError, TypeError):
-            signature = None
+    plan, signature = PLANS.find(_signature, tokens, num_records, num_experts, scale_group, backend)
     if plan is None:
         record = check_tokens(*tokens)
         checks.check_scale_group(scale_group)
@@ -86,6 +79,14 @@ def pack_tokens(
     records = torch.empty(num_records, plan.result, dtype=torch.uint8, device=x.device)
     plan.run(records, *tokens)
     return records
+
+
+def _signature(
+    tokens: tuple[Any, ...], num_records: int, num_experts: int, scale_group: Any, backend: Any
+) -> tuple[Hashable, tuple[int, ...]]:
+    """All that checks and launches depend on; every number of tokens has plans of its own."""
+    numbers = (num_records, num_experts, scale_group, type(scale_group))  # 32.0 equals 32
+    return ("pack_tokens", settings(backend), torch.is_grad_enabled(), numbers, *map(describe, tokens)), ()
 
 
 def check_tokens(
@@ -124,7 +125,7 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None)
     if not (y.numel() and rows.numel()):
         return out.zero_()
     ones = torch.ones(rows.shape, dtype=y.dtype, device=y.device)
-    signature = (_SUM, settings(backend), describe(y), describe(rows))
+    signature = ("sum_rows", settings(backend), describe(y), describe(rows))
     plan = PLANS.get(signature)
     if plan is None:
         operands = Operands()
