@@ -106,18 +106,24 @@ def source_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     return tokens[:-1]
 
 
-def gather_rows(
-    x_values: torch.Tensor,  # (R, K) e4m3
-    x_scales: torch.Tensor,  # (R, K/32) uint8, row-major
-    row_index: torch.Tensor,  # (T,) int64
+def spread_tokens(
+    x: torch.Tensor,  # (M, K) bf16, fp16 or fp32, or e4m3 with ``x_scales``
+    x_scales: torch.Tensor | None,  # (M, K/32) uint8, row-major: tokens are quantized already
+    rows: torch.Tensor,  # (M, top_k) int32: where the choices of each token go, -1 for nowhere
+    scale_rounding: str,
+    scale_group: int,
     expert_offsets: torch.Tensor,
     scale_offsets: torch.Tensor,
     out_values: torch.Tensor,
     out_scales: torch.Tensor,
 ) -> None:
-    """As :func:`quantize_rows`, of rows that are quantized already."""
-    values = x_values.view(torch.uint8)[row_index].view(torch.float8_e4m3fn)
-    write_grouped(values, x_scales[row_index], expert_offsets, scale_offsets, out_values, out_scales)
+    """As :func:`quantize_rows`, of each token to the rows of its choices."""
+    token = source_rows(rows, out_values.shape[0])
+    if x_scales is None:
+        values, scales = quantize(x[token], scale_rounding, scale_group)
+    else:
+        values, scales = x.view(torch.uint8)[token].view(torch.float8_e4m3fn), x_scales[token]
+    write_grouped(values, scales, expert_offsets, scale_offsets, out_values, out_scales)
 
 
 def pack_tokens(

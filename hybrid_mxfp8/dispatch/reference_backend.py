@@ -37,21 +37,9 @@ def _quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> Steps:
         steps = _write_layout(group_offsets, b.layout, b.counts, p.num_rows, False)
     target = (expert_offsets, scale_offsets, b.values, b.scales)
     if b.rows is not None:
-        return _step(_quantize_choices, b.x, b.x_scales, b.rows, p.scale_rounding, p.scale_group, *target)
+        return _step(reference.spread_tokens, b.x, b.x_scales, b.rows, p.scale_rounding, p.scale_group, *target)
     source = (b.x, b.row_index, p.scale_rounding, p.scale_group, p.activation)
     return steps + _step(reference.quantize_rows, *source, *target)
-
-
-def _quantize_choices(
-    x: torch.Tensor, x_scales: torch.Tensor | None, rows: torch.Tensor, rounding: str, group: int, *target: torch.Tensor
-) -> None:
-    """Each row of x to the rows of its choices; with scales it is e4m3 and copied."""
-    *_, out_values, _ = target
-    index = reference.source_rows(rows, out_values.shape[0])
-    if x_scales is None:
-        reference.quantize_rows(x, index, rounding, group, None, *target)
-    else:
-        reference.gather_rows(x, x_scales, index, *target)
 
 
 def _write_layout(offsets: Callable[..., Iterable[torch.Tensor]], layout: Buffer, *given: Any) -> Steps:
