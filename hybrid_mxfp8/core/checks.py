@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, SCALE_TILE_ROWS
+from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, SCALE_GROUPS, SCALE_ROUNDINGS, grouped_scale_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,7 +89,7 @@ def check_num_tokens(value: Any, num_experts: int) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"num_tokens: must be an int, got {type(value).__name__}")
-    if value < 0 or value + (SCALE_TILE_ROWS - 1) * min(num_experts, value) > MAX_INT32:
+    if value < 0 or grouped_scale_rows(value, num_experts) > MAX_INT32:
         fail("num_tokens", "must be at least 0, and with each expert's padding fit int32", value)
 
 

@@ -42,12 +42,12 @@ class MoEShape(NamedTuple):
 
     def problems(self, num_tokens: int) -> tuple[Problem, Problem]:
         """The two products for M = ``num_tokens``."""
-        rest = (num_tokens * self.top_k, self.dtype, self.device)
-        up, down = zip(self.scale_groups, self.squares, strict=True)
-        return (
-            Problem(self.experts, 2 * self.intermediate, self.hidden, *rest, *up),
-            Problem(self.experts, self.hidden, self.intermediate, *rest, *down),
-        )
+
+        def product(n: int, k: int, i: int) -> Problem:
+            rows, scaling = num_tokens * self.top_k, (self.scale_groups[i], self.squares[i])
+            return Problem(self.experts, n, k, rows, self.dtype, self.device, *scaling)
+
+        return product(2 * self.intermediate, self.hidden, 0), product(self.hidden, self.intermediate, 1)
 
 
 def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.dtype) -> MoEShape:
@@ -79,7 +79,7 @@ def shape_of(w13q: ExpertWeights, w2q: ExpertWeights, top_k: int, dtype: torch.d
 def check_rows(name: str, shape: MoEShape, num_tokens: int) -> None:
     """Check that the rows of M = ``num_tokens``, padded to scale tiles, fit int32."""
     rows = num_tokens * shape.top_k
-    if rows + 127 * min(shape.experts, rows) > MAX_INT32:
+    if grouped_scale_rows(rows, shape.experts) > MAX_INT32:
         fail(name, "M * top_k, and each expert's padding, must fit int32", rows)
 
 
@@ -150,11 +150,25 @@ def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor 
     return (x.values, x.scales) if isinstance(x, MXFP8Tokens) else (x, None)
 
 
+def tensors_of(inputs: LayerInputs) -> list[torch.Tensor]:
+    """All that a layer reads, in the order of :func:`plan_layer`'s operands."""
+    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
+    rows, x_scales = parts_of(x)
+    tensors = [rows, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
+    if w13_bias is not None:
+        tensors.append(w13_bias)
+    if w2_bias is not None:
+        tensors.append(w2_bias)
+    if x_scales is not None:
+        tensors.append(x_scales)
+    return tensors
+
+
 def plan_layer(
     inputs: LayerInputs, shape: MoEShape, activation: SwiGLU, out: Any, backend: str | None, num_tokens: int
 ) -> Plan:
     """Plan one layer for M = ``num_tokens`` in place of the M of ``inputs`` and ``out``, which are
-    Metadata. It runs with the arena, and then the tensors that ``moe._run`` lists."""
+    Metadata. It runs with the arena, the output, and :func:`tensors_of` its inputs."""
     check_rows("x", shape, num_tokens)
     quantizer, up_ready, down_ready = choose_backends(shape, num_tokens, backend)
     a = arena(shape, num_tokens, quantizer, up_ready, down_ready)
@@ -174,13 +188,11 @@ def plan_layer(
 
     up, down = shape.problems(num_tokens)
     layout = split_layout(a.layout, shape.experts)
-    offsets = layout[1:]
-    sizes = (up.num_tokens, shape.experts)
-    stride = 0 if linear_scales is None else linear_scales.stride(0)
-    source = (num_tokens, rows.stride(0))
-    spread = QuantizeProblem(*sizes, up.k, *source, "rceil", scale_group=up.scale_group, scale_stride=stride)
-    source = (up.num_tokens, up.n)
-    activate = QuantizeProblem(*sizes, down.k, *source, "rceil", activation, scale_group=down.scale_group)
+    offsets, sizes = layout[1:], (up.num_tokens, shape.experts)
+    spread = QuantizeProblem(*sizes, up.k, num_tokens, rows.stride(0), "rceil", scale_group=up.scale_group)
+    if linear_scales is not None:
+        spread = spread._replace(scale_stride=linear_scales.stride(0))
+    activate = QuantizeProblem(*sizes, down.k, up.num_tokens, up.n, "rceil", activation, scale_group=down.scale_group)
     tokens = QuantizeBuffers(x, *a.xq, None, *offsets, rows=a.inverse_permutation, ids=ids, x_scales=x_scales)
     steps = (
         *quantizer.route(ids, a.inverse_permutation, a.layout, a.scratch, shape.experts),

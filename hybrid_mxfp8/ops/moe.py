@@ -18,7 +18,7 @@ from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.buffers import Metadata, metadata
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import settings
-from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, choose_backends, parts_of, plan_layer, shape_of
+from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, choose_backends, parts_of, plan_layer, shape_of, tensors_of
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
 
@@ -115,20 +115,12 @@ def _contiguous(inputs: LayerInputs) -> LayerInputs:
 
 
 def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorkspace | None) -> None:
-    x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    rows, x_scales = parts_of(x)
-    tensors = [out, rows, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
-    if w13_bias is not None:
-        tensors.append(w13_bias)
-    if w2_bias is not None:
-        tensors.append(w2_bias)
-    if x_scales is not None:
-        tensors.append(x_scales)
+    tensors = tensors_of(inputs)
     if workspace is None:
-        plan.run(torch.empty(plan.arena_bytes, dtype=torch.uint8, device=x.device), *tensors)
+        plan.run(torch.empty(plan.arena_bytes, dtype=torch.uint8, device=out.device), out, *tensors)
     else:
         with workspace.arena(plan.arena_bytes) as arena:
-            plan.run(arena, *tensors)
+            plan.run(arena, out, *tensors)
 
 
 def _signature(
