@@ -23,6 +23,7 @@ else the environment, says when the operator runs.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,9 +68,8 @@ def _quantize_grouped(
 
 
 def _quantize_grouped_fake(
-    x: torch.Tensor, tokens_per_expert: torch.Tensor, *others: Any
+    x: torch.Tensor, tokens_per_expert: torch.Tensor, row_index: Any, activation: str | None, **others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    row_index, activation = others[3:5]
     num_tokens = x.shape[0] if row_index is None else row_index.shape[0]
     k = x.shape[1] if activation is None else x.shape[1] // 2
     # formats.grouped_scale_rows with a symbolic minimum: a plain one would tie the graph to T < E
@@ -86,7 +86,7 @@ def _quantize_weights(
     return wq.values.view(torch.uint8), wq.scales
 
 
-def _quantize_weights_fake(w: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_weights_fake(w: torch.Tensor, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     num_experts, n, k = w.shape
     scales = w.new_empty(num_experts, padded_scale_rows(n), scale_cols(k), dtype=torch.uint8)
     return w.new_empty(num_experts, n, k, dtype=torch.uint8), scales
@@ -151,8 +151,7 @@ def _moe_forward(
     return moe.moe_forward(given, w13q, w2q, topk_ids, topk_weights, **options)
 
 
-def _moe_forward_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    x_scales, x_dtype = (*others[12:14], None, None)[:2]
+def _moe_forward_fake(x: torch.Tensor, x_scales: Any = None, x_dtype: Any = None, **others: Any) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=x.dtype if x_scales is None else x_dtype or torch.bfloat16)
 
 
@@ -170,7 +169,7 @@ def _pack_tokens(
 
 
 def _pack_tokens_fake(
-    x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None, num_records: int, *others: Any
+    x: torch.Tensor, topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None, num_records: int, **others: Any
 ) -> torch.Tensor:
     record = TokenRecord(x.shape[1], 0 if topk_ids is None or topk_weights is None else topk_ids.shape[1])
     return x.new_empty(num_records, record.size, dtype=torch.uint8)
@@ -187,13 +186,23 @@ def define_operators(operators: Mapping[str, tuple[Callable[..., Any], Callable[
     return library
 
 
+def _by_name(real: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, called with the arguments that are given for ``real`` by their names."""
+    bind = inspect.signature(real).bind
+    return lambda *args, **kwargs: fake(**bind(*args, **kwargs).arguments)
+
+
 _FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
-    _group_offsets: lambda given, *others: given.new_empty(3 * given.shape[0] + 2, dtype=torch.int32),
+    _group_offsets: lambda counts_or_ends, **_: counts_or_ends.new_empty(
+        3 * counts_or_ends.shape[0] + 2, dtype=torch.int32
+    ),
     _quantize_grouped: _quantize_grouped_fake,
     _quantize_weights: _quantize_weights_fake,
-    _grouped_gemm: lambda x, *others: x.new_empty(x.shape[0], others[4].shape[1], dtype=others[6]),
+    _grouped_gemm: lambda x_values, w_values, out_dtype, **_: x_values.new_empty(
+        x_values.shape[0], w_values.shape[1], dtype=out_dtype
+    ),
     _moe_forward: _moe_forward_fake,
     _pack_tokens: _pack_tokens_fake,
 }
 _infer = functools.partial(torch.library.infer_schema, mutates_args=())
-LIBRARY = define_operators({_infer(f, op_name=f.__name__[1:]): (f, fake) for f, fake in _FAKES.items()})
+LIBRARY = define_operators({_infer(f, op_name=f.__name__[1:]): (f, _by_name(f, fake)) for f, fake in _FAKES.items()})
