@@ -22,13 +22,11 @@ import inspect
 import itertools
 import logging
 import math
-import operator
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
@@ -37,7 +35,7 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_scale_group, fail, reso
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
-from hybrid_mxfp8.ops.experts import MXFP8Experts, for_fp8_units_
+from hybrid_mxfp8.ops.experts import MXFP8Experts, TensorState, for_fp8_units_
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
 
@@ -50,8 +48,9 @@ KNOWN_OPTIONS = ("experts_class", "experts_interface", "is_concatenated", "is_tr
 """Of transformers' ``use_experts_implementation``: how a model says what its experts are."""
 
 _OWNED = "mxfp8"  # submodule of an experts module that ``quantize_model_`` has been through
-_CACHE: weakref.WeakKeyDictionary[torch.nn.Module, _Cached] = weakref.WeakKeyDictionary()
-"""The experts of modules that their forward quantized; in no state_dict, and in no copy."""
+_CACHE: weakref.WeakKeyDictionary[torch.nn.Module, tuple[MXFP8Experts, list[TensorState]]] = weakref.WeakKeyDictionary()
+"""The experts of modules that their forward quantized, and the parameters that they were made of.
+In no state_dict, and in no copy."""
 
 logger = logging.getLogger("hybrid_mxfp8")
 
@@ -85,25 +84,6 @@ def experts_forward(
     experts = getattr(module, _OWNED, None) or _quantized(module)
     result: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights)
     return result
-
-
-Version = tuple[StorageWeakRef, int, int]
-
-
-def _version(parameter: torch.Tensor) -> Version:
-    """Changes when a parameter gets other memory or is written to, except through ``.data``. While
-    it is kept, it equals that of no other storage, not even of one at the same address, as
-    ``module.half().bfloat16()`` may get."""
-    return StorageWeakRef(parameter.untyped_storage()), parameter.data_ptr(), parameter._version
-
-
-class _Cached(NamedTuple):
-    """Experts, and the parameters that they were made of: these very objects, in these versions.
-    References are weak, so that a parameter that was replaced does not keep its memory."""
-
-    experts: MXFP8Experts
-    versions: list[Version]
-    parameters: list[weakref.ref[torch.Tensor]]
 
 
 def _is_fp8(module: torch.nn.Module) -> bool:
@@ -143,11 +123,11 @@ def _quantized(module: torch.nn.Module) -> MXFP8Experts:
     parameters = [p for p in _parameters(module).values() if p is not None] if _has_experts(module) else []
     if (where := _unproven(parameters)) is not None:
         fail("experts", f"must be quantized by quantize_model_(model) {where}", type(module).__name__)
-    cached, versions = _CACHE.get(module), list(map(_version, parameters))
-    same = cached is not None and all(map(operator.is_, (known() for known in cached.parameters), parameters))
-    if cached is None or not same or cached.versions != versions:
-        cached = _CACHE[module] = _Cached(_quantize(module), versions, list(map(weakref.ref, parameters)))
-    return cached.experts
+    experts, states = _CACHE.get(module, (None, []))
+    if experts is None or len(states) != len(parameters) or not all(map(TensorState.holds, states, parameters)):
+        states = list(map(TensorState, parameters))  # before they are read
+        experts, _ = _CACHE[module] = _quantize(module), states
+    return experts
 
 
 def _activation(module: torch.nn.Module) -> SwiGLU | None:

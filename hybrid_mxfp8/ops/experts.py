@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
@@ -49,24 +50,27 @@ def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
     return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
 
 
-class _Seen:
-    """The tensor of scales that was examined, and its state then. It is known by identity, as
-    another one may get its address. A copy of this object has seen none."""
+class TensorState:
+    """A tensor as it was: this object, in this memory, and how many writes PyTorch has counted;
+    those through ``.data`` and to inference tensors it does not. References are weak, so that a
+    tensor which was replaced is freed; no other is taken for it, not even one that gets the same
+    address, as ``module.half().bfloat16()`` may. A copy of this object is of no tensor."""
 
-    def __init__(self, scales: torch.Tensor | None = None) -> None:
-        self._scales = None if scales is None else weakref.ref(scales)
-        self._state = None if scales is None else _state(scales)
+    def __init__(self, tensor: torch.Tensor | None = None) -> None:
+        self._tensor = None if tensor is None else weakref.ref(tensor)
+        self._storage = None if tensor is None else StorageWeakRef(tensor.untyped_storage())
+        self._place = None if tensor is None else _place(tensor)
 
-    def is_as(self, scales: torch.Tensor) -> bool:
+    def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it was this tensor, with neither its memory nor its contents changed since."""
-        return self._scales is not None and self._scales() is scales and self._state == _state(scales)
+        return self._tensor is not None and self._tensor() is tensor and self._place == _place(tensor)
 
-    def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
-        return _Seen, ()
+    def __reduce__(self) -> tuple[type[TensorState], tuple[()]]:
+        return TensorState, ()
 
 
-def _state(scales: torch.Tensor) -> tuple[int, int]:
-    return scales.data_ptr(), 0 if scales.is_inference() else scales._version
+def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return tensor.untyped_storage()._cdata, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class MXFP8Experts(torch.nn.Module):
@@ -121,12 +125,12 @@ class MXFP8Experts(torch.nn.Module):
         check_workspace(workspace)
         requested(backend)
         # Of w13 and w2: the scales that were examined, and the (group, squares) found.
-        self._scalings: dict[str, tuple[_Seen, tuple[int, bool]]] = {}
+        self._scalings: dict[str, tuple[TensorState, tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
             self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
             self.register_buffer(f"{name}_scales", w.scales)
-            seen = _Seen(None if is_tracing(w.scales) else w.scales)  # fake tensors have no address
-            self._scalings[name] = (seen, (w.scale_group, w.squares))
+            examined = TensorState(None if is_tracing(w.scales) else w.scales)  # fake tensors have no address
+            self._scalings[name] = (examined, (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         self.activation = swiglu_of(activation)
@@ -201,11 +205,11 @@ class MXFP8Experts(torch.nn.Module):
         check_contiguous(f"{name}_values", values)
         check_contiguous(f"{name}_scales", scales)
         values = values.view(torch.float8_e4m3fn)
-        seen, found = self._scalings[name]
-        if not (is_tracing(scales) or seen.is_as(scales)):
+        examined, found = self._scalings[name]
+        if not (is_tracing(scales) or examined.holds(scales)):
             check_weights(values, scales, f"{name}_")
             found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
-            self._scalings[name] = (_Seen(scales), found)
+            self._scalings[name] = (TensorState(scales), found)
         scale_group, squares = found
         return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)
 
@@ -231,7 +235,7 @@ class MXFP8Experts(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         # Examined now: inference tensors and compiled calls don't show that bytes have changed.
         for name in ("w13", "w2"):
-            self._scalings[name] = (_Seen(), (BLOCK_SIZE, False))
+            self._scalings[name] = (TensorState(), (BLOCK_SIZE, False))
             if not is_tracing(getattr(self, f"{name}_scales")):
                 self._weights(name)
 
