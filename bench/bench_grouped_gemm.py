@@ -17,7 +17,7 @@ import torch
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_scale_rows, scale_cols
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
-from hybrid_mxfp8.ops.experts import for_fp8_units_
+from hybrid_mxfp8.ops.experts import group_into_squares_
 
 from . import work
 from .bench_quantize import Prepared, counts_of_set, layouts
@@ -153,7 +153,7 @@ def make_inputs(case: Case, store: Kept[Weights], l2_bytes: int, device: str) ->
 
 def in_groups(inputs: GemmInputs, group: int) -> GemmInputs:
     """The same case, its operands with ``group`` elements to a scale; of 128 weights in squares."""
-    wq = [for_fp8_units_(mx.quantize_weights(w, scale_group=group)) for w in inputs.w]
+    wq = [group_into_squares_(mx.quantize_weights(w, scale_group=group)) for w in inputs.w]
     xq = [mx.quantize_grouped(x, q.groups, scale_group=group) for x, q in zip(inputs.x, inputs.xq, strict=True)]
     return dataclasses.replace(inputs, xq=xq, wq=wq)
 

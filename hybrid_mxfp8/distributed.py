@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid_mxfp8.checkpoint.reader import count_experts, load_experts
-from hybrid_mxfp8.core.checks import FLOAT_DTYPES, arrived, check_int, check_tensor, fail, is_tracing
+from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_int, check_tensor, fail, is_tracing, wait_for
 from hybrid_mxfp8.core.operands import MXFP8Tokens
 from hybrid_mxfp8.core.token_record import TokenRecord
 from hybrid_mxfp8.ops.experts import MXFP8Experts
@@ -211,7 +211,7 @@ class ExpertParallelExperts(torch.nn.Module):
                 ``max_tokens`` tokens.
             RuntimeError: with gloo, another rank failed or the group's timeout has passed.
         """
-        x, topk_ids, topk_weights = arrived(x, topk_ids, topk_weights)
+        x, topk_ids, topk_weights = wait_for(x, topk_ids, topk_weights)
         check_tensor("x", x, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, H)")
         check_tensor("topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=2, dims="(M, top_k)")
         check_tensor("topk_weights", topk_weights, dtypes=FLOAT_DTYPES, ndim=2, dims="(M, top_k)")

@@ -229,8 +229,8 @@ def has_memory(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
-def arrived(*values: Any) -> tuple[Any, ...]:
-    """The same, waited for: functional collectives return tensors that have no memory before."""
+def wait_for(*values: Any) -> tuple[Any, ...]:
+    """The same, once they are there: functional collectives return tensors with no memory yet."""
     for value in values:  # nearly always plain tensors, in every call
         if type(value) is not torch.Tensor and isinstance(value, torch.Tensor) and hasattr(value, "wait"):
             return tuple(v.wait() if isinstance(v, torch.Tensor) and hasattr(v, "wait") else v for v in values)

@@ -126,7 +126,7 @@ class GroupLayout(checks.Checked):
     @classmethod
     def _build(cls, name: str, given: Any, num_tokens: Any, form: Form) -> GroupLayout:
         dims = "(E+1,)" if form == "indptr" else "(E,)"
-        (given,) = checks.arrived(given)
+        (given,) = checks.wait_for(given)
         checks.check_tensor(name, given, dtypes=(torch.int32, torch.int64), ndim=1, dims=dims)
         if form == "indptr" and not given.shape[0]:
             checks.fail(name, "must have shape (E+1,), with a leading 0", (0,))

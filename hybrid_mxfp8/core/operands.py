@@ -192,7 +192,7 @@ class GroupedMXFP8(_Operand):
         """
         if not isinstance(groups, GroupLayout):
             raise TypeError(f"groups: must be a GroupLayout, got {type(groups).__name__}")
-        values, scales = checks.arrived(values, scales)
+        values, scales = checks.wait_for(values, scales)
         _check_linear(values, scales, "T", groups.device)
         swizzled = swizzle_grouped_scales(
             scales.view(torch.uint8), groups.expert_offsets, groups.scale_offsets, groups.scale_rows
@@ -332,7 +332,7 @@ class ExpertWeights(_Operand):
             TypeError, ValueError: a tensor of another dtype, shape or device, or one that requires
                 grad.
         """
-        values, scales = checks.arrived(values, scales)
+        values, scales = checks.wait_for(values, scales)
         _check_linear(values, scales, "E, N")
         found = find_scale_group(scales.view(torch.uint8))
         return cls(values.contiguous().view(torch.float8_e4m3fn), swizzle_scales(scales), *found)

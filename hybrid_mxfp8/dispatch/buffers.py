@@ -64,19 +64,19 @@ class Metadata(NamedTuple):
 
 def metadata(value: Any) -> Any:
     """A tensor's Metadata; an operand or a layout with it for tensors; all else as it is."""
-    return _change(torch.Tensor, lambda t: Metadata(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16), value)
+    return _map(torch.Tensor, lambda t: Metadata(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16), value)
 
 
-def of_rows(value: Any, rows: int) -> Any:
+def with_rows(value: Any, rows: int) -> Any:
     """The same Metadata with another first dimension."""
-    return _change(Metadata, lambda m: m._replace(shape=(rows, *m.shape[1:])), value)
+    return _map(Metadata, lambda m: m._replace(shape=(rows, *m.shape[1:])), value)
 
 
-def _change(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+def _map(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, kind):
         return function(value)
     if not dataclasses.is_dataclass(value):
         return value
     copy = object.__new__(type(value))
-    vars(copy).update({name: _change(kind, function, field) for name, field in vars(value).items()})
+    vars(copy).update({name: _map(kind, function, field) for name, field in vars(value).items()})
     return copy

@@ -30,7 +30,7 @@ from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.buffers import Buffer
-from hybrid_mxfp8.dispatch.trace import LEAST, Trace, value_of
+from hybrid_mxfp8.dispatch.trace import MIN_SIZE, Trace, value_of
 
 ALIGNMENT = 256  # bytes; what starts at such a boundary can be read by every kernel and by TMA
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -249,7 +249,7 @@ class PlanCache:
         if signature is not None and plan.lasting:
             self._keep(self._plans, (signature, sizes), plan)
             templates = self._templates.get(signature, ())
-            if sizes and min(sizes) >= LEAST and len(templates) < MAX_TEMPLATES and plan.is_one_program():
+            if sizes and min(sizes) >= MIN_SIZE and len(templates) < MAX_TEMPLATES and plan.is_one_program():
                 with contextlib.suppress(AttributeError, TypeError):
                     self._keep(self._templates, signature, (*templates, Template(sizes, make)))
         return plan

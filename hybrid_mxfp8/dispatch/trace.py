@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LEAST = 2  # the least size traced: with one row or none any strides count as contiguous
+MIN_SIZE = 2  # the least size traced: with one row or none any strides count as contiguous
 
 
 class Trace:
@@ -26,7 +26,7 @@ class Trace:
         self._known: dict[str, Size] = {}
         self._lines: dict[str, None] = {}  # a set in order
         for size in self.sizes:
-            _ = size >= LEAST
+            _ = size >= MIN_SIZE
 
     def compute(self, text: str, value: Any) -> Size:
         """The result of an operation on sizes."""

@@ -35,7 +35,7 @@ from hybrid_mxfp8.core.checks import FLOAT_DTYPES, check_scale_group, fail, reso
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
-from hybrid_mxfp8.ops.experts import MXFP8Experts, TensorState, for_fp8_units_
+from hybrid_mxfp8.ops.experts import MXFP8Experts, TensorState, group_into_squares_
 
 __all__ = ["MemorySaved", "quantize_model_", "register"]
 
@@ -222,7 +222,7 @@ def _quantize(
             options: dict[str, Any] = {"scale_group": group, "device": device, "backend": backend}
             w13q, w2q = (quantize_fp8_blocks(*pair, **options) for pair in zip((w13, w2), scales, strict=True))
             if scale_group is None:
-                w13q, w2q = for_fp8_units_(w13q), for_fp8_units_(w2q)
+                w13q, w2q = group_into_squares_(w13q), group_into_squares_(w2q)
             return MXFP8Experts(w13q, w2q, activation=activation, backend=backend)
         w13, w2, *biases = (p.to(device) for p in _parameters(module).values())
         w13_bias, w2_bias = biases or (None, None)

@@ -44,7 +44,7 @@ def gate_then_up(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim), dim)
 
 
-def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
+def group_into_squares_(w: ExpertWeights) -> ExpertWeights:
     """Turn groups of 128 into squares, in place: Hopper's FP8 kernel multiplies those faster. Other
     weights stay as they are."""
     return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
@@ -185,7 +185,7 @@ class MXFP8Experts(torch.nn.Module):
         whole = (w.detach().contiguous() if transposed else w.detach() for w in (w13, w2))
         w13q, w2q = (quantize_weights(w, scale_group=group, backend=backend) for w in whole)
         if scale_group is None:
-            w13q, w2q = for_fp8_units_(w13q), for_fp8_units_(w2q)
+            w13q, w2q = group_into_squares_(w13q), group_into_squares_(w2q)
         return cls(w13q, w2q, w13_bias=w13_bias, **options)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
+from hybrid_mxfp8.dispatch.buffers import metadata, with_rows
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, PLANS, Operands, Plan, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem
 from hybrid_mxfp8.dispatch.registry import AUTO, NAMES, backend_of, choose, choose_ready, requested, settings
@@ -114,8 +114,8 @@ def _plan(
     operands = Operands()
     groups = x.groups
     read = (
-        operands.add("x.values", of_rows(x.values, num_tokens)),
-        operands.add("x.scales", of_rows(x.scales, num_scale_rows)),
+        operands.add("x.values", with_rows(x.values, num_tokens)),
+        operands.add("x.scales", with_rows(x.scales, num_scale_rows)),
         operands.add("tokens_per_expert", groups.tokens_per_expert),
         operands.add("expert_offsets", groups.expert_offsets),
         operands.add("scale_offsets", groups.scale_offsets),
@@ -127,7 +127,7 @@ def _plan(
     y = operands.buffer("out", problem.out_dtype, shape)
     memory = None
     if workspace is not None:
-        memory = operands.add("workspace", of_rows(workspace, workspace_bytes), written=True)
+        memory = operands.add("workspace", with_rows(workspace, workspace_bytes), written=True)
     elif needed:
         memory = operands.buffer("workspace", torch.uint8, (needed,))
     steps: Steps = ()

@@ -21,7 +21,7 @@ from hybrid_mxfp8.core.checks import check_n, fail
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, MAX_INT32, grouped_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.dispatch.backend import Quantizer
-from hybrid_mxfp8.dispatch.buffers import Buffer, of_rows
+from hybrid_mxfp8.dispatch.buffers import Buffer, with_rows
 from hybrid_mxfp8.dispatch.plan import ALIGNMENT, Operands, Plan
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem, split_layout
 from hybrid_mxfp8.dispatch.registry import Ready, choose_quantizer, choose_ready
@@ -145,7 +145,7 @@ class LayerInputs(NamedTuple):
     w2_bias: torch.Tensor | None
 
 
-def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+def rows_and_scales(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows of tokens, and the scales of those in MXFP8."""
     return (x.values, x.scales) if isinstance(x, MXFP8Tokens) else (x, None)
 
@@ -153,7 +153,7 @@ def parts_of(x: torch.Tensor | MXFP8Tokens) -> tuple[torch.Tensor, torch.Tensor 
 def tensors_of(inputs: LayerInputs) -> list[torch.Tensor]:
     """All that a layer reads, in the order of :func:`plan_layer`'s operands."""
     x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias = inputs
-    rows, x_scales = parts_of(x)
+    rows, x_scales = rows_and_scales(x)
     tensors = [rows, w13q.values, w13q.scales, w2q.values, w2q.scales, topk_ids, topk_weights]
     if w13_bias is not None:
         tensors.append(w13_bias)
@@ -174,14 +174,14 @@ def plan_layer(
     a = arena(shape, num_tokens, quantizer, up_ready, down_ready)
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
-    rows, linear_scales = parts_of(of_rows(inputs.x, num_tokens))
+    rows, linear_scales = rows_and_scales(with_rows(inputs.x, num_tokens))
     same_rows = linear_scales is None and rows.stride() == out.stride()
-    y = operands.add("out", of_rows(out, num_tokens), written=True, may_equal=2 if same_rows else -1)
+    y = operands.add("out", with_rows(out, num_tokens), written=True, may_equal=2 if same_rows else -1)
     x = operands.add("x", rows)
     w13 = operands.add("w13q.values", inputs.w13q.values), operands.add("w13q.scales", inputs.w13q.scales)
     w2 = operands.add("w2q.values", inputs.w2q.values), operands.add("w2q.scales", inputs.w2q.scales)
-    ids = operands.add("topk_ids", of_rows(inputs.topk_ids, num_tokens))
-    weights = operands.add("topk_weights", of_rows(inputs.topk_weights, num_tokens))
+    ids = operands.add("topk_ids", with_rows(inputs.topk_ids, num_tokens))
+    weights = operands.add("topk_weights", with_rows(inputs.topk_weights, num_tokens))
     up_bias = None if inputs.w13_bias is None else operands.add("w13_bias", inputs.w13_bias)
     down_bias = None if inputs.w2_bias is None else operands.add("w2_bias", inputs.w2_bias)
     x_scales = None if linear_scales is None else operands.add("x.scales", linear_scales)

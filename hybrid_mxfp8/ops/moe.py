@@ -18,7 +18,15 @@ from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.buffers import Metadata, metadata
 from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import settings
-from hybrid_mxfp8.ops.layer import LayerInputs, MoEShape, choose_backends, parts_of, plan_layer, shape_of, tensors_of
+from hybrid_mxfp8.ops.layer import (
+    LayerInputs,
+    MoEShape,
+    choose_backends,
+    plan_layer,
+    rows_and_scales,
+    shape_of,
+    tensors_of,
+)
 from hybrid_mxfp8.ops.workspace import MoEWorkspace, check_workspace
 
 
@@ -84,7 +92,7 @@ def moe_forward(
         BackendUnavailableError: the named backend can't run this here.
     """
     check_workspace(workspace)
-    x, topk_ids, topk_weights = checks.arrived(x, topk_ids, topk_weights)
+    x, topk_ids, topk_weights = checks.wait_for(x, topk_ids, topk_weights)
     inputs = LayerInputs(x, w13q, w2q, topk_ids, topk_weights, w13_bias, w2_bias)
     plan, signature = PLANS.find(_signature, inputs, activation, scale_group, out, workspace, backend)
     if plan is None:
@@ -137,7 +145,7 @@ def _signature(
         torch.is_grad_enabled(),
         (activation, scale_group, type(scale_group)),  # 32.0 equals 32
         (x.dtype, x.scale_group) if isinstance(x, MXFP8Tokens) else None,
-        *map(describe_rows, parts_of(x)),
+        *map(describe_rows, rows_and_scales(x)),
         None if workspace is None else (workspace.shape, num_tokens <= workspace.max_tokens),
         describe_operand(w13q),
         describe_operand(w2q),

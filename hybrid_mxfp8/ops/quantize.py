@@ -14,7 +14,7 @@ from hybrid_mxfp8.core.formats import BLOCK_SIZE, grouped_scale_rows, padded_sca
 from hybrid_mxfp8.core.layout import GroupLayout, check_numbers
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch.backend import Steps
-from hybrid_mxfp8.dispatch.buffers import metadata, of_rows
+from hybrid_mxfp8.dispatch.buffers import metadata, with_rows
 from hybrid_mxfp8.dispatch.plan import PLANS, Operands, Plan, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.problem import Grouping, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.dispatch.registry import choose_quantizer, settings
@@ -64,7 +64,7 @@ def quantize_grouped(
             have a sum above T.
         BackendUnavailableError: the named backend can't run here.
     """
-    rows = x, groups, row_index = checks.arrived(x, groups, row_index)
+    rows = x, groups, row_index = checks.wait_for(x, groups, row_index)
     plan, signature = PLANS.find(_signature, rows, scale_rounding, scale_group, activation, out, backend)
     if plan is None:
         problem = _check(rows, scale_rounding, scale_group, activation)
@@ -216,12 +216,12 @@ def _plan(
     p = problem._replace(num_rows=num_tokens, num_source_rows=num_source_rows)
     scales_shape = _scales_shape(p)
     operands = Operands()
-    source = operands.add("x", of_rows(x, num_source_rows))
+    source = operands.add("x", with_rows(x, num_source_rows))
     if out is None:
         scale_target = operands.buffer("out", torch.uint8, scales_shape)
         value_target = operands.buffer("out", E4M3, (num_tokens, p.k))
     else:
-        values, scales = of_rows(out[0], num_tokens), of_rows(out[1], num_scale_rows)
+        values, scales = with_rows(out[0], num_tokens), with_rows(out[1], num_scale_rows)
         scale_target = operands.add("out", scales, written=True, label="its own scales")
         value_target = operands.add("out", values, written=True)
     given = {}
@@ -232,7 +232,7 @@ def _plan(
         given["counts"] = operands.add("groups", groups)
         given["layout"] = operands.buffer("layout", torch.int32, (3 * p.num_experts + 2,))
     if row_index is not None:
-        given["row_index"] = operands.add("row_index", of_rows(row_index, num_tokens))
+        given["row_index"] = operands.add("row_index", with_rows(row_index, num_tokens))
     steps: Steps = ()
     if p.num_rows and p.num_experts:
         steps = quantizer.quantize(p, QuantizeBuffers(source, value_target, scale_target, **given))
@@ -270,7 +270,7 @@ def quantize_weights(
         ValueError: wrong shape, stride or option.
         BackendUnavailableError: the named backend can't run here.
     """
-    (w,) = checks.arrived(w)
+    (w,) = checks.wait_for(w)
     checks.check_tensor("w", w, dtypes=checks.FLOAT_DTYPES, ndim=3, dims="(E, N, K)")
     checks.check_no_grad("w", w)
     checks.check_scale_rounding(scale_rounding)

@@ -40,7 +40,7 @@ def quantize_tokens(x: torch.Tensor, *, scale_group: int = BLOCK_SIZE, backend: 
         ValueError: wrong shape or stride; x requires grad.
         BackendUnavailableError: the named backend can't run here.
     """
-    (x,) = checks.arrived(x)
+    (x,) = checks.wait_for(x)
     checks.check_tensor("x", x, dtypes=checks.FLOAT_DTYPES, ndim=2, dims="(M, H)")
     records = pack_tokens(
         x, None, None, num_records=x.shape[0], num_experts=0, scale_group=scale_group, backend=backend

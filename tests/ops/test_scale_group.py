@@ -22,7 +22,7 @@ import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import load_experts, save_experts
 from hybrid_mxfp8.dispatch import device as devices
 from hybrid_mxfp8.dispatch import reference_backend
-from hybrid_mxfp8.ops.experts import for_fp8_units_
+from hybrid_mxfp8.ops.experts import group_into_squares_
 
 
 def random_weights(rng: torch.Generator, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_squares(rng: torch.Generator, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^values: must have data, got tensors on meta$"):
         groups.to("meta").regrouped(128, squares=True)
     with FakeTensorMode():
-        fake = for_fp8_units_(mx.quantize_weights(torch.ones(1, 8, 64), scale_group=128))
+        fake = group_into_squares_(mx.quantize_weights(torch.ones(1, 8, 64), scale_group=128))
         with pytest.raises(ValueError, match=r"^values: must have data, got fake tensors$"):
             fake.regrouped(128, squares=True)
     for make in (
