@@ -126,16 +126,18 @@ def caller_layout_kernel(
     tl.store(out_scale_offsets_ptr + num_experts + e, tl.zeros_like(tokens) + scale_end.to(tl.int32), mask=e == 0)
 
 
-def _options(block: int) -> tuple[tuple[str, int], ...]:
-    return (("num_warps", 1 if block <= 128 else 4),)
+def _warps(block: int) -> int:
+    return 1 if block <= 128 else 4
 
 
 def group_offsets(given: Buffer, layout: Buffer, num_tokens: int, from_ends: bool) -> tuple[KernelLaunch, ...]:
     """The launch of ``core.layout.group_offsets``: (E,) int32 or int64, contiguous."""
     num_experts = given.shape[0]
     block = next_power_of_2(num_experts)
-    arguments = (given, layout, num_tokens, num_experts)
-    return (KernelLaunch(group_offsets_kernel, 1, arguments, (from_ends, block), _options(block)),)
+    return (KernelLaunch.of(
+        group_offsets_kernel, 1, given_ptr=given, layout_ptr=layout, num_tokens=num_tokens, num_experts=num_experts,
+        FROM_ENDS=from_ends, BLOCK=block, num_warps=_warps(block),
+    ),)  # fmt: skip
 
 
 def caller_layout(
@@ -144,6 +146,10 @@ def caller_layout(
     """A layout whose scales start where the caller says; counts and starts (E,) int32, E >= 1."""
     num_experts = counts.shape[0]
     block = next_power_of_2(num_experts)
-    parts = split_layout(layout, num_experts)
-    arguments = (counts, scale_starts, *parts, num_tokens, num_scale_rows, num_experts)
-    return (KernelLaunch(caller_layout_kernel, 1, arguments, (block,), _options(block)),)
+    tokens, offsets, scale_offsets = split_layout(layout, num_experts)
+    return (KernelLaunch.of(
+        caller_layout_kernel, 1, tokens_ptr=counts, scale_starts_ptr=scale_starts,
+        out_tokens_ptr=tokens, out_offsets_ptr=offsets, out_scale_offsets_ptr=scale_offsets,
+        num_tokens=num_tokens, num_scale_rows=num_scale_rows, num_experts=num_experts,
+        BLOCK=block, num_warps=_warps(block),
+    ),)  # fmt: skip

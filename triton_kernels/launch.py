@@ -47,6 +47,15 @@ class KernelLaunch(NamedTuple):
     constants: tuple[Hashable, ...]  # the constexpr parameters, in order
     options: tuple[tuple[str, int], ...]  # for the compiler, such as ``(("num_warps", 4),)``
 
+    @classmethod
+    def of(cls, kernel: Any, programs: int, **named: Any) -> KernelLaunch:
+        """From the kernel's parameters by name; what is none of them is an option for the compiler,
+        as where Triton launches a kernel."""
+        constexprs = kernel.fn.__annotations__  # which no other parameter of a kernel here has
+        arguments = tuple(named.pop(name) for name in kernel.arg_names if name not in constexprs)
+        constants = tuple(named.pop(name) for name in kernel.arg_names if name in constexprs)
+        return cls(kernel, programs, arguments, constants, tuple(named.items()))
+
     def encode(self, device: torch.device) -> Sequence[int] | None:
         """The words of this launch for ``dispatch.launcher``; None where :meth:`run` must be
         called."""

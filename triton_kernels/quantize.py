@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from hybrid_mxfp8.core.activation import PLAIN_SWIGLU
 from hybrid_mxfp8.core.formats import (
     BLOCK_SIZE,
     SCALE_ROUNDING_BIAS,
@@ -372,20 +373,22 @@ def quantize(problem: QuantizeProblem, buffers: QuantizeBuffers) -> tuple[Kernel
     row_programs = blocks * (max(top_k, 1) // choices) * column_programs
     padding_programs = p.num_experts * ceil_div(cols // SCALE_TILE_COLS, config.padding_tiles)
     programs = row_programs + padding_programs + (p.grouping == "counts")  # one more writes the layout
-    source = (b.x, p.row_stride, p.expert_stride, b.row_index, b.rows, b.ids, p.num_source_rows)
-    target = (b.values, b.scales, math.prod(b.scales.shape) // cols)
-    layout = (b.counts, b.layout, b.expert_offsets, b.scale_offsets)
-    # Triton specializes the kernel on these two, which are 1 where they are not used.
-    rows_per_expert = p.num_rows // p.num_experts if p.grouping == "uniform" else 1
-    scale_stride = 1 if b.x_scales is None else p.scale_stride
-    sizes = (p.num_rows, p.num_experts, rows_per_expert, p.k, row_programs, column_programs)
-    arguments = (*source, *target, *layout, *sizes, b.x_scales, scale_stride)
-    swiglu, gather = p.activation, b.row_index is not None
-    numbers = (1.0, 0.0, None) if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.limit)
-    spread = (top_k, choices, next_power_of_2(choices))
-    job = (SCALE_ROUNDING_BIAS[p.scale_rounding], p.scale_group, p.grouping, gather, *spread)
-    skip_unowned = config.skip_unowned and p.grouping == "offsets" and not top_k
-    tile = (config.block_rows, config.block_cols, config.padding_tiles, skip_unowned)
-    constants = (*job, swiglu is not None, *numbers, next_power_of_2(p.num_experts), *tile)
-    options = (("num_warps", config.num_warps),)
-    return (KernelLaunch(quantize_kernel, programs, arguments, constants, options),)
+    swiglu = p.activation or PLAIN_SWIGLU
+    return (KernelLaunch.of(
+        quantize_kernel, programs,
+        x_ptr=b.x, row_stride=p.row_stride, expert_stride=p.expert_stride, num_source_rows=p.num_source_rows,
+        row_index_ptr=b.row_index, rows_ptr=b.rows, ids_ptr=b.ids,
+        values_ptr=b.values, scales_ptr=b.scales, num_scale_rows=math.prod(b.scales.shape) // cols,
+        counts_ptr=b.counts, layout_ptr=b.layout, expert_offsets_ptr=b.expert_offsets, scale_offsets_ptr=b.scale_offsets,
+        num_rows=p.num_rows, num_experts=p.num_experts, K=p.k,
+        row_programs=row_programs, column_programs=column_programs, x_scales_ptr=b.x_scales,
+        # Triton specializes the kernel on these two, which are 1 where they are not used.
+        rows_per_expert=p.num_rows // p.num_experts if p.grouping == "uniform" else 1,
+        scale_stride=1 if b.x_scales is None else p.scale_stride,
+        ROUNDING_BIAS=SCALE_ROUNDING_BIAS[p.scale_rounding], SCALE_GROUP=p.scale_group, LAYOUT=p.grouping,
+        GATHER=b.row_index is not None, TOP_K=top_k, CHOICES=choices, SLOTS=next_power_of_2(choices),
+        SWIGLU=p.activation is not None, ALPHA=swiglu.alpha, BETA=swiglu.beta, LIMIT=swiglu.limit,
+        EXPERTS=next_power_of_2(p.num_experts), BLOCK_ROWS=config.block_rows, BLOCK_COLS=config.block_cols,
+        PADDING_TILES=config.padding_tiles, SKIP_UNOWNED=config.skip_unowned and p.grouping == "offsets" and not top_k,
+        num_warps=config.num_warps,
+    ),)  # fmt: skip

@@ -277,9 +277,9 @@ def run_job(job: Job, sanitizer: str, env: Mapping[str, str], limit: float) -> R
 
 
 def kernels_in_source() -> set[str]:
-    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch``."""
+    """Names of all that ``triton_kernels`` launches: what stands first in a ``KernelLaunch.of``."""
     sources = [path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py")]
-    return {name for text in sources for name in re.findall(r"(?<!class )KernelLaunch\(\s*(\w+_kernel)\b", text)}
+    return {name for text in sources for name in re.findall(r"KernelLaunch\.of\(\s*(\w+_kernel)\b", text)}
 
 
 def expected_kernels(capability: tuple[int, ...]) -> set[str]:

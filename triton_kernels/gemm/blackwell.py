@@ -144,18 +144,16 @@ def _scale_tile_map(scales: Buffer, row_tiles: int) -> TensorMap:
 def plan(problem: Problem, buffers: GemmBuffers, config: BlackwellConfig) -> tuple[KernelLaunch, ...]:
     """The launch of one product; operands are 16-byte aligned."""
     p, b = problem, buffers
-    operands = (
-        b.out,
-        TensorMap(b.x_values, (p.num_tokens, p.k), (config.block_t, 128)),
-        _scale_tile_map(b.x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)),
-        b.x_scales,
-        TensorMap(b.w_values, (p.num_experts * p.n, p.k), (128, 128)),
-        _scale_tile_map(b.w_scales, 1),
-        b.expert_offsets,
-        b.scale_offsets,
-    )
-    sizes = (p.num_tokens, b.x_scales.shape[0], p.num_experts, p.n, p.k)
-    constants = (next_power_of_2(p.num_experts), config.block_t, config.warp_specialize, config.num_stages)
-    options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    return (KernelLaunch(grouped_gemm_blackwell_kernel, programs, (*operands, *sizes), constants, options),)
+    return (KernelLaunch.of(
+        grouped_gemm_blackwell_kernel, programs,
+        y_ptr=b.out,
+        x_desc=TensorMap(b.x_values, (p.num_tokens, p.k), (config.block_t, 128)),
+        x_scales_desc=_scale_tile_map(b.x_scales, max(config.block_t // SCALE_TILE_ROWS, 1)), x_scales_ptr=b.x_scales,
+        w_desc=TensorMap(b.w_values, (p.num_experts * p.n, p.k), (128, 128)),
+        w_scales_desc=_scale_tile_map(b.w_scales, 1),
+        expert_offsets_ptr=b.expert_offsets, scale_offsets_ptr=b.scale_offsets,
+        num_tokens=p.num_tokens, num_scale_rows=b.x_scales.shape[0], num_experts=p.num_experts, N=p.n, K=p.k,
+        EXPERTS=next_power_of_2(p.num_experts), BLOCK_T=config.block_t, WARP_SPECIALIZE=config.warp_specialize,
+        STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
+    ),)  # fmt: skip

@@ -173,10 +173,13 @@ def dequantize_tokens(
     config = select_dequantize_config(rows, k, INTERPRETED)
     row_programs = ceil_div(rows, config.block_rows)
     experts = next_power_of_2(num_experts)
-    operands = (b.x_values, b.x_scales, workspace, b.expert_offsets, b.scale_offsets)
-    places = (row_programs, layout.max_tiles, layout.tokens_at // 256)
-    arguments = (*operands, num_tokens, b.x_scales.shape[0], num_experts, k, *places)
     programs = (row_programs + num_experts) * ceil_div(layout.padded_k, config.block_cols)
-    constants = (experts, min(experts, 1024), block_t, config.block_rows, config.block_cols)
-    options = (("num_warps", config.num_warps),)
-    return KernelLaunch(dequantize_tokens_kernel, programs, arguments, constants, options)
+    return KernelLaunch.of(
+        dequantize_tokens_kernel, programs,
+        values_ptr=b.x_values, scales_ptr=b.x_scales, workspace_ptr=workspace,
+        expert_offsets_ptr=b.expert_offsets, scale_offsets_ptr=b.scale_offsets,
+        num_tokens=num_tokens, num_scale_rows=b.x_scales.shape[0], num_experts=num_experts, K=k,
+        row_programs=row_programs, max_tiles=layout.max_tiles, tokens_at=layout.tokens_at // 256,
+        EXPERTS=experts, EXPERT_CHUNK=min(experts, 1024), BLOCK_T=block_t,
+        BLOCK_ROWS=config.block_rows, BLOCK_COLS=config.block_cols, num_warps=config.num_warps,
+    )  # fmt: skip

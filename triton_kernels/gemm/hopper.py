@@ -531,16 +531,18 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperGemmConfig) -> tu
     tokens = Buffer(
         workspace.operand, workspace.offset + layout.tokens_at, torch.bfloat16, (p.num_tokens, layout.padded_k)
     )
-    arguments = (
-        b.out,
-        workspace,
-        tensor_map(w_bytes, p.num_experts * p.n, p.k, 128, block_k),
-        tensor_map(w_scale_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, SCALE_WORDS),
-        tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
-        tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
-        *(b.x_values, b.x_scales, b.expert_offsets, b.scale_offsets, b.x_scales.shape[0]),
-        *(layout.tokens_at // 256, first_tile, p.k, p.n, num_k_tiles),
-    )
-    constants = (config.block_t, config.small_block_t, block_k, config.num_stages, config.fused_dequantize)
-    product = KernelLaunch(hopper_gemm_kernel, programs, arguments, constants, (("num_warps", 8),))
+    scale_tiles = p.num_experts * row_tiles * num_k_tiles
+    product = KernelLaunch.of(
+        hopper_gemm_kernel, programs,
+        y_ptr=b.out, workspace_ptr=workspace,
+        w_desc=tensor_map(w_bytes, p.num_experts * p.n, p.k, 128, block_k),
+        w_scales_desc=tensor_map(w_scale_words, scale_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        x_desc=tensor_map(tokens, p.num_tokens, layout.padded_k, config.block_t, block_k),
+        small_x_desc=tensor_map(tokens, p.num_tokens, layout.padded_k, config.small_block_t, block_k),
+        values_ptr=b.x_values, scales_ptr=b.x_scales, num_scale_rows=b.x_scales.shape[0],
+        expert_offsets_ptr=b.expert_offsets, scale_offsets_ptr=b.scale_offsets,
+        tokens_at=layout.tokens_at // 256, first_tile=first_tile, K=p.k, N=p.n, num_k_tiles=num_k_tiles,
+        BLOCK_T=config.block_t, SMALL_BLOCK_T=config.small_block_t, BLOCK_K=block_k, STAGES=config.num_stages,
+        FUSED_DEQUANTIZE=config.fused_dequantize, num_warps=8,
+    )  # fmt: skip
     return dequantization, product

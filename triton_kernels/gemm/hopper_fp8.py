@@ -415,25 +415,20 @@ def plan(problem: Problem, buffers: GemmBuffers, config: HopperFp8Config) -> tup
     tiles = min(ceil_div(p.num_tokens, config.block_t) + p.num_experts, p.num_tokens) * row_tiles
     programs = min(multiprocessors(p.device) or 1, tiles)
     w_words, x_words = (scales._replace(dtype=torch.int32) for scales in (b.w_scales, b.x_scales))
-    x_tiles = b.x_scales.shape[0] // 128 * num_k_tiles
-    arguments = (
-        b.out,
-        tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
-        tensor_map(w_words, p.num_experts * row_tiles * num_k_tiles, SCALE_WORDS, 1, config.w_words),
-        tensor_map(b.x_values, p.num_tokens, p.k, config.block_t // 2, 128),
-        tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
-        b.expert_offsets,
-        b.scale_offsets,
-        p.num_experts,
-        p.num_tokens,
-        p.n,
-        num_k_tiles,
-    )
-    experts = max(next_power_of_2(p.num_experts), 32)
-    store_columns = 64 * 2 // p.out_dtype.itemsize
+    w_tiles, x_tiles = p.num_experts * row_tiles * num_k_tiles, b.x_scales.shape[0] // 128 * num_k_tiles
     registers, consumer_registers = config.registers
-    tile = (config.block_t, config.squares, config.w_words, store_columns)
-    constants = (experts, *tile, config.num_stages, consumer_registers)
-    # 12 warps, of which those that multiply get more registers and the others fewer.
-    options = (("num_warps", 4), ("maxnreg", registers))
-    return (KernelLaunch(hopper_fp8_gemm_kernel, programs, arguments, constants, options),)
+    return (KernelLaunch.of(
+        hopper_fp8_gemm_kernel, programs,
+        y_ptr=b.out,
+        w_desc=tensor_map(b.w_values, p.num_experts * p.n, p.k, 128, 128),
+        w_scales_desc=tensor_map(w_words, w_tiles, SCALE_WORDS, 1, config.w_words),
+        x_desc=tensor_map(b.x_values, p.num_tokens, p.k, config.block_t // 2, 128),
+        x_scales_desc=tensor_map(x_words, x_tiles, SCALE_WORDS, 1, SCALE_WORDS),
+        expert_offsets_ptr=b.expert_offsets, scale_offsets_ptr=b.scale_offsets,
+        num_experts=p.num_experts, num_tokens=p.num_tokens, N=p.n, num_k_tiles=num_k_tiles,
+        EXPERTS=max(next_power_of_2(p.num_experts), 32), BLOCK_T=config.block_t,
+        SQUARES=config.squares, W_WORDS=config.w_words, STORE_COLUMNS=64 * 2 // p.out_dtype.itemsize,
+        STAGES=config.num_stages, CONSUMER_REGISTERS=consumer_registers,
+        # 12 warps, of which those that multiply get more registers and the others fewer.
+        num_warps=4, maxnreg=registers,
+    ),)  # fmt: skip

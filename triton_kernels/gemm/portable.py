@@ -181,8 +181,11 @@ def plan(problem: Problem, buffers: GemmBuffers) -> tuple[KernelLaunch, ...]:
     p, b = problem, buffers
     config = config_for(p)
     programs = token_tiles_bound(p.num_tokens, p.num_experts, config.block_t) * ceil_div(p.n, 128)
-    operands = (b.x_values, b.x_scales, b.w_values, b.w_scales, b.out, b.expert_offsets, b.scale_offsets)
-    sizes = (p.num_tokens, b.x_scales.shape[0], p.num_experts, p.n, p.k)
-    constants = (next_power_of_2(p.num_experts), config.block_t, config.formulation)
-    options = (("num_warps", config.num_warps), ("num_stages", config.num_stages))
-    return (KernelLaunch(grouped_gemm_kernel, programs, (*operands, *sizes), constants, options),)
+    return (KernelLaunch.of(
+        grouped_gemm_kernel, programs,
+        x_ptr=b.x_values, x_scales_ptr=b.x_scales, w_ptr=b.w_values, w_scales_ptr=b.w_scales, y_ptr=b.out,
+        expert_offsets_ptr=b.expert_offsets, scale_offsets_ptr=b.scale_offsets,
+        num_tokens=p.num_tokens, num_scale_rows=b.x_scales.shape[0], num_experts=p.num_experts, N=p.n, K=p.k,
+        EXPERTS=next_power_of_2(p.num_experts), BLOCK_T=config.block_t, FORMULATION=config.formulation,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    ),)  # fmt: skip

@@ -82,7 +82,9 @@ def combine(
     num_tokens, hidden = out.shape
     block = min(next_power_of_2(hidden), 2048 if INTERPRETED else 1024)
     programs = num_tokens * ceil_div(hidden, block)
-    arguments = (y, inverse_permutation, topk_ids, topk_weights, bias, out, y.shape[0], out_stride, hidden)
-    constants = (bias is not None, topk_ids.shape[1], block)
-    options = (("num_warps", 4), ("enable_fp_fusion", False))
-    return (KernelLaunch(combine_kernel, programs, arguments, constants, options),)
+    return (KernelLaunch.of(
+        combine_kernel, programs,
+        y_ptr=y, rows_ptr=inverse_permutation, ids_ptr=topk_ids, weights_ptr=topk_weights, bias_ptr=bias, out_ptr=out,
+        num_rows=y.shape[0], out_stride=out_stride, H=hidden,
+        HAS_BIAS=bias is not None, TOP_K=topk_ids.shape[1], BLOCK=block, num_warps=4, enable_fp_fusion=False,
+    ),)  # fmt: skip

@@ -50,5 +50,7 @@ def add_expert_bias(y: Buffer, inverse_permutation: Buffer, topk_ids: Buffer, bi
     num_rows, n = y.shape
     block = min(next_power_of_2(n), 2048 if INTERPRETED else 1024)
     programs = math.prod(topk_ids.shape) * ceil_div(n, block)
-    arguments = (y, inverse_permutation, topk_ids, bias, num_rows, n)
-    return (KernelLaunch(expert_bias_kernel, programs, arguments, (block,), (("num_warps", 4),)),)
+    return (KernelLaunch.of(
+        expert_bias_kernel, programs, y_ptr=y, inverse_permutation_ptr=inverse_permutation, ids_ptr=topk_ids,
+        bias_ptr=bias, num_rows=num_rows, N=n, BLOCK=block, num_warps=4,
+    ),)  # fmt: skip

@@ -87,8 +87,11 @@ def pack_tokens(
     top_k = 0 if topk_ids is None else topk_ids.shape[1]
     config = select_quantize_config(num_records, hidden, 1, INTERPRETED)
     programs = ceil_div(num_records, config.block_rows) * ceil_div(hidden, config.block_cols)
-    sizes = (num_tokens, num_records, num_experts, hidden, record_size, TokenRecord(hidden, top_k).ids_at)
-    arguments = (x, row_stride, topk_ids, topk_weights, records, *sizes)
-    tile = (top_k, next_power_of_2(top_k), config.block_rows, config.block_cols)
-    constants = (SCALE_ROUNDING_BIAS["rceil"], scale_group, *tile)
-    return (KernelLaunch(pack_tokens_kernel, programs, arguments, constants, (("num_warps", config.num_warps),)),)
+    return (KernelLaunch.of(
+        pack_tokens_kernel, programs,
+        x_ptr=x, row_stride=row_stride, ids_ptr=topk_ids, weights_ptr=topk_weights, records_ptr=records,
+        num_tokens=num_tokens, num_records=num_records, num_experts=num_experts, K=hidden,
+        record_size=record_size, ids_at=TokenRecord(hidden, top_k).ids_at,
+        ROUNDING_BIAS=SCALE_ROUNDING_BIAS["rceil"], SCALE_GROUP=scale_group, TOP_K=top_k, SLOTS=next_power_of_2(top_k),
+        BLOCK_ROWS=config.block_rows, BLOCK_COLS=config.block_cols, num_warps=config.num_warps,
+    ),)  # fmt: skip

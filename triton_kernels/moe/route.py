@@ -16,6 +16,7 @@ behind the last expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -205,15 +206,17 @@ def route(
     config = select_route_config(num_slots, INTERPRETED)
     bins = _bins(num_experts)
     blocks = ceil_div(num_slots, config.block)
-    outputs = (inverse_permutation, layout, num_slots, num_experts)
-    warps = (("num_warps", config.num_warps),)
-    tile = (bins, config.block, config.chunk)
+    slots: dict[str, Any] = {"ids_ptr": topk_ids, "num_slots": num_slots, "num_experts": num_experts}
+    outputs: dict[str, Any] = {"inverse_permutation_ptr": inverse_permutation, "layout_ptr": layout}
+    tile = {"BINS": bins, "BLOCK": config.block, "num_warps": config.num_warps}
     if config.one_launch:
-        return (KernelLaunch(rank_kernel, 1 + blocks, (topk_ids, *outputs), tile, warps),)
+        return (KernelLaunch.of(rank_kernel, 1 + blocks, **slots, **outputs, **tile, CHUNK=config.chunk),)
     experts = 4
-    counted = (topk_ids, scratch, num_slots, num_experts)
     return (
-        KernelLaunch(count_kernel, blocks, counted, (bins, config.block), warps),
-        KernelLaunch(sum_kernel, bins // experts, (scratch, blocks), (bins, experts, 256), warps),
-        KernelLaunch(scatter_kernel, 1 + blocks, (topk_ids, scratch, *outputs), tile, warps),
-    )
+        KernelLaunch.of(count_kernel, blocks, counts_ptr=scratch, **slots, **tile),
+        KernelLaunch.of(
+            sum_kernel, bins // experts, counts_ptr=scratch, num_blocks=blocks,
+            BINS=bins, EXPERTS=experts, BLOCKS=256, num_warps=config.num_warps,
+        ),
+        KernelLaunch.of(scatter_kernel, 1 + blocks, counts_ptr=scratch, **slots, **outputs, **tile, CHUNK=config.chunk),
+    )  # fmt: skip
