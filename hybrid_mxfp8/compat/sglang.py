@@ -19,20 +19,7 @@ from typing import Any
 
 import torch
 
-from hybrid_mxfp8.core.checks import (
-    FLOAT_DTYPES,
-    check_aligned,
-    check_contiguous,
-    check_float_dtype,
-    check_k,
-    check_n,
-    check_no_grad,
-    check_no_overlap,
-    check_shape,
-    check_tensor,
-    fail,
-    is_tracing,
-)
+from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.formats import MAX_INT32, SCALE_TILE_ROWS, padded_scale_rows, round_up, scale_cols
 from hybrid_mxfp8.core.layout import GroupLayout, group_offsets
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
@@ -78,24 +65,26 @@ def es_sm100_mxfp8_blockscaled_grouped_quant(
             input, tokens_per_expert, expert_offsets, blockscale_offsets, quant_output.view(torch.uint8), scale_factor
         )
         return
-    check_tensor("input", input, dtypes=FLOAT_DTYPES, ndim=2, dims="(T, K)")
-    check_no_grad("input", input)
+    checks.check_tensor("input", input, dtypes=checks.FLOAT_DTYPES, ndim=2, dims="(T, K)")
+    checks.check_no_grad("input", input)
     num_tokens, k = input.shape
     device = input.device
-    check_k("input", k)
+    checks.check_k("input", k)
     if input.stride(1) != 1 and input.numel():
-        fail("input", "must have unit stride along K", f"strides {input.stride()}")
-    check_tensor("quant_output", quant_output, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
-    check_shape("quant_output", quant_output, (num_tokens, k), "(T, K)")
-    check_contiguous("quant_output", quant_output)
+        checks.fail("input", "must have unit stride along K", f"strides {input.stride()}")
+    checks.check_tensor(
+        "quant_output", quant_output, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device
+    )
+    checks.check_shape("quant_output", quant_output, (num_tokens, k), "(T, K)")
+    checks.check_contiguous("quant_output", quant_output)
     scales = _scale_tiles("scale_factor", scale_factor, num_tokens, k, device)
     _check_metadata(tokens_per_expert, expert_offsets, blockscale_offsets, device)
-    if is_tracing(input):  # meta or fake: nothing to compute
+    if checks.is_tracing(input):  # meta or fake: nothing to compute
         return
-    check_aligned("scale_factor", scale_factor)
+    checks.check_aligned("scale_factor", scale_factor)
     inputs = {"input": input, "tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
-    check_no_overlap("quant_output", quant_output, **inputs, scale_factor=scale_factor)
-    check_no_overlap("scale_factor", scale_factor, **inputs)
+    checks.check_no_overlap("quant_output", quant_output, **inputs, scale_factor=scale_factor)
+    checks.check_no_overlap("scale_factor", scale_factor, **inputs)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0])
     quantize_into(input, groups, quant_output, scales)
 
@@ -143,52 +132,54 @@ def es_sm100_mxfp8_blockscaled_moe_grouped_gemm(
         )
         return product
     rank = workspace.ndim if isinstance(workspace, torch.Tensor) else 1
-    check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=rank, dims="(bytes,)")
-    check_contiguous("workspace", workspace)
-    check_tensor("a", a, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
+    checks.check_tensor("workspace", workspace, dtypes=(torch.uint8,), ndim=rank, dims="(bytes,)")
+    checks.check_contiguous("workspace", workspace)
+    checks.check_tensor("a", a, dtypes=(torch.float8_e4m3fn,), ndim=3, dims="(E, N, K)")
     num_experts, n, k = a.shape
     device = a.device
-    check_n("a", n)
-    check_k("a", k)
+    checks.check_n("a", n)
+    checks.check_k("a", k)
     dims = "(E, roundup(N, 128), K/32)"
-    check_tensor("sfa", sfa, dtypes=(torch.uint8,), ndim=3, dims=dims, device=device)
-    check_shape("sfa", sfa, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
-    check_contiguous("a", a)
-    check_contiguous("sfa", sfa)
-    check_tensor("b", b, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
+    checks.check_tensor("sfa", sfa, dtypes=(torch.uint8,), ndim=3, dims=dims, device=device)
+    checks.check_shape("sfa", sfa, (num_experts, padded_scale_rows(n), scale_cols(k)), dims)
+    checks.check_contiguous("a", a)
+    checks.check_contiguous("sfa", sfa)
+    checks.check_tensor("b", b, dtypes=(torch.float8_e4m3fn,), ndim=2, dims="(T, K)", device=device)
     num_tokens = b.shape[0]
-    check_shape("b", b, (num_tokens, k), "(T, K)")
-    check_contiguous("b", b)
+    checks.check_shape("b", b, (num_tokens, k), "(T, K)")
+    checks.check_contiguous("b", b)
     scales = _scale_tiles("sfb", sfb, num_tokens, k, device)
     _check_metadata(tokens_per_expert, expert_offsets, blockscale_offsets, device)
-    check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
-    check_float_dtype("dtype", dtype)
+    checks.check_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "(E,)")
+    checks.check_float_dtype("dtype", dtype)
     if workspace.device != device:
-        fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
-    if is_tracing(b):  # meta or fake: nothing to compute
+        checks.fail("workspace", f"must be on {device}, as the other arguments", workspace.device)
+    if checks.is_tracing(b):  # meta or fake: nothing to compute
         return b.new_empty(num_tokens, n, dtype=dtype)
-    check_aligned("sfb", sfb)
+    checks.check_aligned("sfb", sfb)
     groups = _layout(tokens_per_expert, expert_offsets, blockscale_offsets, num_tokens, scales.shape[0])
     x, w = GroupedMXFP8.unchecked(values=b, scales=scales, groups=groups), ExpertWeights(a, sfa)
     memory = _aligned_part(workspace, grouped_gemm_bytes(x, w, dtype))
     if memory is not None:
         metadata = {"tokens_per_expert": tokens_per_expert, "blockscale_offsets": blockscale_offsets}
-        check_no_overlap("workspace", memory, a=a, b=b, sfa=sfa, sfb=sfb, **metadata)
+        checks.check_no_overlap("workspace", memory, a=a, b=b, sfa=sfa, sfb=sfb, **metadata)
     return grouped_gemm(x, w, out_dtype=dtype, workspace=memory)
 
 
 def _scale_tiles(name: str, scales: torch.Tensor, num_tokens: int, k: int, device: torch.device) -> torch.Tensor:
     """The whole 128x4 tiles of a caller's scale buffer, (S rounded down to 128, C), as a view."""
-    check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
+    checks.check_tensor(name, scales, dtypes=(torch.uint8,), ndim=2, dims="(S, K/32)", device=device)
     rows, cols = scales.shape
     if cols != scale_cols(k):
-        fail(name, f"must have {scale_cols(k)} columns, K/32 rounded up to 4", cols)
-    check_contiguous(name, scales)
+        checks.fail(name, f"must have {scale_cols(k)} columns, K/32 rounded up to 4", cols)
+    checks.check_contiguous(name, scales)
     least = round_up(num_tokens, SCALE_TILE_ROWS)
     if rows < least:
-        fail(name, f"must have at least roundup(T, 128) = {least} rows, and each expert's rounded up to 128", rows)
+        checks.fail(
+            name, f"must have at least roundup(T, 128) = {least} rows, and each expert's rounded up to 128", rows
+        )
     if rows > MAX_INT32:
-        fail(name, "must have fewer than 2**31 rows", rows)
+        checks.fail(name, "must have fewer than 2**31 rows", rows)
     return scales[: rows // SCALE_TILE_ROWS * SCALE_TILE_ROWS]
 
 
@@ -198,12 +189,14 @@ def _check_metadata(
     blockscale_offsets: torch.Tensor,
     device: torch.device,
 ) -> None:
-    check_tensor("tokens_per_expert", tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
-    check_contiguous("tokens_per_expert", tokens_per_expert)
+    checks.check_tensor(
+        "tokens_per_expert", tokens_per_expert, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device
+    )
+    checks.check_contiguous("tokens_per_expert", tokens_per_expert)
     for name, offsets in (("expert_offsets", expert_offsets), ("blockscale_offsets", blockscale_offsets)):
-        check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
-        check_shape(name, offsets, tuple(tokens_per_expert.shape), "(E,)")
-        check_contiguous(name, offsets)
+        checks.check_tensor(name, offsets, dtypes=(torch.int32,), ndim=1, dims="(E,)", device=device)
+        checks.check_shape(name, offsets, tuple(tokens_per_expert.shape), "(E,)")
+        checks.check_contiguous(name, offsets)
 
 
 def _layout(
@@ -220,14 +213,14 @@ def _layout(
         tokens, offsets, _ = group_offsets(tokens_per_expert, num_tokens, from_ends=False)
         if not torch.equal(offsets[:-1], expert_offsets):
             expected = f"must be the exclusive prefix sum of tokens_per_expert, {offsets[:-1].tolist()}"
-            fail("expert_offsets", expected, expert_offsets.tolist())
+            checks.fail("expert_offsets", expected, expert_offsets.tolist())
         starts = blockscale_offsets.long()
         ends = starts + -(-tokens // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
         first, order = starts[tokens > 0].sort()
         shared = (first[1:] < ends[tokens > 0][order][:-1]).any()
         if (starts % SCALE_TILE_ROWS).any() or starts.amin() < 0 or ends.amax() > num_scale_rows or shared:
             expected = f"must be multiples of 128 that leave each expert its rows among {num_scale_rows}"
-            fail("blockscale_offsets", expected, blockscale_offsets.tolist())
+            checks.fail("blockscale_offsets", expected, blockscale_offsets.tolist())
     buffer = build_around(tokens_per_expert, blockscale_offsets, num_tokens, num_scale_rows)
     return GroupLayout.from_buffer(buffer, tokens_per_expert.shape[0], num_tokens)
 
