@@ -236,8 +236,7 @@ def test_workspace_size_suffices_for_smaller_batches(monkeypatch: pytest.MonkeyP
     xq = mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="reference")
     assert mx.grouped_gemm_workspace_size(wq, 7, backend="reference") == 2000
     assert mx.grouped_gemm_workspace_size(wq, 7) == 2000
-    memory = torch.empty(2256, dtype=torch.uint8)
-    aligned = memory[-memory.data_ptr() % 256 :]
+    aligned = cases.aligned_bytes(2000)
     for size in (2000, 1000):
         mx.grouped_gemm(xq, wq, workspace=aligned[:size], backend="reference")
     with pytest.raises(ValueError, match=r"^workspace: must have at least 1000 bytes, got 999$"):

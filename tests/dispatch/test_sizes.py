@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import cases
 import pytest
 import torch
 from fake_driver import child, in_child  # noqa: F401
@@ -70,9 +71,7 @@ def gemm(t: int, **options: Any) -> None:
 
 def gemm_into_buffers(t: int) -> None:
     w = weights(N, K)
-    size = mx.grouped_gemm_workspace_size(w, t) + 16 * t
-    memory = empty(size + 256, dtype=U8)
-    workspace = memory[-memory.data_ptr() % 256 :][:size]
+    workspace = cases.aligned_bytes(mx.grouped_gemm_workspace_size(w, t) + 16 * t)
     mx.grouped_gemm(tokens(t), w, out=empty(t, N), workspace=workspace)
 
 
