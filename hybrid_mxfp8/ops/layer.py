@@ -175,6 +175,7 @@ def plan_layer(
     operands = Operands()
     operands.buffer("workspace", torch.uint8, (a.size,))
     rows, linear_scales = rows_and_scales(with_rows(inputs.x, num_tokens))
+    # ``out`` may be x itself, operand 2, which is read before anything is written; no part of it.
     same_rows = linear_scales is None and rows.stride() == out.stride()
     y = operands.add("out", with_rows(out, num_tokens), written=True, may_equal=2 if same_rows else -1)
     x = operands.add("x", rows)
