@@ -146,13 +146,14 @@ def _ours(case: Case, layer: Layer, inputs: Inputs, backend: str) -> Contender:
             out=inputs.out[i],
         )
 
+    scales = "squares" if layer.w13q.squares else f"groups of {layer.w13q.scale_group}"
     return Contender(
         f"moe_forward ({backend})",
         call,
         work.moe(inputs.counts, case.num_tokens, case.k, case.n),
         ours=True,
         precision="mxfp8" if layer.w13q.scale_group == BLOCK_SIZE else "fp8",
-        note=f"groups of {layer.w13q.scale_group}; experts in {memory:.3f} of bf16's memory",
+        note=f"{scales}; experts in {memory:.3f} of bf16's memory",
         check=check_layer(layer, inputs, lambda: inputs.out[0]),
     )
 

@@ -127,6 +127,8 @@ def explain(problem: Problem) -> str:
         why = "; multiplied in bf16: HYBRID_MXFP8_HOPPER_GEMM=bf16, or too large for the FP8 kernel"
     elif bf16:
         why = "; multiplied in bf16: x or w has scale_group 32, FP8 needs 128 of both"
+    elif not INTERPRETED and problem.capability == (9, 0):
+        why = "; by the portable kernel: HYBRID_MXFP8_HOPPER_GEMM=0, or too large for the Hopper kernels"
     return f"{config}, for {average:.1f} tokens an expert on average{why}"
 
 

@@ -62,7 +62,7 @@ def moe_forward(
 
     Args:
         x: (M, H) bf16, fp16 or fp32, H % 32 == 0, unit column stride; or MXFP8Tokens, such as
-            ``quantize_tokens`` makes, with the bits of the tokens that were quantized.
+            ``quantize_tokens`` makes: the bits of x if their ``scale_group`` is w13q's.
         w13q: E experts of (2I, H), the I rows of gate first, then those of up: transformers'
             ``gate_up_proj``, vLLM's w13.
         w2q: E experts of (H, I), I % 32 == 0.

@@ -120,9 +120,15 @@ def test_what_32_bits_do_not_reach_is_left_to_the_other_kernel() -> None:
 
 
 def test_other_devices_need_no_workspace() -> None:
-    cpu = torch.device("cpu")
-    problem = Problem(4, 128, 128, 32, torch.bfloat16, cpu)
+    problem = Problem(4, 128, 128, 32, torch.bfloat16, torch.device("cpu"))
     assert backend.workspace_size(problem) == backend.workspace_bound(problem) == 0
+
+
+@pytest.mark.parametrize(("value", "why"), [("1", "in FP8: "), ("bf16", "in bf16: HYB"), ("0", "portable kernel: HYB")])
+def test_why_that_kernel(value: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(4, 64, 128, 8, torch.bfloat16, pretend_capability(monkeypatch, (9, 0)), 128)
+    monkeypatch.setenv("HYBRID_MXFP8_HOPPER_GEMM", value)
+    assert why in backend.explain(problem)
 
 
 @given(st.data())
@@ -143,9 +149,8 @@ def test_the_workspace_of_the_largest_batch_suffices_for_smaller_ones(data: st.D
 
 def test_a_smaller_batch_may_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one with tiles of 64 tokens has a longer list than the first with tiles of 128."""
-    gpu = pretend_capability(monkeypatch, (9, 0))
     last = hopper_config.AVERAGES[0] * 4096
-    problem = Problem(4096, 8, 64, last, torch.bfloat16, gpu)
+    problem = Problem(4096, 8, 64, last, torch.bfloat16, pretend_capability(monkeypatch, (9, 0)))
     small, larger = backend.workspace_size(problem), problem._replace(num_tokens=last + 1)
     assert small > backend.workspace_size(larger)
     assert backend.workspace_bound(larger) == small
