@@ -11,7 +11,6 @@ import torch
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
-    check_contiguous,
     check_shape,
     check_tensor,
     fail,
@@ -19,7 +18,7 @@ from hybrid_mxfp8.core.checks import (
     short,
 )
 from hybrid_mxfp8.core.formats import BLOCK_SIZE
-from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
+from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens, check_weights
 from hybrid_mxfp8.core.scales import find_scale_group
 from hybrid_mxfp8.dispatch.device import preferred_scale_group
 from hybrid_mxfp8.dispatch.registry import requested
@@ -49,23 +48,26 @@ def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
 
 
 class _Seen:
-    """The tensor of scales that was examined, and its state then. It is known by identity, as
-    another one may get its address. A copy of this object has seen none."""
+    """The values and scales that were examined, and their state then. They are known by identity,
+    as others may get their addresses. A copy of this object has seen none."""
 
-    def __init__(self, scales: torch.Tensor | None = None) -> None:
-        self._scales = None if scales is None else weakref.ref(scales)
-        self._state = None if scales is None else _state(scales)
+    def __init__(self, *examined: torch.Tensor) -> None:
+        self._tensors = tuple(map(weakref.ref, examined))
+        self._state = _state(*examined) if examined else None
 
-    def is_as(self, scales: torch.Tensor) -> bool:
-        """Whether it was this tensor, with neither its memory nor its contents changed since."""
-        return self._scales is not None and self._scales() is scales and self._state == _state(scales)
+    def is_as(self, values: torch.Tensor | None, scales: torch.Tensor | None) -> bool:
+        """Whether it was these, with neither memory nor the scales' contents changed since."""
+        if values is None or scales is None or self._state is None:
+            return False
+        seen_values, seen_scales = self._tensors
+        return seen_values() is values and seen_scales() is scales and self._state == _state(values, scales)
 
     def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
         return _Seen, ()
 
 
-def _state(scales: torch.Tensor) -> tuple[int, int]:
-    return scales.data_ptr(), 0 if scales.is_inference() else scales._version
+def _state(values: torch.Tensor, scales: torch.Tensor) -> tuple[int, int, int]:
+    return values.data_ptr(), scales.data_ptr(), 0 if scales.is_inference() else scales._version
 
 
 class MXFP8Experts(torch.nn.Module):
@@ -116,13 +118,14 @@ class MXFP8Experts(torch.nn.Module):
         check_biases(shape, w13_bias, w2_bias)
         check_workspace(workspace)
         requested(backend)
-        # Of w13 and w2: the scales that were examined, and the (group, squares) found.
+        # Of w13 and w2: the tensors that were examined, and the (group, squares) found.
         self._scalings: dict[str, tuple[_Seen, tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
-            self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
+            values = w.values.view(torch.uint8)
+            self.register_buffer(f"{name}_values", values)
             self.register_buffer(f"{name}_scales", w.scales)
-            seen = _Seen(None if is_tracing(w.scales) else w.scales)  # fake tensors have no address
-            self._scalings[name] = (seen, (w.scale_group, w.squares))
+            seen = () if is_tracing(w.scales) else (values, w.scales)  # fake tensors have no address
+            self._scalings[name] = (_Seen(*seen), (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         self.activation = swiglu_of(activation)
@@ -190,16 +193,18 @@ class MXFP8Experts(torch.nn.Module):
         return self._weights("w2")
 
     def _weights(self, name: str) -> ExpertWeights:
-        """Check and examine the buffers, which anyone may have replaced: plans assume that they are
-        contiguous, and scales that may have changed get their group and squares found again."""
+        """Check and examine the buffers if anyone may have replaced them: plans assume that they
+        are contiguous, and scales that may have changed get their group and squares found again."""
         values, scales = getattr(self, f"{name}_values"), getattr(self, f"{name}_scales")
-        check_contiguous(f"{name}_values", values)
-        check_contiguous(f"{name}_scales", scales)
-        values = values.view(torch.float8_e4m3fn)
         seen, found = self._scalings[name]
-        if not (is_tracing(scales) or seen.is_as(scales)):
-            found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
-            self._scalings[name] = (_Seen(scales), found)
+        if torch.compiler.is_compiling() or not seen.is_as(values, scales):
+            dtypes = (torch.float8_e4m3fn, torch.uint8)
+            check_tensor(f"{name}_values", values, dtypes=dtypes, ndim=3, dims="(E, N, K)")
+            check_weights(values.view(torch.float8_e4m3fn), scales, f"{name}_")
+            if not is_tracing(scales):
+                found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
+                self._scalings[name] = (_Seen(values, scales), found)
+        values = values.view(torch.float8_e4m3fn)
         scale_group, squares = found
         return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)
 

@@ -268,7 +268,7 @@ def test_module_refuses_other_dtypes(name: str, assign: bool, rng: torch.Generat
 @pytest.mark.parametrize("name", ["w13_values", "w13_scales", "w2_values", "w2_scales"])
 def test_module_reads_no_strided_views(name: str, multiplier: str, device: str, rng: torch.Generator) -> None:
     """Assigned by load_state_dict they are copied; set as an attribute they are refused, though a
-    plan of these shapes is there."""
+    plan of these shapes is there. So are others that are no weights."""
     layer = make(rng, device)
     module = module_of(layer)
     module.backend = multiplier
@@ -278,9 +278,10 @@ def test_module_reads_no_strided_views(name: str, multiplier: str, device: str, 
     wide[..., 0] = state[name]
     module.load_state_dict(dict(state) | {name: wide[..., 0]}, assign=True)
     assert torch.equal(module(layer.x, layer.ids, layer.weights), y)
-    setattr(module, name, wide[..., 0])
-    with pytest.raises(ValueError, match=f"^{name}: must be contiguous"):
-        module(layer.x, layer.ids, layer.weights)
+    for wrong in (wide[..., 0], None, state[name].float(), state[name][0]):
+        setattr(module, name, wrong)
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: (must|dtype must) be|^{name}: must have shape"):
+            module(layer.x, layer.ids, layer.weights)
 
 
 def test_module_from_transposed_and_interleaved_weights(rng: torch.Generator) -> None:

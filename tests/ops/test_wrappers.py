@@ -106,5 +106,5 @@ def test_other_wrappers_are_named(wrap: Wrap, kind: str, name: str) -> None:
 def test_weights_that_are_wrapped_are_named() -> None:
     module = mx.MXFP8Experts(*weights())
     module.w2_scales = distributed(module.w2_scales)
-    with pytest.raises(TypeError, match=r"^w2q\.scales: must be a tensor with memory of its own, got DTensor"):
+    with pytest.raises(TypeError, match=r"^w2_scales: must be a tensor with memory of its own, got DTensor"):
         module(LAYER.x, LAYER.ids, LAYER.weights)
