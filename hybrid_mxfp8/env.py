@@ -70,7 +70,7 @@ def snapshot() -> tuple[object, ...]:
     return tuple(map(_RAW.get, _SNAPSHOT_KEYS))
 
 
-def in_force() -> dict[str, str]:
+def variables_set() -> dict[str, str]:
     """Those of the variables that are set, with their values."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 

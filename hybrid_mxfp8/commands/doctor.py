@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
         "default_backend": _answer(lambda: requested(None), "invalid: "),
         "cache": cache(env.cache_dir()),
         **cached(env.cache_dir()),
-        "environment": env.in_force(),
+        "environment": env.variables_set(),
         "settings_problems": settings_problems(),
     }
 

@@ -47,7 +47,7 @@ def for_fp8_units_(w: ExpertWeights) -> ExpertWeights:
     return w.regroup_into(w.values, w.scales, 128, squares=True) if w.scale_group == 128 else w
 
 
-class _Seen:
+class _Examined:
     """The values and scales that were examined, and their state then. They are known by identity,
     as others may get their addresses. A copy of this object has seen none."""
 
@@ -62,8 +62,8 @@ class _Seen:
         seen_values, seen_scales = self._tensors
         return seen_values() is values and seen_scales() is scales and self._state == _state(values, scales)
 
-    def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
-        return _Seen, ()
+    def __reduce__(self) -> tuple[type[_Examined], tuple[()]]:
+        return _Examined, ()
 
 
 def _state(values: torch.Tensor, scales: torch.Tensor) -> tuple[int, int, int]:
@@ -119,13 +119,13 @@ class MXFP8Experts(torch.nn.Module):
         check_workspace(workspace)
         requested(backend)
         # Of w13 and w2: the tensors that were examined, and the (group, squares) found.
-        self._scalings: dict[str, tuple[_Seen, tuple[int, bool]]] = {}
+        self._scalings: dict[str, tuple[_Examined, tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
             values = w.values.view(torch.uint8)
             self.register_buffer(f"{name}_values", values)
             self.register_buffer(f"{name}_scales", w.scales)
-            seen = () if is_tracing(w.scales) else (values, w.scales)  # fake tensors have no address
-            self._scalings[name] = (_Seen(*seen), (w.scale_group, w.squares))
+            known = () if is_tracing(w.scales) else (values, w.scales)  # fake tensors have no address
+            self._scalings[name] = (_Examined(*known), (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         self.activation = swiglu_of(activation)
@@ -196,14 +196,14 @@ class MXFP8Experts(torch.nn.Module):
         """Check and examine the buffers if anyone may have replaced them: plans assume that they
         are contiguous, and scales that may have changed get their group and squares found again."""
         values, scales = getattr(self, f"{name}_values"), getattr(self, f"{name}_scales")
-        seen, found = self._scalings[name]
-        if torch.compiler.is_compiling() or not seen.is_as(values, scales):
+        examined, found = self._scalings[name]
+        if torch.compiler.is_compiling() or not examined.is_as(values, scales):
             dtypes = (torch.float8_e4m3fn, torch.uint8)
             check_tensor(f"{name}_values", values, dtypes=dtypes, ndim=3, dims="(E, N, K)")
             check_weights(values.view(torch.float8_e4m3fn), scales, f"{name}_")
             if not is_tracing(scales):
                 found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
-                self._scalings[name] = (_Seen(values, scales), found)
+                self._scalings[name] = (_Examined(values, scales), found)
         values = values.view(torch.float8_e4m3fn)
         scale_group, squares = found
         return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)
@@ -230,7 +230,7 @@ class MXFP8Experts(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         # Examined now: inference tensors and compiled calls don't show that bytes have changed.
         for name in ("w13", "w2"):
-            self._scalings[name] = (_Seen(), (BLOCK_SIZE, False))
+            self._scalings[name] = (_Examined(), (BLOCK_SIZE, False))
             if not is_tracing(getattr(self, f"{name}_scales")):
                 self._weights(name)
 
