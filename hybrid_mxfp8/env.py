@@ -51,7 +51,7 @@ VARIABLES: Final = (
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
-_STARTING: Final = threading.Lock()
+_locks: Final[dict[int, threading.Lock]] = {}
 
 _RAW: Final = getattr(os.environ, "_data", os.environ)
 _SNAPSHOT_KEYS: Final = tuple(
@@ -78,8 +78,14 @@ def variables_set() -> dict[str, str]:
 def start() -> None:
     """Set the logger's level, and warn of variables of ours that don't exist, misspelt as it seems:
     once in a process, at the first choice of a backend or by the command line."""
-    with _STARTING:
+    with one_thread():
         _start_once()
+
+
+def one_thread() -> threading.Lock:
+    """The lock of :func:`start`, of this process: a fork's child gets its own, since the thread
+    that held its parent's is not there."""
+    return _locks.setdefault(os.getpid(), threading.Lock())
 
 
 @functools.cache

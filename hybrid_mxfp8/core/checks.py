@@ -116,10 +116,10 @@ def check_no_overlap(name: str, written: torch.Tensor, **others: torch.Tensor | 
     span = written.data_ptr(), written.data_ptr() + extent(written)
     for other, tensor in others.items():
         if tensor is not None:
-            check_apart(name, span, other, (tensor.data_ptr(), tensor.data_ptr() + extent(tensor)))
+            check_no_shared_byte(name, span, other, (tensor.data_ptr(), tensor.data_ptr() + extent(tensor)))
 
 
-def check_apart(name: str, span: tuple[int, int], other: str, other_span: tuple[int, int]) -> None:
+def check_no_shared_byte(name: str, span: tuple[int, int], other: str, other_span: tuple[int, int]) -> None:
     """No byte of one range of addresses is in the other."""
     (start, end), (other_start, other_end) = span, other_span
     if max(start, other_start) < min(end, other_end):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from hybrid_mxfp8.core.checks import check_apart, extent, has_memory
+from hybrid_mxfp8.core.checks import check_no_shared_byte, extent, has_memory
 from hybrid_mxfp8.core.operands import ExpertWeights, GroupedMXFP8
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.backend import Steps
@@ -140,7 +140,7 @@ class Plan:
                 seen_from_other = other.written and j > i
                 may_equal = j == written.may_equal and spans[j][0] == spans[i][0]
                 if written.written and i != j and not seen_from_other and not may_equal:
-                    check_apart(written.name, spans[i], other.label, spans[j])
+                    check_no_shared_byte(written.name, spans[i], other.label, spans[j])
 
 
 @functools.cache

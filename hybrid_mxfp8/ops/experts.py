@@ -12,7 +12,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.checks import (
     FLOAT_DTYPES,
-    check_contiguous,
     check_k,
     check_shape,
     check_tensor,
@@ -61,9 +60,11 @@ class TensorState:
         self._storage = None if tensor is None else StorageWeakRef(tensor.untyped_storage())
         self._place = None if tensor is None else _place(tensor)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
+    def holds(self, tensor: torch.Tensor | None) -> bool:
         """Whether it was this tensor, with neither its memory nor its contents changed since."""
-        return self._tensor is not None and self._tensor() is tensor and self._place == _place(tensor)
+        if tensor is None or self._tensor is None:
+            return False
+        return self._tensor() is tensor and self._place == _place(tensor)
 
     def __reduce__(self) -> tuple[type[TensorState], tuple[()]]:
         return TensorState, ()
@@ -124,13 +125,14 @@ class MXFP8Experts(torch.nn.Module):
         check_biases(shape, w13_bias, w2_bias)
         check_workspace(workspace)
         requested(backend)
-        # Of w13 and w2: the scales that were examined, and the (group, squares) found.
-        self._scalings: dict[str, tuple[TensorState, tuple[int, bool]]] = {}
+        # Of w13 and w2: values and scales as they were examined, and the (group, squares) found.
+        self._scalings: dict[str, tuple[tuple[TensorState, ...], tuple[int, bool]]] = {}
         for name, w in (("w13", w13q), ("w2", w2q)):
-            self.register_buffer(f"{name}_values", w.values.view(torch.uint8))
+            values = w.values.view(torch.uint8)
+            self.register_buffer(f"{name}_values", values)
             self.register_buffer(f"{name}_scales", w.scales)
-            examined = TensorState(None if is_tracing(w.scales) else w.scales)  # fake tensors have no address
-            self._scalings[name] = (examined, (w.scale_group, w.squares))
+            known = (None, None) if is_tracing(w.scales) else (values, w.scales)  # fake tensors have no address
+            self._scalings[name] = (tuple(map(TensorState, known)), (w.scale_group, w.squares))
         self.register_buffer("w13_bias", None if w13_bias is None else w13_bias.detach())
         self.register_buffer("w2_bias", None if w2_bias is None else w2_bias.detach())
         self.activation = swiglu_of(activation)
@@ -199,25 +201,28 @@ class MXFP8Experts(torch.nn.Module):
         return self._weights("w2")
 
     def _weights(self, name: str) -> ExpertWeights:
-        """Check and examine the buffers, which anyone may have replaced: plans assume that they are
-        contiguous, and scales that may have changed get their group and squares found again."""
+        """Check and examine the buffers if anyone may have replaced them: plans assume that they
+        are contiguous, and scales that may have changed get their group and squares found again."""
         values, scales = getattr(self, f"{name}_values"), getattr(self, f"{name}_scales")
-        check_contiguous(f"{name}_values", values)
-        check_contiguous(f"{name}_scales", scales)
-        values = values.view(torch.float8_e4m3fn)
         examined, found = self._scalings[name]
-        if not (is_tracing(scales) or examined.holds(scales)):
-            check_weights(values, scales, f"{name}_")
-            found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
-            self._scalings[name] = (TensorState(scales), found)
+        if torch.compiler.is_compiling() or not all(map(TensorState.holds, examined, (values, scales))):
+            dtypes = (torch.float8_e4m3fn, torch.uint8)
+            check_tensor(f"{name}_values", values, dtypes=dtypes, ndim=3, dims="(E, N, K)")
+            check_weights(values.view(torch.float8_e4m3fn), scales, f"{name}_")
+            if not is_tracing(scales):
+                found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
+                self._scalings[name] = ((TensorState(values), TensorState(scales)), found)
+        values = values.view(torch.float8_e4m3fn)
         scale_group, squares = found
         return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)
 
     def extra_repr(self) -> str:
-        """Shapes, for ``print(module)``."""
+        """Shapes and what both weights' scales cover, for ``print(module)``."""
         experts, hidden, intermediate = self.w2_values.shape
         bias = self.w13_bias is not None or self.w2_bias is not None
-        return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, bias={bias}"
+        (_, w13), (_, w2) = self._scalings.values()
+        scales = f"scale_group={min(w13[0], w2[0])}, squares={w13[1] and w2[1]}"
+        return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, bias={bias}, {scales}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As of any module, but values and scales are copied as bytes, not converted to uint8."""
@@ -235,7 +240,7 @@ class MXFP8Experts(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         # Examined now: inference tensors and compiled calls don't show that bytes have changed.
         for name in ("w13", "w2"):
-            self._scalings[name] = (TensorState(), (BLOCK_SIZE, False))
+            self._scalings[name] = ((TensorState(), TensorState()), (BLOCK_SIZE, False))
             if not is_tracing(getattr(self, f"{name}_scales")):
                 self._weights(name)
 

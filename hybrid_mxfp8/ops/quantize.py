@@ -103,7 +103,8 @@ def _run(plan: Plan, rows: tuple[Any, ...], values: torch.Tensor, scales: torch.
     x, groups, row_index = rows
     if isinstance(groups, GroupLayout):
         layout = groups
-        inputs = (x, scales, values, groups.expert_offsets, groups.scale_offsets)
+        offsets = (groups.tokens_per_expert, groups.expert_offsets, groups.scale_offsets)
+        inputs: tuple[torch.Tensor, ...] = (x, scales, values, *offsets)
     else:
         check_numbers("groups", groups, values.shape[0], "counts")
         buffer = torch.empty(3 * groups.shape[0] + 2, dtype=torch.int32, device=groups.device)
@@ -226,6 +227,7 @@ def _plan(
         value_target = operands.add("out", values, written=True)
     given = {}
     if isinstance(groups, GroupLayout):
+        operands.add("tokens_per_expert", groups.tokens_per_expert)  # of the result: not to be written
         given["expert_offsets"] = operands.add("expert_offsets", groups.expert_offsets)
         given["scale_offsets"] = operands.add("scale_offsets", groups.scale_offsets)
     else:

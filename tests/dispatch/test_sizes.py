@@ -164,7 +164,7 @@ def test_hooks_see_a_followed_plan_as_any_other() -> None:
         [followed] = [made for made in PLANS._plans.values() if made._make is not None]
         whole = followed._make()  # type: ignore[misc]
         x = empty(17, K)
-        tensors = (x, empty(*followed.result[2:4], dtype=U8), empty(17, K, dtype=FP8), *[empty(E + 1, dtype=I32)] * 2)
+        tensors = (x, empty(*followed.result[2:4], dtype=U8), empty(17, K, dtype=FP8), *[empty(E + 1, dtype=I32)] * 3)
         with pytest.raises(ValueError, match=r"^out: must not overlap x, got addresses"):
             followed.run(x, tensors[1], x.view(FP8).flatten()[: 17 * K].view(17, K), *tensors[3:])
         assert (followed.operands, followed.steps) == (whole.operands, whole.steps)

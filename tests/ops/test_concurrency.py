@@ -25,6 +25,7 @@ from jobs import Quantized, forget_everything, job, together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid_mxfp8 as mx
+from hybrid_mxfp8 import env
 
 THREADS = 3
 pytestmark = pytest.mark.skipif(cases.device() == "cuda", reason="of a CPU: set TRITON_INTERPRET=1")
@@ -166,20 +167,19 @@ def in_child(seed: int, backend: str) -> list[bytes]:
 
 
 def test_forked_children(backend: str) -> None:
-    """Two at once, while a thread of this process holds the lock of the interpreter's launches: it
-    is not in the children, and would never let go there."""
+    """Two at once, while a thread of this process holds a lock, of the interpreter's launches or of
+    the logger's start: it is not in the children, and would never let go there."""
     expected = [job(seed, backend) for seed in range(2)]
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with kernels.one_thread():
+        with kernels.one_thread() if backend == "triton" else env.one_thread():
             held.set()
             done.wait(120)
 
     with ThreadPoolExecutor(1) as pool:
-        if backend == "triton":
-            pool.submit(hold)
-            assert held.wait(60)
+        pool.submit(hold)
+        assert held.wait(60)
         try:
             children = [Child(in_child, seed, backend) for seed in range(2)]
             assert [child.result(120) for child in children] == expected

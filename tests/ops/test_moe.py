@@ -218,7 +218,7 @@ def test_module_is_the_function(backend: str, device: str, rng: torch.Generator)
     experts = mx.MXFP8Experts.from_weights(layer.w13, layer.w2, **biases, backend="reference").to(device)
     assert not any(buffer.requires_grad for buffer in experts.buffers())
     assert not list(experts.parameters())
-    assert "experts=5, hidden=64, intermediate=64, bias=True" in repr(experts)
+    assert "experts=5, hidden=64, intermediate=64, bias=True, scale_group=32, squares=False" in repr(experts)
     there = moe_truth.to(layer, device)
     experts.backend = backend
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_module_refuses_other_dtypes(name: str, assign: bool, rng: torch.Generat
 @pytest.mark.parametrize("name", ["w13_values", "w13_scales", "w2_values", "w2_scales"])
 def test_module_reads_no_strided_views(name: str, multiplier: str, device: str, rng: torch.Generator) -> None:
     """Assigned by load_state_dict they are copied; set as an attribute they are refused, though a
-    plan of these shapes is there."""
+    plan of these shapes is there. So are others that are no weights."""
     layer = make(rng, device)
     module = module_of(layer)
     module.backend = multiplier
@@ -278,9 +278,10 @@ def test_module_reads_no_strided_views(name: str, multiplier: str, device: str, 
     wide[..., 0] = state[name]
     module.load_state_dict(dict(state) | {name: wide[..., 0]}, assign=True)
     assert torch.equal(module(layer.x, layer.ids, layer.weights), y)
-    setattr(module, name, wide[..., 0])
-    with pytest.raises(ValueError, match=f"^{name}: must be contiguous"):
-        module(layer.x, layer.ids, layer.weights)
+    for wrong in (wide[..., 0], None, state[name].float(), state[name][0]):
+        setattr(module, name, wrong)
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: (must|dtype must) be|^{name}: must have shape"):
+            module(layer.x, layer.ids, layer.weights)
 
 
 def test_module_from_transposed_and_interleaved_weights(rng: torch.Generator) -> None:

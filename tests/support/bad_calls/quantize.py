@@ -90,7 +90,7 @@ BAD += [
 ]  # fmt: skip
 BAD += [
     overlapping(mx.quantize_grouped, _with_out, f"out in {part}", f"^out: must not overlap {part}, got", "out.scales", f"groups.{part}", 0)
-    for part in ("expert_offsets", "scale_offsets")
+    for part in ("tokens_per_expert", "expert_offsets", "scale_offsets")
 ]  # fmt: skip
 BAD.append(shifted(mx.quantize_grouped, _with_out, "out's scales off a 16-byte boundary", "^out: must start at a 16-byte boundary, got address 0x", "out.scales", 4))  # fmt: skip
 
