@@ -24,6 +24,7 @@ A variable that begins with ``HYBRID_MXFP8_`` and is none of these is named in a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -51,7 +52,7 @@ VARIABLES: Final = (
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
-_locks: Final[dict[int, threading.Lock]] = {}
+_locks: Final[dict[int, contextlib.AbstractContextManager[object]]] = {}
 
 _RAW: Final = getattr(os.environ, "_data", os.environ)
 _SNAPSHOT_KEYS: Final = tuple(
@@ -82,10 +83,10 @@ def start() -> None:
         _start_once()
 
 
-def one_thread() -> threading.Lock:
-    """The lock of :func:`start`, of this process: a fork's child gets its own, since the thread
-    that held its parent's is not there."""
-    return _locks.setdefault(os.getpid(), threading.Lock())
+def one_thread() -> contextlib.AbstractContextManager[object]:
+    """The lock of this process, which one thread may take more than once: a fork's child gets its
+    own, since the thread that held its parent's is not there."""
+    return _locks.setdefault(os.getpid(), threading.RLock())
 
 
 @functools.cache

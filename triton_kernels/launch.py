@@ -9,9 +9,7 @@ of tokens changes none of these.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.dispatch import launcher
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.triton_kernels import abi
@@ -68,7 +67,9 @@ class KernelLaunch(NamedTuple):
         """Launch through Triton, or interpret."""
         if INTERPRETED:
             arguments = [_interpreted(argument, tensors) for argument in self.arguments]
-            with _one_thread():
+            # The interpreter keeps the place in the grid, and the functions that it patches, in
+            # globals: two threads in it at once would compute each other's tiles.
+            with env.one_thread():
                 self.kernel[(self.programs,)](*arguments, *self.constants, **dict(self.options))
             return
         arguments = [abi.triton_argument(a, tensors) for a in self.arguments]
@@ -87,7 +88,7 @@ class KernelLaunch(NamedTuple):
         key = (id(self.kernel), self.constants, self.options, device, self._specialization())
         found = _compiled.get(key)
         if found is None:
-            with _one_thread():
+            with env.one_thread():
                 found = _compiled.get(key)
                 if found is None:
                     found = _compiled[key] = self._compile(device)
@@ -122,7 +123,6 @@ class KernelLaunch(NamedTuple):
 
 
 _compiled: dict[Hashable, tuple[Any, abi.Abi | None]] = {}
-_locks: dict[int, contextlib.AbstractContextManager[object]] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compiled.clear)
 
@@ -136,16 +136,6 @@ def _interpreted(argument: abi.Argument, tensors: Sequence[torch.Tensor]) -> Any
         base = _interpreted(argument.buffer, tensors).view(argument.shape)
         return TensorDescriptor.from_tensor(base, list(argument.box))
     return argument
-
-
-def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """A lock of this process; a fork's child gets its own, since the thread that held its parent's
-    is not there.
-
-    Triton's interpreter keeps the place in the grid, and the functions that it patches, in globals
-    of the process: two threads in it at once would compute each other's tiles.
-    """
-    return _locks.setdefault(os.getpid(), threading.RLock())
 
 
 def triton_version() -> tuple[int, int]:

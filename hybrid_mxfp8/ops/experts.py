@@ -70,8 +70,9 @@ class TensorState:
         return TensorState, ()
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
-    return tensor.untyped_storage()._cdata, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.stride(), version
 
 
 class MXFP8Experts(torch.nn.Module):
@@ -210,8 +211,10 @@ class MXFP8Experts(torch.nn.Module):
             check_tensor(f"{name}_values", values, dtypes=dtypes, ndim=3, dims="(E, N, K)")
             check_weights(values.view(torch.float8_e4m3fn), scales, f"{name}_")
             if not is_tracing(scales):
-                found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
-                self._scalings[name] = ((TensorState(values), TensorState(scales)), found)
+                states = TensorState(values), TensorState(scales)  # before they are read
+                if not examined[1].holds(scales):  # a look at them makes the host wait
+                    found = find_scale_group(ExpertWeights.unchecked(values, scales).linear_scales())
+                self._scalings[name] = states, found
         values = values.view(torch.float8_e4m3fn)
         scale_group, squares = found
         return ExpertWeights.unchecked(values=values, scales=scales, scale_group=scale_group, squares=squares)

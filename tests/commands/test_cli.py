@@ -65,7 +65,7 @@ WRONG: list[tuple[str, str]] = [
     ("quantize", r"the following arguments are required: IN, OUT, --experts"),
     ("quantize {tmp}/none {tmp}/out --experts *", r"none: no such file or folder"),
     ("quantize {file} {pipe} --experts * --force", r"pipe: must be a file or a folder to be replaced, got a device"),
-    ("quantize {file} {ring} --experts nothing*", r"--experts: no matrix matches nothing\*"),
+    ("quantize {file} {ring} --experts nothing* --force", r"--experts: no matrix matches nothing\*"),
     ("accuracy --plot {tmp}/x.docx --synthetic --no-transformers", r"--plot: must end in \.png, \.svg, \.pdf"),
     ("accuracy --json {tmp}/no/x.json --synthetic --no-transformers", r"there is no folder"),
     *((f"warmup --jobs {number}", f"argument --jobs: expected a positive number, got {number}") for number in "0x"),

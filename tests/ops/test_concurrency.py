@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cases
-import kernels
 import moe_truth
 import pytest
 import torch
@@ -167,13 +166,13 @@ def in_child(seed: int, backend: str) -> list[bytes]:
 
 
 def test_forked_children(backend: str) -> None:
-    """Two at once, while a thread of this process holds a lock, of the interpreter's launches or of
-    the logger's start: it is not in the children, and would never let go there."""
+    """Two at once, while a thread of this process holds its lock: it is not in the children, and
+    would never let go there."""
     expected = [job(seed, backend) for seed in range(2)]
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with kernels.one_thread() if backend == "triton" else env.one_thread():
+        with env.one_thread():
             held.set()
             done.wait(120)
 

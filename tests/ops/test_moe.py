@@ -278,6 +278,10 @@ def test_module_reads_no_strided_views(name: str, multiplier: str, device: str, 
     wide[..., 0] = state[name]
     module.load_state_dict(dict(state) | {name: wide[..., 0]}, assign=True)
     assert torch.equal(module(layer.x, layer.ids, layer.weights), y)
+    buffer = getattr(module, name)
+    buffer.data = buffer.data.mT  # the same memory
+    with pytest.raises(ValueError, match=f"^{name}: must"):
+        module(layer.x, layer.ids, layer.weights)
     for wrong in (wide[..., 0], None, state[name].float(), state[name][0]):
         setattr(module, name, wrong)
         with pytest.raises((TypeError, ValueError), match=f"^{name}: (must|dtype must) be|^{name}: must have shape"):

@@ -23,9 +23,12 @@ class Child:
         theirs.close()
 
     def result(self, seconds: float = 60) -> Any:
-        """What the function returned, or the traceback as a string; None if it was killed."""
+        """What the function returned, or the traceback as a string; None if it was killed,
+        as it is after so many ``seconds``."""
+        if not self._mine.poll(seconds):
+            self.process.kill()  # else its parent would wait for it at the end
         try:
-            answer = self._mine.recv() if self._mine.poll(seconds) else "it never ended"
+            answer = self._mine.recv()
         except EOFError:
             answer = None
         self.process.join(seconds)

@@ -16,7 +16,6 @@ from hybrid_mxfp8.dispatch.backend import Steps
 from hybrid_mxfp8.dispatch.plan import Operands
 from hybrid_mxfp8.dispatch.problem import GemmBuffers, Problem, QuantizeBuffers, QuantizeProblem
 from hybrid_mxfp8.triton_kernels import group_layout
-from hybrid_mxfp8.triton_kernels import launch as launching
 from hybrid_mxfp8.triton_kernels import quantize as quantizer
 from hybrid_mxfp8.triton_kernels.gemm import dequantize_tokens as dequantizer
 from hybrid_mxfp8.triton_kernels.gemm.hopper_config import TILE_WORDS, WorkspaceLayout
@@ -143,7 +142,6 @@ def dequantize_tokens(x: mx.GroupedMXFP8, workspace: torch.Tensor, layout: Any, 
     launch(steps, x.values, x.scales, None, *offsets, None, None, None, workspace)
 
 
-one_thread = launching._one_thread  # holds the interpreter's launches, one at a time, in this process
 scratch_elements = router.scratch_elements
 
 
