@@ -1,6 +1,6 @@
 """Generation with transformers: ms a token with experts in MXFP8 beside its own in bf16.
 
-    python -m bench.generation --out FILE.json     # a few minutes on an H100
+    python -m bench.generation --out FILE.json     # 73 s on an H200
     python -m bench.generation --tiny --out FILE.json    # anywhere: no figures to quote
 
 8 layers of Qwen3-30B-A3B's sizes with random weights in bf16, and a copy of that model after
