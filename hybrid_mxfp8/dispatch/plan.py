@@ -73,7 +73,7 @@ class Plan:
     steps: Steps
     arena_bytes: int = 0  # of the operand ``workspace``, if there is one
     result: Any = ()  # what else the caller needs, such as the shape of an output
-    lasting: bool = True  # whether another call of its signature would be planned alike
+    cacheable: bool = True  # whether another call of its signature would be planned alike
     _parts: list[tuple[launcher.Program | None, Steps]] | None = None  # steps as they run
     _hooked: Callable[[], bool] = lambda: True
     _make: Callable[[], Plan] | None = None  # where a template left operands and steps out
@@ -246,7 +246,7 @@ class PlanCache:
         """The plan ``make(*sizes)``; unless the signature is None it is kept, with a template for
         other sizes. ``make`` holds no tensor; all that it depends on is in the signature."""
         plan = make(*sizes)
-        if signature is not None and plan.lasting:
+        if signature is not None and plan.cacheable:
             self._keep(self._plans, (signature, sizes), plan)
             templates = self._templates.get(signature, ())
             if sizes and min(sizes) >= MIN_SIZE and len(templates) < MAX_TEMPLATES and plan.is_one_program():

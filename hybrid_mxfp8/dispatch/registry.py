@@ -110,7 +110,7 @@ class Ready(NamedTuple):
 
     backend: Backend  # with what it needs compiled and verified
     workspace_bytes: int  # that the problem takes
-    lasting: bool  # whether the next call would choose it, too: no other failed to get ready
+    cacheable: bool  # whether the next call would choose it, too: no other failed to get ready
 
 
 def choose_ready(problem: Problem, backend: str | None) -> Ready:

@@ -108,7 +108,7 @@ def _plan(
     of x, w and workspace, whose sizes are replaced by the three given."""
     x, w, workspace = given
     problem = problem._replace(num_tokens=num_tokens)
-    chosen, needed, lasting = choose_ready(problem, backend)
+    chosen, needed, cacheable = choose_ready(problem, backend)
     if workspace is not None and workspace_bytes < needed:
         checks.fail("workspace", f"must have at least {needed} bytes", workspace_bytes)
     operands = Operands()
@@ -133,7 +133,7 @@ def _plan(
     steps: Steps = ()
     if num_tokens and problem.num_experts:
         steps = chosen.plan(problem, GemmBuffers(*read, y, memory))
-    return Plan(problem.device, operands, steps, result=(*shape, needed), lasting=lasting)
+    return Plan(problem.device, operands, steps, result=(*shape, needed), cacheable=cacheable)
 
 
 def _check_buffers(problem: Problem, out: torch.Tensor | None, workspace: torch.Tensor | None) -> None:
@@ -213,7 +213,9 @@ def explain(
         support = {name: backend_of(name).can_run(problem) for name in NAMES}
         others = [f"{name}: {reason}" for name, (ok, reason) in support.items() if not ok]
         why = "chosen automatically" + (f" ({'; '.join(others)})" if others else "")
-    return f"{chosen.name}, {why}: {chosen.explain(problem)}"
+    unaligned = any(t.data_ptr() % 16 for t in (x.values, x.scales, w.values, w.scales) if checks.has_memory(type(t)))
+    hint = "; as operands do not all begin at 16-byte boundaries, it may be another kernel" if unaligned else ""
+    return f"{chosen.name}, {why}: {chosen.explain(problem)}{hint}"
 
 
 def _problem(x: GroupedMXFP8, w: ExpertWeights, out_dtype: torch.dtype) -> Problem:

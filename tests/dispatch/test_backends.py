@@ -212,7 +212,10 @@ def test_explain() -> None:
     xq = mx.quantize_grouped(torch.ones(7, 64), cases.layout([3, 4]), backend="reference")
     wq = mx.quantize_weights(torch.ones(2, 8, 64), backend="reference")
     assert mx.explain(xq, wq, backend="reference") == "reference, asked for: one float64 matmul an expert"
+    moved = cases.aligned_bytes(7 * 64 + 1)[1:].view(torch.float8_e4m3fn).view(7, 64)
+    assert "16-byte boundaries" in mx.explain(mx.GroupedMXFP8(moved, xq.scales, xq.groups), wq)
     text = mx.explain(xq, wq)
+    assert "boundaries" not in text
     assert "chosen automatically" in text
     assert "cutlass: needs a GPU" in text
     assert "\n" not in text
