@@ -4,8 +4,8 @@ The first plan that needs a module compiles it and verifies it on the GPU, since
 10.0 or 10.3 was at hand: it was run in an emulator of its PTX. A launch is one call into C++, which
 starts two kernels on torch's current stream.
 
-Whether a build works is known only once it was tried. So the call whose build fails raises, even
-where auto chose the backend; the failure is remembered, and :func:`can_run` says it from then on.
+Whether a build works is known only once it was tried. A plan whose build fails raises, and where
+auto chose the backend the call takes another; :func:`can_run` says the failure from then on.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@
 All are read at each call, so a change takes effect at once, except that Triton reads
 ``TRITON_INTERPRET`` when a kernel is first imported, that ``HYBRID_MXFP8_LOG`` is read once, before
 the first choice of a backend, and that a process keeps the compiler, headers and modules of the
-CUTLASS backend once it has found them.
+CUTLASS backend, and the launcher, once it has found them.
 
 A variable that begins with ``HYBRID_MXFP8_`` and is none of these is named in a warning, once.
 """

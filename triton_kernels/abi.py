@@ -13,7 +13,6 @@ What is outside of this raises LauncherUnavailableError, and Triton's launcher t
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hybrid_mxfp8 import env
 from hybrid_mxfp8.core.formats import ceil_div
 from hybrid_mxfp8.dispatch.buffers import Buffer, TensorMap
 from hybrid_mxfp8.dispatch.launcher import (
@@ -49,7 +49,6 @@ SCRATCH_POINTERS = 2
 
 _INTEGER_TYPES = ("i1", "u1", "i8", "u8", "i16", "u16", "i32", "u32", "i64")
 """Without u64, Triton's type for integers from 2**63 on: no word of a program holds those."""
-_FLOAT_FORMATS = {"fp32": "<f", "fp64": "<d"}
 _TMA_DATA_TYPES = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 """The driver's number of an element type, from the one that the compiler gives."""
 
@@ -146,11 +145,13 @@ class Abi(NamedTuple):
     def words(self, grid: int, arguments: Sequence[Argument]) -> list[int]:
         """The words of a launch of ``grid`` programs, for ``launcher.program_words``; ValueError
         where the kernel was compiled for other arguments: a pointer is less aligned, an integer is
-        wider, no multiple of 16, or not the constant that it was."""
+        wider, no multiple of 16, or not the constant that it was. With HYBRID_MXFP8_PDL=0 it does
+        not start before the launch before it has ended."""
         params = [words for own, given in zip(self.arguments, arguments, strict=True) for words in own.encode(given)]
         params += [[SCALAR, 0]] * SCRATCH_POINTERS
         function, metadata = self.compiled.function, self.compiled.metadata
-        return launch_words(function, grid, 32 * metadata.num_warps, metadata.shared, self.waits, params)
+        early = self.waits and env.pdl()
+        return launch_words(function, grid, 32 * metadata.num_warps, metadata.shared, early, params)
 
 
 def _constant(name: str, constant: Any) -> _Argument:
@@ -186,13 +187,6 @@ def _integer(name: str, type_: str, divisor: int) -> _Argument:
         return [[SCALAR, number]]
 
     return _Argument((ceil_div(bits, 8),), encode)
-
-
-def _float(format_: str) -> _Argument:
-    def encode(number: float) -> list[list[int]]:
-        return [[SCALAR, int.from_bytes(struct.pack(format_, number), "little", signed=True)]]
-
-    return _Argument((struct.calcsize(format_),), encode)
 
 
 def _tensor_map(name: str, described: Mapping[str, Any], argument: Argument) -> _Argument:
@@ -290,8 +284,6 @@ def _arguments(compiled: Any, arguments: Sequence[Argument]) -> list[_Argument]:
             found.append(_tensor_map(kernel_and_name, described, argument))
         elif type_ in _INTEGER_TYPES:
             found.append(_integer(name, type_, 16 if divisible else 1))
-        elif type_ in _FLOAT_FORMATS:
-            found.append(_float(_FLOAT_FORMATS[type_]))
         else:
             raise LauncherUnavailableError(f"{kernel_and_name} is of type {type_}")
     return found

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 import torch
 
 from hybrid_mxfp8 import env
@@ -67,14 +63,6 @@ def _hopper_config(problem: Problem) -> HopperGemmConfig | None:
     return select_hopper_config(p.num_tokens, p.num_experts)
 
 
-@functools.cache
-def _hopper_plan(name: str) -> Callable[..., Steps]:
-    """``plan`` of one of these kernels, which are imported where they can run alone: Gluon's names
-    differ from one Triton to the next."""
-    plan: Callable[..., Steps] = importlib.import_module(f"hybrid_mxfp8.triton_kernels.gemm.{name}").plan
-    return plan
-
-
 def _blackwell_config(problem: Problem) -> blackwell.BlackwellConfig | None:
     """The tile of the Blackwell kernel for a problem; None where another kernel runs it."""
     if INTERPRETED or not blackwell.takes(problem):
@@ -89,7 +77,7 @@ def made_for(device: torch.device) -> bool:
 
 
 def workspace_size(problem: Problem) -> int:
-    """Bytes: the Hopper kernel's list of token tiles and bf16 tokens."""
+    """Bytes: the list of token tiles and the bf16 tokens of Hopper's bf16 kernel."""
     config = _hopper_config(problem)
     if config is None or not (problem.num_tokens and problem.num_experts):
         return 0
@@ -103,13 +91,21 @@ def workspace_bound(problem: Problem) -> int:
 
 
 def plan(problem: Problem, buffers: GemmBuffers) -> Steps:
-    """The launches of one product. TMA reads from 16-byte boundaries, ``portable`` from any."""
+    """The launches of one product. TMA reads from 16-byte boundaries, ``portable`` from any.
+
+    Hopper's kernels are imported only where they can run: Gluon's names differ from one Triton to
+    the next.
+    """
     weights_aligned = buffers.w_values.aligned and buffers.w_scales.aligned
     all_aligned = weights_aligned and buffers.x_values.aligned and buffers.x_scales.aligned
     if all_aligned and (fp8 := _hopper_fp8_config(problem)):
-        return _hopper_plan("hopper_fp8")(problem, buffers, fp8)
+        from hybrid_mxfp8.triton_kernels.gemm import hopper_fp8
+
+        return hopper_fp8.plan(problem, buffers, fp8)
     if weights_aligned and (bf16 := _hopper_config(problem)):
-        return _hopper_plan("hopper")(problem, buffers, bf16)
+        from hybrid_mxfp8.triton_kernels.gemm import hopper
+
+        return hopper.plan(problem, buffers, bf16)
     if all_aligned and (scaled := _blackwell_config(problem)):
         return blackwell.plan(problem, buffers, scaled)
     return portable.plan(problem, buffers)

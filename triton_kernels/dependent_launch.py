@@ -1,12 +1,12 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before still runs.
 
-The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) launches every kernel that waits so, except a
-call's first. The rule, in every kernel: before :func:`wait_for_predecessor` nothing is written,
-nothing is read that the kernel before writes, and the next kernel is not allowed to start. So a
-kernel starts when all before its predecessor have ended, and waits for that one: it sees what any
-of them wrote, and may overwrite what any of them read. All kernels wait before their first access,
-except the warp of ``gemm.hopper_fp8`` that loads weights, whose data is older than the predecessor.
-It empties L1 instead.
+The C launcher (:mod:`hybrid_mxfp8.dispatch.launcher`) sets the attribute for every kernel that
+waits so, except the first launch of a program. The rule, in every kernel: before
+:func:`wait_for_predecessor` nothing is written, nothing is read that the kernel before writes, and
+the next kernel is not allowed to start. So a kernel starts when all before its predecessor have
+ended, and waits for that one: it sees what any of them wrote, and may overwrite what any of them
+read. All kernels wait before their first access, except the warp of ``gemm.hopper_fp8`` that loads
+weights, whose data is older than the predecessor. It empties L1 instead.
 """
 
 from __future__ import annotations

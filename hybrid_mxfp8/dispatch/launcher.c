@@ -111,9 +111,9 @@ static int driver_error(const char *call, CUresult result) {
 
 /* ---------------------------------------------------------------- run */
 
-/* 0, or 1 + written * num_buffers + other for the first written buffer that overlaps another one. */
-static int64_t find_overlap(const int64_t *extents, int64_t num_buffers, const int64_t *written,
-                            int64_t num_written, const TVMFFIAny *addresses) {
+/* Whether a written buffer overlaps another one. */
+static int overlaps(const int64_t *extents, int64_t num_buffers, const int64_t *written,
+                    int64_t num_written, const TVMFFIAny *addresses) {
   for (int64_t w = 0; w < num_written; w++) {
     int64_t index = written[2 * w], may_equal = written[2 * w + 1];
     int64_t start = addresses[index].v_int64, end = start + extents[index];
@@ -122,7 +122,7 @@ static int64_t find_overlap(const int64_t *extents, int64_t num_buffers, const i
       int64_t other = addresses[i].v_int64;
       if (i == index || extents[i] == 0 || other >= end || start >= other + extents[i]) continue;
       if (i == may_equal && other == start) continue;
-      return 1 + index * num_buffers + i;
+      return 1;
     }
   }
   return 0;
@@ -149,20 +149,20 @@ static int encode(CUtensorMap *map, const int64_t *word, const TVMFFIAny *addres
 }
 
 /* Makes the launch at `word`; *next is the word after it. Only one that follows another of its
-   program may start early; an empty grid is no launch. */
+   program may start early. */
 static int launch(const int64_t *word, CUstream stream, const TVMFFIAny *addresses, const int64_t **next,
-                  int *follows) {
+                  int follows) {
   _Alignas(128) CUtensorMap maps[MAX_TENSOR_MAPS];
   uint64_t pointers[MAX_PARAMS];
   void *params[MAX_PARAMS];
   CUfunction function = (CUfunction)word[0];
-  int64_t grid = word[1], num_params = word[5], num_maps = 0;
+  int64_t num_params = word[5], num_maps = 0;
   CUlaunchAttribute overlapping = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                                    .value.programmaticStreamSerializationAllowed = 1};
-  CUlaunchConfig config = {.gridDimX = grid, .gridDimY = 1, .gridDimZ = 1,
+  CUlaunchConfig config = {.gridDimX = word[1], .gridDimY = 1, .gridDimZ = 1,
                            .blockDimX = word[2], .blockDimY = 1, .blockDimZ = 1,
                            .sharedMemBytes = word[3], .hStream = stream,
-                           .attrs = &overlapping, .numAttrs = *follows && word[4]};
+                           .attrs = &overlapping, .numAttrs = follows && word[4]};
   word += 6;
   for (int64_t i = 0; i < num_params; i++) {
     switch (*word++) {
@@ -179,16 +179,15 @@ static int launch(const int64_t *word, CUstream stream, const TVMFFIAny *address
         if (encode(&maps[num_maps++], word, addresses, &word)) return -1;
     }
   }
-  if (grid) CHECK(cuLaunchKernelEx, &config, function, params, NULL);
-  *follows |= grid > 0;
+  CHECK(cuLaunchKernelEx, &config, function, params, NULL);
   *next = word;
   return 0;
 }
 
 static int launch_all(const int64_t *word, CUstream stream, const TVMFFIAny *addresses) {
-  int follows = 0;
-  for (int64_t left = *word++; left > 0; left--)
-    if (launch(word, stream, addresses, &word, &follows)) return -1;
+  int64_t num_launches = *word++;
+  for (int64_t i = 0; i < num_launches; i++)
+    if (launch(word, stream, addresses, &word, i > 0)) return -1;
   return 0;
 }
 
@@ -205,7 +204,7 @@ static int launch_all_on(int64_t ordinal, const int64_t *word, CUstream stream, 
   return failed;
 }
 
-/* run(program, stream, *addresses) -> 0, or find_overlap's code with nothing launched. */
+/* run(program, stream, *addresses) -> 0, or 1 with nothing launched where buffers overlap. */
 EXPORT int __tvm_ffi_run(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
   (void)self;
   if (check_ints("run", args, num_args, 2) || open_driver()) return -1;
@@ -218,8 +217,7 @@ EXPORT int __tvm_ffi_run(void *self, const TVMFFIAny *args, int32_t num_args, TV
   const int64_t *written = extents + num_buffers + 1;
   if (num_args - 2 != num_buffers)
     return raise_error("TypeError", "run: expected %d addresses, got %d", (int)num_buffers, num_args - 2);
-  int64_t overlap = find_overlap(extents, num_buffers, written, num_written, addresses);
-  if (overlap) return return_int(result, overlap);
+  if (overlaps(extents, num_buffers, written, num_written, addresses)) return return_int(result, 1);
 
   CUdevice current;
   const int64_t *launches = written + 2 * num_written;
@@ -252,7 +250,7 @@ static int64_t take(Reader *reader, const char *what, int64_t low, int64_t high)
 
 static void take_launch(Reader *reader, int64_t num_buffers) {
   take(reader, "function", 1, ANY_HIGH);
-  take(reader, "grid", 0, INT32_MAX);
+  take(reader, "grid", 1, INT32_MAX);
   take(reader, "block_threads", 1, 1024);
   take(reader, "shared_bytes", 0, 228 * 1024);
   take(reader, "pdl", 0, 1);

@@ -37,7 +37,6 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 SCALAR, ADDRESS, TENSOR_MAP = range(3)  # kinds of a parameter; launcher.c has what follows each
-PDL = 4  # the word of a launch that says whether it may start early
 MAX_PARAMS, MAX_TENSOR_MAPS = 128, 16  # of one launch, as launcher.c holds them
 
 
@@ -48,7 +47,7 @@ class LauncherUnavailableError(RuntimeError):
 class Launcher(NamedTuple):
     """The functions of launcher.c, which says what each raises."""
 
-    run: Callable[..., int]  # (address of a program, stream, *addresses): 0, or a code for an overlap
+    run: Callable[..., int]  # (address of a program, stream, *addresses): 0, or 1 for an overlap
     check: Callable[..., int]  # (function, *bytes of each parameter)
     verify: Callable[[int, int], int]  # (address of a program, how many words)
 
@@ -74,15 +73,13 @@ def program_words(
     written: Sequence[tuple[int, int]],  # a buffer that is written, and the one whose address it may have, or -1
     launches: Sequence[Sequence[int]],  # in order, each of :func:`launch_words`
 ) -> list[int]:
-    """The words of a program, which launcher.c describes. With HYBRID_MXFP8_PDL=0 no launch starts
-    before the one before has ended."""
+    """The words of a program, which launcher.c describes."""
     words = [device_index, len(extents), *extents, len(written)]
     for pair in written:
         words += pair
     words.append(len(launches))
-    dependent = env.pdl()
     for launch in launches:
-        words += launch if dependent else (*launch[:PDL], 0, *launch[PDL + 1 :])
+        words += launch
     return words
 
 

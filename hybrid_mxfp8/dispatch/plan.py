@@ -71,11 +71,10 @@ class Plan:
     device: torch.device
     operands: Operands
     steps: Steps
-    arena_bytes: int = 0  # of the operand ``workspace``, if there is one
-    result: Any = ()  # what else the caller needs, such as the shape of an output
+    result: tuple[int, ...] = ()  # what the caller needs beside, such as the shape of an output or the arena's bytes
     cacheable: bool = True  # whether another call of its signature would be planned alike
     _parts: list[tuple[launcher.Program | None, Steps]] | None = None  # steps as they run
-    _hooked: Callable[[], bool] = lambda: True
+    _step_by_step: Callable[[], bool] = lambda: True  # whether steps must run singly
     _make: Callable[[], Plan] | None = None  # where a template left operands and steps out
 
     def __post_init__(self) -> None:
@@ -85,7 +84,7 @@ class Plan:
         """Launch on the current stream; ValueError if what is written overlaps another operand."""
         if (parts := self._parts) is None:
             parts = self._prepare()
-        if self._hooked():
+        if self._step_by_step():
             self._check_overlap(tensors)
             with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
                 for step in self.steps:
@@ -112,7 +111,7 @@ class Plan:
         runs = self.words()
         # A program checks for overlaps before it launches, so one must come first.
         if runs and runs[0][0] is not None:
-            self._hooked = self.steps[0].hooked
+            self._step_by_step = self.steps[0].hooked
         self._parts = [(None if words is None else launcher.Program(array("q", words)), steps) for words, steps in runs]
         return self._parts
 
@@ -148,9 +147,9 @@ def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hashable, ...] | None:
-    """What a plan depends on of a vector or matrix. Of the address only the alignment counts, and
-    of the first dimension, which is one of the sizes, only whether that is ``rows``. TypeError for
+def describe_rows(x: torch.Tensor | None, expected_rows: int | None = None) -> tuple[Hashable, ...] | None:
+    """What a plan depends on of a vector or matrix. Of the address only the alignment counts. The
+    first dimension is one of the sizes: only whether it is ``expected_rows`` counts. TypeError for
     a fake tensor or another subclass that has no memory of its own."""
     if x is None:
         return None
@@ -158,7 +157,7 @@ def describe_rows(x: torch.Tensor | None, rows: int | None = None) -> tuple[Hash
         raise TypeError(f"{type(x).__name__} is described by no signature")
     shape = x.shape
     width = shape[-1] if len(shape) > 1 else 0
-    return shape[0] == rows, width, x.dtype, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
+    return shape[0] == expected_rows, width, x.dtype, x.stride(), x.device, x.data_ptr() & 15, x.requires_grad
 
 
 def describe(x: torch.Tensor | None) -> tuple[Hashable, ...] | None:
@@ -187,9 +186,9 @@ class Template:
         plan = make(*trace.sizes)
         [(words, steps)] = plan.words()
         assert words is not None
-        self._make, self._device, self._hooked = make, plan.device, steps[0].hooked
+        self._make, self._device, self._step_by_step = make, plan.device, steps[0].hooked
         self._words = array("q", map(value_of, words))
-        self._fill = trace.compiled(words, (plan.arena_bytes, *plan.result))
+        self._fill = trace.compiled(words, plan.result)
 
     def plan(self, sizes: tuple[int, ...]) -> Plan | None:
         """The plan of these sizes; None if they need another template."""
@@ -199,7 +198,7 @@ class Template:
             return None
         parts: list[tuple[launcher.Program | None, Steps]] = [(launcher.Program(words), ())]
         make = functools.partial(self._make, *sizes)
-        return Plan(self._device, Operands(), (), result[0], result[1:], True, parts, self._hooked, make)
+        return Plan(self._device, Operands(), (), result, True, parts, self._step_by_step, make)
 
 
 class PlanCache:

@@ -6,7 +6,7 @@ compiled to a function that computes a plan's words from other sizes, in microse
 meet a condition with another answer, such as those of another tile, are not for that function.
 
 What a Size can't follow raises TypeError, so nothing that depends on one is ever taken for
-constant: it has no hash and no text, and is no index, word or argument of the compiler.
+constant: it can't be hashed, printed, used as an index or stored in an array.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Trace:
         self._known: dict[str, Size] = {}
         self._lines: dict[str, None] = {}  # a set in order
         for size in self.sizes:
-            _ = size >= MIN_SIZE
+            self.decide(f"{size._name} >= {MIN_SIZE}", True)
 
     def compute(self, text: str, value: Any) -> Size:
         """The result of an operation on sizes."""

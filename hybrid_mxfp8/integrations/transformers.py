@@ -7,9 +7,9 @@
 
 Without ``quantize_model_``, a model loaded with ``experts_implementation="hybrid_mxfp8"`` after
 ``register()`` quantizes each layer's experts in its first forward, beside the originals, and again
-when a parameter has been replaced or written to in place, but through
-``parameter.data``, which PyTorch does not count. Where other changes would not be seen either,
-``quantize_model_`` must come first, and an error says so.
+after a parameter was replaced or written in place. Writes through ``parameter.data`` are not
+noticed. Where other changes would not be noticed either, ``quantize_model_`` must come first, and
+an error says so.
 
 Any model whose experts transformers dispatches through its ExpertsInterface can take part, if its
 gate is a SwiGLU and H and I are multiples of 32; docs/transformers.md has the details.
@@ -332,7 +332,7 @@ def quantize_model_(
         module.add_module(_OWNED, experts)
         module.register_forward_pre_hook(_refuse_other_forward)
         module.register_load_state_dict_pre_hook(_refuse_originals)
-        _forbid_what_needs_the_originals(model)
+        _forbid_what_needs_the_originals(model)  # from the first layer on, should a later one fail
     saved = MemorySaved(len(found), before, after)
     logger.info("%s", saved)
     return saved

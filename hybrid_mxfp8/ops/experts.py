@@ -57,11 +57,12 @@ class TensorState:
 
     def __init__(self, tensor: torch.Tensor | None = None) -> None:
         self._tensor = None if tensor is None else weakref.ref(tensor)
+        # Held so that no new storage gets this one's address.
         self._storage = None if tensor is None else StorageWeakRef(tensor.untyped_storage())
         self._place = None if tensor is None else _place(tensor)
 
     def holds(self, tensor: torch.Tensor | None) -> bool:
-        """Whether it was this tensor, with neither its memory nor its contents changed since."""
+        """Whether this is that tensor, with memory and contents unchanged."""
         if tensor is None or self._tensor is None:
             return False
         return self._tensor() is tensor and self._place == _place(tensor)

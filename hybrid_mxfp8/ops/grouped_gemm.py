@@ -29,7 +29,8 @@ def grouped_gemm(
     """Multiply each expert's rows by its weights: ``y[t] = x[t] @ w[e].T`` for rows t of expert e.
 
     Equal calls give equal bytes. So do an expert's rows beside any other rows, as long as the
-    configuration is the same, which ``explain`` prints and shapes alone decide.
+    configuration is the same, which ``explain`` prints: shapes, dtypes, scale groups, 16-byte
+    alignment and the device decide.
 
     Args:
         x: T tokens of K elements, sorted by expert.

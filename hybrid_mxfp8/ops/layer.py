@@ -204,6 +204,5 @@ def plan_layer(
         *down_ready.backend.plan(down, GemmBuffers(*a.hq, *layout, *w2, a.y, a.workspace)),
         *quantizer.combine(a.y, a.inverse_permutation, ids, weights, down_bias, y, out.stride(0)),
     )
-    return Plan(
-        shape.device, operands, steps, arena_bytes=a.size, cacheable=up_ready.cacheable and down_ready.cacheable
-    )
+    cacheable = up_ready.cacheable and down_ready.cacheable
+    return Plan(shape.device, operands, steps, result=(a.size,), cacheable=cacheable)

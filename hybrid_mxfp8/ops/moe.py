@@ -1,7 +1,7 @@
 """``moe_forward``: an MoE layer from the router's choices to the weighted sum, with no host sync.
 
 Six launches for up to 2048 choices in a batch, eight for more, one more for ``w13_bias``, and one
-more for each product whose kernel needs another before it (the cutlass backend, the Hopper kernel).
+more for each product by cutlass or by Hopper's bf16 kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hybrid_mxfp8.core import checks
 from hybrid_mxfp8.core.activation import SwiGLU, swiglu_of
 from hybrid_mxfp8.core.operands import ExpertWeights, MXFP8Tokens
 from hybrid_mxfp8.dispatch.buffers import Metadata, metadata
-from hybrid_mxfp8.dispatch.plan import PLANS, Plan, describe, describe_operand, describe_rows
+from hybrid_mxfp8.dispatch.plan import PLANS, describe, describe_operand, describe_rows
 from hybrid_mxfp8.dispatch.registry import settings
 from hybrid_mxfp8.ops.layer import (
     LayerInputs,
@@ -111,7 +111,13 @@ def moe_forward(
         make = functools.partial(plan_layer, given, shape, swiglu, target, backend)
         plan = PLANS.make(signature, (x.shape[0],), make)
     y = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    _run(plan, _contiguous(inputs), y, workspace)
+    tensors = tensors_of(_contiguous(inputs))
+    (arena_bytes,) = plan.result
+    if workspace is None:
+        plan.run(torch.empty(arena_bytes, dtype=torch.uint8, device=y.device), y, *tensors)
+    else:
+        with workspace.arena(arena_bytes) as arena:
+            plan.run(arena, y, *tensors)
     return y
 
 
@@ -120,15 +126,6 @@ def _contiguous(inputs: LayerInputs) -> LayerInputs:
     if inputs.topk_ids.is_contiguous() and inputs.topk_weights.is_contiguous():
         return inputs
     return inputs._replace(topk_ids=inputs.topk_ids.contiguous(), topk_weights=inputs.topk_weights.contiguous())
-
-
-def _run(plan: Plan, inputs: LayerInputs, out: torch.Tensor, workspace: MoEWorkspace | None) -> None:
-    tensors = tensors_of(inputs)
-    if workspace is None:
-        plan.run(torch.empty(plan.arena_bytes, dtype=torch.uint8, device=out.device), out, *tensors)
-    else:
-        with workspace.arena(plan.arena_bytes) as arena:
-            plan.run(arena, out, *tensors)
 
 
 def _signature(

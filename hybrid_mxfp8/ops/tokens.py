@@ -76,7 +76,7 @@ def pack_tokens(
             return packed
         make = functools.partial(_plan_pack, tokens, (num_records, record.size), num_experts, scale_group, backend)
         plan = PLANS.make(signature, (), make)
-    records = torch.empty(num_records, plan.result, dtype=torch.uint8, device=x.device)
+    records = torch.empty(num_records, *plan.result, dtype=torch.uint8, device=x.device)
     plan.run(records, *tokens)
     return records
 
@@ -115,7 +115,7 @@ def _plan_pack(
     ids, weights = choices or (None, None)
     given = (source, tokens[0].stride(0), ids, weights, target, num_experts, scale_group)
     steps = quantizer.pack_tokens(*given) if math.prod(shape) else ()
-    return Plan(tokens[0].device, operands, steps, result=shape[1])
+    return Plan(tokens[0].device, operands, steps, result=(shape[1],))
 
 
 def sum_rows(y: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

@@ -120,7 +120,7 @@ def plans_of(call: Callable[[int], Any]) -> dict[Any, Plan]:
 
 
 def words_of(made: Plan) -> list[Any]:
-    return [made.arena_bytes, made.result, *(list(program.words) for program, _ in made._parts or () if program)]
+    return [made.result, *(list(program.words) for program, _ in made._parts or () if program)]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -170,7 +170,7 @@ def test_hooks_see_a_followed_plan_as_any_other() -> None:
         assert (followed.operands, followed.steps) == (whole.operands, whole.steps)
         with (
             mock.patch.object(type(whole.steps[0]), "run", lambda step, *given: triton_launches.append((step, *given))),
-            mock.patch.object(followed, "_hooked", return_value=True),
+            mock.patch.object(followed, "_step_by_step", return_value=True),
         ):
             followed.run(*tensors)
     assert triton_launches == [(whole.steps[0], tensors, torch.device("cpu"))]

@@ -102,8 +102,8 @@ def test_same_launch_as_tritons(name: str) -> None:
 
 
 @triton.jit(do_not_specialize=["count"])
-def takes_everything(pointer, other, none, one, sixteen, count, flag, scale, BLOCK: triton.language.constexpr):  # type: ignore[no-untyped-def]
-    value = triton.language.load(pointer).to(triton.language.float32) * scale
+def takes_everything(pointer, other, none, one, sixteen, count, flag, BLOCK: triton.language.constexpr):  # type: ignore[no-untyped-def]
+    value = triton.language.load(pointer).to(triton.language.float32)
     if flag:
         value += one + sixteen
     if none is None and count > BLOCK:
@@ -115,7 +115,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, tor
 
 def everything(dtype: torch.dtype = torch.bfloat16, count: int = 5) -> KernelLaunch:
     memory, unaligned = Buffer(0, 0, dtype, (8,)), Buffer(1, 4, torch.float32, (8,), aligned=False)
-    arguments = (memory, unaligned, None, 1, 32, count, True, 0.75)
+    arguments = (memory, unaligned, None, 1, 32, count, True)
     return KernelLaunch(takes_everything, 2, arguments, (16,), (("num_warps", 1),))
 
 
@@ -158,7 +158,7 @@ def test_words_refuse_what_the_kernel_was_not_compiled_for() -> None:
             found.words(1, changed(given, i, argument))
     with pytest.raises(ValueError, match="zip"):
         found.words(1, given[:-1])
-    for i, argument in [(0, given[0]._replace(offset=16)), (4, 48), (5, 6), (5, -1), (6, False), (7, 0.5)]:  # type: ignore[union-attr]
+    for i, argument in [(0, given[0]._replace(offset=16)), (4, 48), (5, 6), (5, -1), (6, False)]:  # type: ignore[union-attr]
         assert found.words(1, changed(given, i, argument)) != found.words(1, given)
 
 
@@ -241,11 +241,12 @@ def test_a_kernel_that_waits_is_launched_behind_another_as_triton_launches_depen
     compiled = compiled_of(case)
     tritons, _ = both_launches(compiled, case)
     assert len(tritons.attributes) == 1
-    first = abi.abi_of(compiled, case.arguments).words(case.programs, case.arguments)
     without = Changed(compiled, asm={"ptx": compiled.asm["ptx"].replace("griddepcontrol.wait", "")})
-    never_waits = abi.abi_of(without, case.arguments).words(case.programs, case.arguments)
     for pdl in ("1", "0"):
         os.environ["HYBRID_MXFP8_PDL"] = pdl
+        first, never_waits = (
+            abi.abi_of(each, case.arguments).words(case.programs, case.arguments) for each in (compiled, without)
+        )
         program = program_of(0, [0, 0], [], [first, first, never_waits, first])
         launcher.load().run(program.address, STREAM, 0x10000, 0x20000)
         plain = tritons._replace(attributes=(), params=b"")

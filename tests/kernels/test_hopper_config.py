@@ -52,10 +52,9 @@ def test_the_choice_fits_the_chip_and_grows_with_the_tokens() -> None:
         HopperGemmConfig(64, 64, 32, 4),  # narrower than a column group
         HopperGemmConfig(64, 16, 128, 1),  # nothing to overlap
         HopperGemmConfig(256, 64, 64, 6),  # 242 KB of shared memory
-        HopperFp8Config(64, 32, 6),  # no such tile
-        HopperFp8Config(32, 64, 6),  # few tokens are fewer
-        HopperFp8Config(128, 64, 2),  # nothing to overlap
-        HopperFp8Config(128, 64, 7),  # 238 KB of shared memory
+        HopperFp8Config(16, 6),  # no such tile
+        HopperFp8Config(128, 2),  # a warpgroup's stage, and the next, leave none for the other
+        HopperFp8Config(128, 7),  # 238 KB of shared memory
     ],
 )
 def test_what_does_not_fit_is_invalid(config: HopperGemmConfig | HopperFp8Config) -> None:

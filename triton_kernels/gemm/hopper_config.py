@@ -29,7 +29,8 @@ class HopperGemmConfig:
         return self.num_stages * (128 * self.block_k + 2 * self.block_t * self.block_k + 512 + 16)
 
     def is_valid(self) -> bool:
-        """The single statement of what the kernel takes."""
+        """The single statement of what the kernel takes; with Triton 3.8 ``plan`` widens
+        ``small_block_t`` afterwards."""
         return (
             self.block_t in (16, 32, 64, 128, 256)
             and self.small_block_t in (16, 32, 64)

@@ -15,7 +15,7 @@ as they are, and each partial sum, times the scale of its row and of its column,
   adds a partial sum by one instruction. Scales of rows and columns take two, and many reads.
 - The grid is persistent. An expert's tokens beyond its last whole tile take a narrower one.
 
-The units cut products some 13 bits below the largest of those that they add at once:
+The units align 32 products and the sum so far to the largest, and truncate below some 13 bits:
 docs/numerics.md says what that does to a result.
 """
 
