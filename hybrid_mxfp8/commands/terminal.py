@@ -1,7 +1,8 @@
-"""What commands show on the terminal: wrapped text, aligned tables, sizes, and progress bars."""
+"""What commands share: a number of at least 1, wrapped text, tables, sizes, and progress bars."""
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 WIDTH = 100
+
+
+def positive(text: str) -> int:
+    """An option's number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def wrap(text: str, indent: str = "") -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hybrid_mxfp8 import env
-from hybrid_mxfp8.commands.terminal import progress
+from hybrid_mxfp8.commands.terminal import positive, progress
 from hybrid_mxfp8.cutlass_kernels import verify
 from hybrid_mxfp8.cutlass_kernels.config import MODULES, GemmConfig
 from hybrid_mxfp8.cutlass_kernels.grouped_gemm import OUT_TYPES, TARGETS, source
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--configs", type=_configs, default=MODULES, metavar="NAME,NAME", help=configs)
     types = f"output types, of {', '.join(SHORT_TYPES)}; default: bf16"
     add("--out-dtypes", type=_out_dtypes, default=(torch.bfloat16,), metavar="NAME,NAME", help=types)
-    add("--jobs", type=_positive, help="compilations at a time; default: as many as CPUs and memory allow")
+    add("--jobs", type=positive, help="compilations at a time; default: as many as CPUs and memory allow")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,9 +139,3 @@ def _out_dtypes(text: str) -> tuple[torch.dtype, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(SHORT_TYPES)}, got {', '.join(unknown)}")
     return tuple(SHORT_TYPES[name] for name in text.split(","))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return int(text)

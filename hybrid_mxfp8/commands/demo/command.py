@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hybrid_mxfp8 import env
 from hybrid_mxfp8.commands.demo import measure
 from hybrid_mxfp8.commands.demo.workload import Operands, Workload, missing_packages, real_workload, synthetic_workload
-from hybrid_mxfp8.commands.terminal import format_table, progress, wrap
+from hybrid_mxfp8.commands.terminal import format_table, positive, progress, wrap
 from hybrid_mxfp8.core.checks import resolve_device
 from hybrid_mxfp8.dispatch.device import default_device, has_triton
 from hybrid_mxfp8.dispatch.problem import Problem
@@ -54,14 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--synthetic", action="store_true", help="random numbers even where the real weights are installed")
     add("--experts", type=int, choices=range(1, 7), default=6, metavar="1..6", help="default: 6")
-    add("--max-rows", type=_positive, metavar="N", help="at most N tokens an expert, for a quicker run")
+    add("--max-rows", type=positive, metavar="N", help="at most N tokens an expert, for a quicker run")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
