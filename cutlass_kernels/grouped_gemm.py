@@ -155,17 +155,19 @@ def source(module: str, out_dtype: torch.dtype, arch: str) -> jit.Source:
     )
 
 
+def forced_config() -> GemmConfig | None:
+    """The configuration that HYBRID_MXFP8_CONFIG names, if any; ValueError for no such name."""
+    try:
+        return GemmConfig.parse(name) if (name := env.config()) else None
+    except ValueError as error:
+        raise ValueError(f"HYBRID_MXFP8_CONFIG: {error}") from None
+
+
 def _choose(p: Problem) -> tuple[Estimate, bool]:
     """The configuration, and whether HYBRID_MXFP8_CONFIG forced it."""
     shape = (p.num_experts, p.n, p.k, p.num_tokens, _sm_count(p.device), p.out_dtype.itemsize)
-    forced = env.config()
-    if forced is None:
-        return select_estimate(*shape), False
-    try:
-        config = GemmConfig.parse(forced)
-    except ValueError as error:
-        raise ValueError(f"HYBRID_MXFP8_CONFIG: {error}") from None
-    return estimate(config, *shape), True
+    forced = forced_config()
+    return (estimate(forced, *shape), True) if forced else (select_estimate(*shape), False)
 
 
 def _ready(p: Problem) -> tuple[GemmConfig, Any]:

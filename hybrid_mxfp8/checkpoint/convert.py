@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,14 @@ from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, block_scales, dequantize
 from hybrid_mxfp8.checkpoint.parallel import in_order
 from hybrid_mxfp8.checkpoint.reader import INDEX_FILE, METADATA, NO_MXFP4, Checkpoint, is_mxfp8, read_json, scale_entry
 from hybrid_mxfp8.checkpoint.source_layout import CONFIG_FILE, Patterns, layout_of, matches, parts_of
-from hybrid_mxfp8.checkpoint.writer import Entry, SafetensorsWriter, atomic_write, errors_name, replace_folder
+from hybrid_mxfp8.checkpoint.writer import (
+    Entry,
+    SafetensorsWriter,
+    atomic_write,
+    check_still_absent,
+    errors_name,
+    replace_folder,
+)
 from hybrid_mxfp8.core.formats import BLOCK_SIZE, ceil_div
 from hybrid_mxfp8.core.metrics import decibels
 from hybrid_mxfp8.ops.experts import gate_then_up
@@ -144,6 +152,8 @@ def _find_layout(
     ):
         if given and not names:
             raise ValueError(f"--{option}: no {what} that --experts matches has a name like {' or '.join(given)}")
+    if wrong := sorted(name for name in interleaved if "down_proj" in name):
+        raise ValueError(f"--interleaved: must match gate and up alone, got {wrong[0]}")
     if known.interleaved and options.interleaved is None:
         fused = sorted(n for n in quantized - interleaved if "gate_up_proj" in n or "w13" in n)
         if fused:
@@ -233,6 +243,7 @@ class _Conversion:
     energies: dict[str, tuple[float, float]] = field(default_factory=dict)  # of matrices, and what they lost
 
     def folder(self, target: Path) -> None:
+        replaces = os.path.lexists(target)
         others = _other_files(self.checkpoint)  # before anything is converted, which may take hours
         config = _new_config(self.checkpoint, self.planned)
         with atomic_write(target) as folder:
@@ -251,6 +262,7 @@ class _Conversion:
                 _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
             if config is not None:
                 _write_json(folder / CONFIG_FILE, config)
+            check_still_absent(target, replaces)
             replace_folder(folder, target)
 
     def file(self, file: Path, target: Path) -> None:
@@ -276,7 +288,8 @@ class _Conversion:
                     if not math.isfinite(signal) or not math.isfinite(noise):
                         place = f"{self.checkpoint.file(name)}: {matrix}"
                         raise ValueError(
-                            f"{place}: holds NaN or Inf, each of which would make its whole block of 32 NaN"
+                            f"{place}: holds NaN or Inf, or elements that MXFP8 rounds to 2**128, each of which "
+                            "would make its whole block of 32 NaN"
                         )
                     before = self.energies.get(matrix, (0.0, 0.0))
                     self.energies[matrix] = before[0] + signal, before[1] + noise

@@ -137,11 +137,12 @@ class Checkpoint:
 
 
 def find_experts(path: str | Path) -> dict[str, tuple[int, int, int]]:
-    """The MXFP8 experts of a checkpoint: names that ``load_experts`` takes, with (E, N, K).
+    """The MXFP8 experts of a checkpoint: names for ``load_experts``, with (E, N, K).
 
     Stacked (E, N, K) tensors are listed by name; (N, K) matrices whose names differ in one number
     after ``experts.``, under a name with ``*`` in its place. Other quantized weights are not
-    listed: attention's, or those whose scales are not MXFP8's. Raises as ``Checkpoint`` does.
+    listed: attention's, or those whose scales are not MXFP8's. Whether numbers or shapes differ is
+    for ``load_experts`` to say. Raises as ``Checkpoint`` does.
     """
     stacks: dict[str, tuple[int, int, int]] = {}
     with Checkpoint(path) as checkpoint:
@@ -239,8 +240,8 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
     Raises:
         FileExistsError: the file exists and ``force`` is not set.
         TypeError: ``experts`` maps something else than names to ExpertWeights.
-        ValueError: two tensors of one name, a name that the format can't hold, or weights on
-            meta or with an empty dimension.
+        ValueError: two tensors of one name, a name that the format can't hold or with a ``*``, or
+            weights on meta or with an empty dimension.
     """
     if not isinstance(experts, Mapping):
         raise TypeError(f"experts: must map names to ExpertWeights, got {type(experts).__name__}")
@@ -249,6 +250,8 @@ def save_experts(path: str | Path, experts: Mapping[str, ExpertWeights], *, forc
             raise TypeError(f"experts: must map names to ExpertWeights, got {name!r}: {type(w).__name__}")
         if name in ("", "__metadata__"):
             raise ValueError(f"experts: a tensor can't be called {name!r} in a safetensors file")
+        if "*" in name:
+            raise ValueError(f"experts: {name!r} must have no *, which load_experts takes for experts' numbers")
         if w.values.is_meta:
             raise ValueError(f"experts: {name!r} must have data, got tensors on meta")
         if not w.values.numel():  # load_experts refuses it

@@ -12,6 +12,7 @@ the same machine does it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -92,6 +93,7 @@ class SafetensorsWriter:
         self._file: BinaryIO
 
     def __enter__(self) -> SafetensorsWriter:
+        self._replaces = os.path.lexists(self._path)
         with contextlib.ExitStack() as stack, errors_name(self._path):
             self._temporary = stack.enter_context(atomic_write(self._path))
             self._file = self._temporary.open("wb")
@@ -122,6 +124,7 @@ class SafetensorsWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
+                check_still_absent(self._path, self._replaces)
                 self._temporary.replace(self._path)
 
     def _close(self) -> None:
@@ -145,6 +148,12 @@ def atomic_write(target: Path) -> Iterator[Path]:
     finally:
         _remove(path)
         _writing.discard(path)
+
+
+def check_still_absent(target: Path, replaces: bool) -> None:
+    """That nobody made ``target`` while this process wrote it, unless it ``replaces`` one."""
+    if not replaces and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "something else made it meanwhile", str(target))
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """List or clear; 0, 1 if something could not be removed, 2 if the folder is refused."""
     folder = env.cache_dir()
+    if folder.exists() and not folder.is_dir():
+        print(f"cache: {folder} is no folder; HYBRID_MXFP8_CACHE_DIR names another", file=sys.stderr)
+        return 2
     try:
         found = entries(folder)
         if args.action == "list":

@@ -21,7 +21,7 @@ from hybrid_mxfp8 import env
 from hybrid_mxfp8._version import __version__
 from hybrid_mxfp8.commands import cache as caches
 from hybrid_mxfp8.commands.terminal import format_table, size
-from hybrid_mxfp8.cutlass_kernels import verify
+from hybrid_mxfp8.cutlass_kernels import grouped_gemm, verify
 from hybrid_mxfp8.cutlass_kernels.jit import build as jit
 from hybrid_mxfp8.cutlass_kernels.jit import toolchain
 from hybrid_mxfp8.dispatch import launcher
@@ -148,7 +148,7 @@ def cached(folder: Path) -> dict[str, Any]:
 def settings_problems() -> list[str]:
     """What is wrong with the variables that no other fact covers."""
     found = []
-    for read in (env.pdl, env.hopper_gemm, env.verify):
+    for read in (env.pdl, env.hopper_gemm, env.verify, grouped_gemm.forced_config):
         try:
             read()
         except ValueError as error:

@@ -257,4 +257,9 @@ def resolve_device(given: torch.device | str) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device: there are {count} GPUs that this PyTorch can use, got {str(device)!r}")
+    if device.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device: this PyTorch can't use {str(device)!r}") from error
     return device

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.utils import parametrize
 
 from hybrid_mxfp8 import reference
 from hybrid_mxfp8.checkpoint.fp8_blocks import BLOCK, quantize_fp8_blocks, scales_shape
@@ -134,10 +135,12 @@ def _activation(module: torch.nn.Module) -> SwiGLU | None:
     """The activation of an experts module; None if its gate function is no SwiGLU. Found by trying,
     not by the class's name: with the module's numbers, its function and ours agree on values on
     both sides of the limit, in the order of rows that the module says it has."""
-    numbers = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
-    found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in numbers]
+    options = [getattr(module, name, None) for name in ("swiglu_alpha", "alpha", "swiglu_limit", "limit")]
+    found = [n if isinstance(n, (int, float)) and 0 < n < math.inf else None for n in options]
     alphas = {1.0 if alpha is None else float(alpha) for alpha in (*found[:2], None)}
-    line = torch.linspace(-30, 30, 121, dtype=torch.float32, device="cpu")  # limits are 7 to 10
+    beyond = [sign * 2.0 * limit for limit in found[2:] if limit is not None for sign in (-1, 1)]
+    numbers = [*(0.5 * i for i in range(-60, 61)), *beyond]
+    line = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     gate, up = torch.cartesian_prod(line, line).T.reshape(2, -1, 1).expand(-1, -1, 2).clone()
     gate[:, 1] *= -1
     gate_up = torch.cat((gate, up), 1)
@@ -293,6 +296,7 @@ def quantize_model_(
         ValueError: no such device or group, no MoE layer, one that can't be quantized, is offloaded
             or is under FSDP, a model that is quantized already or no PreTrainedModel; then nothing
             has been changed.
+        BackendUnavailableError: the named backend can't quantize here; likewise.
     """
     from tqdm import tqdm
 
@@ -319,11 +323,14 @@ def quantize_model_(
             fail("model", "must have SwiGLU experts", f"{name} ({type(module).__name__}): {reason}")
         if (some_memory or offloading) and any(p.is_meta for p in _parameters(module).values()):
             fail("model", "must have all experts in memory, not offloaded by a device_map", f"{name} on meta")
-    model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
+        if parametrize.is_parametrized(module):
+            fail("model", "must have plain parameters (see remove_parametrizations)", f"{name}, parametrized")
     before = after = 0
     for _, module in tqdm(found, desc="quantize experts", unit="layer", disable=not progress, dynamic_ncols=True):
         before += sum(p.nbytes for p in _parameters(module).values())
         experts = _quantize(module, backend, where, scale_group)
+        # Not before there are experts: a backend that can't run here leaves the model as it was.
+        model.set_experts_implementation(NAME)  # type: ignore[operator]  # a PreTrainedModel
         after += sum(buffer.nbytes for buffer in experts.buffers())
         # The names stay, as parameters that are None, for code that looks for them.
         for parameter in _parameters(module):

@@ -243,6 +243,7 @@ SAVED: list[tuple[Any, type[Exception], str]] = [
     ({3: W}, TypeError, "^experts: must map names to ExpertWeights, got 3"),
     ({"": W}, ValueError, "^experts: a tensor can't be called ''"),
     ({"__metadata__": W}, ValueError, "^experts: a tensor can't be called '__metadata__'"),
+    ({"experts.*.w": W}, ValueError, r"^experts: 'experts\.\*\.w' must have no \*"),
     ({"w": W, "w_scale_inv": W}, ValueError, "'w_scale_inv' is there twice"),
     ({"w": ON_META}, ValueError, "^experts: 'w' must have data, got tensors on meta$"),
     ({"w": mx.quantize_weights(torch.ones(0, 8, 64))}, ValueError, r"^experts: 'w' must have no .*, got \(0, 8, 64\)$"),
@@ -292,6 +293,19 @@ def test_an_incomplete_file_never_appears(pieces: list[int], tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"^w: "):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+
+    def write() -> None:
+        with SafetensorsWriter(path, [Entry("w", "U8", (4,))], {}) as writer:
+            writer.append("w", torch.zeros(4, dtype=torch.uint8))
+            path.write_text("precious")
+
+    with pytest.raises(FileExistsError, match="something else made it meanwhile"):
+        write()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {path.name: "precious"}
 
 
 @pytest.mark.parametrize(

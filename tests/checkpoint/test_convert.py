@@ -197,6 +197,7 @@ REFUSED: dict[str, tuple[Tensors, tuple[str, ...], str]] = {
         f"{option} {pattern}": (gpt_oss(64, 96), (*ALL, option, pattern), message)
         for option, pattern, message in (
             ("--transposed", "*gate_up", "--transposed: no stack of three dimensions that --experts matches has a name like *gate_up"),
+            ("--interleaved", "*_proj", "--interleaved: must match gate and up alone, got layers.0.mlp.experts.down_proj"),
             ("--interleaved", "*_bias", "--interleaved: no matrix that --experts matches has a name like *_bias"),
             ("--transposed", "*gate_up_proj", "got (2, 64, 192) and (2, 96, 64): --transposed must match both"),
             ("--interleaved", "*.gate_up_proj", "gate_up_proj: must be (E, N, K) = (E, 2I, H), as layers.0.mlp.experts.down_proj is (E, H, I)"),
@@ -367,6 +368,22 @@ def test_an_out_that_is_refused_stays(
     assert quantize(tmp_path / source, tmp_path / target, *ALL, *force) == 2
     assert message in capsys.readouterr().err
     assert {path: path.is_symlink() or path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_that_appears_meanwhile_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_files = convert._other_files
+
+    def meanwhile(source: checkpoint.Checkpoint) -> list[Path]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").touch()
+        return other_files(source)
+
+    monkeypatch.setattr(convert, "_other_files", meanwhile)
+    assert quantize(folder, tmp_path / "out", *ALL) == 2
+    assert "something else made it meanwhile" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
 def test_force_replaces_an_earlier_result(folder: Path, tmp_path: Path) -> None:

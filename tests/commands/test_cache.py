@@ -130,6 +130,16 @@ def test_dangerous_folders_are_refused(
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("action", ["list", "clear"])
+def test_a_file_is_no_cache(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "file"))
+    assert cli.main(["cache", action]) == 2
+    assert "file is no folder" in capsys.readouterr().err
+
+
 def test_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HYBRID_MXFP8_CACHE_DIR", str(tmp_path / "none"))
     assert cli.main(["cache", "list"]) == cli.main(["cache", "clear"]) == 0

@@ -119,11 +119,12 @@ def test_wrong_values_in_the_environment_are_told_not_raised(
 ) -> None:
     expected = {"BACKEND": "one of auto, cutlass, triton, reference", "HOPPER_GEMM": "0, 1 or bf16"}
     expected |= dict.fromkeys(("PDL", "VERIFY", "TRUST_CACHE"), "0 or 1")
-    for variable in expected:
+    for variable in (*expected, "CONFIG"):
         monkeypatch.setenv(f"HYBRID_MXFP8_{variable}", "tritom")
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert all(f"HYBRID_MXFP8_{name}: must be {what}, got 'tritom'" in said for name, what in expected.items())
+    assert "HYBRID_MXFP8_CONFIG: config: expected one of 1sm_128x64x128" in said
 
 
 def test_cache_counts_bytes_and_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

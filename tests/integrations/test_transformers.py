@@ -10,11 +10,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers_models as models
 from torch.nn import Module
+from torch.nn.utils import parametrize
 
 import hybrid_mxfp8 as mx
 from hybrid_mxfp8.checkpoint import fp8_blocks
@@ -150,9 +152,14 @@ def last(model: Module) -> Module:
         (lambda m: m.to("meta"), {"device": "cpu"}, "all experts in memory"),
         (lambda m: setattr(m.to("meta"), "_hf_hook", "accelerate's"), {}, r"not offloaded .*model\.layers\.0\..* on meta"),
         (lambda m: None, {"device": "nowhere"}, r"^device: must be a torch\.device"),
+        (lambda m: None, {"device": "mps"}, r"^device: this PyTorch can't use 'mps'"),
         (lambda m: None, {"scale_group": 64}, r"^scale_group: must be 32 or 128, got 64"),
+        (lambda m: parametrize.register_parametrization(last(m), "down_proj", torch.nn.Identity()), {}, "plain parameters"),
     ],
-    ids=["no SwiGLU", "offloaded", "offloaded, to the CPU", "meta, to the CPU", "all offloaded", "no device", "no such group"],
+    ids=[
+        *("no SwiGLU", "offloaded", "offloaded, to the CPU", "meta, to the CPU", "all offloaded", "no device", "no mps"),
+        *("no such group", "parametrized"),
+    ],
 )  # fmt: skip
 def test_model_that_can_not_be_quantized_stays_as_it_was(
     change: Callable[[Module], object], options: dict[str, Any], message: str, tmp_path: Path
@@ -164,10 +171,19 @@ def test_model_that_can_not_be_quantized_stays_as_it_was(
     with pytest.raises(ValueError, match=message):
         integration.quantize_model_(model, progress=False, **options)
     assert not [name for name, _ in model.named_modules() if name.endswith("mxfp8")]
-    assert all(isinstance(p, torch.nn.Parameter) for p in models.expert_weights(model))
+    assert all(isinstance(p, torch.Tensor) for p in models.expert_weights(model))
     assert model.config._experts_implementation == implementation
     if not any(p.is_meta for p in model.parameters()):
         model.save_pretrained(tmp_path)
+
+
+def test_a_backend_that_can_not_quantize_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.make("Mixtral")
+    before = model(models.prompt()).logits
+    monkeypatch.setattr(integration, "_quantize", mock.Mock(side_effect=mx.BackendUnavailableError("backend: none")))
+    with pytest.raises(mx.BackendUnavailableError, match=r"^backend: none"):
+        integration.quantize_model_(model, progress=False)
+    assert torch.equal(model(models.prompt()).logits, before)
 
 
 def test_a_meta_model_is_quantized_and_loaded() -> None:
@@ -400,6 +416,17 @@ def test_gate_functions_of_their_own(name: str) -> None:
     x, ids, weights = arguments()
     call = (x, ids % 4, weights)  # some versions' own forward takes no sentinel
     assert mx.signal_to_noise_db(experts(*call), quantized(*call)) > 20.0
+
+
+@pytest.mark.parametrize("limit", [31.0, 100.0])
+def test_a_limit_beyond_what_activations_reach_is_kept(limit: float) -> None:
+    path = "transformers.models.deepseek_v4.modeling_deepseek_v4"
+    module = pytest.importorskip(path, reason="a newer transformers has it")
+    config = types.SimpleNamespace(
+        **{"num_local_experts": 2, "hidden_size": 64, "hidden_act": "silu", "moe_intermediate_size": 32},
+        **{"intermediate_size": 32, "swiglu_limit": limit, "_experts_implementation": "eager"},
+    )
+    assert integration._activation(module.DeepseekV4Experts(config)) == mx.SwiGLU(limit=limit)
 
 
 def test_an_option_that_is_not_known_is_refused(experts: Module, monkeypatch: pytest.MonkeyPatch) -> None:

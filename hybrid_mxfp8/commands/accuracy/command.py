@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
 def _problem(json_file: Path | None, picture: Path | None) -> str:
     """Why the files can't be written, found before any work; else empty."""
     for path in (json_file, picture):
-        if path is not None and not path.parent.is_dir():
-            return f"{path}: there is no folder {path.parent}"
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            return f"{path}: {'is a folder' if path.is_dir() else f'there is no folder {path.parent}'}"
     if picture is not None and picture.suffix not in PICTURES:
         return f"--plot: must end in {', '.join(PICTURES)}, got {picture}"
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
