@@ -140,7 +140,7 @@ def find_function(module: str, name: str, reason: str | None = None) -> Any:
     except (ImportError, AttributeError) as error:
         return f"this {package} has no {name} ({error})"
     except (OSError, RuntimeError, AssertionError) as error:  # made for another torch or CUDA
-        return f"this {package} does not load ({error})"
+        return f"this {package} does not load ({error.__cause__ or error})"
 
 
 def rows_in_rooms(counts: torch.Tensor, rooms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,10 @@ def operands(counts: list[int], n: int, k: int, num_tokens: int) -> tuple[mx.Gro
 
     groups = mx.GroupLayout.from_counts(torch.tensor(counts, dtype=torch.int32), num_tokens)
     x, w = spread(num_tokens), spread(len(counts), n)
-    return mx.quantize_grouped(x, groups, backend="reference"), mx.quantize_weights(w, backend="reference")
+    xq = mx.quantize_grouped(x, groups, backend="reference")
+    # Rows that no expert owns hold what was in the memory: NaN there would hide a product of them.
+    xq.values.view(torch.uint8)[sum(counts) :] = 0
+    return xq, mx.quantize_weights(w, backend="reference")
 
 
 def product(x: mx.GroupedMXFP8, w: mx.ExpertWeights) -> torch.Tensor:
