@@ -29,17 +29,15 @@ TINY = {
 
 
 def load(name: str | None) -> torch.nn.Module:
-    """The model in bf16, its experts marked for this library."""
-    options = {"dtype": torch.bfloat16, "experts_implementation": "hybrid_mxfp8"}
+    """The model in bf16."""
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**TINY), **options)
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**TINY), dtype=torch.bfloat16)
 
 
 def main() -> None:
     """Load, quantize, generate."""
-    mxfp8.register()  # before a model is loaded
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(sys.argv[1] if len(sys.argv) > 1 else None).eval()
     print(mxfp8.quantize_model_(model, device=device))  # the experts go there, layer after layer

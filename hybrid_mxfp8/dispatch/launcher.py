@@ -110,7 +110,7 @@ def status() -> str:
     """Whether the launcher is built, can be built, or why not, in a line; nothing is built."""
     try:
         module, _ = _module()
-        return "built" if module.intact() else f"not built yet; the first call on a GPU does, with {_compiler()}"
+        return "built" if module.intact() else f"not built yet; the first call on a GPU builds it, with {_compiler()}"
     except (BackendUnavailableError, LauncherUnavailableError) as error:
         return f"not available, Triton makes the launches, slower: {error}"
 

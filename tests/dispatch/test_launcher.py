@@ -387,7 +387,7 @@ def test_reason_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with refused(said):
         launcher.load()
     monkeypatch.delenv("CC")
-    assert launcher.status().startswith("not built yet; the first call on a GPU does, with ")
+    assert launcher.status().startswith("not built yet; the first call on a GPU builds it, with ")
     assert not cache.exists()
     with refused("does not run"):
         launcher.load()
