@@ -142,6 +142,7 @@ def good_launch() -> list[int]:
         (launch(1, *[[SCALAR, 0]] * (MAX_PARAMS + 1)), "num_params: expected 0 to 128, got 129"),
         (launch(1, *[tensor_map(0, (16,))] * (MAX_TENSOR_MAPS + 1)), "tensor maps: expected at most 16 a launch"),
         (launch(0), "function: expected 1 to"),
+        (launch(1, grid=-1), "grid: expected 1 to 2147483647, got -1"),
         (launch(1, grid=0), "grid: expected 1 to 2147483647, got 0"),
         (launch(1, grid=2**31), "grid: expected"),
         ([1, 1, 1025, 0, 0, 0], "block_threads: expected 1 to 1024, got 1025"),
